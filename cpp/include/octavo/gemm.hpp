@@ -1,0 +1,18 @@
+// The int8 matrix product.
+#pragma once
+
+#include "octavo/types.hpp"
+
+namespace octavo {
+
+// out[i, j] = sum_k a[i, k] * b[j, k], exact.
+//
+//   a    [m, k] i8, any strides
+//   b    [n, k] i8, any strides (the layout of a framework's Linear.weight)
+//   out  [m, n] i32
+//
+// Any k: sums that do not fit 32 bits never wrap, they throw Error (value) and leave `out` unspecified (possible only
+// for k > 131071).
+void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Stream stream = {});
+
+}  // namespace octavo

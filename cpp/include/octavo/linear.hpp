@@ -1,0 +1,50 @@
+// LLM.int8(): the linear layer with int8 weights.
+#pragma once
+
+#include "octavo/types.hpp"
+
+namespace octavo {
+
+// A weight made by `quantize_weight`, plus, optionally, the original values of calibrated outlier columns.
+// Views only: the memory stays the caller's.
+struct WeightView {
+    ConstMatrix codes;                             // [n, k] i8
+    ConstVector scale;                             // f32 [1] or, for `vector`, [n]
+    ConstVector zeropoint = absent_vector;         // f32 as `scale` for Scheme::zeropoint, absent for absmax
+    ConstVector code_sums;                         // i32 [n]
+    ConstVector outlier_columns = absent_vector;   // i32 [r], ascending, unique: the columns kept in 16 bit
+    ConstMatrix outlier_weight{};                  // [n, r] f32, f16 or bf16: their original weights
+    Scheme scheme = Scheme::absmax;
+    Granularity granularity = Granularity::vector;
+};
+
+struct LinearOptions {
+    float threshold = 6.0F;  // magnitude from which `columns` and `rows` call an element of X an outlier; >= 0
+    Outliers outliers = Outliers::columns;
+    Path path = Path::auto_;
+};
+
+// y[i, j] = acc[i, j] * (scale_x[i] * scale_w[j]) + sum_{o in O} x[i, o] * w[j, o] + bias[j]        (paper Eq. 8)
+//
+// acc is the exact int8 product over the columns not in O (zeropoint: unrolled, Eq. 4-5); w[j, o] is the kept 16-bit
+// weight where column o is kept, else the dequantized one. Scales are taken over what is not in O. Everything after
+// acc is float32, rounded once to the dtype of `out`.
+//
+// `Path::weight_only` computes y[i, j] = scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j] in float32 and
+// ignores `outliers`, `threshold` and kept columns.
+//
+//   x     [m, k] f32, f16 or bf16, any strides
+//   bias  f32, f16 or bf16 [n], or absent
+//   out   [m, n] f32, f16 or bf16, any strides; must not overlap an input
+//
+// m, n or k of 0 give an empty or bias-only result. NaN or Inf in X: under `columns` and `rows` its products propagate
+// as IEEE says, in its own row only; under `none` and `static_` it makes the rows of its scaling group NaN.
+// CPU: returns when done. Throws Error (type, value) naming the argument; `static_` needs weight.outlier_columns.
+void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options = {},
+            Stream stream = {});
+
+// The faults of `weight` that `linear` would report, without a product: for whoever keeps a WeightView and wants
+// to hear of mistakes when it is made. `function` is the name to use in the message.
+void check_weight(const WeightView& weight, const char* function);
+
+}  // namespace octavo

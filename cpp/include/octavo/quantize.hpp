@@ -1,0 +1,46 @@
+// Quantization of activations and weights to int8 codes.
+#pragma once
+
+#include "octavo/types.hpp"
+
+namespace octavo {
+
+// Quantize a matrix, one scale per tensor or per row.
+//
+//   absmax    (Eq. 1):   q = clip(rint(x * 127 / absmax), -127, 127)             x ~ q * scale,  scale = absmax / 127
+//   zeropoint (Eq. 2-3): nd = 254 / (max - min), zp = rint(nd * min) + 127
+//                        q = clip(rint(nd * x) - zp, -127, 127)                  x ~ (q + zp) * scale,  scale = 1 / nd
+//
+// All in float32, round half to even, every operation rounded once. Where x * 127 (absmax) would overflow,
+// (x / absmax) * 127; where max - min or nd (zeropoint) would overflow, the same formulas in float64.
+//
+//   x            [m, k] f32, f16 or bf16, any strides
+//   granularity  `tensor` or `row`
+//   exclude      i32 [r] or absent: columns left out of the scale, whose codes are 0 (outlier columns; any order)
+//   codes        [m, k] i8
+//   scale        f32 [1] (`tensor`) or [m] (`row`)
+//   zeropoint    f32, as `scale`, integral values; absent for `absmax`
+//
+// An empty or all-zero group has scale 0 and codes 0 (zeropoint: scale 1; a constant group m has scale |m| and
+// reproduces m). A group holding NaN or Inf has scale NaN and codes 0, so that whatever it produces is NaN.
+// CPU: returns when done. Throws Error (type, value) naming the argument.
+void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+              Vector zeropoint, Stream stream = {});
+
+// Quantize a weight for `linear`: as `quantize` with one scale per tensor (`tensor`, `row`) or per row (`vector`), and
+// the sums of its codes, which the zeropoint product (Eq. 4-5) and the unsigned dot product instructions need.
+//
+//   weight     [n, k] f32, f16 or bf16, finite
+//   codes      [n, k] i8
+//   scale      f32 [1] (`tensor`, `row`) or [n] (`vector`)
+//   zeropoint  f32, as `scale`; absent for `absmax`
+//   code_sums  i32 [n]: sum over k of the codes
+//
+// Throws Error (value) where the weight holds NaN or Inf; the outputs are then unspecified.
+void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                     Vector zeropoint, Vector code_sums, Stream stream = {});
+
+// Sums over k of the codes `[n, k]` of a weight, i32 [n] (for weights that come from a file).
+void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream = {});
+
+}  // namespace octavo

@@ -1,0 +1,100 @@
+// Words shared by every operation: element types, devices, strided views and the names of schemes and policies.
+#pragma once
+
+#include <cstdint>
+
+namespace octavo {
+
+// Element types. Activations, weights and biases are f32, f16 or bf16; codes are i8; accumulators are i32.
+enum class DType : std::uint8_t { f32, f16, bf16, i8, i32 };
+
+// Bytes of one element.
+[[nodiscard]] constexpr std::int64_t size_of(DType dtype) noexcept {
+    switch (dtype) {
+        case DType::f32:
+        case DType::i32: return 4;
+        case DType::f16:
+        case DType::bf16: return 2;
+        case DType::i8: return 1;
+    }
+    return 0;
+}
+
+// Where memory lives. `index` counts the devices of one kind and is 0 for the CPU.
+enum class DeviceKind : std::uint8_t { cpu, cuda };
+struct Device {
+    DeviceKind kind = DeviceKind::cpu;
+    std::int32_t index = 0;
+    friend constexpr bool operator==(const Device&, const Device&) = default;
+};
+
+// The queue that work is ordered on: a cudaStream_t for CUDA memory, ignored for CPU memory (the call returns when
+// the work is done). Opaque, so that no CUDA header is needed here.
+struct Stream {
+    void* handle = nullptr;
+};
+
+// A non-owning strided matrix `[rows, cols]`. Strides count elements and may be zero or negative; `data` points at
+// element (0, 0) and needs no alignment. `Data` is `void` for outputs and `const void` for inputs.
+template <class Data>
+struct BasicMatrix {
+    Data* data = nullptr;
+    DType dtype = DType::f32;
+    Device device{};
+    std::int64_t rows = 0;
+    std::int64_t cols = 0;
+    std::int64_t row_stride = 0;
+    std::int64_t col_stride = 1;
+
+    operator BasicMatrix<const void>() const noexcept {  // NOLINT(google-explicit-constructor): like T* -> const T*
+        return {data, dtype, device, rows, cols, row_stride, col_stride};
+    }
+};
+using Matrix = BasicMatrix<void>;
+using ConstMatrix = BasicMatrix<const void>;
+
+// A non-owning strided vector `[size]`. An optional vector that is not given is
+// `absent_vector`.
+template <class Data>
+struct BasicVector {
+    Data* data = nullptr;
+    DType dtype = DType::f32;
+    Device device{};
+    std::int64_t size = 0;
+    std::int64_t stride = 1;
+    bool present = true;
+
+    operator BasicVector<const void>() const noexcept {  // NOLINT(google-explicit-constructor): like T* -> const T*
+        return {data, dtype, device, size, stride, present};
+    }
+};
+using Vector = BasicVector<void>;
+using ConstVector = BasicVector<const void>;
+inline constexpr Vector absent_vector{.present = false};
+
+// How values map to codes (DESIGN section 2; paper Eq. 1 and Eq. 2-5).
+enum class Scheme : std::uint8_t {
+    absmax,     // x ~ code * scale, scale = absmax / 127
+    zeropoint,  // x ~ (code + zeropoint) * scale, scale = (max - min) / 254
+};
+
+// What shares one scale. It names the product: tensor-wise (one scale for X, one for W), row-wise (one per row of X,
+// one for W), vector-wise (one per row of X and one per output feature, i.e. row, of W).
+enum class Granularity : std::uint8_t { tensor, row, vector };
+
+// Which elements of X go through the 16-bit product (DESIGN section 2, "outlier policies").
+enum class Outliers : std::uint8_t {
+    columns,  // columns of X holding a magnitude >= threshold (or NaN, Inf) anywhere in this call: the paper's rule
+    rows,     // each row's own such elements: a row's result does not depend on the other rows
+    static_,  // the calibrated columns kept with the weight: independent of the data of the call
+    none,     // no decomposition
+};
+
+// Which product to use. On the CPU `auto_` is `int8`.
+enum class Path : std::uint8_t {
+    auto_,
+    int8,         // LLM.int8(): quantize X, int8 product, 16-bit outliers
+    weight_only,  // int8 weights, activations left as they are (W8A16)
+};
+
+}  // namespace octavo

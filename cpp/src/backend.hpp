@@ -1,0 +1,33 @@
+// The interface that every backend fills: the stems of the public headers, with arguments already validated.
+#pragma once
+
+#include "octavo/linear.hpp"
+#include "octavo/types.hpp"
+
+namespace octavo {
+
+// A backend may assume what cpp/src/<stem>.cpp has checked: dtypes, shapes, devices, ranges of scalars, no overlap of
+// `out` with an input, and that there is at least one output element (for `linear` k may still be 0).
+class Backend {
+public:
+    virtual ~Backend() = default;
+    virtual void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes,
+                          Vector scale, Vector zeropoint, Stream stream) const = 0;
+    virtual void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                                 Vector zeropoint, Vector code_sums, Stream stream) const = 0;
+    virtual void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const = 0;
+    virtual void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) const = 0;
+    virtual void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Stream stream) const = 0;
+    virtual void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
+                            Stream stream) const = 0;
+    virtual void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out,
+                        const LinearOptions& options, Stream stream) const = 0;
+};
+
+// The backend for memory on `device`. Throws Error (device) where this build has none for it.
+const Backend& backend_for(Device device, const char* function);
+
+// Defined by cpp/src/cpu/backend.cpp.
+const Backend& cpu_backend();
+
+}  // namespace octavo

@@ -1,0 +1,136 @@
+#include "check.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+namespace octavo::check {
+namespace {
+
+// The bytes that a matrix spans: [begin, end).
+struct Span {
+    std::intptr_t begin;
+    std::intptr_t end;
+};
+
+Span span_of(const ConstMatrix& matrix) {
+    const std::int64_t item = size_of(matrix.dtype);
+    const std::int64_t down = (matrix.rows - 1) * matrix.row_stride * item;
+    const std::int64_t across = (matrix.cols - 1) * matrix.col_stride * item;
+    const auto base = reinterpret_cast<std::intptr_t>(matrix.data);
+    return {base + std::min<std::int64_t>(down, 0) + std::min<std::int64_t>(across, 0),
+            base + std::max<std::int64_t>(down, 0) + std::max<std::int64_t>(across, 0) + item};
+}
+
+// Whether two matrices interleave without touching: rows of the same pitch, each within its own part of it (say the
+// left and the right half of one buffer).
+bool interleave(const ConstMatrix& a, const ConstMatrix& b) {
+    const std::int64_t pitch = a.row_stride * size_of(a.dtype);
+    if (pitch <= 0 || pitch != b.row_stride * size_of(b.dtype) || a.col_stride < 0 || b.col_stride < 0) return false;
+    const std::int64_t a_width = ((a.cols - 1) * a.col_stride + 1) * size_of(a.dtype);
+    const std::int64_t b_width = ((b.cols - 1) * b.col_stride + 1) * size_of(b.dtype);
+    const auto distance = reinterpret_cast<std::intptr_t>(b.data) - reinterpret_cast<std::intptr_t>(a.data);
+    const std::int64_t offset = ((distance % pitch) + pitch) % pitch;  // of b's rows after a's
+    return offset >= a_width && offset + b_width <= pitch;
+}
+
+bool is_empty(const ConstMatrix& matrix) { return matrix.rows == 0 || matrix.cols == 0; }
+
+}  // namespace
+
+void fail(ErrorKind kind, const Argument& argument, const std::string& expected, const std::string& got) {
+    throw Error(kind, std::string(argument.function) + ": " + argument.name + ": expected " + expected + ", got " + got);
+}
+
+std::string to_string(DType dtype) {
+    switch (dtype) {
+        case DType::f32: return "float32";
+        case DType::f16: return "float16";
+        case DType::bf16: return "bfloat16";
+        case DType::i8: return "int8";
+        case DType::i32: return "int32";
+    }
+    return "dtype " + std::to_string(static_cast<int>(dtype));
+}
+
+std::string to_string(Device device) {
+    switch (device.kind) {
+        case DeviceKind::cpu: return "cpu";
+        case DeviceKind::cuda: return "cuda:" + std::to_string(device.index);
+    }
+    return "device kind " + std::to_string(static_cast<int>(device.kind));
+}
+
+std::string shape_of(const ConstMatrix& matrix) {
+    return "[" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + "]";
+}
+
+void is_float(const Argument& argument, DType dtype) {
+    if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) return;
+    fail(ErrorKind::type, argument, "dtype float32, float16 or bfloat16", to_string(dtype));
+}
+
+void is_dtype(const Argument& argument, DType dtype, DType expected) {
+    if (dtype != expected) fail(ErrorKind::type, argument, "dtype " + to_string(expected), to_string(dtype));
+}
+
+void on_device(const Argument& argument, Device device, Device expected) {
+    if (!(device == expected)) fail(ErrorKind::value, argument, "memory on " + to_string(expected), to_string(device));
+}
+
+void has_size(const Argument& argument, std::int64_t size, std::int64_t expected) {
+    if (size == expected) return;
+    fail(ErrorKind::value, argument, "shape [" + std::to_string(expected) + "]", "[" + std::to_string(size) + "]");
+}
+
+void has_shape(const Argument& argument, const ConstMatrix& matrix, std::int64_t rows, std::int64_t cols) {
+    if (matrix.rows == rows && matrix.cols == cols) return;
+    fail(ErrorKind::value, argument, "shape [" + std::to_string(rows) + ", " + std::to_string(cols) + "]",
+         shape_of(matrix));
+}
+
+void is_present(const Argument& argument, bool present, bool expected, const char* when) {
+    if (present == expected) return;
+    fail(ErrorKind::value, argument, std::string(expected ? "an array " : "none ") + when, present ? "an array" : "none");
+}
+
+void is_writable(const Argument& argument, const ConstMatrix& out) {
+    if (is_empty(out)) return;
+    // Distinct elements have distinct addresses where the wider of the two strides steps over all of the narrower.
+    const bool one_row = out.rows == 1;
+    const bool one_col = out.cols == 1;
+    const std::int64_t row_step = std::abs(out.row_stride);
+    const std::int64_t col_step = std::abs(out.col_stride);
+    const bool rows_apart = one_row || row_step >= (one_col ? 1 : (out.cols - 1) * col_step + 1);
+    const bool cols_apart = one_col || col_step >= (one_row ? 1 : (out.rows - 1) * row_step + 1);
+    const bool distinct = (rows_apart && (one_col || col_step > 0)) || (cols_apart && (one_row || row_step > 0));
+    if (distinct) return;
+    fail(ErrorKind::value, argument, "elements that share no memory with each other",
+         "strides [" + std::to_string(out.row_stride) + ", " + std::to_string(out.col_stride) + "] for shape " +
+             shape_of(out));
+}
+
+void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMatrix& input, const char* input_name) {
+    if (is_empty(out) || is_empty(input) || !(out.device == input.device)) return;
+    const Span written = span_of(out);
+    const Span read = span_of(input);
+    if (written.end <= read.begin || read.end <= written.begin || interleave(out, input)) return;
+    fail(ErrorKind::value, argument, std::string("memory apart from ") + input_name, "memory that overlaps it");
+}
+
+void threshold(const Argument& argument, float value) {
+    if (value >= 0.0F) return;
+    fail(ErrorKind::value, argument, "a number >= 0", std::isnan(value) ? "nan" : std::to_string(value));
+}
+
+void depth(const Argument& argument, std::int64_t k) {
+    constexpr std::int64_t most = std::int64_t{1} << 24;
+    if (k <= most) return;
+    fail(ErrorKind::value, argument, "at most 2^24 columns", std::to_string(k));
+}
+
+ConstMatrix as_matrix(const ConstVector& vector) {
+    return {vector.data, vector.dtype, vector.device, vector.present ? 1 : 0, vector.size, 0, vector.stride};
+}
+
+}  // namespace octavo::check

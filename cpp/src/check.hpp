@@ -1,0 +1,45 @@
+// Checks of arguments, and the words of their errors: "<function>: <argument>: expected ..., got ...".
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "octavo/error.hpp"
+#include "octavo/types.hpp"
+
+namespace octavo::check {
+
+// An argument's place in messages.
+struct Argument {
+    const char* function;
+    const char* name;
+};
+
+[[noreturn]] void fail(ErrorKind kind, const Argument& argument, const std::string& expected, const std::string& got);
+
+[[nodiscard]] std::string to_string(DType dtype);
+[[nodiscard]] std::string to_string(Device device);
+[[nodiscard]] std::string shape_of(const ConstMatrix& matrix);
+
+void is_float(const Argument& argument, DType dtype);
+void is_dtype(const Argument& argument, DType dtype, DType expected);
+void on_device(const Argument& argument, Device device, Device expected);
+void has_size(const Argument& argument, std::int64_t size, std::int64_t expected);
+void has_shape(const Argument& argument, const ConstMatrix& matrix, std::int64_t rows, std::int64_t cols);
+
+// Whether an optional vector is present exactly when it should be.
+void is_present(const Argument& argument, bool present, bool expected, const char* when);
+
+// No two elements of an output share memory, and it shares none with an input.
+void is_writable(const Argument& argument, const ConstMatrix& out);
+void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMatrix& input, const char* input_name);
+
+void threshold(const Argument& argument, float value);
+
+// A depth whose sums of codes fit int32.
+void depth(const Argument& argument, std::int64_t k);
+
+// A vector as a matrix of one row, for the checks that take matrices.
+[[nodiscard]] ConstMatrix as_matrix(const ConstVector& vector);
+
+}  // namespace octavo::check

@@ -1,0 +1,45 @@
+// The CPU backend: the operations of operations.hpp behind the interface of cpp/src/backend.hpp. There is no stream.
+#include "backend.hpp"
+
+#include "cpu/operations.hpp"
+
+namespace octavo {
+namespace {
+
+class CpuBackend final : public Backend {
+public:
+    void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+                  Vector zeropoint, Stream /*stream*/) const override {
+        cpu::quantize(x, scheme, granularity, exclude, codes, scale, zeropoint);
+    }
+    void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                         Vector zeropoint, Vector code_sums, Stream /*stream*/) const override {
+        cpu::quantize_weight(weight, scheme, granularity, codes, scale, zeropoint, code_sums);
+    }
+    void sum_codes(ConstMatrix codes, Vector code_sums, Stream /*stream*/) const override {
+        cpu::sum_codes(codes, code_sums);
+    }
+    void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream /*stream*/) const override {
+        cpu::find_outliers(x, threshold, columns, count);
+    }
+    void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Stream /*stream*/) const override {
+        cpu::int8_matmul(a, b, out);
+    }
+    void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
+                    Stream /*stream*/) const override {
+        cpu::dequantize(codes, scale, zeropoint, out);
+    }
+    void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+                Stream /*stream*/) const override {
+        cpu::linear(x, weight, bias, out, options);
+    }
+};
+
+}  // namespace
+
+const Backend& cpu_backend() {
+    static const CpuBackend backend;
+    return backend;
+}
+
+}  // namespace octavo

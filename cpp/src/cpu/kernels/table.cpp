@@ -1,0 +1,26 @@
+#include "cpu/kernels/table.hpp"
+
+#include "cpu/kernels/functions.hpp"
+
+#define OCTAVO_NAME_OF(isa) OCTAVO_QUOTE(isa)
+#define OCTAVO_QUOTE(isa) #isa
+
+namespace octavo::cpu::OCTAVO_ISA {
+
+extern const Kernels table;
+const Kernels table{
+    .isa = OCTAVO_NAME_OF(OCTAVO_ISA),
+    .load = load,
+    .store = store,
+    .range = range,
+    .mark_outliers = mark_outliers,
+    .encode_absmax = encode_absmax,
+    .encode_zeropoint = encode_zeropoint,
+    .scale_sums = scale_sums,
+    .add_scaled = add_scaled,
+    .dot = dot,
+    .sum = sum,
+    .gemm = gemm,
+};
+
+}  // namespace octavo::cpu::OCTAVO_ISA

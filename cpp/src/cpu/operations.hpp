@@ -1,0 +1,19 @@
+// The operations of the CPU backend: the stems of the public headers, which document them.
+#pragma once
+
+#include "octavo/linear.hpp"
+#include "octavo/types.hpp"
+
+namespace octavo::cpu {
+
+void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+              Vector zeropoint);
+void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                     Vector zeropoint, Vector code_sums);
+void sum_codes(ConstMatrix codes, Vector code_sums);
+void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count);
+void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out);
+void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out);
+void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options);
+
+}  // namespace octavo::cpu

@@ -1,0 +1,55 @@
+// Which elements of X are outliers, and their values.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "octavo/linear.hpp"
+#include "octavo/types.hpp"
+
+namespace octavo::cpu {
+
+// O of paper section 3.2, ascending.
+std::vector<std::int32_t> outlier_columns(const ConstMatrix& x, float threshold);
+
+// The elements of X that the 16-bit product takes, under any of the outlier policies.
+class OutlierElements {
+public:
+    OutlierElements(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options);
+
+    // Every column with such an element, ascending.
+    [[nodiscard]] std::span<const std::int32_t> columns() const noexcept { return columns_; }
+
+    // The columns of row i's own elements: all of columns(), except under the policy `rows`.
+    [[nodiscard]] std::span<const std::int32_t> columns_of(std::int64_t row) const noexcept;
+
+    // take(position in columns(), value of x) for each element of row i.
+    template <class Take>
+    void for_each(std::int64_t row, Take take) const {
+        const auto [begin, end] = bounds(row);
+        for (std::int64_t at = begin; at < end; ++at) {
+            const std::int64_t position = per_row_ ? positions_[static_cast<std::size_t>(at)] : at - begin;
+            take(position, values_[static_cast<std::size_t>(at)]);
+        }
+    }
+
+private:
+    struct Bounds {
+        std::int64_t begin;
+        std::int64_t end;
+    };
+    [[nodiscard]] Bounds bounds(std::int64_t row) const noexcept;
+    void gather(const ConstMatrix& x);
+    void gather_per_row(const ConstMatrix& x, float threshold);
+
+    std::vector<std::int32_t> columns_;
+    std::vector<float> values_;  // row after row
+    bool per_row_ = false;
+    // Only under `rows`: where each row's elements begin, their columns, and the places of those in columns_.
+    std::vector<std::int64_t> row_begin_;
+    std::vector<std::int32_t> row_columns_;
+    std::vector<std::int32_t> positions_;
+};
+
+}  // namespace octavo::cpu

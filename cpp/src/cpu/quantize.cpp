@@ -1,0 +1,186 @@
+#include "cpu/quantize.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/operations.hpp"
+#include "cpu/rows.hpp"
+#include "cpu/threads.hpp"
+#include "octavo/error.hpp"
+
+namespace octavo::cpu {
+namespace {
+
+// How the values of one group (a row, or the whole tensor) become codes.
+class Coding {
+public:
+    // `range` is that of the group's values, nothing where it has none.
+    Coding(Scheme scheme, const std::optional<Range>& range) : scheme_(scheme) {
+        if (range && !range->finite) {
+            scale_ = std::numeric_limits<float>::quiet_NaN();
+        } else if (scheme == Scheme::absmax) {
+            absmax_ = range ? std::max(-range->min, range->max) : 0.0F;
+            scale_ = absmax_ / 127.0F;
+            codes_are_zero_ = absmax_ == 0.0F;
+        } else if (range) {
+            set_zeropoint(range->min, range->max);
+        } else {
+            scale_ = 1.0F;
+        }
+    }
+
+    [[nodiscard]] float scale() const noexcept { return scale_; }
+    [[nodiscard]] float zeropoint() const noexcept { return zeropoint_; }
+
+    void encode(const float* x, std::int64_t size, std::int8_t* codes) const {
+        if (codes_are_zero_) {
+            std::fill(codes, codes + size, std::int8_t{0});
+        } else if (scheme_ == Scheme::absmax) {
+            kernels().encode_absmax(x, size, absmax_, codes);
+        } else if (nd_ != 0.0F) {
+            kernels().encode_zeropoint(x, size, nd_, zeropoint_, codes);
+        } else {
+            for (std::int64_t i = 0; i < size; ++i) {
+                const double code = std::nearbyint(wide_nd_ * x[i]) - zeropoint_;
+                codes[i] = static_cast<std::int8_t>(std::clamp(code, -127.0, 127.0));
+            }
+        }
+    }
+
+private:
+    void set_zeropoint(float min, float max) {
+        codes_are_zero_ = false;
+        const float spread = max - min;
+        const float nd = spread != 0.0F ? 254.0F / spread : (max == 0.0F ? 1.0F : 1.0F / std::fabs(max));
+        if (std::isfinite(spread) && std::isfinite(nd)) {
+            nd_ = nd;
+            zeropoint_ = std::nearbyint(nd * min) + 127.0F;
+            scale_ = spread != 0.0F ? spread / 254.0F : (max == 0.0F ? 1.0F : std::fabs(max));
+            return;
+        }
+        // A spread beyond float32's range, or so small that its inverse is: the same in float64.
+        const double wide_spread = static_cast<double>(max) - min;
+        wide_nd_ = wide_spread != 0.0 ? 254.0 / wide_spread : 1.0 / std::fabs(static_cast<double>(max));
+        zeropoint_ = static_cast<float>(std::nearbyint(wide_nd_ * min) + 127.0);
+        scale_ = static_cast<float>(wide_spread != 0.0 ? wide_spread / 254.0 : std::fabs(static_cast<double>(max)));
+    }
+
+    Scheme scheme_;
+    bool codes_are_zero_ = true;
+    float scale_ = 0.0F;
+    float zeropoint_ = 0.0F;
+    float absmax_ = 0.0F;
+    float nd_ = 0.0F;  // 0 where wide_nd_ is used
+    double wide_nd_ = 0.0;
+};
+
+// The range of a row outside its excluded columns, whose places in `row` are overwritten by values that do not change
+// the range (so that the kernels need no mask).
+std::optional<Range> range_outside(std::span<const std::int32_t> excluded, std::int64_t size, float* row) {
+    std::int64_t kept = 0;  // the first column that is not excluded
+    for (const std::int32_t column : excluded) {
+        if (column != kept) break;
+        ++kept;
+    }
+    if (kept == size) return std::nullopt;
+    for (const std::int32_t column : excluded) row[column] = row[kept];
+    return kernels().range(row, size);
+}
+
+std::optional<Range> merge(const std::optional<Range>& a, const std::optional<Range>& b) {
+    if (!a) return b;
+    if (!b) return a;
+    return Range{std::min(a->min, b->min), std::max(a->max, b->max), a->finite && b->finite};
+}
+
+std::optional<Range> range_of(const ConstMatrix& x, const ExcludedColumns& excluded) {
+    std::vector<std::optional<Range>> of_row(static_cast<std::size_t>(x.rows));
+    parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
+        const Scratch<float> row(x.cols);
+        for (std::int64_t i = begin; i < end; ++i) {
+            load_row(x, i, 0, x.cols, row.data());
+            of_row[static_cast<std::size_t>(i)] = range_outside(excluded(i), x.cols, row.data());
+        }
+    });
+    std::optional<Range> whole;
+    for (const auto& range : of_row) whole = merge(whole, range);
+    return whole;
+}
+
+}  // namespace
+
+void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const ExcludedColumns& excluded, Matrix codes,
+                   Vector scale, Vector zeropoint, Vector code_sums) {
+    const auto put_group = [&](std::int64_t group, const Coding& coding) {
+        put(scale, group, coding.scale());
+        if (zeropoint.present) put(zeropoint, group, coding.zeropoint());
+    };
+    std::optional<Coding> whole;
+    if (granularity == Granularity::tensor) {
+        whole.emplace(scheme, range_of(x, excluded));
+        put_group(0, *whole);
+    }
+    parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
+        const Scratch<float> row(x.cols);
+        const Scratch<std::int8_t> row_codes(x.cols);
+        for (std::int64_t i = begin; i < end; ++i) {
+            load_row(x, i, 0, x.cols, row.data());
+            const auto left_out = excluded(i);
+            const auto range = range_outside(left_out, x.cols, row.data());
+            const Coding coding = whole ? *whole : Coding(scheme, range);
+            if (!whole) put_group(i, coding);
+
+            std::int8_t* const target = codes.col_stride == 1 ? static_cast<std::int8_t*>(at(codes, i, 0))
+                                                              : row_codes.data();
+            if (range) coding.encode(row.data(), x.cols, target);
+            for (const std::int32_t column : left_out) target[column] = 0;
+            if (target == row_codes.data()) {
+                for (std::int64_t j = 0; j < x.cols; ++j) *static_cast<std::int8_t*>(at(codes, i, j)) = target[j];
+            }
+            if (code_sums.present) put(code_sums, i, kernels().sum(target, x.cols));
+        }
+    });
+}
+
+void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+              Vector zeropoint) {
+    std::vector<std::int32_t> columns;
+    for (std::int64_t i = 0; i < exclude.size; ++i) {
+        const auto column = get<std::int32_t>(exclude, i);
+        if (column < 0 || column >= x.cols) {
+            throw Error(ErrorKind::value, "quantize: exclude: expected columns of x, 0 to " + std::to_string(x.cols - 1) +
+                                              ", got " + std::to_string(column));
+        }
+        columns.push_back(column);
+    }
+    std::sort(columns.begin(), columns.end());
+    columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
+    quantize_rows(x, scheme, granularity, [&](std::int64_t) { return std::span<const std::int32_t>(columns); }, codes,
+                  scale, zeropoint, absent_vector);
+}
+
+void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                     Vector zeropoint, Vector code_sums) {
+    const auto groups = granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
+    quantize_rows(weight, scheme, groups, [](std::int64_t) { return std::span<const std::int32_t>(); }, codes, scale,
+                  zeropoint, code_sums);
+    for (std::int64_t i = 0; i < scale.size; ++i) {
+        if (std::isnan(get<float>(scale, i))) {
+            const std::string where = scale.size == 1 ? "" : " in row " + std::to_string(i);
+            throw Error(ErrorKind::value, "quantize_weight: weight: expected finite values, got NaN or Inf" + where);
+        }
+    }
+}
+
+void sum_codes(ConstMatrix codes, Vector code_sums) {
+    const ContiguousCodes rows(codes);
+    parallel_for(codes.rows, row_grain(codes.cols), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) put(code_sums, i, kernels().sum(rows.row(i), codes.cols));
+    });
+}
+
+}  // namespace octavo::cpu

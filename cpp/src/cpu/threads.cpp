@@ -1,0 +1,181 @@
+#include "cpu/threads.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "octavo/error.hpp"
+#include "octavo/runtime.hpp"
+
+namespace octavo {
+namespace {
+
+constexpr int most_threads = 1024;
+
+int default_threads() {
+    if (const char* text = std::getenv("OMP_NUM_THREADS")) {
+        // OpenMP allows a list, one number per nesting level; the first is the outermost.
+        const long count = std::strtol(text, nullptr, 10);
+        if (count >= 1) return static_cast<int>(std::min<long>(count, most_threads));
+    }
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return std::max(1, CPU_COUNT(&allowed));
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+std::atomic<int>& thread_count() {
+    static std::atomic<int> count{default_threads()};
+    return count;
+}
+
+}  // namespace
+
+int num_threads() noexcept { return thread_count().load(std::memory_order_relaxed); }
+
+void set_num_threads(int count) {
+    if (count < 1 || count > most_threads) {
+        throw Error(ErrorKind::value, "set_num_threads: count: expected 1 to " + std::to_string(most_threads) + ", got " +
+                                          std::to_string(count));
+    }
+    thread_count().store(count, std::memory_order_relaxed);
+}
+
+namespace cpu {
+namespace {
+
+// A range of work that threads take pieces of until none is left.
+class Job {
+public:
+    Job(std::int64_t count, std::int64_t piece, const std::function<void(std::int64_t, std::int64_t)>& body)
+        : count_(count), piece_(piece), body_(body) {}
+
+    void work() noexcept {
+        for (;;) {
+            const std::int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
+            if (begin >= count_) return;
+            try {
+                body_(begin, std::min(begin + piece_, count_));
+            } catch (...) {
+                const std::lock_guard lock(error_mutex_);
+                if (!error_) error_ = std::current_exception();
+                next_.store(count_, std::memory_order_relaxed);  // the rest is not worth doing
+            }
+        }
+    }
+
+    void rethrow() const {
+        if (error_) std::rethrow_exception(error_);
+    }
+
+private:
+    std::int64_t count_;
+    std::int64_t piece_;
+    const std::function<void(std::int64_t, std::int64_t)>& body_;
+    std::atomic<std::int64_t> next_{0};
+    std::mutex error_mutex_;
+    std::exception_ptr error_;
+};
+
+// Sleeping helpers of one caller at a time. A caller that finds them taken does its work alone.
+class Pool {
+public:
+    // Do the job with up to `helpers` more threads; false, with nothing done, where another caller has them.
+    bool try_run(Job& job, int helpers) {
+        const std::unique_lock caller(caller_mutex_, std::try_to_lock);
+        if (!caller.owns_lock()) return false;
+        {
+            const std::lock_guard lock(mutex_);
+            try {
+                while (static_cast<int>(threads_.size()) < helpers) {
+                    threads_.emplace_back(&Pool::help, this, static_cast<int>(threads_.size()));
+                }
+            } catch (const std::system_error&) {  // no more threads to be had: work with those there are
+                helpers = static_cast<int>(threads_.size());
+            }
+            job_ = &job;
+            wanted_ = helpers;
+            running_ = helpers;
+            ++generation_;
+        }
+        wake_.notify_all();
+        job.work();
+        std::unique_lock lock(mutex_);
+        done_.wait(lock, [&] { return running_ == 0; });
+        job_ = nullptr;
+        return true;
+    }
+
+private:
+    void help(int index) {
+        std::unique_lock lock(mutex_);
+        std::uint64_t seen = generation_ - 1;  // started for the job that is being handed out
+        for (;;) {
+            wake_.wait(lock, [&] { return generation_ != seen; });
+            seen = generation_;
+            if (index >= wanted_) continue;
+            Job* job = job_;
+            lock.unlock();
+            job->work();
+            lock.lock();
+            if (--running_ == 0) done_.notify_one();
+        }
+    }
+
+    std::mutex caller_mutex_;
+    std::mutex mutex_;  // guards all below
+    std::condition_variable wake_;
+    std::condition_variable done_;
+    std::vector<std::thread> threads_;
+    Job* job_ = nullptr;
+    int wanted_ = 0;
+    int running_ = 0;
+    std::uint64_t generation_ = 0;
+};
+
+// The pool lives until the process ends (its threads sleep in it, so it is never destroyed), and a forked child, which
+// inherits none of the threads, starts with a new one.
+std::atomic<Pool*> pool_in_use{nullptr};
+
+Pool& pool() {
+    Pool* current = pool_in_use.load(std::memory_order_acquire);
+    if (current != nullptr) return *current;
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool_in_use.store(nullptr); });
+    static_cast<void>(registered);
+    // No lock here: a fork could find it taken.
+    auto fresh = std::make_unique<Pool>();
+    if (pool_in_use.compare_exchange_strong(current, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
+    return *current;
+}
+
+}  // namespace
+
+void parallel_for(std::int64_t count, std::int64_t grain,
+                  const std::function<void(std::int64_t, std::int64_t)>& body) {
+    if (count <= 0) return;
+    grain = std::max<std::int64_t>(grain, 1);
+    const std::int64_t most_pieces = (count + grain - 1) / grain;
+    const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads(), most_pieces));
+    if (threads <= 1) return body(0, count);
+
+    // Four pieces a thread even out threads of unequal speed.
+    const std::int64_t pieces = std::min<std::int64_t>(most_pieces, std::int64_t{4} * threads);
+    Job job(count, std::max(grain, (count + pieces - 1) / pieces), body);
+    if (!pool().try_run(job, threads - 1)) job.work();
+    job.rethrow();
+}
+
+}  // namespace cpu
+}  // namespace octavo

@@ -1,0 +1,83 @@
+#include "octavo/linear.hpp"
+
+#include "backend.hpp"
+#include "check.hpp"
+
+namespace octavo {
+
+void check_weight(const WeightView& weight, const char* function) {
+    const auto& codes = weight.codes;
+    const std::int64_t groups = weight.granularity == Granularity::vector ? codes.rows : 1;
+    check::is_dtype({function, "weight.codes"}, codes.dtype, DType::i8);
+    check::depth({function, "weight.codes"}, codes.cols);
+    check::is_dtype({function, "weight.scale"}, weight.scale.dtype, DType::f32);
+    check::has_size({function, "weight.scale"}, weight.scale.size, groups);
+    check::on_device({function, "weight.scale"}, weight.scale.device, codes.device);
+    const bool zeropoint = weight.scheme == Scheme::zeropoint;
+    check::is_present({function, "weight.zeropoint"}, weight.zeropoint.present, zeropoint,
+                      zeropoint ? "for scheme zeropoint" : "for scheme absmax");
+    if (zeropoint) {
+        check::is_dtype({function, "weight.zeropoint"}, weight.zeropoint.dtype, DType::f32);
+        check::has_size({function, "weight.zeropoint"}, weight.zeropoint.size, groups);
+        check::on_device({function, "weight.zeropoint"}, weight.zeropoint.device, codes.device);
+    }
+    check::is_dtype({function, "weight.code_sums"}, weight.code_sums.dtype, DType::i32);
+    check::has_size({function, "weight.code_sums"}, weight.code_sums.size, codes.rows);
+    check::on_device({function, "weight.code_sums"}, weight.code_sums.device, codes.device);
+    const auto& columns = weight.outlier_columns;
+    if (!columns.present) return;
+    check::is_dtype({function, "weight.outlier_columns"}, columns.dtype, DType::i32);
+    check::on_device({function, "weight.outlier_columns"}, columns.device, codes.device);
+    check::is_float({function, "weight.outlier_weight"}, weight.outlier_weight.dtype);
+    check::has_shape({function, "weight.outlier_weight"}, weight.outlier_weight, codes.rows, columns.size);
+    check::on_device({function, "weight.outlier_weight"}, weight.outlier_weight.device, codes.device);
+    if (codes.device.kind != DeviceKind::cpu) return;  // the values can be read here on the CPU only
+    std::int32_t previous = -1;
+    for (std::int64_t i = 0; i < columns.size; ++i) {
+        std::int32_t column = 0;
+        __builtin_memcpy(&column, static_cast<const char*>(columns.data) + i * columns.stride * 4, sizeof column);
+        if (column <= previous || column >= codes.cols) {
+            check::fail(ErrorKind::value, {function, "weight.outlier_columns"},
+                        "ascending columns of the weight, 0 to " + std::to_string(codes.cols - 1),
+                        std::to_string(column) + " after " + std::to_string(previous));
+        }
+        previous = column;
+    }
+}
+
+void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+            Stream stream) {
+    constexpr auto function = "linear";
+    check::is_float({function, "x"}, x.dtype);
+    check_weight(weight, function);
+    if (x.cols != weight.codes.cols) {
+        check::fail(ErrorKind::value, {function, "x"},
+                    "k = " + std::to_string(weight.codes.cols) + " columns for a weight of shape " +
+                        check::shape_of(weight.codes),
+                    check::shape_of(x));
+    }
+    check::on_device({function, "weight.codes"}, weight.codes.device, x.device);
+    if (bias.present) {
+        check::is_float({function, "bias"}, bias.dtype);
+        check::has_size({function, "bias"}, bias.size, weight.codes.rows);
+        check::on_device({function, "bias"}, bias.device, x.device);
+    }
+    check::is_float({function, "out"}, out.dtype);
+    check::has_shape({function, "out"}, out, x.rows, weight.codes.rows);
+    check::on_device({function, "out"}, out.device, x.device);
+    check::is_writable({function, "out"}, out);
+    check::is_disjoint({function, "out"}, out, x, "x");
+    check::is_disjoint({function, "out"}, out, weight.codes, "weight.codes");
+    check::is_disjoint({function, "out"}, out, check::as_matrix(weight.scale), "weight.scale");
+    check::is_disjoint({function, "out"}, out, check::as_matrix(bias), "bias");
+    check::threshold({function, "threshold"}, options.threshold);
+    if (options.outliers == Outliers::static_ && options.path != Path::weight_only && !weight.outlier_columns.present) {
+        check::fail(ErrorKind::value, {function, "outliers"},
+                    "a weight with calibrated outlier_columns for 'static'", "a weight without");
+    }
+    const Backend& backend = backend_for(x.device, function);
+    if (out.rows == 0 || out.cols == 0) return;
+    backend.linear(x, weight, bias, out, options, stream);
+}
+
+}  // namespace octavo

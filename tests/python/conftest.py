@@ -1,0 +1,48 @@
+"""Fixtures and the hypothesis profile. One body of tests runs on every backend; what cannot run says why."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# The suite runs on shared machines: torch's own threads only get in the way of what is tested.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+from support import BACKENDS, TYPED, Backend, Typed
+
+settings.register_profile(
+    "octavo",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("octavo")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "s" not in config.option.reportchars:
+        config.option.reportchars += "s"  # no skip without its reason in the summary
+
+
+def _param(value: Any, backend: Backend) -> Any:
+    reason = backend.missing
+    marks = [pytest.mark.skip(reason=reason)] if reason else []
+    return pytest.param(value, id=value.name, marks=marks)
+
+
+@pytest.fixture(scope="session", params=[_param(b, b) for b in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """numpy, torch-cpu, torch-cuda."""
+    result: Backend = request.param
+    return result
+
+
+@pytest.fixture(scope="session", params=[_param(t, t.backend) for t in TYPED])
+def typed(request: pytest.FixtureRequest) -> Typed:
+    """Every backend with every float dtype it has."""
+    result: Typed = request.param
+    return result
