@@ -1,0 +1,259 @@
+// The C ABI: octavo.h in terms of the C++ functions. It checks what C's types leave open (NULL, unknown enum values,
+// negative sizes) and turns exceptions into status codes.
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <string>
+
+#include "check.hpp"
+#include "octavo/octavo.h"
+#include "octavo/octavo.hpp"
+
+namespace octavo {
+namespace {
+
+using check::Argument;
+
+// Of fixed size, so that a message can be kept when there is no memory left.
+thread_local char last_error[1024];
+
+octavo_status failed(octavo_status status, const char* message) noexcept {
+    // Longer messages lose their end.
+    static_cast<void>(std::snprintf(last_error, sizeof last_error, "%s", message));
+    return status;
+}
+
+octavo_status status_of(ErrorKind kind) noexcept {
+    switch (kind) {
+        case ErrorKind::type: return octavo_status_type;
+        case ErrorKind::value: return octavo_status_value;
+        case ErrorKind::device: return octavo_status_device;
+    }
+    return octavo_status_internal;
+}
+
+template <class Body>
+octavo_status report(Body body) noexcept {
+    last_error[0] = '\0';
+    try {
+        body();
+        return octavo_status_ok;
+    } catch (const Error& error) {
+        return failed(status_of(error.kind()), error.what());
+    } catch (const std::bad_alloc&) {
+        return failed(octavo_status_memory, "octavo: not enough memory");
+    } catch (const std::exception& error) {
+        return failed(octavo_status_internal, error.what());
+    } catch (...) {
+        return failed(octavo_status_internal, "octavo: unknown exception");
+    }
+}
+
+[[noreturn]] void unknown_value(const Argument& argument, const char* type, std::int32_t value) {
+    check::fail(ErrorKind::value, argument, std::string("a value of ") + type, std::to_string(value));
+}
+
+DType dtype_of(const Argument& argument, octavo_dtype value) {
+    switch (value) {
+        case octavo_dtype_f32: return DType::f32;
+        case octavo_dtype_f16: return DType::f16;
+        case octavo_dtype_bf16: return DType::bf16;
+        case octavo_dtype_i8: return DType::i8;
+        case octavo_dtype_i32: return DType::i32;
+        default: unknown_value(argument, "octavo_dtype", value);
+    }
+}
+
+Device device_of(const Argument& argument, octavo_device value) {
+    switch (value.kind) {
+        case octavo_device_cpu: return {DeviceKind::cpu, value.index};
+        case octavo_device_cuda: return {DeviceKind::cuda, value.index};
+        default: unknown_value(argument, "octavo_device_kind", value.kind);
+    }
+}
+
+Scheme scheme_of(const Argument& argument, octavo_scheme value) {
+    switch (value) {
+        case octavo_scheme_absmax: return Scheme::absmax;
+        case octavo_scheme_zeropoint: return Scheme::zeropoint;
+        default: unknown_value(argument, "octavo_scheme", value);
+    }
+}
+
+Granularity granularity_of(const Argument& argument, octavo_granularity value) {
+    switch (value) {
+        case octavo_granularity_tensor: return Granularity::tensor;
+        case octavo_granularity_row: return Granularity::row;
+        case octavo_granularity_vector: return Granularity::vector;
+        default: unknown_value(argument, "octavo_granularity", value);
+    }
+}
+
+Outliers outliers_of(const Argument& argument, octavo_outliers value) {
+    switch (value) {
+        case octavo_outliers_columns: return Outliers::columns;
+        case octavo_outliers_rows: return Outliers::rows;
+        case octavo_outliers_static: return Outliers::static_;
+        case octavo_outliers_none: return Outliers::none;
+        default: unknown_value(argument, "octavo_outliers", value);
+    }
+}
+
+Path path_of(const Argument& argument, octavo_path value) {
+    switch (value) {
+        case octavo_path_auto: return Path::auto_;
+        case octavo_path_int8: return Path::int8;
+        case octavo_path_weight_only: return Path::weight_only;
+        default: unknown_value(argument, "octavo_path", value);
+    }
+}
+
+template <class T>
+const T& not_null(const Argument& argument, const T* pointer) {
+    if (pointer == nullptr) check::fail(ErrorKind::value, argument, "a pointer", "NULL");
+    return *pointer;
+}
+
+Matrix matrix_of(const Argument& argument, const octavo_matrix* pointer) {
+    const octavo_matrix& view = not_null(argument, pointer);
+    const Matrix matrix{view.data,
+                        dtype_of(argument, view.dtype),
+                        device_of(argument, view.device),
+                        view.rows,
+                        view.cols,
+                        view.row_stride,
+                        view.col_stride};
+    if (view.rows < 0 || view.cols < 0) {
+        check::fail(ErrorKind::value, argument, "rows and cols >= 0", check::shape_of(matrix));
+    }
+    if (view.data == nullptr && view.rows > 0 && view.cols > 0) {
+        check::fail(ErrorKind::value, argument, "data of shape " + check::shape_of(matrix), "data NULL");
+    }
+    return matrix;
+}
+
+Vector vector_of(const Argument& argument, const octavo_vector* pointer) {
+    const octavo_vector& view = not_null(argument, pointer);
+    if (view.size < 0) check::fail(ErrorKind::value, argument, "size >= 0", std::to_string(view.size));
+    if (view.data == nullptr && view.size > 0) {
+        check::fail(ErrorKind::value, argument, "data of shape [" + std::to_string(view.size) + "]", "data NULL");
+    }
+    return {view.data, dtype_of(argument, view.dtype), device_of(argument, view.device), view.size, view.stride, true};
+}
+
+Vector optional_vector_of(const Argument& argument, const octavo_vector* pointer) {
+    return pointer == nullptr ? absent_vector : vector_of(argument, pointer);
+}
+
+WeightView weight_of(const char* function, const octavo_weight_view* pointer) {
+    const octavo_weight_view& view = not_null({function, "weight"}, pointer);
+    WeightView weight;
+    weight.codes = matrix_of({function, "weight.codes"}, &view.codes);
+    weight.scale = vector_of({function, "weight.scale"}, &view.scale);
+    weight.zeropoint = optional_vector_of({function, "weight.zeropoint"}, view.zeropoint);
+    weight.code_sums = vector_of({function, "weight.code_sums"}, &view.code_sums);
+    weight.outlier_columns = optional_vector_of({function, "weight.outlier_columns"}, view.outlier_columns);
+    if (weight.outlier_columns.present) {
+        weight.outlier_weight = matrix_of({function, "weight.outlier_weight"}, view.outlier_weight);
+    }
+    weight.scheme = scheme_of({function, "weight.scheme"}, view.scheme);
+    weight.granularity = granularity_of({function, "weight.granularity"}, view.granularity);
+    return weight;
+}
+
+LinearOptions options_of(const char* function, const octavo_linear_options* pointer) {
+    if (pointer == nullptr) return {};
+    return {pointer->threshold, outliers_of({function, "outliers"}, pointer->outliers),
+            path_of({function, "path"}, pointer->path)};
+}
+
+}  // namespace
+}  // namespace octavo
+
+using namespace octavo;  // NOLINT(google-build-using-namespace): this file is made of nothing else
+
+const char* octavo_last_error(void) { return last_error; }
+
+octavo_status octavo_quantize(const octavo_matrix* x, octavo_scheme scheme, octavo_granularity granularity,
+                              const octavo_vector* exclude, const octavo_matrix* codes, const octavo_vector* scale,
+                              const octavo_vector* zeropoint, void* stream) {
+    return report([&] {
+        constexpr auto function = "quantize";
+        quantize(matrix_of({function, "x"}, x), scheme_of({function, "scheme"}, scheme),
+                 granularity_of({function, "granularity"}, granularity),
+                 optional_vector_of({function, "exclude"}, exclude), matrix_of({function, "codes"}, codes),
+                 vector_of({function, "scale"}, scale), optional_vector_of({function, "zeropoint"}, zeropoint),
+                 {stream});
+    });
+}
+
+octavo_status octavo_quantize_weight(const octavo_matrix* weight, octavo_scheme scheme, octavo_granularity granularity,
+                                     const octavo_matrix* codes, const octavo_vector* scale,
+                                     const octavo_vector* zeropoint, const octavo_vector* code_sums, void* stream) {
+    return report([&] {
+        constexpr auto function = "quantize_weight";
+        quantize_weight(matrix_of({function, "weight"}, weight), scheme_of({function, "scheme"}, scheme),
+                        granularity_of({function, "granularity"}, granularity), matrix_of({function, "codes"}, codes),
+                        vector_of({function, "scale"}, scale), optional_vector_of({function, "zeropoint"}, zeropoint),
+                        vector_of({function, "code_sums"}, code_sums), {stream});
+    });
+}
+
+octavo_status octavo_sum_codes(const octavo_matrix* codes, const octavo_vector* code_sums, void* stream) {
+    return report([&] {
+        constexpr auto function = "sum_codes";
+        sum_codes(matrix_of({function, "codes"}, codes), vector_of({function, "code_sums"}, code_sums), {stream});
+    });
+}
+
+octavo_status octavo_find_outliers(const octavo_matrix* x, float threshold, const octavo_vector* columns,
+                                   const octavo_vector* count, void* stream) {
+    return report([&] {
+        constexpr auto function = "find_outliers";
+        find_outliers(matrix_of({function, "x"}, x), threshold, vector_of({function, "columns"}, columns),
+                      vector_of({function, "count"}, count), {stream});
+    });
+}
+
+octavo_status octavo_int8_matmul(const octavo_matrix* a, const octavo_matrix* b, const octavo_matrix* out,
+                                 void* stream) {
+    return report([&] {
+        constexpr auto function = "int8_matmul";
+        int8_matmul(matrix_of({function, "a"}, a), matrix_of({function, "b"}, b), matrix_of({function, "out"}, out),
+                    {stream});
+    });
+}
+
+octavo_status octavo_dequantize(const octavo_matrix* codes, const octavo_vector* scale, const octavo_vector* zeropoint,
+                                const octavo_matrix* out, void* stream) {
+    return report([&] {
+        constexpr auto function = "dequantize";
+        dequantize(matrix_of({function, "codes"}, codes), vector_of({function, "scale"}, scale),
+                   optional_vector_of({function, "zeropoint"}, zeropoint), matrix_of({function, "out"}, out), {stream});
+    });
+}
+
+octavo_status octavo_linear(const octavo_matrix* x, const octavo_weight_view* weight, const octavo_vector* bias,
+                            const octavo_matrix* out, const octavo_linear_options* options, void* stream) {
+    return report([&] {
+        constexpr auto function = "linear";
+        linear(matrix_of({function, "x"}, x), weight_of(function, weight), optional_vector_of({function, "bias"}, bias),
+               matrix_of({function, "out"}, out), options_of(function, options), {stream});
+    });
+}
+
+const char* octavo_version(void) { return version(); }
+
+std::int32_t octavo_num_threads(void) { return num_threads(); }
+
+octavo_status octavo_set_num_threads(std::int32_t count) {
+    return report([&] { set_num_threads(count); });
+}
+
+octavo_status octavo_cpu_isa(const char** isa) {
+    return report([&] {
+        not_null({"cpu_isa", "isa"}, isa);
+        *isa = cpu_isa();
+    });
+}

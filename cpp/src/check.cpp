@@ -36,10 +36,16 @@ bool interleave(const ConstMatrix& a, const ConstMatrix& b) {
 
 bool is_empty(const ConstMatrix& matrix) { return matrix.rows == 0 || matrix.cols == 0; }
 
+// A vector as a matrix of one row (of none where it is absent), for the checks that take matrices.
+ConstMatrix as_matrix(const ConstVector& vector) {
+    return {vector.data, vector.dtype, vector.device, vector.present ? 1 : 0, vector.size, 0, vector.stride};
+}
+
 }  // namespace
 
 void fail(ErrorKind kind, const Argument& argument, const std::string& expected, const std::string& got) {
-    throw Error(kind, std::string(argument.function) + ": " + argument.name + ": expected " + expected + ", got " + got);
+    throw Error(kind,
+                std::string(argument.function) + ": " + argument.name + ": expected " + expected + ", got " + got);
 }
 
 std::string to_string(DType dtype) {
@@ -91,7 +97,8 @@ void has_shape(const Argument& argument, const ConstMatrix& matrix, std::int64_t
 
 void is_present(const Argument& argument, bool present, bool expected, const char* when) {
     if (present == expected) return;
-    fail(ErrorKind::value, argument, std::string(expected ? "an array " : "none ") + when, present ? "an array" : "none");
+    fail(ErrorKind::value, argument, std::string(expected ? "an array " : "none ") + when,
+         present ? "an array" : "none");
 }
 
 void is_writable(const Argument& argument, const ConstMatrix& out) {
@@ -110,12 +117,18 @@ void is_writable(const Argument& argument, const ConstMatrix& out) {
              shape_of(out));
 }
 
+void is_writable(const Argument& argument, const ConstVector& out) { is_writable(argument, as_matrix(out)); }
+
 void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMatrix& input, const char* input_name) {
     if (is_empty(out) || is_empty(input) || !(out.device == input.device)) return;
     const Span written = span_of(out);
     const Span read = span_of(input);
     if (written.end <= read.begin || read.end <= written.begin || interleave(out, input)) return;
     fail(ErrorKind::value, argument, std::string("memory apart from ") + input_name, "memory that overlaps it");
+}
+
+void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstVector& input, const char* input_name) {
+    is_disjoint(argument, out, as_matrix(input), input_name);
 }
 
 void threshold(const Argument& argument, float value) {
@@ -127,10 +140,6 @@ void depth(const Argument& argument, std::int64_t k) {
     constexpr std::int64_t most = std::int64_t{1} << 24;
     if (k <= most) return;
     fail(ErrorKind::value, argument, "at most 2^24 columns", std::to_string(k));
-}
-
-ConstMatrix as_matrix(const ConstVector& vector) {
-    return {vector.data, vector.dtype, vector.device, vector.present ? 1 : 0, vector.size, 0, vector.stride};
 }
 
 }  // namespace octavo::check

@@ -32,14 +32,13 @@ void is_present(const Argument& argument, bool present, bool expected, const cha
 
 // No two elements of an output share memory, and it shares none with an input.
 void is_writable(const Argument& argument, const ConstMatrix& out);
+void is_writable(const Argument& argument, const ConstVector& out);
 void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMatrix& input, const char* input_name);
+void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstVector& input, const char* input_name);
 
 void threshold(const Argument& argument, float value);
 
 // A depth whose sums of codes fit int32.
 void depth(const Argument& argument, std::int64_t k);
-
-// A vector as a matrix of one row, for the checks that take matrices.
-[[nodiscard]] ConstMatrix as_matrix(const ConstVector& vector);
 
 }  // namespace octavo::check

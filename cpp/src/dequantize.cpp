@@ -21,6 +21,8 @@ void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Mat
     check::on_device({function, "out"}, out.device, codes.device);
     check::is_writable({function, "out"}, out);
     check::is_disjoint({function, "out"}, out, codes, "codes");
+    check::is_disjoint({function, "out"}, out, scale, "scale");
+    check::is_disjoint({function, "out"}, out, zeropoint, "zeropoint");
     const Backend& backend = backend_for(codes.device, function);
     if (out.rows == 0 || out.cols == 0) return;
     backend.dequantize(codes, scale, zeropoint, out, stream);

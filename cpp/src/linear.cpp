@@ -68,12 +68,16 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
     check::is_writable({function, "out"}, out);
     check::is_disjoint({function, "out"}, out, x, "x");
     check::is_disjoint({function, "out"}, out, weight.codes, "weight.codes");
-    check::is_disjoint({function, "out"}, out, check::as_matrix(weight.scale), "weight.scale");
-    check::is_disjoint({function, "out"}, out, check::as_matrix(bias), "bias");
+    check::is_disjoint({function, "out"}, out, weight.scale, "weight.scale");
+    check::is_disjoint({function, "out"}, out, weight.zeropoint, "weight.zeropoint");
+    check::is_disjoint({function, "out"}, out, weight.code_sums, "weight.code_sums");
+    check::is_disjoint({function, "out"}, out, weight.outlier_columns, "weight.outlier_columns");
+    check::is_disjoint({function, "out"}, out, weight.outlier_weight, "weight.outlier_weight");
+    check::is_disjoint({function, "out"}, out, bias, "bias");
     check::threshold({function, "threshold"}, options.threshold);
     if (options.outliers == Outliers::static_ && options.path != Path::weight_only && !weight.outlier_columns.present) {
-        check::fail(ErrorKind::value, {function, "outliers"},
-                    "a weight with calibrated outlier_columns for 'static'", "a weight without");
+        check::fail(ErrorKind::value, {function, "outliers"}, "a weight with calibrated outlier_columns for 'static'",
+                    "a weight without");
     }
     const Backend& backend = backend_for(x.device, function);
     if (out.rows == 0 || out.cols == 0) return;

@@ -12,6 +12,7 @@ void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count,
     check::is_dtype({function, "columns"}, columns.dtype, DType::i32);
     check::has_size({function, "columns"}, columns.size, x.cols);
     check::on_device({function, "columns"}, columns.device, x.device);
+    check::is_writable({function, "columns"}, columns);
     check::is_dtype({function, "count"}, count.dtype, DType::i32);
     check::has_size({function, "count"}, count.size, 1);
     check::on_device({function, "count"}, count.device, x.device);

@@ -17,12 +17,14 @@ void check_outputs(const char* function, const ConstMatrix& source, const char* 
     check::is_dtype({function, "scale"}, scale.dtype, DType::f32);
     check::has_size({function, "scale"}, scale.size, groups);
     check::on_device({function, "scale"}, scale.device, source.device);
+    check::is_writable({function, "scale"}, scale);
     check::is_present({function, "zeropoint"}, zeropoint.present, scheme == Scheme::zeropoint,
                       scheme == Scheme::zeropoint ? "for scheme zeropoint" : "for scheme absmax");
     if (!zeropoint.present) return;
     check::is_dtype({function, "zeropoint"}, zeropoint.dtype, DType::f32);
     check::has_size({function, "zeropoint"}, zeropoint.size, groups);
     check::on_device({function, "zeropoint"}, zeropoint.device, source.device);
+    check::is_writable({function, "zeropoint"}, zeropoint);
 }
 
 }  // namespace
@@ -53,6 +55,7 @@ void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity,
     check::is_dtype({function, "code_sums"}, code_sums.dtype, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, weight.rows);
     check::on_device({function, "code_sums"}, code_sums.device, weight.device);
+    check::is_writable({function, "code_sums"}, code_sums);
     backend_for(weight.device, function)
         .quantize_weight(weight, scheme, granularity, codes, scale, zeropoint, code_sums, stream);
 }
@@ -64,6 +67,7 @@ void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) {
     check::is_dtype({function, "code_sums"}, code_sums.dtype, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, codes.rows);
     check::on_device({function, "code_sums"}, code_sums.device, codes.device);
+    check::is_writable({function, "code_sums"}, code_sums);
     backend_for(codes.device, function).sum_codes(codes, code_sums, stream);
 }
 

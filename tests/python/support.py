@@ -60,7 +60,7 @@ class Backend:
         if name == "bfloat16":
             torch = _torch()
             bits = ref.float32_to_bfloat16(values).reshape(values.shape).view(np.int16)
-            return torch.from_numpy(bits.copy()).view(torch.bfloat16).to(self.device)
+            return torch.from_numpy(bits.copy()).view(torch.bfloat16).clone().to(self.device)  # clone: not a view
         native = np.array(values, dtype=name, order="C", copy=True)
         return _torch().from_numpy(native).to(self.device) if self.framework == "torch" else native
 

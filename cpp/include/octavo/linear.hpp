@@ -8,12 +8,12 @@ namespace octavo {
 // A weight made by `quantize_weight`, plus, optionally, the original values of calibrated outlier columns.
 // Views only: the memory stays the caller's.
 struct WeightView {
-    ConstMatrix codes;                             // [n, k] i8
-    ConstVector scale;                             // f32 [1] or, for `vector`, [n]
-    ConstVector zeropoint = absent_vector;         // f32 as `scale` for Scheme::zeropoint, absent for absmax
-    ConstVector code_sums;                         // i32 [n]
-    ConstVector outlier_columns = absent_vector;   // i32 [r], ascending, unique: the columns kept in 16 bit
-    ConstMatrix outlier_weight{};                  // [n, r] f32, f16 or bf16: their original weights
+    ConstMatrix codes;                            // [n, k] i8
+    ConstVector scale;                            // f32 [1] or, for `vector`, [n]
+    ConstVector zeropoint = absent_vector;        // f32 as `scale` for Scheme::zeropoint, absent for absmax
+    ConstVector code_sums;                        // i32 [n]
+    ConstVector outlier_columns = absent_vector;  // i32 [r], ascending, unique: the columns kept in 16 bit
+    ConstMatrix outlier_weight{};                 // [n, r] f32, f16 or bf16: their original weights
     Scheme scheme = Scheme::absmax;
     Granularity granularity = Granularity::vector;
 };

@@ -8,8 +8,8 @@ namespace {
 
 class CpuBackend final : public Backend {
 public:
-    void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
-                  Vector zeropoint, Stream /*stream*/) const override {
+    void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes,
+                  Vector scale, Vector zeropoint, Stream /*stream*/) const override {
         cpu::quantize(x, scheme, granularity, exclude, codes, scale, zeropoint);
     }
     void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,

@@ -13,7 +13,8 @@ void for_each_panel(std::int64_t m, std::int64_t n, std::int64_t k, const std::f
     const std::int64_t column_blocks = (n + tile_cols - 1) / tile_cols;
     // Four panels a thread even out threads of unequal speed.
     const std::int64_t wanted = num_threads() > 1 ? std::int64_t{4} * num_threads() : 1;
-    const std::int64_t row_groups = std::clamp<std::int64_t>(wanted / column_blocks, 1, (m + tile_rows - 1) / tile_rows);
+    const std::int64_t row_groups =
+        std::clamp<std::int64_t>(wanted / column_blocks, 1, (m + tile_rows - 1) / tile_rows);
     const std::int64_t tiles_per_group = ((m + tile_rows - 1) / tile_rows + row_groups - 1) / row_groups;
     const std::int64_t rows_per_group = tiles_per_group * tile_rows;
     const std::int64_t panels = column_blocks * ((m + rows_per_group - 1) / rows_per_group);

@@ -29,8 +29,9 @@ struct QuantizedX {
         scale = {.data = scales.data(), .size = count};
         zeropoint = {.data = zeropoints.data(), .size = count, .present = has_zeropoint};
         codes = {memory.data(), DType::i8, {}, x.rows, x.cols, x.cols, 1};
-        quantize_rows(x, weight.scheme, groups, [&](std::int64_t row) { return outliers.columns_of(row); }, codes, scale,
-                      zeropoint, {.data = sums.data(), .dtype = DType::i32, .size = x.rows, .present = has_zeropoint});
+        quantize_rows(x, weight.scheme, groups, [&](std::int64_t row) { return outliers.columns_of(row); }, codes,
+                      scale, zeropoint,
+                      {.data = sums.data(), .dtype = DType::i32, .size = x.rows, .present = has_zeropoint});
     }
 
     Scratch<std::int8_t> memory;

@@ -65,8 +65,7 @@ void OutlierElements::gather(const ConstMatrix& x) {
     parallel_for(x.rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             for (std::int64_t o = 0; o < width; ++o) {
-                load_row(x, i, columns_[static_cast<std::size_t>(o)], 1,
-                         values_.data() + i * width + o);
+                load_row(x, i, columns_[static_cast<std::size_t>(o)], 1, values_.data() + i * width + o);
             }
         }
     });

@@ -23,7 +23,7 @@ public:
         if (range && !range->finite) {
             scale_ = std::numeric_limits<float>::quiet_NaN();
         } else if (scheme == Scheme::absmax) {
-            absmax_ = range ? std::max(-range->min, range->max) : 0.0F;
+            absmax_ = range ? std::max({0.0F, -range->min, range->max}) : 0.0F;  // 0 first: never -0
             scale_ = absmax_ / 127.0F;
             codes_are_zero_ = absmax_ == 0.0F;
         } else if (range) {
@@ -45,7 +45,7 @@ public:
             kernels().encode_zeropoint(x, size, nd_, zeropoint_, codes);
         } else {
             for (std::int64_t i = 0; i < size; ++i) {
-                const double code = std::nearbyint(wide_nd_ * x[i]) - zeropoint_;
+                const double code = std::nearbyint(wide_nd_ * x[i]) - wide_zeropoint_;
                 codes[i] = static_cast<std::int8_t>(std::clamp(code, -127.0, 127.0));
             }
         }
@@ -54,19 +54,20 @@ public:
 private:
     void set_zeropoint(float min, float max) {
         codes_are_zero_ = false;
+        const float constant = max == 0.0F ? 1.0F : std::fabs(max);  // the scale of a constant group
+        const double wide_spread = static_cast<double>(max) - min;
+        scale_ = wide_spread != 0.0 ? static_cast<float>(wide_spread / 254.0) : constant;
         const float spread = max - min;
-        const float nd = spread != 0.0F ? 254.0F / spread : (max == 0.0F ? 1.0F : 1.0F / std::fabs(max));
+        const float nd = spread != 0.0F ? 254.0F / spread : 1.0F / constant;
         if (std::isfinite(spread) && std::isfinite(nd)) {
             nd_ = nd;
             zeropoint_ = std::nearbyint(nd * min) + 127.0F;
-            scale_ = spread != 0.0F ? spread / 254.0F : (max == 0.0F ? 1.0F : std::fabs(max));
             return;
         }
         // A spread beyond float32's range, or so small that its inverse is: the same in float64.
-        const double wide_spread = static_cast<double>(max) - min;
-        wide_nd_ = wide_spread != 0.0 ? 254.0 / wide_spread : 1.0 / std::fabs(static_cast<double>(max));
-        zeropoint_ = static_cast<float>(std::nearbyint(wide_nd_ * min) + 127.0);
-        scale_ = static_cast<float>(wide_spread != 0.0 ? wide_spread / 254.0 : std::fabs(static_cast<double>(max)));
+        wide_nd_ = wide_spread != 0.0 ? 254.0 / wide_spread : 1.0 / static_cast<double>(constant);
+        wide_zeropoint_ = std::nearbyint(wide_nd_ * min) + 127.0;
+        zeropoint_ = static_cast<float>(wide_zeropoint_);
     }
 
     Scheme scheme_;
@@ -76,6 +77,7 @@ private:
     float absmax_ = 0.0F;
     float nd_ = 0.0F;  // 0 where wide_nd_ is used
     double wide_nd_ = 0.0;
+    double wide_zeropoint_ = 0.0;
 };
 
 // The range of a row outside its excluded columns, whose places in `row` are overwritten by values that do not change
@@ -134,8 +136,8 @@ void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const 
             const Coding coding = whole ? *whole : Coding(scheme, range);
             if (!whole) put_group(i, coding);
 
-            std::int8_t* const target = codes.col_stride == 1 ? static_cast<std::int8_t*>(at(codes, i, 0))
-                                                              : row_codes.data();
+            std::int8_t* const target =
+                codes.col_stride == 1 ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data();
             if (range) coding.encode(row.data(), x.cols, target);
             for (const std::int32_t column : left_out) target[column] = 0;
             if (target == row_codes.data()) {
@@ -152,22 +154,24 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
     for (std::int64_t i = 0; i < exclude.size; ++i) {
         const auto column = get<std::int32_t>(exclude, i);
         if (column < 0 || column >= x.cols) {
-            throw Error(ErrorKind::value, "quantize: exclude: expected columns of x, 0 to " + std::to_string(x.cols - 1) +
-                                              ", got " + std::to_string(column));
+            throw Error(ErrorKind::value, "quantize: exclude: expected columns of x, 0 to " +
+                                              std::to_string(x.cols - 1) + ", got " + std::to_string(column));
         }
         columns.push_back(column);
     }
     std::sort(columns.begin(), columns.end());
     columns.erase(std::unique(columns.begin(), columns.end()), columns.end());
-    quantize_rows(x, scheme, granularity, [&](std::int64_t) { return std::span<const std::int32_t>(columns); }, codes,
-                  scale, zeropoint, absent_vector);
+    quantize_rows(
+        x, scheme, granularity, [&](std::int64_t) { return std::span<const std::int32_t>(columns); }, codes, scale,
+        zeropoint, absent_vector);
 }
 
 void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                      Vector zeropoint, Vector code_sums) {
     const auto groups = granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
-    quantize_rows(weight, scheme, groups, [](std::int64_t) { return std::span<const std::int32_t>(); }, codes, scale,
-                  zeropoint, code_sums);
+    quantize_rows(
+        weight, scheme, groups, [](std::int64_t) { return std::span<const std::int32_t>(); }, codes, scale, zeropoint,
+        code_sums);
     for (std::int64_t i = 0; i < scale.size; ++i) {
         if (std::isnan(get<float>(scale, i))) {
             const std::string where = scale.size == 1 ? "" : " in row " + std::to_string(i);

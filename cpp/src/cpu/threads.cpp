@@ -47,8 +47,8 @@ int num_threads() noexcept { return thread_count().load(std::memory_order_relaxe
 
 void set_num_threads(int count) {
     if (count < 1 || count > most_threads) {
-        throw Error(ErrorKind::value, "set_num_threads: count: expected 1 to " + std::to_string(most_threads) + ", got " +
-                                          std::to_string(count));
+        throw Error(ErrorKind::value, "set_num_threads: count: expected 1 to " + std::to_string(most_threads) +
+                                          ", got " + std::to_string(count));
     }
     thread_count().store(count, std::memory_order_relaxed);
 }
@@ -162,8 +162,7 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(std::int64_t count, std::int64_t grain,
-                  const std::function<void(std::int64_t, std::int64_t)>& body) {
+void parallel_for(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body) {
     if (count <= 0) return;
     grain = std::max<std::int64_t>(grain, 1);
     const std::int64_t most_pieces = (count + grain - 1) / grain;

@@ -15,6 +15,7 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 EVALUATION_SENTENCES = 200
 CALIBRATION_SENTENCES = 64
@@ -40,34 +41,30 @@ class TooFewSentences(RuntimeError):
     """This Python installation carries too little documentation."""
 
 
-def sentences(count: int = EVALUATION_SENTENCES) -> list[str]:
-    """The `count` sentences to embed: distinct, in a fixed order.
+class Sentences(NamedTuple):
+    """What to embed, and other sentences for a calibration pass. No sentence is in both."""
 
-    Raises TooFewSentences where this Python does not carry that many.
+    evaluation: list[str]
+    calibration: list[str]
+
+
+def load(evaluation: int = EVALUATION_SENTENCES, calibration: int = CALIBRATION_SENTENCES) -> Sentences:
+    """The first `evaluation` sentences, and `calibration` more from behind the first 200.
+
+    Raises TooFewSentences where this Python does not carry enough of them.
     """
-    return _take(0, count)
-
-
-def calibration_sentences(count: int = CALIBRATION_SENTENCES) -> list[str]:
-    """`count` sentences that are never among the first 200: what a calibration pass may see.
-
-    Raises TooFewSentences where this Python does not carry that many.
-    """
-    return _take(EVALUATION_SENTENCES, count)
-
-
-def _take(start: int, count: int) -> list[str]:
-    found = _all_sentences()
-    if len(found) < start + count:
+    found = all_sentences()
+    start = max(evaluation, EVALUATION_SENTENCES)
+    if len(found) < start + calibration:
         raise TooFewSentences(
-            f"octavo demo: needs {start + count} sentences of documentation, found {len(found)} in the standard "
-            f"library of this Python ({_library()}); use a Python installed with its source files"
+            f"needs {start + calibration} sentences of documentation, found {len(found)} in the standard library "
+            f"of this Python ({_library()}); use a Python that is installed with its source files"
         )
-    return found[start : start + count]
+    return Sentences(found[:evaluation], found[start : start + calibration])
 
 
-def _all_sentences() -> list[str]:
-    """Every distinct sentence, ordered by the SHA-256 of its text."""
+def all_sentences() -> list[str]:
+    """Every distinct sentence, ordered by the SHA-256 of its text. Takes a second or two."""
     distinct = {sentence for paragraph in _paragraphs() for sentence in split_sentences(paragraph)}
     return sorted(distinct, key=lambda sentence: hashlib.sha256(sentence.encode()).digest())
 
@@ -97,7 +94,7 @@ def _documentation() -> Iterator[str]:
         try:
             tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
-            continue  # a file that cannot be read only makes the collection smaller; _take checks its size
+            continue  # a file that cannot be read only makes the collection smaller; load checks its size
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 yield ast.get_docstring(node) or ""

@@ -2,9 +2,8 @@
 //
 // Plain loops that the compiler vectorizes for the instruction set this copy is built for. Reductions keep partial
 // results in an array of lanes, because a compiler may not reorder float operations by itself.
-#include "cpu/kernels/functions.hpp"
-
 #include "cpu/kernels/convert.hpp"
+#include "cpu/kernels/functions.hpp"
 
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
@@ -115,7 +114,10 @@ void encode_absmax(const float* x, std::int64_t size, float absmax, std::int8_t*
     if (absmax <= 0x1.fffffep127F / 127.0F) {
         for (std::int64_t i = 0; i < size; ++i) codes[i] = to_code(x[i] * 127.0F / absmax);
     } else {
-        for (std::int64_t i = 0; i < size; ++i) codes[i] = to_code(x[i] / absmax * 127.0F);
+        for (std::int64_t i = 0; i < size; ++i) {
+            const float product = x[i] * 127.0F;
+            codes[i] = to_code(__builtin_isinf(product) ? x[i] / absmax * 127.0F : product / absmax);
+        }
     }
 }
 

@@ -1,0 +1,316 @@
+// Each operation: read the arguments, allocate results in the caller's framework, call the core without the GIL.
+// The documentation is that of python/octavo/functional.py, which adds defaults and keywords.
+#include "bindings/ops.hpp"
+
+#include <array>
+#include <optional>
+#include <string_view>
+
+#include "bindings/tensor.hpp"
+#include "octavo/octavo.hpp"
+
+namespace octavo::python {
+namespace {
+
+// --- names of schemes and policies -----------------------------------------------------------------------------------
+
+template <class Value>
+struct Name {
+    std::string_view name;
+    Value value;
+};
+
+constexpr std::array schemes{Name{"absmax", Scheme::absmax}, Name{"zeropoint", Scheme::zeropoint}};
+constexpr std::array granularities{Name{"tensor", Granularity::tensor}, Name{"row", Granularity::row},
+                                   Name{"vector", Granularity::vector}};
+constexpr std::array group_granularities{granularities[0], granularities[1]};
+constexpr std::array outlier_policies{Name{"columns", Outliers::columns}, Name{"rows", Outliers::rows},
+                                      Name{"static", Outliers::static_}, Name{"none", Outliers::none}};
+constexpr std::array paths{Name{"auto", Path::auto_}, Name{"int8", Path::int8}, Name{"weight_only", Path::weight_only}};
+constexpr std::array float_dtypes{Name{"float32", DType::f32}, Name{"float16", DType::f16}, Name{"bfloat16", DType::bf16}};
+
+template <class Value, std::size_t count>
+Value parse(const std::array<Name<Value>, count>& allowed, py::handle given, Argument argument) {
+    std::string expected;
+    if (py::isinstance<py::str>(given)) {
+        const auto text = given.cast<std::string_view>();
+        for (const auto& entry : allowed) {
+            if (entry.name == text) return entry.value;
+        }
+    }
+    for (const auto& entry : allowed) expected += (expected.empty() ? "'" : ", '") + std::string(entry.name) + "'";
+    const std::string message = std::string(argument.function) + ": " + argument.name + ": expected one of " + expected +
+                                ", got " + py::repr(given).cast<std::string>();
+    if (!py::isinstance<py::str>(given)) throw py::type_error(message);
+    throw py::value_error(message);
+}
+
+// A Python number as float32. A double beyond its range becomes Inf, which as a threshold means the same.
+float parse_number(py::handle given, Argument argument) {
+    const double value = PyFloat_AsDouble(given.ptr());
+    if (value == -1.0 && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        throw py::type_error(std::string(argument.function) + ": " + argument.name + ": expected a number, got " +
+                             py::repr(given).cast<std::string>());
+    }
+    return static_cast<float>(value);
+}
+
+// --- arrays ----------------------------------------------------------------------------------------------------------
+
+std::optional<Array> optional_array(py::handle object, Argument argument, Use use = Use::read) {
+    if (object.is_none()) return std::nullopt;
+    return std::make_optional<Array>(object, argument, use);
+}
+
+Vector vector_or_absent(const std::optional<Array>& array) { return array ? array->vector() : absent_vector; }
+
+py::object object_or_none(const std::optional<Array>& array) {
+    return array ? array->object() : py::none();
+}
+
+// The shape of `x` with its last dimension replaced.
+Shape with_last(const Array& x, std::int64_t last) {
+    Shape shape = x.shape();
+    shape.back() = last;
+    return shape;
+}
+
+// The shape of one value per row of `x`: a rank-1 array is one row.
+Shape per_row(const Array& x) {
+    Shape shape = x.shape();
+    shape.pop_back();
+    if (shape.empty()) shape.push_back(1);
+    return shape;
+}
+
+// A new array of any rank, all of whose elements in a row are one vector.
+Vector flat(const Array& array) {
+    std::int64_t size = 1;
+    for (const auto extent : array.shape()) size *= extent;
+    return {.data = array.mutable_matrix().data, .dtype = array.dtype(), .size = size};
+}
+
+void need_rank(const Array& array, Argument argument, std::size_t rank) {
+    if (array.shape().size() == rank) return;
+    throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected an array of rank " +
+                          std::to_string(rank) + ", got rank " + std::to_string(array.shape().size()));
+}
+
+// The result of an operation: the caller's `out`, or a new array. Memory that the core cannot write as a matrix (its
+// leading dimensions have no common stride) is written through a temporary.
+class Output {
+public:
+    Output(py::handle out, const Array& like, const Shape& shape, DType dtype, Argument argument)
+        : given_(optional_array(out, argument, Use::write)) {
+        if (given_ && given_->shape() != shape) {
+            throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected shape " +
+                                  text(shape) + ", got " + text(given_->shape()));
+        }
+        if (given_ && given_->can_be_matrix()) return;
+        fresh_.emplace(allocate(like, shape, given_ ? given_->dtype() : dtype), argument, Use::write);
+    }
+
+    [[nodiscard]] Matrix matrix() const { return fresh_ ? fresh_->mutable_matrix() : given_->mutable_matrix(); }
+
+    [[nodiscard]] py::object finish() const {
+        if (!given_) return object_or_none(fresh_);
+        if (fresh_) py::object(object_or_none(given_))[py::ellipsis()] = fresh_->object();
+        return object_or_none(given_);
+    }
+
+private:
+    static std::string text(const Shape& shape) {
+        std::string joined;
+        for (const auto extent : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(extent);
+        return "[" + joined + "]";
+    }
+
+    std::optional<Array> given_;
+    std::optional<Array> fresh_;
+};
+
+// --- operations ------------------------------------------------------------------------------------------------------
+
+py::tuple quantize_op(py::handle x_object, py::handle scheme_name, py::handle granularity_name, py::handle exclude) {
+    constexpr auto function = "quantize";
+    Array x(x_object, {function, "x"}, Use::differentiable);
+    const auto scheme = parse(schemes, scheme_name, {function, "scheme"});
+    const auto granularity = parse(group_granularities, granularity_name, {function, "granularity"});
+    const auto columns = optional_array(exclude, {function, "exclude"});
+    const ConstMatrix source = x.matrix();
+    const Shape groups = granularity == Granularity::tensor ? Shape{1} : per_row(x);
+
+    const Array codes(allocate(x, x.shape(), DType::i8), {function, "codes"});
+    const Array scale(allocate(x, groups, DType::f32), {function, "scale"});
+    std::optional<Array> zeropoint;
+    if (scheme == Scheme::zeropoint) zeropoint.emplace(allocate(x, groups, DType::f32), Argument{function, "zeropoint"});
+    {
+        const py::gil_scoped_release release;
+        octavo::quantize(source, scheme, granularity, vector_or_absent(columns), codes.mutable_matrix(), flat(scale),
+                         zeropoint ? flat(*zeropoint) : absent_vector);
+    }
+    return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint));
+}
+
+py::tuple quantize_weight_op(py::handle weight_object, py::handle scheme_name, py::handle granularity_name) {
+    constexpr auto function = "quantize_weight";
+    Array weight(weight_object, {function, "weight"});
+    need_rank(weight, {function, "weight"}, 2);
+    const auto scheme = parse(schemes, scheme_name, {function, "scheme"});
+    const auto granularity = parse(granularities, granularity_name, {function, "granularity"});
+    const ConstMatrix source = weight.matrix();
+    const Shape groups{granularity == Granularity::vector ? source.rows : 1};
+
+    const Array codes(allocate(weight, weight.shape(), DType::i8), {function, "codes"});
+    const Array scale(allocate(weight, groups, DType::f32), {function, "scale"});
+    const Array code_sums(allocate(weight, {source.rows}, DType::i32), {function, "code_sums"});
+    std::optional<Array> zeropoint;
+    if (scheme == Scheme::zeropoint) {
+        zeropoint.emplace(allocate(weight, groups, DType::f32), Argument{function, "zeropoint"});
+    }
+    {
+        const py::gil_scoped_release release;
+        octavo::quantize_weight(source, scheme, granularity, codes.mutable_matrix(), scale.vector(),
+                                vector_or_absent(zeropoint), code_sums.vector());
+    }
+    return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint), code_sums.object());
+}
+
+py::object find_outliers_op(py::handle x_object, py::handle threshold_object) {
+    constexpr auto function = "find_outliers";
+    const float threshold = parse_number(threshold_object, {function, "threshold"});
+    Array x(x_object, {function, "x"});
+    const ConstMatrix source = x.matrix();
+    const Array columns(allocate(x, {source.cols}, DType::i32), {function, "columns"});
+    const Array count(allocate(x, {1}, DType::i32), {function, "count"});
+    {
+        const py::gil_scoped_release release;
+        octavo::find_outliers(source, threshold, columns.vector(), count.vector());
+    }
+    const py::slice found(0, count.object().attr("item")().cast<py::ssize_t>(), 1);
+    const py::object part = columns.object()[found];
+    return part.attr(x.framework() == Framework::torch ? "clone" : "copy")();  // not a view of all k entries
+}
+
+py::object sum_codes_op(py::handle codes_object) {
+    constexpr auto function = "sum_codes";
+    Array codes(codes_object, {function, "codes"});
+    need_rank(codes, {function, "codes"}, 2);
+    const ConstMatrix source = codes.matrix();
+    const Array code_sums(allocate(codes, {source.rows}, DType::i32), {function, "code_sums"});
+    {
+        const py::gil_scoped_release release;
+        octavo::sum_codes(source, code_sums.vector());
+    }
+    return code_sums.object();
+}
+
+py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle out) {
+    constexpr auto function = "int8_matmul";
+    Array a(a_object, {function, "a"});
+    Array b(b_object, {function, "b"});
+    need_rank(b, {function, "b"}, 2);
+    const ConstMatrix a_matrix = a.matrix();
+    const ConstMatrix b_matrix = b.matrix();
+    const Output result(out, a, with_last(a, b_matrix.rows), DType::i32, {function, "out"});
+    {
+        const py::gil_scoped_release release;
+        octavo::int8_matmul(a_matrix, b_matrix, result.matrix());
+    }
+    return result.finish();
+}
+
+py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::handle zeropoint_object,
+                         py::handle dtype_name) {
+    constexpr auto function = "dequantize";
+    Array codes(codes_object, {function, "codes"});
+    const Array scale(scale_object, {function, "scale"});
+    const auto zeropoint = optional_array(zeropoint_object, {function, "zeropoint"});
+    const auto dtype = parse(float_dtypes, dtype_name, {function, "dtype"});
+    const ConstMatrix source = codes.matrix();
+    const Output result(py::none(), codes, codes.shape(), dtype, {function, "out"});
+    {
+        const py::gil_scoped_release release;
+        octavo::dequantize(source, flat(scale), zeropoint ? flat(*zeropoint) : absent_vector, result.matrix());
+    }
+    return result.finish();
+}
+
+// A weight whose arrays have been read and checked once, so that `linear` need not.
+class Weight {
+public:
+    Weight(py::handle codes, py::handle scale, py::handle zeropoint, py::handle code_sums, py::handle outlier_columns,
+           py::handle outlier_weight, py::handle scheme, py::handle granularity)
+        : codes_(codes, {function, "codes"}),
+          scale_(scale, {function, "scale"}),
+          zeropoint_(optional_array(zeropoint, {function, "zeropoint"})),
+          code_sums_(code_sums, {function, "code_sums"}),
+          outlier_columns_(optional_array(outlier_columns, {function, "outlier_columns"})),
+          outlier_weight_(optional_array(outlier_weight, {function, "outlier_weight"})) {
+        need_rank(codes_, {function, "codes"}, 2);
+        view_.codes = codes_.matrix();
+        view_.scale = scale_.vector();
+        view_.zeropoint = vector_or_absent(zeropoint_);
+        view_.code_sums = code_sums_.vector();
+        view_.scheme = parse(schemes, scheme, {function, "scheme"});
+        view_.granularity = parse(granularities, granularity, {function, "granularity"});
+        if (outlier_columns_.has_value() != outlier_weight_.has_value()) {
+            throw py::value_error("Int8Weight: outlier_weight: expected to be given exactly where outlier_columns is");
+        }
+        if (outlier_columns_) {
+            need_rank(*outlier_weight_, {function, "outlier_weight"}, 2);
+            view_.outlier_columns = outlier_columns_->vector();
+            view_.outlier_weight = outlier_weight_->matrix();
+        }
+        octavo::check_weight(view_, function);
+    }
+
+    [[nodiscard]] const WeightView& view() const noexcept { return view_; }
+
+private:
+    static constexpr auto function = "Int8Weight";
+    Array codes_;
+    Array scale_;
+    std::optional<Array> zeropoint_;
+    Array code_sums_;
+    std::optional<Array> outlier_columns_;
+    std::optional<Array> outlier_weight_;
+    WeightView view_;
+};
+
+py::object linear_op(py::handle x_object, const Weight& weight, py::handle bias_object, py::handle threshold,
+                     py::handle outliers, py::handle path, py::handle out) {
+    constexpr auto function = "linear";
+    Array x(x_object, {function, "x"}, Use::differentiable);
+    const auto bias = optional_array(bias_object, {function, "bias"});
+    const LinearOptions options{.threshold = parse_number(threshold, {function, "threshold"}),
+                                .outliers = parse(outlier_policies, outliers, {function, "outliers"}),
+                                .path = parse(paths, path, {function, "path"})};
+    const ConstMatrix source = x.matrix();
+    const Output result(out, x, with_last(x, weight.view().codes.rows), x.dtype(), {function, "out"});
+    {
+        const py::gil_scoped_release release;
+        octavo::linear(source, weight.view(), vector_or_absent(bias), result.matrix(), options);
+    }
+    return result.finish();
+}
+
+}  // namespace
+
+void define_operations(py::module_& module) {
+    module.def("quantize", quantize_op, py::arg("x"), py::arg("scheme"), py::arg("granularity"), py::arg("exclude"));
+    module.def("quantize_weight", quantize_weight_op, py::arg("weight"), py::arg("scheme"), py::arg("granularity"));
+    module.def("sum_codes", sum_codes_op, py::arg("codes"));
+    module.def("find_outliers", find_outliers_op, py::arg("x"), py::arg("threshold"));
+    module.def("int8_matmul", int8_matmul_op, py::arg("a"), py::arg("b"), py::arg("out"));
+    module.def("dequantize", dequantize_op, py::arg("codes"), py::arg("scale"), py::arg("zeropoint"), py::arg("dtype"));
+    module.def("linear", linear_op, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("threshold"),
+               py::arg("outliers"), py::arg("path"), py::arg("out"));
+    py::class_<Weight>(module, "Weight")
+        .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>(),
+             py::arg("codes"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"), py::arg("outlier_columns"),
+             py::arg("outlier_weight"), py::arg("scheme"), py::arg("granularity"));
+}
+
+}  // namespace octavo::python

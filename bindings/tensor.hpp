@@ -1,0 +1,87 @@
+// Arrays of the caller's framework: read over DLPack as the core's views, and allocated for results.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/dlpack.hpp"
+#include "octavo/types.hpp"
+
+namespace octavo::python {
+
+namespace py = pybind11;
+
+// The place of an argument in messages.
+struct Argument {
+    const char* function;
+    const char* name;
+};
+
+// What an argument is used for.
+enum class Use {
+    read,            // values only: a tensor that requires grad is read as if detached
+    differentiable,  // as read, but refused while autograd would want to record the operation
+    write,           // an output: must be writable
+};
+
+enum class Framework { numpy, torch };
+
+using Shape = std::vector<std::int64_t>;
+
+// An array argument. Holds the memory until it is destroyed.
+class Array {
+public:
+    // Throws TypeError where `object` is no array of a known framework or has a dtype octavo has no use for, ValueError
+    // where its memory cannot be used as `use` says.
+    Array(py::handle object, Argument argument, Use use = Use::read);
+
+    [[nodiscard]] const py::object& object() const noexcept { return object_; }
+    [[nodiscard]] Framework framework() const noexcept { return framework_; }
+    [[nodiscard]] DType dtype() const noexcept { return dtype_; }
+    [[nodiscard]] const Shape& shape() const noexcept { return shape_; }
+
+    // The array as `[rows, cols]`, all leading dimensions folded into rows. An array whose leading dimensions have no
+    // common stride is copied once by its own framework.
+    [[nodiscard]] ConstMatrix matrix();
+
+    // As `matrix`, but only where that needs no copy.
+    [[nodiscard]] bool can_be_matrix() const noexcept;
+    [[nodiscard]] Matrix mutable_matrix() const;
+
+    // A rank-1 array.
+    [[nodiscard]] Vector vector() const;
+
+private:
+    struct Release {
+        void operator()(DLManagedTensorVersioned* tensor) const noexcept;
+        void operator()(DLManagedTensor* tensor) const noexcept;
+    };
+
+    void import(Use use);
+    void import_capsule(const py::object& capsule, Use use);
+    void read_header(const DLTensor& tensor);
+    [[noreturn]] void refuse(const char* kind, const std::string& expected, const std::string& got) const;
+
+    Argument argument_;
+    py::object object_;
+    Framework framework_{};
+    std::unique_ptr<DLManagedTensorVersioned, Release> versioned_;
+    std::unique_ptr<DLManagedTensor, Release> legacy_;
+    char* data_ = nullptr;
+    DType dtype_{};
+    Device device_{};
+    Shape shape_;
+    Shape strides_;
+};
+
+// A new, contiguous, uninitialized array of `like`'s framework on `like`'s device.
+py::object allocate(const Array& like, const Shape& shape, DType dtype);
+
+// "float32", "float16", "bfloat16", "int8", "int32".
+const char* name_of(DType dtype);
+
+}  // namespace octavo::python

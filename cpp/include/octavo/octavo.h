@@ -1,0 +1,255 @@
+// octavo for C: LLM.int8() (arXiv 2208.07339), the functions of octavo/octavo.hpp with the same names and arguments.
+//
+// Conventions
+// - Every operation returns an octavo_status; after anything but `ok`, octavo_last_error() says what was wrong.
+// - Matrices and vectors are views: the memory stays the caller's, needs no alignment, and is never kept.
+// - Inputs are never modified (their `data` is not const only so that one struct serves inputs and outputs).
+// - What is optional is a pointer that may be NULL; every other pointer must not be NULL.
+// - `stream` is the queue the work is ordered on: a cudaStream_t for CUDA memory; NULL (ignored) for CPU memory, where
+//   a call returns when the work is done.
+// - All functions may be called from any thread.
+#ifndef OCTAVO_OCTAVO_H
+#define OCTAVO_OCTAVO_H
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define OCTAVO_API __attribute__((visibility("default")))
+#else
+#define OCTAVO_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Enumerations are int32_t, so that their size is known and a value that is none of theirs is reported
+// (octavo_status_value) instead of being undefined.
+
+// What became of a call.
+typedef int32_t octavo_status;
+enum {
+    octavo_status_ok = 0,
+    octavo_status_type = 1,     // an argument of the wrong dtype
+    octavo_status_value = 2,    // an argument of the wrong shape, range, ...
+    octavo_status_device = 3,   // no backend, no driver, a failed launch
+    octavo_status_memory = 4,   // not enough memory
+    octavo_status_internal = 5  // a fault of octavo itself
+};
+
+// Element types. Activations, weights and biases are f32, f16 or bf16; codes are i8; accumulators are i32.
+typedef int32_t octavo_dtype;
+enum {
+    octavo_dtype_f32 = 0,
+    octavo_dtype_f16 = 1,
+    octavo_dtype_bf16 = 2,
+    octavo_dtype_i8 = 3,
+    octavo_dtype_i32 = 4
+};
+
+// Where memory lives.
+typedef int32_t octavo_device_kind;
+enum { octavo_device_cpu = 0, octavo_device_cuda = 1 };
+
+// How values map to codes.
+typedef int32_t octavo_scheme;
+enum {
+    octavo_scheme_absmax = 0,    // x ~ code * scale, scale = absmax / 127
+    octavo_scheme_zeropoint = 1  // x ~ (code + zeropoint) * scale, scale = (max - min) / 254
+};
+
+// What shares one scale: all of X and all of W; a row of X and all of W; a row of X and an output feature of W.
+typedef int32_t octavo_granularity;
+enum { octavo_granularity_tensor = 0, octavo_granularity_row = 1, octavo_granularity_vector = 2 };
+
+// Which elements of X go through the 16-bit product.
+typedef int32_t octavo_outliers;
+enum {
+    octavo_outliers_columns = 0,  // columns of X holding a magnitude >= threshold (or NaN, Inf) anywhere in this call
+    octavo_outliers_rows = 1,     // each row's own such elements
+    octavo_outliers_static = 2,   // the calibrated columns kept with the weight
+    octavo_outliers_none = 3      // no decomposition
+};
+
+// Which product to use.
+typedef int32_t octavo_path;
+enum {
+    octavo_path_auto = 0,        // octavo chooses; on the CPU `int8`
+    octavo_path_int8 = 1,        // LLM.int8(): quantize X, int8 product, 16-bit outliers
+    octavo_path_weight_only = 2  // int8 weights, activations left as they are (W8A16)
+};
+
+// `index` counts the devices of one kind; {0} is the CPU.
+typedef struct octavo_device {
+    octavo_device_kind kind;
+    int32_t index;
+} octavo_device;
+
+// A strided matrix [rows, cols]. Strides count elements and may be zero (inputs only) or negative; `data` is the
+// address of element (0, 0).
+typedef struct octavo_matrix {
+    void* data;
+    octavo_dtype dtype;
+    octavo_device device;
+    int64_t rows;
+    int64_t cols;
+    int64_t row_stride;
+    int64_t col_stride;
+} octavo_matrix;
+
+// A strided vector [size].
+typedef struct octavo_vector {
+    void* data;
+    octavo_dtype dtype;
+    octavo_device device;
+    int64_t size;
+    int64_t stride;
+} octavo_vector;
+
+// A weight made by octavo_quantize_weight, plus, optionally, the original values of calibrated outlier columns.
+typedef struct octavo_weight_view {
+    octavo_matrix codes;                   // [n, k] i8
+    octavo_vector scale;                   // f32 [1] or, for granularity `vector`, [n]
+    octavo_vector code_sums;               // i32 [n]
+    const octavo_vector* zeropoint;        // f32 as `scale` for scheme `zeropoint`, NULL for `absmax`
+    const octavo_vector* outlier_columns;  // i32 [r], ascending, unique: the columns kept in 16 bit; or NULL
+    const octavo_matrix* outlier_weight;   // [n, r] f32, f16 or bf16: their original weights; NULL where they are
+    octavo_scheme scheme;
+    octavo_granularity granularity;
+} octavo_weight_view;
+
+// Options of octavo_linear. {0} is not the default: it makes every column an outlier.
+typedef struct octavo_linear_options {
+    float threshold;  // magnitude from which `columns` and `rows` call an element of X an outlier; >= 0
+    octavo_outliers outliers;
+    octavo_path path;
+} octavo_linear_options;
+#define OCTAVO_LINEAR_OPTIONS_DEFAULT {6.0F, octavo_outliers_columns, octavo_path_auto}
+
+// A row-major matrix and a contiguous vector in CPU memory.
+static inline octavo_matrix octavo_cpu_matrix(void* data, octavo_dtype dtype, int64_t rows, int64_t cols) {
+    const octavo_matrix matrix = {data, dtype, {octavo_device_cpu, 0}, rows, cols, cols, 1};
+    return matrix;
+}
+static inline octavo_vector octavo_cpu_vector(void* data, octavo_dtype dtype, int64_t size) {
+    const octavo_vector vector = {data, dtype, {octavo_device_cpu, 0}, size, 1};
+    return vector;
+}
+
+// What was wrong with the last call of this thread that returned an octavo_status: "<function>: <argument>: expected
+// ..., got ...", or "" after `ok`. Valid until the thread's next such call.
+OCTAVO_API const char* octavo_last_error(void);
+
+// Quantize a matrix, one scale per tensor or per row (paper Eq. 1-3).
+//
+//   absmax:     q = clip(rint(x * 127 / absmax), -127, 127)             x ~ q * scale,  scale = absmax / 127
+//   zeropoint:  nd = 254 / (max - min), zp = rint(nd * min) + 127
+//               q = clip(rint(nd * x) - zp, -127, 127)                  x ~ (q + zp) * scale,  scale = 1 / nd
+//
+// All in float32, round half to even, every operation rounded once. Where x * 127 (absmax) would overflow,
+// (x / absmax) * 127; where max - min or nd (zeropoint) would overflow, the same formulas in float64.
+//
+//   x            [m, k] f32, f16 or bf16, any strides
+//   granularity  `tensor` or `row`
+//   exclude      i32 [r] or NULL: columns left out of the scale, whose codes are 0 (outlier columns; any order)
+//   codes        [m, k] i8
+//   scale        f32 [1] (`tensor`) or [m] (`row`)
+//   zeropoint    f32, as `scale`, integral values; NULL for `absmax`
+//
+// An empty or all-zero group has scale 0 and codes 0 (zeropoint: scale 1; a constant group m has scale |m| and
+// reproduces m). A group holding NaN or Inf has scale NaN and codes 0. Errors: type, value.
+OCTAVO_API octavo_status octavo_quantize(const octavo_matrix* x, octavo_scheme scheme, octavo_granularity granularity,
+                                         const octavo_vector* exclude, const octavo_matrix* codes,
+                                         const octavo_vector* scale, const octavo_vector* zeropoint, void* stream);
+
+// Quantize a weight for octavo_linear: as octavo_quantize with one scale per tensor (`tensor`, `row`) or per row
+// (`vector`), and the sums of its codes.
+//
+//   weight     [n, k] f32, f16 or bf16, finite
+//   codes      [n, k] i8
+//   scale      f32 [1] (`tensor`, `row`) or [n] (`vector`)
+//   zeropoint  f32, as `scale`; NULL for `absmax`
+//   code_sums  i32 [n]: sum over k of the codes
+//
+// Errors: type; value, also where the weight holds NaN or Inf (the outputs are then unspecified).
+OCTAVO_API octavo_status octavo_quantize_weight(const octavo_matrix* weight, octavo_scheme scheme,
+                                                octavo_granularity granularity, const octavo_matrix* codes,
+                                                const octavo_vector* scale, const octavo_vector* zeropoint,
+                                                const octavo_vector* code_sums, void* stream);
+
+// Sums over k of the codes [n, k] of a weight, i32 [n] (for weights that come from a file). Errors: type, value.
+OCTAVO_API octavo_status octavo_sum_codes(const octavo_matrix* codes, const octavo_vector* code_sums, void* stream);
+
+// O = { j : there is an i with not (|x[i, j]| < threshold) }   (paper section 3.2)
+//
+//   x          [m, k] f32, f16 or bf16, any strides
+//   threshold  >= 0 (0: every column with a row; infinity: only columns with NaN or Inf)
+//   columns    i32 [k]: the first `count` entries are the outlier columns, ascending; the rest is unspecified
+//   count      i32 [1]
+//
+// Errors: type, value.
+OCTAVO_API octavo_status octavo_find_outliers(const octavo_matrix* x, float threshold, const octavo_vector* columns,
+                                              const octavo_vector* count, void* stream);
+
+// out[i, j] = sum_k a[i, k] * b[j, k], exact.
+//
+//   a    [m, k] i8, any strides
+//   b    [n, k] i8, any strides
+//   out  [m, n] i32
+//
+// Errors: type; value, also where a sum does not fit 32 bits (possible only for k > 131071; `out` is then unspecified).
+OCTAVO_API octavo_status octavo_int8_matmul(const octavo_matrix* a, const octavo_matrix* b, const octavo_matrix* out,
+                                            void* stream);
+
+// out[i, j] = (codes[i, j] + zeropoint[g]) * scale[g] in float32, rounded once to out's dtype, g the group of row i.
+//
+//   codes      [m, k] i8, any strides
+//   scale      f32 [1] (one group) or [m] (a group per row)
+//   zeropoint  f32, as `scale`, or NULL
+//   out        [m, k] f32, f16 or bf16
+//
+// A NaN scale gives NaN. Errors: type, value.
+OCTAVO_API octavo_status octavo_dequantize(const octavo_matrix* codes, const octavo_vector* scale,
+                                           const octavo_vector* zeropoint, const octavo_matrix* out, void* stream);
+
+// LLM.int8(), the linear layer with int8 weights (paper Eq. 8):
+//
+//   y[i, j] = acc[i, j] * (scale_x[i] * scale_w[j]) + sum_{o in O} x[i, o] * w[j, o] + bias[j]
+//
+// acc is the exact int8 product over the columns not in O (zeropoint: unrolled, Eq. 4-5); w[j, o] is the kept 16-bit
+// weight where column o is kept, else the dequantized one. Everything after acc is float32, rounded once to the dtype
+// of `out`. Path `weight_only` computes scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j] in float32
+// and ignores `outliers`, `threshold` and kept columns.
+//
+//   x        [m, k] f32, f16 or bf16, any strides
+//   weight   codes [n, k]; `static` needs outlier_columns
+//   bias     f32, f16 or bf16 [n], or NULL
+//   out      [m, n] f32, f16 or bf16, any strides; must not overlap an input
+//   options  or NULL for OCTAVO_LINEAR_OPTIONS_DEFAULT
+//
+// m, n or k of 0 give an empty or bias-only result. NaN or Inf in X: under `columns` and `rows` its products propagate
+// as IEEE says, in its own row only; under `none` and `static` it makes the rows of its scaling group NaN.
+// Errors: type, value.
+OCTAVO_API octavo_status octavo_linear(const octavo_matrix* x, const octavo_weight_view* weight,
+                                       const octavo_vector* bias, const octavo_matrix* out,
+                                       const octavo_linear_options* options, void* stream);
+
+// "major.minor.patch".
+OCTAVO_API const char* octavo_version(void);
+
+// Threads the CPU backend may use, the calling one included.
+OCTAVO_API int32_t octavo_num_threads(void);
+
+// Errors: value unless 1 <= count <= 1024.
+OCTAVO_API octavo_status octavo_set_num_threads(int32_t count);
+
+// *isa = the instruction set of the CPU kernels in use, "avx512_vnni", "avx2" or "scalar": the best one this processor
+// has, or the one the environment variable OCTAVO_CPU_ISA names at first use. Errors: value where that name is unknown
+// or the processor lacks it (*isa is then untouched).
+OCTAVO_API octavo_status octavo_cpu_isa(const char** isa);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // OCTAVO_OCTAVO_H

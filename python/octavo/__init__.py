@@ -1,0 +1,42 @@
+"""octavo: LLM.int8() (arXiv 2208.07339) as a native library.
+
+>>> import numpy as np, octavo
+>>> weight = octavo.quantize_weight(np.eye(4, dtype=np.float32))
+>>> octavo.linear(np.ones((1, 4), np.float32), weight)
+array([[1., 1., 1., 1.]], dtype=float32)
+
+The functions take and return arrays of the caller's framework (NumPy, PyTorch). ``octavo.torch`` converts whole
+PyTorch models; importing it needs PyTorch, importing this package does not.
+"""
+
+from octavo.functional import (
+    Quantized,
+    dequantize,
+    find_outliers,
+    get_num_threads,
+    info,
+    int8_matmul,
+    linear,
+    quantize,
+    quantize_weight,
+    set_num_threads,
+)
+from octavo.functional import version as _version
+from octavo.weight import Int8Weight
+
+__version__ = _version()
+
+__all__ = [
+    "Int8Weight",
+    "Quantized",
+    "__version__",
+    "dequantize",
+    "find_outliers",
+    "get_num_threads",
+    "info",
+    "int8_matmul",
+    "linear",
+    "quantize",
+    "quantize_weight",
+    "set_num_threads",
+]

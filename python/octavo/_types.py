@@ -1,0 +1,63 @@
+"""Types that annotations share, and the normalization of small arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+# An array of a supported framework: numpy.ndarray or torch.Tensor. Results have the type of the first argument.
+Array: TypeAlias = Any
+Scheme: TypeAlias = Literal["absmax", "zeropoint"]
+Granularity: TypeAlias = Literal["tensor", "row", "vector"]
+Outliers: TypeAlias = Literal["columns", "rows", "static", "none"]
+Path: TypeAlias = Literal["auto", "int8", "weight_only"]
+Columns: TypeAlias = Array | Sequence[int]
+
+
+def dtype_name(dtype: Any) -> Any:
+    """The name of a dtype of any framework: ``torch.float16``, ``numpy.float16`` and "float16" give "float16".
+
+    What has no such name is returned as it is, for the core to refuse.
+    """
+    if dtype is None:
+        return "float32"
+    if isinstance(dtype, str):
+        return dtype
+    if type(dtype).__module__ == "torch":
+        return str(dtype).removeprefix("torch.")
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return dtype
+
+
+def column_indices(function: str, name: str, columns: Columns, count: int) -> np.ndarray:
+    """Columns as an ascending int32 array without repetitions.
+
+    Raises TypeError where they are no integers, ValueError where they are not of rank 1 or not in [0, count).
+    """
+    if hasattr(columns, "detach"):  # torch
+        columns = columns.detach().cpu()
+    array = np.asarray(columns)
+    if array.ndim != 1:
+        raise ValueError(f"{function}: {name}: expected an array of rank 1, got rank {array.ndim}")
+    if array.size == 0:
+        return np.empty(0, np.int32)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{function}: {name}: expected integers, got {array.dtype}")
+    if array.min() < 0 or array.max() >= count:
+        wrong = array.min() if array.min() < 0 else array.max()
+        raise ValueError(f"{function}: {name}: expected columns in [0, {count}), got {wrong}")
+    return np.unique(array).astype(np.int32)
+
+
+def take_columns(weight: Array, indices: np.ndarray) -> tuple[Array, Array]:
+    """The indices as an array of `weight`'s framework and device, and a contiguous copy of those columns."""
+    if hasattr(weight, "detach"):  # torch: outside autograd
+        import torch
+
+        columns = torch.from_numpy(indices).to(weight.device)
+        return columns, weight.detach().index_select(1, columns).contiguous()
+    return indices, np.ascontiguousarray(weight[:, indices])

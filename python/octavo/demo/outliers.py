@@ -1,0 +1,157 @@
+"""Why decomposition is needed: the model's own outlier features, and what they carry.
+
+An outlier column is an input feature of a linear layer that reaches magnitude 6 at some token. MiniLM has a few,
+the same ones layer after layer. To see what they carry, the two largest of the attention input are set to zero in
+front of query, key and value of every layer, and, for comparison, as many random other features.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .model import Batch, layers, pool
+from .schemes import THRESHOLD, Quality, quality
+
+# The four different inputs of a layer's six linear layers, and one linear layer that takes each.
+ATTENTION_INPUT, FEED_FORWARD_INPUT = "attention input", "feed-forward input"
+INPUTS = {
+    ATTENTION_INPUT: "attention.self.query",
+    "attention context": "attention.output.dense",
+    FEED_FORWARD_INPUT: "intermediate.dense",
+    "feed-forward hidden": "output.dense",
+}
+ATTENTION_CONSUMERS = ("attention.self.query", "attention.self.key", "attention.self.value")
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one linear input over all real tokens, each [k]."""
+
+    largest: Tensor  # the largest magnitude
+    share: Tensor  # the share of tokens at which the magnitude is 6 or more
+    mean: Tensor  # float64
+    deviation: Tensor  # float64, the standard deviation
+
+    @property
+    def outliers(self) -> list[int]:
+        """The outlier columns at threshold 6, ascending."""
+        return (self.largest >= THRESHOLD).nonzero().flatten().tolist()
+
+
+Observed = dict[tuple[int, str], Features]  # by layer and the input's name
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The model with some features of the attention input set to zero."""
+
+    features: list[int]
+    quality: Quality  # of the embeddings, against the untouched model's
+    top_probability: float  # attention: the largest softmax probability, mean over layers, heads and tokens
+    top_probability_by_layer: list[float]
+
+
+def linear_at(layer: nn.Module, path: str) -> nn.Module:
+    """The linear layer at a path of a transformer layer, also where a rescaling stands in front of it."""
+    module = layer.get_submodule(path)
+    return module[-1] if isinstance(module, nn.Sequential) else module
+
+
+@contextmanager
+def hooked(modules: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """While it lasts, each module calls its hook before it runs."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_watched(model: nn.Module, batches: Sequence[Batch], see: Callable[[int, str, Tensor], None]) -> None:
+    """Runs the batches; calls see(layer, input's name, x [tokens, k]) with every linear input, padding left out."""
+    real = torch.empty(0)  # of the batch being run
+
+    def hook(index: int, name: str) -> Callable[..., None]:
+        return lambda module, args: see(index, name, args[0].detach()[real])
+
+    watched = [
+        (linear_at(layer, path), hook(index, name))
+        for index, layer in enumerate(layers(model))
+        for name, path in INPUTS.items()
+    ]
+    with hooked(watched), torch.inference_mode():
+        for batch in batches:
+            real = batch.real
+            model(**batch.inputs)
+
+
+def observe(model: nn.Module, batches: Sequence[Batch]) -> Observed:
+    """What the features of every linear input of a float model are like on these batches."""
+    sums: dict[tuple[int, str], list[Any]] = {}
+
+    def see(index: int, name: str, x: Tensor) -> None:
+        wide = x.double()
+        new = [x.abs().amax(0), (x.abs() >= THRESHOLD).sum(0), wide.sum(0), wide.square().sum(0), len(x)]
+        old = sums.get((index, name))
+        if old is not None:
+            new = [torch.maximum(new[0], old[0]), *(a + b for a, b in zip(new[1:], old[1:], strict=True))]
+        sums[index, name] = new
+
+    run_watched(model, batches, see)
+    result = {}
+    for key, (largest, hits, total, squares, count) in sums.items():
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp_min(0)
+        result[key] = Features(largest, hits / count, mean, variance.sqrt())
+    return result
+
+
+def largest_features(observed: Observed, count: int) -> list[int]:
+    """The features of the attention input with the largest magnitude in any layer, the largest first."""
+    over_layers = [features.largest for (_, name), features in observed.items() if name == ATTENTION_INPUT]
+    return torch.stack(over_layers).amax(0).topk(count).indices.tolist()
+
+
+def random_features(count: int, width: int, excluded: Sequence[int], draws: int, seed: int = 0) -> list[list[int]]:
+    """`draws` choices of `count` features out of `width`, none of them excluded; the same ones for the same seed."""
+    generator = random.Random(seed)
+    others = sorted(set(range(width)) - set(excluded))
+    return [sorted(generator.sample(others, count)) for _ in range(draws)]
+
+
+def zeroing(features: Sequence[int]) -> Callable[..., Any]:
+    """A hook that sets these features of a module's input to zero. Nothing else of the model sees that."""
+    columns = torch.tensor(features, dtype=torch.int64)
+    return lambda module, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])
+
+
+def ablate(model: nn.Module, batches: Sequence[Batch], features: Sequence[int], reference: Tensor) -> Ablation:
+    """Zeroes features of the attention input of all layers; `reference`: the untouched embeddings [count, 384]."""
+    consumers = [linear_at(layer, path) for layer in layers(model) for path in ATTENTION_CONSUMERS]
+    embeddings = torch.empty_like(reference)
+    sums, tokens = torch.zeros(len(layers(model)), dtype=torch.float64), 0
+    with hooked((module, zeroing(features)) for module in consumers), torch.inference_mode():
+        for batch in batches:
+            output = model(**batch.inputs, output_attentions=True)
+            embeddings[batch.indices] = pool(output.last_hidden_state, batch.real)
+            tokens += int(batch.real.sum())
+            # attentions: per layer [b, heads, query, key]
+            sums += torch.stack([top_probability(p, batch.real) for p in output.attentions]).double()
+    by_layer = sums / tokens
+    return Ablation(list(features), quality(embeddings, reference), float(by_layer.mean()), by_layer.tolist())
+
+
+def top_probability(probabilities: Tensor, real: Tensor) -> Tensor:
+    """Attention [b, heads, query, key], real bool [b, query] -> the sum of the real queries' top probability.
+
+    It is the largest over the keys, and its mean is taken over the heads. A scalar.
+    """
+    return probabilities.amax(-1).mean(1)[real].sum()

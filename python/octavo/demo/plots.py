@@ -1,0 +1,206 @@
+"""The report as pictures: one PNG per part of the story, and the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, no display
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .outliers import INPUTS
+from .report import Report, Table, tables, write_atomically
+
+# Okabe and Ito's colors: told apart by the color-blind too. Markers differ as well.
+BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
+DPI = 130
+
+
+def write_all(report: Report, directory: Path) -> list[Path]:
+    """Draws every picture into `directory`; returns their paths."""
+    figures: dict[str, Callable[[Report], Figure]] = {
+        "tables.png": draw_tables,
+        "quality.png": draw_quality,
+        "outliers.png": draw_outliers,
+        "ablation.png": draw_ablation,
+        "timing.png": draw_timing,
+    }
+    paths = []
+    for name, draw in figures.items():
+        figure = draw(report)
+        save = partial(figure.savefig, dpi=DPI, bbox_inches="tight", facecolor="white")
+        write_atomically(directory / name, save)
+        plt.close(figure)
+        paths.append(directory / name)
+    return paths
+
+
+def draw_quality(report: Report) -> Figure:
+    """How far each scheme's embeddings are from float32's, for the model as it is and with systematic outliers."""
+    panels = [("as it is", report.natural)]
+    panels += [(f"systematic outliers of size {s.size.magnitude:g}", s.rows) for s in report.systematic]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 + 3.6 * len(panels), 5), sharey=True, sharex=True)
+    for axis, (title, rows) in zip(axes, panels, strict=True):
+        shown = [row for row in rows if row.name != "float32"]  # its distance is 0, which no logarithm shows
+        places = range(len(shown))
+        for value, color, marker, label in (
+            ([1 - row.quality.mean_cosine for row in shown], BLUE, "o", "mean over the sentences"),
+            ([1 - row.quality.min_cosine for row in shown], VERMILION, "D", "worst sentence"),
+        ):
+            axis.plot(value, places, marker, color=color, markersize=7, label=label)
+        axis.set_xscale("log")
+        axis.set_yticks(list(places), [row.name for row in shown])
+        axis.set_title(title)
+        axis.set_xlabel("1 - cosine with float32 (less is better)")
+        _quiet(axis, "both")
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, -0.05))
+    figure.suptitle("Distance of the embeddings from float32's, by scheme")
+    figure.tight_layout()
+    return figure
+
+
+def draw_outliers(report: Report) -> Figure:
+    """How many outlier columns each linear input has, and how large the attention input's features are."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6))
+    layers = sorted({found.layer for found in report.outlier_columns})
+    styles = zip(INPUTS, (BLUE, GRAY, VERMILION, ORANGE), ("", "..", "//", "xx"), strict=True)
+    for place, (name, color, hatch) in enumerate(styles):
+        counts = [len(f.columns) for layer in layers for f in report.outlier_columns if (f.layer, f.input) == (layer, name)]
+        positions = [layer + (place - 1.5) * 0.2 for layer in layers]
+        left.bar(positions, counts, 0.2, color=color, hatch=hatch, edgecolor="white", label=name)
+    left.set_xticks(layers)
+    left.set_xlabel("layer")
+    left.set_ylabel("outlier columns")
+    left.set_title(f"Columns that reach magnitude {report.settings['threshold']:g}")
+    left.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    _quiet(left, "y")
+
+    for layer, magnitudes in enumerate(report.feature_magnitudes):
+        right.plot(magnitudes, ".", color=GRAY, markersize=3)
+        for feature, color, marker in zip(report.largest_features, (VERMILION, BLUE), "Ds", strict=False):
+            label = f"feature {feature}" if layer == 0 else None
+            right.plot(feature, magnitudes[feature], marker, color=color, markersize=6, label=label)
+    right.axhline(report.settings["threshold"], color="black", linewidth=1, linestyle="--", label="threshold")
+    right.set_ylim(bottom=0)
+    right.set_xlabel("feature of the attention input (a dot for each layer)")
+    right.set_ylabel("largest magnitude at any token")
+    right.set_title("The attention input's features, all layers")
+    right.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    _quiet(right, "y")
+    figure.tight_layout()
+    return figure
+
+
+def draw_ablation(report: Report) -> Figure:
+    """What zeroing the largest outlier features does to embeddings and attention, against random features."""
+    ablations = report.ablations
+    number = len(ablations.outliers.features)
+    zeroed, drawn = f"{number} largest outlier features zeroed", f"{number} random features zeroed"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
+
+    for place, measure in enumerate(("mean_cosine", "min_cosine")):
+        gone = 1 - getattr(ablations.outliers.quality, measure)
+        draws = [1 - getattr(draw.quality, measure) for draw in ablations.random]
+        left.plot(draws, [place] * len(draws), "o", color=GRAY, markersize=7, alpha=0.6, label=drawn)
+        left.plot(gone, place, "D", color=VERMILION, markersize=9, label=zeroed)
+    left.set_xscale("log")
+    left.set_yticks([0, 1], ["mean over\nthe sentences", "worst\nsentence"])
+    left.set_ylim(1.5, -0.5)
+    left.set_xlabel("1 - cosine with the untouched model")
+    left.set_title("Embeddings")
+    handles, labels = left.get_legend_handles_labels()
+    left.legend(handles[:2], labels[:2], frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.17))
+    _quiet(left, "both")
+
+    layers = range(len(ablations.untouched.top_probability_by_layer))
+    for draw in ablations.random:
+        right.plot(layers, draw.top_probability_by_layer, "o-", color=GRAY, alpha=0.5, markersize=4, label=drawn)
+    right.plot(layers, ablations.untouched.top_probability_by_layer, "s-", color=BLUE, label="untouched")
+    right.plot(layers, ablations.outliers.top_probability_by_layer, "D-", color=VERMILION, label=zeroed)
+    right.set_xticks(list(layers))
+    right.set_ylim(bottom=0)
+    right.set_xlabel("layer")
+    right.set_ylabel("top-1 softmax probability\n(mean over heads and tokens)")
+    right.set_title("Attention")
+    found = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))  # one entry per label
+    right.legend(found.values(), found.keys(), frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.17))
+    _quiet(right, "y")
+    figure.suptitle("What the attention input's outlier features carry")
+    figure.tight_layout()
+    return figure
+
+
+def draw_timing(report: Report) -> Figure:
+    """Milliseconds per batch, one panel per batch size."""
+    figure, axes = plt.subplots(1, len(report.timings), figsize=(3.8 * len(report.timings), 4.2), squeeze=False)
+    colors, hatches = (VERMILION, BLUE, GRAY), ("", "//", "..")
+    for axis, timed in zip(axes[0], report.timings, strict=True):
+        for place, (name, spread) in enumerate(timed.times.items()):
+            axis.bar(place, spread.median, 0.7, color=colors[place], hatch=hatches[place], edgecolor="white")
+            below, above = spread.median - spread.lower_quartile, spread.upper_quartile - spread.median
+            axis.errorbar(place, spread.median, [[below], [above]], color="black", capsize=4, linewidth=1)
+            axis.annotate(
+                f"{spread.median:.1f}", (place, spread.upper_quartile), (0, 4), textcoords="offset points", ha="center"
+            )
+        axis.set_xticks(range(len(timed.times)), [name.replace(" ", "\n") for name in timed.times])
+        axis.set_title(f"batch of {timed.batch}, {timed.tokens} tokens each")
+        axis.margins(y=0.15)
+        _quiet(axis, "y")
+    axes[0][0].set_ylabel("ms per batch (median, quartiles)")
+    figure.suptitle(f"Time per batch on {report.machine['threads']} threads: {report.machine['cpu']}")
+    figure.tight_layout()
+    return figure
+
+
+def draw_tables(report: Report) -> Figure:
+    """Every table of the report on one page."""
+    drawn = tables(report)
+    row, character = 0.23, 0.083  # inches
+    heights = [row * (len(table.rows) + 3.5 + bool(table.note)) for table in drawn]
+    widths = [sum(_widths(table)) + 2 * len(table.columns) for table in drawn]
+    notes = [len(table.note) for table in drawn]
+    figure = plt.figure(figsize=(character * max(widths + notes), sum(heights)))
+    bottom = sum(heights)
+    for table, height in zip(drawn, heights, strict=True):
+        bottom -= height
+        axis = figure.add_axes((0, bottom / sum(heights), 1, height / sum(heights)))
+        axis.set_xlim(0, max(widths + notes))
+        axis.set_ylim(height / row, 0)
+        axis.axis("off")
+        _draw_table(axis, table)
+    return figure
+
+
+def _draw_table(axis: Axes, table: Table) -> None:
+    """One table: x in characters, y in rows."""
+    ends, right = [], 0
+    for width in _widths(table):
+        right += width + 2
+        ends.append(right - 2)
+    axis.text(0, 0.6, table.title, fontsize=11, fontweight="bold", va="center")
+    for line, cells in enumerate([table.columns, *table.rows]):
+        axis.text(0, line + 1.7, cells[0], fontsize=10, va="center")
+        for cell, end in zip(cells[1:], ends[1:], strict=True):
+            axis.text(end, line + 1.7, cell, fontsize=10, va="center", ha="right")
+    for y in (1.2, 2.2, len(table.rows) + 2.2):
+        axis.plot([0, ends[-1]], [y, y], color="black", linewidth=0.8)
+    if table.note:
+        axis.text(0, len(table.rows) + 2.7, table.note, fontsize=9, va="center", color="#404040")
+
+
+def _widths(table: Table) -> list[int]:
+    return [max(len(cells[i]) for cells in [table.columns, *table.rows]) for i in range(len(table.columns))]
+
+
+def _quiet(axis: Axes, grid: str) -> None:
+    axis.grid(axis=grid, color="#E0E0E0", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)

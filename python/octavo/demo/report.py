@@ -1,0 +1,351 @@
+"""What the demo found: as tables, as sentences computed from the measured values, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import timing
+from .outliers import ATTENTION_INPUT, INPUTS, Ablation
+from .schemes import KEPT_COLUMNS, LLM_INT8, VECTOR_WISE, Row
+from .systematic import Measured, Size
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of all linear layers."""
+
+    linear_layers: int
+    float32: int
+    float16: int
+    int8: int
+    int8_kept: int  # with the 16-bit weights of the calibrated outlier columns
+
+    @property
+    def ratio(self) -> float:
+        return self.int8 / self.float32
+
+
+@dataclass(frozen=True)
+class OutlierColumns:
+    """The outlier columns of one linear input of one layer."""
+
+    layer: int
+    input: str
+    columns: list[int]
+    share: list[float]  # of tokens at which each column reaches the threshold
+    largest: float  # magnitude, over all columns
+
+
+@dataclass(frozen=True)
+class Ablations:
+    """The model untouched, without its largest outlier features, and without as many random ones, draw by draw."""
+
+    untouched: Ablation
+    outliers: Ablation
+    random: list[Ablation]
+
+
+@dataclass(frozen=True)
+class Systematic:
+    """The model with systematic outliers of one size."""
+
+    size: Size
+    features: list[int]
+    float32_difference: float  # largest difference of any number of any float32 embedding
+    measured: Measured
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured in one run."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    memory: Memory
+    natural: list[Row]
+    largest_features: list[int]
+    outlier_columns: list[OutlierColumns]
+    feature_magnitudes: list[list[float]]  # [layer][feature]: the largest magnitude in the attention input
+    ablations: Ablations
+    systematic: list[Systematic]
+    timings: list[timing.Timing]
+    seconds: float
+    conclusions: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as text: the first column is a name, the others hold numbers."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------
+
+
+def tables(report: Report) -> list[Table]:
+    """The report's tables, in the order of the story."""
+    count = report.settings["sentences"]
+    return [
+        _memory_table(report.memory),
+        _quality_table(f"Embeddings of {count} sentences against float32", report.natural, count),
+        _outlier_table(report),
+        _ablation_table(report.ablations, count),
+        *(_systematic_table(systematic, count) for systematic in report.systematic),
+        _timing_table(report.timings),
+    ]
+
+
+def _memory_table(memory: Memory) -> Table:
+    rows = [
+        ("float32", memory.float32),
+        ("float16, bfloat16", memory.float16),
+        ("int8", memory.int8),
+        ("int8, kept 16-bit outlier weights", memory.int8_kept),
+    ]
+    return Table(
+        f"Memory of the {memory.linear_layers} linear layers",
+        ["", "MiB", "of float32"],
+        [[name, f"{size / MIB:.2f}", f"{size / memory.float32:.4f}"] for name, size in rows],
+    )
+
+
+def _quality_table(title: str, rows: Sequence[Row], count: int, note: str = "") -> Table:
+    return Table(
+        title,
+        ["scheme", "mean cosine", "min cosine", f"neighbors kept of {count}"],
+        [[row.name, *_quality_cells(row.quality)] for row in rows],
+        note,
+    )
+
+
+def _quality_cells(quality: Any) -> list[str]:
+    return [f"{quality.mean_cosine:.5f}", f"{quality.min_cosine:.5f}", f"{quality.neighbors_kept:g}"]
+
+
+def _outlier_table(report: Report) -> Table:
+    by_place = {(found.layer, found.input): found for found in report.outlier_columns}
+    rows = []
+    for layer in sorted({found.layer for found in report.outlier_columns}):
+        here = [by_place[layer, name] for name in INPUTS]
+        listed = ", ".join(map(str, by_place[layer, ATTENTION_INPUT].columns)) or "none"
+        rows.append([str(layer), *(f"{len(found.columns)} ({found.largest:.1f})" for found in here), listed])
+    return Table(
+        f"Outlier columns per layer at threshold {report.settings['threshold']:g} (and the largest magnitude)",
+        ["layer", *INPUTS, "columns of the attention input"],
+        rows,
+    )
+
+
+def _ablation_table(ablations: Ablations, count: int) -> Table:
+    number = len(ablations.outliers.features)
+    named = ", ".join(map(str, ablations.outliers.features))
+    draws = ablations.random
+    return Table(
+        "What the largest outlier features of the attention input carry",
+        ["set to zero", "mean cosine", "min cosine", f"neighbors kept of {count}", "attention top-1 probability"],
+        [
+            ["nothing", *_ablation_cells([ablations.untouched])],
+            [f"the {number} largest outlier features ({named})", *_ablation_cells([ablations.outliers])],
+            [f"{number} random features (mean of {len(draws)} draws)", *_ablation_cells(draws)],
+        ],
+    )
+
+
+def _ablation_cells(ablations: Sequence[Ablation]) -> list[str]:
+    """Means over the draws."""
+    return [
+        f"{_mean(ablations, lambda a: a.quality.mean_cosine):.5f}",
+        f"{_mean(ablations, lambda a: a.quality.min_cosine):.5f}",
+        f"{_mean(ablations, lambda a: a.quality.neighbors_kept):.4g}",
+        f"{_mean(ablations, lambda a: a.top_probability):.4f}",
+    ]
+
+
+def _systematic_table(systematic: Systematic, count: int) -> Table:
+    lower, median, upper = systematic.measured.quartiles
+    return _quality_table(
+        f"The same function with {len(systematic.features)} systematic outlier features, "
+        f"size {systematic.size.magnitude:g}",
+        systematic.rows,
+        count,
+        f"Features {', '.join(map(str, systematic.features))}: quartiles {lower:.1f}, {median:.1f}, {upper:.1f}, "
+        f"{systematic.measured.share_negative:.1%} of the values negative. "
+        f"Largest change of a float32 embedding: {systematic.float32_difference:.1e}.",
+    )
+
+
+def _timing_table(timings: Sequence[timing.Timing]) -> Table:
+    names = list(timings[0].times)
+    rows = []
+    for timed in timings:
+        own = timed.times[names[0]].median
+        rows.append(
+            [
+                f"{timed.batch} x {timed.tokens} tokens",
+                *(f"{timed.times[name].median:.1f}" for name in names),
+                *(f"{timed.times[name].median / own:.2f}x" for name in names[1:]),
+                str(timed.rounds),
+            ]
+        )
+    return Table(
+        "Time per batch, ms (median)", ["batch", *names, *(f"speed to {name}" for name in names[1:]), "rounds"], rows
+    )
+
+
+def as_text(table: Table) -> str:
+    """The table for a terminal."""
+    lines = [table.columns, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
+
+    def laid_out(line: list[str]) -> str:
+        cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        return "  ".join(cells).rstrip()
+
+    rule = "-" * len(laid_out(table.columns).ljust(sum(widths) + 2 * (len(widths) - 1)))
+    text = [table.title, rule, laid_out(table.columns), rule, *map(laid_out, table.rows), rule]
+    return "\n".join([*text, table.note] if table.note else text)
+
+
+# ---- sentences: each says only what this run measured -----------------------------------------------------------
+
+
+def conclusions(report: Report) -> list[str]:
+    """What the measured values come to."""
+    return [
+        _about_memory(report.memory),
+        _about_decomposition(report.natural, report.settings["sentences"], "On the model as it is"),
+        _about_ablation(report.ablations),
+        *(line for systematic in report.systematic for line in _about_systematic(systematic, report)),
+        *map(_about_timing, report.timings),
+    ]
+
+
+def _about_memory(memory: Memory) -> str:
+    return (
+        f"The {memory.linear_layers} linear layers take {memory.int8 / MIB:.2f} MiB in int8, "
+        f"{memory.ratio:.3f} of the {memory.float32 / MIB:.2f} MiB in float32."
+    )
+
+
+def _about_decomposition(rows: Sequence[Row], count: int, where: str) -> str:
+    without, with_ = _row(rows, VECTOR_WISE.name).quality, _row(rows, LLM_INT8.name).quality
+    return (
+        f"{where}, decomposition {_moves(without.min_cosine, with_.min_cosine)} the minimum cosine of absmax "
+        f"vector-wise quantization from {without.min_cosine:.4f} to {with_.min_cosine:.4f}, and "
+        f"{_moves(without.neighbors_kept, with_.neighbors_kept)} the neighbors kept "
+        f"from {without.neighbors_kept} to {with_.neighbors_kept} of {count}."
+    )
+
+
+def _about_ablation(ablations: Ablations) -> str:
+    gone, untouched, draws = ablations.outliers, ablations.untouched, ablations.random
+    number = len(gone.features)
+    cosine = _mean(draws, lambda a: a.quality.mean_cosine)
+    top = _mean(draws, lambda a: a.top_probability)
+    text = (
+        f"Setting the {number} largest outlier features to zero {_moves(1.0, gone.quality.mean_cosine)} the mean "
+        f"cosine to {gone.quality.mean_cosine:.4f} and {_moves(untouched.top_probability, gone.top_probability)} "
+        f"attention's top-1 probability from {untouched.top_probability:.4f} to {gone.top_probability:.4f}; "
+        f"with {number} random features they are {cosine:.4f} and {top:.4f}."
+    )
+    if cosine < 1.0 and gone.quality.mean_cosine < 1.0:
+        text += f" The embeddings turn {(1 - gone.quality.mean_cosine) / (1 - cosine):.3g} times as far (1 - cosine)"
+        shift = abs(top - untouched.top_probability)
+        if shift > 0:
+            text += f", the probability moves {abs(gone.top_probability - untouched.top_probability) / shift:.3g} times"
+            text += " as far"
+        text += "."
+    return text
+
+
+def _about_systematic(systematic: Systematic, report: Report) -> list[str]:
+    where = f"With systematic outliers of size {systematic.size.magnitude:g}"
+    dequantized = _row(systematic.rows, LLM_INT8.name).quality
+    kept = _row(systematic.rows, KEPT_COLUMNS.name).quality
+    return [
+        _about_decomposition(systematic.rows, report.settings["sentences"], where),
+        f"{where}, keeping the outlier columns' 16-bit weights {_moves(dequantized.mean_cosine, kept.mean_cosine)} "
+        f"the mean cosine of LLM.int8() from {dequantized.mean_cosine:.4f} to {kept.mean_cosine:.4f} and "
+        f"{_moves(dequantized.min_cosine, kept.min_cosine)} the minimum from {dequantized.min_cosine:.4f} "
+        f"to {kept.min_cosine:.4f}.",
+    ]
+
+
+def _about_timing(timed: timing.Timing) -> str:
+    (name, own), *others = timed.times.items()
+    against = " and ".join(
+        f"{max(ratio, 1 / ratio):.2f} times as {'fast' if ratio >= 1 else 'slow'} as {other}"
+        for other, spread in others
+        for ratio in [spread.median / own.median]
+    )
+    return f"A batch of {timed.batch} takes {name} {own.median:.1f} ms: {against}."
+
+
+def _moves(before: float, after: float) -> str:
+    return "raises" if after > before else "lowers" if after < before else "does not change"
+
+
+def _row(rows: Sequence[Row], name: str) -> Row:
+    return next(row for row in rows if row.name == name)
+
+
+def _mean(ablations: Sequence[Ablation], value: Callable[[Ablation], float]) -> float:
+    return statistics.fmean(value(ablation) for ablation in ablations)
+
+
+# ---- output ----------------------------------------------------------------------------------------------------
+
+
+def text(report: Report) -> str:
+    """The whole report for a terminal."""
+    machine = report.machine
+    head = (
+        f"octavo {machine['octavo']} on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores; "
+        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}\n"
+        f"MiniLM ({report.settings['package']} {report.settings['package_version']}), "
+        f"{report.settings['sentences']} sentences of Python's documentation, {report.settings['tokens']} tokens"
+    )
+    parts = [head, *map(as_text, tables(report)), "\n".join(f"- {line}" for line in report.conclusions)]
+    return "\n\n".join([*parts, f"Took {report.seconds:.0f} s."])
+
+
+def as_json(report: Report) -> str:
+    """The whole report, tables included, as JSON. Numbers that are not finite are null."""
+    content = {"format": 1, **asdict(report), "tables": [asdict(table) for table in tables(report)]}
+    return json.dumps(_finite(content), indent=2, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(beside)` writes a file beside `path`, which then takes its name: readers never see half a file."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        write(beside)
+        beside.chmod(0o644)  # mkstemp makes it the owner's only
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

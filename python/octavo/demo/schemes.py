@@ -1,0 +1,111 @@
+"""The rows of the paper's Table 1, and how good the embeddings are with each.
+
+Quality is measured against the float32 model's embeddings of the same sentences.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import octavo.torch
+
+from .model import Batch, embed, linear_bytes, linear_layers
+
+THRESHOLD = 6.0  # of the paper: from this magnitude on, a feature is an outlier
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to run the linear layers. `scheme`, `granularity`, `outliers` are those of octavo.torch.quantize_."""
+
+    name: str
+    scheme: str | None  # "absmax" | "zeropoint"; None leaves the model in float32
+    granularity: str = "vector"  # "tensor" | "row" | "vector"
+    outliers: str = "none"  # "none" | "columns" | "static"
+    kept: bool = False  # keep the 16-bit weights of the columns that a calibration pass finds
+
+
+TABLE_1 = (
+    Scheme("float32", None),
+    Scheme("absmax (tensor)", "absmax", "tensor"),
+    Scheme("zeropoint (tensor)", "zeropoint", "tensor"),
+    Scheme("absmax row-wise", "absmax", "row"),
+    Scheme("absmax vector-wise", "absmax", "vector"),
+    Scheme("zeropoint vector-wise", "zeropoint", "vector"),
+    Scheme("absmax row-wise + decomposition", "absmax", "row", "columns"),
+    Scheme("absmax LLM.int8() (vector-wise + decomp)", "absmax", "vector", "columns"),
+    Scheme("zeropoint LLM.int8() (vector-wise + decomp)", "zeropoint", "vector", "columns"),
+)
+FLOAT32, VECTOR_WISE, LLM_INT8 = TABLE_1[0], TABLE_1[4], TABLE_1[7]
+
+# Table 1's LLM.int8() rows multiply outlier columns with dequantized weights. These keep the 16-bit ones.
+KEPT_COLUMNS = Scheme("absmax LLM.int8(), kept 16-bit outlier weights", "absmax", "vector", "columns", kept=True)
+KEPT_STATIC = Scheme("the same, static outlier columns", "absmax", "vector", "static", kept=True)
+KEPT = (KEPT_COLUMNS, KEPT_STATIC)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How near a model's embeddings are to float32's."""
+
+    mean_cosine: float
+    min_cosine: float
+    neighbors_kept: int  # sentences whose nearest other sentence is the same one
+
+
+@dataclass(frozen=True)
+class Row:
+    """A scheme, what it came to, and the bytes that its linear layers hold."""
+
+    name: str
+    quality: Quality
+    linear_bytes: int
+
+
+def convert(model: nn.Module, scheme: Scheme, calibration: Sequence[Batch], path: str = "int8") -> nn.Module:
+    """A copy of the float32 `model` whose linear layers run as `scheme` says; `model` is left as it is.
+
+    Weights are rounded to float16 first: LLM.int8() starts from 16-bit weights, and kept ones are to be 16-bit.
+    """
+    if scheme.scheme is None:
+        return model
+    model = copy.deepcopy(model)
+    if scheme.kept:
+        octavo.torch.calibrate_(model, [b.inputs for b in calibration], threshold=THRESHOLD, progress=False)
+    for _, linear in linear_layers(model):
+        linear.weight.data = linear.weight.data.half()
+    return octavo.torch.quantize_(
+        model,
+        scheme=scheme.scheme,
+        granularity=scheme.granularity,
+        threshold=THRESHOLD,
+        outliers=scheme.outliers,
+        path=path,
+        progress=False,
+    )
+
+
+def evaluate(
+    model: nn.Module, scheme: Scheme, batches: Sequence[Batch], reference: Tensor, calibration: Sequence[Batch]
+) -> Row:
+    """Converts a copy of the model, embeds the batches and compares with `reference`, float32 [count, 384]."""
+    converted = convert(model, scheme, calibration)
+    return Row(scheme.name, quality(embed(converted, batches), reference), linear_bytes(converted))
+
+
+def quality(embeddings: Tensor, reference: Tensor) -> Quality:
+    """Cosines row by row and the nearest neighbors kept; both [count, width]. Not finite: cosine NaN."""
+    cosine = nn.functional.cosine_similarity(embeddings.double(), reference.double(), dim=1)
+    kept = int((nearest(embeddings) == nearest(reference)).sum())
+    return Quality(float(cosine.mean()), float(cosine.min()), kept)
+
+
+def nearest(embeddings: Tensor) -> Tensor:
+    """The index of each row's nearest other row by cosine, int64 [count]."""
+    unit = nn.functional.normalize(embeddings.double(), dim=1)
+    return (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(1)

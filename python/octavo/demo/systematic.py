@@ -1,0 +1,117 @@
+"""Systematic outliers of the size that large models have, in a model that computes the same function.
+
+From 6.7B parameters on, a few features are large at nearly every token: around -40 in a 6.7B and around -58 in a 13B
+model (the paper's Table 4). MiniLM's are smaller. Here each chosen feature x of the input of query, key, value and of
+the feed-forward is replaced by z = x*d + s, which has the wanted mean and deviation, and the layers that take it get
+W' = W/d and bias' = bias - W' s. So W' z + bias' = W x + bias: the float32 model computes what it did, but its linear
+layers now see outliers. (MiniLM normalizes after each block, and the residual path takes the normalized value too, so
+changing the LayerNorm instead would change the function.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .model import Batch, layers
+from .outliers import (
+    ATTENTION_CONSUMERS,
+    ATTENTION_INPUT,
+    FEED_FORWARD_INPUT,
+    Features,
+    Observed,
+    linear_at,
+    run_watched,
+)
+
+FEATURES = 6  # as many as the paper counts in its 6.7B model
+CONSUMERS = {ATTENTION_INPUT: ATTENTION_CONSUMERS, FEED_FORWARD_INPUT: ("intermediate.dense",)}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the outlier features are to be like: the magnitude of their mean, and their standard deviation."""
+
+    magnitude: float
+    deviation: float
+
+
+SIZES = (Size(40.0, 6.0), Size(58.0, 13.0))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the chosen features are like in a model, over layers, inputs and tokens."""
+
+    quartiles: list[float]  # lower quartile, median, upper quartile
+    share_negative: float
+
+
+class DiagonalShift(nn.Module):
+    """z = x*scale + shift, feature by feature. x [..., k]; scale, shift float32 [k]."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def with_outliers(model: nn.Module, features: Sequence[int], size: Size, observed: Observed) -> nn.Module:
+    """A copy of the model that computes the same function, with systematic outliers in the given features.
+
+    `observed` says what mean and deviation the features have as they are.
+    """
+    model = copy.deepcopy(model)
+    for index, layer in enumerate(layers(model)):
+        for name, paths in CONSUMERS.items():
+            rescaling = rescaling_to(size, features, observed[index, name])
+            for path in paths:
+                parent, _, child = path.rpartition(".")
+                linear = linear_at(layer, path)
+                assert isinstance(linear, nn.Linear)
+                setattr(layer.get_submodule(parent), child, nn.Sequential(rescaling, folded(linear, rescaling)))
+    return model
+
+
+def rescaling_to(size: Size, features: Sequence[int], seen: Features) -> DiagonalShift:
+    """The rescaling that gives the features the mean -magnitude and the wanted deviation; others are untouched."""
+    scale, shift = torch.ones_like(seen.mean), torch.zeros_like(seen.mean)
+    index = torch.as_tensor(features)
+    scale[index] = size.deviation / seen.deviation[index].clamp_min(1e-6)
+    shift[index] = -size.magnitude - scale[index] * seen.mean[index]
+    return DiagonalShift(scale.float(), shift.float())
+
+
+def folded(linear: nn.Linear, rescaling: DiagonalShift) -> nn.Linear:
+    """The linear layer that makes of the rescaled input what `linear` makes of the plain one.
+
+    In float64, rounded once. The bias uses the weight as rounded: the rounding errors, which the shift would
+    otherwise enlarge, cancel.
+    """
+    result = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device)
+    result.requires_grad_(False)
+    bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+    result.weight.copy_(linear.weight.double() / rescaling.scale.double())
+    result.bias.copy_(bias.double() - result.weight.double() @ rescaling.shift.double())
+    return result.eval()
+
+
+def measure(model: nn.Module, batches: Sequence[Batch], features: Sequence[int]) -> Measured:
+    """What the features are like where the rescaled linear layers take them."""
+    seen: list[Tensor] = []
+
+    def see(index: int, name: str, x: Tensor) -> None:
+        if name in CONSUMERS:
+            seen.append(x[:, list(features)].flatten())
+
+    run_watched(model, batches, see)
+    values = torch.cat(seen)
+    quartiles = torch.quantile(values.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    return Measured(quartiles.tolist(), float((values < 0).double().mean()))

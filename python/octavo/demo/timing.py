@@ -1,0 +1,85 @@
+"""Time per batch: octavo's int8 model side by side with torch in float32 and in bfloat16.
+
+The models take turns, so that whatever else the machine does falls on all of them alike; each model's answer is
+checked against float32's before anything is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .model import Batch, embed_batch
+
+BATCH_SIZES = (1, 16, 64)
+MIN_COSINE = 0.99  # a model that is wrong has no speed
+
+
+class WrongResult(RuntimeError):
+    """A model that was to be timed does not compute the embeddings."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds per batch over the rounds."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One batch size. `times`: by the model's name."""
+
+    batch: int
+    tokens: int  # the longest sentence's, to which the others are padded
+    rounds: int
+    times: dict[str, Spread]
+
+
+def variants(float32: nn.Module, int8: nn.Module) -> dict[str, nn.Module]:
+    """The models to be timed, by name. Activations and the layers that are not linear are float32 in octavo's."""
+    return {"octavo int8": int8, "torch float32": float32, "torch bfloat16": copy.deepcopy(float32).bfloat16()}
+
+
+def check(models: dict[str, nn.Module], batch: Batch) -> None:
+    """Raises WrongResult where a model's embeddings of the batch are not near float32's."""
+    reference = embed_batch(models["torch float32"], batch)
+    for name, model in models.items():
+        cosine = float(nn.functional.cosine_similarity(embed_batch(model, batch), reference, dim=1).min())
+        if not cosine >= MIN_COSINE:
+            raise WrongResult(f"{name}: expected a cosine of at least {MIN_COSINE} with float32, got {cosine:.4f}")
+
+
+def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_rounds: int = 5) -> Timing:
+    """Times the models in turns, for about `seconds` and at least `min_rounds` rounds."""
+    check(models, batch)  # and every model is warm
+    times: dict[str, list[float]] = {name: [] for name in models}
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < min_rounds or time.perf_counter() < end:
+        for name, model in models.items():
+            times[name].append(_milliseconds(model, batch))
+        rounds += 1
+    tokens = int(batch.real.shape[1])
+    return Timing(len(batch.indices), tokens, rounds, {name: _spread(values) for name, values in times.items()})
+
+
+@torch.inference_mode()
+def _milliseconds(model: nn.Module, batch: Batch) -> float:
+    start = time.perf_counter()
+    model(**batch.inputs)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    if len(values) < 2:
+        return Spread(values[0], values[0], values[0])
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, lower, upper)

@@ -1,0 +1,244 @@
+"""The operations of LLM.int8() on arrays of any supported framework (NumPy, PyTorch).
+
+Letters: ``m`` tokens, ``k`` input features, ``n`` output features; X is ``[..., k]``, W is ``[n, k]`` (the layout of a
+framework's ``Linear.weight``), Y is ``[..., n]``. Inputs may have any strides and are never modified. Results belong to
+the framework and device of the first argument. On the CPU a call returns when its work is done; the interpreter lock is
+released meanwhile. Arguments that do not fit raise TypeError (dtype, kind) or ValueError (shape, value, device), worded
+"<function>: <argument>: expected ..., got ...", before any work starts.
+
+Equations are those of arXiv 2208.07339.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any, Literal, NamedTuple
+
+from octavo import _core
+from octavo._types import (
+    Array,
+    Columns,
+    Granularity,
+    Outliers,
+    Path,
+    Scheme,
+    column_indices,
+    dtype_name,
+    take_columns,
+)
+from octavo.weight import Int8Weight
+
+
+class Quantized(NamedTuple):
+    """What `quantize` returns: ``x ~ (codes + zeropoint) * scale``.
+
+    Attributes:
+        codes: int8, the shape of x.
+        scale: float32, ``[1]`` for granularity "tensor", else one per row: ``x.shape[:-1]`` (``[1]`` for a rank-1 x).
+        zeropoint: float32 with integral values, shaped as `scale`; None for scheme "absmax".
+    """
+
+    codes: Array
+    scale: Array
+    zeropoint: Array | None
+
+
+def quantize(
+    x: Array,
+    *,
+    scheme: Scheme = "absmax",
+    granularity: Literal["tensor", "row"] = "row",
+    exclude: Columns | None = None,
+) -> Quantized:
+    """Quantize activations to int8, one scale per tensor or per row.
+
+    absmax (Eq. 1): ``codes = clip(rint(x * 127 / absmax), -127, 127)``, ``scale = absmax / 127``.
+
+    zeropoint (Eq. 2-3): ``nd = 254 / (max - min)``, ``zeropoint = rint(nd * min) + 127``,
+    ``codes = clip(rint(nd * x) - zeropoint, -127, 127)``, ``scale = 1 / nd``.
+
+    All in float32, half to even, one rounding per operation.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., k]``, rank >= 1. A rank-1 x is one row.
+        scheme: "absmax" or "zeropoint".
+        granularity: "tensor" (one scale) or "row" (one for each row of k elements).
+        exclude: columns left out of the scale, whose codes are 0 (rank 1, integers): outlier columns.
+
+    Returns:
+        Quantized(codes, scale, zeropoint).
+
+    A group (row, tensor) of zeros, or without elements, has scale 0 and codes 0 (zeropoint: scale 1); a constant group m
+    under zeropoint has scale ``|m|`` and reproduces m. A group that holds NaN or Inf has scale NaN and codes 0.
+    """
+    if exclude is not None:
+        shape = getattr(x, "shape", ())
+        exclude = column_indices("quantize", "exclude", exclude, int(shape[-1]) if len(shape) > 0 else 0)
+    return Quantized(*_core.quantize(x, scheme, granularity, exclude))
+
+
+def quantize_weight(
+    weight: Array,
+    *,
+    scheme: Scheme = "absmax",
+    granularity: Granularity = "vector",
+    outlier_columns: Columns | None = None,
+) -> Int8Weight:
+    """Quantize the weight of a linear layer for `linear`.
+
+    The equations are those of `quantize`. Codes and scales are made over all k columns, kept or not.
+
+    Args:
+        weight: float32, float16 or bfloat16 ``[n, k]``, finite. A tensor that requires grad is read as if detached.
+        scheme: "absmax" or "zeropoint"; `linear` quantizes X the same way.
+        granularity: names the product. "tensor": one scale for W and one for X; "row": one for W and one per row of X;
+            "vector": one per output feature of W and one per row of X.
+        outlier_columns: input features whose original weights are kept beside the codes (integers, any order), so that
+            the 16-bit product of these columns uses them instead of dequantized codes.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf, is not of rank 2, or a column is out of range.
+    """
+    kept: Array | None = None
+    kept_weight: Array | None = None
+    if outlier_columns is not None:
+        shape = getattr(weight, "shape", ())
+        indices = column_indices(
+            "quantize_weight", "outlier_columns", outlier_columns, int(shape[1]) if len(shape) == 2 else 0
+        )
+    codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, scheme, granularity)
+    if outlier_columns is not None:
+        kept, kept_weight = take_columns(weight, indices)
+    return Int8Weight(
+        codes,
+        scale,
+        zeropoint=zeropoint,
+        outlier_columns=kept,
+        outlier_weight=kept_weight,
+        code_sums=code_sums,
+        scheme=scheme,
+        granularity=granularity,
+    )
+
+
+def dequantize(q: Quantized | Int8Weight, *, dtype: Any = None) -> Array:
+    """``(codes + zeropoint) * scale`` in float32, rounded once to `dtype`.
+
+    Args:
+        q: what `quantize` or `quantize_weight` returned. Of an Int8Weight the kept outlier columns are not put in.
+        dtype: float32 (default), float16 or bfloat16, as a name or as the framework's dtype.
+
+    Returns:
+        An array of the shape of ``q.codes``. Where a scale is NaN, NaN.
+    """
+    if not isinstance(q, (Quantized, Int8Weight)):
+        raise TypeError(f"dequantize: q: expected Quantized or Int8Weight, got {type(q).__name__}")
+    return _core.dequantize(q.codes, q.scale, q.zeropoint, dtype_name(dtype))
+
+
+def find_outliers(x: Array, *, threshold: float = 6.0) -> Array:
+    """The outlier columns of x: ``O = {j : exists i with not (|x[i, j]| < threshold)}`` (section 3.2).
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., k]``, rank >= 1; all leading dimensions are rows.
+        threshold: >= 0; a magnitude equal to it, NaN and Inf make an outlier. Infinity: NaN and Inf only.
+
+    Returns:
+        int32 ``[r]``, ascending.
+    """
+    return _core.find_outliers(x, threshold)
+
+
+def int8_matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
+    """``out[..., j] = sum_k a[..., k] * b[j, k]``, exact.
+
+    Args:
+        a: int8 ``[..., k]``, rank >= 1.
+        b: int8 ``[n, k]``.
+        out: int32 ``[..., n]`` to write to (any strides, apart from a and b); default: a new array.
+
+    Raises:
+        ValueError: a sum does not fit int32 (possible for k > 131071 only); `out` is then unspecified.
+    """
+    return _core.int8_matmul(a, b, out)
+
+
+def linear(
+    x: Array,
+    weight: Int8Weight,
+    bias: Array | None = None,
+    *,
+    threshold: float = 6.0,
+    outliers: Outliers = "columns",
+    path: Path = "auto",
+    out: Array | None = None,
+) -> Array:
+    """LLM.int8(): a linear layer with int8 weights (Figure 2, Eq. 8).
+
+    ``y[i, j] = acc[i, j] * (scale_x[i] * scale_w[j]) + sum_{o in O} x[i, o] * w[j, o] + bias[j]``
+
+    ``acc`` is the exact int8 product over the features not in O (zeropoint: unrolled, Eq. 4-5). ``w[j, o]`` is the kept
+    original weight where column o is kept, else the dequantized one. Scales are taken over what is not in O. All after
+    ``acc`` is float32, rounded once to the output dtype.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[..., k]``, rank >= 1.
+        weight: from `quantize_weight`, ``[n, k]``.
+        bias: float32, float16 or bfloat16 ``[n]``.
+        threshold: magnitude from which an element is an outlier, >= 0. Unused by "static" and "none".
+        outliers: what goes through the 16-bit product. "columns": the columns of `find_outliers` (the paper). "rows":
+            each row's own outliers, so that a row's result does not depend on the other rows. "static":
+            ``weight.outlier_columns``, whatever the data. "none": nothing.
+        path: "int8" is all of the above. "weight_only" leaves X as it is, ``y = scale_w * sum_k x * (codes + zeropoint)
+            + bias`` in float32, and ignores `threshold`, `outliers` and kept columns. "auto" is "int8" on the CPU.
+        out: float32, float16 or bfloat16 ``[..., n]`` to write to (any strides, apart from the inputs); default: a new
+            array of x's dtype.
+
+    NaN and Inf in x: under "columns" and "rows" their products propagate as IEEE says, in their own row; under "static"
+    and "none" they make the rows of their scaling group NaN. m, n or k of 0 give an empty or bias-only result.
+
+    Raises:
+        ValueError: also where x requires grad and autograd is on (use `octavo.torch.Int8Linear`), and for "static" with
+            a weight that has no outlier_columns.
+    """
+    if not isinstance(weight, Int8Weight):
+        raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}")
+    return _core.linear(x, weight._native, bias, threshold, outliers, path, out)
+
+
+def get_num_threads() -> int:
+    """Threads that octavo's CPU backend may use, the caller's included.
+
+    At first ``OMP_NUM_THREADS`` where that is set, else the processors this process may run on.
+    """
+    return _core.num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Let octavo's CPU backend use up to `count` threads (1 to 1024). Results do not depend on it."""
+    _core.set_num_threads(count)
+
+
+def version() -> str:
+    """The version of the compiled core."""
+    return _core.version()
+
+
+def info() -> dict[str, Any]:
+    """What this installation and this machine offer.
+
+    Returns:
+        version: str; python: str; platform: str; backends: the names of the usable backends; cpu: a dict of
+        ``instruction_set`` (in use), ``instruction_sets`` (that this processor can run, best first), ``threads``.
+    """
+    return {
+        "version": version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "backends": ["cpu"],
+        "cpu": {
+            "instruction_set": _core.cpu_isa(),
+            "instruction_sets": _core.cpu_isas_available(),
+            "threads": _core.num_threads(),
+        },
+    }

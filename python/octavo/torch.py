@@ -1,0 +1,522 @@
+"""octavo for PyTorch: `Int8Linear`, and the conversion of whole models in place.
+
+>>> model = calibrate_(model, batches)      # doctest: +SKIP
+>>> quantize_(model)                        # doctest: +SKIP
+
+The operation is also registered as ``torch.ops.octavo.linear``, so that it can be compiled, exported and differentiated.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import octavo
+from octavo import _core
+from octavo._types import Granularity, Outliers, Path, Scheme
+from octavo.weight import Int8Weight
+
+__all__ = ["Int8Linear", "calibrate_", "quantize_"]
+
+_FORMAT_VERSION = 1
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Where `calibrate_` leaves a layer's columns for `quantize_`.
+_CALIBRATED = "octavo_outlier_columns"
+_DEFAULT_SKIP = ("*lm_head",)
+
+# --- the operation ----------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("octavo", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns, "
+    "Tensor? outlier_weight, Tensor? bias, str scheme, str granularity, float threshold, str outliers, str path) "
+    "-> Tensor"
+)
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    code_sums: Tensor,
+    zeropoint: Tensor | None,
+    outlier_columns: Tensor | None,
+    outlier_weight: Tensor | None,
+    bias: Tensor | None,
+    scheme: Scheme,
+    granularity: Granularity,
+    threshold: float,
+    outliers: Outliers,
+    path: Path,
+) -> Tensor:
+    weight = Int8Weight(
+        codes,
+        scale,
+        zeropoint=zeropoint,
+        outlier_columns=outlier_columns,
+        outlier_weight=outlier_weight,
+        code_sums=code_sums,
+        scheme=scheme,
+        granularity=granularity,
+    )
+    with torch.no_grad():  # autograd, where it is wanted, is registered below
+        return octavo.linear(x, weight, bias, threshold=threshold, outliers=outliers, path=path)
+
+
+def _linear_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, _, zeropoint, *_ = inputs
+    ctx.save_for_backward(codes, scale, zeropoint)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Gradients of x, through the dequantized weight, and of the bias."""
+    codes, scale, zeropoint = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = codes.to(torch.float32)
+        if zeropoint is not None:
+            weight = weight + zeropoint[:, None]
+        grad_x = grad @ (weight * scale[:, None]).to(grad.dtype)
+    if ctx.needs_input_grad[7]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return (grad_x, *[None] * 6, grad_bias, *[None] * 5)
+
+
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("octavo::linear", _linear_fake, lib=_library)
+torch.library.register_autograd("octavo::linear", _linear_backward, setup_context=_save_for_backward, lib=_library)
+
+# --- the layer --------------------------------------------------------------------------------------------------------
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with an int8 weight: LLM.int8() in place of `torch.nn.Linear`. See `octavo.linear`.
+
+    Args:
+        in_features: k.
+        out_features: n.
+        bias: whether the layer has one.
+        scheme, granularity: see `octavo.quantize_weight`.
+        threshold, outliers, path: see `octavo.linear`.
+        device: of all tensors.
+        dtype: of the bias.
+
+    Attributes:
+        weight: int8 Parameter ``[n, k]`` (codes; it never requires grad).
+        scale, zeropoint, outlier_columns, outlier_weight: buffers, as in `octavo.Int8Weight`; None where not used.
+        code_sums: buffer, not in the state dict: it is made anew from `weight`.
+        bias: Parameter ``[n]`` or None.
+
+    A new layer is all zeros, to be filled by ``load_state_dict``, which also takes the state dict of a ``nn.Linear``
+    and quantizes it. The state dict carries scheme, granularity, threshold, outliers and path in ``_extra_state`` (JSON
+    as a uint8 tensor). ``.half()``, ``.to(dtype)`` cast the bias only. Gradients flow to x (through the dequantized
+    weight) and to the bias.
+    """
+
+    weight: nn.Parameter
+    scale: Tensor
+    zeropoint: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_weight: Tensor | None
+    code_sums: Tensor
+    bias: nn.Parameter | None
+
+    _ARRAYS = ("scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scheme: Scheme = "absmax",
+        granularity: Granularity = "vector",
+        threshold: float = 6.0,
+        outliers: Outliers = "columns",
+        path: Path = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.threshold = float(threshold)
+        self.outliers: Outliers = outliers
+        self.path: Path = path
+        weight = octavo.quantize_weight(
+            torch.zeros(out_features, in_features), scheme=scheme, granularity=granularity
+        )
+        self._hold(weight)
+        # A product with no rows costs nothing and refuses wrong options now rather than at the first batch.
+        options: dict[str, Any] = {"threshold": threshold, "path": path}
+        options["outliers"] = "none" if outliers == "static" else outliers
+        octavo.linear(torch.zeros(0, in_features), weight, **options)
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None
+        if device is not None:
+            self.to(device)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        scheme: Scheme = "absmax",
+        granularity: Granularity = "vector",
+        threshold: float = 6.0,
+        outliers: Outliers = "columns",
+        path: Path = "auto",
+        outlier_columns: Tensor | Sequence[int] | None = None,
+    ) -> Int8Linear:
+        """An Int8Linear with the quantized weight and the very bias of `linear`, which is left as it is.
+
+        Args:
+            outlier_columns: input features whose original weights are kept; default: those `calibrate_` recorded.
+        """
+        if outlier_columns is None:
+            outlier_columns = getattr(linear, _CALIBRATED, None)
+        weight = octavo.quantize_weight(
+            linear.weight, scheme=scheme, granularity=granularity, outlier_columns=outlier_columns
+        )
+        return cls._from_weight(weight, linear, threshold=threshold, outliers=outliers, path=path)
+
+    @classmethod
+    def _from_weight(
+        cls, weight: Int8Weight, linear: nn.Linear, *, threshold: float, outliers: Outliers, path: Path
+    ) -> Int8Linear:
+        layer = cls(0, 0, False, threshold=threshold, outliers=outliers, path=path)
+        layer.out_features, layer.in_features = weight.shape
+        layer._hold(weight)
+        layer.bias = linear.bias
+        layer.train(linear.training)
+        return layer
+
+    @property
+    def scheme(self) -> Scheme:
+        """ "absmax" or "zeropoint"."""
+        return self._scheme
+
+    @property
+    def granularity(self) -> Granularity:
+        """ "tensor", "row" or "vector"."""
+        return self._granularity
+
+    @property
+    def int8_weight(self) -> Int8Weight:
+        """The weight as `octavo.linear` takes it; it shares the layer's memory."""
+        if self._int8_weight is None:
+            self._int8_weight = Int8Weight(
+                self.weight.detach(),
+                **{name: getattr(self, name) for name in self._ARRAYS},
+                scheme=self._scheme,
+                granularity=self._granularity,
+            )
+        return self._int8_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., k]`` -> ``[..., n]`` in the dtype of x (under autocast: in autocast's dtype)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        wants_grad = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if torch.compiler.is_compiling() or (wants_grad and torch.is_grad_enabled()):
+            return torch.ops.octavo.linear(  # type: ignore[no-any-return]
+                x,
+                self.weight,
+                self.scale,
+                self.code_sums,
+                self.zeropoint,
+                self.outlier_columns,
+                self.outlier_weight,
+                self.bias,
+                self._scheme,
+                self._granularity,
+                self.threshold,
+                self.outliers,
+                self.path,
+            )
+        return octavo.linear(  # type: ignore[no-any-return]
+            x, self.int8_weight, self.bias, threshold=self.threshold, outliers=self.outliers, path=self.path
+        )
+
+    def extra_repr(self) -> str:
+        kept = "" if self.outlier_columns is None else f", outlier_columns={len(self.outlier_columns)}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self._scheme!r}, granularity={self._granularity!r}, threshold={self.threshold:g}, "
+            f"outliers={self.outliers!r}, path={self.path!r}{kept}"
+        )
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def _hold(self, weight: Int8Weight) -> None:
+        """Take the arrays of `weight` as parameter and buffers."""
+        self._scheme: Scheme = weight.scheme
+        self._granularity: Granularity = weight.granularity
+        # A parameter, so that tied weights stay tied when a model is moved or copied.
+        self.weight = nn.Parameter(weight.codes, requires_grad=False)
+        for name in self._ARRAYS:
+            self.register_buffer(name, getattr(weight, name), persistent=name != "code_sums")
+        self._int8_weight: Int8Weight | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._ARRAYS or name == "weight":
+            self.__dict__["_int8_weight"] = None
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_int8_weight": None}  # copies read their own arrays
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        exact = {name: getattr(self, name) for name in self._ARRAYS}
+        super()._apply(fn, recurse)
+        for name, original in exact.items():
+            moved = getattr(self, name)
+            if original is not None and moved.dtype != original.dtype:
+                setattr(self, name, original.to(moved.device))  # follow the device, not the dtype
+        self._int8_weight = None
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        state = {
+            "format_version": _FORMAT_VERSION,
+            "scheme": self._scheme,
+            "granularity": self._granularity,
+            "threshold": self.threshold,
+            "outliers": self.outliers,
+            "path": self.path,
+        }
+        return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        options = json.loads(bytes(state.cpu().numpy()))
+        if options["format_version"] != _FORMAT_VERSION:
+            raise ValueError(
+                f"Int8Linear: _extra_state: expected format_version {_FORMAT_VERSION}, got {options['format_version']}"
+            )
+        self._scheme = options["scheme"]
+        self._granularity = options["granularity"]
+        self.threshold = float(options["threshold"])
+        self.outliers = options["outliers"]
+        self.path = options["path"]
+        self._int8_weight = None
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and weight.is_floating_point():
+            quantized = octavo.quantize_weight(weight, scheme=self._scheme, granularity=self._granularity)
+            arrays = {name: getattr(quantized, name) for name in self._ARRAYS if name != "code_sums"}
+            entries = {"weight": quantized.codes, **arrays, "_extra_state": self.get_extra_state()}
+            state_dict.update({prefix + name: entry for name, entry in entries.items() if entry is not None})
+        extra_state = state_dict.get(prefix + "_extra_state")
+        if extra_state is not None:
+            self.set_extra_state(extra_state)
+        # Which of these exist, and how large they are, depends on how the weight was made.
+        for name in ("scale", "zeropoint", "outlier_columns", "outlier_weight"):
+            entry = state_dict.get(prefix + name)
+            if entry is not None:
+                setattr(self, name, torch.empty_like(entry, device=self.weight.device))
+            elif extra_state is not None and name != "scale":
+                setattr(self, name, None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if self.weight.device.type != "meta":
+            self.code_sums = _core.sum_codes(self.weight.detach())
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    scheme: Scheme = "absmax",
+    granularity: Granularity = "vector",
+    threshold: float = 6.0,
+    outliers: Outliers = "columns",
+    path: Path = "auto",
+    skip: Sequence[str] = _DEFAULT_SKIP,
+    progress: bool = True,
+) -> nn.Module:
+    """Replace every `torch.nn.Linear` of `model` by an `Int8Linear`, in place, one after the other.
+
+    The 16/32-bit weight of a layer is released as soon as its int8 form exists. Layers that share a weight go on sharing
+    it. Left as they are: layers whose qualified name matches a pattern of `skip`, subclasses of ``nn.Linear`` (their
+    owners read the weight themselves), and layers whose weight is also used by another kind of module (a tied
+    embedding). Columns that `calibrate_` recorded are kept in 16 bit.
+
+    Args:
+        scheme, granularity: see `octavo.quantize_weight`.
+        threshold, outliers, path: see `octavo.linear`.
+        skip: patterns as in a shell ("*", "?", "[...]") of qualified names ("decoder.layers.0.fc1").
+        progress: show a progress bar.
+
+    Returns:
+        model.
+
+    Raises (before anything is replaced):
+        ValueError: a weight with NaN or Inf, or without memory (meta device); "static" and a layer that was not
+            calibrated; `model` is itself an ``nn.Linear`` (use `Int8Linear.from_linear`).
+        TypeError: a weight of another dtype than float32, float16 and bfloat16.
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError("quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)")
+    Int8Linear(1, 1, scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
+    layers = list(_linears(model, skip))
+    for name, layer in layers:
+        _check_layer(name, layer, outliers)
+
+    weights: dict[int, Int8Linear] = {}  # by the identity of the weight: the first layer that was made of it
+    replacements: dict[int, Int8Linear] = {}  # by the identity of the layer
+    parents = dict(model.named_modules(remove_duplicate=False))
+    keep_alive = []  # identities are unique only among living objects
+    bar = tqdm(layers, desc="quantize", unit="layer", disable=not progress)
+    for name, layer in bar:
+        replacement = replacements.get(id(layer))
+        if replacement is None:
+            first = weights.get(id(layer.weight))
+            if first is None:
+                replacement = Int8Linear.from_linear(
+                    layer, scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path
+                )
+                weights[id(layer.weight)] = replacement
+            else:
+                replacement = Int8Linear._from_weight(
+                    first.int8_weight, layer, threshold=threshold, outliers=outliers, path=path
+                )
+                replacement.weight = first.weight
+            replacements[id(layer)] = replacement
+            keep_alive.append((layer, layer.weight))
+        parent_name, _, child = name.rpartition(".")
+        parent = parents[parent_name]
+        setattr(parent, child, replacement)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # its fused path would read the codes as if they were weights
+    return model
+
+
+def calibrate_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    threshold: float = 6.0,
+    min_fraction: float = 0.06,
+    skip: Sequence[str] = _DEFAULT_SKIP,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Find the systematic outlier columns of each linear layer, for `quantize_` to keep in 16 bit.
+
+    Runs `batches` through the 16/32-bit model (it needs the original weights, so it comes before `quantize_`) and
+    records, layer by layer, the input features whose magnitude is >= `threshold` at a fraction of at least
+    `min_fraction` of all positions. The paper calls outliers systematic from 6 % of positions on (section 4).
+
+    Args:
+        batches: each a tensor (``model(batch)``), a tuple or list (``model(*batch)``) or a mapping (``model(**batch)``).
+        threshold: as in `octavo.linear`.
+        min_fraction: in [0, 1]; 0 records every column that was ever an outlier.
+        skip: as in `quantize_`.
+        progress: show a progress bar.
+
+    Returns:
+        Qualified name -> int32 ``[r]``, ascending, for every layer that the batches reached.
+
+    The model is run in eval mode without autograd; its mode and parameters are left as they were.
+
+    Raises:
+        ValueError: `threshold` < 0 or `min_fraction` outside [0, 1], no batches, no linear layers, or layers that are
+            quantized already.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"calibrate_: threshold: expected a number >= 0, got {threshold}")
+    if not 0 <= min_fraction <= 1:
+        raise ValueError(f"calibrate_: min_fraction: expected a number in [0, 1], got {min_fraction}")
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ValueError("calibrate_: model: expected the 16/32-bit model, got one that quantize_ has converted")
+    layers = list(_linears(model, skip))
+    if not layers:
+        raise ValueError("calibrate_: model: expected linear layers, got none")
+    counts: dict[nn.Module, Tensor] = {}
+    positions: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows = args[0].detach().reshape(-1, args[0].shape[-1])
+        found = (~(rows.abs() < threshold)).sum(0)  # as in find_outliers: NaN and Inf count
+        counts[module] = counts[module] + found if module in counts else found
+        positions[module] = positions.get(module, 0) + rows.shape[0]
+
+    modules = {id(layer): layer for _, layer in layers}.values()
+    handles = [layer.register_forward_pre_hook(count) for layer in modules]
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                elif isinstance(batch, (tuple, list)):
+                    model(*batch)
+                else:
+                    model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in was_training.items():
+            module.training = training
+    if not counts:
+        raise ValueError("calibrate_: batches: expected at least one that reaches a linear layer, got none")
+
+    columns: dict[str, Tensor] = {}
+    for name, layer in layers:
+        if layer in counts:
+            systematic = (counts[layer] > 0) & (counts[layer] >= min_fraction * positions[layer])
+            columns[name] = systematic.nonzero().flatten().to(torch.int32).cpu()
+            setattr(layer, _CALIBRATED, columns[name])
+    return columns
+
+
+def _linears(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that `quantize_` replaces, by qualified name; shared ones under each of their names."""
+    if isinstance(skip, str):
+        raise TypeError("skip: expected a sequence of patterns, got a string")
+    used_elsewhere = {
+        id(parameter)
+        for module in model.modules()
+        if type(module) is not nn.Linear
+        for parameter in module.parameters(recurse=False)
+    }
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is not nn.Linear or id(module.weight) in used_elsewhere:
+            continue
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+            yield name, module
+
+
+def _check_layer(name: str, layer: nn.Linear, outliers: Outliers) -> None:
+    """Raise now what would stop the conversion of this layer."""
+    weight = layer.weight
+    if weight.dtype not in _FLOAT_DTYPES:
+        raise TypeError(f"quantize_: {name}.weight: expected float32, float16 or bfloat16, got {weight.dtype}")
+    if weight.device.type == "meta":
+        raise ValueError(f"quantize_: {name}.weight: expected a tensor with memory, got one on the meta device")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"quantize_: {name}.weight: expected finite values, got NaN or Inf")
+    if outliers == "static" and not hasattr(layer, _CALIBRATED):
+        raise ValueError(f"quantize_: {name}: expected a calibrated layer for outliers='static' (run calibrate_ first)")

@@ -1,0 +1,118 @@
+"""An int8 weight: codes, scales and, where calibrated, the original values of its outlier columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from octavo import _core
+from octavo._types import Array, Granularity, Scheme, dtype_name
+
+
+class Int8Weight:
+    """A weight ``[n, k]`` as int8 codes, ``weight ~ (codes + zeropoint) * scale``. Made by `octavo.quantize_weight`.
+
+    Attributes:
+        codes: int8 ``[n, k]``.
+        scale: float32, ``[n]`` for granularity "vector", else ``[1]``.
+        zeropoint: float32 with integral values, shaped as `scale`; None for scheme "absmax".
+        outlier_columns: int32 ``[r]``, ascending: the columns whose original values are kept; None if not calibrated.
+        outlier_weight: ``[n, r]`` in the dtype of the original weight; None if not calibrated.
+        code_sums: int32 ``[n]``, the sums over k of the codes, which the products need; made from `codes` where not given.
+        scheme: "absmax" or "zeropoint".
+        granularity: "tensor", "row" or "vector"; it names the product (see `octavo.quantize_weight`).
+
+    All arrays belong to one framework and device and are not to be changed: what the products need of them is read
+    once, here. Raises TypeError or ValueError naming the argument where they do not fit each other.
+    """
+
+    __slots__ = (
+        "_native",
+        "code_sums",
+        "codes",
+        "granularity",
+        "outlier_columns",
+        "outlier_weight",
+        "scale",
+        "scheme",
+        "zeropoint",
+    )
+
+    def __init__(
+        self,
+        codes: Array,
+        scale: Array,
+        *,
+        zeropoint: Array | None = None,
+        outlier_columns: Array | None = None,
+        outlier_weight: Array | None = None,
+        code_sums: Array | None = None,
+        scheme: Scheme = "absmax",
+        granularity: Granularity = "vector",
+    ) -> None:
+        if code_sums is None:
+            code_sums = _core.sum_codes(codes)
+        self._native = _core.Weight(
+            codes, scale, zeropoint, code_sums, outlier_columns, outlier_weight, scheme, granularity
+        )
+        self.codes = codes
+        self.scale = scale
+        self.zeropoint = zeropoint
+        self.code_sums = code_sums
+        self.outlier_columns = outlier_columns
+        self.outlier_weight = outlier_weight
+        self.scheme: Scheme = scheme
+        self.granularity: Granularity = granularity
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, k)``: output and input features."""
+        n, k = self.codes.shape
+        return n, k
+
+    @property
+    def device(self) -> Any:
+        """Where the arrays are, as their framework names it."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(int(array.nbytes) for array in self._arrays().values() if array is not None)
+
+    def _arrays(self) -> dict[str, Array | None]:
+        """The constructor's arrays by name."""
+        names = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
+        return {name: getattr(self, name) for name in names}
+
+    def dequantize(self, dtype: Any = None) -> Array:
+        """``(codes + zeropoint) * scale``, ``[n, k]`` in `dtype` (float32, float16 or bfloat16; default float32).
+
+        Kept outlier columns are not put in.
+        """
+        return _core.dequantize(self.codes, self.scale, self.zeropoint, dtype_name(dtype))
+
+    def to(self, device: Any) -> Int8Weight:
+        """The weight on another device of its framework; itself where it is there already."""
+
+        def move(array: Array | None) -> Array | None:
+            if array is None:
+                return None
+            # PyTorch; the array API standard's name
+            return array.to(device) if hasattr(array, "to") else array.to_device(device)
+
+        moved = {name: move(array) for name, array in self._arrays().items()}
+        if moved["codes"] is self.codes:
+            return self
+        return _rebuild(moved, self.scheme, self.granularity)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._arrays(), self.scheme, self.granularity)
+
+    def __repr__(self) -> str:
+        kept = "" if self.outlier_columns is None else f", {len(self.outlier_columns)} columns kept"
+        return f"Int8Weight(shape={self.shape}, scheme={self.scheme!r}, granularity={self.granularity!r}{kept})"
+
+
+def _rebuild(arrays: dict[str, Any], scheme: Scheme, granularity: Granularity) -> Int8Weight:
+    """`Int8Weight` from its arrays, for pickle and copy."""
+    return Int8Weight(**arrays, scheme=scheme, granularity=granularity)

@@ -1,0 +1,512 @@
+"""octavo.linear: hand-computed cases, the oracle over every scheme, granularity and policy, and the edges."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import octavo
+import pytest
+import reference as ref
+import tolerances
+from hypothesis import given
+from hypothesis import strategies as st
+from support import KINDS, MAX, NUMPY, TORCH, VIEWS, Backend, Typed, equal, make, seeds, sizes, unchanged, views
+
+F = np.float32
+INF, NAN = np.inf, np.nan
+
+
+def check(
+    typed: Typed,
+    x: ref.Floats,
+    w: ref.Floats,
+    bias: ref.Floats | None = None,
+    *,
+    scheme: str = "absmax",
+    granularity: str = "vector",
+    kept: list[int] | None = None,
+    weight_dtype: str | None = None,
+    **options: Any,
+) -> Any:
+    """octavo.linear is the oracle's, within tolerances.py, and touches no input. Returns the output."""
+    backend = typed.backend
+    native = typed.array(x)
+    native_w = backend.array(w, weight_dtype or typed.dtype)
+    weight = octavo.quantize_weight(native_w, scheme=scheme, granularity=granularity, outlier_columns=kept)
+    oracle = ref.quantize_weight(w, scheme=scheme, granularity=granularity, outlier_columns=kept)
+    native_bias = None if bias is None else typed.array(bias)
+    with unchanged(backend, native, native_bias, weight.codes, weight.scale, weight.outlier_weight):
+        y = octavo.linear(native, weight, native_bias, **options)
+    assert backend.dtype_name(y) == typed.dtype
+    options = {k: v for k, v in options.items() if v != "auto"}
+    expected = ref.linear(x, oracle, bias, scheme=scheme, granularity=granularity, **options)
+    tolerances.check_output(backend.host(y), expected, typed.dtype)
+    return y
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Literal cases. Every scale below is 1, or a power of two, so results are exact in float32.
+
+X = [[127, 1, 254], [127, 1, 1]]
+W = [[127, 3, 2.25], [-127, 0, 8]]  # codes [127, 3, 2] and [-127, 0, 8], scale 1
+KEPT_2 = {"outlier_columns": [2]}
+LITERAL: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any], Any]] = {
+    # row 0: 127 * 127 + 3 + 2 * 2 = 16136; row 1 alike without the third feature
+    "int8": ([[127, 1, 2]], W, {}, {}, [[16136, -16113]]),
+    # column 2 is outlying (254 >= 200): its x are multiplied with dequantized weights 2 and 8
+    "columns": (X, W, {}, {"threshold": 200.0}, [[16132 + 508, -16129 + 2032], [16132 + 2, -16129 + 8]]),
+    "columns, kept": (
+        X,
+        W,
+        KEPT_2,
+        {"threshold": 200.0},
+        [[16132 + 571.5, -16129 + 2032], [16132 + 2.25, -16129 + 8]],
+    ),
+    # row 1 has no outlier of its own: its third element goes the int8 way, code 1 times code 2
+    "rows": (X, W, KEPT_2, {"threshold": 200.0, "outliers": "rows"}, [[16703.5, -14097], [16134, -16121]]),
+    "static": (X, W, KEPT_2, {"threshold": INF, "outliers": "static"}, [[16703.5, -14097], [16134.25, -16121]]),
+    # row 0: scale 254/127 = 2, codes [64 (63.5, tie), 0 (0.5, tie), 127]; 2 * (64*127 + 127*2), 2 * (-64*127 + 127*8)
+    "none": (X, W, KEPT_2, {"outliers": "none"}, [[16764, -14224], [16134, -16121]]),
+    # a kept column that is not outlying goes the int8 way: 2, not 2.25
+    "kept, not outlying": ([[127, 1, 2]], W, KEPT_2, {"threshold": 200.0}, [[16136, -16113]]),
+    "at the threshold": ([[127, 1, 200]], W, KEPT_2, {"threshold": 200.0}, [[16132 + 450, -16129 + 1600]]),
+    "weight only": (X, W, KEPT_2, {"path": "weight_only"}, [[16129 + 3 + 508, -16129 + 2032], [16134, -16121]]),
+    # X: max - min = 254, nd = 1, zp = 137: codes [-127, 127]; W: zp = 0. (10, 264) . (-127, 127), (10, 264) . (127, 127)
+    "zeropoint x": ([[10, 264]], [[-127, 127], [127, -127]], {"scheme": "zeropoint"}, {"outliers": "none"}, [[32258, -32258]]),
+    "zeropoint both": ([[0, 254]], [[1, 255]], {"scheme": "zeropoint"}, {"outliers": "none"}, [[64770]]),
+    # the outlier column has neither code nor zero point: 254 * 255 - 1000 * 1
+    "zeropoint, columns": (
+        [[0, 254, -1000]],
+        [[1, 255, 1]],
+        {"scheme": "zeropoint"},
+        {"threshold": 1000.0},
+        [[63770]],
+    ),
+    # one scale of X for both rows
+    "tensor": ([[127, 0], [1, 2]], [[127, 1]], {"granularity": "tensor"}, {"outliers": "none"}, [[16129, 129]]),
+    "tensor, rows": (
+        [[127, 512], [1, 2]],
+        [[127, 1]],
+        {"granularity": "tensor"},
+        {"outliers": "rows", "threshold": 512.0},
+        [[16129 + 512, 129]],
+    ),
+    "row": ([[127, 0], [1, 2]], [[127, 1], [64, 0]], {"granularity": "row"}, {"outliers": "none"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LITERAL)
+def test_literal(backend: Backend, case: str) -> None:
+    x, w, of_weight, options, expected = LITERAL[case]
+    if expected is None:  # row 1: scale 2/127, codes [64 (63.5), 127]: not a power of two, so from its float32 parts
+        scale = F(2) / F(127)
+        expected = [[16129, 127 * 64], [F(64 * 127 + 127) * scale, F(64 * 64) * scale]]
+    weight = octavo.quantize_weight(backend.array(np.array(w, F)), **of_weight)
+    for bias in (None, [100, -0.5]):
+        b = None if bias is None else np.array(bias, F)[: len(w)]
+        given_bias = None if b is None else backend.array(b)
+        y = octavo.linear(backend.array(np.array(x, F)), weight, given_bias, **options)
+        equal(backend.host(y), np.array(expected, F) + (0 if b is None else b))
+
+
+def test_bfloat16_above_65504() -> None:
+    """No float16 intermediate. 8 * 127 * 127 = 129032 is 129024 in bfloat16, infinity in float16."""
+    for backend, dtype, expected in ((TORCH, "bfloat16", 129024), (TORCH, "float16", INF), (NUMPY, "float16", INF)):
+        if backend.missing:
+            continue
+        ones = Typed(backend, dtype).array(np.full((1, 8), 127))
+        y = octavo.linear(ones, octavo.quantize_weight(ones), outliers="none")
+        assert backend.host(y).tolist() == [[expected]]
+
+
+def test_float16_output_is_rounded_once(backend: Backend) -> None:
+    """A float16 partial result would lose the last bits: steps are 2 here, and 4085 (a tie) would become 4084."""
+    x = backend.array(np.array([[127, 1, 2048]], F), "float16")
+    # int8 term 127*16 + 1*5 = 2037, outlier term 2048, bias 0.5: 4085.5
+    w = backend.array(np.array([[16, 5, 1]], F), "float16")
+    weight = octavo.Int8Weight(
+        backend.array(np.array([[16, 5, 1]], np.int8)),
+        backend.array(np.ones(1, F)),
+        outlier_columns=backend.array(np.array([2], np.int32)),
+        outlier_weight=w[:, 2:],
+        scheme="absmax",
+        granularity="vector",
+    )
+    bias = backend.array(np.array([0.5], F), "float16")
+    y = octavo.linear(x, weight, bias, threshold=1000.0)
+    assert backend.host(y).tolist() == [[4086]]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The oracle
+
+
+COMBINATIONS = tuple(itertools.product(ref.SCHEMES, ref.GRANULARITIES))
+# Linear of the kinds of data whose output float32 can hold in any order of summation.
+LINEAR_KINDS = tuple(kind for kind in KINDS if kind != "huge")
+SHAPES = ((1, 1, 1), (3, 5, 2), (1, 64, 48), (7, 33, 19), (16, 64, 32), (67, 131, 65))
+
+
+@pytest.mark.parametrize(("scheme", "granularity"), COMBINATIONS)
+@pytest.mark.parametrize("outliers", [*ref.OUTLIERS, "weight_only"])
+def test_every_combination(typed: Typed, scheme: str, granularity: str, outliers: str) -> None:
+    """Every scheme, granularity and policy, with and without kept columns and bias, on outlying data."""
+    if outliers == "weight_only":
+        options = {"path": "weight_only"}
+    else:
+        options = {"path": "int8", "outliers": outliers}
+    for m, k, n in SHAPES:
+        x, w = make("outliers", (m, k), typed.dtype), make("normal", (n, k), typed.dtype)
+        bias = make("normal", (n,), typed.dtype)
+        columns = ref.find_outliers(x).tolist()
+        # none; all that are outlying; one of them and one that is not
+        kepts = [None, columns, sorted({*columns[:1], k // 2})]
+        for kept, b in itertools.product(kepts, (None, bias)):
+            if outliers == "static" and kept is None:
+                continue
+            check(typed, x, w, b, scheme=scheme, granularity=granularity, kept=kept, **options)
+
+
+@given(
+    st.data(),
+    sizes,
+    sizes,
+    sizes,
+    st.sampled_from(LINEAR_KINDS),
+    st.sampled_from(["normal", "outliers", "positive", "zero rows", "wide", "narrow", "constant rows"]),
+    seeds,
+    st.sampled_from(COMBINATIONS),
+)
+def test_oracle(
+    typed: Typed,
+    data: st.DataObject,
+    m: int,
+    k: int,
+    n: int,
+    kind: str,
+    weight_kind: str,
+    seed: int,
+    combination: tuple[str, str],
+) -> None:
+    x, w = make(kind, (m, k), typed.dtype, seed), make(weight_kind, (n, k), typed.dtype, seed)
+    finite = np.abs(x[np.isfinite(x)])
+    kept = data.draw(st.none() | st.lists(st.integers(0, k - 1), max_size=6), label="kept")
+    policies = [p for p in ref.OUTLIERS if p != "static" or kept is not None]
+    bias = data.draw(st.sampled_from([None, make("normal", (n,), typed.dtype, seed)]), label="bias")
+    check(
+        typed,
+        x,
+        w,
+        bias,
+        scheme=combination[0],
+        granularity=combination[1],
+        kept=kept,
+        threshold=data.draw(st.sampled_from([6.0, 0.0, INF, *finite[:2].tolist()]), label="threshold"),
+        outliers=data.draw(st.sampled_from(policies), label="outliers"),
+        path=data.draw(st.sampled_from(ref.PATHS), label="path"),
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 4096, 257), (130, 515, 259), (5, 1031, 1), (300, 64, 7)])
+@pytest.mark.parametrize("outliers", ref.OUTLIERS)
+def test_larger_than_a_tile(typed: Typed, shape: tuple[int, int, int], outliers: str) -> None:
+    m, k, n = shape
+    x, w = make("outliers", (m, k), typed.dtype), make("normal", (n, k), typed.dtype)
+    check(typed, x, w, make("normal", (n,), typed.dtype), kept=[0, 3, k - 1], outliers=outliers)
+
+
+@pytest.mark.parametrize("outliers", ["columns", "rows"])
+@pytest.mark.parametrize("count", ["none", "one", "first and last", "all but one", "all"])
+def test_number_of_outlier_columns(typed: Typed, outliers: str, count: str) -> None:
+    m, k, n = 9, 67, 21
+    columns = {"none": [], "one": [33], "first and last": [0, k - 1], "all but one": [*range(k - 1)], "all": [*range(k)]}
+    x = np.clip(make("normal", (m, k), typed.dtype), -5, 5)
+    x[:, columns[count]] = typed.round(np.where(x[:, columns[count]] < 0, -1, 1) * 6.5)
+    w = make("normal", (n, k), typed.dtype)
+    for scheme in ref.SCHEMES:
+        for kept in (None, [0, 33, k - 1]):
+            check(typed, x, w, make("normal", (n,), typed.dtype), scheme=scheme, kept=kept, outliers=outliers)
+
+
+@pytest.mark.parametrize("mixed", itertools.product(ref.DTYPES, ref.DTYPES, ref.DTYPES), ids="-".join)
+def test_mixed_dtypes(mixed: tuple[str, str, str]) -> None:
+    """x, weight and bias each have their own dtype; the output has that of x."""
+    of_x, of_w, of_bias = mixed
+    backend = TORCH if "bfloat16" in mixed else NUMPY
+    if backend.missing:
+        pytest.skip(backend.missing)
+    x, w, b = make("outliers", (5, 33), of_x), make("normal", (11, 33), of_w), make("normal", (11,), of_bias)
+    weight = octavo.quantize_weight(backend.array(w, of_w), outlier_columns=[1, 5])
+    oracle = ref.quantize_weight(w, outlier_columns=[1, 5])
+    y = octavo.linear(backend.array(x, of_x), weight, backend.array(b, of_bias))
+    assert backend.dtype_name(y) == of_x
+    tolerances.check_output(backend.host(y), ref.linear(x, oracle, b), of_x)
+
+
+def test_auto_is_int8_on_the_cpu(typed: Typed) -> None:
+    if typed.backend.device != "cpu":
+        pytest.skip("on a GPU auto picks by shape")
+    for m in (1, 4, 130):
+        x = typed.array(make("outliers", (m, 64), typed.dtype))
+        weight = octavo.quantize_weight(typed.array(make("normal", (32, 64), typed.dtype)))
+        a, b = (typed.host(octavo.linear(x, weight, path=path)) for path in ("auto", "int8"))
+        equal(a, b)
+        equal(typed.host(octavo.linear(x, weight)), b)
+
+
+def test_weight_only_ignores_outliers_threshold_and_kept_columns(typed: Typed) -> None:
+    x = typed.array(make("outliers", (5, 64), typed.dtype))
+    w = typed.array(make("normal", (32, 64), typed.dtype))
+    plain = typed.host(octavo.linear(x, octavo.quantize_weight(w), path="weight_only"))
+    kept = octavo.quantize_weight(w, outlier_columns=[1, 2, 3])
+    for outliers in ref.OUTLIERS:
+        for threshold in (0.0, 6.0, INF):
+            y = octavo.linear(x, kept, outliers=outliers, threshold=threshold, path="weight_only")
+            equal(typed.host(y), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Edges
+
+
+@pytest.mark.parametrize("lead", [(0,), (4,), (), (2, 0), (2, 3)])
+@pytest.mark.parametrize(("k", "n"), [(0, 5), (7, 0), (0, 0), (7, 5)])
+@pytest.mark.parametrize("path", ref.PATHS)
+def test_empty_dimensions(typed: Typed, lead: tuple[int, ...], k: int, n: int, path: str) -> None:
+    """Zeros of the right shape, plus bias."""
+    for scheme, granularity in COMBINATIONS:
+        x, w = make("normal", (*lead, k), typed.dtype), make("normal", (n, k), typed.dtype)
+        for bias in (None, make("normal", (n,), typed.dtype)):
+            y = check(typed, x, w, bias, scheme=scheme, granularity=granularity, path=path)
+            assert tuple(y.shape) == (*lead, n)
+            if k == 0:
+                equal(typed.host(y), np.broadcast_to(np.zeros(n, F) if bias is None else bias, (*lead, n)))
+
+
+@pytest.mark.parametrize("path", ref.PATHS)
+@pytest.mark.parametrize("outliers", ref.OUTLIERS)
+@pytest.mark.parametrize("scheme", ref.SCHEMES)
+def test_zero_rows_give_the_bias_exactly(typed: Typed, path: str, outliers: str, scheme: str) -> None:
+    x = make("outliers", (5, 40), typed.dtype)
+    x[[0, 3]] = 0
+    w, bias = make("normal", (9, 40), typed.dtype), make("normal", (9,), typed.dtype)
+    y = check(typed, x, w, bias, scheme=scheme, kept=[2], path=path, outliers=outliers)
+    equal(typed.host(y)[[0, 3]], np.stack([bias, bias]))
+
+
+def test_a_relu_row_of_zeros_is_zero_with_zero_points(backend: Backend) -> None:
+    """Eq. (5)'s terms are near 6.6e7 and cancel: they are integers, and rounding one to float32 would show.
+
+    Tensor-wise, so that the row's zero point is not that of a constant group: zp = 127, codes -127.
+    """
+    k, n = 4096, 33
+    x = make("relu", (4, k), "float32")
+    x[2] = 0
+    w = make("normal", (n, k), "float32")
+    y = check(Typed(backend, "float32"), x, w, scheme="zeropoint", granularity="tensor", outliers="none")
+    equal(backend.host(y)[2], np.zeros(n, F))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize(("scheme", "granularity"), COMBINATIONS)
+def test_nonfinite_without_decomposition(typed: Typed, bad: float, scheme: str, granularity: str) -> None:
+    """Its scaling group's rows are NaN, every output of them, and no other row is."""
+    x = make("normal", (6, 37), typed.dtype)
+    x[2, 11] = bad
+    w = make("normal", (13, 37), typed.dtype)
+    for outliers, kept in (("none", None), ("static", [3])):
+        y = check(typed, x, w, scheme=scheme, granularity=granularity, kept=kept, outliers=outliers)
+        expected = np.zeros((6, 13), bool)
+        expected[slice(None) if granularity == "tensor" else 2] = True
+        np.testing.assert_array_equal(np.isnan(typed.host(y)), expected)
+
+
+@pytest.mark.parametrize("outliers", ["columns", "rows", "static"])
+@pytest.mark.parametrize(("scheme", "granularity"), COMBINATIONS)
+def test_nonfinite_with_decomposition(typed: Typed, outliers: str, scheme: str, granularity: str) -> None:
+    """It propagates as IEEE says, in its own row only; the column is kept, or not, or only one of two is."""
+    w = make("normal", (13, 37), typed.dtype)
+    w[4, 11] = 0
+    for bad, kept in itertools.product((NAN, INF, -INF), (None, [11], [11, 20], [20])):
+        if outliers == "static" and (kept is None or 11 not in kept):
+            continue
+        x = make("normal", (6, 37), typed.dtype)
+        x[2, 11] = bad
+        y = typed.host(check(typed, x, w, scheme=scheme, granularity=granularity, kept=kept, outliers=outliers))
+        assert np.isfinite(np.delete(y, 2, axis=0)).all()
+        assert not np.isfinite(y[2]).any()
+        if np.isinf(bad) and scheme == "absmax":
+            kept_w = kept is not None and 11 in kept
+            reached = w[:, 11] if kept_w else ref.quantize_weight(w, granularity=granularity).dequantize()[:, 11]
+            assert np.isnan(y[2, 4])  # Inf * 0
+            equal(y[2], (F(bad) * reached).astype(F))
+
+
+def test_infinities_of_both_signs_are_nan(typed: Typed) -> None:
+    x = make("normal", (3, 20), typed.dtype)
+    x[1, 3], x[1, 9] = INF, -INF
+    w = np.abs(make("normal", (5, 20), typed.dtype)) + 1
+    y = typed.host(octavo.linear(typed.array(x), octavo.quantize_weight(typed.array(typed.round(w)))))
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+
+
+def test_nonfinite_with_weight_only(typed: Typed) -> None:
+    x = make("normal", (3, 20), typed.dtype)
+    x[1, 3] = NAN
+    y = typed.host(check(typed, x, make("normal", (5, 20), typed.dtype), path="weight_only"))
+    assert np.isnan(y[1]).all() and np.isfinite(y[[0, 2]]).all()
+
+
+def test_nonfinite_bias_propagates(typed: Typed) -> None:
+    bias = np.array([NAN, INF, -INF, 1], F)
+    y = check(typed, make("normal", (3, 20), typed.dtype), make("normal", (4, 20), typed.dtype), bias)
+    assert np.isnan(typed.host(y)[:, 0]).all()
+
+
+@pytest.mark.parametrize("outliers", ref.OUTLIERS)
+def test_large_values(typed: Typed, outliers: str) -> None:
+    """Activations near the largest float16, and of 1e30 where the dtype has it; outputs may overflow to infinity."""
+    x = make("normal", (5, 64), typed.dtype) * F(1e4 if typed.dtype == "float16" else 1e30)
+    x = typed.round(np.clip(x, -MAX[typed.dtype], MAX[typed.dtype]))
+    w = make("normal", (33, 64), typed.dtype)
+    check(typed, x, w, kept=[5], outliers=outliers)
+    check(typed, x, w, scheme="zeropoint", kept=[5], outliers=outliers)
+
+
+def test_long_k_does_not_wrap(backend: Backend) -> None:
+    """k = 200000 of codes 127: an accumulator of 3.2e9, above int32."""
+    k = 200_000
+    x, w = np.full((2, k), 127, F), np.full((3, k), 127, F)
+    w[1] = -127
+    w[2, ::2] = -127
+    typed = Typed(backend, "float32")
+    y = check(typed, x, w, outliers="none")
+    assert backend.host(y)[0].tolist() == [F(127 * 127 * k), -F(127 * 127 * k), 0]
+    check(typed, x + np.arange(k, dtype=F) % 3, w, scheme="zeropoint", outliers="none")
+
+
+def test_threshold_at_the_exact_value(typed: Typed) -> None:
+    """A column is outlying at the threshold and not one step below: seen in the scale of its row."""
+    x = typed.round(np.array([[6.0, 1.0, -0.3, 0.7]]))
+    w = make("normal", (8, 4), typed.dtype)
+    above = F(6) + F(6) * {"float32": F(2**-20), "float16": F(2**-8), "bfloat16": F(2**-5)}[typed.dtype]
+    at = typed.host(check(typed, x, w, threshold=6.0))
+    over = typed.host(check(typed, x, w, threshold=float(above)))
+    assert not np.array_equal(at, over)
+    equal(over, typed.host(check(typed, x, w, outliers="none")))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Properties
+
+
+@pytest.mark.parametrize(("outliers", "path"), [("rows", "int8"), ("static", "int8"), ("none", "int8"), ("none", "weight_only")])  # fmt: skip
+@pytest.mark.parametrize("granularity", ["row", "vector"])
+@pytest.mark.parametrize("scheme", ref.SCHEMES)
+def test_batch_invariance(typed: Typed, outliers: str, path: str, granularity: str, scheme: str) -> None:
+    """A row's result does not depend on the other rows, bit for bit, at any batch size."""
+    x = make("outliers", (37, 131), typed.dtype)
+    w = typed.array(make("normal", (45, 131), typed.dtype))
+    weight = octavo.quantize_weight(w, scheme=scheme, granularity=granularity, outlier_columns=[4, 99])
+    bias = typed.array(make("normal", (45,), typed.dtype))
+    whole = typed.host(octavo.linear(typed.array(x), weight, bias, outliers=outliers, path=path))
+    for start, stop in ((0, 1), (3, 5), (7, 8), (10, 26), (36, 37)):
+        part = octavo.linear(typed.array(x[start:stop]), weight, bias, outliers=outliers, path=path)
+        equal(typed.host(part), whole[start:stop])
+    x[1:] = np.roll(x[1:], 5, axis=0) * F(0.5)
+    equal(typed.host(octavo.linear(typed.array(x), weight, bias, outliers=outliers, path=path))[0], whole[0])
+
+
+def test_columns_depend_on_the_batch(typed: Typed) -> None:
+    """So the test above can fail: under "columns" another row's outlier changes the result."""
+    x = np.clip(make("normal", (2, 64), typed.dtype), -5, 5)
+    weight = octavo.quantize_weight(typed.array(make("normal", (32, 64), typed.dtype)))
+    alone = typed.host(octavo.linear(typed.array(x[:1]), weight))
+    x[1, np.abs(x[0]).argmax()] = 100
+    together = typed.host(octavo.linear(typed.array(x), weight))[:1]
+    assert not np.array_equal(alone, together)
+
+
+@pytest.mark.parametrize("exponent", [-6, 3])
+@pytest.mark.parametrize("outliers", ref.OUTLIERS)
+def test_powers_of_two_scale_the_output(backend: Backend, exponent: int, outliers: str) -> None:
+    """Scaling x, the threshold and so the scales by 2^e scales y by 2^e exactly (float32, no subnormals)."""
+    x, w = make("outliers", (9, 65), "float32"), make("normal", (17, 65), "float32")
+    weight = octavo.quantize_weight(backend.array(w), outlier_columns=[3])
+    factor = F(2.0**exponent)
+    a = octavo.linear(backend.array(x), weight, outliers=outliers, threshold=6.0)
+    b = octavo.linear(backend.array(x * factor), weight, outliers=outliers, threshold=6.0 * float(factor))
+    equal(backend.host(a) * factor, backend.host(b))
+
+
+@pytest.mark.parametrize("shape", [(33,), (2, 33), (2, 3, 33), (1, 2, 1, 3, 33), (0, 2, 33)])
+def test_leading_axes_are_rows(typed: Typed, shape: tuple[int, ...]) -> None:
+    x, w = make("outliers", shape, typed.dtype), make("normal", (7, 33), typed.dtype)
+    y = check(typed, x, w)
+    flat = octavo.linear(typed.array(x.reshape(-1, 33)), octavo.quantize_weight(typed.array(w)))
+    equal(typed.host(y).reshape(-1, 7), typed.host(flat))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("path", ref.PATHS)
+def test_views_equal_contiguous(typed: Typed, view: str, path: str) -> None:
+    if view not in views(typed.backend):
+        pytest.skip(f"{typed.backend.framework} has no negative strides")
+    for shape in ((5, 33), (16, 64), (2, 3, 17)):
+        x = typed.array(make("outliers", shape, typed.dtype))
+        weight = octavo.quantize_weight(
+            typed.array(make("normal", (19, shape[-1]), typed.dtype)), outlier_columns=[1, 2]
+        )
+        bias = typed.array(make("normal", (19,), typed.dtype))
+        for outliers in ref.OUTLIERS:
+            strided = VIEWS[view](typed.backend, x), VIEWS[view](typed.backend, bias)
+            with unchanged(typed.backend, *strided):
+                got = octavo.linear(strided[0], weight, strided[1], outliers=outliers, path=path)
+            equal(typed.host(got), typed.host(octavo.linear(x, weight, bias, outliers=outliers, path=path)))
+
+
+@pytest.mark.parametrize("view", ["contiguous", *VIEWS])
+def test_out(typed: Typed, view: str) -> None:
+    """`out` is returned, in its own dtype and layout; nothing beside it is written."""
+    if view not in ("contiguous", *views(typed.backend)):
+        pytest.skip(f"{typed.backend.framework} has no negative strides")
+    x, w = make("outliers", (6, 35), typed.dtype), make("normal", (10, 35), typed.dtype)
+    weight = octavo.quantize_weight(typed.array(w))
+    for dtype in typed.backend.dtypes:
+        for path in ("int8", "weight_only"):
+            out = typed.backend.array(np.zeros((6, 10), F), dtype)
+            if view != "contiguous":
+                out = VIEWS[view](typed.backend, out)
+            assert octavo.linear(typed.array(x), weight, out=out, path=path) is out
+            got = typed.backend.host(out)
+            expected = ref.linear(x, ref.quantize_weight(w), path=path)
+            tolerances.check_output(got, expected, dtype)
+            if view != "contiguous":
+                whole = typed.backend.host(out.base if typed.backend.framework == "numpy" else out._base)
+                assert np.isnan(whole).sum() == whole.size - 60
+
+
+def test_repeated_calls_are_equal(typed: Typed) -> None:
+    x, w = make("outliers", (65, 129), typed.dtype), make("normal", (67, 129), typed.dtype)
+    weight = octavo.quantize_weight(typed.array(w))
+    first = typed.host(octavo.linear(typed.array(x), weight))
+    for _ in range(5):
+        equal(typed.host(octavo.linear(typed.array(x), weight)), first)
+
+
+def test_a_weight_of_another_framework() -> None:
+    """The output is of x's framework, whatever made the weight; or the mix is refused by name, never wrong."""
+    if TORCH.missing:
+        pytest.skip(TORCH.missing)
+    x, w = make("outliers", (3, 20), "float32"), make("normal", (5, 20), "float32")
+    expected = ref.linear(x, ref.quantize_weight(w))
+    for of_x, of_w in ((NUMPY, TORCH), (TORCH, NUMPY)):
+        weight = octavo.quantize_weight(of_w.array(w))
+        try:
+            y = octavo.linear(of_x.array(x), weight)
+        except TypeError as error:
+            assert "weight" in str(error)
+        else:
+            tolerances.check_output(of_x.host(y), expected, "float32")
