@@ -36,7 +36,6 @@ struct Weight {
     Values codes;
     std::vector<double> scale;
     std::vector<double> zeropoint;  // empty for absmax
-    bool keeps_outliers = false;
     std::vector<std::int32_t> outlier_columns;
     Values outlier_weight;
 };

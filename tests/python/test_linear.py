@@ -54,7 +54,7 @@ W = [[127, 3, 2.25], [-127, 0, 8]]  # codes [127, 3, 2] and [-127, 0, 8], scale 
 KEPT_2 = {"outlier_columns": [2]}
 LITERAL: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any], Any]] = {
     # row 0: 127 * 127 + 3 + 2 * 2 = 16136; row 1 alike without the third feature
-    "int8": ([[127, 1, 2]], W, {}, {}, [[16136, -16113]]),
+    "int8": ([[127, 1, 2]], W, {}, {"outliers": "none"}, [[16136, -16113]]),
     # column 2 is outlying (254 >= 200): its x are multiplied with dequantized weights 2 and 8
     "columns": (X, W, {}, {"threshold": 200.0}, [[16132 + 508, -16129 + 2032], [16132 + 2, -16129 + 8]]),
     "columns, kept": (
@@ -85,13 +85,13 @@ LITERAL: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any], Any]] = {
         [[63770]],
     ),
     # one scale of X for both rows
-    "tensor": ([[127, 0], [1, 2]], [[127, 1]], {"granularity": "tensor"}, {"outliers": "none"}, [[16129, 129]]),
+    "tensor": ([[127, 0], [1, 2]], [[127, 1]], {"granularity": "tensor"}, {"outliers": "none"}, [[16129], [129]]),
     "tensor, rows": (
         [[127, 512], [1, 2]],
         [[127, 1]],
         {"granularity": "tensor"},
         {"outliers": "rows", "threshold": 512.0},
-        [[16129 + 512, 129]],
+        [[16129 + 512], [129]],
     ),
     "row": ([[127, 0], [1, 2]], [[127, 1], [64, 0]], {"granularity": "row"}, {"outliers": "none"}, None),
 }  # fmt: skip
@@ -230,7 +230,7 @@ def test_number_of_outlier_columns(typed: Typed, outliers: str, count: str) -> N
             check(typed, x, w, make("normal", (n,), typed.dtype), scheme=scheme, kept=kept, outliers=outliers)
 
 
-@pytest.mark.parametrize("mixed", itertools.product(ref.DTYPES, ref.DTYPES, ref.DTYPES), ids="-".join)
+@pytest.mark.parametrize("mixed", [*itertools.product(ref.DTYPES, repeat=3)], ids="-".join)
 def test_mixed_dtypes(mixed: tuple[str, str, str]) -> None:
     """x, weight and bias each have their own dtype; the output has that of x."""
     of_x, of_w, of_bias = mixed
@@ -341,7 +341,8 @@ def test_nonfinite_with_decomposition(typed: Typed, outliers: str, scheme: str, 
             kept_w = kept is not None and 11 in kept
             reached = w[:, 11] if kept_w else ref.quantize_weight(w, granularity=granularity).dequantize()[:, 11]
             assert np.isnan(y[2, 4])  # Inf * 0
-            equal(y[2], (F(bad) * reached).astype(F))
+            with np.errstate(invalid="ignore"):
+                equal(y[2], (F(bad) * reached).astype(F))
 
 
 def test_infinities_of_both_signs_are_nan(typed: Typed) -> None:
@@ -415,7 +416,7 @@ def test_batch_invariance(typed: Typed, outliers: str, path: str, granularity: s
     for start, stop in ((0, 1), (3, 5), (7, 8), (10, 26), (36, 37)):
         part = octavo.linear(typed.array(x[start:stop]), weight, bias, outliers=outliers, path=path)
         equal(typed.host(part), whole[start:stop])
-    x[1:] = np.roll(x[1:], 5, axis=0) * F(0.5)
+    x[1:] = typed.round(np.roll(x[1:], 5, axis=0) * F(0.5))
     equal(typed.host(octavo.linear(typed.array(x), weight, bias, outliers=outliers, path=path))[0], whole[0])
 
 

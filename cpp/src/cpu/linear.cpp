@@ -1,7 +1,8 @@
 // LLM.int8() on the CPU (paper Figure 2): find the outliers, quantize the rest of X row by row, multiply, and finish
 // each row of a tile of the product while it is in the cache.
 #include <algorithm>
-#include <vector>
+#include <optional>
+#include <span>
 
 #include "cpu/gemm.hpp"
 #include "cpu/operations.hpp"
@@ -46,11 +47,7 @@ struct QuantizedX {
 // What the epilogue needs of the weight for the columns of one panel, gathered so that its loops are contiguous.
 class PanelWeight {
 public:
-    PanelWeight(const WeightView& weight, const ConstVector& bias, std::span<const std::int32_t> outlier_columns,
-                const Panel& panel)
-        : cols_(panel.cols()),
-          outlier_weight_(static_cast<std::int64_t>(outlier_columns.size()) * tile_cols),
-          outlier_codes_(static_cast<std::int64_t>(outlier_columns.size()) * tile_cols) {
+    PanelWeight(const WeightView& weight, const ConstVector& bias, const Panel& panel) : cols_(panel.cols()) {
         for (std::int64_t j = 0; j < cols_; ++j) {
             scale[j] = of_group(weight.scale, panel.col_begin + j, 0.0F);
             zeropoint[j] = of_group(weight.zeropoint, panel.col_begin + j, 0.0F);
@@ -58,21 +55,30 @@ public:
             bias_[j] = 0.0F;
             if (bias.present) kernels().load(bias.dtype, at(bias, panel.col_begin + j), 1, 1, bias_ + j);
         }
+    }
+
+    // The weights of the outlier columns. Each element lies in a cache line of its own, so this is done after the
+    // first product of the panel, which has brought them all near.
+    void gather_outliers(const WeightView& weight, std::span<const std::int32_t> columns, const Panel& panel) {
+        if (outlier_weight_ || columns.empty()) return;
+        const auto count = static_cast<std::int64_t>(columns.size());
+        outlier_weight_.emplace(count * tile_cols);
+        outlier_codes_.emplace(count * tile_cols);
+        const ConstVector& list = weight.outlier_columns;
         std::int64_t kept = 0;  // both lists ascend
-        for (std::size_t o = 0; o < outlier_columns.size(); ++o) {
-            const std::int32_t column = outlier_columns[o];
-            float* const target = outlier_weight_.data() + static_cast<std::int64_t>(o) * tile_cols;
-            const ConstVector& list = weight.outlier_columns;
+        for (std::int64_t o = 0; o < count; ++o) {
+            const std::int32_t column = columns[static_cast<std::size_t>(o)];
             while (kept < list.size && get<std::int32_t>(list, kept) < column) ++kept;
             const bool is_kept = kept < list.size && get<std::int32_t>(list, kept) == column;
             for (std::int64_t j = 0; j < cols_; ++j) {
                 const std::int64_t row = panel.col_begin + j;
                 const std::int8_t code = code_at(weight.codes, row, column);
-                outlier_codes_[static_cast<std::int64_t>(o) * tile_cols + j] = code;
+                float& target = (*outlier_weight_)[o * tile_cols + j];
+                (*outlier_codes_)[o * tile_cols + j] = code;
                 if (is_kept) {
-                    load_row(weight.outlier_weight, row, kept, 1, target + j);
+                    load_row(weight.outlier_weight, row, kept, 1, &target);
                 } else {
-                    target[j] = (static_cast<float>(code) + zeropoint[j]) * scale[j];
+                    target = (static_cast<float>(code) + zeropoint[j]) * scale[j];
                 }
             }
         }
@@ -81,7 +87,7 @@ public:
     // y[j] += sum_{o in O} x[row, o] * w[j, o]
     void add_outliers(const OutlierElements& outliers, std::int64_t row, float* y) const {
         outliers.for_each(row, [&](std::int64_t position, float value) {
-            kernels().add_scaled(cols_, value, outlier_weight_.data() + position * tile_cols, y);
+            kernels().add_scaled(cols_, value, outlier_weight_->data() + position * tile_cols, y);
         });
     }
 
@@ -89,7 +95,7 @@ public:
     void sum_codes_outside(const OutlierElements& outliers, std::int64_t row, std::int32_t* sums) const {
         std::copy(code_sums, code_sums + cols_, sums);
         outliers.for_each(row, [&](std::int64_t position, float /*value*/) {
-            for (std::int64_t j = 0; j < cols_; ++j) sums[j] -= outlier_codes_[position * tile_cols + j];
+            for (std::int64_t j = 0; j < cols_; ++j) sums[j] -= (*outlier_codes_)[position * tile_cols + j];
         });
     }
 
@@ -101,8 +107,8 @@ public:
 
 private:
     std::int64_t cols_;
-    Scratch<float> outlier_weight_;       // [|O|, tile_cols]
-    Scratch<std::int8_t> outlier_codes_;  // [|O|, tile_cols]
+    std::optional<Scratch<float>> outlier_weight_;       // [|O|, tile_cols]
+    std::optional<Scratch<std::int8_t>> outlier_codes_;  // [|O|, tile_cols]
     float bias_[tile_cols];
 };
 
@@ -144,8 +150,9 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     const ContiguousCodes x_codes(quantized.codes);
     const ContiguousCodes w_codes(weight.codes);
     for_each_panel(out.rows, out.cols, x.cols, [&](const Panel& panel) {
-        const PanelWeight panel_weight(weight, bias, outliers.columns(), panel);
+        PanelWeight panel_weight(weight, bias, panel);
         const auto finish = [&](std::int64_t row, const auto* acc) {
+            panel_weight.gather_outliers(weight, outliers.columns(), panel);
             float y[tile_cols];
             if (weight.scheme == Scheme::zeropoint) {
                 unroll_zeropoint(acc, quantized, outliers, row, panel_weight, panel, y);
@@ -165,7 +172,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
     constexpr std::int64_t rows_at_a_time = 16;
     const std::int64_t k = x.cols;
     for_each_panel(out.rows, out.cols, k, [&](const Panel& panel) {
-        const PanelWeight panel_weight(weight, bias, {}, panel);
+        const PanelWeight panel_weight(weight, bias, panel);
         const Scratch<float> w(panel.cols() * k);
         for (std::int64_t j = 0; j < panel.cols(); ++j) {
             for (std::int64_t depth = 0; depth < k; ++depth) {

@@ -114,7 +114,7 @@ def run(settings: Settings, output: Path, *, show_progress: bool = True) -> Repo
 
 def _measure(settings: Settings, progress: Progress, start: float) -> Report:
     """The story, top to bottom."""
-    with progress.step("loading torch and transformers", 5):
+    with progress.step("loading torch", 3):
         import torch
 
         from . import data, machine, model, outliers, schemes, systematic, timing
@@ -125,7 +125,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
 
     with progress.step("reading Python's documentation", 1):
         sentences = data.load(settings.sentences, settings.calibration_sentences)
-    with progress.step("checking and loading MiniLM", 1):
+    with progress.step("checking and loading MiniLM", 3):
         minilm = model.load()
         batches = minilm.batches(sentences.evaluation)
         calibration = minilm.batches(sentences.calibration)
@@ -162,7 +162,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
     with progress.step("zeroing the largest outlier features"):
         without = outliers.ablate(minilm.model, batches, largest, reference)
     drawn = []
-    for features in outliers.random_features(len(largest), model.HIDDEN, ranked, settings.draws):
+    for features in outliers.random_features(len(largest), model.HIDDEN, largest, settings.draws):
         with progress.step("zeroing random features"):
             drawn.append(outliers.ablate(minilm.model, batches, features, reference))
 
@@ -235,7 +235,6 @@ def _timing_units(settings: Settings) -> float:
 
 
 def _threads(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)

@@ -115,12 +115,12 @@ def load() -> MiniLM:
     try:
         # Eager attention is the kind whose softmax can be read out.
         model = transformers.BertModel.from_pretrained(
-            directory, add_pooling_layer=False, attn_implementation="eager", dtype=torch.float32
+            directory, add_pooling_layer=False, attn_implementation="eager"
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     finally:
         logging.set_verbosity(verbosity)
-    model.requires_grad_(False).eval()
+    model.float().requires_grad_(False).eval()
     found = sum(isinstance(module, nn.Linear) for module in model.modules())
     if found != LINEAR_LAYERS:
         raise ModelError(f"expected {LINEAR_LAYERS} linear layers, found {found}")

@@ -123,7 +123,8 @@ def draw_ablation(report: Report) -> Figure:
     layers = range(len(ablations.untouched.top_probability_by_layer))
     for draw in ablations.random:
         right.plot(layers, draw.top_probability_by_layer, "o-", color=GRAY, alpha=0.5, markersize=4, label=drawn)
-    right.plot(layers, ablations.untouched.top_probability_by_layer, "s-", color=BLUE, label="untouched")
+    untouched = ablations.untouched.top_probability_by_layer
+    right.plot(layers, untouched, "s:", color=BLUE, markersize=9, markerfacecolor="none", label="untouched")
     right.plot(layers, ablations.outliers.top_probability_by_layer, "D-", color=VERMILION, label=zeroed)
     right.set_xticks(list(layers))
     right.set_ylim(bottom=0)

@@ -102,7 +102,12 @@ def tables(report: Report) -> list[Table]:
     count = report.settings["sentences"]
     return [
         _memory_table(report.memory),
-        _quality_table(f"Embeddings of {count} sentences against float32", report.natural, count),
+        _quality_table(
+            f"Embeddings of {count} sentences against float32",
+            report.natural,
+            count,
+            "Outlier columns are multiplied with dequantized int8 weights, except where the row says kept 16-bit.",
+        ),
         _outlier_table(report),
         _ablation_table(report.ablations, count),
         *(_systematic_table(systematic, count) for systematic in report.systematic),
@@ -203,7 +208,7 @@ def _timing_table(timings: Sequence[timing.Timing]) -> Table:
             ]
         )
     return Table(
-        "Time per batch, ms (median)", ["batch", *names, *(f"speed to {name}" for name in names[1:]), "rounds"], rows
+        "Time per batch, ms (median)", ["batch", *names, *(f"speed vs {name}" for name in names[1:]), "rounds"], rows
     )
 
 
@@ -321,7 +326,7 @@ def text(report: Report) -> str:
         f"{report.settings['sentences']} sentences of Python's documentation, {report.settings['tokens']} tokens"
     )
     parts = [head, *map(as_text, tables(report)), "\n".join(f"- {line}" for line in report.conclusions)]
-    return "\n\n".join([*parts, f"Took {report.seconds:.0f} s."])
+    return "\n\n".join([*parts, f"Measured in {report.seconds:.0f} s."])
 
 
 def as_json(report: Report) -> str:

@@ -45,7 +45,7 @@ FLOAT32, VECTOR_WISE, LLM_INT8 = TABLE_1[0], TABLE_1[4], TABLE_1[7]
 
 # Table 1's LLM.int8() rows multiply outlier columns with dequantized weights. These keep the 16-bit ones.
 KEPT_COLUMNS = Scheme("absmax LLM.int8(), kept 16-bit outlier weights", "absmax", "vector", "columns", kept=True)
-KEPT_STATIC = Scheme("the same, static outlier columns", "absmax", "vector", "static", kept=True)
+KEPT_STATIC = Scheme("absmax LLM.int8(), kept 16-bit, static columns", "absmax", "vector", "static", kept=True)
 KEPT = (KEPT_COLUMNS, KEPT_STATIC)
 
 

@@ -12,12 +12,18 @@
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
 
-constexpr std::int64_t block_cols = 4;
+constexpr int block_cols = 4;
+
+// An index that is part of its type.
+template <int Value>
+struct IndexConstant {
+    constexpr operator int() const { return Value; }  // NOLINT(google-explicit-constructor): it stands for the number
+};
 
 #if defined(__AVX2__)
-// sums[j] = the sum of the eight lanes of v[j]
-void sum_lanes(const __m256i (&v)[block_cols], std::int32_t* sums) {
-    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+// The sums of the eight lanes of each of four vectors.
+void sum_lanes(__m256i v0, __m256i v1, __m256i v2, __m256i v3, std::int32_t* sums) {
+    const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(v0, v1), _mm256_hadd_epi32(v2, v3));
     const __m128i all = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(sums), all);
 }
@@ -50,13 +56,11 @@ struct Dot {
         __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     }
     // The masked form of the extraction, because GCC 12 takes the plain one for a use of uninitialized memory.
-    static void totals(const Accumulator (&acc)[block_cols], std::int32_t* sums) {
-        __m256i halves[block_cols];
-        for (std::int64_t j = 0; j < block_cols; ++j) {
-            halves[j] = _mm256_add_epi32(_mm512_maskz_extracti64x4_epi64(0xFF, acc[j], 0),
-                                         _mm512_maskz_extracti64x4_epi64(0xFF, acc[j], 1));
-        }
-        sum_lanes(halves, sums);
+    static __m256i add_halves(Accumulator v) {
+        return _mm256_add_epi32(_mm512_maskz_extracti64x4_epi64(0xFF, v, 0), _mm512_maskz_extracti64x4_epi64(0xFF, v, 1));
+    }
+    static void totals(Accumulator v0, Accumulator v1, Accumulator v2, Accumulator v3, std::int32_t* sums) {
+        sum_lanes(add_halves(v0), add_halves(v1), add_halves(v2), add_halves(v3), sums);
     }
 };
 
@@ -83,7 +87,9 @@ struct Dot {
     static void multiply_add(Accumulator& acc, Operand a, Operand b) {
         acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
     }
-    static void totals(const Accumulator (&acc)[block_cols], std::int32_t* sums) { sum_lanes(acc, sums); }
+    static void totals(Accumulator v0, Accumulator v1, Accumulator v2, Accumulator v3, std::int32_t* sums) {
+        sum_lanes(v0, v1, v2, v3, sums);
+    }
 };
 
 #else
@@ -100,54 +106,69 @@ struct Dot {
     static Operand load_a_part(const std::int8_t* p, std::int64_t /*count*/) { return *p; }
     static Operand load_b_part(const std::int8_t* p, std::int64_t /*count*/) { return *p; }
     static void multiply_add(Accumulator& acc, Operand a, Operand b) { acc += a * b; }
-    static void totals(const Accumulator (&acc)[block_cols], std::int32_t* sums) {
-        for (std::int64_t j = 0; j < block_cols; ++j) sums[j] = acc[j];
+    static void totals(Accumulator v0, Accumulator v1, Accumulator v2, Accumulator v3, std::int32_t* sums) {
+        sums[0] = v0;
+        sums[1] = v1;
+        sums[2] = v2;
+        sums[3] = v3;
     }
 };
 
 #endif
 
 // 4 x 4 accumulators and 8 operands fit the 32 registers of AVX-512; the 16 of AVX2 hold 2 x 4.
-constexpr std::int64_t block_rows = Dot::a_is_shifted ? 4 : 2;
+constexpr int block_rows = Dot::a_is_shifted ? 4 : 2;
+
+// Lambdas that must dissolve into their caller before GCC decides which arrays live in registers.
+#define OCTAVO_INLINE __attribute__((always_inline))
+
+// Call body(0), ..., body(Count - 1) with indices the compiler knows: an array of accumulators lives in registers only
+// where GCC never sees a variable index into it.
+template <int Count, int Index = 0, class Body>
+[[gnu::always_inline]] inline void unroll(Body&& body) {
+    if constexpr (Index < Count) {
+        body(IndexConstant<Index>{});
+        unroll<Count, Index + 1>(body);
+    }
+}
 
 // acc[i, j] for `Rows` rows of A and `cols` <= 4 rows of B. Missing rows of B are stood in for by the last one.
-template <std::int64_t Rows>
+template <int Rows>
 void block(const std::int8_t* a, std::int64_t a_stride, const std::int8_t* b, std::int64_t b_stride,
            const std::int32_t* b_sums, std::int64_t cols, std::int64_t k, std::int32_t* acc, std::int64_t acc_stride) {
     const std::int8_t* b_rows[block_cols];
     for (std::int64_t j = 0; j < block_cols; ++j) b_rows[j] = b + (j < cols ? j : cols - 1) * b_stride;
 
-    typename Dot::Accumulator sums[Rows][block_cols];
-    for (auto& row : sums) {
-        for (auto& sum : row) sum = Dot::zero();
-    }
+    typename Dot::Accumulator sums[Rows * block_cols];
+    unroll<Rows * block_cols>([&](auto i) OCTAVO_INLINE { sums[i] = Dot::zero(); });
+    const auto multiply_add = [&](auto load_a, auto load_b) OCTAVO_INLINE {
+        typename Dot::Operand operands[block_cols];
+        unroll<block_cols>([&](auto j) OCTAVO_INLINE { operands[j] = load_b(b_rows[j]); });
+        unroll<Rows>([&](auto i) OCTAVO_INLINE {
+            const auto row = load_a(a + i * a_stride);
+            unroll<block_cols>([&](auto j) OCTAVO_INLINE { Dot::multiply_add(sums[i * block_cols + j], row, operands[j]); });
+        });
+    };
     std::int64_t depth = 0;
     for (; depth + Dot::width <= k; depth += Dot::width) {
-        typename Dot::Operand operand[block_cols];
-        for (std::int64_t j = 0; j < block_cols; ++j) operand[j] = Dot::load_b(b_rows[j] + depth);
-        for (std::int64_t i = 0; i < Rows; ++i) {
-            const auto row = Dot::load_a(a + i * a_stride + depth);
-            for (std::int64_t j = 0; j < block_cols; ++j) Dot::multiply_add(sums[i][j], row, operand[j]);
-        }
+        multiply_add([&](const std::int8_t* row) OCTAVO_INLINE { return Dot::load_a(row + depth); },
+                     [&](const std::int8_t* row) OCTAVO_INLINE { return Dot::load_b(row + depth); });
     }
     if (depth < k) {
-        typename Dot::Operand operand[block_cols];
-        for (std::int64_t j = 0; j < block_cols; ++j) operand[j] = Dot::load_b_part(b_rows[j] + depth, k - depth);
-        for (std::int64_t i = 0; i < Rows; ++i) {
-            const auto row = Dot::load_a_part(a + i * a_stride + depth, k - depth);
-            for (std::int64_t j = 0; j < block_cols; ++j) Dot::multiply_add(sums[i][j], row, operand[j]);
-        }
+        multiply_add([&](const std::int8_t* row) OCTAVO_INLINE { return Dot::load_a_part(row + depth, k - depth); },
+                     [&](const std::int8_t* row) OCTAVO_INLINE { return Dot::load_b_part(row + depth, k - depth); });
     }
-    for (std::int64_t i = 0; i < Rows; ++i) {
+    unroll<Rows>([&](auto i) OCTAVO_INLINE {
         std::int32_t totals[block_cols];
-        Dot::totals(sums[i], totals);
+        Dot::totals(sums[i * block_cols], sums[i * block_cols + 1], sums[i * block_cols + 2], sums[i * block_cols + 3],
+                    totals);
         for (std::int64_t j = 0; j < cols; ++j) {
             // The shifted sum may have wrapped; unsigned arithmetic wraps it back.
             auto total = static_cast<std::uint32_t>(totals[j]);
             if constexpr (Dot::a_is_shifted) total -= 128U * static_cast<std::uint32_t>(b_sums[j]);
             acc[i * acc_stride + j] = static_cast<std::int32_t>(total);
         }
-    }
+    });
 }
 
 }  // namespace

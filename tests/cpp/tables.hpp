@@ -1,0 +1,37 @@
+// The kernel tables that this build has and this processor can run.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels/table.hpp"
+#include "octavo/runtime.hpp"
+
+namespace octavo::cpu {
+namespace scalar {
+extern const Kernels table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512_vnni {
+extern const Kernels table;
+}
+#endif
+}  // namespace octavo::cpu
+
+// The first is the scalar one.
+inline std::vector<const octavo::cpu::Kernels*> tables() {
+    std::vector<const octavo::cpu::Kernels*> all{&octavo::cpu::scalar::table};
+#if defined(__x86_64__)
+    all.push_back(&octavo::cpu::avx2::table);
+    all.push_back(&octavo::cpu::avx512_vnni::table);
+#endif
+    const auto available = octavo::cpu_isas_available();
+    std::erase_if(all, [&](const auto* table) {
+        return std::find(available.begin(), available.end(), std::string(table->isa)) == available.end();
+    });
+    return all;
+}

@@ -1,0 +1,361 @@
+// quantize, quantize_weight and sum_codes: literal cases, the edges of the number formats, then the reference.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "arrays.hpp"
+#include "calls.hpp"
+#include "check.hpp"
+#include "octavo/quantize.hpp"
+#include "reference.hpp"
+
+using octavo::DType;
+using octavo::Granularity;
+using octavo::Scheme;
+
+namespace {
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr double greatest = std::numeric_limits<float>::max();
+constexpr double least = std::numeric_limits<float>::denorm_min();
+
+struct Case {
+    const char* what;
+    std::vector<double> x;
+    std::vector<double> codes;
+    double scale;
+    double zeropoint = 0;
+};
+
+void check_rows(Scheme scheme, const std::vector<Case>& cases) {
+    for (const Case& c : cases) {
+        for (const Granularity granularity : {Granularity::row, Granularity::tensor}) {
+            const check::Context context(c.what);
+            const Codes result = quantize(Array(DType::f32, c.x), scheme, granularity);
+            check_values("codes", result.codes, c.codes);
+            CHECK_EQ(result.scale.get(0), static_cast<float>(c.scale));
+            if (result.zeropoint) CHECK_EQ(result.zeropoint->get(0), c.zeropoint);
+        }
+    }
+}
+
+// Rows of random size, with a few special values strewn in.
+Values random_rows(Random& random, std::int64_t m, std::int64_t k, const std::vector<double>& specials = {}) {
+    Values x = random_normal(random, m, k);
+    for (std::int64_t i = 0; i < m; ++i) {
+        const double size = std::ldexp(1.0, static_cast<int>(random.integer(-10, 10)));
+        for (std::int64_t j = 0; j < k; ++j) x(i, j) *= size;
+    }
+    for (const double special : specials) x(random.integer(0, m - 1), random.integer(0, k - 1)) = special;
+    return x;
+}
+
+Values as_held(DType dtype, Values values) {
+    for (double& value : values.v) value = rounded(dtype, value);
+    return values;
+}
+
+}  // namespace
+
+TEST(absmax_literal) {
+    check_rows(Scheme::absmax,
+               {
+                   {"half to even", {127, -63.5, 0.5, 1.5, -0.5, 2.5}, {127, -64, 0, 2, 0, 2}, 1},
+                   {"negative absmax", {-2, 1, 0, 0.5}, {-127, 64, 0, 32}, 2 / 127.0},
+                   {"one value", {-0.3F}, {-127}, 0.3F / 127.0},
+                   {"zeros", {0, -0.0, 0}, {0, 0, 0}, 0},
+                   {"minus zero alone", {-0.0}, {0}, 0},
+                   {"NaN", {1, nan, 3}, {0, 0, 0}, nan},
+                   {"Inf", {1, infinity, 3}, {0, 0, 0}, nan},
+                   {"-Inf", {1, -infinity, 3}, {0, 0, 0}, nan},
+                   {"empty", {}, {}, 0},
+                   // x * 127 overflows for the first two, not for the third
+                   {"greatest", {greatest, -greatest / 2, greatest / 254, 0}, {127, -64, 0, 0}, greatest / 127},
+                   {"subnormal", {127 * least, -64 * least, 0.0, least}, {127, -64, 0, 1}, least},
+                   {"a scale below float32", {least}, {127}, 0},
+               });
+}
+
+TEST(zeropoint_literal) {
+    check_rows(
+        Scheme::zeropoint,
+        {
+            {"nd of 1, half to even", {0, 1.5, 2.5, 254}, {-127, -125, -125, 127}, 1, 127},
+            {"both signs", {-1, 3, 0}, {-127, 127, -63}, 4 / 254.0, 63},
+            {"one-sided", {100, 101, 100.5}, {-127, 127, 0}, 1 / 254.0, 25527},
+            {"constant", {5, 5}, {-127, -127}, 5, 128},
+            {"negative constant", {-5, -5}, {-127, -127}, 5, 126},
+            {"zeros", {0, -0.0}, {-127, -127}, 1, 127},
+            {"NaN", {1, nan, 3}, {0, 0, 0}, nan, 0},
+            {"Inf", {-infinity, 1}, {0, 0}, nan, 0},
+            {"empty", {}, {}, 1, 0},
+            // max - min overflows float32: in float64 nd = 127 / greatest, zp = -127 + 127
+            {"greatest spread", {-greatest, greatest, 0, greatest / 2}, {-127, 127, 0, 64}, greatest / 127, 0},
+            // nd overflows float32: in float64 nd = 1 / least, zp = 0 + 127
+            {"least spread", {0, 254 * least, 3 * least}, {-127, 127, -124}, least, 127},
+            {"subnormal constant", {3 * least, 3 * least}, {-127, -127}, 3 * least, 128},
+        });
+}
+
+// What a constant group stands for is the constant itself, in every dtype.
+TEST(zeropoint_reproduces_constants) {
+    for (const DType dtype : float_dtypes) {
+        for (const double value : {1.0, -1.0, 0.1, -7.3, 1e-7, -6e-8, 60000.0}) {
+            const double held = rounded(dtype, value);
+            const Codes result = quantize(Array(dtype, {value, value, value}), Scheme::zeropoint, Granularity::row);
+            CHECK_EQ((result.codes.get(1) + result.zeropoint->get(0)) * result.scale.get(0), held);
+        }
+    }
+}
+
+TEST(excluded_columns) {
+    for (const Scheme scheme : schemes) {
+        // The NaN and the large values are in excluded columns; order and repetition of the list do not matter.
+        const Array x(DType::f32, Values(2, 5, {1, nan, 900, -2, 4, 3, 1e30, infinity, 0, -6}));
+        const auto result = quantize(x, scheme, Granularity::row, {2, 1, 2});
+        const reference::Mask mask{false, true, true, false, false, false, true, true, false, false};
+        check_codes(result, reference::quantize(x.values(), scheme, true, mask));
+        CHECK_EQ(result.codes.get(0, 1), 0.0);
+        CHECK_EQ(result.scale.get(0), scheme == Scheme::absmax ? 4 / 127.0F : 6 / 254.0F);
+
+        const auto all = quantize(x, scheme, Granularity::row, {0, 1, 2, 3, 4});
+        check_values("codes", all.codes, Values(2, 5));
+        CHECK_EQ(all.scale.get(1), scheme == Scheme::absmax ? 0.0 : 1.0);
+        const auto tensor = quantize(x, scheme, Granularity::tensor, {1, 2});
+        CHECK_EQ(tensor.scale.get(0), scheme == Scheme::absmax ? 6 / 127.0F : 10 / 254.0F);
+    }
+}
+
+TEST(matches_the_reference) {
+    struct Shape {
+        std::int64_t m, k;
+    };
+    Random random(31);
+    for (const Shape shape : {Shape{1, 1}, Shape{1, 64}, Shape{5, 63}, Shape{3, 65}, Shape{7, 129}, Shape{2, 1000}}) {
+        for (const DType dtype : float_dtypes) {
+            for (const Scheme scheme : schemes) {
+                for (const Granularity granularity : {Granularity::row, Granularity::tensor}) {
+                    for (const auto& specials : {std::vector<double>{}, {nan}, {-infinity, 0}, {3e38, -2e38}}) {
+                        const check::Context context(shape.m, " x ", shape.k, " ", name_of(dtype), " scheme ",
+                                                     check::show(scheme), " granularity ", check::show(granularity));
+                        const Array x(dtype, random_rows(random, shape.m, shape.k, specials));
+                        std::vector<std::int32_t> exclude;
+                        if (shape.k > 4) exclude = {0, static_cast<std::int32_t>(random.integer(1, shape.k - 1))};
+                        reference::Mask mask(x.values().v.size());
+                        for (const std::int32_t column : exclude) {
+                            for (std::int64_t i = 0; i < shape.m; ++i) {
+                                mask[static_cast<std::size_t>(i * shape.k + column)] = true;
+                            }
+                        }
+                        const bool per_row = granularity == Granularity::row;
+                        check_codes(quantize(x, scheme, granularity, exclude),
+                                    reference::quantize(x.values(), scheme, per_row, mask));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Magnitudes near the ends of float32's range, where products, spreads and inverses overflow.
+TEST(matches_the_reference_at_the_ends_of_the_range) {
+    Random random(37);
+    for (const double size : {1e-45, 1e-44, 1e-40, 1e-38, 1e-37, 1e-36, 2.67e36, 2.69e36, 1e38, 3.4e38}) {
+        for (const Scheme scheme : schemes) {
+            for (const double offset : {0.0, 0.3, 1.0}) {
+                const check::Context context("size ", size, " scheme ", check::show(scheme), " offset ", offset);
+                Values x(20, 70);
+                for (double& value : x.v) value = size * (offset + (1 - offset) * random.uniform(-1, 1));
+                const Array array(DType::f32, x);
+                check_codes(quantize(array, scheme, Granularity::row),
+                            reference::quantize(array.values(), scheme, true));
+            }
+        }
+    }
+}
+
+// The codes of float16 and bfloat16 values are those of the real numbers (DESIGN section 2).
+TEST(absmax_codes_are_ideal_for_16_bit_inputs) {
+    Random random(41);
+    for (const DType dtype : {DType::f16, DType::bf16}) {
+        const Array x(dtype, random_rows(random, 300, 200));
+        const Codes result = quantize(x, Scheme::absmax, Granularity::row);
+        for (std::int64_t i = 0; i < 300; ++i) {
+            double absmax = 0;
+            for (std::int64_t j = 0; j < 200; ++j) absmax = std::max(absmax, std::fabs(x.get(i, j)));
+            for (std::int64_t j = 0; j < 200; ++j) {
+                const double expected = reference::ideal_absmax_code(x.get(i, j), absmax);
+                if (result.codes.get(i, j) != expected) CHECK_EQ(result.codes.get(i, j), expected);
+            }
+        }
+    }
+}
+
+TEST(codes_do_not_change_with_powers_of_two) {
+    Random random(43);
+    const Values x = as_held(DType::f32, random_normal(random, 5, 100));
+    const Codes plain = quantize(Array(DType::f32, x), Scheme::absmax, Granularity::row);
+    for (const int exponent : {-100, -3, 1, 60, 120}) {
+        Values scaled = x;
+        for (double& value : scaled.v) value = std::ldexp(value, exponent);
+        const Codes result = quantize(Array(DType::f32, scaled), Scheme::absmax, Granularity::row);
+        check_values("codes", result.codes, plain.codes.values());
+        CHECK_EQ(result.scale.get(3), std::ldexp(plain.scale.get(3), exponent));
+    }
+}
+
+TEST(layouts_give_the_same_result) {
+    Random random(47);
+    const Values x = random_rows(random, 6, 37);
+    for (const DType dtype : float_dtypes) {
+        for (const Scheme scheme : schemes) {
+            const Codes plain = quantize(Array(dtype, x), scheme, Granularity::row, {3, 30});
+            for (const Layout layout : layouts) {
+                const check::Context context("layout ", check::show(layout));
+                const Array source(dtype, x, layout);
+                const std::string before = source.bytes();
+                const Codes result = quantize(source, scheme, Granularity::row, {3, 30}, layout);
+                check_values("codes", result.codes, plain.codes.values());
+                check_values("scale", result.scale, plain.scale.values());
+                CHECK(source.bytes() == before);
+                CHECK(result.codes.gaps_untouched());
+                CHECK(result.scale.gaps_untouched());
+            }
+        }
+    }
+    // A row repeated by a stride of 0.
+    octavo::Matrix repeated = Array(DType::f32, x).matrix();
+    const Array one_row(DType::f32, std::vector<double>(x.v.begin(), x.v.begin() + 37));
+    repeated = one_row.matrix();
+    repeated.rows = 3;
+    repeated.row_stride = 0;
+    const Array codes(DType::i8, 3, 37);
+    const Array scale(DType::f32, 1, 3);
+    octavo::quantize(repeated, Scheme::absmax, Granularity::row, octavo::absent_vector, codes.matrix(), scale.vector(),
+                     octavo::absent_vector);
+    CHECK_EQ(codes.get(2, 11), codes.get(0, 11));
+    CHECK_EQ(scale.get(2), scale.get(0));
+}
+
+TEST(no_rows_or_no_columns) {
+    for (const Scheme scheme : schemes) {
+        const double scale = scheme == Scheme::absmax ? 0 : 1;
+        CHECK_EQ(quantize(Array(DType::f16, 0, 5), scheme, Granularity::tensor).scale.get(0), scale);
+        CHECK_EQ(quantize(Array(DType::f16, 3, 0), scheme, Granularity::row).scale.get(2), scale);
+        CHECK_EQ(quantize(Array(DType::f16, 0, 0), scheme, Granularity::row).scale.values().cols, 0);
+        const Codes weight = quantize_weight(Array(DType::f32, 2, 0), scheme, Granularity::vector);
+        check_values("code_sums", weight.code_sums, {0, 0});
+    }
+}
+
+TEST(weight) {
+    const Array w(DType::bf16, Values(2, 3, {1, -2, 0.5, 0, 0.25, 8}));
+    const Codes vector = quantize_weight(w, Scheme::absmax, Granularity::vector);
+    check_values("codes", vector.codes, Values(2, 3, {64, -127, 32, 0, 4, 127}));
+    check_values("code_sums", vector.code_sums, {-31, 131});
+    CHECK_EQ(vector.scale.get(0), 2 / 127.0F);
+    for (const Granularity granularity : {Granularity::tensor, Granularity::row}) {
+        const Codes whole = quantize_weight(w, Scheme::absmax, granularity);
+        check_values("codes", whole.codes, Values(2, 3, {16, -32, 8, 0, 4, 127}));
+        check_values("scale", whole.scale, {8 / 127.0F});
+        check_values("code_sums", whole.code_sums, {-8, 131});
+    }
+    Random random(53);
+    for (const DType dtype : float_dtypes) {
+        for (const Scheme scheme : schemes) {
+            for (const Layout layout : layouts) {
+                const Array weight(dtype, random_rows(random, 9, 131), layout);
+                const Codes result = quantize_weight(weight, scheme, Granularity::vector, layout);
+                check_codes(result, reference::quantize(weight.values(), scheme, true));
+                const Array sums(DType::i32, 1, 9, layout);
+                octavo::sum_codes(result.codes.matrix(), sums.vector());
+                for (std::int64_t j = 0; j < 9; ++j) {
+                    double sum = 0;
+                    for (std::int64_t h = 0; h < 131; ++h) sum += result.codes.get(j, h);
+                    CHECK_EQ(result.code_sums.get(j), sum);
+                    CHECK_EQ(sums.get(j), sum);
+                }
+            }
+        }
+    }
+}
+
+TEST(weight_must_be_finite) {
+    for (const double value : {nan, infinity, -infinity}) {
+        for (const Scheme scheme : schemes) {
+            const Array w(DType::f32, Values(3, 2, {1, 2, 3, 4, value, 5}));
+            CHECK_THROWS(quantize_weight(w, scheme, Granularity::vector), value,
+                         "quantize_weight: weight: expected finite values, got NaN or Inf in row 2");
+            CHECK_THROWS(quantize_weight(w, scheme, Granularity::tensor), value, "expected finite values");
+        }
+    }
+}
+
+TEST(argument_errors) {
+    const Array x(DType::f32, 2, 3);
+    const Array codes(DType::i8, 2, 3);
+    const Array scale(DType::f32, 1, 2);
+    const Array sums(DType::i32, 1, 2);
+    const auto absent = octavo::absent_vector;
+    const auto call = [&](const octavo::Matrix& source, Scheme scheme, Granularity granularity,
+                          const octavo::Vector& exclude, const octavo::Matrix& to, const octavo::Vector& scales,
+                          const octavo::Vector& zeropoints) {
+        octavo::quantize(source, scheme, granularity, exclude, to, scales, zeropoints);
+    };
+    const auto plain = [&](const octavo::Matrix& source, const octavo::Matrix& to, const octavo::Vector& scales) {
+        call(source, Scheme::absmax, Granularity::row, absent, to, scales, absent);
+    };
+    CHECK_THROWS(plain(codes.matrix(), codes.matrix(), scale.vector()), type,
+                 "quantize: x: expected dtype float32, float16 or bfloat16, got int8");
+    CHECK_THROWS(plain(x.matrix(), x.matrix(), scale.vector()), type, "quantize: codes: expected dtype int8");
+    CHECK_THROWS(plain(x.matrix(), Array(DType::i8, 3, 2).matrix(), scale.vector()), value,
+                 "quantize: codes: expected shape [2, 3], got [3, 2]");
+    CHECK_THROWS(plain(x.matrix(), codes.matrix(), sums.vector()), type,
+                 "quantize: scale: expected dtype float32, got int32");
+    CHECK_THROWS(plain(x.matrix(), codes.matrix(), Array(DType::f32, 1, 3).vector()), value,
+                 "quantize: scale: expected shape [2], got [3]");
+    CHECK_THROWS(call(x.matrix(), Scheme::absmax, Granularity::vector, absent, codes.matrix(), scale.vector(), absent),
+                 value, "quantize: granularity: expected 'tensor' or 'row', got 'vector'");
+    CHECK_THROWS(
+        call(x.matrix(), Scheme::absmax, Granularity::row, absent, codes.matrix(), scale.vector(), scale.vector()),
+        value, "quantize: zeropoint: expected none for scheme absmax");
+    CHECK_THROWS(call(x.matrix(), Scheme::zeropoint, Granularity::row, absent, codes.matrix(), scale.vector(), absent),
+                 value, "quantize: zeropoint: expected an array for scheme zeropoint");
+    CHECK_THROWS(quantize(x, Scheme::absmax, Granularity::row, {0, 3}), value,
+                 "quantize: exclude: expected columns of x, 0 to 2, got 3");
+    CHECK_THROWS(quantize(x, Scheme::absmax, Granularity::row, {-1}), value, "got -1");
+
+    octavo::Matrix in_place = x.matrix();
+    in_place.dtype = DType::i8;
+    CHECK_THROWS(plain(x.matrix(), in_place, scale.vector()), value, "quantize: codes: expected memory apart from x");
+    octavo::Matrix folded = codes.matrix();
+    folded.row_stride = 1;
+    CHECK_THROWS(plain(x.matrix(), folded, scale.vector()), value, "share no memory with each other");
+    octavo::Vector point = scale.vector();
+    point.stride = 0;
+    CHECK_THROWS(plain(x.matrix(), codes.matrix(), point), value, "quantize: scale: expected elements that share no");
+
+    octavo::Matrix elsewhere = x.matrix();
+    elsewhere.device = {octavo::DeviceKind::cuda, 1};
+    CHECK_THROWS(plain(elsewhere, codes.matrix(), scale.vector()), value,
+                 "quantize: codes: expected memory on cuda:1, got cpu");
+    CHECK_THROWS(octavo::sum_codes(codes.matrix(), scale.vector()), type,
+                 "sum_codes: code_sums: expected dtype int32, got float32");
+    CHECK_THROWS(octavo::sum_codes(codes.matrix(), Array(DType::i32, 1, 3).vector()), value, "expected shape [2]");
+}
+
+TEST(memory_of_a_device_without_a_backend) {
+    octavo::Matrix codes = Array(DType::i8, 1, 1).matrix();
+    octavo::Vector sums = Array(DType::i32, 1, 1).vector();
+    codes.device = sums.device = {octavo::DeviceKind::cuda, 0};
+    CHECK_THROWS(octavo::sum_codes(codes, sums), device, "sum_codes: expected arrays on the cpu, got cuda:0");
+}
+
+// Depths beyond 2^24, where sums of codes no longer fit int32, are refused before memory is touched.
+TEST(depth_limit) {
+    octavo::Matrix codes = Array(DType::i8, 1, 1).matrix();
+    codes.cols = (std::int64_t{1} << 24U) + 1;
+    CHECK_THROWS(octavo::sum_codes(codes, Array(DType::i32, 1, 1).vector()), value,
+                 "sum_codes: codes: expected at most 2^24 columns, got 16777217");
+}
