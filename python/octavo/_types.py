@@ -33,6 +33,12 @@ def dtype_name(dtype: Any) -> Any:
         return dtype
 
 
+def columns_of(array: Array) -> int:
+    """The extent of the last dimension; 0 for what has none (the core will refuse it)."""
+    shape: tuple[int, ...] = getattr(array, "shape", ())
+    return int(shape[-1]) if shape else 0
+
+
 def column_indices(function: str, name: str, columns: Columns, count: int) -> np.ndarray:
     """Columns as an ascending int32 array without repetitions.
 

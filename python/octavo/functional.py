@@ -23,6 +23,7 @@ from octavo._types import (
     Path,
     Scheme,
     column_indices,
+    columns_of,
     dtype_name,
     take_columns,
 )
@@ -68,12 +69,11 @@ def quantize(
     Returns:
         Quantized(codes, scale, zeropoint).
 
-    A group (row, tensor) of zeros, or without elements, has scale 0 and codes 0 (zeropoint: scale 1); a constant group m
-    under zeropoint has scale ``|m|`` and reproduces m. A group that holds NaN or Inf has scale NaN and codes 0.
+    A group (row, tensor) of zeros, or without elements, has scale 0 and codes 0 (zeropoint: scale 1); a constant group
+    m under zeropoint has scale ``|m|`` and reproduces m. A group that holds NaN or Inf has scale NaN and codes 0.
     """
     if exclude is not None:
-        shape = getattr(x, "shape", ())
-        exclude = column_indices("quantize", "exclude", exclude, int(shape[-1]) if len(shape) > 0 else 0)
+        exclude = column_indices("quantize", "exclude", exclude, columns_of(x))
     return Quantized(*_core.quantize(x, scheme, granularity, exclude))
 
 
@@ -102,10 +102,7 @@ def quantize_weight(
     kept: Array | None = None
     kept_weight: Array | None = None
     if outlier_columns is not None:
-        shape = getattr(weight, "shape", ())
-        indices = column_indices(
-            "quantize_weight", "outlier_columns", outlier_columns, int(shape[1]) if len(shape) == 2 else 0
-        )
+        indices = column_indices("quantize_weight", "outlier_columns", outlier_columns, columns_of(weight))
     codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, scheme, granularity)
     if outlier_columns is not None:
         kept, kept_weight = take_columns(weight, indices)

@@ -3,7 +3,7 @@
 >>> model = calibrate_(model, batches)      # doctest: +SKIP
 >>> quantize_(model)                        # doctest: +SKIP
 
-The operation is also registered as ``torch.ops.octavo.linear``, so that it can be compiled, exported and differentiated.
+The operation is also registered as ``torch.ops.octavo.linear``, to be compiled, exported and differentiated.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def _linear(
         granularity=granularity,
     )
     with torch.no_grad():  # autograd, where it is wanted, is registered below
-        return octavo.linear(x, weight, bias, threshold=threshold, outliers=outliers, path=path)
+        return octavo.linear(  # type: ignore[no-any-return]
+            x, weight, bias, threshold=threshold, outliers=outliers, path=path
+        )
 
 
 def _linear_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
@@ -130,6 +132,9 @@ class Int8Linear(nn.Module):
     outlier_weight: Tensor | None
     code_sums: Tensor
     bias: nn.Parameter | None
+    _int8_weight: Int8Weight | None  # made when it is first needed, dropped when an array changes
+    _scheme: Scheme
+    _granularity: Granularity
 
     _ARRAYS = ("scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
 
@@ -153,9 +158,7 @@ class Int8Linear(nn.Module):
         self.threshold = float(threshold)
         self.outliers: Outliers = outliers
         self.path: Path = path
-        weight = octavo.quantize_weight(
-            torch.zeros(out_features, in_features), scheme=scheme, granularity=granularity
-        )
+        weight = octavo.quantize_weight(torch.zeros(out_features, in_features), scheme=scheme, granularity=granularity)
         self._hold(weight)
         # A product with no rows costs nothing and refuses wrong options now rather than at the first batch.
         options: dict[str, Any] = {"threshold": threshold, "path": path}
@@ -202,12 +205,12 @@ class Int8Linear(nn.Module):
 
     @property
     def scheme(self) -> Scheme:
-        """ "absmax" or "zeropoint"."""
+        """Of the weight: "absmax" or "zeropoint"."""
         return self._scheme
 
     @property
     def granularity(self) -> Granularity:
-        """ "tensor", "row" or "vector"."""
+        """Of the product: "tensor", "row" or "vector"."""
         return self._granularity
 
     @property
@@ -248,6 +251,7 @@ class Int8Linear(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """The layer's options, for ``print(model)``."""
         kept = "" if self.outlier_columns is None else f", outlier_columns={len(self.outlier_columns)}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -259,13 +263,13 @@ class Int8Linear(nn.Module):
 
     def _hold(self, weight: Int8Weight) -> None:
         """Take the arrays of `weight` as parameter and buffers."""
-        self._scheme: Scheme = weight.scheme
-        self._granularity: Granularity = weight.granularity
+        self._scheme = weight.scheme
+        self._granularity = weight.granularity
         # A parameter, so that tied weights stay tied when a model is moved or copied.
         self.weight = nn.Parameter(weight.codes, requires_grad=False)
         for name in self._ARRAYS:
             self.register_buffer(name, getattr(weight, name), persistent=name != "code_sums")
-        self._int8_weight: Int8Weight | None = None
+        self._int8_weight = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._ARRAYS or name == "weight":
@@ -277,7 +281,7 @@ class Int8Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         exact = {name: getattr(self, name) for name in self._ARRAYS}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, original in exact.items():
             moved = getattr(self, name)
             if original is not None and moved.dtype != original.dtype:
@@ -286,6 +290,7 @@ class Int8Linear(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
+        """The options of the layer as JSON, in a uint8 tensor: what every checkpoint format can hold."""
         state = {
             "format_version": _FORMAT_VERSION,
             "scheme": self._scheme,
@@ -297,6 +302,7 @@ class Int8Linear(nn.Module):
         return torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Take over options that `get_extra_state` returned. Raises ValueError for an unknown format version."""
         options = json.loads(bytes(state.cpu().numpy()))
         if options["format_version"] != _FORMAT_VERSION:
             raise ValueError(
@@ -358,9 +364,9 @@ def quantize_(
 ) -> nn.Module:
     """Replace every `torch.nn.Linear` of `model` by an `Int8Linear`, in place, one after the other.
 
-    The 16/32-bit weight of a layer is released as soon as its int8 form exists. Layers that share a weight go on sharing
-    it. Left as they are: layers whose qualified name matches a pattern of `skip`, subclasses of ``nn.Linear`` (their
-    owners read the weight themselves), and layers whose weight is also used by another kind of module (a tied
+    The 16/32-bit weight of a layer is released as soon as its int8 form exists. Layers that share a weight go on
+    sharing it. Left as they are: layers whose qualified name matches a pattern of `skip`, subclasses of ``nn.Linear``
+    (their owners read the weight themselves), and layers whose weight is also used by another kind of module (a tied
     embedding). Columns that `calibrate_` recorded are kept in 16 bit.
 
     Args:
@@ -378,7 +384,9 @@ def quantize_(
         TypeError: a weight of another dtype than float32, float16 and bfloat16.
     """
     if isinstance(model, nn.Linear):
-        raise ValueError("quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)")
+        raise ValueError(
+            "quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)"
+        )
     Int8Linear(1, 1, scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
     layers = list(_linears(model, skip))
     for name, layer in layers:
@@ -395,7 +403,12 @@ def quantize_(
             first = weights.get(id(layer.weight))
             if first is None:
                 replacement = Int8Linear.from_linear(
-                    layer, scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path
+                    layer,
+                    scheme=scheme,
+                    granularity=granularity,
+                    threshold=threshold,
+                    outliers=outliers,
+                    path=path,
                 )
                 weights[id(layer.weight)] = replacement
             else:
@@ -429,7 +442,8 @@ def calibrate_(
     `min_fraction` of all positions. The paper calls outliers systematic from 6 % of positions on (section 4).
 
     Args:
-        batches: each a tensor (``model(batch)``), a tuple or list (``model(*batch)``) or a mapping (``model(**batch)``).
+        batches: each a tensor (``model(batch)``), a tuple or list (``model(*batch)``), or a mapping
+            (``model(**batch)``).
         threshold: as in `octavo.linear`.
         min_fraction: in [0, 1]; 0 records every column that was ever an outlier.
         skip: as in `quantize_`.

@@ -17,7 +17,7 @@ class Int8Weight:
         zeropoint: float32 with integral values, shaped as `scale`; None for scheme "absmax".
         outlier_columns: int32 ``[r]``, ascending: the columns whose original values are kept; None if not calibrated.
         outlier_weight: ``[n, r]`` in the dtype of the original weight; None if not calibrated.
-        code_sums: int32 ``[n]``, the sums over k of the codes, which the products need; made from `codes` where not given.
+        code_sums: int32 ``[n]``, the sums over k of the codes, which the products need; made from `codes` if not given.
         scheme: "absmax" or "zeropoint".
         granularity: "tensor", "row" or "vector"; it names the product (see `octavo.quantize_weight`).
 

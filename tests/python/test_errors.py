@@ -426,6 +426,7 @@ def test_meta_tensors_are_refused(function: str) -> None:
 
 
 @needs_torch
+@pytest.mark.filterwarnings("ignore:Sparse .* in beta")
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
 @pytest.mark.parametrize("function", TAKES_X)
 def test_other_layouts_are_refused(function: str, layout: str) -> None:

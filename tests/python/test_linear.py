@@ -221,7 +221,13 @@ def test_larger_than_a_tile(typed: Typed, shape: tuple[int, int, int], outliers:
 @pytest.mark.parametrize("count", ["none", "one", "first and last", "all but one", "all"])
 def test_number_of_outlier_columns(typed: Typed, outliers: str, count: str) -> None:
     m, k, n = 9, 67, 21
-    columns = {"none": [], "one": [33], "first and last": [0, k - 1], "all but one": [*range(k - 1)], "all": [*range(k)]}
+    columns = {
+        "none": [],
+        "one": [33],
+        "first and last": [0, k - 1],
+        "all but one": [*range(k - 1)],
+        "all": [*range(k)],
+    }
     x = np.clip(make("normal", (m, k), typed.dtype), -5, 5)
     x[:, columns[count]] = typed.round(np.where(x[:, columns[count]] < 0, -1, 1) * 6.5)
     w = make("normal", (n, k), typed.dtype)

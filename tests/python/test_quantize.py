@@ -197,12 +197,13 @@ def test_every_pair_of_values(dtype: str) -> None:
             x = np.concatenate([np.where(below[None] <= a, below[None], F(0)), a], axis=1)
             expected = ref.quantize(x).codes
             np.testing.assert_array_equal(expected, ref.ideal_absmax_codes(x, a))
+        native = typed.array(x)
         for sign in (1, -1):
-            got = octavo.quantize(typed.array(x * F(sign)))
-            if not np.array_equal(typed.host(got.codes), expected * np.int8(sign)):
-                wrong = np.argwhere(typed.host(got.codes) != expected * np.int8(sign))[0]
-                pair = x[tuple(wrong)] * sign, a[wrong[0], 0]
-                raise AssertionError(f"x, absmax = {pair}: got {typed.host(got.codes)[tuple(wrong)]}")
+            got = octavo.quantize(native if sign > 0 else -native)
+            codes = typed.host(got.codes) * np.int8(sign)
+            if not np.array_equal(codes, expected):
+                i, j = np.argwhere(codes != expected)[0]
+                raise AssertionError(f"x {sign * x[i, j]}, absmax {a[i, 0]}: {sign * codes[i, j]}")
         equal(typed.host(got.scale), (a / F(127))[:, 0])
         small = rng.choice(positive[positive <= a[0, 0] / 256], 64) if positive[0] <= a[0, 0] / 256 else a[0]
         x = np.concatenate([np.broadcast_to(small, (len(a), len(small))), a], axis=1)

@@ -109,9 +109,7 @@ def test_zeropoint_product_unrolls(m: int, k: int, n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     qx, qw = (rng.integers(-127, 128, (r, k)) for r in (m, n))
     zx, zw = (rng.integers(-5000, 5000, r) for r in (m, n))
-    np.testing.assert_array_equal(
-        ref.zeropoint_product(qx, zx, qw, zw), (qx + zx[:, None]) @ (qw + zw[:, None]).T
-    )
+    np.testing.assert_array_equal(ref.zeropoint_product(qx, zx, qw, zw), (qx + zx[:, None]) @ (qw + zw[:, None]).T)
 
 
 @pytest.mark.parametrize("outliers", ref.OUTLIERS)
@@ -123,9 +121,7 @@ def test_linear_is_close_to_the_float_product(scheme: str, granularity: str, out
     weight = ref.quantize_weight(w, scheme=scheme, granularity=granularity, outlier_columns=[3, 1, 3])
     output = ref.linear(x, weight, scheme=scheme, granularity=granularity, outliers=outliers)
     mask = ref.outlier_mask(x, weight, outliers=outliers, threshold=6.0)
-    q = ref.quantize(
-        x, scheme=scheme, granularity="tensor" if granularity == "tensor" else "row", exclude=mask
-    )
+    q = ref.quantize(x, scheme=scheme, granularity="tensor" if granularity == "tensor" else "row", exclude=mask)
     sx, sw = q.scale.astype(float)[:, None], weight.scale.astype(float)[None]
     error_x, error_w = np.where(mask, 0, sx), np.broadcast_to(sw.T, w.shape)
     slack = error_x @ np.abs(w).T + np.abs(x) @ error_w.T + error_x @ error_w.T

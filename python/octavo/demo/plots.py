@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 
@@ -42,10 +43,11 @@ def write_all(report: Report, directory: Path) -> list[Path]:
 
 
 def draw_quality(report: Report) -> Figure:
-    """How far each scheme's embeddings are from float32's, for the model as it is and with systematic outliers."""
+    """How far each scheme's embeddings are from float32's, as the model is and with systematic outliers."""
     panels = [("as it is", report.natural)]
     panels += [(f"systematic outliers of size {s.size.magnitude:g}", s.rows) for s in report.systematic]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 + 3.6 * len(panels), 5), sharey=True, sharex=True)
+    figure = plt.figure(figsize=(4 + 3.6 * len(panels), 5))
+    axes = figure.subplots(1, len(panels), sharey=True, sharex=True)
     for axis, (title, rows) in zip(axes, panels, strict=True):
         shown = [row for row in rows if row.name != "float32"]  # its distance is 0, which no logarithm shows
         places = range(len(shown))
@@ -69,11 +71,17 @@ def draw_quality(report: Report) -> Figure:
 
 def draw_outliers(report: Report) -> Figure:
     """How many outlier columns each linear input has, and how large the attention input's features are."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6))
+    figure = plt.figure(figsize=(13, 4.6))
+    left, right = figure.subplots(1, 2)
     layers = sorted({found.layer for found in report.outlier_columns})
     styles = zip(INPUTS, (BLUE, GRAY, VERMILION, ORANGE), ("", "..", "//", "xx"), strict=True)
     for place, (name, color, hatch) in enumerate(styles):
-        counts = [len(f.columns) for layer in layers for f in report.outlier_columns if (f.layer, f.input) == (layer, name)]
+        counts = [
+            len(f.columns)
+            for layer in layers
+            for f in report.outlier_columns
+            if (f.layer, f.input) == (layer, name)
+        ]
         positions = [layer + (place - 1.5) * 0.2 for layer in layers]
         left.bar(positions, counts, 0.2, color=color, hatch=hatch, edgecolor="white", label=name)
     left.set_xticks(layers)
@@ -104,7 +112,8 @@ def draw_ablation(report: Report) -> Figure:
     ablations = report.ablations
     number = len(ablations.outliers.features)
     zeroed, drawn = f"{number} largest outlier features zeroed", f"{number} random features zeroed"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.4))
+    figure = plt.figure(figsize=(13, 4.4))
+    left, right = figure.subplots(1, 2)
 
     for place, measure in enumerate(("mean_cosine", "min_cosine")):
         gone = 1 - getattr(ablations.outliers.quality, measure)
@@ -117,12 +126,16 @@ def draw_ablation(report: Report) -> Figure:
     left.set_xlabel("1 - cosine with the untouched model")
     left.set_title("Embeddings")
     handles, labels = left.get_legend_handles_labels()
-    left.legend(handles[:2], labels[:2], frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.17))
+    left.legend(
+        handles[:2], labels[:2], frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.17)
+    )
     _quiet(left, "both")
 
     layers = range(len(ablations.untouched.top_probability_by_layer))
     for draw in ablations.random:
-        right.plot(layers, draw.top_probability_by_layer, "o-", color=GRAY, alpha=0.5, markersize=4, label=drawn)
+        right.plot(
+            layers, draw.top_probability_by_layer, "o-", color=GRAY, alpha=0.5, markersize=4, label=drawn
+        )
     untouched = ablations.untouched.top_probability_by_layer
     right.plot(layers, untouched, "s:", color=BLUE, markersize=9, markerfacecolor="none", label="untouched")
     right.plot(layers, ablations.outliers.top_probability_by_layer, "D-", color=VERMILION, label=zeroed)
@@ -132,7 +145,9 @@ def draw_ablation(report: Report) -> Figure:
     right.set_ylabel("top-1 softmax probability\n(mean over heads and tokens)")
     right.set_title("Attention")
     found = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))  # one entry per label
-    right.legend(found.values(), found.keys(), frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.17))
+    right.legend(
+        found.values(), found.keys(), frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.17)
+    )
     _quiet(right, "y")
     figure.suptitle("What the attention input's outlier features carry")
     figure.tight_layout()
@@ -141,15 +156,20 @@ def draw_ablation(report: Report) -> Figure:
 
 def draw_timing(report: Report) -> Figure:
     """Milliseconds per batch, one panel per batch size."""
-    figure, axes = plt.subplots(1, len(report.timings), figsize=(3.8 * len(report.timings), 4.2), squeeze=False)
+    figure = plt.figure(figsize=(3.8 * len(report.timings), 4.2))
+    axes = figure.subplots(1, len(report.timings), squeeze=False)
     colors, hatches = (VERMILION, BLUE, GRAY), ("", "//", "..")
     for axis, timed in zip(axes[0], report.timings, strict=True):
-        for place, (name, spread) in enumerate(timed.times.items()):
+        for place, spread in enumerate(timed.times.values()):
             axis.bar(place, spread.median, 0.7, color=colors[place], hatch=hatches[place], edgecolor="white")
             below, above = spread.median - spread.lower_quartile, spread.upper_quartile - spread.median
             axis.errorbar(place, spread.median, [[below], [above]], color="black", capsize=4, linewidth=1)
             axis.annotate(
-                f"{spread.median:.1f}", (place, spread.upper_quartile), (0, 4), textcoords="offset points", ha="center"
+                f"{spread.median:.1f}",
+                (place, spread.upper_quartile),
+                (0, 4),
+                textcoords="offset points",
+                ha="center",
             )
         axis.set_xticks(range(len(timed.times)), [name.replace(" ", "\n") for name in timed.times])
         axis.set_title(f"batch of {timed.batch}, {timed.tokens} tokens each")
@@ -201,7 +221,7 @@ def _widths(table: Table) -> list[int]:
     return [max(len(cells[i]) for cells in [table.columns, *table.rows]) for i in range(len(table.columns))]
 
 
-def _quiet(axis: Axes, grid: str) -> None:
+def _quiet(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
     axis.grid(axis=grid, color="#E0E0E0", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

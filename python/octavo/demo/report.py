@@ -48,7 +48,7 @@ class OutlierColumns:
 
 @dataclass(frozen=True)
 class Ablations:
-    """The model untouched, without its largest outlier features, and without as many random ones, draw by draw."""
+    """The model untouched, without its largest outlier features, and without as many random ones."""
 
     untouched: Ablation
     outliers: Ablation
@@ -94,7 +94,7 @@ class Table:
     note: str = ""
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------
 
 
 def tables(report: Report) -> list[Table]:
@@ -106,7 +106,7 @@ def tables(report: Report) -> list[Table]:
             f"Embeddings of {count} sentences against float32",
             report.natural,
             count,
-            "Outlier columns are multiplied with dequantized int8 weights, except where the row says kept 16-bit.",
+            "Outlier columns meet dequantized int8 weights, except where the row says kept 16-bit.",
         ),
         _outlier_table(report),
         _ablation_table(report.ablations, count),
@@ -150,7 +150,7 @@ def _outlier_table(report: Report) -> Table:
         listed = ", ".join(map(str, by_place[layer, ATTENTION_INPUT].columns)) or "none"
         rows.append([str(layer), *(f"{len(found.columns)} ({found.largest:.1f})" for found in here), listed])
     return Table(
-        f"Outlier columns per layer at threshold {report.settings['threshold']:g} (and the largest magnitude)",
+        f"Outlier columns per layer at threshold {report.settings['threshold']:g} (largest magnitude)",
         ["layer", *INPUTS, "columns of the attention input"],
         rows,
     )
@@ -162,7 +162,13 @@ def _ablation_table(ablations: Ablations, count: int) -> Table:
     draws = ablations.random
     return Table(
         "What the largest outlier features of the attention input carry",
-        ["set to zero", "mean cosine", "min cosine", f"neighbors kept of {count}", "attention top-1 probability"],
+        [
+            "set to zero",
+            "mean cosine",
+            "min cosine",
+            f"neighbors kept of {count}",
+            "attention top-1 probability",
+        ],
         [
             ["nothing", *_ablation_cells([ablations.untouched])],
             [f"the {number} largest outlier features ({named})", *_ablation_cells([ablations.outliers])],
@@ -188,7 +194,8 @@ def _systematic_table(systematic: Systematic, count: int) -> Table:
         f"size {systematic.size.magnitude:g}",
         systematic.rows,
         count,
-        f"Features {', '.join(map(str, systematic.features))}: quartiles {lower:.1f}, {median:.1f}, {upper:.1f}, "
+        f"Features {', '.join(map(str, systematic.features))}: "
+        f"quartiles {lower:.1f}, {median:.1f}, {upper:.1f}, "
         f"{systematic.measured.share_negative:.1%} of the values negative. "
         f"Largest change of a float32 embedding: {systematic.float32_difference:.1e}.",
     )
@@ -208,7 +215,9 @@ def _timing_table(timings: Sequence[timing.Timing]) -> Table:
             ]
         )
     return Table(
-        "Time per batch, ms (median)", ["batch", *names, *(f"speed vs {name}" for name in names[1:]), "rounds"], rows
+        "Time per batch, ms (median)",
+        ["batch", *names, *(f"speed vs {name}" for name in names[1:]), "rounds"],
+        rows,
     )
 
 
@@ -218,7 +227,10 @@ def as_text(table: Table) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
 
     def laid_out(line: list[str]) -> str:
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)),
+        ]
         return "  ".join(cells).rstrip()
 
     rule = "-" * len(laid_out(table.columns).ljust(sum(widths) + 2 * (len(widths) - 1)))
@@ -226,7 +238,7 @@ def as_text(table: Table) -> str:
     return "\n".join([*text, table.note] if table.note else text)
 
 
-# ---- sentences: each says only what this run measured -----------------------------------------------------------
+# ---- sentences: each says only what this run measured ------------------------------------------------
 
 
 def conclusions(report: Report) -> list[str]:
@@ -258,23 +270,19 @@ def _about_decomposition(rows: Sequence[Row], count: int, where: str) -> str:
 
 
 def _about_ablation(ablations: Ablations) -> str:
-    gone, untouched, draws = ablations.outliers, ablations.untouched, ablations.random
-    number = len(gone.features)
-    cosine = _mean(draws, lambda a: a.quality.mean_cosine)
-    top = _mean(draws, lambda a: a.top_probability)
+    untouched, number = ablations.untouched, len(ablations.outliers.features)
+    cosine, top = ablations.outliers.quality.mean_cosine, ablations.outliers.top_probability
+    random_cosine = _mean(ablations.random, lambda a: a.quality.mean_cosine)
+    random_top = _mean(ablations.random, lambda a: a.top_probability)
     text = (
-        f"Setting the {number} largest outlier features to zero {_moves(1.0, gone.quality.mean_cosine)} the mean "
-        f"cosine to {gone.quality.mean_cosine:.4f} and {_moves(untouched.top_probability, gone.top_probability)} "
-        f"attention's top-1 probability from {untouched.top_probability:.4f} to {gone.top_probability:.4f}; "
-        f"with {number} random features they are {cosine:.4f} and {top:.4f}."
+        f"Setting the {number} largest outlier features to zero {_moves(1.0, cosine)} the mean cosine to "
+        f"{cosine:.4f} and {_moves(untouched.top_probability, top)} attention's top-1 probability from "
+        f"{untouched.top_probability:.4f} to {top:.4f}; with {number} random features they are "
+        f"{random_cosine:.4f} and {random_top:.4f}."
     )
-    if cosine < 1.0 and gone.quality.mean_cosine < 1.0:
-        text += f" The embeddings turn {(1 - gone.quality.mean_cosine) / (1 - cosine):.3g} times as far (1 - cosine)"
-        shift = abs(top - untouched.top_probability)
-        if shift > 0:
-            text += f", the probability moves {abs(gone.top_probability - untouched.top_probability) / shift:.3g} times"
-            text += " as far"
-        text += "."
+    if random_cosine < 1.0:
+        ratio = (1 - cosine) / (1 - random_cosine)
+        text += f" The outlier features move the embeddings {ratio:.3g} times as far (1 - cosine)."
     return text
 
 
@@ -284,8 +292,9 @@ def _about_systematic(systematic: Systematic, report: Report) -> list[str]:
     kept = _row(systematic.rows, KEPT_COLUMNS.name).quality
     return [
         _about_decomposition(systematic.rows, report.settings["sentences"], where),
-        f"{where}, keeping the outlier columns' 16-bit weights {_moves(dequantized.mean_cosine, kept.mean_cosine)} "
-        f"the mean cosine of LLM.int8() from {dequantized.mean_cosine:.4f} to {kept.mean_cosine:.4f} and "
+        f"{where}, keeping the outlier columns' 16-bit weights "
+        f"{_moves(dequantized.mean_cosine, kept.mean_cosine)} the mean cosine of LLM.int8() "
+        f"from {dequantized.mean_cosine:.4f} to {kept.mean_cosine:.4f} and "
         f"{_moves(dequantized.min_cosine, kept.min_cosine)} the minimum from {dequantized.min_cosine:.4f} "
         f"to {kept.min_cosine:.4f}.",
     ]
@@ -313,7 +322,7 @@ def _mean(ablations: Sequence[Ablation], value: Callable[[Ablation], float]) -> 
     return statistics.fmean(value(ablation) for ablation in ablations)
 
 
-# ---- output ----------------------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------------
 
 
 def text(report: Report) -> str:
@@ -323,7 +332,8 @@ def text(report: Report) -> str:
         f"octavo {machine['octavo']} on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores; "
         f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}\n"
         f"MiniLM ({report.settings['package']} {report.settings['package_version']}), "
-        f"{report.settings['sentences']} sentences of Python's documentation, {report.settings['tokens']} tokens"
+        f"{report.settings['sentences']} sentences of Python's documentation, "
+        f"{report.settings['tokens']} tokens"
     )
     parts = [head, *map(as_text, tables(report)), "\n".join(f"- {line}" for line in report.conclusions)]
     return "\n\n".join([*parts, f"Measured in {report.seconds:.0f} s."])
@@ -344,7 +354,7 @@ def _finite(value: Any) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(beside)` writes a file beside `path`, which then takes its name: readers never see half a file."""
+    """`write(beside)` writes a file beside `path`, which then takes its name: nobody sees half a file."""
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     beside = Path(name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo.torch
+from octavo import _types
 
 from .model import Batch, embed, linear_bytes, linear_layers
 
@@ -21,12 +22,12 @@ THRESHOLD = 6.0  # of the paper: from this magnitude on, a feature is an outlier
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way to run the linear layers. `scheme`, `granularity`, `outliers` are those of octavo.torch.quantize_."""
+    """One way to run the linear layers; its options are those of octavo.torch.quantize_."""
 
     name: str
-    scheme: str | None  # "absmax" | "zeropoint"; None leaves the model in float32
-    granularity: str = "vector"  # "tensor" | "row" | "vector"
-    outliers: str = "none"  # "none" | "columns" | "static"
+    scheme: _types.Scheme | None  # None leaves the model in float32
+    granularity: _types.Granularity = "vector"
+    outliers: _types.Outliers = "none"
     kept: bool = False  # keep the 16-bit weights of the columns that a calibration pass finds
 
 
@@ -44,8 +45,12 @@ TABLE_1 = (
 FLOAT32, VECTOR_WISE, LLM_INT8 = TABLE_1[0], TABLE_1[4], TABLE_1[7]
 
 # Table 1's LLM.int8() rows multiply outlier columns with dequantized weights. These keep the 16-bit ones.
-KEPT_COLUMNS = Scheme("absmax LLM.int8(), kept 16-bit outlier weights", "absmax", "vector", "columns", kept=True)
-KEPT_STATIC = Scheme("absmax LLM.int8(), kept 16-bit, static columns", "absmax", "vector", "static", kept=True)
+KEPT_COLUMNS = Scheme(
+    "absmax LLM.int8(), kept 16-bit outlier weights", "absmax", "vector", "columns", kept=True
+)
+KEPT_STATIC = Scheme(
+    "absmax LLM.int8(), kept 16-bit, static columns", "absmax", "vector", "static", kept=True
+)
 KEPT = (KEPT_COLUMNS, KEPT_STATIC)
 
 
@@ -67,10 +72,13 @@ class Row:
     linear_bytes: int
 
 
-def convert(model: nn.Module, scheme: Scheme, calibration: Sequence[Batch], path: str = "int8") -> nn.Module:
+def convert(
+    model: nn.Module, scheme: Scheme, calibration: Sequence[Batch], path: _types.Path = "int8"
+) -> nn.Module:
     """A copy of the float32 `model` whose linear layers run as `scheme` says; `model` is left as it is.
 
-    Weights are rounded to float16 first: LLM.int8() starts from 16-bit weights, and kept ones are to be 16-bit.
+    Weights are rounded to float16 first: LLM.int8() starts from 16-bit weights, and kept ones are to be
+    16-bit.
     """
     if scheme.scheme is None:
         return model
@@ -91,9 +99,13 @@ def convert(model: nn.Module, scheme: Scheme, calibration: Sequence[Batch], path
 
 
 def evaluate(
-    model: nn.Module, scheme: Scheme, batches: Sequence[Batch], reference: Tensor, calibration: Sequence[Batch]
+    model: nn.Module,
+    scheme: Scheme,
+    batches: Sequence[Batch],
+    reference: Tensor,
+    calibration: Sequence[Batch],
 ) -> Row:
-    """Converts a copy of the model, embeds the batches and compares with `reference`, float32 [count, 384]."""
+    """Converts a copy, embeds the batches and compares with `reference`, float32 [count, 384]."""
     converted = convert(model, scheme, calibration)
     return Row(scheme.name, quality(embed(converted, batches), reference), linear_bytes(converted))
 

@@ -1,11 +1,11 @@
 """Systematic outliers of the size that large models have, in a model that computes the same function.
 
-From 6.7B parameters on, a few features are large at nearly every token: around -40 in a 6.7B and around -58 in a 13B
-model (the paper's Table 4). MiniLM's are smaller. Here each chosen feature x of the input of query, key, value and of
-the feed-forward is replaced by z = x*d + s, which has the wanted mean and deviation, and the layers that take it get
-W' = W/d and bias' = bias - W' s. So W' z + bias' = W x + bias: the float32 model computes what it did, but its linear
-layers now see outliers. (MiniLM normalizes after each block, and the residual path takes the normalized value too, so
-changing the LayerNorm instead would change the function.)
+From 6.7B parameters on, a few features are large at nearly every token: around -40 in a 6.7B and around -58
+in a 13B model (the paper's Table 4). MiniLM's are smaller. Here each chosen feature x of the input of query,
+key, value and of the feed-forward is replaced by z = x*d + s, which has the wanted mean and deviation, and
+the layers that take it get W' = W/d and bias' = bias - W' s. So W' z + bias' = W x + bias: the float32 model
+computes what it did, but its linear layers now see outliers. (MiniLM normalizes after each block, and the
+residual path takes the normalized value too, so changing the LayerNorm instead would change the function.)
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ class Measured:
 class DiagonalShift(nn.Module):
     """z = x*scale + shift, feature by feature. x [..., k]; scale, shift float32 [k]."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
@@ -76,12 +79,14 @@ def with_outliers(model: nn.Module, features: Sequence[int], size: Size, observe
                 parent, _, child = path.rpartition(".")
                 linear = linear_at(layer, path)
                 assert isinstance(linear, nn.Linear)
-                setattr(layer.get_submodule(parent), child, nn.Sequential(rescaling, folded(linear, rescaling)))
+                setattr(
+                    layer.get_submodule(parent), child, nn.Sequential(rescaling, folded(linear, rescaling))
+                )
     return model
 
 
 def rescaling_to(size: Size, features: Sequence[int], seen: Features) -> DiagonalShift:
-    """The rescaling that gives the features the mean -magnitude and the wanted deviation; others are untouched."""
+    """The rescaling that gives the features the mean -magnitude and the wanted deviation."""
     scale, shift = torch.ones_like(seen.mean), torch.zeros_like(seen.mean)
     index = torch.as_tensor(features)
     scale[index] = size.deviation / seen.deviation[index].clamp_min(1e-6)

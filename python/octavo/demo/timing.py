@@ -1,7 +1,7 @@
 """Time per batch: octavo's int8 model side by side with torch in float32 and in bfloat16.
 
-The models take turns, so that whatever else the machine does falls on all of them alike; each model's answer is
-checked against float32's before anything is timed.
+The models take turns, so that whatever else the machine does falls on all of them alike; each model's answer
+is checked against float32's before anything is timed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,12 @@ class Timing:
 
 
 def variants(float32: nn.Module, int8: nn.Module) -> dict[str, nn.Module]:
-    """The models to be timed, by name. Activations and the layers that are not linear are float32 in octavo's."""
-    return {"octavo int8": int8, "torch float32": float32, "torch bfloat16": copy.deepcopy(float32).bfloat16()}
+    """The models to be timed, by name. In octavo's, activations and all but the linear layers are float32."""
+    return {
+        "octavo int8": int8,
+        "torch float32": float32,
+        "torch bfloat16": copy.deepcopy(float32).bfloat16(),
+    }
 
 
 def check(models: dict[str, nn.Module], batch: Batch) -> None:
@@ -55,7 +59,9 @@ def check(models: dict[str, nn.Module], batch: Batch) -> None:
     for name, model in models.items():
         cosine = float(nn.functional.cosine_similarity(embed_batch(model, batch), reference, dim=1).min())
         if not cosine >= MIN_COSINE:
-            raise WrongResult(f"{name}: expected a cosine of at least {MIN_COSINE} with float32, got {cosine:.4f}")
+            raise WrongResult(
+                f"{name}: expected a cosine of at least {MIN_COSINE} with float32, got {cosine:.4f}"
+            )
 
 
 def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_rounds: int = 5) -> Timing:
@@ -68,7 +74,9 @@ def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_r
             times[name].append(_milliseconds(model, batch))
         rounds += 1
     tokens = int(batch.real.shape[1])
-    return Timing(len(batch.indices), tokens, rounds, {name: _spread(values) for name, values in times.items()})
+    return Timing(
+        len(batch.indices), tokens, rounds, {name: _spread(values) for name, values in times.items()}
+    )
 
 
 @torch.inference_mode()

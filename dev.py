@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Everything a developer does, each as one command that also does its own set-up.
+
+    python3 dev.py demo     build, install and run the demo
+    python3 dev.py test     build, install and run all tests, C++ and Python
+    python3 dev.py check    formatting, lint and type checks
+
+Needs Python >= 3.10 and a C++20 compiler (GCC >= 11 or Clang >= 14); uses nothing else of the system and installs
+nothing outside this folder: packages go to .venv, builds to build/. Running a command again is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
+PYTHON = BIN / "python"
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
+CPP_FOLDERS = ("cpp", "bindings", "tests/cpp", "examples")
+PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "dev.py")
+
+
+def main() -> int:
+    """Run the chosen command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,test,check}")
+    commands.add_parser("demo", help="build, install and run the demo", add_help=False).set_defaults(run=demo)
+    commands.add_parser("test", help="build, install and run all tests").set_defaults(run=test)
+    check_parser = commands.add_parser("check", help="formatting, lint and type checks")
+    check_parser.add_argument("--fix", action="store_true", help="reformat instead of complaining")
+    check_parser.set_defaults(run=check)
+    args, rest = parser.parse_known_args()
+    if rest and args.command != "demo":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    started = time.monotonic()
+    try:
+        args.run(args)
+    except subprocess.CalledProcessError as error:
+        print(f"\ndev.py {args.command}: failed: {' '.join(map(str, error.cmd))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"\ndev.py {args.command}: done in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Install octavo with what the demo needs, and run it; further arguments are the demo's own."""
+    prepare()
+    install("demo")
+    step("Running the demo: MiniLM in int8 (results go to octavo-demo/)")
+    run(BIN / "octavo", "demo", *args.rest)
+
+
+def test(_: argparse.Namespace) -> None:
+    """C++ tests in release and sanitized builds, examples, then the Python tests against the installed wheel."""
+    prepare()
+    for preset in ("release", "cpu-debug"):
+        step(f"C++ tests, preset {preset}")
+        run(BIN / "cmake", "--preset", preset)
+        run(BIN / "cmake", "--build", "--preset", preset)
+        run(BIN / "ctest", "--preset", preset)
+    install("test")
+    step("Python tests")
+    run(PYTHON, "-m", "pytest", "tests/python", "-q", "-rs")
+    step("Python examples")
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        run(PYTHON, example)
+
+
+def check(args: argparse.Namespace) -> None:
+    """The formatters, clang-tidy, ruff and mypy, with the versions that pyproject.toml pins."""
+    prepare()
+    install("dev")
+    sources = [
+        str(path.relative_to(ROOT))
+        for folder in CPP_FOLDERS
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in {".c", ".h", ".cpp", ".hpp"}
+    ]
+    step("clang-format")
+    run(BIN / "clang-format", *(["-i"] if args.fix else ["--dry-run", "-Werror"]), *sources)
+    step("ruff")
+    folders = [folder for folder in PYTHON_FOLDERS if (ROOT / folder).exists()]
+    run(BIN / "ruff", "format", *([] if args.fix else ["--check"]), *folders)
+    run(BIN / "ruff", "check", *(["--fix"] if args.fix else []), *folders)
+    step("mypy")
+    run(PYTHON, "-m", "mypy")
+    run(PYTHON, "-m", "mypy.stubtest", "octavo._core", "--allowlist", ".ci/stubtest-allowlist.txt")
+    step("clang-tidy")
+    run(BIN / "cmake", "--preset", "release")
+    run(BIN / "cmake", "--build", "--preset", "release")  # some sources are found only when built
+    translation_units = [
+        source for source in sources if source.startswith(("cpp/src", "tests/cpp")) and source.endswith(".cpp")
+    ]
+    run(PYTHON, ROOT / ".ci" / "tidy.py", ROOT / "build" / "release", *translation_units)
+
+
+def prepare() -> None:
+    """Make .venv, with the build tools that the C++ presets use."""
+    if sys.version_info < (3, 10):
+        sys.exit(f"dev.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
+        sys.exit("dev.py: needs a C++20 compiler (Debian, Ubuntu: apt install g++)")
+    if not PYTHON.exists():
+        step(f"Making a virtual environment in {VENV.relative_to(ROOT)}/")
+        venv.create(VENV, with_pip=True)
+    step("Installing the build tools")
+    pip("cmake>=3.25", "ninja")
+
+
+def install(extra: str) -> None:
+    """Build the wheel and install it, with an extra of pyproject.toml."""
+    step(f"Building and installing octavo[{extra}]")
+    pip(f".[{extra}]")
+
+
+def pip(*requirements: str) -> None:
+    run(
+        PYTHON,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        CONSTRAINTS,
+        *requirements,
+    )
+
+
+def step(title: str) -> None:
+    print(f"\n=== {title}", flush=True)
+
+
+def run(*command: str | Path) -> None:
+    """Run a command of this folder, showing what it prints. Raises CalledProcessError where it fails."""
+    # The tools of .venv come first: ninja, for one, is found by CMake on the path.
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    words: Sequence[str] = [str(word) for word in command]
+    subprocess.run(words, cwd=ROOT, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

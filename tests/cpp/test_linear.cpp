@@ -1,0 +1,455 @@
+// linear: literal cases, every scheme, granularity, policy and dtype against the reference, then what must hold for any
+// data: layouts, non-finite values, batch invariance, kept outlier weights, and errors.
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "arrays.hpp"
+#include "calls.hpp"
+#include "check.hpp"
+#include "octavo/linear.hpp"
+#include "reference.hpp"
+
+using octavo::DType;
+using octavo::Granularity;
+using octavo::LinearOptions;
+using octavo::Outliers;
+using octavo::Path;
+using octavo::Scheme;
+
+namespace {
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+// A quantized weight with its memory, as the library and as the reference see it.
+class Weight {
+public:
+    Weight(const Array& weight, Scheme scheme, Granularity granularity,
+           std::optional<std::vector<std::int32_t>> kept = std::nullopt, Layout layout = Layout::contiguous)
+        : codes_(quantize_weight(weight, scheme, granularity, layout)), scheme_(scheme), granularity_(granularity) {
+        if (!kept) return;
+        const auto r = static_cast<std::int64_t>(kept->size());
+        Values original(weight.matrix().rows, r);
+        for (std::int64_t j = 0; j < original.rows; ++j) {
+            for (std::int64_t o = 0; o < r; ++o) original(j, o) = weight.get(j, (*kept)[static_cast<std::size_t>(o)]);
+        }
+        outlier_columns_.emplace(int32_array(*kept, layout));
+        outlier_weight_.emplace(weight.matrix().dtype, original, layout);
+    }
+
+    [[nodiscard]] octavo::WeightView view() const {
+        octavo::WeightView view{.codes = codes_.codes.matrix(),
+                                .scale = codes_.scale.vector(),
+                                .zeropoint = vector_of(codes_.zeropoint),
+                                .code_sums = codes_.code_sums.vector(),
+                                .outlier_columns = vector_of(outlier_columns_),
+                                .scheme = scheme_,
+                                .granularity = granularity_};
+        if (outlier_weight_) view.outlier_weight = outlier_weight_->matrix();
+        return view;
+    }
+
+    [[nodiscard]] reference::Weight reference() const {
+        reference::Weight weight{codes_.codes.values(), codes_.scale.values().v, {}, {}, {}};
+        if (codes_.zeropoint) weight.zeropoint = codes_.zeropoint->values().v;
+        if (outlier_columns_) {
+            for (const double column : outlier_columns_->values().v) {
+                weight.outlier_columns.push_back(static_cast<std::int32_t>(column));
+            }
+            weight.outlier_weight = outlier_weight_->values();
+        }
+        return weight;
+    }
+
+    [[nodiscard]] Scheme scheme() const { return scheme_; }
+    [[nodiscard]] Granularity granularity() const { return granularity_; }
+
+private:
+    Codes codes_;
+    std::optional<Array> outlier_columns_;
+    std::optional<Array> outlier_weight_;
+    Scheme scheme_;
+    Granularity granularity_;
+};
+
+Array linear(const Array& x, const Weight& weight, const std::optional<Array>& bias, const LinearOptions& options,
+             DType dtype, Layout layout = Layout::contiguous) {
+    Array out(dtype, x.matrix().rows, weight.view().codes.rows, layout);
+    octavo::linear(x.matrix(), weight.view(), vector_of(bias), out.matrix(), options);
+    return out;
+}
+
+// The library's result, compared with the reference.
+void check_linear(const Array& x, const Weight& weight, const std::optional<Array>& bias, const LinearOptions& options,
+                  DType dtype) {
+    const Array actual = linear(x, weight, bias, options, dtype);
+    const auto expected =
+        reference::linear(x.values(), weight.reference(), bias ? bias->values().v : std::vector<double>{},
+                          weight.scheme(), weight.granularity() == Granularity::tensor, options, dtype);
+    for (std::int64_t i = 0; i < expected.y.rows; ++i) {
+        for (std::int64_t j = 0; j < expected.y.cols; ++j) {
+            const double y = expected.y(i, j);
+            const double got = actual.get(i, j);
+            const bool good = std::isfinite(y) ? std::fabs(got - y) <= expected.bound(i, j) : check::equal(got, y);
+            if (good) continue;
+            const check::Context context("row ", i, ", column ", j, ", bound ", expected.bound(i, j));
+            CHECK_EQ(got, y);
+        }
+    }
+}
+
+constexpr Granularity granularities[] = {Granularity::tensor, Granularity::row, Granularity::vector};
+
+// The four policies of the int8 path, and the weight-only path.
+constexpr LinearOptions all_options[] = {
+    {.outliers = Outliers::columns, .path = Path::int8},
+    {.outliers = Outliers::rows, .path = Path::int8},
+    {.outliers = Outliers::static_, .path = Path::int8},
+    {.outliers = Outliers::none, .path = Path::int8},
+    {.outliers = Outliers::columns, .path = Path::weight_only},
+};
+
+std::string describe(const Weight& weight, const LinearOptions& options) {
+    return "scheme " + check::show(weight.scheme()) + " granularity " + check::show(weight.granularity()) +
+           " outliers " + check::show(options.outliers) + " path " + check::show(options.path);
+}
+
+// Activations of a transformer in small: bell-shaped, with systematic outlier columns (the first, and one in eight)
+// and single values at the threshold.
+Values activations(Random& random, std::int64_t m, std::int64_t k) {
+    Values x = random_normal(random, m, k);
+    for (std::int64_t j = 0; j < k; j += 8) {
+        for (std::int64_t i = 0; i < m; ++i) x(i, j) *= 20;
+    }
+    if (m > 0 && k > 0) x(m - 1, k - 1) = -6;
+    return x;
+}
+
+// Kept columns: some that are outlying, and one that is not.
+std::vector<std::int32_t> kept_columns(std::int64_t k) {
+    std::vector<std::int32_t> columns;
+    for (const std::int32_t column : {0, 5, 8, 40}) {
+        if (column < k) columns.push_back(column);
+    }
+    return columns;
+}
+
+}  // namespace
+
+TEST(literal) {
+    // Codes of w: [127, -64, 0] with scale 2/127 and [0, 127, 64] with scale 1/127.
+    const Weight weight(Array(DType::f32, Values(2, 3, {2, -1, 0, 0, 1, 0.5})), Scheme::absmax, Granularity::vector);
+    const Array bias(DType::f32, {10, 20});
+    // Codes of the rows of x: [127, 0, 64] with scale 1/127, and zeros.
+    const Array x(DType::f32, Values(2, 3, {1, 0, 0.5, 0, 0, 0}));
+    const Array y = linear(x, weight, bias, {}, DType::f32);
+    const double unit = 1.0 / (127.0 * 127.0);
+    CHECK(std::fabs(y.get(0, 0) - (127 * 127 * 2 * unit + 10)) < 2e-6);
+    CHECK(std::fabs(y.get(0, 1) - (64 * 64 * unit + 20)) < 2e-6);
+    check_values("bias", Array(DType::f32, {y.get(1, 0), y.get(1, 1)}), {10, 20});
+}
+
+// An outlier is multiplied in full, and does not coarsen the scale of its row.
+TEST(literal_decomposition) {
+    const Weight weight(Array(DType::f32, Values(1, 2, {127, 1})), Scheme::absmax, Granularity::vector);
+    const Array x(DType::f32, Values(1, 2, {1, 1000}));
+    const auto y = [&](Outliers outliers) {
+        return linear(x, weight, std::nullopt, {.outliers = outliers}, DType::f32).get(0, 0);
+    };
+    CHECK_EQ(y(Outliers::columns), 1127.0);
+    CHECK_EQ(y(Outliers::rows), 1127.0);
+    // Without decomposition the 1 is lost: its code is rint(127 / 1000) = 0. y = 127 * 1 * (1000 / 127)
+    CHECK(std::fabs(y(Outliers::none) - 1000) < 1e-3);
+}
+
+TEST(literal_weight_only) {
+    const Weight weight(Array(DType::f32, Values(1, 3, {127, 1, -3})), Scheme::absmax, Granularity::vector);
+    const Array x(DType::f32, Values(2, 3, {0.25, 1000, 0.125, 0, 0, 1}));
+    const Array y = linear(x, weight, Array(DType::f16, {1}), {.path = Path::weight_only}, DType::f32);
+    check_values("y", y, Values(2, 1, {31.75 + 1000 - 0.375 + 1, -2}));
+}
+
+TEST(matches_the_reference) {
+    struct Shape {
+        std::int64_t m, n, k;
+    };
+    Random random(91);
+    for (const Shape s : {Shape{1, 1, 1}, Shape{3, 5, 17}, Shape{5, 67, 66}}) {
+        for (const DType x_dtype : float_dtypes) {
+            const Array x(x_dtype, activations(random, s.m, s.k));
+            for (const DType w_dtype : float_dtypes) {
+                const Array w(w_dtype, random_normal(random, s.n, s.k, 0.05));
+                const Array bias(w_dtype, random_normal(random, 1, s.n));
+                for (const Scheme scheme : schemes) {
+                    for (const Granularity granularity : granularities) {
+                        const Weight weight(w, scheme, granularity, kept_columns(s.k));
+                        for (const LinearOptions& options : all_options) {
+                            for (const DType out_dtype : float_dtypes) {
+                                const check::Context context(s.m, " x ", s.n, " x ", s.k, " x ", name_of(x_dtype),
+                                                             " w ", name_of(w_dtype), " out ", name_of(out_dtype), " ",
+                                                             describe(weight, options));
+                                check_linear(x, weight, bias, options, out_dtype);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Larger than a tile (64 x 64), without bias and without kept columns.
+TEST(matches_the_reference_over_many_tiles) {
+    Random random(93);
+    const Array x(DType::bf16, activations(random, 130, 70));
+    const Array w(DType::bf16, random_normal(random, 129, 70, 0.05));
+    for (const Scheme scheme : schemes) {
+        for (const Granularity granularity : granularities) {
+            const Weight weight(w, scheme, granularity);
+            for (const LinearOptions& options : all_options) {
+                if (options.outliers == Outliers::static_) continue;
+                const check::Context context(describe(weight, options));
+                check_linear(x, weight, std::nullopt, options, DType::f16);
+            }
+        }
+    }
+}
+
+// Sums of products that need 64 bits.
+TEST(deep) {
+    constexpr std::int64_t k = 200000;
+    const Array x(DType::f32, Values(2, k, std::vector<double>(2 * k, 1.5)));
+    const Array w(DType::f32, Values(3, k, std::vector<double>(3 * k, -0.25)));
+    for (const Scheme scheme : schemes) {
+        const Weight weight(w, scheme, Granularity::vector);
+        for (const LinearOptions& options : all_options) {
+            if (options.outliers == Outliers::static_) continue;
+            const check::Context context(describe(weight, options));
+            check_linear(x, weight, std::nullopt, options, DType::f32);
+        }
+    }
+}
+
+TEST(no_rows_or_no_columns) {
+    const Array bias(DType::f32, {1, -2});
+    for (const Scheme scheme : schemes) {
+        for (const Granularity granularity : granularities) {
+            for (const LinearOptions& options : all_options) {
+                const Weight deepless(Array(DType::f32, 2, 0), scheme, granularity, std::vector<std::int32_t>{});
+                const check::Context context(describe(deepless, options));
+                const Array empty_rows(DType::f16, 3, 0);
+                check_values("bias only", linear(empty_rows, deepless, bias, options, DType::f32),
+                             Values(3, 2, {1, -2, 1, -2, 1, -2}));
+                check_values("zeros", linear(empty_rows, deepless, std::nullopt, options, DType::bf16), Values(3, 2));
+                CHECK_EQ(linear(Array(DType::f16, 0, 0), deepless, bias, options, DType::f16).values().rows, 0);
+                const Weight featureless(Array(DType::f32, 0, 4), scheme, granularity, std::vector<std::int32_t>{1});
+                CHECK_EQ(linear(Array(DType::f16, 3, 4), featureless, std::nullopt, options, DType::f16).values().cols, 0);
+            }
+        }
+    }
+}
+
+TEST(layouts_give_the_same_result) {
+    Random random(95);
+    const Array x(DType::bf16, activations(random, 9, 41));
+    const Array w(DType::f16, random_normal(random, 21, 41, 0.05));
+    const Array bias(DType::f16, random_normal(random, 1, 21));
+    for (const Scheme scheme : schemes) {
+        for (const Granularity granularity : granularities) {
+            for (const LinearOptions& options : all_options) {
+                const Weight plain(w, scheme, granularity, kept_columns(41));
+                const Values expected = linear(x, plain, bias, options, DType::bf16).values();
+                for (const Layout layout : layouts) {
+                    const check::Context context(describe(plain, options), " layout ", check::show(layout));
+                    const Weight weight(w, scheme, granularity, kept_columns(41), layout);
+                    const Array source(DType::bf16, x.values(), layout);
+                    const Array moved_bias(DType::f16, bias.values(), layout);
+                    const std::string before = source.bytes();
+                    const Array y = linear(source, weight, moved_bias, options, DType::bf16, layout);
+                    check_values("y", y, expected);
+                    CHECK(y.gaps_untouched());
+                    CHECK(source.bytes() == before);
+                }
+            }
+        }
+    }
+}
+
+// Kept columns are multiplied with their original weights, others with dequantized ones.
+TEST(kept_outlier_weights) {
+    // w's codes cannot tell 0.001 from 0.
+    const Array w(DType::f32, Values(1, 3, {100, 0.001F, 0.002F}));
+    const Array x(DType::f32, Values(2, 3, {1, 1000, 0, 1, 0, 0}));
+    const auto y = [&](std::vector<std::int32_t> kept, Outliers outliers) {
+        return linear(x, Weight(w, Scheme::absmax, Granularity::vector, std::move(kept)), std::nullopt,
+                      {.outliers = outliers}, DType::f32);
+    };
+    for (const Outliers outliers : {Outliers::columns, Outliers::rows, Outliers::static_}) {
+        CHECK_EQ(y({1, 2}, outliers).get(0, 0), static_cast<float>(100 + 1000 * 0.001F));
+        CHECK_EQ(y({1, 2}, outliers).get(1, 0), 100.0);
+    }
+    CHECK_EQ(y({2}, Outliers::columns).get(0, 0), 100.0);  // dequantized: 0
+    CHECK_EQ(y({}, Outliers::rows).get(0, 0), 100.0);
+    // Not outlying, but kept: the 16-bit way under `static` only.
+    const Array calm(DType::f32, Values(1, 3, {1, 5, 0}));
+    const Weight weight(w, Scheme::absmax, Granularity::vector, std::vector<std::int32_t>{1});
+    CHECK_EQ(linear(calm, weight, std::nullopt, {.outliers = Outliers::static_}, DType::f32).get(0, 0),
+             static_cast<float>(100 + 5 * 0.001F));
+    CHECK(linear(calm, weight, std::nullopt, {}, DType::f32).get(0, 0) != static_cast<float>(100 + 5 * 0.001F));
+}
+
+// Under `rows` and `static` (and on the weight-only path) a row's result does not depend on the rest of the batch.
+TEST(batch_invariance) {
+    Random random(97);
+    const Values x = activations(random, 70, 40);
+    const Array w(DType::f16, random_normal(random, 30, 40, 0.05));
+    for (const Scheme scheme : schemes) {
+        const Weight weight(w, scheme, Granularity::vector, kept_columns(40));
+        for (const LinearOptions& options : all_options) {
+            if (options.outliers == Outliers::columns && options.path == Path::int8) continue;
+            const check::Context context(describe(weight, options));
+            const Values together = linear(Array(DType::f16, x), weight, std::nullopt, options, DType::f16).values();
+            for (const std::int64_t i : {0, 1, 33, 69}) {
+                Values alone(1, 40);
+                for (std::int64_t h = 0; h < 40; ++h) alone(0, h) = x(i, h);
+                const Array y = linear(Array(DType::f16, alone), weight, std::nullopt, options, DType::f16);
+                for (std::int64_t j = 0; j < 30; ++j) CHECK_EQ(y.get(0, j), together(i, j));
+            }
+        }
+    }
+}
+
+TEST(non_finite_values) {
+    Random random(99);
+    const Array w(DType::f32, random_normal(random, 4, 12, 0.05));
+    for (const double special : {nan, infinity, -infinity}) {
+        Values x = random_normal(random, 3, 12);
+        x(1, 7) = special;
+        for (const Scheme scheme : schemes) {
+            for (const Granularity granularity : granularities) {
+                const Weight weight(w, scheme, granularity, std::vector<std::int32_t>{3});
+                for (const LinearOptions& options : all_options) {
+                    const check::Context context(describe(weight, options), " special ", special);
+                    const Array y = linear(Array(DType::f32, x), weight, std::nullopt, options, DType::f32);
+                    const bool decomposes = options.path == Path::weight_only || options.outliers == Outliers::columns ||
+                                            options.outliers == Outliers::rows;
+                    const bool whole_tensor = !decomposes && granularity == Granularity::tensor;
+                    for (std::int64_t j = 0; j < 4; ++j) {
+                        CHECK(!std::isfinite(y.get(1, j)));
+                        if (!decomposes) CHECK(std::isnan(y.get(1, j)));
+                        CHECK_EQ(std::isnan(y.get(0, j)), whole_tensor);
+                        CHECK_EQ(std::isnan(y.get(2, j)), whole_tensor);
+                    }
+                    check_linear(Array(DType::f32, x), weight, std::nullopt, options, DType::f32);
+                }
+                // In a kept column it goes the 16-bit way under `static` too.
+                Values kept = random_normal(random, 2, 12);
+                kept(0, 3) = special;
+                check_linear(Array(DType::f32, kept), weight, std::nullopt, {.outliers = Outliers::static_}, DType::f32);
+            }
+        }
+    }
+}
+
+// Results beyond float16's range reach a bfloat16 output: nothing on the way is float16.
+TEST(large_results) {
+    const Array x(DType::bf16, Values(1, 64, std::vector<double>(64, 64)));
+    const Weight weight(Array(DType::f16, Values(1, 64, std::vector<double>(64, 64))), Scheme::absmax,
+                        Granularity::vector);
+    for (const float threshold : {6.0F, 100.0F}) {
+        const LinearOptions options{.threshold = threshold};
+        CHECK_EQ(linear(x, weight, std::nullopt, options, DType::bf16).get(0, 0), 262144.0);
+        CHECK_EQ(linear(x, weight, std::nullopt, options, DType::f16).get(0, 0), infinity);
+    }
+}
+
+TEST(argument_errors) {
+    const Array x(DType::f32, 2, 3);
+    const Array w(DType::f32, 4, 3);
+    const Array out(DType::f32, 2, 4);
+    const Weight plain(w, Scheme::absmax, Granularity::vector, std::vector<std::int32_t>{0, 2});
+    const Weight with_zeropoint(w, Scheme::zeropoint, Granularity::vector);
+    const auto call = [&](const octavo::WeightView& weight, const LinearOptions& options = {}) {
+        octavo::linear(x.matrix(), weight, octavo::absent_vector, out.matrix(), options);
+    };
+    const auto changed = [&](const Weight& weight, auto change) {
+        octavo::WeightView view = weight.view();
+        change(view);
+        return view;
+    };
+    CHECK_THROWS(linear(Array(DType::i8, 2, 3), plain, std::nullopt, {}, DType::f32), type,
+                 "linear: x: expected dtype float32, float16 or bfloat16, got int8");
+    CHECK_THROWS(linear(Array(DType::f32, 2, 4), plain, std::nullopt, {}, DType::f32), value,
+                 "linear: x: expected k = 3 columns for a weight of shape [4, 3], got [2, 4]");
+    CHECK_THROWS(linear(x, plain, Array(DType::f32, 1, 3), {}, DType::f32), value,
+                 "linear: bias: expected shape [4], got [3]");
+    CHECK_THROWS(linear(x, plain, Array(DType::i32, 1, 4), {}, DType::f32), type, "linear: bias: expected dtype float32");
+    CHECK_THROWS(linear(x, plain, std::nullopt, {}, DType::i32), type, "linear: out: expected dtype float32");
+    CHECK_THROWS(linear(x, plain, std::nullopt, {.threshold = -1}, DType::f32), value,
+                 "linear: threshold: expected a number >= 0, got -1");
+    CHECK_THROWS(linear(x, with_zeropoint, std::nullopt, {.outliers = Outliers::static_}, DType::f32), value,
+                 "linear: outliers: expected a weight with calibrated outlier_columns for 'static'");
+    linear(x, with_zeropoint, std::nullopt, {.outliers = Outliers::static_, .path = Path::weight_only}, DType::f32);
+
+    CHECK_THROWS(call(changed(plain, [](auto& view) { view.scheme = Scheme::zeropoint; })), value,
+                 "linear: weight.zeropoint: expected an array for scheme zeropoint, got none");
+    CHECK_THROWS(call(changed(with_zeropoint, [](auto& view) { view.scheme = Scheme::absmax; })), value,
+                 "linear: weight.zeropoint: expected none for scheme absmax, got an array");
+    CHECK_THROWS(call(changed(plain, [](auto& view) { view.granularity = Granularity::row; })), value,
+                 "linear: weight.scale: expected shape [1], got [4]");
+    CHECK_THROWS(call(changed(plain, [](auto& view) { view.codes.dtype = DType::f32; })), type,
+                 "linear: weight.codes: expected dtype int8");
+    CHECK_THROWS(call(changed(plain, [](auto& view) { view.code_sums.size = 3; })), value,
+                 "linear: weight.code_sums: expected shape [4], got [3]");
+    CHECK_THROWS(call(changed(plain, [](auto& view) { view.outlier_weight.cols = 1; })), value,
+                 "linear: weight.outlier_weight: expected shape [4, 2], got [4, 1]");
+    for (const auto& [columns, message] : {std::pair{std::vector<std::int32_t>{2, 0}, "got 0 after 2"},
+                                           std::pair{std::vector<std::int32_t>{1, 1}, "got 1 after 1"},
+                                           std::pair{std::vector<std::int32_t>{0, 3}, "0 to 2, got 3 after 0"},
+                                           std::pair{std::vector<std::int32_t>{-1, 0}, "got -1 after -1"}}) {
+        const Array list = int32_array(columns);
+        CHECK_THROWS(call(changed(plain, [&](auto& view) { view.outlier_columns = list.vector(); })), value, message);
+        CHECK_THROWS(
+            octavo::check_weight(changed(plain, [&](auto& view) { view.outlier_columns = list.vector(); }), "load"),
+            value, "load: weight.outlier_columns: expected ascending columns of the weight");
+    }
+    octavo::check_weight(plain.view(), "load");
+}
+
+// `out` may not lie in any input.
+TEST(overlap) {
+    const Array x(DType::f32, 2, 3);
+    const Array w(DType::f32, 4, 3);
+    const Array bias(DType::f32, 1, 4);
+    const Weight weight(w, Scheme::zeropoint, Granularity::vector, std::vector<std::int32_t>{1});
+    const octavo::WeightView view = weight.view();
+    const std::pair<const void*, const char*> inputs[] = {
+        {x.matrix().data, "x"},
+        {view.codes.data, "weight.codes"},
+        {view.scale.data, "weight.scale"},
+        {view.zeropoint.data, "weight.zeropoint"},
+        {view.code_sums.data, "weight.code_sums"},
+        {view.outlier_columns.data, "weight.outlier_columns"},
+        {view.outlier_weight.data, "weight.outlier_weight"},
+        {bias.matrix().data, "bias"},
+    };
+    for (const auto& [data, name] : inputs) {
+        octavo::Matrix out = Array(DType::f16, 2, 4).matrix();
+        out.data = const_cast<void*>(data);
+        CHECK_THROWS(octavo::linear(x.matrix(), view, bias.vector(), out), value,
+                     std::string("linear: out: expected memory apart from ") + name + ",");
+    }
+    // The right half of rows whose left half is x is apart.
+    const Array both(DType::f32, 2, 7);
+    octavo::Matrix left = both.matrix();
+    octavo::Matrix right = both.matrix();
+    left.cols = 3;
+    right.cols = 4;
+    right.data = static_cast<float*>(both.matrix().data) + 3;
+    octavo::linear(left, view, bias.vector(), right);
+    right.data = static_cast<float*>(both.matrix().data) + 2;
+    CHECK_THROWS(octavo::linear(left, view, bias.vector(), right), value, "memory apart from x");
+}

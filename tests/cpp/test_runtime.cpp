@@ -1,0 +1,162 @@
+// version, OCTAVO_CPU_ISA and OMP_NUM_THREADS. The environment is read once per process, so each case runs in a child of
+// this process, which itself asks for neither.
+#include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "arrays.hpp"
+#include "calls.hpp"
+#include "check.hpp"
+#include "octavo/octavo.hpp"
+
+using octavo::DType;
+
+namespace {
+
+// What `body` returns in a child with this environment variable; unset where `value` is null.
+template <class Body>
+std::string in_child(const char* variable, const char* value, Body body) {
+    int ends[2];
+    if (pipe(ends) != 0) return "no pipe";
+    const pid_t child = fork();
+    if (child == 0) {
+        value == nullptr ? unsetenv(variable) : setenv(variable, value, 1);
+        std::string text;
+        try {
+            text = body();
+        } catch (const octavo::Error& error) {
+            text = error.what();
+        }
+        for (std::size_t at = 0; at < text.size();) {
+            const auto written = write(ends[1], text.data() + at, text.size() - at);
+            if (written <= 0) _exit(1);
+            at += static_cast<std::size_t>(written);
+        }
+        _exit(0);
+    }
+    close(ends[1]);
+    std::string result;
+    char buffer[4096];
+    for (ssize_t size = 0; (size = read(ends[0], buffer, sizeof buffer)) > 0;) {
+        result.append(buffer, static_cast<std::size_t>(size));
+    }
+    close(ends[0]);
+    int status = 0;
+    waitpid(child, &status, 0);
+    return status == 0 ? result : "the child failed";
+}
+
+std::string default_threads(const char* environment) {
+    return in_child("OMP_NUM_THREADS", environment, [] { return std::to_string(octavo::num_threads()); });
+}
+
+std::string used_isa(const char* environment) {
+    return in_child("OCTAVO_CPU_ISA", environment, [] { return std::string(octavo::cpu_isa()); });
+}
+
+// Outputs of every operation whose result is a float, on awkward sizes.
+std::string float_results() {
+    Random random(5);
+    std::string result;
+    for (const std::int64_t k : {1, 63, 130, 1000}) {
+        const Array x(DType::f16, random_normal(random, 9, k, 3));
+        const Array w(DType::bf16, random_normal(random, 70, k));
+        const Array bias(DType::f32, random_normal(random, 1, 70));
+        for (const octavo::Scheme scheme : schemes) {
+            const Codes weight = quantize_weight(w, scheme, octavo::Granularity::vector);
+            const octavo::WeightView view{.codes = weight.codes.matrix(),
+                                          .scale = weight.scale.vector(),
+                                          .zeropoint = vector_of(weight.zeropoint),
+                                          .code_sums = weight.code_sums.vector(),
+                                          .scheme = scheme};
+            for (const DType dtype : float_dtypes) {
+                const Array y(dtype, 9, 70);
+                for (const auto path : {octavo::Path::int8, octavo::Path::weight_only}) {
+                    octavo::linear(x.matrix(), view, bias.vector(), y.matrix(), {.path = path});
+                    result += y.bytes();
+                }
+                const Array back(dtype, 70, k);
+                octavo::dequantize(view.codes, view.scale, view.zeropoint, back.matrix());
+                result += weight.codes.bytes() + weight.scale.bytes() + back.bytes();
+            }
+        }
+    }
+    return result;
+}
+
+}  // namespace
+
+TEST(version) { CHECK_EQ(octavo::version(), OCTAVO_EXPECTED_VERSION); }
+
+TEST(instruction_sets) {
+    const auto available = octavo::cpu_isas_available();
+    CHECK(!available.empty());
+    CHECK_EQ(available.back(), "scalar");
+    const std::string best = available.front();
+    CHECK_EQ(used_isa(nullptr), best);
+    CHECK_EQ(used_isa(""), best);
+    for (const char* isa : {"scalar", "avx2", "avx512_vnni"}) {
+        const bool has = std::find(available.begin(), available.end(), isa) != available.end();
+        if (has) CHECK_EQ(used_isa(isa), isa);
+        if (!has) CHECK(used_isa(isa).find(std::string("got '") + isa + "'") != std::string::npos);
+    }
+    std::string names = "(";
+    for (const auto& name : available) names += name + (name == "scalar" ? ")" : ", ");
+    CHECK_EQ(used_isa("sse9"), "environment variable OCTAVO_CPU_ISA: expected one this processor has " + names +
+                                   ", got 'sse9'");
+}
+
+// An operation on a machine that lacks the wanted instruction set says so, and does again.
+TEST(operations_report_an_unknown_instruction_set) {
+    const auto result = in_child("OCTAVO_CPU_ISA", "sse9", [] {
+        const Array x(DType::f32, 2, 3);
+        for (int i = 0; i < 2; ++i) {
+            CHECK_THROWS(quantize(x, octavo::Scheme::absmax, octavo::Granularity::row), value, "OCTAVO_CPU_ISA");
+        }
+        return std::string("done");
+    });
+    CHECK_EQ(result, "done");
+}
+
+TEST(results_do_not_depend_on_the_instruction_set) {
+    const std::string expected = in_child("OCTAVO_CPU_ISA", "scalar", float_results);
+    CHECK(expected.size() > 100000);
+    for (const auto& isa : octavo::cpu_isas_available()) {
+        const check::Context context(isa);
+        CHECK(in_child("OCTAVO_CPU_ISA", isa.c_str(), float_results) == expected);
+    }
+}
+
+TEST(default_number_of_threads) {
+    cpu_set_t allowed;
+    CHECK_EQ(sched_getaffinity(0, sizeof allowed, &allowed), 0);
+    const std::string processors = std::to_string(CPU_COUNT(&allowed));
+    struct Case {
+        const char* environment;
+        std::string threads;
+    };
+    const Case cases[] = {{nullptr, processors}, {"", processors}, {"0", processors}, {"-3", processors},
+                          {"many", processors},  {"1", "1"},       {"7", "7"},        {"4,2", "4"},
+                          {"100000", "1024"}};
+    for (const Case& c : cases) {
+        const check::Context context("OMP_NUM_THREADS=", c.environment == nullptr ? "(unset)" : c.environment);
+        CHECK_EQ(default_threads(c.environment), c.threads);
+    }
+    // In the affinity mask, not in the machine.
+    const auto pinned = in_child("OMP_NUM_THREADS", nullptr, [&] {
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+            if (!CPU_ISSET(cpu, &allowed)) continue;
+            CPU_SET(cpu, &one);
+            break;
+        }
+        return sched_setaffinity(0, sizeof one, &one) == 0 ? std::to_string(octavo::num_threads()) : "no affinity";
+    });
+    CHECK_EQ(pinned, "1");
+}
