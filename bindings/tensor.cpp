@@ -1,8 +1,10 @@
 #include "bindings/tensor.hpp"
 
 #include <algorithm>
+#include <array>
+#include <mutex>
 #include <optional>
-#include <utility>
+#include <string_view>
 
 namespace octavo::python {
 namespace {
@@ -14,11 +16,13 @@ constexpr std::uint64_t read_only_flag = 1;
 struct TorchNames {
     py::object torch = py::module_::import("torch");
     py::object tensor = torch.attr("Tensor");
-    py::object parameter = torch.attr("nn").attr("Parameter");
     py::object dispatch = tensor.attr("__torch_dispatch__");
     py::object strided = torch.attr("strided");
     py::object is_grad_enabled = torch.attr("is_grad_enabled");
     py::object empty = torch.attr("empty");
+    // In the order of octavo::DType.
+    std::array<py::object, 5> dtypes{torch.attr("float32"), torch.attr("float16"), torch.attr("bfloat16"),
+                                     torch.attr("int8"), torch.attr("int32")};
     const DLPackExchangeAPI* exchange = find_exchange(tensor);
 
     // Torch before 2.10 has none; its arrays go through `__dlpack__`.
@@ -51,18 +55,56 @@ std::string type_name(py::handle object) {
     return module == "builtins" ? name : module + "." + name;
 }
 
-// The framework whose array this is, subclasses included, or nothing. The module of the type or of a base of it tells
-// which, without importing a framework that is not in use.
-std::optional<Framework> framework_of(py::handle object) {
-    const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+// What octavo makes of the objects of one type.
+struct TypeFacts {
+    std::optional<Framework> framework;  // nothing: no array of a known framework
+    bool plain = false;                  // its memory is what it seems: no mask, no FakeTensor, no DTensor
+};
+
+// The module of the type or of a base of it tells the framework, without importing one that is not in use.
+TypeFacts examine(py::handle type) {
     for (const py::handle base : py::tuple(type.attr("__mro__"))) {
         const auto module = py::str(base.attr("__module__")).cast<std::string>();
         const auto name = py::str(base.attr("__name__")).cast<std::string>();
-        if (module == "numpy" && name == "ndarray") return Framework::numpy;
-        if (module == "torch" && name == "Tensor") return Framework::torch;
+        if (module == "numpy" && name == "ndarray") {
+            const bool masked = PyObject_IsSubclass(type.ptr(), names<NumpyNames>().masked_array.ptr()) != 0;
+            return {Framework::numpy, !masked};
+        }
+        if (module == "torch" && name == "Tensor") {
+            const auto& torch = names<TorchNames>();
+            return {Framework::torch, py::object(type.attr("__torch_dispatch__")).is(torch.dispatch)};
+        }
     }
-    return std::nullopt;
+    return {};
 }
+
+// `examine`, remembered for the few types that a program uses. The types are kept alive, so that no other type can come
+// to have the address of one of them.
+TypeFacts facts_of(py::handle object) {
+    struct Entry {
+        PyTypeObject* type;
+        TypeFacts facts;
+    };
+    constexpr std::size_t most_entries = 64;
+    static std::mutex mutex;
+    static std::vector<Entry> entries;
+    PyTypeObject* const type = Py_TYPE(object.ptr());
+    {
+        const std::lock_guard lock(mutex);
+        for (const Entry& entry : entries) {
+            if (entry.type == type) return entry.facts;
+        }
+    }
+    const TypeFacts facts = examine(reinterpret_cast<PyObject*>(type));
+    const std::lock_guard lock(mutex);
+    if (entries.size() < most_entries) {
+        Py_INCREF(type);
+        entries.push_back({type, facts});
+    }
+    return facts;
+}
+
+bool is_true(const py::object& object) { return object.ptr() == Py_True; }
 
 std::optional<DType> dtype_from(DLDataType dtype) {
     if (dtype.lanes != 1) return std::nullopt;
@@ -119,66 +161,67 @@ void Array::refuse(const char* kind, const std::string& expected, const std::str
 
 Array::Array(py::handle object, Argument argument, Use use)
     : argument_(argument), object_(py::reinterpret_borrow<py::object>(object)) {
-    const auto framework = framework_of(object);
-    if (!framework) refuse("type", "a NumPy array or a PyTorch tensor", type_name(object));
-    framework_ = *framework;
+    const TypeFacts facts = facts_of(object);
+    if (!facts.framework) refuse("type", "a NumPy array or a PyTorch tensor", type_name(object));
+    framework_ = *facts.framework;
+    if (!facts.plain) {
+        refuse("type", framework_ == Framework::numpy ? "an array without a mask" : "a plain torch.Tensor", type_name(object));
+    }
     import(use);
 }
 
 void Array::import(Use use) {
-    if (framework_ == Framework::numpy) {
-        if (py::isinstance(object_, names<NumpyNames>().masked_array)) {
-            refuse("type", "an array without a mask", type_name(object_));
+    if (framework_ == Framework::torch) return import_torch(use);
+    if (use == Use::write && !object_.attr("flags").attr("writeable").cast<bool>()) {
+        refuse("value", "a writable array", "a read-only one");
+    }
+    import_capsule(use);
+}
+
+void Array::import_torch(Use use) {
+    const auto& torch = names<TorchNames>();
+    if (is_true(object_.attr("is_neg")())) {
+        if (use == Use::write) refuse("value", "a tensor without the negative bit", "one with it");
+        object_ = object_.attr("resolve_neg")();
+    }
+    if (is_true(object_.attr("requires_grad"))) {
+        if (use != Use::read && is_true(torch.is_grad_enabled())) {
+            refuse("value", "a tensor outside autograd (use .detach(), torch.no_grad() or octavo.torch.Int8Linear)",
+                   "one that requires grad");
         }
-        if (use == Use::write && !object_.attr("flags").attr("writeable").cast<bool>()) {
-            refuse("value", "a writable array", "a read-only one");
-        }
-    } else {
-        const auto& torch = names<TorchNames>();
-        const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(object_.ptr()));
-        if (!type.is(torch.tensor) && !type.is(torch.parameter) && 
-            !py::object(type.attr("__torch_dispatch__")).is(torch.dispatch)) {
-            refuse("type", "a plain torch.Tensor", type_name(object_));  // FakeTensor, DTensor and the like
-        }
-        if (!py::object(object_.attr("layout")).is(torch.strided)) {
+        object_ = object_.attr("detach")();
+    }
+    if (torch.exchange == nullptr) return import_capsule(use);
+    DLManagedTensorVersioned* tensor = nullptr;
+    if (torch.exchange->managed_tensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
+        refuse_conversion(py::error_already_set());
+    }
+    versioned_.reset(tensor);
+    read_header(tensor->dl_tensor);
+}
+
+// DLPack could not describe the array: say why, in terms of the argument.
+void Array::refuse_conversion(const py::error_already_set& error) const {
+    if (framework_ == Framework::torch) {
+        if (!py::object(object_.attr("layout")).is(names<TorchNames>().strided)) {
             refuse("value", "a dense (strided) tensor", py::str(object_.attr("layout")));
         }
         if (py::str(object_.attr("device").attr("type")).equal(py::str("meta"))) {
             refuse("value", "a tensor with memory", "one on the meta device");
         }
-        if (object_.attr("is_neg")().cast<bool>()) {
-            if (use == Use::write) refuse("value", "a tensor without the negative bit", "one with it");
-            object_ = object_.attr("resolve_neg")();
-        }
-        if (object_.attr("requires_grad").cast<bool>()) {
-            if (use != Use::read && torch.is_grad_enabled().cast<bool>()) {
-                refuse("value", "a tensor outside autograd (use .detach(), torch.no_grad() or octavo.torch.Int8Linear)",
-                       "one that requires grad");
-            }
-            object_ = object_.attr("detach")();
-        }
-        if (torch.exchange != nullptr) {
-            DLManagedTensorVersioned* tensor = nullptr;
-            if (torch.exchange->managed_tensor_from_py_object_no_sync(object_.ptr(), &tensor) == 0) {
-                versioned_.reset(tensor);
-                return read_header(tensor->dl_tensor);
-            }
-            py::error_already_set error;
-            refuse("type", "a tensor that DLPack can describe", type_name(object_) + " (" + error.what() + ")");
-        }
     }
+    refuse("type", "an array that DLPack can describe",
+           "dtype " + py::str(object_.attr("dtype")).cast<std::string>() + " (" +
+               py::str(error.value()).cast<std::string>() + ")");
+}
+
+void Array::import_capsule(Use use) {
     py::object capsule;
     try {
         capsule = object_.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
-    } catch (py::error_already_set& error) {
-        refuse("type", "an array that DLPack can describe",
-               "dtype " + py::str(object_.attr("dtype")).cast<std::string>() + " (" +
-                   py::str(error.value()).cast<std::string>() + ")");
+    } catch (const py::error_already_set& error) {
+        refuse_conversion(error);
     }
-    import_capsule(capsule, use);
-}
-
-void Array::import_capsule(const py::object& capsule, Use use) {
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned") != 0) {
         auto* tensor = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
         if (tensor->version.major != 1) {
@@ -272,9 +315,9 @@ Vector Array::vector() const {
 
 py::object allocate(const Array& like, const Shape& shape, DType dtype) {
     if (like.framework() == Framework::torch) {
-        const auto& names_of_torch = names<TorchNames>();
-        return names_of_torch.empty(to_tuple(shape), py::arg("dtype") = names_of_torch.torch.attr(name_of(dtype)),
-                                    py::arg("device") = like.object().attr("device"));
+        const auto& torch = names<TorchNames>();
+        return torch.empty(to_tuple(shape), py::arg("dtype") = torch.dtypes[static_cast<std::size_t>(dtype)],
+                           py::arg("device") = like.object().attr("device"));
     }
     if (dtype == DType::bf16) throw py::type_error("NumPy has no bfloat16; expected dtype float32 or float16");
     return names<NumpyNames>().empty(to_tuple(shape), name_of(dtype));

@@ -62,8 +62,10 @@ private:
     };
 
     void import(Use use);
-    void import_capsule(const py::object& capsule, Use use);
+    void import_torch(Use use);
+    void import_capsule(Use use);
     void read_header(const DLTensor& tensor);
+    [[noreturn]] void refuse_conversion(const py::error_already_set& error) const;
     [[noreturn]] void refuse(const char* kind, const std::string& expected, const std::string& got) const;
 
     Argument argument_;

@@ -49,7 +49,8 @@ double decode16(DType dtype, std::uint16_t bits) {
     const int exponent = magnitude >> format.mantissa_bits;
     const int mantissa = magnitude - (exponent << format.mantissa_bits);
     const int steps = exponent == 0 ? mantissa : mantissa + (1 << format.mantissa_bits);
-    return sign * std::ldexp(steps, format.least_exponent() + (exponent == 0 ? 0 : exponent - 1) - format.mantissa_bits);
+    return sign *
+           std::ldexp(steps, format.least_exponent() + (exponent == 0 ? 0 : exponent - 1) - format.mantissa_bits);
 }
 
 std::uint16_t encode16(DType dtype, double value) {
@@ -63,7 +64,8 @@ std::uint16_t encode16(DType dtype, double value) {
     // How many units in the last place, of those that numbers of this exponent have. A carry into the next exponent is
     // right: bit patterns count on.
     const int exponent = std::max(std::ilogb(magnitude), format.least_exponent());
-    const auto steps = static_cast<std::int64_t>(std::nearbyint(std::ldexp(magnitude, format.mantissa_bits - exponent)));
+    const auto steps =
+        static_cast<std::int64_t>(std::nearbyint(std::ldexp(magnitude, format.mantissa_bits - exponent)));
     const std::int64_t pattern = (std::int64_t{exponent - format.least_exponent()} << format.mantissa_bits) + steps;
     return static_cast<std::uint16_t>(sign | static_cast<int>(std::min<std::int64_t>(pattern, format.infinity())));
 }
@@ -77,8 +79,8 @@ Array::Array(DType dtype, std::int64_t rows, std::int64_t cols, Layout layout) {
     const Placement placement = place(layout, rows, cols);
     const std::int64_t item = octavo::size_of(dtype);
     memory_ = std::make_shared<GuardedMemory>(static_cast<std::size_t>(placement.span * item), placement.slack);
-    matrix_ = {memory_->data() + placement.origin * item, dtype, {}, rows, cols,
-               placement.row_stride, placement.col_stride};
+    matrix_ = {
+        memory_->data() + placement.origin * item, dtype, {}, rows, cols, placement.row_stride, placement.col_stride};
 }
 
 Array::Array(DType dtype, const Values& values, Layout layout) : Array(dtype, values.rows, values.cols, layout) {
@@ -87,8 +89,7 @@ Array::Array(DType dtype, const Values& values, Layout layout) : Array(dtype, va
     }
 }
 
-Array::Array(DType dtype, std::vector<double> values, Layout layout)
-    : Array(dtype, Values(1, static_cast<std::int64_t>(values.size()), std::move(values)), layout) {}
+Array::Array(DType dtype, const std::vector<double>& values, Layout layout) : Array(dtype, Values(values), layout) {}
 
 std::byte* Array::at(std::int64_t row, std::int64_t col) const {
     const std::int64_t index = row * matrix_.row_stride + col * matrix_.col_stride;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <utility>
@@ -19,8 +20,11 @@ struct Values {
     std::vector<double> v;
 
     Values() = default;
-    Values(std::int64_t rows_, std::int64_t cols_) : rows(rows_), cols(cols_), v(static_cast<std::size_t>(rows * cols)) {}
-    Values(std::int64_t rows_, std::int64_t cols_, std::vector<double> v_) : rows(rows_), cols(cols_), v(std::move(v_)) {}
+    Values(std::int64_t rows_, std::int64_t cols_)
+        : rows(rows_), cols(cols_), v(static_cast<std::size_t>(rows * cols)) {}
+    Values(std::int64_t rows_, std::int64_t cols_, std::vector<double> v_)
+        : rows(rows_), cols(cols_), v(std::move(v_)) {}
+    explicit Values(const std::vector<double>& row) : Values(1, static_cast<std::int64_t>(row.size()), row) {}
 
     double& operator()(std::int64_t i, std::int64_t j) { return v[static_cast<std::size_t>(i * cols + j)]; }
     double operator()(std::int64_t i, std::int64_t j) const { return v[static_cast<std::size_t>(i * cols + j)]; }
@@ -44,7 +48,9 @@ class Array {
 public:
     Array(octavo::DType dtype, std::int64_t rows, std::int64_t cols, Layout layout = Layout::contiguous);
     Array(octavo::DType dtype, const Values& values, Layout layout = Layout::contiguous);
-    Array(octavo::DType dtype, std::vector<double> values, Layout layout = Layout::contiguous);
+    Array(octavo::DType dtype, const std::vector<double>& values, Layout layout = Layout::contiguous);
+    Array(octavo::DType dtype, std::initializer_list<double> values, Layout layout = Layout::contiguous)
+        : Array(dtype, std::vector<double>(values), layout) {}
 
     [[nodiscard]] double get(std::int64_t row, std::int64_t col) const;
     [[nodiscard]] double get(std::int64_t col) const { return get(0, col); }

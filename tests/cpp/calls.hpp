@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -72,7 +73,11 @@ inline void check_values(const char* what, const Array& actual, const Values& ex
 }
 
 inline void check_values(const char* what, const Array& actual, const std::vector<double>& expected) {
-    check_values(what, actual.values(), Values(1, static_cast<std::int64_t>(expected.size()), expected));
+    check_values(what, actual.values(), Values(expected));
+}
+
+inline void check_values(const char* what, const Array& actual, std::initializer_list<double> expected) {
+    check_values(what, actual, std::vector<double>(expected));
 }
 
 inline void check_codes(const Codes& actual, const reference::Quantized& expected) {

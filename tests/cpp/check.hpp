@@ -85,13 +85,13 @@ void expect_error(const std::function<void()>& call, octavo::ErrorKind kind, std
 
 }  // namespace check
 
-#define TEST(name)                                                       \
-    static void test_##name();                                           \
+#define TEST(name)                                                        \
+    static void test_##name();                                            \
     static const check::Registration register_##name(#name, test_##name); \
     static void test_##name()
 
-#define CHECK(condition)                                            \
-    do {                                                            \
+#define CHECK(condition)                                               \
+    do {                                                               \
         if (!(condition)) check::fail(__FILE__, __LINE__, #condition); \
     } while (false)
 

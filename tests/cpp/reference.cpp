@@ -7,7 +7,7 @@
 namespace reference {
 namespace {
 
-constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+constexpr double quiet_nan = std::numeric_limits<double>::quiet_NaN();
 
 double f32(double value) { return static_cast<float>(value); }
 
@@ -112,7 +112,7 @@ Quantized quantize(const Values& x, Scheme scheme, bool per_row, const Mask& exc
         });
         double& scale = result.scale[static_cast<std::size_t>(group)];
         if (!finite) {
-            scale = nan;
+            scale = quiet_nan;
         } else if (scheme == Scheme::absmax) {
             const double absmax = empty ? 0 : std::max(std::fabs(min), std::fabs(max));
             scale = f32(absmax / 127);

@@ -12,7 +12,7 @@ using octavo::DType;
 
 namespace {
 
-constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+constexpr double quiet_nan = std::numeric_limits<double>::quiet_NaN();
 
 Array dequantize(const Array& codes, const Array& scale, const std::optional<Array>& zeropoint, DType dtype,
                  Layout layout = Layout::contiguous) {
@@ -32,8 +32,8 @@ TEST(literal) {
                  Values(2, 3, {-9, -393, -12, 0, -396, 369}));
     check_values("zeropoints", dequantize(codes, per_row, Array(DType::f32, {127, -1}), DType::f32),
                  Values(2, 3, {64, 0, 63.5, 6, -258, 252}));
-    check_values("NaN", dequantize(codes, Array(DType::f32, {nan, 1}), std::nullopt, DType::f16),
-                 Values(2, 3, {nan, nan, nan, 4, -128, 127}));
+    check_values("NaN", dequantize(codes, Array(DType::f32, {quiet_nan, 1}), std::nullopt, DType::f16),
+                 Values(2, 3, {quiet_nan, quiet_nan, quiet_nan, 4, -128, 127}));
 }
 
 TEST(rounded_once) {

@@ -40,9 +40,9 @@ TEST(shapes) {
     struct Shape {
         std::int64_t m, n, k;
     };
-    const Shape shapes[] = {{1, 1, 1},   {1, 1, 0},  {0, 3, 5},     {3, 0, 5},     {2, 3, 5},    {7, 11, 13},
-                            {1, 67, 31}, {67, 1, 5}, {64, 64, 64},  {65, 66, 127}, {3, 130, 64}, {131, 3, 65},
-                            {4, 4, 1000}, {1, 200, 129}, {200, 70, 17}};
+    const Shape shapes[] = {{1, 1, 1},    {1, 1, 0},    {0, 3, 5},    {3, 0, 5},     {2, 3, 5},
+                            {7, 11, 13},  {1, 67, 31},  {67, 1, 5},   {64, 64, 64},  {65, 66, 127},
+                            {3, 130, 64}, {131, 3, 65}, {4, 4, 1000}, {1, 200, 129}, {200, 70, 17}};
     Random random(71);
     for (const Shape& s : shapes) {
         const check::Context context(s.m, " x ", s.n, " x ", s.k);
@@ -61,8 +61,7 @@ TEST(shapes) {
 TEST(all_codes_at_their_least) {
     for (const std::int64_t k : {1, 15, 16, 17, 63, 64, 65, 1000}) {
         const Array a(DType::i8, Values(5, k, std::vector<double>(static_cast<std::size_t>(5 * k), -128)));
-        check_values("product", product(a, a),
-                     Values(5, 5, std::vector<double>(25, 16384.0 * static_cast<double>(k))));
+        check_values("product", product(a, a), Values(5, 5, std::vector<double>(25, 16384.0 * static_cast<double>(k))));
     }
 }
 
@@ -166,8 +165,7 @@ TEST(argument_errors) {
     const auto call = [](const octavo::Matrix& x, const octavo::Matrix& y, const octavo::Matrix& to) {
         octavo::int8_matmul(x, y, to);
     };
-    CHECK_THROWS(call(out.matrix(), b.matrix(), out.matrix()), type,
-                 "int8_matmul: a: expected dtype int8, got int32");
+    CHECK_THROWS(call(out.matrix(), b.matrix(), out.matrix()), type, "int8_matmul: a: expected dtype int8, got int32");
     CHECK_THROWS(call(a.matrix(), out.matrix(), out.matrix()), type, "int8_matmul: b: expected dtype int8");
     CHECK_THROWS(call(a.matrix(), Array(DType::i8, 4, 2).matrix(), out.matrix()), value,
                  "int8_matmul: b: expected shape [4, 3], got [4, 2]");

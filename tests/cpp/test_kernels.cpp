@@ -32,9 +32,7 @@ public:
         if (!values.empty()) std::memcpy(memory_.data(), values.data(), values.size() * sizeof(T));
     }
     [[nodiscard]] T* data() const { return reinterpret_cast<T*>(memory_.data()); }
-    [[nodiscard]] std::string bytes() const {
-        return {reinterpret_cast<const char*>(memory_.data()), memory_.size()};
-    }
+    [[nodiscard]] std::string bytes() const { return {reinterpret_cast<const char*>(memory_.data()), memory_.size()}; }
 
 private:
     GuardedMemory memory_;
@@ -127,7 +125,8 @@ TEST(encode_agrees) {
         for (const double absmax : {1.0, 6.0, 1e-40, 2.6e36, 3e36, 3.4e38}) {
             Random random(5);
             std::vector<float> values;
-            for (std::int64_t i = 0; i < size; ++i) values.push_back(static_cast<float>(random.uniform(-absmax, absmax)));
+            for (std::int64_t i = 0; i < size; ++i)
+                values.push_back(static_cast<float>(random.uniform(-absmax, absmax)));
             const Guarded<float> x(values);
             const Guarded<std::int8_t> codes(static_cast<std::size_t>(size));
             table.encode_absmax(x.data(), size, static_cast<float>(absmax), codes.data());
@@ -153,7 +152,8 @@ TEST(encode_absmax_is_ideal_for_float16) {
     Random random(11);
     std::vector<float> absmaxes{0x1p-24F, 0x1p-14F, 1.0F, 6.0F, 65504.0F};
     for (int i = 0; i < 20; ++i) {
-        absmaxes.push_back(static_cast<float>(decode16(DType::f16, static_cast<std::uint16_t>(random.integer(1, 0x7BFF)))));
+        absmaxes.push_back(
+            static_cast<float>(decode16(DType::f16, static_cast<std::uint16_t>(random.integer(1, 0x7BFF)))));
     }
     for (const float absmax : absmaxes) {
         std::vector<float> x;
@@ -224,7 +224,8 @@ TEST(sum_is_exact) {
     // The deepest: 2^24 codes of -128 make exactly -2^31.
     const std::vector<std::int8_t> deep(std::size_t{1} << 24U, std::int8_t{-128});
     for (const Kernels* table : tables()) {
-        CHECK_EQ(table->sum(deep.data(), static_cast<std::int64_t>(deep.size())), std::numeric_limits<std::int32_t>::min());
+        CHECK_EQ(table->sum(deep.data(), static_cast<std::int64_t>(deep.size())),
+                 std::numeric_limits<std::int32_t>::min());
     }
 }
 

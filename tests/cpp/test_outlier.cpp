@@ -12,7 +12,7 @@ using octavo::DType;
 
 namespace {
 
-constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 std::vector<std::int32_t> find_outliers(const Array& x, float threshold, Layout layout = Layout::contiguous) {
@@ -32,8 +32,9 @@ using Columns = std::vector<std::int32_t>;
 
 TEST(literal) {
     const float below = 5.9999995F;
-    const Array x(DType::f32, Values(2, 8, {0, 6, below, 1,   2, 3,         7, 0,  //
-                                            0, 1, -below, -6, 2, nan, -1e30F, -infinity}));
+    const Array x(DType::f32, Values(2, 8,
+                                     {0, 6, below, 1, 2, 3, 7, 0,  //
+                                      0, 1, -below, -6, 2, quiet_nan, -1e30F, -infinity}));
     CHECK((find_outliers(x, 6.0F) == Columns{1, 3, 5, 6, 7}));
     CHECK((find_outliers(x, 0.0F) == Columns{0, 1, 2, 3, 4, 5, 6, 7}));
     CHECK((find_outliers(x, infinity) == Columns{5, 7}));
@@ -70,7 +71,7 @@ TEST(argument_errors) {
     const Array columns(DType::i32, 1, 3);
     const Array count(DType::i32, 1, 1);
     CHECK_THROWS(find_outliers(x, -1.0F), value, "find_outliers: threshold: expected a number >= 0, got -1");
-    CHECK_THROWS(find_outliers(x, nan), value, "got nan");
+    CHECK_THROWS(find_outliers(x, quiet_nan), value, "got nan");
     CHECK_THROWS(find_outliers(Array(DType::i32, 1, 1), 6.0F), type, "find_outliers: x: expected dtype float32");
     CHECK_THROWS(octavo::find_outliers(x.matrix(), 6, count.vector(), count.vector()), value,
                  "find_outliers: columns: expected shape [3], got [1]");

@@ -15,7 +15,7 @@ using octavo::Scheme;
 
 namespace {
 
-constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+constexpr double quiet_nan = std::numeric_limits<double>::quiet_NaN();
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr double greatest = std::numeric_limits<float>::max();
 constexpr double least = std::numeric_limits<float>::denorm_min();
@@ -66,9 +66,9 @@ TEST(absmax_literal) {
                    {"one value", {-0.3F}, {-127}, 0.3F / 127.0},
                    {"zeros", {0, -0.0, 0}, {0, 0, 0}, 0},
                    {"minus zero alone", {-0.0}, {0}, 0},
-                   {"NaN", {1, nan, 3}, {0, 0, 0}, nan},
-                   {"Inf", {1, infinity, 3}, {0, 0, 0}, nan},
-                   {"-Inf", {1, -infinity, 3}, {0, 0, 0}, nan},
+                   {"NaN", {1, quiet_nan, 3}, {0, 0, 0}, quiet_nan},
+                   {"Inf", {1, infinity, 3}, {0, 0, 0}, quiet_nan},
+                   {"-Inf", {1, -infinity, 3}, {0, 0, 0}, quiet_nan},
                    {"empty", {}, {}, 0},
                    // x * 127 overflows for the first two, not for the third
                    {"greatest", {greatest, -greatest / 2, greatest / 200, 0}, {127, -64, 1, 0}, greatest / 127},
@@ -78,24 +78,23 @@ TEST(absmax_literal) {
 }
 
 TEST(zeropoint_literal) {
-    check_rows(
-        Scheme::zeropoint,
-        {
-            {"nd of 1, half to even", {0, 1.5, 2.5, 254}, {-127, -125, -125, 127}, 1, 127},
-            {"both signs", {-1, 3, 0}, {-127, 127, -63}, 4 / 254.0, 63},
-            {"one-sided", {100, 101, 100.5}, {-127, 127, 0}, 1 / 254.0, 25527},
-            {"constant", {5, 5}, {-127, -127}, 5, 128},
-            {"negative constant", {-5, -5}, {-127, -127}, 5, 126},
-            {"zeros", {0, -0.0}, {-127, -127}, 1, 127},
-            {"NaN", {1, nan, 3}, {0, 0, 0}, nan, 0},
-            {"Inf", {-infinity, 1}, {0, 0}, nan, 0},
-            {"empty", {}, {}, 1, 0},
-            // max - min overflows float32: in float64 nd = 127 / greatest, zp = -127 + 127
-            {"greatest spread", {-greatest, greatest, 0, greatest / 2}, {-127, 127, 0, 64}, greatest / 127, 0},
-            // nd overflows float32: in float64 nd = 1 / least, zp = 0 + 127
-            {"least spread", {0, 254 * least, 3 * least}, {-127, 127, -124}, least, 127},
-            {"subnormal constant", {3 * least, 3 * least}, {-127, -127}, 3 * least, 128},
-        });
+    check_rows(Scheme::zeropoint,
+               {
+                   {"nd of 1, half to even", {0, 1.5, 2.5, 254}, {-127, -125, -125, 127}, 1, 127},
+                   {"both signs", {-1, 3, 0}, {-127, 127, -63}, 4 / 254.0, 63},
+                   {"one-sided", {100, 101, 100.5}, {-127, 127, 0}, 1 / 254.0, 25527},
+                   {"constant", {5, 5}, {-127, -127}, 5, 128},
+                   {"negative constant", {-5, -5}, {-127, -127}, 5, 126},
+                   {"zeros", {0, -0.0}, {-127, -127}, 1, 127},
+                   {"NaN", {1, quiet_nan, 3}, {0, 0, 0}, quiet_nan, 0},
+                   {"Inf", {-infinity, 1}, {0, 0}, quiet_nan, 0},
+                   {"empty", {}, {}, 1, 0},
+                   // max - min overflows float32: in float64 nd = 127 / greatest, zp = -127 + 127
+                   {"greatest spread", {-greatest, greatest, 0, greatest / 2}, {-127, 127, 0, 64}, greatest / 127, 0},
+                   // nd overflows float32: in float64 nd = 1 / least, zp = 0 + 127
+                   {"least spread", {0, 254 * least, 3 * least}, {-127, 127, -124}, least, 127},
+                   {"subnormal constant", {3 * least, 3 * least}, {-127, -127}, 3 * least, 128},
+               });
 }
 
 // What a constant group stands for is the constant itself, in every dtype.
@@ -112,7 +111,7 @@ TEST(zeropoint_reproduces_constants) {
 TEST(excluded_columns) {
     for (const Scheme scheme : schemes) {
         // The NaN and the large values are in excluded columns; order and repetition of the list do not matter.
-        const Array x(DType::f32, Values(2, 5, {1, nan, 900, -2, 4, 3, 1e30, infinity, 0, -6}));
+        const Array x(DType::f32, Values(2, 5, {1, quiet_nan, 900, -2, 4, 3, 1e30, infinity, 0, -6}));
         const auto result = quantize(x, scheme, Granularity::row, {2, 1, 2});
         const reference::Mask mask{false, true, true, false, false, false, true, true, false, false};
         check_codes(result, reference::quantize(x.values(), scheme, true, mask));
@@ -136,7 +135,7 @@ TEST(matches_the_reference) {
         for (const DType dtype : float_dtypes) {
             for (const Scheme scheme : schemes) {
                 for (const Granularity granularity : {Granularity::row, Granularity::tensor}) {
-                    for (const auto& specials : {std::vector<double>{}, {nan}, {-infinity, 0}, {3e38, -2e38}}) {
+                    for (const auto& specials : {std::vector<double>{}, {quiet_nan}, {-infinity, 0}, {3e38, -2e38}}) {
                         const check::Context context(shape.m, " x ", shape.k, " ", name_of(dtype), " scheme ",
                                                      check::show(scheme), " granularity ", check::show(granularity));
                         const Array x(dtype, random_rows(random, shape.m, shape.k, specials));
@@ -281,7 +280,7 @@ TEST(weight) {
 }
 
 TEST(weight_must_be_finite) {
-    for (const double value : {nan, infinity, -infinity}) {
+    for (const double value : {quiet_nan, infinity, -infinity}) {
         for (const Scheme scheme : schemes) {
             const Array w(DType::f32, Values(3, 2, {1, 2, 3, 4, value, 5}));
             CHECK_THROWS(quantize_weight(w, scheme, Granularity::vector), value,

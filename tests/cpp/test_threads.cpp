@@ -154,7 +154,8 @@ TEST(exceptions_reach_the_caller) {
             std::string message;
             try {
                 parallel_for(1000, 1, [&](std::int64_t begin, std::int64_t end) {
-                    if (begin <= thrower && thrower < end) throw std::runtime_error("of item " + std::to_string(thrower));
+                    if (begin <= thrower && thrower < end)
+                        throw std::runtime_error("of item " + std::to_string(thrower));
                 });
             } catch (const std::runtime_error& error) {
                 message = error.what();
@@ -162,8 +163,8 @@ TEST(exceptions_reach_the_caller) {
             CHECK_EQ(message, "of item " + std::to_string(thrower));
         }
         // All throw: one is reported, and the threads go on working for the next call.
-        CHECK_THROWS(parallel_for(100, 1, [](auto, auto) { throw octavo::Error(octavo::ErrorKind::value, "all"); }), value,
-                     "all");
+        CHECK_THROWS(parallel_for(100, 1, [](auto, auto) { throw octavo::Error(octavo::ErrorKind::value, "all"); }),
+                     value, "all");
         std::atomic<std::int64_t> sum{0};
         parallel_for(100, 1, [&](std::int64_t begin, std::int64_t end) { sum += end - begin; });
         CHECK_EQ(sum.load(), 100);

@@ -87,9 +87,9 @@ def _quantize_groups_absmax(x: Floats, keep: Mask) -> Quantized:
         q = np.clip(np.rint(q), -127, 127)
         scale = absmax[:, 0] / F(127)
     # A zero group (0/0) has codes 0. A group with NaN or Inf has no codes: 0, and scale NaN.
-    finite = np.isfinite(np.where(keep, x, 0)).all(axis=1)
-    q = np.where(keep & (absmax > 0) & finite[:, None], q, 0).astype(np.int8)
-    return Quantized(q, np.where(finite, scale, F(np.nan)).astype(np.float32), None)
+    finite: Mask = np.isfinite(np.where(keep, x, 0)).all(axis=1, keepdims=True)
+    q = np.where(keep & (absmax > 0) & finite, q, 0).astype(np.int8)
+    return Quantized(q, np.where(finite[:, 0], scale, F(np.nan)).astype(np.float32), None)
 
 
 def _zeropoint_formula(x: Array, lo: Array, hi: Array, one: Any) -> tuple[Array, Array, Array, Array]:
@@ -106,25 +106,25 @@ def _zeropoint_formula(x: Array, lo: Array, hi: Array, one: Any) -> tuple[Array,
 
 def _quantize_groups_zeropoint(x: Floats, keep: Mask) -> Quantized:
     """Eq. (2-3), placed so that [min, max] becomes [-127, 127]."""
-    used = keep.any(axis=1)
-    finite = np.isfinite(np.where(keep, x, 0)).all(axis=1)
+    used: Mask = keep.any(axis=1, keepdims=True)
+    finite: Mask = np.isfinite(np.where(keep, x, 0)).all(axis=1, keepdims=True)
     lo = np.min(x, axis=1, keepdims=True, where=keep, initial=np.inf)
     hi = np.max(x, axis=1, keepdims=True, where=keep, initial=-np.inf)
-    live = (used & finite)[:, None]
+    live = used & finite
     lo, hi = np.where(live, lo, F(0)), np.where(live, hi, F(0))
     with np.errstate(all="ignore"):
         q, zp, nd, width = _zeropoint_formula(x, lo, hi, F(1))
-        wide = [np.asarray(v, np.float64) for v in (x, lo, hi)]
-        q64, zp64, nd64, width64 = _zeropoint_formula(*wide, np.float64(1))
+        x64, lo64, hi64 = (np.asarray(v, np.float64) for v in (x, lo, hi))
+        q64, zp64, nd64, width64 = _zeropoint_formula(x64, lo64, hi64, np.float64(1))
         overflow = ~(np.isfinite(width) & np.isfinite(nd))  # of float32: that group runs in float64
         q, zp = np.where(overflow, q64, q), np.where(overflow, zp64, zp)
         # scale = 1 / nd, rounded once: (max - min) / 254, or |m|, or 1
         scale = np.where(width64 == 0, 1 / nd64, width64 / 254)
         scale = np.where((width64 == 0) & (lo != 0), np.abs(lo), scale)
         q = np.where(keep & live, q, 0).astype(np.int8)
-    scale = np.where(used, np.where(finite, scale[:, 0], np.nan), 1)
-    zp = np.where(used & finite, zp[:, 0], 0)
-    return Quantized(q, scale.astype(np.float32), zp.astype(np.float32))
+    scale = np.where(used, np.where(finite, scale, np.nan), 1)
+    zp = np.where(live, zp, 0)
+    return Quantized(q, scale[:, 0].astype(np.float32), zp[:, 0].astype(np.float32))
 
 
 def ideal_absmax_codes(x: Array, absmax: Array) -> Doubles:
@@ -179,7 +179,7 @@ def dequantize(q: Quantized) -> Floats:
 
 
 def is_outlier(x: Floats, threshold: float) -> Mask:
-    """not (|x| < threshold): at the threshold and above, NaN and Inf."""
+    """Elements with not (|x| < threshold): at the threshold and above, NaN and Inf."""
     with np.errstate(invalid="ignore"):
         return ~(np.abs(x) < F(threshold))
 
@@ -192,9 +192,10 @@ def find_outliers(x: Floats, *, threshold: float = DEFAULT_THRESHOLD) -> npt.NDA
 
 
 def int8_matmul(a: Array, b: Array) -> npt.NDArray[np.int64]:
-    """a [..., k] times b [n, k] transposed, exact."""
+    """Product of a [..., k] and b [n, k], transposed, exact."""
     # float64 holds every integer below 2^53, and |sum| <= 2^14 k: exact for k < 2^39, and BLAS makes it fast.
-    return (a.astype(np.float64) @ b.astype(np.float64).T).astype(np.int64)
+    product: Doubles = a.astype(np.float64) @ b.astype(np.float64).T
+    return product.astype(np.int64)
 
 
 def zeropoint_product(qx: Array, zx: Array, qw: Array, zw: Array) -> npt.NDArray[np.int64]:
@@ -280,7 +281,7 @@ def linear(
     outliers: str = "columns",
     path: str = "int8",
 ) -> Output:
-    """Y = X W^T + bias for X [..., k], W [n, k], Eq. (8):
+    """Y = X W^T + bias for X [..., k], W [n, k] by Eq. (8).
 
     y[i,j] = s_x[i] s_w[j] sum_{h not in O} (qx[i,h] + zx[i]) (qw[j,h] + zw[j]) + sum_{o in O} x[i,o] w[j,o] + bias[j]
 
@@ -299,7 +300,7 @@ def linear(
             value = (x64 @ (qw + zw[:, None]).T) * sw + b
             # A kernel may unroll the zero point, as in Eq. (5): its terms are bounded by |qw| + |zw|.
             magnitude = (np.abs(x64) @ (np.abs(qw) + np.abs(zw)[:, None]).T) * sw + np.abs(b)
-            output = Output(value, magnitude, k, np.zeros_like(value))
+            terms, unscaled = k, np.zeros_like(value)
         else:
             mask = outlier_mask(x, weight, outliers=outliers, threshold=threshold)
             groups = "tensor" if granularity == "tensor" else "row"
@@ -315,5 +316,6 @@ def linear(
             value = int8_term + outlier_term + b
             magnitude = np.abs(int8_term) + np.abs(x16) @ np.abs(w16).T + np.abs(b)
             terms = int(mask.sum(axis=1).max(initial=0))
-            output = Output(value, magnitude, terms, np.abs(integer))
-    return Output(*(v if isinstance(v, int) else v.reshape(*lead, n) for v in output))
+            unscaled = np.abs(integer)
+    y = (*lead, n)
+    return Output(value.reshape(y), magnitude.reshape(y), terms, unscaled.reshape(y))

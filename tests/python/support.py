@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -191,6 +192,12 @@ def equal(a: Array, b: Array) -> None:
     """Assert that shapes, dtypes and values are the same; NaN equals NaN."""
     assert a.dtype == b.dtype, (a.dtype, b.dtype)
     np.testing.assert_array_equal(a, b, strict=True)
+
+
+def names(error: BaseException, prefix: str) -> None:
+    """Assert the house's form of messages, "<function>: <argument>: expected ..., got ..."; `prefix` is a pattern."""
+    form = rf"^{prefix}: expected .+, got .+"
+    assert re.match(form, str(error), re.DOTALL), f"{str(error)!r} does not match {form!r}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

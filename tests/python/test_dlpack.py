@@ -18,10 +18,7 @@ FIELDS = [
     ("DLDataType", "lanes"),
     *[("DLTensor", field) for field in ("data", "device", "ndim", "dtype", "shape", "strides", "byte_offset")],
     *[("DLManagedTensor", field) for field in ("dl_tensor", "manager_ctx", "deleter")],
-    *[
-        ("DLManagedTensorVersioned", field)
-        for field in ("version", "manager_ctx", "deleter", "flags", "dl_tensor")
-    ],
+    *[("DLManagedTensorVersioned", field) for field in ("version", "manager_ctx", "deleter", "flags", "dl_tensor")],
     *[
         ("DLPackExchangeAPI", field)
         for field in (

@@ -109,10 +109,11 @@ def test_public_headers_stand_alone() -> None:
         for angled, name in includes(path):
             target = resolve(ROOT, path, name)
             assert target is not None or angled, f"{path}: {name}"
-            assert "/src/" not in name and ".." not in name, f"{path}: {name}"
+            assert not re.search(r"/src/|\.\.", name), f"{path}: {name}"
     c_abi = (ROOT / "cpp/include/octavo/octavo.h").read_text(encoding="utf-8")
     names = [name for _, name in includes(ROOT / "cpp/include/octavo/octavo.h")]
-    assert names and all(name.endswith(".h") for name in names), names
+    assert names, "no include was read"
+    assert all(name.endswith(".h") for name in names), names
     assert "__cplusplus" in c_abi
 
 
@@ -225,4 +226,4 @@ def test_the_check_sees_violations(tmp_path: Path, path: str, line: str, word: s
     assert violations(tmp_path, layer) == []
     (tmp_path / path).write_text(line)
     found = violations(tmp_path, layer)
-    assert len(found) >= 1 and any(word in message for message in found), found
+    assert any(word in message for message in found), found

@@ -54,6 +54,7 @@ def check(typed: Typed, x: ref.Floats, **options: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Literal cases: (x, options, codes, scale, zeropoint), all values exact in every dtype
 
+AFFINE = {"scheme": "zeropoint"}
 LITERAL: dict[str, tuple[Any, dict[str, Any], Any, Any, Any]] = {
     # 127/2 = 63.5 is a tie, to even 64; 31.75 is 32
     "row": ([[1, -2, 0.5, 0], [127, -3, 4, 5]], {}, [[64, -127, 32, 0], [127, -3, 4, 5]], [2 / 127, 1], None),
@@ -66,7 +67,7 @@ LITERAL: dict[str, tuple[Any, dict[str, Any], Any, Any, Any]] = {
         None,
     ),
     "rank 1 is one row": ([1, -2], {}, [64, -127], [2 / 127], None),
-    "rank 3": ([[[1, 2]], [[3, 0]], [[0, 0]]], {}, [[[64, 127]], [[127, 0]], [[0, 0]]], [[2 / 127], [3 / 127], [0]], None),
+    "rank 3": ([[[1, 2]], [[3, 0]]], {}, [[[64, 127]], [[127, 0]]], [[2 / 127], [3 / 127]], None),
     "zero row": ([[0, -0.0], [0, 1]], {}, [[0, 0], [0, 127]], [0, 1 / 127], None),
     "zero tensor": ([[0, 0]], {"granularity": "tensor"}, [[0, 0]], [0], None),
     "one value": ([[-5]], {}, [[-127]], [5 / 127], None),
@@ -86,11 +87,11 @@ LITERAL: dict[str, tuple[Any, dict[str, Any], Any, Any, Any]] = {
     "Inf row": ([[1, -INF], [1, 2]], {}, [[0, 0], [64, 127]], [NAN, 2 / 127], None),
     "NaN tensor": ([[NAN, 2], [1, 2]], {"granularity": "tensor"}, [[0, 0], [0, 0]], [NAN], None),
     # zeropoint: nd = 254/(max - min), zp = rint(nd min) + 127, q = rint(nd x) - zp
-    "affine": ([[10, 100, 264]], {"scheme": "zeropoint"}, [[-127, -37, 127]], [1], [137]),
-    "affine, zero to the right": ([[-254, 0]], {"scheme": "zeropoint"}, [[-127, 127]], [1], [-127]),
-    "affine, symmetric": ([[-127, 0, 127]], {"scheme": "zeropoint"}, [[-127, 0, 127]], [1], [0]),
-    "affine, tie": ([[0, 0.5, 1.5, 254]], {"scheme": "zeropoint"}, [[-127, -127, -125, 127]], [1], [127]),
-    "affine, constant": ([[3, 3], [-5, -5], [0, 0]], {"scheme": "zeropoint"}, [[-127, -127]] * 3, [3, 5, 1], [128, 126, 127]),
+    "affine": ([[10, 100, 264]], AFFINE, [[-127, -37, 127]], [1], [137]),
+    "affine, zero to the right": ([[-254, 0]], AFFINE, [[-127, 127]], [1], [-127]),
+    "affine, symmetric": ([[-127, 0, 127]], AFFINE, [[-127, 0, 127]], [1], [0]),
+    "affine, tie": ([[0, 0.5, 1.5, 254]], AFFINE, [[-127, -127, -125, 127]], [1], [127]),
+    "affine, constant": ([[3, 3], [-5, -5], [0, 0]], AFFINE, [[-127, -127]] * 3, [3, 5, 1], [128, 126, 127]),
     "affine, tensor": (
         [[0, 1], [2, 127]],
         {"scheme": "zeropoint", "granularity": "tensor"},
@@ -100,7 +101,7 @@ LITERAL: dict[str, tuple[Any, dict[str, Any], Any, Any, Any]] = {
     ),
     "affine, exclude": ([[-9, 10, 264]], {"scheme": "zeropoint", "exclude": [0]}, [[0, -127, 127]], [1], [137]),
     "affine, exclude all": ([[4, 5]], {"scheme": "zeropoint", "exclude": [0, 1]}, [[0, 0]], [1], [0]),
-    "affine, NaN": ([[1, NAN], [0, 254]], {"scheme": "zeropoint"}, [[0, 0], [-127, 127]], [NAN, 1], [0, 127]),
+    "affine, NaN": ([[1, NAN], [0, 254]], AFFINE, [[0, 0], [-127, 127]], [NAN, 1], [0, 127]),
 }  # fmt: skip
 
 
@@ -124,8 +125,10 @@ def test_is_a_named_tuple(typed: Typed) -> None:
     got = octavo.quantize(typed.array(np.ones((2, 3))))
     assert got._fields == ("codes", "scale", "zeropoint")
     codes, scale, zeropoint = got
-    assert typed.backend.dtype_name(codes) == "int8" and typed.backend.dtype_name(scale) == "float32"
-    assert zeropoint is None and isinstance(got, octavo.Quantized)
+    assert typed.backend.dtype_name(codes) == "int8"
+    assert typed.backend.dtype_name(scale) == "float32"
+    assert zeropoint is None
+    assert isinstance(got, octavo.Quantized)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (0,), (2, 0, 3), (2, 3, 0)])
@@ -182,7 +185,8 @@ def test_every_pair_of_values(dtype: str) -> None:
     x_one = np.concatenate([ratios(one, dtype), one], axis=1)
     table = ref.quantize(x_one).codes
     np.testing.assert_array_equal(table, ref.ideal_absmax_codes(x_one, one))
-    assert np.abs(table.astype(np.int16)).max() == 127 and (table[x_one > 0] != 0).mean() > 0.98
+    assert np.abs(table.astype(np.int16)).max() == 127
+    assert (table[x_one > 0] != 0).mean() > 0.98
 
     smallest_normal = {"float16": 2.0**-14, "bfloat16": 2.0**-126}[dtype]
     positive = values_16(dtype)

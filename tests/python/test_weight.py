@@ -15,7 +15,7 @@ import reference as ref
 import tolerances
 from hypothesis import given
 from hypothesis import strategies as st
-from support import VIEWS, Backend, Typed, equal, finite_kinds, make, seeds, sizes, unchanged, views
+from support import VIEWS, Backend, Typed, equal, finite_kinds, make, names, seeds, sizes, unchanged, views
 
 F = np.float32
 
@@ -35,13 +35,16 @@ def check(typed: Typed, w: ref.Floats, **options: Any) -> Any:
         equal(own.zeropoint, expected.zeropoint)
         tolerances.check_zeropoint_scale(own.scale, expected.scale)
     if expected.outlier_columns is None:
-        assert got.outlier_columns is None and got.outlier_weight is None
+        assert got.outlier_columns is None
+        assert got.outlier_weight is None
     else:
-        assert own.outlier_columns is not None and own.outlier_weight is not None
+        assert own.outlier_columns is not None
+        assert own.outlier_weight is not None
         equal(own.outlier_columns, expected.outlier_columns)
         equal(own.outlier_weight, expected.outlier_weight)
         assert typed.backend.dtype_name(got.outlier_weight) == typed.dtype
-    assert got.shape == w.shape and tuple(got.shape) == w.shape
+    assert got.shape == w.shape
+    assert tuple(got.shape) == w.shape
     assert (got.scheme, got.granularity) == (options.get("scheme", "absmax"), options.get("granularity", "vector"))
     return got
 
@@ -104,7 +107,8 @@ def test_no_kept_columns_and_none(typed: Typed) -> None:
     equal(typed.host(empty.outlier_columns), np.zeros(0, np.int32))
     assert tuple(empty.outlier_weight.shape) == (3, 0)
     weight = octavo.quantize_weight(w)
-    assert weight.outlier_columns is None and weight.outlier_weight is None
+    assert weight.outlier_columns is None
+    assert weight.outlier_weight is None
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
@@ -226,7 +230,9 @@ def test_nbytes_counts_what_is_held(typed: Typed) -> None:
 def test_device_and_repr(typed: Typed) -> None:
     weight = octavo.quantize_weight(typed.array(make("normal", (4, 6), typed.dtype)))
     assert str(weight.device).startswith(typed.backend.device)
-    assert "Int8Weight" in repr(weight) and "vector" in repr(weight) and "absmax" in repr(weight)
+    assert "Int8Weight" in repr(weight)
+    assert "vector" in repr(weight)
+    assert "absmax" in repr(weight)
     assert len(repr(octavo.quantize_weight(typed.array(make("normal", (64, 64), typed.dtype))))) < 1000
 
 
@@ -253,8 +259,8 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "zeropoint unexpected": ({"zeropoint": np.zeros(3, F)}, ValueError, "zeropoint"),
     "zeropoint length": ({"scheme": "zeropoint", "zeropoint": np.zeros(2, F)}, ValueError, "zeropoint"),
     "zeropoint dtype": ({"scheme": "zeropoint", "zeropoint": np.zeros(3)}, TypeError, "zeropoint"),
-    "columns alone": ({"outlier_columns": KEPT["outlier_columns"]}, (TypeError, ValueError), "outlier_weight"),
-    "columns missing": ({"outlier_weight": KEPT["outlier_weight"]}, (TypeError, ValueError), "outlier_columns"),
+    "columns alone": ({"outlier_columns": KEPT["outlier_columns"]}, (TypeError, ValueError), "outlier_(weight|columns)"),
+    "columns missing": ({"outlier_weight": KEPT["outlier_weight"]}, (TypeError, ValueError), "outlier_(weight|columns)"),
     "columns range": ({**KEPT, "outlier_columns": np.array([0, 4], np.int32)}, ValueError, "outlier_columns"),
     "columns negative": ({**KEPT, "outlier_columns": np.array([-1, 2], np.int32)}, ValueError, "outlier_columns"),
     "columns dtype": ({**KEPT, "outlier_columns": np.array([0, 2.0])}, TypeError, "outlier_columns"),
@@ -280,9 +286,9 @@ def test_the_constructor_takes_good_arguments() -> None:
 @pytest.mark.parametrize("case", BAD)
 def test_the_constructor_refuses(case: str) -> None:
     arguments, error, word = BAD[case]
-    with pytest.raises(error, match=word) as info:
+    with pytest.raises(error) as info:
         build(GOOD | arguments)
-    assert "expected" in str(info.value) and "got" in str(info.value), str(info.value)
+    names(info.value, f"Int8Weight: {word}")
 
 
 def test_constructor_with_unsorted_columns_computes_right_or_refuses() -> None:
@@ -291,7 +297,7 @@ def test_constructor_with_unsorted_columns_computes_right_or_refuses() -> None:
     try:
         weight = build(GOOD | {"outlier_columns": columns, "outlier_weight": kept})
     except ValueError as error:
-        assert "outlier_columns" in str(error)
+        names(error, "Int8Weight: outlier_columns")
         return
     y = octavo.linear(np.array([[100, 0, 0, 0]], F), weight)
     np.testing.assert_array_equal(y, [[700] * 3])

@@ -39,13 +39,7 @@ enum {
 
 // Element types. Activations, weights and biases are f32, f16 or bf16; codes are i8; accumulators are i32.
 typedef int32_t octavo_dtype;
-enum {
-    octavo_dtype_f32 = 0,
-    octavo_dtype_f16 = 1,
-    octavo_dtype_bf16 = 2,
-    octavo_dtype_i8 = 3,
-    octavo_dtype_i32 = 4
-};
+enum { octavo_dtype_f32 = 0, octavo_dtype_f16 = 1, octavo_dtype_bf16 = 2, octavo_dtype_i8 = 3, octavo_dtype_i32 = 4 };
 
 // Where memory lives.
 typedef int32_t octavo_device_kind;
