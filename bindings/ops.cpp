@@ -84,8 +84,8 @@ Shape per_row(const Array& x) {
     return shape;
 }
 
-// A new array of any rank, all of whose elements in a row are one vector.
-Vector flat(const Array& array) {
+// All elements of an array that `allocate` made.
+Vector flat_output(const Array& array) {
     std::int64_t size = 1;
     for (const auto extent : array.shape()) size *= extent;
     return {.data = array.mutable_matrix().data, .dtype = array.dtype(), .size = size};
@@ -137,7 +137,7 @@ py::tuple quantize_op(py::handle x_object, py::handle scheme_name, py::handle gr
     Array x(x_object, {function, "x"}, Use::differentiable);
     const auto scheme = parse(schemes, scheme_name, {function, "scheme"});
     const auto granularity = parse(group_granularities, granularity_name, {function, "granularity"});
-    const auto columns = optional_array(exclude, {function, "exclude"});
+    const auto columns = optional_array(exclude, {function, "exclude", "int32"});
     const ConstMatrix source = x.matrix();
     const Shape groups = granularity == Granularity::tensor ? Shape{1} : per_row(x);
 
@@ -147,8 +147,8 @@ py::tuple quantize_op(py::handle x_object, py::handle scheme_name, py::handle gr
     if (scheme == Scheme::zeropoint) zeropoint.emplace(allocate(x, groups, DType::f32), Argument{function, "zeropoint"});
     {
         const py::gil_scoped_release release;
-        octavo::quantize(source, scheme, granularity, vector_or_absent(columns), codes.mutable_matrix(), flat(scale),
-                         zeropoint ? flat(*zeropoint) : absent_vector);
+        octavo::quantize(source, scheme, granularity, vector_or_absent(columns), codes.mutable_matrix(), flat_output(scale),
+                         zeropoint ? flat_output(*zeropoint) : absent_vector);
     }
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint));
 }
@@ -193,27 +193,14 @@ py::object find_outliers_op(py::handle x_object, py::handle threshold_object) {
     return part.attr(x.framework() == Framework::torch ? "clone" : "copy")();  // not a view of all k entries
 }
 
-py::object sum_codes_op(py::handle codes_object) {
-    constexpr auto function = "sum_codes";
-    Array codes(codes_object, {function, "codes"});
-    need_rank(codes, {function, "codes"}, 2);
-    const ConstMatrix source = codes.matrix();
-    const Array code_sums(allocate(codes, {source.rows}, DType::i32), {function, "code_sums"});
-    {
-        const py::gil_scoped_release release;
-        octavo::sum_codes(source, code_sums.vector());
-    }
-    return code_sums.object();
-}
-
 py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle out) {
     constexpr auto function = "int8_matmul";
-    Array a(a_object, {function, "a"});
-    Array b(b_object, {function, "b"});
+    Array a(a_object, {function, "a", "int8"});
+    Array b(b_object, {function, "b", "int8"});
     need_rank(b, {function, "b"}, 2);
     const ConstMatrix a_matrix = a.matrix();
     const ConstMatrix b_matrix = b.matrix();
-    const Output result(out, a, with_last(a, b_matrix.rows), DType::i32, {function, "out"});
+    const Output result(out, a, with_last(a, b_matrix.rows), DType::i32, {function, "out", "int32"});
     {
         const py::gil_scoped_release release;
         octavo::int8_matmul(a_matrix, b_matrix, result.matrix());
@@ -224,15 +211,17 @@ py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle o
 py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::handle zeropoint_object,
                          py::handle dtype_name) {
     constexpr auto function = "dequantize";
-    Array codes(codes_object, {function, "codes"});
-    const Array scale(scale_object, {function, "scale"});
-    const auto zeropoint = optional_array(zeropoint_object, {function, "zeropoint"});
+    Array codes(codes_object, {function, "codes", "int8"});
+    Array scale(scale_object, {function, "scale", "float32"});
+    auto zeropoint = optional_array(zeropoint_object, {function, "zeropoint", "float32"});
     const auto dtype = parse(float_dtypes, dtype_name, {function, "dtype"});
     const ConstMatrix source = codes.matrix();
+    const ConstVector scales = scale.flat();
+    const ConstVector zeropoints = zeropoint ? zeropoint->flat() : absent_vector;
     const Output result(py::none(), codes, codes.shape(), dtype, {function, "out"});
     {
         const py::gil_scoped_release release;
-        octavo::dequantize(source, flat(scale), zeropoint ? flat(*zeropoint) : absent_vector, result.matrix());
+        octavo::dequantize(source, scales, zeropoints, result.matrix());
     }
     return result.finish();
 }
@@ -242,38 +231,48 @@ class Weight {
 public:
     Weight(py::handle codes, py::handle scale, py::handle zeropoint, py::handle code_sums, py::handle outlier_columns,
            py::handle outlier_weight, py::handle scheme, py::handle granularity)
-        : codes_(codes, {function, "codes"}),
-          scale_(scale, {function, "scale"}),
-          zeropoint_(optional_array(zeropoint, {function, "zeropoint"})),
-          code_sums_(code_sums, {function, "code_sums"}),
-          outlier_columns_(optional_array(outlier_columns, {function, "outlier_columns"})),
+        : codes_(codes, {function, "codes", "int8"}),
+          scale_(scale, {function, "scale", "float32"}),
+          zeropoint_(optional_array(zeropoint, {function, "zeropoint", "float32"})),
+          code_sums_(optional_array(code_sums, {function, "code_sums", "int32"})),
+          outlier_columns_(optional_array(outlier_columns, {function, "outlier_columns", "int32"})),
           outlier_weight_(optional_array(outlier_weight, {function, "outlier_weight"})) {
         need_rank(codes_, {function, "codes"}, 2);
+        if (codes_.dtype() != DType::i8) {
+            throw py::type_error(std::string("Int8Weight: codes: expected dtype int8, got ") + name_of(codes_.dtype()));
+        }
         view_.codes = codes_.matrix();
         view_.scale = scale_.vector();
         view_.zeropoint = vector_or_absent(zeropoint_);
-        view_.code_sums = code_sums_.vector();
         view_.scheme = parse(schemes, scheme, {function, "scheme"});
         view_.granularity = parse(granularities, granularity, {function, "granularity"});
         if (outlier_columns_.has_value() != outlier_weight_.has_value()) {
-            throw py::value_error("Int8Weight: outlier_weight: expected to be given exactly where outlier_columns is");
+            throw py::value_error(std::string("Int8Weight: ") +
+                                  (outlier_columns_ ? "outlier_weight: expected an array, as outlier_columns is one, got None"
+                                                    : "outlier_columns: expected an array, as outlier_weight is one, got None"));
         }
         if (outlier_columns_) {
             need_rank(*outlier_weight_, {function, "outlier_weight"}, 2);
             view_.outlier_columns = outlier_columns_->vector();
             view_.outlier_weight = outlier_weight_->matrix();
         }
+        if (!code_sums_) {
+            code_sums_.emplace(allocate(codes_, {view_.codes.rows}, DType::i32), Argument{function, "code_sums"});
+            octavo::sum_codes(view_.codes, code_sums_->vector());
+        }
+        view_.code_sums = code_sums_->vector();
         octavo::check_weight(view_, function);
     }
 
     [[nodiscard]] const WeightView& view() const noexcept { return view_; }
+    [[nodiscard]] const py::object& code_sums() const noexcept { return code_sums_->object(); }
 
 private:
     static constexpr auto function = "Int8Weight";
     Array codes_;
     Array scale_;
     std::optional<Array> zeropoint_;
-    Array code_sums_;
+    std::optional<Array> code_sums_;
     std::optional<Array> outlier_columns_;
     std::optional<Array> outlier_weight_;
     WeightView view_;
@@ -301,7 +300,6 @@ py::object linear_op(py::handle x_object, const Weight& weight, py::handle bias_
 void define_operations(py::module_& module) {
     module.def("quantize", quantize_op, py::arg("x"), py::arg("scheme"), py::arg("granularity"), py::arg("exclude"));
     module.def("quantize_weight", quantize_weight_op, py::arg("weight"), py::arg("scheme"), py::arg("granularity"));
-    module.def("sum_codes", sum_codes_op, py::arg("codes"));
     module.def("find_outliers", find_outliers_op, py::arg("x"), py::arg("threshold"));
     module.def("int8_matmul", int8_matmul_op, py::arg("a"), py::arg("b"), py::arg("out"));
     module.def("dequantize", dequantize_op, py::arg("codes"), py::arg("scale"), py::arg("zeropoint"), py::arg("dtype"));
@@ -310,7 +308,8 @@ void define_operations(py::module_& module) {
     py::class_<Weight>(module, "Weight")
         .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>(),
              py::arg("codes"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"), py::arg("outlier_columns"),
-             py::arg("outlier_weight"), py::arg("scheme"), py::arg("granularity"));
+             py::arg("outlier_weight"), py::arg("scheme"), py::arg("granularity"))
+        .def_property_readonly("code_sums", &Weight::code_sums);
 }
 
 }  // namespace octavo::python

@@ -242,8 +242,7 @@ void Array::import_capsule(Use use) {
 void Array::read_header(const DLTensor& tensor) {
     const auto dtype = dtype_from(tensor.dtype);
     if (!dtype) {
-        refuse("type", "dtype float32, float16, bfloat16, int8 or int32",
-               py::str(object_.attr("dtype")).cast<std::string>());
+        refuse("type", std::string("dtype ") + argument_.dtypes, py::str(object_.attr("dtype")).cast<std::string>());
     }
     const auto device = device_from(tensor.device);
     if (!device) {
@@ -294,16 +293,20 @@ Matrix Array::mutable_matrix() const {
 }
 
 ConstMatrix Array::matrix() {
-    if (!can_be_matrix()) {
-        std::int64_t rows = 1;
-        for (std::size_t i = 0; i + 1 < shape_.size(); ++i) rows *= shape_[i];
-        // `ascontiguousarray`/`contiguous` would keep the rank; reshape copies just where it must.
-        object_ = object_.attr("reshape")(py::make_tuple(rows, shape_.back()));
-        versioned_.reset();
-        legacy_.reset();
-        import(Use::read);
-    }
-    return mutable_matrix();
+    if (can_be_matrix()) return mutable_matrix();
+    std::int64_t rows = 1;
+    for (std::size_t i = 0; i + 1 < shape_.size(); ++i) rows *= shape_[i];
+    return reshaped(py::make_tuple(rows, shape_.back())).mutable_matrix();
+}
+
+ConstVector Array::flat() {
+    if (shape_.size() == 1) return vector();
+    return reshaped(py::make_tuple(-1)).vector();
+}
+
+Array& Array::reshaped(const py::tuple& shape) {
+    reshaped_ = std::make_unique<Array>(object_.attr("reshape")(shape), argument_);
+    return *reshaped_;
 }
 
 Vector Array::vector() const {

@@ -19,6 +19,7 @@ namespace py = pybind11;
 struct Argument {
     const char* function;
     const char* name;
+    const char* dtypes = "float32, float16 or bfloat16";  // that the argument may have
 };
 
 // What an argument is used for.
@@ -55,6 +56,9 @@ public:
     // A rank-1 array.
     [[nodiscard]] Vector vector() const;
 
+    // All elements in order, whatever the rank; copied once where they have no common stride.
+    [[nodiscard]] ConstVector flat();
+
 private:
     struct Release {
         void operator()(DLManagedTensorVersioned* tensor) const noexcept;
@@ -68,8 +72,12 @@ private:
     [[noreturn]] void refuse_conversion(const py::error_already_set& error) const;
     [[noreturn]] void refuse(const char* kind, const std::string& expected, const std::string& got) const;
 
+    // `object_` reshaped by its framework, held here while it is in use.
+    Array& reshaped(const py::tuple& shape);
+
     Argument argument_;
     py::object object_;
+    std::unique_ptr<Array> reshaped_;
     Framework framework_{};
     std::unique_ptr<DLManagedTensorVersioned, Release> versioned_;
     std::unique_ptr<DLManagedTensor, Release> legacy_;

@@ -6,12 +6,14 @@ class Weight:
         codes: Array,
         scale: Array,
         zeropoint: Array | None,
-        code_sums: Array,
+        code_sums: Array | None,
         outlier_columns: Array | None,
         outlier_weight: Array | None,
         scheme: Scheme,
         granularity: Granularity,
     ) -> None: ...
+    @property
+    def code_sums(self) -> Array: ...
 
 def quantize(
     x: Array, scheme: Scheme, granularity: Granularity, exclude: Array | None
@@ -19,7 +21,6 @@ def quantize(
 def quantize_weight(
     weight: Array, scheme: Scheme, granularity: Granularity
 ) -> tuple[Array, Array, Array | None, Array]: ...
-def sum_codes(codes: Array) -> Array: ...
 def find_outliers(x: Array, threshold: float) -> Array: ...
 def int8_matmul(a: Array, b: Array, out: Array | None) -> Array: ...
 def dequantize(codes: Array, scale: Array, zeropoint: Array | None, dtype: str) -> Array: ...

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import octavo
-from octavo import _core
 from octavo._types import Granularity, Outliers, Path, Scheme
 from octavo.weight import Int8Weight
 
@@ -225,14 +224,14 @@ class Int8Linear(nn.Module):
             )
         return self._int8_weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., k]`` -> ``[..., n]`` in the dtype of x (under autocast: in autocast's dtype)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        wants_grad = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        wants_grad = input.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if torch.compiler.is_compiling() or (wants_grad and torch.is_grad_enabled()):
             return torch.ops.octavo.linear(  # type: ignore[no-any-return]
-                x,
+                input,
                 self.weight,
                 self.scale,
                 self.code_sums,
@@ -247,7 +246,7 @@ class Int8Linear(nn.Module):
                 self.path,
             )
         return octavo.linear(  # type: ignore[no-any-return]
-            x, self.int8_weight, self.bias, threshold=self.threshold, outliers=self.outliers, path=self.path
+            input, self.int8_weight, self.bias, threshold=self.threshold, outliers=self.outliers, path=self.path
         )
 
     def extra_repr(self) -> str:
@@ -345,7 +344,7 @@ class Int8Linear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if self.weight.device.type != "meta":
-            self.code_sums = _core.sum_codes(self.weight.detach())
+            self.code_sums = self.weight.detach().sum(1, dtype=torch.int32)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -470,14 +469,16 @@ def calibrate_(
     counts: dict[nn.Module, Tensor] = {}
     positions: dict[nn.Module, int] = {}
 
-    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].detach().reshape(-1, args[0].shape[-1])
-        found = (~(rows.abs() < threshold)).sum(0)  # as in find_outliers: NaN and Inf count
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        rows = x.detach().reshape(-1, x.shape[-1])
+        # As in find_outliers: compared in float32, and NaN and Inf count.
+        found = (~(rows.float().abs() < threshold)).sum(0)
         counts[module] = counts[module] + found if module in counts else found
         positions[module] = positions.get(module, 0) + rows.shape[0]
 
     modules = {id(layer): layer for _, layer in layers}.values()
-    handles = [layer.register_forward_pre_hook(count) for layer in modules]
+    handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in modules]
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:

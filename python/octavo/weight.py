@@ -49,15 +49,13 @@ class Int8Weight:
         scheme: Scheme = "absmax",
         granularity: Granularity = "vector",
     ) -> None:
-        if code_sums is None:
-            code_sums = _core.sum_codes(codes)
         self._native = _core.Weight(
             codes, scale, zeropoint, code_sums, outlier_columns, outlier_weight, scheme, granularity
         )
         self.codes = codes
         self.scale = scale
         self.zeropoint = zeropoint
-        self.code_sums = code_sums
+        self.code_sums = self._native.code_sums
         self.outlier_columns = outlier_columns
         self.outlier_weight = outlier_weight
         self.scheme: Scheme = scheme

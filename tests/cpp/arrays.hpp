@@ -20,10 +20,10 @@ struct Values {
     std::vector<double> v;
 
     Values() = default;
-    Values(std::int64_t rows_, std::int64_t cols_)
-        : rows(rows_), cols(cols_), v(static_cast<std::size_t>(rows * cols)) {}
-    Values(std::int64_t rows_, std::int64_t cols_, std::vector<double> v_)
-        : rows(rows_), cols(cols_), v(std::move(v_)) {}
+    Values(std::int64_t row_count, std::int64_t col_count)
+        : rows(row_count), cols(col_count), v(static_cast<std::size_t>(rows * cols)) {}
+    Values(std::int64_t row_count, std::int64_t col_count, std::vector<double> values)
+        : rows(row_count), cols(col_count), v(std::move(values)) {}
     explicit Values(const std::vector<double>& row) : Values(1, static_cast<std::int64_t>(row.size()), row) {}
 
     double& operator()(std::int64_t i, std::int64_t j) { return v[static_cast<std::size_t>(i * cols + j)]; }

@@ -35,7 +35,7 @@ bool has_wanted_isa() {
     const char* wanted = std::getenv("OCTAVO_CPU_ISA");
     if (wanted == nullptr || *wanted == '\0') return true;
     const auto available = octavo::cpu_isas_available();
-    if (std::find(available.begin(), available.end(), wanted) != available.end()) return true;
+    if (std::ranges::find(available, wanted) != available.end()) return true;
     std::cout << "skipped: this build and processor have no " << wanted << '\n';
     return false;
 }
@@ -58,13 +58,13 @@ bool run(const Case& test) {
 
 void fail(const char* file, int line, const std::string& message) {
     if (++failures > most_failures_shown) return;
-    const std::lock_guard lock(output_mutex);
+    const std::scoped_lock lock(output_mutex);
     std::cout << file << ':' << line << ": " << message << '\n';
     for (const auto& context : contexts) std::cout << "    with " << context << '\n';
     std::cout << std::flush;
 }
 
-Registration::Registration(const char* name, void (*body)()) { cases().push_back({name, body}); }
+Registration::Registration(const char* name, void (*body)()) noexcept { cases().push_back({name, body}); }
 
 void Context::push(std::string text) { contexts.push_back(std::move(text)); }
 Context::~Context() { contexts.pop_back(); }
@@ -86,7 +86,8 @@ void expect_error(const std::function<void()>& call, octavo::ErrorKind kind, std
 
 }  // namespace check
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv)  // NOLINT(misc-const-correctness): as the standard has it
+{
     if (!check::has_wanted_isa()) return check::skipped;
     const std::string_view wanted = argc > 1 ? argv[1] : "";
     int passed = 0;

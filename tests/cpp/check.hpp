@@ -23,7 +23,7 @@ namespace check {
 void fail(const char* file, int line, const std::string& message);
 
 struct Registration {
-    Registration(const char* name, void (*body)());
+    Registration(const char* name, void (*body)()) noexcept;
 };
 
 // While it lives, failures of this thread also print `what`.
@@ -63,7 +63,7 @@ std::string show(const T& value) {
 template <class A, class B>
 bool equal(const A& a, const B& b) {
     if constexpr (std::is_floating_point_v<A> && std::is_floating_point_v<B>) {
-        if (a != a || b != b) return a != a && b != b;
+        if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
         return a == b && std::signbit(a) == std::signbit(b);
     } else if constexpr (std::is_integral_v<A> && std::is_integral_v<B> && !std::is_same_v<A, bool>) {
         return std::cmp_equal(a, b);

@@ -11,7 +11,8 @@ constexpr double quiet_nan = std::numeric_limits<double>::quiet_NaN();
 
 double f32(double value) { return static_cast<float>(value); }
 
-double clipped(double code) { return std::clamp(code, -127.0, 127.0); }
+// Integers have no -0.
+double clipped(double code) { return std::clamp(code, -127.0, 127.0) + 0.0; }
 
 double at_group(const std::vector<double>& values, std::int64_t index, double absent) {
     if (values.empty()) return absent;
@@ -31,20 +32,22 @@ double absmax_code(double x, double absmax) {
 
 // Eq. 2-3 for one group, in float32 or, where that overflows, in double.
 struct Zeropoint {
-    Zeropoint(double min, double max) {
-        const double constant = max == 0 ? 1 : std::fabs(max);
-        scale = max != min ? f32((max - min) / 254) : constant;
-        spread = f32(max - min);
-        nd = spread != 0 ? f32(254 / spread) : f32(1 / constant);
-        narrow = std::isfinite(spread) && std::isfinite(nd);
+    Zeropoint(double min, double max)
+        : constant(max == 0 ? 1 : std::fabs(max)),
+          spread(f32(max - min)),
+          nd(spread != 0 ? f32(254 / spread) : f32(1 / constant)),
+          scale(max != min ? f32((max - min) / 254) : constant),
+          narrow(std::isfinite(spread) && std::isfinite(nd)) {
         if (!narrow) nd = max != min ? 254 / (max - min) : 1 / constant;
         zeropoint = round(round(std::nearbyint(round(nd * min))) + 127);
     }
     [[nodiscard]] double round(double value) const { return narrow ? f32(value) : value; }
     [[nodiscard]] double code(double x) const { return clipped(round(std::nearbyint(round(nd * x)) - zeropoint)); }
 
-    double spread, nd, zeropoint, scale;
+    double constant;  // the scale where max = min
+    double spread, nd, scale;
     bool narrow;
+    double zeropoint = 0;
 };
 
 // The elements that go the 16-bit way.

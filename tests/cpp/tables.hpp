@@ -30,8 +30,6 @@ inline std::vector<const octavo::cpu::Kernels*> tables() {
     all.push_back(&octavo::cpu::avx512_vnni::table);
 #endif
     const auto available = octavo::cpu_isas_available();
-    std::erase_if(all, [&](const auto* table) {
-        return std::find(available.begin(), available.end(), std::string(table->isa)) == available.end();
-    });
+    std::erase_if(all, [&](const auto* table) { return std::ranges::find(available, table->isa) == available.end(); });
     return all;
 }

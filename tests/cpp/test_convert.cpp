@@ -1,5 +1,6 @@
 // float16 and bfloat16 to and from float32, in every kernel table: all 65536 patterns up, and down every value where
 // the result changes (each 16-bit number, each half-way point, and their neighbors in float32).
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -120,12 +121,12 @@ TEST(every_rounding_down) {
             add(std::nextafter(middle, 0.0F), bits);
             add(std::nextafter(middle, infinity), bits + 1);
         }
-        add(std::numeric_limits<float>::max(), infinity_bits(dtype));
-        add(infinity, infinity_bits(dtype));
+        add(double{std::numeric_limits<float>::max()}, infinity_bits(dtype));
+        add(std::numeric_limits<double>::infinity(), infinity_bits(dtype));
         add(std::numeric_limits<float>::denorm_min(), 0);
 
-        std::vector<float> values;
-        for (const Point& point : points) values.push_back(point.value);
+        std::vector<float> values(points.size());
+        std::ranges::transform(points, values.begin(), &Point::value);
         const auto bits = store(table, dtype, values);
         for (std::size_t i = 0; i < points.size(); ++i) {
             if (bits[i] == points[i].expected) continue;
@@ -178,19 +179,20 @@ TEST(strides_and_alignment) {
     for_each_table([&](const Kernels& table, DType dtype) {
         // Five numbers, two patterns apart, at an odd address; read and written back in the opposite order.
         std::byte memory[1 + 2 * 9];
+        const auto at = [&](std::size_t i) { return memory + 1 + 2 * i; };
         for (std::uint16_t i = 0; i < 9; ++i) {
             const auto bits = static_cast<std::uint16_t>(0x3C00 + i);
-            std::memcpy(memory + 1 + 2 * i, &bits, 2);
+            std::memcpy(at(i), &bits, 2);
         }
         float values[5];
-        table.load(dtype, memory + 1 + 16, -2, 5, values);
+        table.load(dtype, at(8), -2, 5, values);
         for (std::uint16_t i = 0; i < 5; ++i) {
             CHECK_EQ(values[i], decode16(dtype, static_cast<std::uint16_t>(0x3C00 + 8 - 2 * i)));
         }
-        table.store(values, 5, dtype, memory + 1, 2);
+        table.store(values, 5, dtype, at(0), 2);
         for (std::uint16_t i = 0; i < 9; ++i) {
             std::uint16_t bits = 0;
-            std::memcpy(&bits, memory + 1 + 2 * i, 2);
+            std::memcpy(&bits, at(i), 2);
             CHECK_EQ(bits, i % 2 == 0 ? 0x3C00 + 8 - i : 0x3C00 + i);
         }
     });

@@ -86,7 +86,7 @@ TEST(layouts_give_the_same_result) {
 
 // Strides of 0: one row, or one column, for all.
 TEST(repeated_inputs) {
-    Array a(DType::i8, {3, -2, 7});
+    const Array a(DType::i8, {3, -2, 7});
     octavo::Matrix rows = a.matrix();
     rows.rows = 2;
     rows.row_stride = 0;
@@ -112,10 +112,10 @@ TEST(edges_of_int32) {
     constexpr double most = std::numeric_limits<std::int32_t>::max();
     constexpr double least = std::numeric_limits<std::int32_t>::min();
     struct Case {
-        const char* what;
+        const char* what = nullptr;
         Array a;
         Array b;
-        double sum;
+        double sum = 0;
     };
     // Rows that differ in their last codes only.
     const auto with = [](Array codes, std::int64_t at, double value) {
@@ -154,7 +154,7 @@ TEST(overflow_names_its_place) {
     for (std::int64_t i = 0; i < 70; ++i) {
         for (std::int64_t h = 0; h < 140000; ++h) a.set(i, h, i == 68 ? 127 : 1);
     }
-    Array b = row(140000, 127, 140000);
+    const Array b = row(140000, 127, 140000);
     CHECK_THROWS(product(a, b), value, "got 2258060000 at row 68, column 0");
 }
 

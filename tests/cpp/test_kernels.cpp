@@ -39,8 +39,8 @@ private:
 };
 
 std::vector<float> random_floats(Random& random, std::int64_t size, double deviation = 1.0) {
-    std::vector<float> values;
-    for (std::int64_t i = 0; i < size; ++i) values.push_back(static_cast<float>(deviation * random.normal()));
+    std::vector<float> values(static_cast<std::size_t>(size));
+    for (float& value : values) value = static_cast<float>(deviation * random.normal());
     return values;
 }
 
@@ -92,8 +92,8 @@ TEST(range_agrees) {
             const octavo::cpu::Range range = table.range(x.data(), size);
             CHECK_EQ(range.finite, std::isfinite(special));
             if (range.finite) {
-                CHECK_EQ(range.min, *std::min_element(values.begin(), values.end()));
-                CHECK_EQ(range.max, *std::max_element(values.begin(), values.end()));
+                CHECK_EQ(range.min, std::ranges::min(values));
+                CHECK_EQ(range.max, std::ranges::max(values));
                 result += bytes_of(range.min) + bytes_of(range.max);
             }
         }
@@ -124,9 +124,8 @@ TEST(encode_agrees) {
         // The last ones are where x * 127 overflows, and just before.
         for (const double absmax : {1.0, 6.0, 1e-40, 2.6e36, 3e36, 3.4e38}) {
             Random random(5);
-            std::vector<float> values;
-            for (std::int64_t i = 0; i < size; ++i)
-                values.push_back(static_cast<float>(random.uniform(-absmax, absmax)));
+            std::vector<float> values(static_cast<std::size_t>(size));
+            for (float& value : values) value = static_cast<float>(random.uniform(-absmax, absmax));
             const Guarded<float> x(values);
             const Guarded<std::int8_t> codes(static_cast<std::size_t>(size));
             table.encode_absmax(x.data(), size, static_cast<float>(absmax), codes.data());
@@ -177,8 +176,8 @@ TEST(encode_absmax_is_ideal_for_float16) {
 TEST(float_updates_agree) {
     compare("scale_sums", 0, [&](const Kernels& table, std::int64_t size) {
         Random random(9);
-        std::vector<std::int32_t> sums;
-        for (std::int64_t i = 0; i < size; ++i) sums.push_back(static_cast<std::int32_t>(random.bits()));
+        std::vector<std::int32_t> sums(static_cast<std::size_t>(size));
+        for (std::int32_t& sum : sums) sum = static_cast<std::int32_t>(random.bits());
         const Guarded<std::int32_t> acc(sums);
         const Guarded<float> scale(random_floats(random, size));
         const Guarded<float> y(static_cast<std::size_t>(size));
@@ -240,23 +239,22 @@ void check_gemm(const Kernels& table, std::int64_t m, std::int64_t n, std::int64
     const std::int64_t acc_stride = n + random.integer(0, 3);
     const bool extreme = random.integer(0, 3) == 0;  // all -128, the value without a negative
     const auto fill = [&](std::int64_t size) {
-        std::vector<std::int8_t> values;
-        for (std::int64_t i = 0; i < size; ++i) {
-            values.push_back(static_cast<std::int8_t>(extreme ? -128 : random.integer(-128, 127)));
-        }
+        std::vector<std::int8_t> values(static_cast<std::size_t>(size));
+        for (std::int8_t& value : values) value = static_cast<std::int8_t>(extreme ? -128 : random.integer(-128, 127));
         return values;
     };
     const Guarded<std::int8_t> a(fill((m - 1) * a_stride + k));
     const Guarded<std::int8_t> b(fill((n - 1) * b_stride + k));
-    std::vector<std::int32_t> sums;
-    for (std::int64_t j = 0; j < n; ++j) sums.push_back(table.sum(b.data() + j * b_stride, k));
-    const Guarded<std::int32_t> b_sums(sums);
+    const Guarded<std::int32_t> b_sums(static_cast<std::size_t>(n));
+    for (std::int64_t j = 0; j < n; ++j) b_sums.data()[j] = table.sum(b.data() + j * b_stride, k);
     const Guarded<std::int32_t> acc(static_cast<std::size_t>((m - 1) * acc_stride + n));
     table.gemm(a.data(), a_stride, b.data(), b_stride, b_sums.data(), m, n, k, acc.data(), acc_stride);
     for (std::int64_t i = 0; i < m; ++i) {
         for (std::int64_t j = 0; j < n; ++j) {
             std::int64_t expected = 0;
-            for (std::int64_t h = 0; h < k; ++h) expected += a.data()[i * a_stride + h] * b.data()[j * b_stride + h];
+            for (std::int64_t h = 0; h < k; ++h) {
+                expected += std::int64_t{a.data()[i * a_stride + h]} * b.data()[j * b_stride + h];
+            }
             if (acc.data()[i * acc_stride + j] != expected) CHECK_EQ(acc.data()[i * acc_stride + j], expected);
         }
     }
@@ -273,8 +271,12 @@ TEST(gemm_is_exact) {
                 for (const std::int64_t n : {1, 2, 3, 4, 5}) check_gemm(*table, m, n, k, random);
             }
         }
-        check_gemm(*table, 64, 64, 257, random);
-        check_gemm(*table, 17, 61, 127, random);
+        // Many rows, for which a kernel may lay out B anew, a slice at a time.
+        for (const std::int64_t k : {1, 3, 4, 5, 511, 513, 1029}) {
+            for (const std::int64_t m : {63, 64, 66, 71}) {
+                for (const std::int64_t n : {1, 16, 17, 63, 64, 70}) check_gemm(*table, m, n, k, random);
+            }
+        }
     }
 }
 
@@ -291,9 +293,12 @@ TEST(gemm_at_the_greatest_depth) {
         for (const Kernels* table : tables()) {
             const check::Context context(table->isa, " ", c.a, " times ", c.b);
             const std::int32_t b_sum = table->sum(b.data(), k);
-            std::int32_t acc = 0;
-            table->gemm(a.data(), k, b.data(), k, &b_sum, 1, 1, k, &acc, 1);
-            CHECK_EQ(acc, c.a * c.b * k);
+            for (const std::int64_t m : {1, 64}) {
+                // All rows of A are one.
+                std::vector<std::int32_t> acc(static_cast<std::size_t>(m));
+                table->gemm(a.data(), 0, b.data(), k, &b_sum, m, 1, k, acc.data(), 1);
+                for (const std::int32_t sum : acc) CHECK_EQ(sum, k * c.a * c.b);
+            }
         }
     }
 }

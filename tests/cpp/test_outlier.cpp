@@ -13,15 +13,15 @@ using octavo::DType;
 namespace {
 
 constexpr float quiet_nan = std::numeric_limits<float>::quiet_NaN();
-constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr double infinity = std::numeric_limits<double>::infinity();
 
 std::vector<std::int32_t> find_outliers(const Array& x, float threshold, Layout layout = Layout::contiguous) {
     const Array columns(DType::i32, 1, x.matrix().cols, layout);
     const Array count(DType::i32, 1, 1, layout);
     octavo::find_outliers(x.matrix(), threshold, columns.vector(), count.vector());
-    std::vector<std::int32_t> found;
-    for (std::int64_t i = 0; i < static_cast<std::int64_t>(count.get(0)); ++i) {
-        found.push_back(static_cast<std::int32_t>(columns.get(i)));
+    std::vector<std::int32_t> found(static_cast<std::size_t>(count.get(0)));
+    for (std::size_t i = 0; i < found.size(); ++i) {
+        found[i] = static_cast<std::int32_t>(columns.get(static_cast<std::int64_t>(i)));
     }
     return found;
 }
@@ -34,10 +34,10 @@ TEST(literal) {
     const float below = 5.9999995F;
     const Array x(DType::f32, Values(2, 8,
                                      {0, 6, below, 1, 2, 3, 7, 0,  //
-                                      0, 1, -below, -6, 2, quiet_nan, -1e30F, -infinity}));
+                                      0, 1, -below, -6, 2, quiet_nan, -1e30, -infinity}));
     CHECK((find_outliers(x, 6.0F) == Columns{1, 3, 5, 6, 7}));
     CHECK((find_outliers(x, 0.0F) == Columns{0, 1, 2, 3, 4, 5, 6, 7}));
-    CHECK((find_outliers(x, infinity) == Columns{5, 7}));
+    CHECK((find_outliers(x, static_cast<float>(infinity)) == Columns{5, 7}));
     CHECK((find_outliers(x, 2.0F) == Columns{1, 2, 3, 4, 5, 6, 7}));
 }
 

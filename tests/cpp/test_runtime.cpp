@@ -97,11 +97,11 @@ TEST(instruction_sets) {
     const auto available = octavo::cpu_isas_available();
     CHECK(!available.empty());
     CHECK_EQ(available.back(), "scalar");
-    const std::string best = available.front();
+    const std::string& best = available.front();
     CHECK_EQ(used_isa(nullptr), best);
     CHECK_EQ(used_isa(""), best);
     for (const char* isa : {"scalar", "avx2", "avx512_vnni"}) {
-        const bool has = std::find(available.begin(), available.end(), isa) != available.end();
+        const bool has = std::ranges::find(available, isa) != available.end();
         if (has) CHECK_EQ(used_isa(isa), isa);
         if (!has) CHECK(used_isa(isa).find(std::string("got '") + isa + "'") != std::string::npos);
     }

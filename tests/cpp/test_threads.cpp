@@ -19,7 +19,7 @@
 
 #ifdef __SANITIZE_THREAD__
 // A forked child that starts threads is what is tested here.
-extern "C" const char* __tsan_default_options() { return "die_after_fork=0"; }
+extern "C" __attribute__((visibility("default"))) const char* __tsan_default_options() { return "die_after_fork=0"; }
 #endif
 
 using octavo::DType;
@@ -42,18 +42,18 @@ private:
 // What every operation makes of the data of one seed, as bytes. Large enough for several threads to share.
 std::string run_everything(std::uint64_t seed) {
     Random random(seed);
-    const Array x(DType::bf16, random_normal(random, 150, 300, 3));
-    const Array w(DType::f16, random_normal(random, 200, 300));
+    const Array x(DType::bf16, random_normal(random, 120, 300, 3));
+    const Array w(DType::f16, random_normal(random, 130, 300));
     std::string result;
     for (const octavo::Scheme scheme : schemes) {
         const Codes codes = quantize(x, scheme, octavo::Granularity::tensor);
         result += codes.codes.bytes() + codes.scale.bytes();
         const Codes weight = quantize_weight(w, scheme, octavo::Granularity::vector);
         result += weight.codes.bytes() + weight.code_sums.bytes();
-        const Array product(DType::i32, 150, 200);
+        const Array product(DType::i32, 120, 130);
         octavo::int8_matmul(codes.codes.matrix(), weight.codes.matrix(), product.matrix());
         result += product.bytes();
-        const Array back(DType::f16, 200, 300);
+        const Array back(DType::f16, 130, 300);
         octavo::dequantize(weight.codes.matrix(), weight.scale.vector(), vector_of(weight.zeropoint), back.matrix());
         result += back.bytes();
         const octavo::WeightView view{.codes = weight.codes.matrix(),
@@ -61,12 +61,12 @@ std::string run_everything(std::uint64_t seed) {
                                       .zeropoint = vector_of(weight.zeropoint),
                                       .code_sums = weight.code_sums.vector(),
                                       .scheme = scheme};
-        const Array y(DType::bf16, 150, 200);
-        for (const auto outliers : {octavo::Outliers::columns, octavo::Outliers::rows}) {
-            for (const auto path : {octavo::Path::int8, octavo::Path::weight_only}) {
-                octavo::linear(x.matrix(), view, octavo::absent_vector, y.matrix(), {6.0F, outliers, path});
-                result += y.bytes();
-            }
+        const Array y(DType::bf16, 120, 130);
+        for (const octavo::LinearOptions& options : {octavo::LinearOptions{.outliers = octavo::Outliers::columns},
+                                                     octavo::LinearOptions{.outliers = octavo::Outliers::rows},
+                                                     octavo::LinearOptions{.path = octavo::Path::weight_only}}) {
+            octavo::linear(x.matrix(), view, octavo::absent_vector, y.matrix(), options);
+            result += y.bytes();
         }
     }
     const Array columns(DType::i32, std::vector<double>(300));
@@ -105,7 +105,7 @@ TEST(work_is_shared) {
     parallel_for(3, 1, [&](std::int64_t, std::int64_t) {
         ++waiting;
         while (waiting < 3) std::this_thread::yield();
-        const std::lock_guard lock(mutex);
+        const std::scoped_lock lock(mutex);
         seen.push_back(std::this_thread::get_id());
     });
     CHECK_EQ(seen.size(), std::size_t{3});
@@ -128,8 +128,8 @@ TEST(results_do_not_depend_on_the_number_of_threads) {
 TEST(concurrent_callers) {
     const Threads set(3);
     constexpr int callers = 4;
-    std::vector<std::string> expected;
-    for (int i = 0; i < callers; ++i) expected.push_back(run_everything(static_cast<std::uint64_t>(i)));
+    std::vector<std::string> expected(callers);
+    for (std::size_t i = 0; i < callers; ++i) expected[i] = run_everything(i);
     std::vector<std::thread> threads;
     std::atomic<int> wrong{0};
     threads.reserve(callers);

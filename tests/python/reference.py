@@ -87,7 +87,7 @@ def _quantize_groups_absmax(x: Floats, keep: Mask) -> Quantized:
         q = np.clip(np.rint(q), -127, 127)
         scale = absmax[:, 0] / F(127)
     # A zero group (0/0) has codes 0. A group with NaN or Inf has no codes: 0, and scale NaN.
-    finite: Mask = np.isfinite(np.where(keep, x, 0)).all(axis=1, keepdims=True)
+    finite = np.all(np.isfinite(np.where(keep, x, 0)), axis=1, keepdims=True)
     q = np.where(keep & (absmax > 0) & finite, q, 0).astype(np.int8)
     return Quantized(q, np.where(finite[:, 0], scale, F(np.nan)).astype(np.float32), None)
 
@@ -106,8 +106,8 @@ def _zeropoint_formula(x: Array, lo: Array, hi: Array, one: Any) -> tuple[Array,
 
 def _quantize_groups_zeropoint(x: Floats, keep: Mask) -> Quantized:
     """Eq. (2-3), placed so that [min, max] becomes [-127, 127]."""
-    used: Mask = keep.any(axis=1, keepdims=True)
-    finite: Mask = np.isfinite(np.where(keep, x, 0)).all(axis=1, keepdims=True)
+    used = np.any(keep, axis=1, keepdims=True)
+    finite = np.all(np.isfinite(np.where(keep, x, 0)), axis=1, keepdims=True)
     lo = np.min(x, axis=1, keepdims=True, where=keep, initial=np.inf)
     hi = np.max(x, axis=1, keepdims=True, where=keep, initial=-np.inf)
     live = used & finite
@@ -194,8 +194,7 @@ def find_outliers(x: Floats, *, threshold: float = DEFAULT_THRESHOLD) -> npt.NDA
 def int8_matmul(a: Array, b: Array) -> npt.NDArray[np.int64]:
     """Product of a [..., k] and b [n, k], transposed, exact."""
     # float64 holds every integer below 2^53, and |sum| <= 2^14 k: exact for k < 2^39, and BLAS makes it fast.
-    product: Doubles = a.astype(np.float64) @ b.astype(np.float64).T
-    return product.astype(np.int64)
+    return np.asarray(a.astype(np.float64) @ b.astype(np.float64).T, np.int64)
 
 
 def zeropoint_product(qx: Array, zx: Array, qw: Array, zw: Array) -> npt.NDArray[np.int64]:

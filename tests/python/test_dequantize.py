@@ -103,11 +103,13 @@ def test_weights(typed: Typed, scheme: str, granularity: str, n: int, k: int, se
 def test_views_equal_contiguous(backend: Backend, view: str) -> None:
     if view not in views(backend):
         pytest.skip(f"{backend.framework} has no negative strides")
-    codes = np.random.default_rng(0).integers(-127, 128, (6, 37), dtype=np.int8)
-    scale = np.linspace(0.1, 2, 6).astype(F)
-    strided = VIEWS[view](backend, backend.array(codes))
-    got = octavo.dequantize(octavo.Quantized(strided, backend.array(scale), None))
-    equal(backend.host(got), ref.dequantize(ref.Quantized(codes, scale, None)))
+    rng = np.random.default_rng(0)
+    for shape in ((6, 37), (2, 3, 17)):
+        codes = rng.integers(-127, 128, shape, dtype=np.int8)
+        scale = rng.uniform(0.1, 2, shape[:-1]).astype(F)
+        strided = VIEWS[view](backend, backend.array(codes)), VIEWS[view](backend, backend.array(scale))
+        got = octavo.dequantize(octavo.Quantized(*strided, None))
+        equal(backend.host(got), ref.dequantize(ref.Quantized(codes, scale, None)))
 
 
 @given(kinds.filter(lambda kind: kind not in ("nonfinite", "tiny")), sizes, sizes, seeds)

@@ -136,8 +136,8 @@ def test_views_equal_contiguous(backend: Backend, view: str, which: str) -> None
     if view not in views(backend):
         pytest.skip(f"{backend.framework} has no negative strides")
     rng = np.random.default_rng(7)
-    for m, k, n in ((5, 33, 7), (16, 64, 32), (1, 17, 3)):
-        a, b = codes(rng, m, k), codes(rng, n, k)
+    for lead, k, n in (((5,), 33, 7), ((16,), 64, 32), ((1,), 17, 3), ((2, 3), 17, 5)):
+        a, b = codes(rng, *lead, k), codes(rng, n, k)
         expected = ref.int8_matmul(a, b).astype(np.int32)
         x, y = backend.array(a), backend.array(b)
         x = VIEWS[view](backend, x) if which != "b" else x

@@ -32,6 +32,7 @@ LITERAL: dict[str, tuple[Any, dict[str, Any], list[int]]] = {
     "threshold 0 takes zeros": ([[0, -0.0, 1]], {"threshold": 0.0}, [0, 1, 2]),
     "threshold -0.0 is 0": ([[0, 1]], {"threshold": -0.0}, [0, 1]),
     "an integer threshold": ([[1, 2, 3]], {"threshold": 2}, [1, 2]),
+    "a threshold between two 16-bit values": ([[6, 6.03125]], {"threshold": 6.001}, [1]),
     "rank 1": ([1, 10, 2], {}, [1]),
     "rank 3": ([[[1, 2], [3, 4]], [[5, 6], [0, 0]]], {}, [1]),
     "last row only": ([[0, 0, 0]] * 70 + [[0, 0, 6]], {}, [2]),

@@ -288,6 +288,8 @@ def test_oracle_any_float(typed: Typed, rows: list[list[float]]) -> None:
 
 FLOAT32_EDGES: dict[str, list[float]] = {
     "127 x overflows": [3.4e38, 1.7e38, -2.7e36, 2.6e36, 1.0],
+    # where 127 x does not overflow but 127 absmax does, x goes the usual way: 10, and (x / absmax) * 127 would be 11
+    "127 absmax overflows": [2.0089053589948258e37, 1.6609060815771066e36],
     "largest": [3.4028234663852886e38, -3.4028234663852886e38, 3.0e38],
     "largest, one sided": [3.4028234663852886e38, 1.0e38],
     "smallest": [2.0**-149, -(2.0**-149), 0.0],

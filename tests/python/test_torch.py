@@ -285,6 +285,17 @@ def test_in_place_changes_of_the_weight_are_seen() -> None:
         assert a.weight.data_ptr() != b.weight.data_ptr()
 
 
+def test_the_codes_are_held_once_wherever_they_move() -> None:
+    """What is cached on first use does not keep the memory that a move or a cast has left."""
+    layer, x = ot.Int8Linear.from_linear(dense(33, 19), outlier_columns=[1]), inputs(33)
+    with torch.no_grad():
+        expected = layer(x)
+        for change in (lambda: layer._apply(torch.clone), layer.share_memory, lambda: layer.to(torch.float32)):
+            change()
+            same(layer(x), expected)
+            assert layer.int8_weight.codes.data_ptr() == layer.weight.data_ptr()
+
+
 # --- autograd
 
 
@@ -350,6 +361,30 @@ def test_autocast(dtype: str) -> None:
     assert y.dtype == DTYPES[dtype]
     with torch.no_grad():
         same(y, layer(x.to(DTYPES[dtype])))
+
+
+# --- the compiler
+
+
+@pytest.mark.parametrize("options", ["default", "static"])
+def test_compiles(options: str) -> None:
+    """One graph, with gradients; aot_eager traces like a compiler and needs none."""
+    torch._dynamo.reset()
+    layer = ot.Int8Linear.from_linear(dense(33, 19), **OPTIONS[options])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = inputs(33).requires_grad_()
+    y, expected = compiled(x), layer(x)
+    same(y.detach(), expected.detach())
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    same(grad, expected_grad)
+
+
+def test_exports() -> None:
+    model, x = nn.Sequential(ot.Int8Linear.from_linear(dense(33, 19))), inputs(33)
+    exported = torch.export.export(model, (x,)).module()
+    with torch.no_grad():
+        same(exported(x), model(x))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -542,6 +577,7 @@ def test_a_weight_tied_to_an_embedding_is_never_broken() -> None:
         ot.quantize_(model, skip=(), progress=False)
         y = model(ids)
     assert model.embedding.weight.dtype == torch.float32
+    assert model.lm_head.weight is model.embedding.weight
     assert torch.nn.functional.cosine_similarity(y, exact).min() > 0.99
 
 
@@ -629,6 +665,35 @@ def test_quantize_keeps_what_calibrate_found() -> None:
 def test_static_needs_calibration() -> None:
     with pytest.raises(ValueError, match="calibrat"):
         ot.quantize_(Model(), outliers="static", progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_calibrate_compares_in_float32(dtype: str) -> None:
+    """As find_outliers: the threshold is not rounded to the dtype of x, where 6.001 would become 6."""
+    model = nn.Sequential(dense(24, 16, dtype=dtype))
+    x = torch.full((5, 24), 6.0, dtype=DTYPES[dtype])
+    assert octavo.find_outliers(x, threshold=6.001).numel() == 0
+    assert ot.calibrate_(model, [x], threshold=6.001, progress=False)["0"].numel() == 0
+
+
+class Keyword(nn.Module):
+    """Calls its layer by the name that nn.Linear gives its argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = dense(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(input=x)
+        return result
+
+
+def test_layers_called_by_keyword() -> None:
+    model, x = Keyword(), outlying_batches()[0]
+    assert ot.calibrate_(model, [x], progress=False)["fc"].tolist() == [3, 7]
+    ot.quantize_(model, progress=False)
+    with torch.no_grad():
+        same(model(x), model.fc(x))
 
 
 class Arguments(nn.Module):

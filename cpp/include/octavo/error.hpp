@@ -1,13 +1,14 @@
 // The one exception type of octavo and its kinds.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 namespace octavo {
 
 // What went wrong, in the terms every language binding has a counterpart for.
-enum class ErrorKind {
+enum class ErrorKind : std::uint8_t {
     type,    // an argument of the wrong dtype or kind      (Python: TypeError)
     value,   // an argument of the wrong shape, range, ...  (Python: ValueError)
     device,  // no backend, no driver, a failed launch      (Python: RuntimeError)

@@ -29,6 +29,34 @@ void for_each_panel(std::int64_t m, std::int64_t n, std::int64_t k, const std::f
     });
 }
 
+namespace {
+
+void put(std::int32_t value, std::int64_t row, std::int64_t col, const Matrix& out) {
+    __builtin_memcpy(at(out, row, col), &value, sizeof value);
+}
+
+void put_row(const std::int32_t* acc, const Panel& panel, std::int64_t row, const Matrix& out) {
+    if (out.col_stride == 1) {
+        __builtin_memcpy(at(out, row, panel.col_begin), acc, static_cast<std::size_t>(panel.cols()) * sizeof *acc);
+        return;
+    }
+    for (std::int64_t j = 0; j < panel.cols(); ++j) put(acc[j], row, panel.col_begin + j, out);
+}
+
+void put_row(const std::int64_t* acc, const Panel& panel, std::int64_t row, const Matrix& out) {
+    for (std::int64_t j = 0; j < panel.cols(); ++j) {
+        const auto value = static_cast<std::int32_t>(acc[j]);
+        if (value != acc[j]) {
+            throw Error(ErrorKind::value, "int8_matmul: out: expected sums that fit int32, got " + std::to_string(acc[j]) +
+                                              " at row " + std::to_string(row) + ", column " +
+                                              std::to_string(panel.col_begin + j));
+        }
+        put(value, row, panel.col_begin + j, out);
+    }
+}
+
+}  // namespace
+
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out) {
     const ContiguousCodes a_rows(a);
     const ContiguousCodes b_rows(b);
@@ -38,15 +66,7 @@ void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out) {
             b_sums[j] = kernels().sum(b_rows.row(panel.col_begin + j), a.cols);
         }
         multiply_panel(a_rows, b_rows, b_sums, panel, a.cols, [&](std::int64_t row, const auto* acc) {
-            for (std::int64_t j = 0; j < panel.cols(); ++j) {
-                const auto value = static_cast<std::int32_t>(acc[j]);
-                if (value != acc[j]) {
-                    throw Error(ErrorKind::value, "int8_matmul: out: expected sums that fit int32, got " +
-                                                      std::to_string(acc[j]) + " at row " + std::to_string(row) +
-                                                      ", column " + std::to_string(panel.col_begin + j));
-                }
-                __builtin_memcpy(at(out, row, panel.col_begin + j), &value, sizeof value);
-            }
+            put_row(acc, panel, row, out);
         });
     });
 }

@@ -11,8 +11,9 @@
 
 namespace octavo::cpu {
 
-// Sides of a tile of the output. 64 rows of B by a few thousand k fit a second-level cache.
-inline constexpr std::int64_t tile_rows = 64;
+// Sides of a tile of the output. 64 rows of B by a few thousand k fit a second-level cache; many rows of A make worth
+// while what a kernel prepares of them.
+inline constexpr std::int64_t tile_rows = 256;
 inline constexpr std::int64_t tile_cols = 64;
 
 // A rectangle of the output that one thread computes: at most tile_cols wide, any number of rows.
@@ -31,17 +32,17 @@ void for_each_panel(std::int64_t m, std::int64_t n, std::int64_t k, const std::f
 template <class Finish>
 void multiply_panel(const ContiguousCodes& a, const ContiguousCodes& b, const std::int32_t* b_sums, const Panel& panel,
                     std::int64_t k, Finish finish) {
-    std::int32_t acc[tile_rows * tile_cols];
+    const Scratch<std::int32_t> acc(std::min(tile_rows, panel.row_end - panel.row_begin) * tile_cols);
     for (std::int64_t row = panel.row_begin; row < panel.row_end; row += tile_rows) {
         const std::int64_t rows = std::min(tile_rows, panel.row_end - row);
         if (k <= max_int32_depth) {
             kernels().gemm(a.row(row), a.stride(), b.row(panel.col_begin), b.stride(), b_sums, rows, panel.cols(), k,
-                           acc, tile_cols);
-            for (std::int64_t i = 0; i < rows; ++i) finish(row + i, acc + i * tile_cols);
+                           acc.data(), tile_cols);
+            for (std::int64_t i = 0; i < rows; ++i) finish(row + i, acc.data() + i * tile_cols);
             continue;
         }
-        const Scratch<std::int64_t> wide(tile_rows * tile_cols);
-        std::fill(wide.data(), wide.data() + tile_rows * tile_cols, 0);
+        const Scratch<std::int64_t> wide(rows * tile_cols);
+        std::fill(wide.data(), wide.data() + rows * tile_cols, 0);
         for (std::int64_t depth = 0; depth < k; depth += max_int32_depth) {
             const std::int64_t part = std::min(max_int32_depth, k - depth);
             std::int32_t part_sums[tile_cols];
@@ -49,9 +50,9 @@ void multiply_panel(const ContiguousCodes& a, const ContiguousCodes& b, const st
                 part_sums[j] = kernels().sum(b.row(panel.col_begin + j) + depth, part);
             }
             kernels().gemm(a.row(row) + depth, a.stride(), b.row(panel.col_begin) + depth, b.stride(), part_sums, rows,
-                           panel.cols(), part, acc, tile_cols);
-            for (std::int64_t i = 0; i < tile_rows * tile_cols; ++i) {
-                if (i / tile_cols < rows && i % tile_cols < panel.cols()) wide[i] += acc[i];
+                           panel.cols(), part, acc.data(), tile_cols);
+            for (std::int64_t i = 0; i < rows; ++i) {
+                for (std::int64_t j = 0; j < panel.cols(); ++j) wide[i * tile_cols + j] += acc[i * tile_cols + j];
             }
         }
         for (std::int64_t i = 0; i < rows; ++i) finish(row + i, wide.data() + i * tile_cols);

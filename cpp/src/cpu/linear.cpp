@@ -47,6 +47,7 @@ struct QuantizedX {
 // What the epilogue needs of the weight for the columns of one panel, gathered so that its loops are contiguous.
 class PanelWeight {
 public:
+    // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): only the panel's columns of the arrays are used
     PanelWeight(const WeightView& weight, const ConstVector& bias, const Panel& panel) : cols_(panel.cols()) {
         for (std::int64_t j = 0; j < cols_; ++j) {
             scale[j] = of_group(weight.scale, panel.col_begin + j, 0.0F);
@@ -86,17 +87,20 @@ public:
 
     // y[j] += sum_{o in O} x[row, o] * w[j, o]
     void add_outliers(const OutlierElements& outliers, std::int64_t row, float* y) const {
-        outliers.for_each(row, [&](std::int64_t position, float value) {
-            kernels().add_scaled(cols_, value, outlier_weight_->data() + position * tile_cols, y);
-        });
+        const auto elements = outliers.row(row);
+        if (elements.values.empty()) return;
+        kernels().add_products(cols_, static_cast<std::int64_t>(elements.values.size()), elements.values.data(),
+                               elements.positions, outlier_weight_->data(), tile_cols, y);
     }
 
     // sums[j] = sum_k of the codes of w[j] over the columns that are not outliers of the row
     void sum_codes_outside(const OutlierElements& outliers, std::int64_t row, std::int32_t* sums) const {
         std::copy(code_sums, code_sums + cols_, sums);
-        outliers.for_each(row, [&](std::int64_t position, float /*value*/) {
+        const auto elements = outliers.row(row);
+        for (std::size_t o = 0; o < elements.values.size(); ++o) {
+            const auto position = elements.positions != nullptr ? elements.positions[o] : static_cast<std::int64_t>(o);
             for (std::int64_t j = 0; j < cols_; ++j) sums[j] -= (*outlier_codes_)[position * tile_cols + j];
-        });
+        }
     }
 
     void add_bias(float* y) const { kernels().add_scaled(cols_, 1.0F, bias_, y); }

@@ -78,7 +78,7 @@ void OutlierElements::gather_per_row(const ConstMatrix& x, float threshold) {
     row_begin_.push_back(0);
     for (std::int64_t i = 0; i < x.rows; ++i) {
         load_row(x, i, 0, x.cols, row.data());
-        std::fill(mask.begin(), mask.end(), std::uint8_t{0});
+        std::ranges::fill(mask, std::uint8_t{0});
         kernels().mark_outliers(row.data(), x.cols, threshold, mask.data());
         for (std::int64_t j = 0; j < x.cols; ++j) {
             if (mask[static_cast<std::size_t>(j)] == 0) continue;
@@ -88,10 +88,10 @@ void OutlierElements::gather_per_row(const ConstMatrix& x, float threshold) {
         row_begin_.push_back(static_cast<std::int64_t>(row_columns_.size()));
     }
     columns_ = row_columns_;
-    std::sort(columns_.begin(), columns_.end());
-    columns_.erase(std::unique(columns_.begin(), columns_.end()), columns_.end());
+    std::ranges::sort(columns_);
+    columns_.erase(std::ranges::unique(columns_).begin(), columns_.end());
     for (const std::int32_t column : row_columns_) {
-        const auto place = std::lower_bound(columns_.begin(), columns_.end(), column);
+        const auto place = std::ranges::lower_bound(columns_, column);
         positions_.push_back(static_cast<std::int32_t>(place - columns_.begin()));
     }
 }
@@ -100,6 +100,12 @@ OutlierElements::Bounds OutlierElements::bounds(std::int64_t row) const noexcept
     if (per_row_) return {row_begin_[static_cast<std::size_t>(row)], row_begin_[static_cast<std::size_t>(row) + 1]};
     const auto width = static_cast<std::int64_t>(columns_.size());
     return {row * width, (row + 1) * width};
+}
+
+OutlierElements::Row OutlierElements::row(std::int64_t index) const noexcept {
+    const auto [begin, end] = bounds(index);
+    const auto values = std::span(values_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+    return {values, per_row_ ? positions_.data() + begin : nullptr};
 }
 
 std::span<const std::int32_t> OutlierElements::columns_of(std::int64_t row) const noexcept {

@@ -24,15 +24,12 @@ public:
     // The columns of row i's own elements: all of columns(), except under the policy `rows`.
     [[nodiscard]] std::span<const std::int32_t> columns_of(std::int64_t row) const noexcept;
 
-    // take(position in columns(), value of x) for each element of row i.
-    template <class Take>
-    void for_each(std::int64_t row, Take take) const {
-        const auto [begin, end] = bounds(row);
-        for (std::int64_t at = begin; at < end; ++at) {
-            const std::int64_t position = per_row_ ? positions_[static_cast<std::size_t>(at)] : at - begin;
-            take(position, values_[static_cast<std::size_t>(at)]);
-        }
-    }
+    // Row i's own elements.
+    struct Row {
+        std::span<const float> values;
+        const std::int32_t* positions;  // of their columns in columns(); null: 0, 1, 2, ...
+    };
+    [[nodiscard]] Row row(std::int64_t index) const noexcept;
 
 private:
     struct Bounds {

@@ -13,6 +13,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "octavo/error.hpp"
@@ -69,7 +70,7 @@ public:
             try {
                 body_(begin, std::min(begin + piece_, count_));
             } catch (...) {
-                const std::lock_guard lock(error_mutex_);
+                const std::scoped_lock lock(error_mutex_);
                 if (!error_) error_ = std::current_exception();
                 next_.store(count_, std::memory_order_relaxed);  // the rest is not worth doing
             }
@@ -97,9 +98,9 @@ public:
         const std::unique_lock caller(caller_mutex_, std::try_to_lock);
         if (!caller.owns_lock()) return false;
         {
-            const std::lock_guard lock(mutex_);
+            const std::scoped_lock lock(mutex_);
             try {
-                while (static_cast<int>(threads_.size()) < helpers) {
+                while (std::cmp_less(threads_.size(), helpers)) {
                     threads_.emplace_back(&Pool::help, this, static_cast<int>(threads_.size()));
                 }
             } catch (const std::system_error&) {  // no more threads to be had: work with those there are

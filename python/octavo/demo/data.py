@@ -17,16 +17,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .errors import TooFewSentencesError
+
 EVALUATION_SENTENCES = 200
 CALIBRATION_SENTENCES = 64
 
 # Modules documented in prose, all present from Python 3.10 on. Packages are read whole.
-MODULES = """
-    argparse calendar cmd collections configparser contextlib copy csv difflib doctest fileinput
-    fractions functools heapq imaplib inspect ipaddress logging mailbox optparse pickle pickletools
-    pprint queue random sched shlex shutil smtplib socket socketserver statistics string subprocess
-    tarfile tempfile textwrap threading trace turtle typing unittest urllib warnings zipfile
-""".split()
+MODULES = (
+    "argparse", "calendar", "cmd", "collections", "configparser", "contextlib", "copy", "csv", "difflib",
+    "doctest", "fileinput", "fractions", "functools", "heapq", "imaplib", "inspect", "ipaddress", "logging",
+    "mailbox", "optparse", "pickle", "pickletools", "pprint", "queue", "random", "sched", "shlex", "shutil",
+    "smtplib", "socket", "socketserver", "statistics", "string", "subprocess", "tarfile", "tempfile",
+    "textwrap", "threading", "trace", "turtle", "typing", "unittest", "urllib", "warnings", "zipfile",
+)  # fmt: skip
 
 MIN_WORDS, MAX_WORDS = 8, 40
 
@@ -35,10 +38,6 @@ MIN_WORDS, MAX_WORDS = 8, 40
 _PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'()/-]*[a-z)]\.")
 # A full stop, a space and a capital end a sentence, except after the usual abbreviations.
 _BOUNDARY = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<=\.)\s+(?=[A-Z])")
-
-
-class TooFewSentences(RuntimeError):
-    """This Python installation carries too little documentation."""
 
 
 class Sentences(NamedTuple):
@@ -51,12 +50,12 @@ class Sentences(NamedTuple):
 def load(evaluation: int = EVALUATION_SENTENCES, calibration: int = CALIBRATION_SENTENCES) -> Sentences:
     """The first `evaluation` sentences, and `calibration` more from behind the first 200.
 
-    Raises TooFewSentences where this Python does not carry enough of them.
+    Raises TooFewSentencesError where this Python does not carry enough of them.
     """
     found = all_sentences()
     start = max(evaluation, EVALUATION_SENTENCES)
     if len(found) < start + calibration:
-        raise TooFewSentences(
+        raise TooFewSentencesError(
             f"needs {start + calibration} sentences of documentation, found {len(found)} in the standard "
             f"library of this Python ({_library()}); use a Python that is installed with its source files"
         )
@@ -73,7 +72,7 @@ def split_sentences(paragraph: str) -> Iterator[str]:
     """The sentences of one paragraph (line breaks are spaces) that are plain prose of 8 to 40 words."""
     for part in _BOUNDARY.split(" ".join(paragraph.split())):
         words = part.split(" ")
-        if not MIN_WORDS <= len(words) <= MAX_WORDS or not _PROSE.fullmatch(part):
+        if not MIN_WORDS <= len(words) <= MAX_WORDS or not _PROSE.fullmatch(part) or "--" in part:
             continue
         # Prose is made of lower-case words; lists of names, signatures and headings are not.
         if sum(word.strip(",;:'()").islower() for word in words) >= 0.75 * len(words):

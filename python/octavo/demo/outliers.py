@@ -36,8 +36,8 @@ class Features:
 
     largest: Tensor  # the largest magnitude
     share: Tensor  # the share of tokens at which the magnitude is 6 or more
-    mean: Tensor  # float64
-    deviation: Tensor  # float64, the standard deviation
+    mean: Tensor
+    deviation: Tensor  # the standard deviation
 
     @property
     def outliers(self) -> list[int]:
@@ -101,11 +101,10 @@ def observe(model: nn.Module, batches: Sequence[Batch]) -> Observed:
 
 
 def _features(x: Tensor) -> Features:
-    """x float32 [tokens, k]."""
+    """The features of x, float32 [tokens, k]."""
     size = x.abs()
-    share = (size >= THRESHOLD).double().mean(0)
-    wide = x.double()
-    return Features(size.amax(0), share, wide.mean(0), wide.std(0, correction=0))
+    deviation, mean = torch.std_mean(x, 0, correction=0)
+    return Features(size.amax(0), (size >= THRESHOLD).float().mean(0), mean, deviation)
 
 
 def largest_features(observed: Observed, count: int) -> list[int]:
@@ -114,9 +113,7 @@ def largest_features(observed: Observed, count: int) -> list[int]:
     return torch.stack(over_layers).amax(0).topk(count).indices.tolist()
 
 
-def random_features(
-    count: int, width: int, excluded: Sequence[int], draws: int, seed: int = 0
-) -> list[list[int]]:
+def random_features(count: int, width: int, excluded: Sequence[int], draws: int, seed: int = 0) -> list[list[int]]:
     """`draws` choices of `count` features of `width`, none excluded; the same for the same seed."""
     generator = random.Random(seed)
     others = sorted(set(range(width)) - set(excluded))
@@ -129,9 +126,7 @@ def zeroing(features: Sequence[int]) -> Callable[..., Any]:
     return lambda module, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])
 
 
-def ablate(
-    model: nn.Module, batches: Sequence[Batch], features: Sequence[int], reference: Tensor
-) -> Ablation:
+def ablate(model: nn.Module, batches: Sequence[Batch], features: Sequence[int], reference: Tensor) -> Ablation:
     """Zeroes features of all layers' attention input; `reference`: the untouched embeddings [count, 384]."""
     consumers = [linear_at(layer, path) for layer in layers(model) for path in ATTENTION_CONSUMERS]
     embeddings = torch.empty_like(reference)

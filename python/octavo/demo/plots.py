@@ -46,7 +46,7 @@ def draw_quality(report: Report) -> Figure:
     """How far each scheme's embeddings are from float32's, as the model is and with systematic outliers."""
     panels = [("as it is", report.natural)]
     panels += [(f"systematic outliers of size {s.size.magnitude:g}", s.rows) for s in report.systematic]
-    figure = plt.figure(figsize=(4 + 3.6 * len(panels), 5))
+    figure: Figure = plt.figure(figsize=(4 + 3.6 * len(panels), 5))
     axes = figure.subplots(1, len(panels), sharey=True, sharex=True)
     for axis, (title, rows) in zip(axes, panels, strict=True):
         shown = [row for row in rows if row.name != "float32"]  # its distance is 0, which no logarithm shows
@@ -71,16 +71,13 @@ def draw_quality(report: Report) -> Figure:
 
 def draw_outliers(report: Report) -> Figure:
     """How many outlier columns each linear input has, and how large the attention input's features are."""
-    figure = plt.figure(figsize=(13, 4.6))
+    figure: Figure = plt.figure(figsize=(13, 4.6))
     left, right = figure.subplots(1, 2)
     layers = sorted({found.layer for found in report.outlier_columns})
     styles = zip(INPUTS, (BLUE, GRAY, VERMILION, ORANGE), ("", "..", "//", "xx"), strict=True)
     for place, (name, color, hatch) in enumerate(styles):
         counts = [
-            len(f.columns)
-            for layer in layers
-            for f in report.outlier_columns
-            if (f.layer, f.input) == (layer, name)
+            len(f.columns) for layer in layers for f in report.outlier_columns if (f.layer, f.input) == (layer, name)
         ]
         positions = [layer + (place - 1.5) * 0.2 for layer in layers]
         left.bar(positions, counts, 0.2, color=color, hatch=hatch, edgecolor="white", label=name)
@@ -112,7 +109,7 @@ def draw_ablation(report: Report) -> Figure:
     ablations = report.ablations
     number = len(ablations.outliers.features)
     zeroed, drawn = f"{number} largest outlier features zeroed", f"{number} random features zeroed"
-    figure = plt.figure(figsize=(13, 4.4))
+    figure: Figure = plt.figure(figsize=(13, 4.4))
     left, right = figure.subplots(1, 2)
 
     for place, measure in enumerate(("mean_cosine", "min_cosine")):
@@ -126,16 +123,12 @@ def draw_ablation(report: Report) -> Figure:
     left.set_xlabel("1 - cosine with the untouched model")
     left.set_title("Embeddings")
     handles, labels = left.get_legend_handles_labels()
-    left.legend(
-        handles[:2], labels[:2], frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.17)
-    )
+    left.legend(handles[:2], labels[:2], frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.17))
     _quiet(left, "both")
 
     layers = range(len(ablations.untouched.top_probability_by_layer))
     for draw in ablations.random:
-        right.plot(
-            layers, draw.top_probability_by_layer, "o-", color=GRAY, alpha=0.5, markersize=4, label=drawn
-        )
+        right.plot(layers, draw.top_probability_by_layer, "o-", color=GRAY, alpha=0.5, markersize=4, label=drawn)
     untouched = ablations.untouched.top_probability_by_layer
     right.plot(layers, untouched, "s:", color=BLUE, markersize=9, markerfacecolor="none", label="untouched")
     right.plot(layers, ablations.outliers.top_probability_by_layer, "D-", color=VERMILION, label=zeroed)
@@ -145,9 +138,7 @@ def draw_ablation(report: Report) -> Figure:
     right.set_ylabel("top-1 softmax probability\n(mean over heads and tokens)")
     right.set_title("Attention")
     found = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))  # one entry per label
-    right.legend(
-        found.values(), found.keys(), frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.17)
-    )
+    right.legend(found.values(), found.keys(), frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.17))
     _quiet(right, "y")
     figure.suptitle("What the attention input's outlier features carry")
     figure.tight_layout()
@@ -156,7 +147,7 @@ def draw_ablation(report: Report) -> Figure:
 
 def draw_timing(report: Report) -> Figure:
     """Milliseconds per batch, one panel per batch size."""
-    figure = plt.figure(figsize=(3.8 * len(report.timings), 4.2))
+    figure: Figure = plt.figure(figsize=(3.8 * len(report.timings), 4.2))
     axes = figure.subplots(1, len(report.timings), squeeze=False)
     colors, hatches = (VERMILION, BLUE, GRAY), ("", "//", "..")
     for axis, timed in zip(axes[0], report.timings, strict=True):
@@ -188,7 +179,7 @@ def draw_tables(report: Report) -> Figure:
     heights = [row * (len(table.rows) + 3.5 + bool(table.note)) for table in drawn]
     widths = [sum(_widths(table)) + 2 * len(table.columns) for table in drawn]
     notes = [len(table.note) for table in drawn]
-    figure = plt.figure(figsize=(character * max(widths + notes), sum(heights)))
+    figure: Figure = plt.figure(figsize=(character * max(widths + notes), sum(heights)))
     bottom = sum(heights)
     for table, height in zip(drawn, heights, strict=True):
         bottom -= height

@@ -32,6 +32,7 @@ class Memory:
 
     @property
     def ratio(self) -> float:
+        """Bytes in int8 over bytes in float32."""
         return self.int8 / self.float32
 
 

@@ -5,7 +5,6 @@ Quality is measured against the float32 model's embeddings of the same sentences
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 import octavo.torch
 from octavo import _types
 
-from .model import Batch, embed, linear_bytes, linear_layers
+from .model import Batch, copy_modules, embed, linear_bytes, linear_layers
 
 THRESHOLD = 6.0  # of the paper: from this magnitude on, a feature is an outlier
 
@@ -45,12 +44,8 @@ TABLE_1 = (
 FLOAT32, VECTOR_WISE, LLM_INT8 = TABLE_1[0], TABLE_1[4], TABLE_1[7]
 
 # Table 1's LLM.int8() rows multiply outlier columns with dequantized weights. These keep the 16-bit ones.
-KEPT_COLUMNS = Scheme(
-    "absmax LLM.int8(), kept 16-bit outlier weights", "absmax", "vector", "columns", kept=True
-)
-KEPT_STATIC = Scheme(
-    "absmax LLM.int8(), kept 16-bit, static columns", "absmax", "vector", "static", kept=True
-)
+KEPT_COLUMNS = Scheme("absmax LLM.int8(), kept 16-bit outlier weights", "absmax", "vector", "columns", kept=True)
+KEPT_STATIC = Scheme("absmax LLM.int8(), kept 16-bit, static columns", "absmax", "vector", "static", kept=True)
 KEPT = (KEPT_COLUMNS, KEPT_STATIC)
 
 
@@ -72,21 +67,24 @@ class Row:
     linear_bytes: int
 
 
-def convert(
-    model: nn.Module, scheme: Scheme, calibration: Sequence[Batch], path: _types.Path = "int8"
-) -> nn.Module:
+def calibrated(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
+    """A copy of the float32 `model` that knows its systematic outlier columns, for conversion to keep."""
+    model = copy_modules(model)
+    octavo.torch.calibrate_(model, [b.inputs for b in batches], threshold=THRESHOLD, progress=False)
+    return model
+
+
+def convert(model: nn.Module, scheme: Scheme, path: _types.Path = "int8") -> nn.Module:
     """A copy of the float32 `model` whose linear layers run as `scheme` says; `model` is left as it is.
 
-    Weights are rounded to float16 first: LLM.int8() starts from 16-bit weights, and kept ones are to be
-    16-bit.
+    Weights are rounded to float16 first: LLM.int8() starts from 16-bit weights, and kept ones are to be 16-bit.
+    Where `scheme.kept`, the model must be a `calibrated` one, and otherwise must not.
     """
     if scheme.scheme is None:
         return model
-    model = copy.deepcopy(model)
-    if scheme.kept:
-        octavo.torch.calibrate_(model, [b.inputs for b in calibration], threshold=THRESHOLD, progress=False)
+    model = copy_modules(model)
     for _, linear in linear_layers(model):
-        linear.weight.data = linear.weight.data.half()
+        linear.weight = nn.Parameter(linear.weight.half(), requires_grad=False)
     return octavo.torch.quantize_(
         model,
         scheme=scheme.scheme,
@@ -98,16 +96,15 @@ def convert(
     )
 
 
-def evaluate(
-    model: nn.Module,
-    scheme: Scheme,
-    batches: Sequence[Batch],
-    reference: Tensor,
-    calibration: Sequence[Batch],
-) -> Row:
+def evaluate(model: nn.Module, scheme: Scheme, batches: Sequence[Batch], reference: Tensor) -> Row:
     """Converts a copy, embeds the batches and compares with `reference`, float32 [count, 384]."""
-    converted = convert(model, scheme, calibration)
-    return Row(scheme.name, quality(embed(converted, batches), reference), linear_bytes(converted))
+    converted = convert(model, scheme)
+    return row(scheme, converted, embed(converted, batches), reference)
+
+
+def row(scheme: Scheme, converted: nn.Module, embeddings: Tensor, reference: Tensor) -> Row:
+    """The row of a scheme from its embeddings, float32 [count, 384]."""
+    return Row(scheme.name, quality(embeddings, reference), linear_bytes(converted))
 
 
 def quality(embeddings: Tensor, reference: Tensor) -> Quality:

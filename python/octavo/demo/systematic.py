@@ -10,14 +10,13 @@ residual path takes the normalized value too, so changing the LayerNorm instead 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .model import Batch, layers
+from .model import Batch, copy_modules, layers
 from .outliers import (
     ATTENTION_CONSUMERS,
     ATTENTION_INPUT,
@@ -63,6 +62,7 @@ class DiagonalShift(nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Z."""
         return x * self.scale + self.shift
 
 
@@ -71,7 +71,7 @@ def with_outliers(model: nn.Module, features: Sequence[int], size: Size, observe
 
     `observed` says what mean and deviation the features have as they are.
     """
-    model = copy.deepcopy(model)
+    model = copy_modules(model)
     for index, layer in enumerate(layers(model)):
         for name, paths in CONSUMERS.items():
             rescaling = rescaling_to(size, features, observed[index, name])
@@ -79,19 +79,17 @@ def with_outliers(model: nn.Module, features: Sequence[int], size: Size, observe
                 parent, _, child = path.rpartition(".")
                 linear = linear_at(layer, path)
                 assert isinstance(linear, nn.Linear)
-                setattr(
-                    layer.get_submodule(parent), child, nn.Sequential(rescaling, folded(linear, rescaling))
-                )
+                setattr(layer.get_submodule(parent), child, nn.Sequential(rescaling, folded(linear, rescaling)))
     return model
 
 
 def rescaling_to(size: Size, features: Sequence[int], seen: Features) -> DiagonalShift:
     """The rescaling that gives the features the mean -magnitude and the wanted deviation."""
-    scale, shift = torch.ones_like(seen.mean), torch.zeros_like(seen.mean)
+    scale, shift = torch.ones_like(seen.mean), torch.zeros_like(seen.mean)  # float32 [k]
     index = torch.as_tensor(features)
     scale[index] = size.deviation / seen.deviation[index].clamp_min(1e-6)
     shift[index] = -size.magnitude - scale[index] * seen.mean[index]
-    return DiagonalShift(scale.float(), shift.float())
+    return DiagonalShift(scale, shift)
 
 
 def folded(linear: nn.Linear, rescaling: DiagonalShift) -> nn.Linear:

@@ -15,14 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .errors import WrongResultError
 from .model import Batch, embed_batch
 
 BATCH_SIZES = (1, 16, 64)
 MIN_COSINE = 0.99  # a model that is wrong has no speed
-
-
-class WrongResult(RuntimeError):
-    """A model that was to be timed does not compute the embeddings."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +51,15 @@ def variants(float32: nn.Module, int8: nn.Module) -> dict[str, nn.Module]:
 
 
 def check(models: dict[str, nn.Module], batch: Batch) -> None:
-    """Raises WrongResult where a model's embeddings of the batch are not near float32's."""
+    """Raises WrongResultError where a model's embeddings of the batch are not near float32's."""
     reference = embed_batch(models["torch float32"], batch)
     for name, model in models.items():
         cosine = float(nn.functional.cosine_similarity(embed_batch(model, batch), reference, dim=1).min())
         if not cosine >= MIN_COSINE:
-            raise WrongResult(
-                f"{name}: expected a cosine of at least {MIN_COSINE} with float32, got {cosine:.4f}"
-            )
+            raise WrongResultError(f"{name}: expected a cosine of at least {MIN_COSINE} with float32, got {cosine:.4f}")
 
 
-def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_rounds: int = 5) -> Timing:
+def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_rounds: int = 4) -> Timing:
     """Times the models in turns, for about `seconds` and at least `min_rounds` rounds."""
     check(models, batch)  # and every model is warm
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -74,9 +69,7 @@ def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_r
             times[name].append(_milliseconds(model, batch))
         rounds += 1
     tokens = int(batch.real.shape[1])
-    return Timing(
-        len(batch.indices), tokens, rounds, {name: _spread(values) for name, values in times.items()}
-    )
+    return Timing(len(batch.indices), tokens, rounds, {name: _spread(values) for name, values in times.items()})
 
 
 @torch.inference_mode()

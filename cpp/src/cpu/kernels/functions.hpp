@@ -13,6 +13,8 @@ void encode_absmax(const float* x, std::int64_t size, float absmax, std::int8_t*
 void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
 void scale_sums(const std::int32_t* acc, std::int64_t size, float a, const float* scale, float* y);
 void add_scaled(std::int64_t size, float a, const float* x, float* y);
+void add_products(std::int64_t size, std::int64_t count, const float* values, const std::int32_t* positions,
+                  const float* rows, std::int64_t stride, float* y);
 float dot(const float* a, const float* b, std::int64_t size);
 std::int32_t sum(const std::int8_t* codes, std::int64_t size);
 void gemm(const std::int8_t* a, std::int64_t a_stride, const std::int8_t* b, std::int64_t b_stride,

@@ -1,7 +1,7 @@
 // The int8 product of one cache-sized tile: blocks of up to 4 rows of A by 4 rows of B, both read along k.
 //
-// Every row keeps its natural order in memory (nothing is packed yet), so a block is 16 dot products whose vector
-// accumulators stay in registers over the whole of k and are summed across lanes once at the end.
+// Every row keeps its natural order in memory, so a block is 16 dot products whose vector accumulators stay in registers
+// over the whole of k and are summed across lanes once at the end.
 // An instruction set supplies a `Dot`: loads of `width` neighbors along k, multiply_add, and the sums over lanes.
 #include "cpu/kernels/functions.hpp"
 
@@ -57,7 +57,8 @@ struct Dot {
     }
     // The masked form of the extraction, because GCC 12 takes the plain one for a use of uninitialized memory.
     static __m256i add_halves(Accumulator v) {
-        return _mm256_add_epi32(_mm512_maskz_extracti64x4_epi64(0xFF, v, 0), _mm512_maskz_extracti64x4_epi64(0xFF, v, 1));
+        return _mm256_add_epi32(_mm512_maskz_extracti64x4_epi64(0xFF, v, 0),
+                                _mm512_maskz_extracti64x4_epi64(0xFF, v, 1));
     }
     static void totals(Accumulator v0, Accumulator v1, Accumulator v2, Accumulator v3, std::int32_t* sums) {
         sum_lanes(add_halves(v0), add_halves(v1), add_halves(v2), add_halves(v3), sums);
@@ -139,14 +140,15 @@ void block(const std::int8_t* a, std::int64_t a_stride, const std::int8_t* b, st
     const std::int8_t* b_rows[block_cols];
     for (std::int64_t j = 0; j < block_cols; ++j) b_rows[j] = b + (j < cols ? j : cols - 1) * b_stride;
 
-    typename Dot::Accumulator sums[Rows * block_cols];
+    Dot::Accumulator sums[Rows * block_cols];
     unroll<Rows * block_cols>([&](auto i) OCTAVO_INLINE { sums[i] = Dot::zero(); });
     const auto multiply_add = [&](auto load_a, auto load_b) OCTAVO_INLINE {
-        typename Dot::Operand operands[block_cols];
+        Dot::Operand operands[block_cols];
         unroll<block_cols>([&](auto j) OCTAVO_INLINE { operands[j] = load_b(b_rows[j]); });
         unroll<Rows>([&](auto i) OCTAVO_INLINE {
             const auto row = load_a(a + i * a_stride);
-            unroll<block_cols>([&](auto j) OCTAVO_INLINE { Dot::multiply_add(sums[i * block_cols + j], row, operands[j]); });
+            unroll<block_cols>([&](auto j)
+                                   OCTAVO_INLINE { Dot::multiply_add(sums[i * block_cols + j], row, operands[j]); });
         });
     };
     std::int64_t depth = 0;
@@ -171,11 +173,113 @@ void block(const std::int8_t* a, std::int64_t a_stride, const std::int8_t* b, st
     });
 }
 
+#if defined(__AVX512VNNI__)
+
+// Many rows of A: B is copied, a slice of k at a time, to where the vector instruction wants it, 4 neighbors along k of 16
+// rows of B to a register. A block then needs no sums across lanes, which for k of a few hundred cost as much as the
+// products themselves. The copy is small beside the products of 64 or more rows of A.
+constexpr std::int64_t rows_worth_packing = 64;
+constexpr std::int64_t packed_cols = 64;
+constexpr std::int64_t slice_groups = 128;  // of 4 along k: 32 KiB of packed B
+constexpr int packed_vectors = packed_cols / 16;
+
+// packed[group][j] = b[j, 4 * group ... 4 * group + 3]; zeros where there is no such row or column.
+void pack(const std::int8_t* b, std::int64_t b_stride, std::int64_t cols, std::int64_t depth, std::uint32_t* packed) {
+    std::int64_t k = 0;
+    for (; k + 4 <= depth; k += 4, packed += packed_cols) {
+        for (std::int64_t j = 0; j < cols; ++j) __builtin_memcpy(packed + j, b + j * b_stride + k, 4);
+        for (std::int64_t j = cols; j < packed_cols; ++j) packed[j] = 0;
+    }
+    if (k == depth) return;
+    for (std::int64_t j = 0; j < packed_cols; ++j) {
+        packed[j] = 0;
+        if (j < cols) __builtin_memcpy(packed + j, b + j * b_stride + k, static_cast<unsigned long>(depth - k));
+    }
+}
+
+// acc[i, j] += sum over the slice, for `Rows` rows of A and `cols` <= 64 packed rows of B.
+template <int Rows>
+void packed_block(const std::int8_t* a, std::int64_t a_stride, const std::uint32_t* packed, std::int64_t cols,
+                  std::int64_t depth, std::int32_t* acc, std::int64_t acc_stride) {
+    const auto mask = [&](int vector) OCTAVO_INLINE {
+        const std::int64_t count = cols - std::int64_t{16} * vector;
+        return static_cast<__mmask16>(count >= 16 ? 0xFFFFU : count <= 0 ? 0U : (1U << static_cast<unsigned>(count)) - 1U);
+    };
+    const __m512i shift = _mm512_set1_epi8(-128);
+    __m512i sums[Rows * packed_vectors];
+    unroll<Rows * packed_vectors>([&](auto i) OCTAVO_INLINE {
+        constexpr int row = i / packed_vectors;
+        constexpr int vector = i % packed_vectors;
+        sums[i] = _mm512_maskz_loadu_epi32(mask(vector), acc + row * acc_stride + vector * 16);
+    });
+    const auto multiply_add = [&](const std::uint32_t* b, auto load_a) OCTAVO_INLINE {
+        __m512i operands[packed_vectors];
+        unroll<packed_vectors>([&](auto j) OCTAVO_INLINE { operands[j] = _mm512_loadu_si512(b + j * 16); });
+        unroll<Rows>([&](auto i) OCTAVO_INLINE {
+            const __m512i row = _mm512_xor_si512(_mm512_set1_epi32(load_a(a + i * a_stride)), shift);
+            unroll<packed_vectors>([&](auto j) OCTAVO_INLINE {
+                Dot::multiply_add(sums[i * packed_vectors + j], row, operands[j]);
+            });
+        });
+    };
+    std::int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) {
+        multiply_add(packed + k / 4 * packed_cols, [&](const std::int8_t* row) OCTAVO_INLINE {
+            std::int32_t group = 0;
+            __builtin_memcpy(&group, row + k, 4);
+            return group;
+        });
+    }
+    if (k < depth) {
+        multiply_add(packed + k / 4 * packed_cols, [&](const std::int8_t* row) OCTAVO_INLINE {
+            std::int32_t group = 0;
+            __builtin_memcpy(&group, row + k, static_cast<unsigned long>(depth - k));
+            return group;
+        });
+    }
+    unroll<Rows * packed_vectors>([&](auto i) OCTAVO_INLINE {
+        constexpr int row = i / packed_vectors;
+        constexpr int vector = i % packed_vectors;
+        _mm512_mask_storeu_epi32(acc + row * acc_stride + vector * 16, mask(vector), sums[i]);
+    });
+}
+
+void packed_gemm(const std::int8_t* a, std::int64_t a_stride, const std::int8_t* b, std::int64_t b_stride,
+                 const std::int32_t* b_sums, std::int64_t m, std::int64_t n, std::int64_t k, std::int32_t* acc,
+                 std::int64_t acc_stride) {
+    alignas(64) std::uint32_t packed[slice_groups * packed_cols];
+    for (std::int64_t j = 0; j < n; j += packed_cols) {
+        const std::int64_t cols = n - j < packed_cols ? n - j : packed_cols;
+        for (std::int64_t i = 0; i < m; ++i) {
+            for (std::int64_t c = 0; c < cols; ++c) {
+                // What the shift of A will add too much.
+                acc[i * acc_stride + j + c] = static_cast<std::int32_t>(-128U * static_cast<std::uint32_t>(b_sums[j + c]));
+            }
+        }
+        for (std::int64_t depth = 0; depth < k; depth += 4 * slice_groups) {
+            const std::int64_t part = k - depth < 4 * slice_groups ? k - depth : 4 * slice_groups;
+            pack(b + j * b_stride + depth, b_stride, cols, part, packed);
+            std::int64_t i = 0;
+            for (; i + 6 <= m; i += 6) {
+                packed_block<6>(a + i * a_stride + depth, a_stride, packed, cols, part, acc + i * acc_stride + j, acc_stride);
+            }
+            for (; i < m; ++i) {
+                packed_block<1>(a + i * a_stride + depth, a_stride, packed, cols, part, acc + i * acc_stride + j, acc_stride);
+            }
+        }
+    }
+}
+
+#endif
+
 }  // namespace
 
 void gemm(const std::int8_t* a, std::int64_t a_stride, const std::int8_t* b, std::int64_t b_stride,
           const std::int32_t* b_sums, std::int64_t m, std::int64_t n, std::int64_t k, std::int32_t* acc,
           std::int64_t acc_stride) {
+#if defined(__AVX512VNNI__)
+    if (m >= rows_worth_packing) return packed_gemm(a, a_stride, b, b_stride, b_sums, m, n, k, acc, acc_stride);
+#endif
     std::int64_t i = 0;
     const auto rows = [&](auto block_of_rows, std::int64_t count) {
         for (; i + count <= m; i += count) {

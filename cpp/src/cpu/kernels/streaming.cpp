@@ -138,6 +138,27 @@ void add_scaled(std::int64_t size, float a, const float* x, float* y) {
     for (std::int64_t i = 0; i < size; ++i) y[i] += a * x[i];
 }
 
+void add_products(std::int64_t size, std::int64_t count, const float* values, const std::int32_t* positions,
+                  const float* rows, std::int64_t stride, float* y) {
+    // Sixteen sums stay in registers over all products.
+    using Floats [[gnu::vector_size(64)]] = float;
+    constexpr std::int64_t width = 16;
+    std::int64_t i = 0;
+    for (; i + width <= size; i += width) {
+        Floats sums;
+        __builtin_memcpy(&sums, y + i, sizeof sums);
+        for (std::int64_t o = 0; o < count; ++o) {
+            Floats row;
+            __builtin_memcpy(&row, rows + (positions != nullptr ? positions[o] : o) * stride + i, sizeof row);
+            sums += values[o] * row;
+        }
+        __builtin_memcpy(y + i, &sums, sizeof sums);
+    }
+    for (; i < size; ++i) {
+        for (std::int64_t o = 0; o < count; ++o) y[i] += values[o] * rows[(positions != nullptr ? positions[o] : o) * stride + i];
+    }
+}
+
 float dot(const float* a, const float* b, std::int64_t size) {
     float sums[lanes] = {};
     std::int64_t i = 0;

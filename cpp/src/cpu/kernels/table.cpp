@@ -18,6 +18,7 @@ const Kernels table{
     .encode_zeropoint = encode_zeropoint,
     .scale_sums = scale_sums,
     .add_scaled = add_scaled,
+    .add_products = add_products,
     .dot = dot,
     .sum = sum,
     .gemm = gemm,

@@ -40,6 +40,10 @@ struct Kernels {
     void (*scale_sums)(const std::int32_t* acc, std::int64_t size, float a, const float* scale, float* y);
     // y[i] += a * x[i]
     void (*add_scaled)(std::int64_t size, float a, const float* x, float* y);
+    // y[i] += values[0] * rows[positions[0] * stride + i] + values[1] * ..., one after the other, for i < size;
+    // positions null: 0, 1, 2, ...
+    void (*add_products)(std::int64_t size, std::int64_t count, const float* values, const std::int32_t* positions,
+                         const float* rows, std::int64_t stride, float* y);
     // sum_i a[i] * b[i] in float32, over 64 interleaved partial sums.
     float (*dot)(const float* a, const float* b, std::int64_t size);
     // sum_i codes[i]; size <= 2^24.
