@@ -109,7 +109,7 @@ def check(args: argparse.Namespace) -> None:
 
 def prepare() -> None:
     """Make .venv, with the build tools that the C++ presets use."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this file may have any Python
         sys.exit(f"dev.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
         sys.exit("dev.py: needs a C++20 compiler (Debian, Ubuntu: apt install g++)")

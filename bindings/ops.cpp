@@ -27,7 +27,8 @@ constexpr std::array group_granularities{granularities[0], granularities[1]};
 constexpr std::array outlier_policies{Name{"columns", Outliers::columns}, Name{"rows", Outliers::rows},
                                       Name{"static", Outliers::static_}, Name{"none", Outliers::none}};
 constexpr std::array paths{Name{"auto", Path::auto_}, Name{"int8", Path::int8}, Name{"weight_only", Path::weight_only}};
-constexpr std::array float_dtypes{Name{"float32", DType::f32}, Name{"float16", DType::f16}, Name{"bfloat16", DType::bf16}};
+constexpr std::array float_dtypes{Name{"float32", DType::f32}, Name{"float16", DType::f16},
+                                  Name{"bfloat16", DType::bf16}};
 
 template <class Value, std::size_t count>
 Value parse(const std::array<Name<Value>, count>& allowed, py::handle given, Argument argument) {
@@ -39,8 +40,8 @@ Value parse(const std::array<Name<Value>, count>& allowed, py::handle given, Arg
         }
     }
     for (const auto& entry : allowed) expected += (expected.empty() ? "'" : ", '") + std::string(entry.name) + "'";
-    const std::string message = std::string(argument.function) + ": " + argument.name + ": expected one of " + expected +
-                                ", got " + py::repr(given).cast<std::string>();
+    const std::string message = std::string(argument.function) + ": " + argument.name + ": expected one of " +
+                                expected + ", got " + py::repr(given).cast<std::string>();
     if (!py::isinstance<py::str>(given)) throw py::type_error(message);
     throw py::value_error(message);
 }
@@ -65,9 +66,7 @@ std::optional<Array> optional_array(py::handle object, Argument argument, Use us
 
 Vector vector_or_absent(const std::optional<Array>& array) { return array ? array->vector() : absent_vector; }
 
-py::object object_or_none(const std::optional<Array>& array) {
-    return array ? array->object() : py::none();
-}
+py::object object_or_none(const std::optional<Array>& array) { return array ? array->object() : py::none(); }
 
 // The shape of `x` with its last dimension replaced.
 Shape with_last(const Array& x, std::int64_t last) {
@@ -144,11 +143,12 @@ py::tuple quantize_op(py::handle x_object, py::handle scheme_name, py::handle gr
     const Array codes(allocate(x, x.shape(), DType::i8), {function, "codes"});
     const Array scale(allocate(x, groups, DType::f32), {function, "scale"});
     std::optional<Array> zeropoint;
-    if (scheme == Scheme::zeropoint) zeropoint.emplace(allocate(x, groups, DType::f32), Argument{function, "zeropoint"});
+    if (scheme == Scheme::zeropoint)
+        zeropoint.emplace(allocate(x, groups, DType::f32), Argument{function, "zeropoint"});
     {
         const py::gil_scoped_release release;
-        octavo::quantize(source, scheme, granularity, vector_or_absent(columns), codes.mutable_matrix(), flat_output(scale),
-                         zeropoint ? flat_output(*zeropoint) : absent_vector);
+        octavo::quantize(source, scheme, granularity, vector_or_absent(columns), codes.mutable_matrix(),
+                         flat_output(scale), zeropoint ? flat_output(*zeropoint) : absent_vector);
     }
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint));
 }
@@ -248,8 +248,9 @@ public:
         view_.granularity = parse(granularities, granularity, {function, "granularity"});
         if (outlier_columns_.has_value() != outlier_weight_.has_value()) {
             throw py::value_error(std::string("Int8Weight: ") +
-                                  (outlier_columns_ ? "outlier_weight: expected an array, as outlier_columns is one, got None"
-                                                    : "outlier_columns: expected an array, as outlier_weight is one, got None"));
+                                  (outlier_columns_
+                                       ? "outlier_weight: expected an array, as outlier_columns is one, got None"
+                                       : "outlier_columns: expected an array, as outlier_weight is one, got None"));
         }
         if (outlier_columns_) {
             need_rank(*outlier_weight_, {function, "outlier_weight"}, 2);

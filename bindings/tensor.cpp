@@ -109,8 +109,14 @@ bool is_true(const py::object& object) { return object.ptr() == Py_True; }
 std::optional<DType> dtype_from(DLDataType dtype) {
     if (dtype.lanes != 1) return std::nullopt;
     switch (dtype.code) {
-        case 0: return dtype.bits == 8 ? std::optional(DType::i8) : dtype.bits == 32 ? std::optional(DType::i32) : std::nullopt;
-        case 2: return dtype.bits == 32 ? std::optional(DType::f32) : dtype.bits == 16 ? std::optional(DType::f16) : std::nullopt;
+        case 0:
+            return dtype.bits == 8    ? std::optional(DType::i8)
+                   : dtype.bits == 32 ? std::optional(DType::i32)
+                                      : std::nullopt;
+        case 2:
+            return dtype.bits == 32   ? std::optional(DType::f32)
+                   : dtype.bits == 16 ? std::optional(DType::f16)
+                                      : std::nullopt;
         case 4: return dtype.bits == 16 ? std::optional(DType::bf16) : std::nullopt;
         default: return std::nullopt;
     }
@@ -153,8 +159,8 @@ void Array::Release::operator()(DLManagedTensor* tensor) const noexcept {
 }
 
 void Array::refuse(const char* kind, const std::string& expected, const std::string& got) const {
-    const std::string message = std::string(argument_.function) + ": " + argument_.name + ": expected " + expected +
-                                ", got " + got;
+    const std::string message =
+        std::string(argument_.function) + ": " + argument_.name + ": expected " + expected + ", got " + got;
     if (std::string_view(kind) == "type") throw py::type_error(message);
     throw py::value_error(message);
 }
@@ -165,7 +171,8 @@ Array::Array(py::handle object, Argument argument, Use use)
     if (!facts.framework) refuse("type", "a NumPy array or a PyTorch tensor", type_name(object));
     framework_ = *facts.framework;
     if (!facts.plain) {
-        refuse("type", framework_ == Framework::numpy ? "an array without a mask" : "a plain torch.Tensor", type_name(object));
+        refuse("type", framework_ == Framework::numpy ? "an array without a mask" : "a plain torch.Tensor",
+               type_name(object));
     }
     import(use);
 }
@@ -223,13 +230,15 @@ void Array::import_capsule(Use use) {
         refuse_conversion(error);
     }
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned") != 0) {
-        auto* tensor = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+        auto* tensor =
+            static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
         if (tensor->version.major != 1) {
             refuse("type", "DLPack version 1", "version " + std::to_string(tensor->version.major));
         }
         PyCapsule_SetName(capsule.ptr(), "used_dltensor_versioned");
         versioned_.reset(tensor);
-        if (use == Use::write && (tensor->flags & read_only_flag) != 0) refuse("value", "a writable array", "a read-only one");
+        if (use == Use::write && (tensor->flags & read_only_flag) != 0)
+            refuse("value", "a writable array", "a read-only one");
         return read_header(tensor->dl_tensor);
     }
     auto* tensor = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
@@ -279,7 +288,12 @@ bool Array::can_be_matrix() const noexcept {
 }
 
 Matrix Array::mutable_matrix() const {
-    Matrix matrix{.data = data_, .dtype = dtype_, .device = device_, .rows = 1, .cols = shape_.back(), .row_stride = 0,
+    Matrix matrix{.data = data_,
+                  .dtype = dtype_,
+                  .device = device_,
+                  .rows = 1,
+                  .cols = shape_.back(),
+                  .row_stride = 0,
                   .col_stride = strides_.back()};
     bool has_stride = false;
     for (std::size_t i = shape_.size() - 1; i-- > 0;) {

@@ -138,9 +138,15 @@ TEST(encode_agrees) {
         const Guarded<float> x(random_floats(random, size, 50));
         const Guarded<std::int8_t> codes(static_cast<std::size_t>(size));
         std::string result;
-        for (const float zeropoint : {0.0F, -31.0F, 127.0F, 1e9F}) {
-            table.encode_zeropoint(x.data(), size, 1.5F, zeropoint, codes.data());
-            result += codes.bytes();
+        for (const float nd : {1.5F, 1e5F, 1e8F}) {
+            for (const float zeropoint : {0.0F, -31.0F, 127.0F, -1e9F, 1e9F}) {
+                table.encode_zeropoint(x.data(), size, nd, zeropoint, codes.data());
+                result += codes.bytes();
+                for (std::int64_t i = 0; i < size; ++i) {
+                    const float code = std::nearbyint(nd * x.data()[i]) - zeropoint;
+                    CHECK_EQ(codes.data()[i], static_cast<int>(std::clamp(code, -127.0F, 127.0F)));
+                }
+            }
         }
         return result;
     });
@@ -194,6 +200,31 @@ TEST(float_updates_agree) {
         const Guarded<float> y(random_floats(random, size));
         table.add_scaled(size, 1.3F, x.data(), y.data());
         return y.bytes();
+    });
+    compare("add_products", 0, [&](const Kernels& table, std::int64_t size) {
+        Random random(9);
+        const std::int64_t stride = size + 2;
+        const Guarded<float> rows(random_floats(random, 4 * stride + size));
+        const Guarded<float> values(random_floats(random, 5));
+        const Guarded<std::int32_t> positions(std::vector<std::int32_t>{4, 0, 3, 3, 1});
+        std::string result;
+        for (const std::int32_t* chosen : {static_cast<std::int32_t*>(nullptr), positions.data()}) {
+            for (const std::int64_t count : {0, 1, 5}) {
+                const auto start = random_floats(random, size);
+                const Guarded<float> y(start);
+                table.add_products(size, count, values.data(), chosen, rows.data(), stride, y.data());
+                for (std::int64_t i = 0; i < size; ++i) {
+                    float expected = start[static_cast<std::size_t>(i)];
+                    for (std::int64_t o = 0; o < count; ++o) {
+                        const std::int64_t row = chosen != nullptr ? chosen[o] : o;
+                        expected += values.data()[o] * rows.data()[row * stride + i];
+                    }
+                    CHECK_EQ(y.data()[i], expected);
+                }
+                result += y.bytes();
+            }
+        }
+        return result;
     });
     compare("dot", 0, [&](const Kernels& table, std::int64_t size) {
         Random random(9);

@@ -161,9 +161,10 @@ TEST(matches_the_reference) {
 // Magnitudes near the ends of float32's range, where products, spreads and inverses overflow.
 TEST(matches_the_reference_at_the_ends_of_the_range) {
     Random random(37);
-    for (const double size : {1e-45, 1e-44, 1e-40, 1e-38, 1e-37, 1e-36, 2.67e36, 2.69e36, 1e38, 3.4e38}) {
+    for (const double size : {1e-45, 1e-44, 1e-40, 1e-38, 1e-37, 1e-36, 1.0, 2.67e36, 2.69e36, 1e38, 3.4e38}) {
         for (const Scheme scheme : schemes) {
-            for (const double offset : {0.0, 0.3, 1.0}) {
+            // The later ones lie close together, far from 0: zeropoints beyond 2^24.
+            for (const double offset : {0.0, 0.3, 0.999, 0.999999, 1.0}) {
                 const check::Context context("size ", size, " scheme ", check::show(scheme), " offset ", offset);
                 Values x(20, 70);
                 for (double& value : x.v) value = size * (offset + (1 - offset) * random.uniform(-1, 1));
@@ -190,6 +191,17 @@ TEST(absmax_codes_are_ideal_for_16_bit_inputs) {
             }
         }
     }
+}
+
+// Where the absmax times 127 overflows, the smaller values' products do not, and are still divided once.
+TEST(absmax_codes_near_overflow) {
+    Random random(42);
+    Values x(300, 200);
+    for (double& value : x.v) value = 0x1.4p127 / 127 * random.uniform(-1, 1);
+    for (std::int64_t i = 0; i < 300; ++i) x(i, i % 200) = 0x1p127 * random.uniform(1, 1.9);
+    const Array array(DType::bf16, x);
+    check_codes(quantize(array, Scheme::absmax, Granularity::row),
+                reference::quantize(array.values(), Scheme::absmax, true));
 }
 
 TEST(codes_do_not_change_with_powers_of_two) {

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import octavo
 import reference as ref
 from hypothesis import strategies as st
 
@@ -46,6 +47,8 @@ class Backend:
             return "torch is not installed"
         if self.device == "cuda" and not _torch().cuda.is_available():
             return "no GPU: torch.cuda.is_available() is False"
+        if self.device not in octavo.info()["backends"]:
+            return f"this build of octavo has no {self.device} backend"
         return None
 
     def dtype(self, name: str) -> Any:

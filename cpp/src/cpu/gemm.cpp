@@ -47,8 +47,8 @@ void put_row(const std::int64_t* acc, const Panel& panel, std::int64_t row, cons
     for (std::int64_t j = 0; j < panel.cols(); ++j) {
         const auto value = static_cast<std::int32_t>(acc[j]);
         if (value != acc[j]) {
-            throw Error(ErrorKind::value, "int8_matmul: out: expected sums that fit int32, got " + std::to_string(acc[j]) +
-                                              " at row " + std::to_string(row) + ", column " +
+            throw Error(ErrorKind::value, "int8_matmul: out: expected sums that fit int32, got " +
+                                              std::to_string(acc[j]) + " at row " + std::to_string(row) + ", column " +
                                               std::to_string(panel.col_begin + j));
         }
         put(value, row, panel.col_begin + j, out);
@@ -65,9 +65,8 @@ void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out) {
         for (std::int64_t j = 0; j < panel.cols() && a.cols <= max_int32_depth; ++j) {
             b_sums[j] = kernels().sum(b_rows.row(panel.col_begin + j), a.cols);
         }
-        multiply_panel(a_rows, b_rows, b_sums, panel, a.cols, [&](std::int64_t row, const auto* acc) {
-            put_row(acc, panel, row, out);
-        });
+        multiply_panel(a_rows, b_rows, b_sums, panel, a.cols,
+                       [&](std::int64_t row, const auto* acc) { put_row(acc, panel, row, out); });
     });
 }
 

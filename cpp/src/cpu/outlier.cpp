@@ -104,7 +104,8 @@ OutlierElements::Bounds OutlierElements::bounds(std::int64_t row) const noexcept
 
 OutlierElements::Row OutlierElements::row(std::int64_t index) const noexcept {
     const auto [begin, end] = bounds(index);
-    const auto values = std::span(values_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+    const auto values =
+        std::span(values_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
     return {values, per_row_ ? positions_.data() + begin : nullptr};
 }
 

@@ -1,8 +1,8 @@
 // The int8 product of one cache-sized tile: blocks of up to 4 rows of A by 4 rows of B, both read along k.
 //
-// Every row keeps its natural order in memory, so a block is 16 dot products whose vector accumulators stay in registers
-// over the whole of k and are summed across lanes once at the end.
-// An instruction set supplies a `Dot`: loads of `width` neighbors along k, multiply_add, and the sums over lanes.
+// Every row keeps its natural order in memory, so a block is 16 dot products whose vector accumulators stay in
+// registers over the whole of k and are summed across lanes once at the end. An instruction set supplies a `Dot`: loads
+// of `width` neighbors along k, multiply_add, and the sums over lanes.
 #include "cpu/kernels/functions.hpp"
 
 #if defined(__AVX2__)
@@ -175,8 +175,8 @@ void block(const std::int8_t* a, std::int64_t a_stride, const std::int8_t* b, st
 
 #if defined(__AVX512VNNI__)
 
-// Many rows of A: B is copied, a slice of k at a time, to where the vector instruction wants it, 4 neighbors along k of 16
-// rows of B to a register. A block then needs no sums across lanes, which for k of a few hundred cost as much as the
+// Many rows of A: B is copied, a slice of k at a time, to where the vector instruction wants it, 4 neighbors along k of
+// 16 rows of B to a register. A block then needs no sums across lanes, which for k of a few hundred cost as much as the
 // products themselves. The copy is small beside the products of 64 or more rows of A.
 constexpr std::int64_t rows_worth_packing = 64;
 constexpr std::int64_t packed_cols = 64;
@@ -203,7 +203,9 @@ void packed_block(const std::int8_t* a, std::int64_t a_stride, const std::uint32
                   std::int64_t depth, std::int32_t* acc, std::int64_t acc_stride) {
     const auto mask = [&](int vector) OCTAVO_INLINE {
         const std::int64_t count = cols - std::int64_t{16} * vector;
-        return static_cast<__mmask16>(count >= 16 ? 0xFFFFU : count <= 0 ? 0U : (1U << static_cast<unsigned>(count)) - 1U);
+        return static_cast<__mmask16>(count >= 16  ? 0xFFFFU
+                                      : count <= 0 ? 0U
+                                                   : (1U << static_cast<unsigned>(count)) - 1U);
     };
     const __m512i shift = _mm512_set1_epi8(-128);
     __m512i sums[Rows * packed_vectors];
@@ -217,9 +219,8 @@ void packed_block(const std::int8_t* a, std::int64_t a_stride, const std::uint32
         unroll<packed_vectors>([&](auto j) OCTAVO_INLINE { operands[j] = _mm512_loadu_si512(b + j * 16); });
         unroll<Rows>([&](auto i) OCTAVO_INLINE {
             const __m512i row = _mm512_xor_si512(_mm512_set1_epi32(load_a(a + i * a_stride)), shift);
-            unroll<packed_vectors>([&](auto j) OCTAVO_INLINE {
-                Dot::multiply_add(sums[i * packed_vectors + j], row, operands[j]);
-            });
+            unroll<packed_vectors>(
+                [&](auto j) OCTAVO_INLINE { Dot::multiply_add(sums[i * packed_vectors + j], row, operands[j]); });
         });
     };
     std::int64_t k = 0;
@@ -253,7 +254,8 @@ void packed_gemm(const std::int8_t* a, std::int64_t a_stride, const std::int8_t*
         for (std::int64_t i = 0; i < m; ++i) {
             for (std::int64_t c = 0; c < cols; ++c) {
                 // What the shift of A will add too much.
-                acc[i * acc_stride + j + c] = static_cast<std::int32_t>(-128U * static_cast<std::uint32_t>(b_sums[j + c]));
+                acc[i * acc_stride + j + c] =
+                    static_cast<std::int32_t>(-128U * static_cast<std::uint32_t>(b_sums[j + c]));
             }
         }
         for (std::int64_t depth = 0; depth < k; depth += 4 * slice_groups) {
@@ -261,10 +263,12 @@ void packed_gemm(const std::int8_t* a, std::int64_t a_stride, const std::int8_t*
             pack(b + j * b_stride + depth, b_stride, cols, part, packed);
             std::int64_t i = 0;
             for (; i + 6 <= m; i += 6) {
-                packed_block<6>(a + i * a_stride + depth, a_stride, packed, cols, part, acc + i * acc_stride + j, acc_stride);
+                packed_block<6>(a + i * a_stride + depth, a_stride, packed, cols, part, acc + i * acc_stride + j,
+                                acc_stride);
             }
             for (; i < m; ++i) {
-                packed_block<1>(a + i * a_stride + depth, a_stride, packed, cols, part, acc + i * acc_stride + j, acc_stride);
+                packed_block<1>(a + i * a_stride + depth, a_stride, packed, cols, part, acc + i * acc_stride + j,
+                                acc_stride);
             }
         }
     }

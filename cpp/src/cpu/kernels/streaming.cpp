@@ -155,7 +155,8 @@ void add_products(std::int64_t size, std::int64_t count, const float* values, co
         __builtin_memcpy(y + i, &sums, sizeof sums);
     }
     for (; i < size; ++i) {
-        for (std::int64_t o = 0; o < count; ++o) y[i] += values[o] * rows[(positions != nullptr ? positions[o] : o) * stride + i];
+        for (std::int64_t o = 0; o < count; ++o)
+            y[i] += values[o] * rows[(positions != nullptr ? positions[o] : o) * stride + i];
     }
 }
 
