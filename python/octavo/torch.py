@@ -387,41 +387,26 @@ def quantize_(
             "quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)"
         )
     Int8Linear(1, 1, scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
-    layers = list(_linears(model, skip))
-    for name, layer in layers:
-        _check_layer(name, layer, outliers)
+    _check_layers(_linears(model, skip), outliers)
 
-    weights: dict[int, Int8Linear] = {}  # by the identity of the weight: the first layer that was made of it
-    replacements: dict[int, Int8Linear] = {}  # by the identity of the layer
-    parents = dict(model.named_modules(remove_duplicate=False))
-    keep_alive = []  # identities are unique only among living objects
-    bar = tqdm(layers, desc="quantize", unit="layer", disable=not progress)
-    for name, layer in bar:
-        replacement = replacements.get(id(layer))
-        if replacement is None:
-            first = weights.get(id(layer.weight))
+    # By name only: nothing here may hold on to a weight that has been converted.
+    for sharers in tqdm(_by_weight(_linears(model, skip)), desc="quantize", unit="weight", disable=not progress):
+        first: Int8Linear | None = None
+        for names in sharers:
+            layer = model.get_submodule(names[0])
+            assert isinstance(layer, nn.Linear)
             if first is None:
-                replacement = Int8Linear.from_linear(
-                    layer,
-                    scheme=scheme,
-                    granularity=granularity,
-                    threshold=threshold,
-                    outliers=outliers,
-                    path=path,
+                replacement = first = Int8Linear.from_linear(
+                    layer, scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path
                 )
-                weights[id(layer.weight)] = replacement
             else:
                 replacement = Int8Linear._from_weight(
                     first.int8_weight, layer, threshold=threshold, outliers=outliers, path=path
                 )
                 replacement.weight = first.weight
-            replacements[id(layer)] = replacement
-            keep_alive.append((layer, layer.weight))
-        parent_name, _, child = name.rpartition(".")
-        parent = parents[parent_name]
-        setattr(parent, child, replacement)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # its fused path would read the codes as if they were weights
+            for name in names:
+                _replace(model, name, replacement)
+        del layer
     return model
 
 
@@ -524,14 +509,34 @@ def _linears(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Li
             yield name, module
 
 
-def _check_layer(name: str, layer: nn.Linear, outliers: Outliers) -> None:
-    """Raise now what would stop the conversion of this layer."""
-    weight = layer.weight
-    if weight.dtype not in _FLOAT_DTYPES:
-        raise TypeError(f"quantize_: {name}.weight: expected float32, float16 or bfloat16, got {weight.dtype}")
-    if weight.device.type == "meta":
-        raise ValueError(f"quantize_: {name}.weight: expected a tensor with memory, got one on the meta device")
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"quantize_: {name}.weight: expected finite values, got NaN or Inf")
-    if outliers == "static" and not hasattr(layer, _CALIBRATED):
-        raise ValueError(f"quantize_: {name}: expected a calibrated layer for outliers='static' (run calibrate_ first)")
+def _by_weight(layers: Iterable[tuple[str, nn.Linear]]) -> list[list[list[str]]]:
+    """The names of linear layers: for each weight, for each layer that uses it, the names of that layer."""
+    weights: dict[int, dict[int, list[str]]] = {}
+    for name, layer in layers:
+        weights.setdefault(id(layer.weight), {}).setdefault(id(layer), []).append(name)
+    return [list(users.values()) for users in weights.values()]
+
+
+def _replace(model: nn.Module, name: str, replacement: Int8Linear) -> None:
+    """Put `replacement` where `model` has the layer of that qualified name."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, child, replacement)
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # its fused path would read the codes as if they were weights
+
+
+def _check_layers(layers: Iterable[tuple[str, nn.Linear]], outliers: Outliers) -> None:
+    """Raise now what would stop the conversion of a layer."""
+    for name, layer in layers:
+        weight = layer.weight
+        if weight.dtype not in _FLOAT_DTYPES:
+            raise TypeError(f"quantize_: {name}.weight: expected float32, float16 or bfloat16, got {weight.dtype}")
+        if weight.device.type == "meta":
+            raise ValueError(f"quantize_: {name}.weight: expected a tensor with memory, got one on the meta device")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"quantize_: {name}.weight: expected finite values, got NaN or Inf")
+        if outliers == "static" and not hasattr(layer, _CALIBRATED):
+            raise ValueError(
+                f"quantize_: {name}: expected a calibrated layer for outliers='static' (run calibrate_ first), got none"
+            )

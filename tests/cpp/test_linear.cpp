@@ -468,14 +468,16 @@ TEST(overlap) {
         CHECK_THROWS(octavo::linear(x.matrix(), view, bias.vector(), out), value,
                      std::string("linear: out: expected memory apart from ") + name + ",");
     }
-    // The right half of rows whose left half is x is apart.
+    // Parts of the same rows, x of 3 columns and out of 4, are apart where they do not touch.
     const Array both(DType::f32, 2, 7);
-    octavo::Matrix left = both.matrix();
-    octavo::Matrix right = both.matrix();
-    left.cols = 3;
-    right.cols = 4;
-    right.data = static_cast<float*>(both.matrix().data) + 3;
-    octavo::linear(left, view, bias.vector(), right);
-    right.data = static_cast<float*>(both.matrix().data) + 2;
-    CHECK_THROWS(octavo::linear(left, view, bias.vector(), right), value, "memory apart from x");
+    const auto part = [&](std::int64_t first, std::int64_t cols) {
+        octavo::Matrix view_of_part = both.matrix();
+        view_of_part.data = static_cast<float*>(view_of_part.data) + first;
+        view_of_part.cols = cols;
+        return view_of_part;
+    };
+    octavo::linear(part(0, 3), view, bias.vector(), part(3, 4));
+    octavo::linear(part(4, 3), view, bias.vector(), part(0, 4));
+    CHECK_THROWS(octavo::linear(part(0, 3), view, bias.vector(), part(2, 4)), value, "memory apart from x");
+    CHECK_THROWS(octavo::linear(part(3, 3), view, bias.vector(), part(0, 4)), value, "memory apart from x");
 }

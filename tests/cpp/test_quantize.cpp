@@ -193,13 +193,17 @@ TEST(absmax_codes_are_ideal_for_16_bit_inputs) {
     }
 }
 
-// Where the absmax times 127 overflows, the smaller values' products do not, and are still divided once.
+// Where the absmax times 127 overflows, the smaller values' products do not, and are still divided once. Values
+// half-way between two codes tell the formulas apart.
 TEST(absmax_codes_near_overflow) {
     Random random(42);
-    Values x(300, 200);
-    for (double& value : x.v) value = 0x1.4p127 / 127 * random.uniform(-1, 1);
-    for (std::int64_t i = 0; i < 300; ++i) x(i, i % 200) = 0x1p127 * random.uniform(1, 1.9);
-    const Array array(DType::bf16, x);
+    Values x(50, 128);
+    for (std::int64_t i = 0; i < x.rows; ++i) {
+        const double absmax = greatest / 127 * random.uniform(0.99, 2);
+        for (std::int64_t j = 0; j < 127; ++j) x(i, j) = (static_cast<double>(j) + 0.5) / 127 * absmax;
+        x(i, 127) = -absmax;
+    }
+    const Array array(DType::f32, x);
     check_codes(quantize(array, Scheme::absmax, Granularity::row),
                 reference::quantize(array.values(), Scheme::absmax, true));
 }

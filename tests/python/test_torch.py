@@ -7,6 +7,7 @@ import importlib.util
 import io
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -567,6 +568,22 @@ def test_tied_weights_stay_tied(then: str) -> None:
     with torch.no_grad():
         assert torch.isfinite(model(ids)).all()
     assert sum(p.numel() for p in model.parameters() if p.dtype == torch.int8) == 24 * 24
+
+
+def test_weights_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a layer is converted, no weight that came before it is still in memory."""
+    model = nn.Sequential(*(dense(4, 4, seed=seed) for seed in range(5)))
+    weights = [weakref.ref(layer.weight) for layer in model]
+    alive: list[int] = []
+    convert = ot.Int8Linear.from_linear
+
+    def count(layer: nn.Linear, **options: Any) -> ot.Int8Linear:
+        alive.append(sum(weight() is not None for weight in weights))
+        return convert(layer, **options)
+
+    monkeypatch.setattr(ot.Int8Linear, "from_linear", count)
+    ot.quantize_(model, progress=False)
+    assert alive == [5, 4, 3, 2, 1]
 
 
 def test_a_weight_tied_to_an_embedding_is_never_broken() -> None:

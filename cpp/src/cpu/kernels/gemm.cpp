@@ -1,8 +1,10 @@
-// The int8 product of one cache-sized tile: blocks of up to 4 rows of A by 4 rows of B, both read along k.
+// The int8 product of one cache-sized tile, in one of two ways.
 //
-// Every row keeps its natural order in memory, so a block is 16 dot products whose vector accumulators stay in
-// registers over the whole of k and are summed across lanes once at the end. An instruction set supplies a `Dot`: loads
-// of `width` neighbors along k, multiply_add, and the sums over lanes.
+// Few rows of A: blocks of up to 4 rows of A by 4 rows of B, all in their natural order in memory. A block is 16 dot
+// products whose vector accumulators stay in registers over the whole of k and are summed across lanes once at the end;
+// B is read once. An instruction set supplies a `Dot`: loads of `width` neighbors along k, multiply_add, and the sums.
+//
+// Many rows of A (AVX-512 VNNI): B is first brought into the order of the instruction, see `packed_gemm`.
 #include "cpu/kernels/functions.hpp"
 
 #if defined(__AVX2__)
@@ -95,7 +97,7 @@ struct Dot {
 
 #else
 
-// Portable: one product at a time, written so that compilers vectorize the loop over k where they can.
+// Portable: one product at a time.
 struct Dot {
     static constexpr std::int64_t width = 1;
     static constexpr bool a_is_shifted = false;
