@@ -1,7 +1,6 @@
 // LLM.int8() on the CPU (paper Figure 2): find the outliers, quantize the rest of X row by row, multiply, and finish
 // each row of a tile of the product while it is in the cache.
 #include <algorithm>
-#include <optional>
 #include <span>
 
 #include "cpu/gemm.hpp"
@@ -61,10 +60,11 @@ public:
     // The weights of the outlier columns. Each element lies in a cache line of its own, so this is done after the
     // first product of the panel, which has brought them all near.
     void gather_outliers(const WeightView& weight, std::span<const std::int32_t> columns, const Panel& panel) {
-        if (outlier_weight_ || columns.empty()) return;
+        if (gathered_) return;
+        gathered_ = true;
         const auto count = static_cast<std::int64_t>(columns.size());
-        outlier_weight_.emplace(count * tile_cols);
-        outlier_codes_.emplace(count * tile_cols);
+        outlier_weight_ = Scratch<float>(count * tile_cols);
+        outlier_codes_ = Scratch<std::int8_t>(count * tile_cols);
         const ConstVector& list = weight.outlier_columns;
         std::int64_t kept = 0;  // both lists ascend
         for (std::int64_t o = 0; o < count; ++o) {
@@ -74,8 +74,8 @@ public:
             for (std::int64_t j = 0; j < cols_; ++j) {
                 const std::int64_t row = panel.col_begin + j;
                 const std::int8_t code = code_at(weight.codes, row, column);
-                float& target = (*outlier_weight_)[o * tile_cols + j];
-                (*outlier_codes_)[o * tile_cols + j] = code;
+                float& target = outlier_weight_[o * tile_cols + j];
+                outlier_codes_[o * tile_cols + j] = code;
                 if (is_kept) {
                     load_row(weight.outlier_weight, row, kept, 1, &target);
                 } else {
@@ -90,7 +90,7 @@ public:
         const auto elements = outliers.row(row);
         if (elements.values.empty()) return;
         kernels().add_products(cols_, static_cast<std::int64_t>(elements.values.size()), elements.values.data(),
-                               elements.positions, outlier_weight_->data(), tile_cols, y);
+                               elements.positions, outlier_weight_.data(), tile_cols, y);
     }
 
     // sums[j] = sum_k of the codes of w[j] over the columns that are not outliers of the row
@@ -99,7 +99,7 @@ public:
         const auto elements = outliers.row(row);
         for (std::size_t o = 0; o < elements.values.size(); ++o) {
             const auto position = elements.positions != nullptr ? elements.positions[o] : static_cast<std::int64_t>(o);
-            for (std::int64_t j = 0; j < cols_; ++j) sums[j] -= (*outlier_codes_)[position * tile_cols + j];
+            for (std::int64_t j = 0; j < cols_; ++j) sums[j] -= outlier_codes_[position * tile_cols + j];
         }
     }
 
@@ -111,8 +111,9 @@ public:
 
 private:
     std::int64_t cols_;
-    std::optional<Scratch<float>> outlier_weight_;       // [|O|, tile_cols]
-    std::optional<Scratch<std::int8_t>> outlier_codes_;  // [|O|, tile_cols]
+    bool gathered_ = false;
+    Scratch<float> outlier_weight_{0};       // [|O|, tile_cols]
+    Scratch<std::int8_t> outlier_codes_{0};  // [|O|, tile_cols]
     float bias_[tile_cols];
 };
 

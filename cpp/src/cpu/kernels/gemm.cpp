@@ -203,8 +203,8 @@ void pack(const std::int8_t* b, std::int64_t b_stride, std::int64_t cols, std::i
 template <int Rows>
 void packed_block(const std::int8_t* a, std::int64_t a_stride, const std::uint32_t* packed, std::int64_t cols,
                   std::int64_t depth, std::int32_t* acc, std::int64_t acc_stride) {
-    const auto mask = [&](int vector) OCTAVO_INLINE {
-        const std::int64_t count = cols - std::int64_t{16} * vector;
+    const auto mask = [&](std::int64_t vector) OCTAVO_INLINE {
+        const std::int64_t count = cols - 16 * vector;
         return static_cast<__mmask16>(count >= 16  ? 0xFFFFU
                                       : count <= 0 ? 0U
                                                    : (1U << static_cast<unsigned>(count)) - 1U);
@@ -212,8 +212,8 @@ void packed_block(const std::int8_t* a, std::int64_t a_stride, const std::uint32
     const __m512i shift = _mm512_set1_epi8(-128);
     __m512i sums[Rows * packed_vectors];
     unroll<Rows * packed_vectors>([&](auto i) OCTAVO_INLINE {
-        constexpr int row = i / packed_vectors;
-        constexpr int vector = i % packed_vectors;
+        constexpr std::int64_t row = i / packed_vectors;
+        constexpr std::int64_t vector = i % packed_vectors;
         sums[i] = _mm512_maskz_loadu_epi32(mask(vector), acc + row * acc_stride + vector * 16);
     });
     const auto multiply_add = [&](const std::uint32_t* b, auto load_a) OCTAVO_INLINE {
@@ -241,8 +241,8 @@ void packed_block(const std::int8_t* a, std::int64_t a_stride, const std::uint32
         });
     }
     unroll<Rows * packed_vectors>([&](auto i) OCTAVO_INLINE {
-        constexpr int row = i / packed_vectors;
-        constexpr int vector = i % packed_vectors;
+        constexpr std::int64_t row = i / packed_vectors;
+        constexpr std::int64_t vector = i % packed_vectors;
         _mm512_mask_storeu_epi32(acc + row * acc_stride + vector * 16, mask(vector), sums[i]);
     });
 }
