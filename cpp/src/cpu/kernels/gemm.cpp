@@ -187,15 +187,22 @@ constexpr int packed_vectors = packed_cols / 16;
 
 // packed[group][j] = b[j, 4 * group ... 4 * group + 3]; zeros where there is no such row or column.
 void pack(const std::int8_t* b, std::int64_t b_stride, std::int64_t cols, std::int64_t depth, std::uint32_t* packed) {
-    std::int64_t k = 0;
-    for (; k + 4 <= depth; k += 4, packed += packed_cols) {
-        for (std::int64_t j = 0; j < cols; ++j) __builtin_memcpy(packed + j, b + j * b_stride + k, 4);
-        for (std::int64_t j = cols; j < packed_cols; ++j) packed[j] = 0;
-    }
-    if (k == depth) return;
-    for (std::int64_t j = 0; j < packed_cols; ++j) {
-        packed[j] = 0;
-        if (j < cols) __builtin_memcpy(packed + j, b + j * b_stride + k, static_cast<unsigned long>(depth - k));
+    // A cache line of B at a time: rows of B whose distance is a power of two push each other out of the cache, so that
+    // a line may not be there any more when it is come back to.
+    constexpr std::int64_t line = 64;
+    for (std::int64_t begin = 0; begin < depth; begin += line) {
+        const std::int64_t end = depth - begin < line ? depth : begin + line;
+        for (std::int64_t j = 0; j < packed_cols; ++j) {
+            std::int64_t k = begin;
+            for (; k + 4 <= end && j < cols; k += 4) {
+                __builtin_memcpy(packed + k / 4 * packed_cols + j, b + j * b_stride + k, 4);
+            }
+            for (; k < end; k += 4) {
+                std::uint32_t group = 0;
+                if (j < cols) __builtin_memcpy(&group, b + j * b_stride + k, static_cast<unsigned long>(end - k));
+                packed[k / 4 * packed_cols + j] = group;
+            }
+        }
     }
 }
 
@@ -263,8 +270,18 @@ void packed_gemm(const std::int8_t* a, std::int64_t a_stride, const std::int8_t*
         for (std::int64_t depth = 0; depth < k; depth += 4 * slice_groups) {
             const std::int64_t part = k - depth < 4 * slice_groups ? k - depth : 4 * slice_groups;
             pack(b + j * b_stride + depth, b_stride, cols, part, packed);
+            // While this slice is multiplied, the next one is on its way: of each row it is too short a piece for the
+            // processor to foresee. Every block asks for its share of the rows.
+            const std::int64_t next = depth + part;
+            const std::int64_t next_end = next + part < k ? next + part : k;
+            std::int64_t fetched = 0;
             std::int64_t i = 0;
             for (; i + 6 <= m; i += 6) {
+                for (; fetched * m < (i + 6) * cols; ++fetched) {
+                    for (std::int64_t at = next; at < next_end; at += 64) {
+                        _mm_prefetch(b + (j + fetched) * b_stride + at, _MM_HINT_T1);
+                    }
+                }
                 packed_block<6>(a + i * a_stride + depth, a_stride, packed, cols, part, acc + i * acc_stride + j,
                                 acc_stride);
             }
