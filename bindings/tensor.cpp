@@ -139,17 +139,6 @@ py::tuple to_tuple(const Shape& shape) {
 
 }  // namespace
 
-const char* name_of(DType dtype) {
-    switch (dtype) {
-        case DType::f32: return "float32";
-        case DType::f16: return "float16";
-        case DType::bf16: return "bfloat16";
-        case DType::i8: return "int8";
-        case DType::i32: return "int32";
-    }
-    throw py::value_error("unknown dtype");
-}
-
 void Array::Release::operator()(DLManagedTensorVersioned* tensor) const noexcept {
     if (tensor->deleter != nullptr) tensor->deleter(tensor);
 }

@@ -91,7 +91,4 @@ private:
 // A new, contiguous, uninitialized array of `like`'s framework on `like`'s device.
 py::object allocate(const Array& like, const Shape& shape, DType dtype);
 
-// "float32", "float16", "bfloat16", "int8", "int32".
-const char* name_of(DType dtype);
-
 }  // namespace octavo::python

@@ -1,5 +1,5 @@
-// The C ABI: octavo.h in terms of the C++ functions. It checks what C's types leave open (NULL, unknown enum values,
-// negative sizes) and turns exceptions into status codes.
+// The C ABI: octavo.h in terms of the C++ functions. It checks what C's types leave open (NULL, unknown enum values)
+// and turns exceptions into status codes.
 #include <cstdint>
 #include <cstdio>
 #include <exception>
@@ -117,28 +117,17 @@ const T& not_null(const Argument& argument, const T* pointer) {
 
 Matrix matrix_of(const Argument& argument, const octavo_matrix* pointer) {
     const octavo_matrix& view = not_null(argument, pointer);
-    const Matrix matrix{view.data,
-                        dtype_of(argument, view.dtype),
-                        device_of(argument, view.device),
-                        view.rows,
-                        view.cols,
-                        view.row_stride,
-                        view.col_stride};
-    if (view.rows < 0 || view.cols < 0) {
-        check::fail(ErrorKind::value, argument, "rows and cols >= 0", check::shape_of(matrix));
-    }
-    if (view.data == nullptr && view.rows > 0 && view.cols > 0) {
-        check::fail(ErrorKind::value, argument, "data of shape " + check::shape_of(matrix), "data NULL");
-    }
-    return matrix;
+    return {view.data,
+            dtype_of(argument, view.dtype),
+            device_of(argument, view.device),
+            view.rows,
+            view.cols,
+            view.row_stride,
+            view.col_stride};
 }
 
 Vector vector_of(const Argument& argument, const octavo_vector* pointer) {
     const octavo_vector& view = not_null(argument, pointer);
-    if (view.size < 0) check::fail(ErrorKind::value, argument, "size >= 0", std::to_string(view.size));
-    if (view.data == nullptr && view.size > 0) {
-        check::fail(ErrorKind::value, argument, "data of shape [" + std::to_string(view.size) + "]", "data NULL");
-    }
     return {view.data, dtype_of(argument, view.dtype), device_of(argument, view.device), view.size, view.stride, true};
 }
 

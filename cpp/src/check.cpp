@@ -41,22 +41,38 @@ ConstMatrix as_matrix(const ConstVector& vector) {
     return {vector.data, vector.dtype, vector.device, vector.present ? 1 : 0, vector.size, 0, vector.stride};
 }
 
+// A view that can be one: no negative extent, and memory where it has elements.
+void is_view(const Argument& argument, const ConstMatrix& matrix) {
+    if (matrix.rows < 0 || matrix.cols < 0) {
+        fail(ErrorKind::value, argument, "rows and cols >= 0", shape_of(matrix));
+    }
+    if (matrix.data == nullptr && !is_empty(matrix)) {
+        fail(ErrorKind::value, argument, "data of shape " + shape_of(matrix), "data NULL");
+    }
+}
+
+void is_view(const Argument& argument, const ConstVector& vector) {
+    if (vector.size < 0) fail(ErrorKind::value, argument, "size >= 0", std::to_string(vector.size));
+    if (vector.data == nullptr && vector.size > 0) {
+        fail(ErrorKind::value, argument, "data of shape [" + std::to_string(vector.size) + "]", "data NULL");
+    }
+}
+
+void is_float(const Argument& argument, DType dtype) {
+    if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) return;
+    fail(ErrorKind::type, argument, "dtype float32, float16 or bfloat16", name_of(dtype));
+}
+
+void is_dtype(const Argument& argument, DType dtype, DType expected) {
+    if (dtype == expected) return;
+    fail(ErrorKind::type, argument, std::string("dtype ") + name_of(expected), name_of(dtype));
+}
+
 }  // namespace
 
 void fail(ErrorKind kind, const Argument& argument, const std::string& expected, const std::string& got) {
     throw Error(kind,
                 std::string(argument.function) + ": " + argument.name + ": expected " + expected + ", got " + got);
-}
-
-std::string to_string(DType dtype) {
-    switch (dtype) {
-        case DType::f32: return "float32";
-        case DType::f16: return "float16";
-        case DType::bf16: return "bfloat16";
-        case DType::i8: return "int8";
-        case DType::i32: return "int32";
-    }
-    return "dtype " + std::to_string(static_cast<int>(dtype));
 }
 
 std::string to_string(Device device) {
@@ -71,13 +87,24 @@ std::string shape_of(const ConstMatrix& matrix) {
     return "[" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + "]";
 }
 
-void is_float(const Argument& argument, DType dtype) {
-    if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) return;
-    fail(ErrorKind::type, argument, "dtype float32, float16 or bfloat16", to_string(dtype));
+void is_float(const Argument& argument, const ConstMatrix& matrix) {
+    is_view(argument, matrix);
+    is_float(argument, matrix.dtype);
 }
 
-void is_dtype(const Argument& argument, DType dtype, DType expected) {
-    if (dtype != expected) fail(ErrorKind::type, argument, "dtype " + to_string(expected), to_string(dtype));
+void is_float(const Argument& argument, const ConstVector& vector) {
+    is_view(argument, vector);
+    is_float(argument, vector.dtype);
+}
+
+void is_dtype(const Argument& argument, const ConstMatrix& matrix, DType expected) {
+    is_view(argument, matrix);
+    is_dtype(argument, matrix.dtype, expected);
+}
+
+void is_dtype(const Argument& argument, const ConstVector& vector, DType expected) {
+    is_view(argument, vector);
+    is_dtype(argument, vector.dtype, expected);
 }
 
 void on_device(const Argument& argument, Device device, Device expected) {

@@ -17,12 +17,17 @@ struct Argument {
 
 [[noreturn]] void fail(ErrorKind kind, const Argument& argument, const std::string& expected, const std::string& got);
 
-[[nodiscard]] std::string to_string(DType dtype);
 [[nodiscard]] std::string to_string(Device device);
 [[nodiscard]] std::string shape_of(const ConstMatrix& matrix);
 
-void is_float(const Argument& argument, DType dtype);
-void is_dtype(const Argument& argument, DType dtype, DType expected);
+// A view (extents >= 0, memory where it has elements) of float32, float16 or bfloat16.
+void is_float(const Argument& argument, const ConstMatrix& matrix);
+void is_float(const Argument& argument, const ConstVector& vector);
+
+// A view, likewise, of one dtype.
+void is_dtype(const Argument& argument, const ConstMatrix& matrix, DType expected);
+void is_dtype(const Argument& argument, const ConstVector& vector, DType expected);
+
 void on_device(const Argument& argument, Device device, Device expected);
 void has_size(const Argument& argument, std::int64_t size, std::int64_t expected);
 void has_shape(const Argument& argument, const ConstMatrix& matrix, std::int64_t rows, std::int64_t cols);

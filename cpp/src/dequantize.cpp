@@ -7,16 +7,16 @@ namespace octavo {
 
 void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out, Stream stream) {
     constexpr auto function = "dequantize";
-    check::is_dtype({function, "codes"}, codes.dtype, DType::i8);
-    check::is_dtype({function, "scale"}, scale.dtype, DType::f32);
+    check::is_dtype({function, "codes"}, codes, DType::i8);
+    check::is_dtype({function, "scale"}, scale, DType::f32);
     if (scale.size != 1) check::has_size({function, "scale"}, scale.size, codes.rows);
     check::on_device({function, "scale"}, scale.device, codes.device);
     if (zeropoint.present) {
-        check::is_dtype({function, "zeropoint"}, zeropoint.dtype, DType::f32);
+        check::is_dtype({function, "zeropoint"}, zeropoint, DType::f32);
         check::has_size({function, "zeropoint"}, zeropoint.size, scale.size);
         check::on_device({function, "zeropoint"}, zeropoint.device, codes.device);
     }
-    check::is_float({function, "out"}, out.dtype);
+    check::is_float({function, "out"}, out);
     check::has_shape({function, "out"}, out, codes.rows, codes.cols);
     check::on_device({function, "out"}, out.device, codes.device);
     check::is_writable({function, "out"}, out);

@@ -7,11 +7,11 @@ namespace octavo {
 
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Stream stream) {
     constexpr auto function = "int8_matmul";
-    check::is_dtype({function, "a"}, a.dtype, DType::i8);
-    check::is_dtype({function, "b"}, b.dtype, DType::i8);
+    check::is_dtype({function, "a"}, a, DType::i8);
+    check::is_dtype({function, "b"}, b, DType::i8);
     check::has_shape({function, "b"}, b, b.rows, a.cols);
     check::on_device({function, "b"}, b.device, a.device);
-    check::is_dtype({function, "out"}, out.dtype, DType::i32);
+    check::is_dtype({function, "out"}, out, DType::i32);
     check::has_shape({function, "out"}, out, a.rows, b.rows);
     check::on_device({function, "out"}, out.device, a.device);
     check::is_writable({function, "out"}, out);

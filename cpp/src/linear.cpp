@@ -8,27 +8,27 @@ namespace octavo {
 void check_weight(const WeightView& weight, const char* function) {
     const auto& codes = weight.codes;
     const std::int64_t groups = weight.granularity == Granularity::vector ? codes.rows : 1;
-    check::is_dtype({function, "weight.codes"}, codes.dtype, DType::i8);
+    check::is_dtype({function, "weight.codes"}, codes, DType::i8);
     check::depth({function, "weight.codes"}, codes.cols);
-    check::is_dtype({function, "weight.scale"}, weight.scale.dtype, DType::f32);
+    check::is_dtype({function, "weight.scale"}, weight.scale, DType::f32);
     check::has_size({function, "weight.scale"}, weight.scale.size, groups);
     check::on_device({function, "weight.scale"}, weight.scale.device, codes.device);
     const bool zeropoint = weight.scheme == Scheme::zeropoint;
     check::is_present({function, "weight.zeropoint"}, weight.zeropoint.present, zeropoint,
                       zeropoint ? "for scheme zeropoint" : "for scheme absmax");
     if (zeropoint) {
-        check::is_dtype({function, "weight.zeropoint"}, weight.zeropoint.dtype, DType::f32);
+        check::is_dtype({function, "weight.zeropoint"}, weight.zeropoint, DType::f32);
         check::has_size({function, "weight.zeropoint"}, weight.zeropoint.size, groups);
         check::on_device({function, "weight.zeropoint"}, weight.zeropoint.device, codes.device);
     }
-    check::is_dtype({function, "weight.code_sums"}, weight.code_sums.dtype, DType::i32);
+    check::is_dtype({function, "weight.code_sums"}, weight.code_sums, DType::i32);
     check::has_size({function, "weight.code_sums"}, weight.code_sums.size, codes.rows);
     check::on_device({function, "weight.code_sums"}, weight.code_sums.device, codes.device);
     const auto& columns = weight.outlier_columns;
     if (!columns.present) return;
-    check::is_dtype({function, "weight.outlier_columns"}, columns.dtype, DType::i32);
+    check::is_dtype({function, "weight.outlier_columns"}, columns, DType::i32);
     check::on_device({function, "weight.outlier_columns"}, columns.device, codes.device);
-    check::is_float({function, "weight.outlier_weight"}, weight.outlier_weight.dtype);
+    check::is_float({function, "weight.outlier_weight"}, weight.outlier_weight);
     check::has_shape({function, "weight.outlier_weight"}, weight.outlier_weight, codes.rows, columns.size);
     check::on_device({function, "weight.outlier_weight"}, weight.outlier_weight.device, codes.device);
     if (codes.device.kind != DeviceKind::cpu) return;  // the values can be read here on the CPU only
@@ -48,7 +48,7 @@ void check_weight(const WeightView& weight, const char* function) {
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
             Stream stream) {
     constexpr auto function = "linear";
-    check::is_float({function, "x"}, x.dtype);
+    check::is_float({function, "x"}, x);
     check_weight(weight, function);
     if (x.cols != weight.codes.cols) {
         check::fail(ErrorKind::value, {function, "x"},
@@ -58,11 +58,11 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
     }
     check::on_device({function, "weight.codes"}, weight.codes.device, x.device);
     if (bias.present) {
-        check::is_float({function, "bias"}, bias.dtype);
+        check::is_float({function, "bias"}, bias);
         check::has_size({function, "bias"}, bias.size, weight.codes.rows);
         check::on_device({function, "bias"}, bias.device, x.device);
     }
-    check::is_float({function, "out"}, out.dtype);
+    check::is_float({function, "out"}, out);
     check::has_shape({function, "out"}, out, x.rows, weight.codes.rows);
     check::on_device({function, "out"}, out.device, x.device);
     check::is_writable({function, "out"}, out);

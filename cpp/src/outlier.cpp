@@ -7,13 +7,13 @@ namespace octavo {
 
 void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) {
     constexpr auto function = "find_outliers";
-    check::is_float({function, "x"}, x.dtype);
+    check::is_float({function, "x"}, x);
     check::threshold({function, "threshold"}, threshold);
-    check::is_dtype({function, "columns"}, columns.dtype, DType::i32);
+    check::is_dtype({function, "columns"}, columns, DType::i32);
     check::has_size({function, "columns"}, columns.size, x.cols);
     check::on_device({function, "columns"}, columns.device, x.device);
     check::is_writable({function, "columns"}, columns);
-    check::is_dtype({function, "count"}, count.dtype, DType::i32);
+    check::is_dtype({function, "count"}, count, DType::i32);
     check::has_size({function, "count"}, count.size, 1);
     check::on_device({function, "count"}, count.device, x.device);
     backend_for(x.device, function).find_outliers(x, threshold, columns, count, stream);

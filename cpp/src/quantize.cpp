@@ -9,19 +9,19 @@ namespace {
 // codes, scale and zeropoint for `source` quantized in `groups` groups.
 void check_outputs(const char* function, const ConstMatrix& source, const char* source_name, Scheme scheme,
                    std::int64_t groups, const Matrix& codes, const Vector& scale, const Vector& zeropoint) {
-    check::is_dtype({function, "codes"}, codes.dtype, DType::i8);
+    check::is_dtype({function, "codes"}, codes, DType::i8);
     check::has_shape({function, "codes"}, codes, source.rows, source.cols);
     check::on_device({function, "codes"}, codes.device, source.device);
     check::is_writable({function, "codes"}, codes);
     check::is_disjoint({function, "codes"}, codes, source, source_name);
-    check::is_dtype({function, "scale"}, scale.dtype, DType::f32);
+    check::is_dtype({function, "scale"}, scale, DType::f32);
     check::has_size({function, "scale"}, scale.size, groups);
     check::on_device({function, "scale"}, scale.device, source.device);
     check::is_writable({function, "scale"}, scale);
     check::is_present({function, "zeropoint"}, zeropoint.present, scheme == Scheme::zeropoint,
                       scheme == Scheme::zeropoint ? "for scheme zeropoint" : "for scheme absmax");
     if (!zeropoint.present) return;
-    check::is_dtype({function, "zeropoint"}, zeropoint.dtype, DType::f32);
+    check::is_dtype({function, "zeropoint"}, zeropoint, DType::f32);
     check::has_size({function, "zeropoint"}, zeropoint.size, groups);
     check::on_device({function, "zeropoint"}, zeropoint.device, source.device);
     check::is_writable({function, "zeropoint"}, zeropoint);
@@ -32,12 +32,12 @@ void check_outputs(const char* function, const ConstMatrix& source, const char* 
 void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint, Stream stream) {
     constexpr auto function = "quantize";
-    check::is_float({function, "x"}, x.dtype);
+    check::is_float({function, "x"}, x);
     if (granularity == Granularity::vector) {
         check::fail(ErrorKind::value, {function, "granularity"}, "'tensor' or 'row'", "'vector'");
     }
     if (exclude.present) {
-        check::is_dtype({function, "exclude"}, exclude.dtype, DType::i32);
+        check::is_dtype({function, "exclude"}, exclude, DType::i32);
         check::on_device({function, "exclude"}, exclude.device, x.device);
     }
     const std::int64_t groups = granularity == Granularity::tensor ? 1 : x.rows;
@@ -48,11 +48,11 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
 void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                      Vector zeropoint, Vector code_sums, Stream stream) {
     constexpr auto function = "quantize_weight";
-    check::is_float({function, "weight"}, weight.dtype);
+    check::is_float({function, "weight"}, weight);
     check::depth({function, "weight"}, weight.cols);
     const std::int64_t groups = granularity == Granularity::vector ? weight.rows : 1;
     check_outputs(function, weight, "weight", scheme, groups, codes, scale, zeropoint);
-    check::is_dtype({function, "code_sums"}, code_sums.dtype, DType::i32);
+    check::is_dtype({function, "code_sums"}, code_sums, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, weight.rows);
     check::on_device({function, "code_sums"}, code_sums.device, weight.device);
     check::is_writable({function, "code_sums"}, code_sums);
@@ -62,9 +62,9 @@ void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity,
 
 void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) {
     constexpr auto function = "sum_codes";
-    check::is_dtype({function, "codes"}, codes.dtype, DType::i8);
+    check::is_dtype({function, "codes"}, codes, DType::i8);
     check::depth({function, "codes"}, codes.cols);
-    check::is_dtype({function, "code_sums"}, code_sums.dtype, DType::i32);
+    check::is_dtype({function, "code_sums"}, code_sums, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, codes.rows);
     check::on_device({function, "code_sums"}, code_sums.device, codes.device);
     check::is_writable({function, "code_sums"}, code_sums);

@@ -86,14 +86,3 @@ inline void check_codes(const Codes& actual, const reference::Quantized& expecte
     CHECK_EQ(actual.zeropoint.has_value(), !expected.zeropoint.empty());
     if (actual.zeropoint) check_values("zeropoint", *actual.zeropoint, expected.zeropoint);
 }
-
-inline const char* name_of(octavo::DType dtype) {
-    switch (dtype) {
-        case octavo::DType::f32: return "float32";
-        case octavo::DType::f16: return "float16";
-        case octavo::DType::bf16: return "bfloat16";
-        case octavo::DType::i8: return "int8";
-        case octavo::DType::i32: return "int32";
-    }
-    return "?";
-}

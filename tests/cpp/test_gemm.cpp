@@ -173,6 +173,15 @@ TEST(argument_errors) {
                  "int8_matmul: out: expected shape [2, 4], got [4, 2]");
     CHECK_THROWS(call(a.matrix(), b.matrix(), Array(DType::f32, 2, 4).matrix()), type,
                  "int8_matmul: out: expected dtype int32, got float32");
+
+    octavo::Matrix broken = a.matrix();
+    broken.rows = -1;
+    CHECK_THROWS(call(broken, b.matrix(), out.matrix()), value,
+                 "int8_matmul: a: expected rows and cols >= 0, got [-1, 3]");
+    broken = a.matrix();
+    broken.data = nullptr;
+    CHECK_THROWS(call(broken, b.matrix(), out.matrix()), value,
+                 "int8_matmul: a: expected data of shape [2, 3], got data NULL");
 }
 
 TEST(overlap) {

@@ -361,15 +361,18 @@ TEST(argument_errors) {
 }
 
 TEST(memory_of_a_device_without_a_backend) {
-    octavo::Matrix codes{.dtype = DType::i8, .device = {octavo::DeviceKind::cuda, 0}, .rows = 1, .cols = 1};
-    octavo::Vector sums{.dtype = DType::i32, .device = codes.device, .size = 1};
+    std::int32_t memory = 0;
+    const octavo::Device cuda{octavo::DeviceKind::cuda, 0};
+    const octavo::Matrix codes{.data = &memory, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
+    const octavo::Vector sums{.data = &memory, .dtype = DType::i32, .device = cuda, .size = 1};
     CHECK_THROWS(octavo::sum_codes(codes, sums), device, "sum_codes: expected arrays on the cpu, got cuda:0");
 }
 
 // Depths beyond 2^24, where sums of codes no longer fit int32, are refused before memory is touched.
 TEST(depth_limit) {
-    const octavo::Matrix codes{.dtype = DType::i8, .rows = 1, .cols = (std::int64_t{1} << 24U) + 1};
-    const octavo::Vector sums{.dtype = DType::i32, .size = 1};
+    std::int32_t memory = 0;
+    const octavo::Matrix codes{.data = &memory, .dtype = DType::i8, .rows = 1, .cols = (std::int64_t{1} << 24U) + 1};
+    const octavo::Vector sums{.data = &memory, .dtype = DType::i32, .size = 1};
     CHECK_THROWS(octavo::sum_codes(codes, sums), value,
                  "sum_codes: codes: expected at most 2^24 columns, got 16777217");
 }

@@ -14,7 +14,7 @@ enum class ErrorKind : std::uint8_t {
     device,  // no backend, no driver, a failed launch      (Python: RuntimeError)
 };
 
-// Thrown by every octavo function. Argument faults (`type`, `value`) name the function, the argument, what was
+// What every octavo function throws (besides std::bad_alloc where memory runs out). Argument faults (`type`, `value`) name the function, the argument, what was
 // expected and what came, and are thrown before any output is written unless a function's documentation says
 // otherwise. Inputs are never modified.
 class Error : public std::runtime_error {

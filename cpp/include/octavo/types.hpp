@@ -20,6 +20,18 @@ enum class DType : std::uint8_t { f32, f16, bf16, i8, i32 };
     return 0;
 }
 
+// The name of a dtype, as NumPy and PyTorch spell it.
+[[nodiscard]] constexpr const char* name_of(DType dtype) noexcept {
+    switch (dtype) {
+        case DType::f32: return "float32";
+        case DType::f16: return "float16";
+        case DType::bf16: return "bfloat16";
+        case DType::i8: return "int8";
+        case DType::i32: return "int32";
+    }
+    return "unknown";
+}
+
 // Where memory lives. `index` counts the devices of one kind and is 0 for the CPU.
 enum class DeviceKind : std::uint8_t { cpu, cuda };
 struct Device {
