@@ -5,7 +5,7 @@
     python3 dev.py test     build, install and run all tests, C++ and Python
     python3 dev.py check    formatting, lint and type checks
 
-Needs Python >= 3.10 and a C++20 compiler (GCC >= 11 or Clang >= 14); uses nothing else of the system and installs
+Needs Python >= 3.10 and a C++20 compiler (tested: Python 3.11, GCC 12, Clang 14); uses nothing else of the system and installs
 nothing outside this folder: packages go to .venv, builds to build/. Running a command again is quick.
 """
 
@@ -59,7 +59,7 @@ def demo(args: argparse.Namespace) -> None:
     """Install octavo with what the demo needs, and run it; further arguments are the demo's own."""
     prepare()
     install("demo")
-    step("Running the demo: MiniLM in int8 (results go to octavo-demo/)")
+    step("Running the demo: MiniLM in int8")
     run(BIN / "octavo", "demo", *args.rest)
 
 

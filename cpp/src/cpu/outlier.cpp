@@ -88,8 +88,7 @@ void OutlierElements::gather_per_row(const ConstMatrix& x, float threshold) {
         row_begin_.push_back(static_cast<std::int64_t>(row_columns_.size()));
     }
     columns_ = row_columns_;
-    std::ranges::sort(columns_);
-    columns_.erase(std::ranges::unique(columns_).begin(), columns_.end());
+    sort_unique(columns_);
     for (const std::int32_t column : row_columns_) {
         const auto place = std::ranges::lower_bound(columns_, column);
         positions_.push_back(static_cast<std::int32_t>(place - columns_.begin()));

@@ -159,8 +159,7 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
         }
         columns.push_back(column);
     }
-    std::ranges::sort(columns);
-    columns.erase(std::ranges::unique(columns).begin(), columns.end());
+    sort_unique(columns);
     quantize_rows(
         x, scheme, granularity, [&](std::int64_t) { return std::span<const std::int32_t>(columns); }, codes, scale,
         zeropoint, absent_vector);

@@ -1,10 +1,16 @@
 #include "cpu/rows.hpp"
 
-#include <cstring>
+#include <algorithm>
 
 #include "cpu/threads.hpp"
 
 namespace octavo::cpu {
+
+void sort_unique(std::vector<std::int32_t>& columns) {
+    std::ranges::sort(columns);
+    // Not std::ranges::unique: Clang 14 cannot compile the ranges of GCC 12's library that it returns.
+    columns.erase(std::unique(columns.begin(), columns.end()), columns.end());  // NOLINT(modernize-use-ranges)
+}
 
 ContiguousCodes::ContiguousCodes(const ConstMatrix& codes)
     : data_(static_cast<const std::int8_t*>(codes.data)), stride_(codes.row_stride) {

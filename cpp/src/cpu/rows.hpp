@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/isa.hpp"
 #include "octavo/types.hpp"
@@ -61,6 +62,9 @@ inline std::int64_t row_grain(std::int64_t cols) { return 1 + (std::int64_t{1} <
 inline void load_row(const ConstMatrix& matrix, std::int64_t row, std::int64_t begin, std::int64_t size, float* dst) {
     kernels().load(matrix.dtype, at(matrix, row, begin), matrix.col_stride, size, dst);
 }
+
+// Column numbers in ascending order, each once.
+void sort_unique(std::vector<std::int32_t>& columns);
 
 // Rows of int8 codes that are contiguous along k, as the product kernels want them: the caller's own memory where it
 // is like that already, else a copy.
