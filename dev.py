@@ -6,7 +6,8 @@
     python3 dev.py check    formatting, lint and type checks
 
 Needs Python >= 3.10 and a C++20 compiler (tested: Python 3.11, GCC 12, Clang 14); uses nothing else of the
-system and installs nothing outside this folder: packages go to .venv, builds to build/. Running a command again is quick.
+system and installs nothing outside this folder: packages go to .venv, builds to build/. Running a command again is
+quick.
 """
 
 from __future__ import annotations
