@@ -16,6 +16,8 @@ public:
     virtual void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                                  Vector zeropoint, Vector code_sums, Stream stream) const = 0;
     virtual void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const = 0;
+    virtual void pack(ConstMatrix codes, Vector packed, Stream stream) const = 0;
+    virtual void unpack(ConstVector packed, Matrix codes, Stream stream) const = 0;
     virtual void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) const = 0;
     virtual void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Stream stream) const = 0;
     virtual void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,

@@ -90,6 +90,14 @@ Granularity granularity_of(const Argument& argument, octavo_granularity value) {
     }
 }
 
+Layout layout_of(const Argument& argument, octavo_layout value) {
+    switch (value) {
+        case octavo_layout_row_major: return Layout::row_major;
+        case octavo_layout_packed: return Layout::packed;
+        default: unknown_value(argument, "octavo_layout", value);
+    }
+}
+
 Outliers outliers_of(const Argument& argument, octavo_outliers value) {
     switch (value) {
         case octavo_outliers_columns: return Outliers::columns;
@@ -148,6 +156,7 @@ WeightView weight_of(const char* function, const octavo_weight_view* pointer) {
     }
     weight.scheme = scheme_of({function, "weight.scheme"}, view.scheme);
     weight.granularity = granularity_of({function, "weight.granularity"}, view.granularity);
+    weight.layout = layout_of({function, "weight.layout"}, view.layout);
     return weight;
 }
 
@@ -193,6 +202,22 @@ octavo_status octavo_sum_codes(const octavo_matrix* codes, const octavo_vector* 
     return report([&] {
         constexpr auto function = "sum_codes";
         sum_codes(matrix_of({function, "codes"}, codes), vector_of({function, "code_sums"}, code_sums), {stream});
+    });
+}
+
+int64_t octavo_packed_size(int64_t n, int64_t k) { return packed_size(n, k); }
+
+octavo_status octavo_pack(const octavo_matrix* codes, const octavo_vector* packed, void* stream) {
+    return report([&] {
+        constexpr auto function = "pack";
+        pack(matrix_of({function, "codes"}, codes), vector_of({function, "packed"}, packed), {stream});
+    });
+}
+
+octavo_status octavo_unpack(const octavo_vector* packed, const octavo_matrix* codes, void* stream) {
+    return report([&] {
+        constexpr auto function = "unpack";
+        unpack(vector_of({function, "packed"}, packed), matrix_of({function, "codes"}, codes), {stream});
     });
 }
 

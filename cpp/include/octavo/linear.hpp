@@ -8,7 +8,7 @@ namespace octavo {
 // A weight made by `quantize_weight`, plus, optionally, the original values of calibrated outlier columns.
 // Views only: the memory stays the caller's.
 struct WeightView {
-    ConstMatrix codes;                            // [n, k] i8
+    ConstMatrix codes;                            // [n, k] i8; if packed, `data` is octavo::packed_size(n, k) bytes
     ConstVector scale;                            // f32 [1] or, for `vector`, [n]
     ConstVector zeropoint = absent_vector;        // f32 as `scale` for Scheme::zeropoint, absent for absmax
     ConstVector code_sums;                        // i32 [n]
@@ -16,6 +16,7 @@ struct WeightView {
     ConstMatrix outlier_weight{};                 // [n, r] f32, f16 or bf16: their original weights
     Scheme scheme = Scheme::absmax;
     Granularity granularity = Granularity::vector;
+    Layout layout = Layout::row_major;  // of `codes`; strides are ignored where they are packed
 };
 
 struct LinearOptions {

@@ -65,6 +65,13 @@ enum {
     octavo_outliers_none = 3      // no decomposition
 };
 
+// How the codes of a weight lie in memory.
+typedef int32_t octavo_layout;
+enum {
+    octavo_layout_row_major = 0,  // a matrix [n, k] of any strides
+    octavo_layout_packed = 1      // the order of octavo_pack; CPU memory only
+};
+
 // Which product to use.
 typedef int32_t octavo_path;
 enum {
@@ -102,7 +109,7 @@ typedef struct octavo_vector {
 
 // A weight made by octavo_quantize_weight, plus, optionally, the original values of calibrated outlier columns.
 typedef struct octavo_weight_view {
-    octavo_matrix codes;                   // [n, k] i8
+    octavo_matrix codes;                   // [n, k] i8; if packed, `data` is octavo_packed_size(n, k) bytes
     octavo_vector scale;                   // f32 [1] or, for granularity `vector`, [n]
     octavo_vector code_sums;               // i32 [n]
     const octavo_vector* zeropoint;        // f32 as `scale` for scheme `zeropoint`, NULL for `absmax`
@@ -110,6 +117,7 @@ typedef struct octavo_weight_view {
     const octavo_matrix* outlier_weight;   // [n, r] f32, f16 or bf16: their original weights; NULL where they are
     octavo_scheme scheme;
     octavo_granularity granularity;
+    octavo_layout layout;  // of `codes`; strides are ignored where they are packed
 } octavo_weight_view;
 
 // Options of octavo_linear. {0} is not the default: it makes every column an outlier.
@@ -173,6 +181,24 @@ OCTAVO_API octavo_status octavo_quantize_weight(const octavo_matrix* weight, oct
 
 // Sums over k of the codes [n, k] of a weight, i32 [n] (for weights that come from a file). Errors: type, value.
 OCTAVO_API octavo_status octavo_sum_codes(const octavo_matrix* codes, const octavo_vector* code_sums, void* stream);
+
+// Codes [n, k] in the order that the CPU backend multiplies fastest, the same on every processor:
+//
+//   packed[n / 16][k / 4][n % 16][k % 4]
+//
+// with n padded with zeros to a multiple of 16 and k to one of 64.
+OCTAVO_API int64_t octavo_packed_size(int64_t n, int64_t k);  // bytes
+
+// Bring codes into packed order, once for each weight.
+//
+//   codes   [n, k] i8, any strides, in CPU memory
+//   packed  i8 [octavo_packed_size(n, k)], contiguous, apart from `codes`; best aligned to 64 bytes
+//
+// Errors: type, value, device.
+OCTAVO_API octavo_status octavo_pack(const octavo_matrix* codes, const octavo_vector* packed, void* stream);
+
+// The codes again. Errors: type, value, device.
+OCTAVO_API octavo_status octavo_unpack(const octavo_vector* packed, const octavo_matrix* codes, void* stream);
 
 // O = { j : there is an i with not (|x[i, j]| < threshold) }   (paper section 3.2)
 //

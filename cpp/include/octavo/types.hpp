@@ -94,6 +94,12 @@ enum class Scheme : std::uint8_t {
 // one for W), vector-wise (one per row of X and one per output feature, i.e. row, of W).
 enum class Granularity : std::uint8_t { tensor, row, vector };
 
+// How the codes of a weight lie in memory.
+enum class Layout : std::uint8_t {
+    row_major,  // a matrix [n, k] of any strides
+    packed,     // the order of octavo/pack.hpp; CPU memory only
+};
+
 // Which elements of X go through the 16-bit product (DESIGN section 2, "outlier policies").
 enum class Outliers : std::uint8_t {
     columns,  // columns of X holding a magnitude >= threshold (or NaN, Inf) anywhere in this call: the paper's rule

@@ -19,6 +19,12 @@ public:
     void sum_codes(ConstMatrix codes, Vector code_sums, Stream /*stream*/) const override {
         cpu::sum_codes(codes, code_sums);
     }
+    void pack(ConstMatrix codes, Vector packed, Stream /*stream*/) const override {
+        cpu::pack(codes, static_cast<std::int8_t*>(packed.data));
+    }
+    void unpack(ConstVector packed, Matrix codes, Stream /*stream*/) const override {
+        cpu::unpack(static_cast<const std::int8_t*>(packed.data), codes);
+    }
     void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream /*stream*/) const override {
         cpu::find_outliers(x, threshold, columns, count);
     }

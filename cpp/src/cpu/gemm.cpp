@@ -4,29 +4,43 @@
 #include <string>
 
 #include "cpu/operations.hpp"
+#include "cpu/rows.hpp"
 #include "octavo/error.hpp"
 #include "octavo/runtime.hpp"
 
 namespace octavo::cpu {
 
 void for_each_panel(std::int64_t m, std::int64_t n, std::int64_t k, const std::function<void(const Panel&)>& work) {
-    const std::int64_t column_blocks = (n + tile_cols - 1) / tile_cols;
+    constexpr std::int64_t narrowest = 64;
+    constexpr std::int64_t panel_bytes = std::int64_t{1} << 20;  // of W: half a second-level cache
     // Four panels a thread even out threads of unequal speed.
     const std::int64_t wanted = num_threads() > 1 ? std::int64_t{4} * num_threads() : 1;
-    const std::int64_t row_groups =
-        std::clamp<std::int64_t>(wanted / column_blocks, 1, (m + tile_rows - 1) / tile_rows);
-    const std::int64_t tiles_per_group = ((m + tile_rows - 1) / tile_rows + row_groups - 1) / row_groups;
-    const std::int64_t rows_per_group = tiles_per_group * tile_rows;
-    const std::int64_t panels = column_blocks * ((m + rows_per_group - 1) / rows_per_group);
+    std::int64_t width = tile_cols;
+    while (width > narrowest && (width * k > panel_bytes || n < width * wanted)) width /= 2;
+    const std::int64_t column_panels = (n + width - 1) / width;
+
+    const std::int64_t tile_rows = kernels().tile_rows;
+    const std::int64_t row_tiles = (m + tile_rows - 1) / tile_rows;
+    const std::int64_t row_groups = std::clamp<std::int64_t>(wanted / column_panels, 1, row_tiles);
+    const std::int64_t group_rows = (row_tiles + row_groups - 1) / row_groups * tile_rows;
+    const std::int64_t panels = column_panels * ((m + group_rows - 1) / group_rows);
     // About a million multiplications are worth a thread's waking.
-    const std::int64_t panel_work = std::min(m, rows_per_group) * tile_cols * std::max<std::int64_t>(k, 1);
+    const std::int64_t panel_work = std::min(m, group_rows) * width * std::max<std::int64_t>(k, 1);
     parallel_for(panels, (std::int64_t{1} << 20) / panel_work, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t row = i / column_blocks * rows_per_group;
-            const std::int64_t col = i % column_blocks * tile_cols;
-            work({row, std::min(row + rows_per_group, m), col, std::min(col + tile_cols, n)});
+            const std::int64_t row = i / column_panels * group_rows;
+            const std::int64_t col = i % column_panels * width;
+            work({row, std::min(row + group_rows, m), col, std::min(col + width, n)});
         }
     });
+}
+
+void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums) {
+    for (std::int64_t j = 0; j < cols; ++j) {
+        const std::int8_t* const codes = w.data() + packed_index(j, begin, w.depth());
+        sums[j] = 0;
+        for (std::int64_t k = 0; k < end - begin; ++k) sums[j] += codes[k / 4 * 64 + k % 4];
+    }
 }
 
 namespace {
@@ -58,15 +72,25 @@ void put_row(const std::int64_t* acc, const Panel& panel, std::int64_t row, cons
 }  // namespace
 
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out) {
-    const ContiguousCodes a_rows(a);
-    const ContiguousCodes b_rows(b);
-    for_each_panel(out.rows, out.cols, a.cols, [&](const Panel& panel) {
-        std::int32_t b_sums[tile_cols] = {};
-        for (std::int64_t j = 0; j < panel.cols() && a.cols <= max_int32_depth; ++j) {
-            b_sums[j] = kernels().sum(b_rows.row(panel.col_begin + j), a.cols);
+    const XCodes x(a.rows, a.cols);
+    parallel_for(a.rows, row_grain(a.cols), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            std::int8_t* const row = x.row(i);
+            const std::int8_t* const source = contiguous_codes(a, i, row);
+            if (source != row) std::copy(source, source + a.cols, row);
+            x.finish_row(i);
         }
-        multiply_panel(a_rows, b_rows, b_sums, panel, a.cols,
-                       [&](std::int64_t row, const auto* acc) { put_row(acc, panel, row, out); });
+    });
+    for_each_panel(out.rows, out.cols, a.cols, [&](const Panel& panel) {
+        const PackedPanel w(b, Layout::row_major, panel.col_begin, panel.col_end);
+        std::int32_t sums[tile_cols] = {};
+        if (kernels().x_is_unsigned && w.depth() <= max_int32_depth) {
+            const Scratch<std::int8_t> copy(b.cols);
+            for (std::int64_t j = 0; j < panel.cols(); ++j) {
+                sums[j] = kernels().sum(contiguous_codes(b, panel.col_begin + j, copy.data()), b.cols);
+            }
+        }
+        multiply_panel(x, w, sums, panel, [&](std::int64_t row, const auto* acc) { put_row(acc, panel, row, out); });
     });
 }
 

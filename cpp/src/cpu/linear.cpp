@@ -2,6 +2,7 @@
 // each row of a tile of the product while it is in the cache.
 #include <algorithm>
 #include <span>
+#include <type_traits>
 
 #include "cpu/gemm.hpp"
 #include "cpu/operations.hpp"
@@ -19,156 +20,187 @@ float of_group(const ConstVector& values, std::int64_t index, float absent) {
     return get<float>(values, values.size == 1 ? 0 : index);
 }
 
+// A number of columns, up to a whole number of blocks.
+constexpr std::int64_t padded(std::int64_t cols) { return (cols + block_cols - 1) / block_cols * block_cols; }
+
 // X as codes, in memory of its own.
 struct QuantizedX {
     QuantizedX(const ConstMatrix& x, const WeightView& weight, const OutlierElements& outliers)
-        : memory(x.rows * x.cols), scales(x.rows), zeropoints(x.rows), sums(x.rows) {
+        : codes(x.rows, x.cols), scales(x.rows), zeropoints(x.rows), sums(x.rows) {
         const auto groups = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row;
         const std::int64_t count = groups == Granularity::tensor ? 1 : x.rows;
         const bool has_zeropoint = weight.scheme == Scheme::zeropoint;
         scale = {.data = scales.data(), .size = count};
         zeropoint = {.data = zeropoints.data(), .size = count, .present = has_zeropoint};
-        codes = {memory.data(), DType::i8, {}, x.rows, x.cols, x.cols, 1};
-        quantize_rows(x, weight.scheme, groups, [&](std::int64_t row) { return outliers.columns_of(row); }, codes,
-                      scale, zeropoint,
+        const RowTraits traits{.excluded = [&](std::int64_t row) { return outliers.columns_of(row); },
+                               .absmax = [&](std::int64_t row) { return outliers.absmax_outside(row); },
+                               .done = [&](std::int64_t row) { codes.finish_row(row); }};
+        quantize_rows(x, weight.scheme, groups, traits,
+                      {codes.row(0), DType::i8, {}, x.rows, x.cols, codes.stride(), 1}, scale, zeropoint,
                       {.data = sums.data(), .dtype = DType::i32, .size = x.rows, .present = has_zeropoint});
     }
 
-    Scratch<std::int8_t> memory;
+    XCodes codes;
     Scratch<float> scales;
     Scratch<float> zeropoints;
     Scratch<std::int32_t> sums;  // of each row's codes; only for zeropoint
-    Matrix codes;
     Vector scale;
     Vector zeropoint;
 };
+
+// `count` values of a vector from `begin` on, or its only one as often; then zeros up to a multiple of 16, the width of
+// the epilogue.
+void gather(const ConstVector& values, std::int64_t begin, std::int64_t count, float* target) {
+    if (values.size == 1) {
+        std::fill(target, target + count, get<float>(values, 0));
+    } else {
+        kernels().load(values.dtype, at(values, begin), values.stride, count, target);
+    }
+    std::fill(target + count, target + padded(count), 0.0F);
+}
 
 // What the epilogue needs of the weight for the columns of one panel, gathered so that its loops are contiguous.
 class PanelWeight {
 public:
     // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): only the panel's columns of the arrays are used
-    PanelWeight(const WeightView& weight, const ConstVector& bias, const Panel& panel) : cols_(panel.cols()) {
-        for (std::int64_t j = 0; j < cols_; ++j) {
-            scale[j] = of_group(weight.scale, panel.col_begin + j, 0.0F);
-            zeropoint[j] = of_group(weight.zeropoint, panel.col_begin + j, 0.0F);
+    PanelWeight(const WeightView& weight, const ConstVector& bias, const Panel& panel)
+        : weight_(weight), panel_(panel), has_bias_(bias.present) {
+        const std::int64_t cols = panel.cols();
+        gather(weight.scale, panel.col_begin, cols, scale);
+        if (weight.zeropoint.present) {
+            gather(weight.zeropoint, panel.col_begin, cols, zeropoint);
+        } else {
+            std::fill(zeropoint, zeropoint + cols, 0.0F);
+        }
+        for (std::int64_t j = 0; j < cols; ++j) {
             code_sums[j] = get<std::int32_t>(weight.code_sums, panel.col_begin + j);
-            bias_[j] = 0.0F;
-            if (bias.present) kernels().load(bias.dtype, at(bias, panel.col_begin + j), 1, 1, bias_ + j);
+        }
+        std::fill(code_sums + cols, code_sums + padded(cols), 0);
+        if (has_bias_) {
+            kernels().load(bias.dtype, at(bias, panel.col_begin), bias.stride, cols, bias_);
+            std::fill(bias_ + cols, bias_ + padded(cols), 0.0F);
         }
     }
 
-    // The weights of the outlier columns. Each element lies in a cache line of its own, so this is done after the
-    // first product of the panel, which has brought them all near.
-    void gather_outliers(const WeightView& weight, std::span<const std::int32_t> columns, const Panel& panel) {
+    // The weights of the outlier columns. They lie apart from each other in memory, so this is done after the first
+    // product of the panel, which has brought them all near.
+    void gather_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes) {
         if (gathered_) return;
         gathered_ = true;
         const auto count = static_cast<std::int64_t>(columns.size());
         outlier_weight_ = Scratch<float>(count * tile_cols);
         outlier_codes_ = Scratch<std::int8_t>(count * tile_cols);
-        const ConstVector& list = weight.outlier_columns;
+        const ConstVector& list = weight_.outlier_columns;
         std::int64_t kept = 0;  // both lists ascend
         for (std::int64_t o = 0; o < count; ++o) {
             const std::int32_t column = columns[static_cast<std::size_t>(o)];
+            std::int8_t* const column_codes = outlier_codes_.data() + o * tile_cols;
+            float* const target = outlier_weight_.data() + o * tile_cols;
+            for (std::int64_t first = 0; first < padded(panel_.cols()); first += block_cols) {
+                const std::int8_t* const source = codes.column(first, column);
+                for (std::int64_t j = 0; j < block_cols; ++j) column_codes[first + j] = source[4 * j];
+            }
             while (kept < list.size && get<std::int32_t>(list, kept) < column) ++kept;
-            const bool is_kept = kept < list.size && get<std::int32_t>(list, kept) == column;
-            for (std::int64_t j = 0; j < cols_; ++j) {
-                const std::int64_t row = panel.col_begin + j;
-                const std::int8_t code = code_at(weight.codes, row, column);
-                float& target = outlier_weight_[o * tile_cols + j];
-                outlier_codes_[o * tile_cols + j] = code;
-                if (is_kept) {
-                    load_row(weight.outlier_weight, row, kept, 1, &target);
-                } else {
-                    target = (static_cast<float>(code) + zeropoint[j]) * scale[j];
+            if (kept < list.size && get<std::int32_t>(list, kept) == column) {
+                const ConstMatrix& original = weight_.outlier_weight;
+                kernels().load(original.dtype, at(original, panel_.col_begin, kept), original.row_stride, panel_.cols(),
+                               target);
+            } else {
+                for (std::int64_t j = 0; j < panel_.cols(); ++j) {
+                    target[j] = (static_cast<float>(column_codes[j]) + zeropoint[j]) * scale[j];
                 }
             }
+            std::fill(target + panel_.cols(), target + padded(panel_.cols()), 0.0F);
         }
-    }
-
-    // y[j] += sum_{o in O} x[row, o] * w[j, o]
-    void add_outliers(const OutlierElements& outliers, std::int64_t row, float* y) const {
-        const auto elements = outliers.row(row);
-        if (elements.values.empty()) return;
-        kernels().add_products(cols_, static_cast<std::int64_t>(elements.values.size()), elements.values.data(),
-                               elements.positions, outlier_weight_.data(), tile_cols, y);
     }
 
     // sums[j] = sum_k of the codes of w[j] over the columns that are not outliers of the row
-    void sum_codes_outside(const OutlierElements& outliers, std::int64_t row, std::int32_t* sums) const {
-        std::copy(code_sums, code_sums + cols_, sums);
-        const auto elements = outliers.row(row);
-        for (std::size_t o = 0; o < elements.values.size(); ++o) {
-            const auto position = elements.positions != nullptr ? elements.positions[o] : static_cast<std::int64_t>(o);
-            for (std::int64_t j = 0; j < cols_; ++j) sums[j] -= outlier_codes_[position * tile_cols + j];
+    void sum_codes_outside(const OutlierElements::Row& outliers, std::int32_t* sums) const {
+        std::copy(code_sums, code_sums + panel_.cols(), sums);
+        for (std::size_t o = 0; o < outliers.values.size(); ++o) {
+            const auto position = outliers.positions != nullptr ? outliers.positions[o] : static_cast<std::int64_t>(o);
+            for (std::int64_t j = 0; j < panel_.cols(); ++j) sums[j] -= outlier_codes_[position * tile_cols + j];
         }
     }
 
-    void add_bias(float* y) const { kernels().add_scaled(cols_, 1.0F, bias_, y); }
+    // Everything after the product, for one row: `acc` int32 sums, or `scaled` ones.
+    void finish(const std::int32_t* acc, const float* scaled, float scale_x, const OutlierElements::Row& outliers,
+                std::int64_t row, const Matrix& out) const {
+        const EpilogueRow epilogue{.acc = acc,
+                                   .scaled = scaled,
+                                   .scale_x = scale_x,
+                                   .scale_w = scale,
+                                   .outliers = static_cast<std::int64_t>(outliers.values.size()),
+                                   .outlier_x = outliers.values.data(),
+                                   .outlier_places = outliers.positions,
+                                   .outlier_w = outlier_weight_.data(),
+                                   .bias = has_bias_ ? bias_ : nullptr};
+        if (out.col_stride == 1) {
+            return kernels().epilogue(epilogue, panel_.cols(), out.dtype, at(out, row, panel_.col_begin));
+        }
+        float y[tile_cols];
+        kernels().epilogue(epilogue, panel_.cols(), DType::f32, y);
+        kernels().store(y, panel_.cols(), out.dtype, at(out, row, panel_.col_begin), out.col_stride);
+    }
 
     float scale[tile_cols];
     float zeropoint[tile_cols];
     std::int32_t code_sums[tile_cols];
 
 private:
-    std::int64_t cols_;
+    const WeightView& weight_;
+    Panel panel_;
+    bool has_bias_;
     bool gathered_ = false;
     Scratch<float> outlier_weight_{0};       // [|O|, tile_cols]
     Scratch<std::int8_t> outlier_codes_{0};  // [|O|, tile_cols]
     float bias_[tile_cols];
 };
 
-void scale_sums(const std::int32_t* acc, std::int64_t size, float scale_x, const float* scale_w, float* y) {
-    kernels().scale_sums(acc, size, scale_x, scale_w, y);
-}
-
-void scale_sums(const std::int64_t* acc, std::int64_t size, float scale_x, const float* scale_w, float* y) {
-    for (std::int64_t j = 0; j < size; ++j) y[j] = static_cast<float>(acc[j]) * (scale_x * scale_w[j]);
-}
-
 // The zeropoint product (Eq. 4-5) of row i, over the columns that are not its outliers:
 //   y[j] = (acc + zw * sum_k qx + zx * sum_k qw + k * zx * zw) * scale_x * scale_w
 // The terms are large and cancel, so they are added as float64, where they are exact unless zeropoints are beyond 2^20.
 template <class Sum>
-void unroll_zeropoint(const Sum* acc, const QuantizedX& x, const OutlierElements& outliers, std::int64_t row,
-                      const PanelWeight& weight, const Panel& panel, float* y) {
+void unroll_zeropoint(const Sum* acc, const QuantizedX& x, const OutlierElements::Row& outliers, std::int64_t row,
+                      std::int64_t k, const PanelWeight& weight, std::int64_t cols, float* y) {
     const double zx = of_group(x.zeropoint, row, 0.0F);
     const double scale_x = of_group(x.scale, row, 0.0F);
     const double sum_x = x.sums[row];
-    const auto depth = static_cast<double>(x.codes.cols - static_cast<std::int64_t>(outliers.columns_of(row).size()));
+    const auto depth = static_cast<double>(k - static_cast<std::int64_t>(outliers.values.size()));
     std::int32_t sums_w[tile_cols];
-    weight.sum_codes_outside(outliers, row, sums_w);
-    for (std::int64_t j = 0; j < panel.cols(); ++j) {
+    weight.sum_codes_outside(outliers, sums_w);
+    for (std::int64_t j = 0; j < cols; ++j) {
         const double zw = weight.zeropoint[j];
         const double sum = static_cast<double>(acc[j]) + zw * sum_x + zx * sums_w[j] + depth * zx * zw;
         y[j] = static_cast<float>(sum * (scale_x * static_cast<double>(weight.scale[j])));
     }
 }
 
-void store_row(const float* y, const Panel& panel, std::int64_t row, const Matrix& out) {
-    kernels().store(y, panel.cols(), out.dtype, at(out, row, panel.col_begin), out.col_stride);
-}
-
 void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out,
                  const LinearOptions& options) {
     const OutlierElements outliers(x, weight, options);
     const QuantizedX quantized(x, weight, outliers);
-    const ContiguousCodes x_codes(quantized.codes);
-    const ContiguousCodes w_codes(weight.codes);
     for_each_panel(out.rows, out.cols, x.cols, [&](const Panel& panel) {
+        const PackedPanel w(weight.codes, weight.layout, panel.col_begin, panel.col_end);
         PanelWeight panel_weight(weight, bias, panel);
         const auto finish = [&](std::int64_t row, const auto* acc) {
-            panel_weight.gather_outliers(weight, outliers.columns(), panel);
-            float y[tile_cols];
+            panel_weight.gather_outliers(outliers.columns(), w);
+            const OutlierElements::Row elements = outliers.row(row);
+            const float scale_x = of_group(quantized.scale, row, 0.0F);
+            alignas(64) float y[tile_cols];
             if (weight.scheme == Scheme::zeropoint) {
-                unroll_zeropoint(acc, quantized, outliers, row, panel_weight, panel, y);
+                unroll_zeropoint(acc, quantized, elements, row, x.cols, panel_weight, panel.cols(), y);
+                panel_weight.finish(nullptr, y, scale_x, elements, row, out);
+            } else if constexpr (std::is_same_v<decltype(acc), const std::int32_t*>) {
+                panel_weight.finish(acc, nullptr, scale_x, elements, row, out);
             } else {
-                scale_sums(acc, panel.cols(), of_group(quantized.scale, row, 0.0F), panel_weight.scale, y);
+                for (std::int64_t j = 0; j < panel.cols(); ++j) {
+                    y[j] = static_cast<float>(acc[j]) * (scale_x * panel_weight.scale[j]);
+                }
+                panel_weight.finish(nullptr, y, scale_x, elements, row, out);
             }
-            panel_weight.add_outliers(outliers, row, y);
-            panel_weight.add_bias(y);
-            store_row(y, panel, row, out);
         };
-        multiply_panel(x_codes, w_codes, panel_weight.code_sums, panel, x.cols, finish);
+        multiply_panel(quantized.codes, w, panel_weight.code_sums, panel, finish);
     });
 }
 
@@ -177,11 +209,12 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
     constexpr std::int64_t rows_at_a_time = 16;
     const std::int64_t k = x.cols;
     for_each_panel(out.rows, out.cols, k, [&](const Panel& panel) {
+        const PackedPanel codes(weight.codes, weight.layout, panel.col_begin, panel.col_end);
         const PanelWeight panel_weight(weight, bias, panel);
         const Scratch<float> w(panel.cols() * k);
         for (std::int64_t j = 0; j < panel.cols(); ++j) {
             for (std::int64_t depth = 0; depth < k; ++depth) {
-                const auto code = static_cast<float>(code_at(weight.codes, panel.col_begin + j, depth));
+                const auto code = static_cast<float>(codes.data()[packed_index(j, depth, codes.depth())]);
                 w[j * k + depth] = code + panel_weight.zeropoint[j];
             }
         }
@@ -196,8 +229,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
                 }
             }
             for (std::int64_t i = 0; i < rows; ++i) {
-                panel_weight.add_bias(y[i]);
-                store_row(y[i], panel, first + i, out);
+                panel_weight.finish(nullptr, y[i], 1.0F, {}, first + i, out);
             }
         }
     });

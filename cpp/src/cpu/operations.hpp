@@ -1,6 +1,8 @@
 // The operations of the CPU backend: the stems of the public headers, which document them.
 #pragma once
 
+#include <cstdint>
+
 #include "octavo/linear.hpp"
 #include "octavo/types.hpp"
 
@@ -11,6 +13,8 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
 void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                      Vector zeropoint, Vector code_sums);
 void sum_codes(ConstMatrix codes, Vector code_sums);
+void pack(ConstMatrix codes, std::int8_t* packed);
+void unpack(const std::int8_t* packed, Matrix codes);
 void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count);
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out);
 void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out);

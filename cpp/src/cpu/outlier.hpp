@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -10,8 +11,13 @@
 
 namespace octavo::cpu {
 
-// O of paper section 3.2, ascending.
-std::vector<std::int32_t> outlier_columns(const ConstMatrix& x, float threshold);
+// What one pass over X finds of its magnitudes.
+struct OutlierScan {
+    OutlierScan(const ConstMatrix& x, float threshold);
+
+    std::vector<std::int32_t> columns;     // O of paper section 3.2, ascending
+    std::vector<float> largest_regular;    // of each row: its largest magnitude below the threshold
+};
 
 // The elements of X that the 16-bit product takes, under any of the outlier policies.
 class OutlierElements {
@@ -31,6 +37,9 @@ public:
     };
     [[nodiscard]] Row row(std::int64_t index) const noexcept;
 
+    // The largest magnitude of row i outside columns_of(i), where finding the outliers has shown it.
+    [[nodiscard]] std::optional<float> absmax_outside(std::int64_t row) const noexcept;
+
 private:
     struct Bounds {
         std::int64_t begin;
@@ -41,7 +50,8 @@ private:
     void gather_per_row(const ConstMatrix& x, float threshold);
 
     std::vector<std::int32_t> columns_;
-    std::vector<float> values_;  // row after row
+    std::vector<float> values_;           // row after row
+    std::vector<float> largest_regular_;  // as in OutlierScan; empty where there was none
     bool per_row_ = false;
     // Only under `rows`: where each row's elements begin, their columns, and the places of those in columns_.
     std::vector<std::int64_t> row_begin_;

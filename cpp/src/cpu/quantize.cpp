@@ -36,17 +36,20 @@ public:
     [[nodiscard]] float scale() const noexcept { return scale_; }
     [[nodiscard]] float zeropoint() const noexcept { return zeropoint_; }
 
-    void encode(const float* x, std::int64_t size, std::int8_t* codes) const {
+    // `row` of a matrix, k codes.
+    void encode(const RowReader& x, std::int64_t row, std::int64_t k, std::int8_t* codes) const {
         if (codes_are_zero_) {
-            std::fill(codes, codes + size, std::int8_t{0});
+            std::fill(codes, codes + k, std::int8_t{0});
         } else if (scheme_ == Scheme::absmax) {
-            kernels().encode_absmax(x, size, absmax_, codes);
+            kernels().encode_absmax(x.dtype(), x.row(row), k, absmax_, codes);
         } else if (nd_ != 0.0F) {
-            kernels().encode_zeropoint(x, size, nd_, zeropoint_, codes);
+            kernels().encode_zeropoint(x.floats(row), k, nd_, zeropoint_, codes);
         } else {
-            for (std::int64_t i = 0; i < size; ++i) {
-                const double code = std::nearbyint(wide_nd_ * x[i]) - wide_zeropoint_;
-                codes[i] = static_cast<std::int8_t>(std::clamp(code, -127.0, 127.0));
+            const float* const values = x.floats(row);
+            for (std::int64_t i = 0; i < k; ++i) {
+                const double code = std::nearbyint(wide_nd_ * values[i]) - wide_zeropoint_;
+                // NaN is possible in columns that are left out, whose codes do not count.
+                codes[i] = static_cast<std::int8_t>(std::isnan(code) ? 0.0 : std::clamp(code, -127.0, 127.0));
             }
         }
     }
@@ -80,17 +83,32 @@ private:
     double wide_zeropoint_ = 0.0;
 };
 
-// The range of a row outside its excluded columns, whose places in `row` are overwritten by values that do not change
-// the range (so that the kernels need no mask).
-std::optional<Range> range_outside(std::span<const std::int32_t> excluded, std::int64_t size, float* row) {
+// The range of a row outside its excluded columns; nothing where it has no other columns. For absmax, the range
+// [-absmax, absmax].
+std::optional<Range> range_outside(const RowReader& x, std::int64_t row, std::int64_t k, Scheme scheme,
+                                   const RowTraits& traits) {
+    const auto excluded = traits.excluded(row);
+    if (scheme == Scheme::absmax) {
+        if (traits.absmax) {
+            if (const auto absmax = traits.absmax(row)) return Range{-*absmax, *absmax, true};
+        }
+        if (excluded.empty()) {
+            constexpr std::uint32_t no_limit = 0;
+            const Magnitudes found = kernels().magnitudes(x.dtype(), x.row(row), k, no_limit);
+            const float absmax = magnitude_of(x.dtype(), found.largest);
+            return Range{-absmax, absmax, std::isfinite(absmax)};
+        }
+    }
     std::int64_t kept = 0;  // the first column that is not excluded
     for (const std::int32_t column : excluded) {
         if (column != kept) break;
         ++kept;
     }
-    if (kept == size) return std::nullopt;
-    for (const std::int32_t column : excluded) row[column] = row[kept];
-    return kernels().range(row, size);
+    if (kept == k) return std::nullopt;
+    // Excluded places get a value that does not change the range, so that the kernel needs no mask.
+    float* const values = x.floats(row);
+    for (const std::int32_t column : excluded) values[column] = values[kept];
+    return kernels().range(values, k);
 }
 
 std::optional<Range> merge(const std::optional<Range>& a, const std::optional<Range>& b) {
@@ -99,13 +117,12 @@ std::optional<Range> merge(const std::optional<Range>& a, const std::optional<Ra
     return Range{std::min(a->min, b->min), std::max(a->max, b->max), a->finite && b->finite};
 }
 
-std::optional<Range> range_of(const ConstMatrix& x, const ExcludedColumns& excluded) {
+std::optional<Range> range_of(const ConstMatrix& x, Scheme scheme, const RowTraits& traits) {
     std::vector<std::optional<Range>> of_row(static_cast<std::size_t>(x.rows));
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        const Scratch<float> row(x.cols);
+        const RowReader reader(x);
         for (std::int64_t i = begin; i < end; ++i) {
-            load_row(x, i, 0, x.cols, row.data());
-            of_row[static_cast<std::size_t>(i)] = range_outside(excluded(i), x.cols, row.data());
+            of_row[static_cast<std::size_t>(i)] = range_outside(reader, i, x.cols, scheme, traits);
         }
     });
     std::optional<Range> whole;
@@ -115,7 +132,7 @@ std::optional<Range> range_of(const ConstMatrix& x, const ExcludedColumns& exclu
 
 }  // namespace
 
-void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const ExcludedColumns& excluded, Matrix codes,
+void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const RowTraits& traits, Matrix codes,
                    Vector scale, Vector zeropoint, Vector code_sums) {
     const auto put_group = [&](std::int64_t group, const Coding& coding) {
         put(scale, group, coding.scale());
@@ -123,27 +140,25 @@ void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const 
     };
     std::optional<Coding> whole;
     if (granularity == Granularity::tensor) {
-        whole.emplace(scheme, range_of(x, excluded));
+        whole.emplace(scheme, range_of(x, scheme, traits));
         put_group(0, *whole);
     }
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        const Scratch<float> row(x.cols);
-        const Scratch<std::int8_t> row_codes(x.cols);
+        const RowReader reader(x);
+        const Scratch<std::int8_t> row_codes(codes.col_stride == 1 ? 0 : x.cols);
         for (std::int64_t i = begin; i < end; ++i) {
-            load_row(x, i, 0, x.cols, row.data());
-            const auto left_out = excluded(i);
-            const auto range = range_outside(left_out, x.cols, row.data());
-            const Coding coding = whole ? *whole : Coding(scheme, range);
+            const Coding coding = whole ? *whole : Coding(scheme, range_outside(reader, i, x.cols, scheme, traits));
             if (!whole) put_group(i, coding);
 
             std::int8_t* const target =
                 codes.col_stride == 1 ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data();
-            if (range) coding.encode(row.data(), x.cols, target);
-            for (const std::int32_t column : left_out) target[column] = 0;
-            if (target == row_codes.data()) {
+            coding.encode(reader, i, x.cols, target);
+            for (const std::int32_t column : traits.excluded(i)) target[column] = 0;
+            if (codes.col_stride != 1) {
                 for (std::int64_t j = 0; j < x.cols; ++j) *static_cast<std::int8_t*>(at(codes, i, j)) = target[j];
             }
             if (code_sums.present) put(code_sums, i, kernels().sum(target, x.cols));
+            if (traits.done) traits.done(i);
         }
     });
 }
@@ -160,17 +175,15 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
         columns.push_back(column);
     }
     sort_unique(columns);
-    quantize_rows(
-        x, scheme, granularity, [&](std::int64_t) { return std::span<const std::int32_t>(columns); }, codes, scale,
-        zeropoint, absent_vector);
+    const RowTraits traits{.excluded = [&](std::int64_t) { return std::span<const std::int32_t>(columns); }};
+    quantize_rows(x, scheme, granularity, traits, codes, scale, zeropoint, absent_vector);
 }
 
 void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                      Vector zeropoint, Vector code_sums) {
     const auto groups = granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
-    quantize_rows(
-        weight, scheme, groups, [](std::int64_t) { return std::span<const std::int32_t>(); }, codes, scale, zeropoint,
-        code_sums);
+    const RowTraits traits{.excluded = [](std::int64_t) { return std::span<const std::int32_t>(); }};
+    quantize_rows(weight, scheme, groups, traits, codes, scale, zeropoint, code_sums);
     for (std::int64_t i = 0; i < scale.size; ++i) {
         if (std::isnan(get<float>(scale, i))) {
             const std::string where = scale.size == 1 ? "" : " in row " + std::to_string(i);
@@ -180,9 +193,11 @@ void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity,
 }
 
 void sum_codes(ConstMatrix codes, Vector code_sums) {
-    const ContiguousCodes rows(codes);
     parallel_for(codes.rows, row_grain(codes.cols), [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) put(code_sums, i, kernels().sum(rows.row(i), codes.cols));
+        const Scratch<std::int8_t> copy(codes.cols);
+        for (std::int64_t i = begin; i < end; ++i) {
+            put(code_sums, i, kernels().sum(contiguous_codes(codes, i, copy.data()), codes.cols));
+        }
     });
 }
 

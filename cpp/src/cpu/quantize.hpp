@@ -3,18 +3,26 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 
 #include "octavo/types.hpp"
 
 namespace octavo::cpu {
 
-// The columns of a row that take no part in its quantization, ascending and unique.
-using ExcludedColumns = std::function<std::span<const std::int32_t>(std::int64_t row)>;
+// What is particular to each row.
+struct RowTraits {
+    // The columns of a row that take no part in its quantization, ascending and unique.
+    std::function<std::span<const std::int32_t>(std::int64_t row)> excluded;
+    // The largest magnitude of a row outside those, where that is known and finite; may be empty.
+    std::function<std::optional<float>(std::int64_t row)> absmax{};
+    // Called when the codes of a row are there; may be empty.
+    std::function<void(std::int64_t row)> done{};
+};
 
 // octavo::quantize with the excluded columns chosen row by row. `code_sums` (i32 [m], or absent) receives the sum of
 // each row's codes.
-void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const ExcludedColumns& excluded, Matrix codes,
+void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const RowTraits& traits, Matrix codes,
                    Vector scale, Vector zeropoint, Vector code_sums);
 
 }  // namespace octavo::cpu

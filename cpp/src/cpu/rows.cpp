@@ -2,9 +2,14 @@
 
 #include <algorithm>
 
-#include "cpu/threads.hpp"
-
 namespace octavo::cpu {
+
+float magnitude_of(DType dtype, std::uint32_t bits) {
+    float value = 0.0F;
+    const auto narrow = static_cast<std::uint16_t>(bits);
+    kernels().load(dtype, dtype == DType::f32 ? static_cast<const void*>(&bits) : &narrow, 1, 1, &value);
+    return value;
+}
 
 void sort_unique(std::vector<std::int32_t>& columns) {
     std::ranges::sort(columns);
@@ -12,18 +17,10 @@ void sort_unique(std::vector<std::int32_t>& columns) {
     columns.erase(std::unique(columns.begin(), columns.end()), columns.end());  // NOLINT(modernize-use-ranges)
 }
 
-ContiguousCodes::ContiguousCodes(const ConstMatrix& codes)
-    : data_(static_cast<const std::int8_t*>(codes.data)), stride_(codes.row_stride) {
-    if (codes.col_stride == 1 || codes.cols <= 1) return;
-    copy_ = std::make_unique<Scratch<std::int8_t>>(codes.rows * codes.cols);
-    parallel_for(codes.rows, row_grain(codes.cols), [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            std::int8_t* const row = copy_->data() + i * codes.cols;
-            for (std::int64_t j = 0; j < codes.cols; ++j) row[j] = code_at(codes, i, j);
-        }
-    });
-    data_ = copy_->data();
-    stride_ = codes.cols;
+const std::int8_t* contiguous_codes(const ConstMatrix& codes, std::int64_t row, std::int8_t* copy) {
+    if (codes.col_stride == 1) return static_cast<const std::int8_t*>(at(codes, row, 0));
+    for (std::int64_t j = 0; j < codes.cols; ++j) copy[j] = code_at(codes, row, j);
+    return copy;
 }
 
 }  // namespace octavo::cpu

@@ -1,28 +1,16 @@
-// Rows of a strided matrix as contiguous float32, and scratch memory to hold them.
+// Elements and rows of strided views.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/isa.hpp"
+#include "cpu/scratch.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo::cpu {
-
-// Uninitialized memory for `size` elements (std::vector would write zeros first).
-template <class T>
-class Scratch {
-public:
-    explicit Scratch(std::int64_t size) : data_(new T[static_cast<std::size_t>(size)]) {}
-    [[nodiscard]] T* data() const noexcept { return data_.get(); }
-    T& operator[](std::int64_t index) const noexcept { return data_[static_cast<std::size_t>(index)]; }
-
-private:
-    std::unique_ptr<T[]> data_;  // NOLINT(modernize-avoid-c-arrays)
-};
 
 // Address of element (row, col), of an input or an output.
 template <class Data>
@@ -63,21 +51,36 @@ inline void load_row(const ConstMatrix& matrix, std::int64_t row, std::int64_t b
     kernels().load(matrix.dtype, at(matrix, row, begin), matrix.col_stride, size, dst);
 }
 
+// Rows of a matrix as the kernels take them: the caller's memory where the row is contiguous, else a copy in float32.
+class RowReader {
+public:
+    explicit RowReader(const ConstMatrix& x)
+        : x_(x), dtype_(x.col_stride == 1 ? x.dtype : DType::f32), copy_(x.cols) {}
+
+    [[nodiscard]] DType dtype() const noexcept { return dtype_; }
+    [[nodiscard]] const void* row(std::int64_t index) const {
+        return x_.col_stride == 1 ? at(x_, index, 0) : floats(index);
+    }
+    // A copy in float32, to be changed as one likes; the next call of either function overwrites it.
+    [[nodiscard]] float* floats(std::int64_t index) const {
+        load_row(x_, index, 0, x_.cols, copy_.data());
+        return copy_.data();
+    }
+
+private:
+    ConstMatrix x_;
+    DType dtype_;
+    Scratch<float> copy_;
+};
+
+// The magnitude whose bit pattern, in a dtype, is given.
+float magnitude_of(DType dtype, std::uint32_t bits);
+
 // Column numbers in ascending order, each once.
 void sort_unique(std::vector<std::int32_t>& columns);
 
-// Rows of int8 codes that are contiguous along k, as the product kernels want them: the caller's own memory where it
-// is like that already, else a copy.
-class ContiguousCodes {
-public:
-    explicit ContiguousCodes(const ConstMatrix& codes);
-    [[nodiscard]] const std::int8_t* row(std::int64_t index) const noexcept { return data_ + index * stride_; }
-    [[nodiscard]] std::int64_t stride() const noexcept { return stride_; }
-
-private:
-    std::unique_ptr<Scratch<std::int8_t>> copy_;
-    const std::int8_t* data_;
-    std::int64_t stride_;
-};
+// Row `row` of int8 codes, contiguous along k: the caller's own memory where it is like that already, else copied to
+// `copy` (of `codes.cols` elements).
+const std::int8_t* contiguous_codes(const ConstMatrix& codes, std::int64_t row, std::int8_t* copy);
 
 }  // namespace octavo::cpu

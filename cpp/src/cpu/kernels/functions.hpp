@@ -5,20 +5,30 @@
 
 namespace octavo::cpu::OCTAVO_ISA {
 
+// What the product of this instruction set wants of X, see Kernels.
+#if defined(__AMX_INT8__)
+inline constexpr bool x_is_unsigned = false;
+inline constexpr std::int64_t tile_rows = 32;
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+inline constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
+inline constexpr std::int64_t tile_rows = 48;
+#else
+inline constexpr bool x_is_unsigned = false;
+inline constexpr std::int64_t tile_rows = 48;
+#endif
+
 void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, float* dst);
 void store(const float* src, std::int64_t size, DType dtype, void* dst, std::int64_t stride);
 Range range(const float* x, std::int64_t size);
-void mark_outliers(const float* x, std::int64_t size, float threshold, std::uint8_t* mask);
-void encode_absmax(const float* x, std::int64_t size, float absmax, std::int8_t* codes);
+Magnitudes magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_t limit);
+void mark_outliers(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
+void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
-void scale_sums(const std::int32_t* acc, std::int64_t size, float a, const float* scale, float* y);
-void add_scaled(std::int64_t size, float a, const float* x, float* y);
-void add_products(std::int64_t size, std::int64_t count, const float* values, const std::int32_t* positions,
-                  const float* rows, std::int64_t stride, float* y);
-float dot(const float* a, const float* b, std::int64_t size);
+void flip_sign_bits(std::int8_t* codes, std::int64_t size);
 std::int32_t sum(const std::int8_t* codes, std::int64_t size);
-void gemm(const std::int8_t* a, std::int64_t a_stride, const std::int8_t* b, std::int64_t b_stride,
-          const std::int32_t* b_sums, std::int64_t m, std::int64_t n, std::int64_t k, std::int32_t* acc,
-          std::int64_t acc_stride);
+float dot(const float* a, const float* b, std::int64_t size);
+void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
+void product(const ProductTile& tile);
+void epilogue(const EpilogueRow& row, std::int64_t cols, DType dtype, void* y);
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -51,6 +51,81 @@ float round_half_even(float value) {
 // rint(value) as int8 for |value| <= 127.5: after adding 1.5 * 2^23 the low byte of the float is the integer.
 std::int8_t to_code(float value) { return static_cast<std::int8_t>(bits_of(value + 0x1.8p23F)); }
 
+template <class Bits>
+constexpr Bits magnitude_mask = static_cast<Bits>(Bits(~Bits{0}) >> 1U);
+
+template <class Bits>
+Magnitudes magnitudes_as(const void* x, std::int64_t size, std::uint32_t limit_bits) {
+    const auto limit = static_cast<Bits>(limit_bits);
+    Bits largest[lanes] = {};
+    Bits below[lanes] = {};
+    const auto take = [&](std::int64_t lane, Bits bits) {
+        const auto magnitude = static_cast<Bits>(bits & magnitude_mask<Bits>);
+        const Bits low = magnitude < limit ? magnitude : Bits{0};
+        largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
+        below[lane] = low > below[lane] ? low : below[lane];
+    };
+    std::int64_t i = 0;
+    for (; i + lanes <= size; i += lanes) {
+        for (std::int64_t lane = 0; lane < lanes; ++lane) take(lane, read<Bits>(x, i + lane));
+    }
+    for (; i < size; ++i) take(0, read<Bits>(x, i));
+    for (std::int64_t lane = 1; lane < lanes; ++lane) {
+        largest[0] = largest[lane] > largest[0] ? largest[lane] : largest[0];
+        below[0] = below[lane] > below[0] ? below[lane] : below[0];
+    }
+    return {largest[0], below[0]};
+}
+
+template <class Bits>
+void mark_as(const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask) {
+    for (std::int64_t i = 0; i < size; ++i) {
+        const auto magnitude = static_cast<Bits>(read<Bits>(x, i) & magnitude_mask<Bits>);
+        mask[i] = static_cast<std::uint8_t>(mask[i] | (magnitude >= static_cast<Bits>(limit) ? 1 : 0));
+    }
+}
+
+// |x| <= absmax, so |x * 127 / absmax| <= 127 * (1 + 2^-23) and rounds to at most 127: no clip needed.
+template <class T, class Convert>
+void encode_by_division(const void* x, std::int64_t size, float absmax, Convert convert, std::int8_t* codes) {
+    if (absmax <= 0x1.fffffep127F / 127.0F) {
+        for (std::int64_t i = 0; i < size; ++i) codes[i] = to_code(convert(read<T>(x, i)) * 127.0F / absmax);
+    } else {
+        for (std::int64_t i = 0; i < size; ++i) {
+            const float value = convert(read<T>(x, i));
+            const float product = value * 127.0F;
+            codes[i] = to_code(__builtin_isinf(product) ? value / absmax * 127.0F : product / absmax);
+        }
+    }
+}
+
+// The same codes without a division for each element, where there is fused multiply-add. A division takes as long as
+// some twenty multiplications.
+//
+// a = x * 127 is exact. q = a * inverse is off by at most 2^-22 of itself, a - q * absmax is exact, and adding that
+// remainder times the inverse leaves an error below 2^-44, rounded once. Is rint of that the rint of a / absmax? The two
+// could differ only next to a half integer h. Where a / absmax = h, the sum rounds to h, as the error is far below half a
+// place. Else a - h * absmax is a multiple of the last place of a product of the two, and with at most 18 bits in a, 11
+// in absmax and 8 in h that is 2^-38 of a or more: too far from h for 24 bits to round to it or beyond it... except that
+// both a / absmax and the sum round to the same float: they are 2^-44 apart, and no float's half-way point is nearer to
+// a / absmax than 2^-36, by the same count of bits.
+template <class Convert>
+void encode_16_bit(const void* x, std::int64_t size, float absmax, Convert convert, std::int8_t* codes) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    if (absmax >= 0x1p-100F && absmax <= 0x1p100F) {  // no step overflows, nor loses bits of what is not 0 anyway
+        const float inverse = 1.0F / absmax;
+        for (std::int64_t i = 0; i < size; ++i) {
+            const float a = convert(read<std::uint16_t>(x, i)) * 127.0F;
+            const float quotient = a * inverse;
+            const float remainder = __builtin_fmaf(-quotient, absmax, a);
+            codes[i] = to_code(__builtin_fmaf(remainder, inverse, quotient));
+        }
+        return;
+    }
+#endif
+    encode_by_division<std::uint16_t>(x, size, absmax, convert, codes);
+}
+
 }  // namespace
 
 void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, float* dst) {
@@ -103,22 +178,25 @@ Range range(const float* x, std::int64_t size) {
     return {low[0], high[0], magnitude[0] < 0x7F800000U};
 }
 
-void mark_outliers(const float* x, std::int64_t size, float threshold, std::uint8_t* mask) {
-    for (std::int64_t i = 0; i < size; ++i) {
-        mask[i] = static_cast<std::uint8_t>(mask[i] | (__builtin_fabsf(x[i]) < threshold ? 0 : 1));
-    }
+Magnitudes magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_t limit) {
+    if (dtype == DType::f32) return magnitudes_as<std::uint32_t>(x, size, limit);
+    return magnitudes_as<std::uint16_t>(x, size, limit);
 }
 
-void encode_absmax(const float* x, std::int64_t size, float absmax, std::int8_t* codes) {
-    // |x| <= absmax, so |x * 127 / absmax| <= 127 * (1 + 2^-23) and rounds to at most 127: no clip needed.
-    if (absmax <= 0x1.fffffep127F / 127.0F) {
-        for (std::int64_t i = 0; i < size; ++i) codes[i] = to_code(x[i] * 127.0F / absmax);
-    } else {
-        for (std::int64_t i = 0; i < size; ++i) {
-            const float product = x[i] * 127.0F;
-            codes[i] = to_code(__builtin_isinf(product) ? x[i] / absmax * 127.0F : product / absmax);
-        }
+void mark_outliers(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask) {
+    if (dtype == DType::f32) return mark_as<std::uint32_t>(x, size, limit, mask);
+    return mark_as<std::uint16_t>(x, size, limit, mask);
+}
+
+void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes) {
+    switch (dtype) {
+        case DType::f32: return encode_by_division<float>(x, size, absmax, [](float v) { return v; }, codes);
+        case DType::f16: return encode_16_bit(x, size, absmax, from_f16, codes);
+        case DType::bf16: return encode_16_bit(x, size, absmax, from_bf16, codes);
+        case DType::i8:
+        case DType::i32: break;
     }
+    __builtin_trap();
 }
 
 void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes) {
@@ -130,34 +208,8 @@ void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoi
     }
 }
 
-void scale_sums(const std::int32_t* acc, std::int64_t size, float a, const float* scale, float* y) {
-    for (std::int64_t i = 0; i < size; ++i) y[i] = static_cast<float>(acc[i]) * (a * scale[i]);
-}
-
-void add_scaled(std::int64_t size, float a, const float* x, float* y) {
-    for (std::int64_t i = 0; i < size; ++i) y[i] += a * x[i];
-}
-
-void add_products(std::int64_t size, std::int64_t count, const float* values, const std::int32_t* positions,
-                  const float* rows, std::int64_t stride, float* y) {
-    // Sixteen sums stay in registers over all products.
-    using Floats [[gnu::vector_size(64)]] = float;
-    constexpr std::int64_t width = 16;
-    std::int64_t i = 0;
-    for (; i + width <= size; i += width) {
-        Floats sums;
-        __builtin_memcpy(&sums, y + i, sizeof sums);
-        for (std::int64_t o = 0; o < count; ++o) {
-            Floats row;
-            __builtin_memcpy(&row, rows + (positions != nullptr ? positions[o] : o) * stride + i, sizeof row);
-            sums += values[o] * row;
-        }
-        __builtin_memcpy(y + i, &sums, sizeof sums);
-    }
-    for (; i < size; ++i) {
-        for (std::int64_t o = 0; o < count; ++o)
-            y[i] += values[o] * rows[(positions != nullptr ? positions[o] : o) * stride + i];
-    }
+void flip_sign_bits(std::int8_t* codes, std::int64_t size) {
+    for (std::int64_t i = 0; i < size; ++i) codes[i] = static_cast<std::int8_t>(codes[i] ^ -128);
 }
 
 float dot(const float* a, const float* b, std::int64_t size) {

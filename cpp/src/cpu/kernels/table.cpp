@@ -13,15 +13,18 @@ const Kernels table{
     .load = load,
     .store = store,
     .range = range,
+    .magnitudes = magnitudes,
     .mark_outliers = mark_outliers,
     .encode_absmax = encode_absmax,
     .encode_zeropoint = encode_zeropoint,
-    .scale_sums = scale_sums,
-    .add_scaled = add_scaled,
-    .add_products = add_products,
-    .dot = dot,
+    .flip_sign_bits = flip_sign_bits,
     .sum = sum,
-    .gemm = gemm,
+    .dot = dot,
+    .pack = pack,
+    .product = product,
+    .x_is_unsigned = x_is_unsigned,
+    .tile_rows = tile_rows,
+    .epilogue = epilogue,
 };
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -1,0 +1,62 @@
+#include "cpu/pack.hpp"
+
+#include <algorithm>
+
+#include "cpu/operations.hpp"
+#include "cpu/rows.hpp"
+#include "cpu/threads.hpp"
+
+namespace octavo::cpu {
+namespace {
+
+// Bring rows [begin, end) of codes into packed order.
+void pack_rows(const ConstMatrix& codes, std::int64_t begin, std::int64_t end, std::int8_t* packed) {
+    const std::int64_t stride = codes.col_stride == 1 ? 0 : block_cols * codes.cols;
+    const Scratch<std::int8_t> copy(stride);
+    for (std::int64_t row = begin; row < end; row += block_cols) {
+        const std::int64_t cols = std::min(block_cols, end - row);
+        std::int8_t* const target = packed + (row - begin) * padded_depth(codes.cols);
+        if (codes.col_stride == 1) {
+            kernels().pack(static_cast<const std::int8_t*>(at(codes, row, 0)), codes.row_stride, cols, codes.cols,
+                           target);
+            continue;
+        }
+        for (std::int64_t j = 0; j < cols; ++j) contiguous_codes(codes, row + j, copy.data() + j * codes.cols);
+        kernels().pack(copy.data(), codes.cols, cols, codes.cols, target);
+    }
+}
+
+}  // namespace
+
+PackedPanel::PackedPanel(const ConstMatrix& codes, Layout layout, std::int64_t begin, std::int64_t end)
+    : depth_(padded_depth(codes.cols)) {
+    if (layout == Layout::packed) {
+        data_ = static_cast<const std::int8_t*>(codes.data) + begin * depth_;
+        return;
+    }
+    memory_.emplace(packed_size(end - begin, codes.cols));
+    pack_rows(codes, begin, end, memory_->data());
+    data_ = memory_->data();
+}
+
+void pack(ConstMatrix codes, std::int8_t* packed) {
+    const std::int64_t blocks = (codes.rows + block_cols - 1) / block_cols;
+    parallel_for(blocks, row_grain(block_cols * codes.cols), [&](std::int64_t begin, std::int64_t end) {
+        pack_rows(codes, begin * block_cols, std::min(end * block_cols, codes.rows),
+                  packed + begin * block_cols * padded_depth(codes.cols));
+    });
+}
+
+void unpack(const std::int8_t* packed, Matrix codes) {
+    const std::int64_t depth = padded_depth(codes.cols);
+    parallel_for(codes.rows, row_grain(codes.cols), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+            const std::int8_t* const source = packed + packed_index(row, 0, depth);
+            for (std::int64_t col = 0; col < codes.cols; ++col) {
+                *static_cast<std::int8_t*>(at(codes, row, col)) = source[col / 4 * 64 + col % 4];
+            }
+        }
+    });
+}
+
+}  // namespace octavo::cpu
