@@ -70,10 +70,15 @@ public:
         if (weight.zeropoint.present) {
             gather(weight.zeropoint, panel.col_begin, cols, zeropoint);
         } else {
-            std::fill(zeropoint, zeropoint + cols, 0.0F);
+            std::fill(zeropoint, zeropoint + padded(cols), 0.0F);
         }
-        for (std::int64_t j = 0; j < cols; ++j) {
-            code_sums[j] = get<std::int32_t>(weight.code_sums, panel.col_begin + j);
+        if (weight.code_sums.stride == 1) {
+            __builtin_memcpy(code_sums, at(weight.code_sums, panel.col_begin),
+                             static_cast<std::size_t>(cols) * sizeof *code_sums);
+        } else {
+            for (std::int64_t j = 0; j < cols; ++j) {
+                code_sums[j] = get<std::int32_t>(weight.code_sums, panel.col_begin + j);
+            }
         }
         std::fill(code_sums + cols, code_sums + padded(cols), 0);
         if (has_bias_) {
@@ -89,28 +94,27 @@ public:
         gathered_ = true;
         const auto count = static_cast<std::int64_t>(columns.size());
         outlier_weight_ = Scratch<float>(count * tile_cols);
-        outlier_codes_ = Scratch<std::int8_t>(count * tile_cols);
+        if (weight_.scheme == Scheme::zeropoint) outlier_codes_ = Scratch<std::int8_t>(count * tile_cols);
         const ConstVector& list = weight_.outlier_columns;
         std::int64_t kept = 0;  // both lists ascend
         for (std::int64_t o = 0; o < count; ++o) {
             const std::int32_t column = columns[static_cast<std::size_t>(o)];
-            std::int8_t* const column_codes = outlier_codes_.data() + o * tile_cols;
-            float* const target = outlier_weight_.data() + o * tile_cols;
-            for (std::int64_t first = 0; first < padded(panel_.cols()); first += block_cols) {
-                const std::int8_t* const source = codes.column(first, column);
-                for (std::int64_t j = 0; j < block_cols; ++j) column_codes[first + j] = source[4 * j];
+            if (weight_.scheme == Scheme::zeropoint) {
+                for (std::int64_t j = 0; j < panel_.cols(); ++j) {
+                    outlier_codes_[o * tile_cols + j] = codes.code(j, column);
+                }
             }
+            float* const target = outlier_weight_.data() + o * tile_cols;
             while (kept < list.size && get<std::int32_t>(list, kept) < column) ++kept;
             if (kept < list.size && get<std::int32_t>(list, kept) == column) {
                 const ConstMatrix& original = weight_.outlier_weight;
                 kernels().load(original.dtype, at(original, panel_.col_begin, kept), original.row_stride, panel_.cols(),
                                target);
+                std::fill(target + panel_.cols(), target + padded(panel_.cols()), 0.0F);
             } else {
-                for (std::int64_t j = 0; j < panel_.cols(); ++j) {
-                    target[j] = (static_cast<float>(column_codes[j]) + zeropoint[j]) * scale[j];
-                }
+                kernels().dequantize_column(codes.data(), codes.stride(), column, panel_.cols(), zeropoint, scale,
+                                            target);
             }
-            std::fill(target + panel_.cols(), target + padded(panel_.cols()), 0.0F);
         }
     }
 
@@ -153,7 +157,7 @@ private:
     bool has_bias_;
     bool gathered_ = false;
     Scratch<float> outlier_weight_{0};       // [|O|, tile_cols]
-    Scratch<std::int8_t> outlier_codes_{0};  // [|O|, tile_cols]
+    Scratch<std::int8_t> outlier_codes_{0};  // [|O|, tile_cols]; only for zeropoint
     float bias_[tile_cols];
 };
 
@@ -214,7 +218,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
         const Scratch<float> w(panel.cols() * k);
         for (std::int64_t j = 0; j < panel.cols(); ++j) {
             for (std::int64_t depth = 0; depth < k; ++depth) {
-                const auto code = static_cast<float>(codes.data()[packed_index(j, depth, codes.depth())]);
+                const auto code = static_cast<float>(codes.code(j, depth));
                 w[j * k + depth] = code + panel_weight.zeropoint[j];
             }
         }

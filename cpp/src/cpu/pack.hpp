@@ -34,10 +34,9 @@ public:
     [[nodiscard]] std::int64_t stride() const noexcept { return block_cols * depth_; }
     [[nodiscard]] std::int64_t depth() const noexcept { return depth_; }
 
-    // Codes of 16 output features from `first` on (a multiple of 16, counted from the panel's first) at column `col`:
-    // 16 of them, at a distance of 4 bytes.
-    [[nodiscard]] const std::int8_t* column(std::int64_t first, std::int64_t col) const noexcept {
-        return data_ + packed_index(first, col, depth_);
+    // The code of output feature `row`, counted from the panel's first, at column `col`.
+    [[nodiscard]] std::int8_t code(std::int64_t row, std::int64_t col) const noexcept {
+        return data_[packed_index(row, col, depth_)];
     }
 
 private:

@@ -29,6 +29,8 @@ std::int32_t sum(const std::int8_t* codes, std::int64_t size);
 float dot(const float* a, const float* b, std::int64_t size);
 void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
 void product(const ProductTile& tile);
+void dequantize_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
+                       const float* zeropoint, const float* scale, float* target);
 void epilogue(const EpilogueRow& row, std::int64_t cols, DType dtype, void* y);
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -56,25 +56,39 @@ constexpr Bits magnitude_mask = static_cast<Bits>(Bits(~Bits{0}) >> 1U);
 
 template <class Bits>
 Magnitudes magnitudes_as(const void* x, std::int64_t size, std::uint32_t limit_bits) {
+    // Explicit vectors: GCC 12 takes lanes of narrow integers apart.
+    using Vector [[gnu::vector_size(64)]] = Bits;
+    constexpr std::int64_t width = 64 / std::int64_t{sizeof(Bits)};
     const auto limit = static_cast<Bits>(limit_bits);
-    Bits largest[lanes] = {};
-    Bits below[lanes] = {};
-    const auto take = [&](std::int64_t lane, Bits bits) {
-        const auto magnitude = static_cast<Bits>(bits & magnitude_mask<Bits>);
-        const Bits low = magnitude < limit ? magnitude : Bits{0};
-        largest[lane] = magnitude > largest[lane] ? magnitude : largest[lane];
-        below[lane] = low > below[lane] ? low : below[lane];
+    Vector largest[2] = {};
+    Vector below[2] = {};
+    const auto take = [&](int half, const Vector& bits) {
+        const Vector magnitude = bits & magnitude_mask<Bits>;
+        const Vector low = magnitude < limit ? magnitude : Vector{};
+        largest[half] = magnitude > largest[half] ? magnitude : largest[half];
+        below[half] = low > below[half] ? low : below[half];
     };
     std::int64_t i = 0;
-    for (; i + lanes <= size; i += lanes) {
-        for (std::int64_t lane = 0; lane < lanes; ++lane) take(lane, read<Bits>(x, i + lane));
+    for (; i + 2 * width <= size; i += 2 * width) {
+        Vector bits[2];
+        __builtin_memcpy(bits, static_cast<const Bits*>(x) + i, sizeof bits);
+        take(0, bits[0]);
+        take(1, bits[1]);
     }
-    for (; i < size; ++i) take(0, read<Bits>(x, i));
-    for (std::int64_t lane = 1; lane < lanes; ++lane) {
-        largest[0] = largest[lane] > largest[0] ? largest[lane] : largest[0];
-        below[0] = below[lane] > below[0] ? below[lane] : below[0];
+    Magnitudes found{0, 0};
+    const auto merge = [&](std::uint32_t magnitude, std::uint32_t low) {
+        found.largest = magnitude > found.largest ? magnitude : found.largest;
+        found.largest_below = low > found.largest_below ? low : found.largest_below;
+    };
+    for (std::int64_t lane = 0; lane < width; ++lane) {
+        merge(largest[0][lane], below[0][lane]);
+        merge(largest[1][lane], below[1][lane]);
     }
-    return {largest[0], below[0]};
+    for (; i < size; ++i) {
+        const auto magnitude = static_cast<Bits>(read<Bits>(x, i) & magnitude_mask<Bits>);
+        merge(magnitude, magnitude < limit ? magnitude : Bits{0});
+    }
+    return found;
 }
 
 template <class Bits>

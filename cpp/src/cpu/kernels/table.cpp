@@ -24,6 +24,7 @@ const Kernels table{
     .product = product,
     .x_is_unsigned = x_is_unsigned,
     .tile_rows = tile_rows,
+    .dequantize_column = dequantize_column,
     .epilogue = epilogue,
 };
 

@@ -89,6 +89,10 @@ struct Kernels {
     void (*product)(const ProductTile& tile);
     bool x_is_unsigned;
     std::int64_t tile_rows;  // the most that a call of `product` takes, and what suits it best
+    // target[j] = (code + zeropoint[j]) * scale[j] over `cols` entries rounded up to 16, for the codes of column `col` of W
+    // (as in ProductTile).
+    void (*dequantize_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
+                              const float* zeropoint, const float* scale, float* target);
     // y = acc * (scale_x * scale_w) + sum_o outlier_x[o] * outlier_w[o] + bias in float32, over `cols` entries (up to the
     // next multiple of 16 are read), rounded once to contiguous f32, f16 or bf16.
     void (*epilogue)(const EpilogueRow& row, std::int64_t cols, DType dtype, void* y);
