@@ -28,8 +28,8 @@ Everything else (embeddings, norms, the output head) is copied as it was.
 
 **Metadata** of each file, all strings: ``format`` "pt"; ``octavo.format_version`` "1"; ``octavo.scheme``,
 ``.granularity``, ``.threshold``, ``.outliers``, ``.path``; ``octavo.crc32``, JSON, by tensor the CRC-32 of its bytes as
-eight hexadecimal digits (it finds accidents, not forgeries); ``octavo.tied``, JSON, where the source had one tensor under
-several names: by name that is not in the file the name of the tensor it shares.
+eight hexadecimal digits (it finds accidents, not forgeries); ``octavo.tied``, JSON, where the source had one tensor
+under several names: by name that is not in the file the name of the tensor it shares.
 
 **bitsandbytes.** ``format="bitsandbytes"`` writes, and reading understands, its ``Linear8bitLt``: int8
 ``<layer>.weight``, float32 ``<layer>.SCB`` ``[n]`` (the absmax of a row, 127 times the scale), uint8
@@ -44,8 +44,9 @@ second run compares those with the data, redoes what differs or lacks, and gives
 The folder gets its name by a rename when everything is on the disk.
 """
 
+from octavo.checkpoint.calibrate import calibrate
 from octavo.checkpoint.convert import Report, quantize
 from octavo.checkpoint.reader import Checkpoint, load
 from octavo.checkpoint.summary import LayerSummary, Summary, inspect
 
-__all__ = ["Checkpoint", "LayerSummary", "Report", "Summary", "inspect", "load", "quantize"]
+__all__ = ["Checkpoint", "LayerSummary", "Report", "Summary", "calibrate", "inspect", "load", "quantize"]

@@ -28,15 +28,16 @@ from octavo._types import Granularity, Outliers, Scheme, column_indices
 from octavo._types import Path as ProductPath
 from octavo.checkpoint import format as names
 from octavo.checkpoint.format import Options, quantization_config
-from octavo.checkpoint.layers import LayerChoice
+from octavo.checkpoint.layers import LayerChoice, candidate
 from octavo.checkpoint.source import Shard, Source, open_source
 from octavo.checkpoint.tensors import FLOATS, Array, Entry, read_rows
 from octavo.checkpoint.writer import Journal, OutputFile
 
 Format = Literal["octavo", "bitsandbytes"]
 _JOURNAL = ".octavo-journal"
-# While an element is converted it takes at most: 4 bytes as read, 4 widened or with the tensor's extremes, 1 of codes.
-_BYTES_PER_ELEMENT = 9
+# While an element is converted it takes at most 4 bytes as read, 4 widened or beside the tensor's extremes and 1 of
+# codes; a quarter of the memory is for what the allocator holds on to.
+_BYTES_PER_ELEMENT = 12
 _LARGEST_BLOCK = 1 << 22  # elements: beyond, nothing gets faster
 
 
@@ -106,8 +107,8 @@ def quantize(
         outlier_columns: by layer, input features whose 16-bit weights are kept; from `calibrate` or elsewhere.
         format: "octavo", or "bitsandbytes" for its ``Linear8bitLt`` (absmax, vector, no kept columns).
         jobs: tensors converted at a time. Jobs share `memory`, so more of them work on smaller blocks.
-        memory: bytes for the blocks of all jobs together; default: those of the largest weight in float32, at most
-            36 MiB per job. A job holds at least one row.
+        memory: bytes for the blocks of all jobs together; default: those of the largest tensor in float32. A job uses
+            at most 48 MiB of it, and at least what one row takes.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -216,15 +217,16 @@ def _tasks(
         raise ValueError(
             f"quantize: model: expected a 16/32-bit model, got one that {method} has quantized (config.json)"
         )
+    columns = _columns_by_layer(source, outlier_columns or {})
     shard_tasks = []
     left: list[str] = []
     for shard in source.shards:
         layers = _layers(shard, choice)
-        every_matrix = _layers(shard, LayerChoice(source.config, ["*"]))
-        left += [layer for name, layer in every_matrix.items() if layer and not layers[name]]
+        candidates = {name: candidate(name, entry.shape) for name, entry in shard.entries.items()}
+        left += [layer for name, layer in candidates.items() if layer and not layers[name]]
         shard_tasks.append(
             [
-                _task(entry, layers[entry.name], choice, outlier_columns, options, format)
+                _task(entry, layers[entry.name], choice, columns, options, format)
                 for entry in shard.entries.values()
                 if entry.name not in shard.ties
             ]
@@ -236,7 +238,7 @@ def _tasks(
         raise ValueError(
             "quantize: model: expected linear layers (two-dimensional .weight tensors), got none to quantize"
         )
-    for layer in outlier_columns or ():
+    for layer in columns:
         if layer not in chosen:
             raise ValueError(f"quantize: outlier_columns: expected layers that are quantized, got {layer!r}")
     if options.outliers == "static" and any(task.layer and task.columns is None for task in tasks):
@@ -265,11 +267,25 @@ def _layers(shard: Shard, choice: LayerChoice) -> dict[str, str | None]:
     return layers
 
 
+def _columns_by_layer(source: Source, columns: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The columns under the names that are stored: layers that share a weight keep the columns of each."""
+    stored = {
+        name.rpartition(".")[0]: first.rpartition(".")[0]
+        for shard in source.shards
+        for name, first in shard.ties.items()
+    }
+    result: dict[str, Sequence[int]] = {}
+    for layer, own in columns.items():
+        first = stored.get(layer, layer)
+        result[first] = [*result.get(first, ()), *own]
+    return result
+
+
 def _task(
     entry: Entry,
     layer: str | None,
     choice: LayerChoice,
-    outlier_columns: Mapping[str, Sequence[int]] | None,
+    outlier_columns: Mapping[str, Sequence[int]],
     options: Options,
     format: Format,
 ) -> _Task:
@@ -280,7 +296,7 @@ def _task(
     transpose = choice.transposed(layer)
     n, k = entry.shape[::-1] if transpose else entry.shape
     columns = None
-    if outlier_columns is not None and layer in outlier_columns:
+    if layer in outlier_columns:
         columns = column_indices("quantize", f"outlier_columns of {layer}", outlier_columns[layer], k)
     groups = n if options.granularity == "vector" else 1
 
@@ -326,6 +342,12 @@ def _tied_outputs(shard: Shard, tasks: list[_Task]) -> dict[str, str]:
             layer = name.rpartition(".")[0]
             tied.update({layer + output.removeprefix(task.layer): output for output, _, _ in task.outputs})
     return tied
+
+
+def quantized_layers(source: Source) -> set[str]:
+    """The layers that are quantized unless asked otherwise, tied ones under each of their names."""
+    choice = LayerChoice(source.config)
+    return {layer for shard in source.shards for layer in _layers(shard, choice).values() if layer}
 
 
 # --- the work ---------------------------------------------------------------------------------------------------------
@@ -432,19 +454,24 @@ def _quantize(
     extremes = _extremes(task, file, block) if whole else None
     scales: list[Array] = []
     zeropoints: list[Array] = []
-    for raw, values in _blocks(task, file, block):
-        rows, k = values.shape
+
+    # A function, so that nothing of a block is left when the next one is read.
+    def convert_rows(first: int, last: int) -> None:
+        raw = _read_block(task, file, first, last)
+        if task.columns is not None:
+            streams[names.OUTLIER_WEIGHT].write(np.ascontiguousarray(raw[:, task.columns]))
+        values = _as_numbers(raw, task.entry)
         if extremes is not None:
-            values = np.concatenate([values, np.broadcast_to(extremes[:, None], (2, k))])
+            values = np.concatenate([values, np.broadcast_to(extremes[:, None], (2, values.shape[1]))])
         weight = _quantized(task, values, options)
-        del values
-        streams[names.WEIGHT].write(np.ascontiguousarray(weight.codes[:rows]))
+        streams[names.WEIGHT].write(np.ascontiguousarray(weight.codes[: last - first]))
         scales.append(weight.scale)
         if weight.zeropoint is not None:
             zeropoints.append(weight.zeropoint)
-        if task.columns is not None:
-            streams[names.OUTLIER_WEIGHT].write(np.ascontiguousarray(raw[:, task.columns]))
         advance(raw.nbytes)
+
+    for first, last in _row_ranges(task, block):
+        convert_rows(first, last)
     streams[names.SCALE].write(scales[0] if whole else np.concatenate(scales))
     if zeropoints:
         streams[names.ZEROPOINT].write(zeropoints[0] if whole else np.concatenate(zeropoints))
@@ -459,13 +486,21 @@ def _quantize_for_bitsandbytes(
 ) -> dict[str, str]:
     """The same codes; instead of the scale, the absmax of each row."""
     outputs = [name for name, _, _ in task.outputs]
-    weight_stream, absmax_stream, layout_stream = (output.stream(name) for name in outputs)
-    for raw, values in _blocks(task, file, block):
+    weight_stream, absmax_stream, layout_stream = streams = [output.stream(name) for name in outputs]
+    absmax: list[Array] = []
+
+    def convert_rows(first: int, last: int) -> None:
+        raw = _read_block(task, file, first, last)
+        values = _as_numbers(raw, task.entry)
+        absmax.append(np.maximum(values.max(1), -values.min(1)).astype(np.float32))
         weight_stream.write(np.ascontiguousarray(_quantized(task, values, Options()).codes))
-        absmax_stream.write(np.maximum(values.max(1), -values.min(1)).astype(np.float32))
         advance(raw.nbytes)
+
+    for first, last in _row_ranges(task, block):
+        convert_rows(first, last)
+    absmax_stream.write(np.concatenate(absmax))
     layout_stream.write(bytes([names.BNB_ROW_MAJOR]))
-    return dict(zip(outputs, (weight_stream.finish(), absmax_stream.finish(), layout_stream.finish()), strict=True))
+    return {name: stream.finish() for name, stream in zip(outputs, streams, strict=True)}
 
 
 def _quantized(task: _Task, values: Array, options: Options) -> octavo.Int8Weight:
@@ -477,23 +512,33 @@ def _quantized(task: _Task, values: Array, options: Options) -> octavo.Int8Weigh
 
 def _extremes(task: _Task, file: int, block: int) -> Array:
     """The smallest and the largest element. A NaN is returned as one, for quantize_weight to refuse."""
-    found = [(values.min(), values.max()) for _, values in _blocks(task, file, block)]
-    lows, highs = zip(*found, strict=True)
-    return np.array([np.min(lows), np.max(highs)], lows[0].dtype)
+
+    def extremes_of_rows(first: int, last: int) -> Array:
+        values = _as_numbers(_read_block(task, file, first, last), task.entry)
+        return np.array([values.min(), values.max()])
+
+    found = np.stack([extremes_of_rows(first, last) for first, last in _row_ranges(task, block)])
+    return np.array([found[:, 0].min(), found[:, 1].max()])
 
 
-def _blocks(task: _Task, file: int, block: int) -> Iterator[tuple[Array, Array]]:
-    """Blocks of rows of the weight ``[n, k]``: as they lie in the file, and as numbers (bfloat16 as float32)."""
-    n, k = task.entry.shape[::-1] if task.transpose else task.entry.shape
+def _row_ranges(task: _Task, block: int) -> Iterator[tuple[int, int]]:
+    """[first, last) of each block of rows of the weight ``[n, k]``."""
+    n, k = task.outputs[0][2]
     rows = max(1, block // k)
-    for first in range(0, n, rows):
-        raw = read_rows(file, task.entry, first, min(first + rows, n), transpose=task.transpose)
-        if task.entry.dtype != "BF16":
-            yield raw, raw
-            continue
-        bits = raw.astype(np.uint32)
-        bits <<= 16
-        yield raw, bits.view(np.float32)
+    return ((first, min(first + rows, n)) for first in range(0, n, rows))
+
+
+def _read_block(task: _Task, file: int, first: int, last: int) -> Array:
+    return read_rows(file, task.entry, first, last, transpose=task.transpose)
+
+
+def _as_numbers(raw: Array, entry: Entry) -> Array:
+    """Bfloat16 as float32, which has all its values; what NumPy knows as it is."""
+    if entry.dtype != "BF16":
+        return raw
+    bits = raw.astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

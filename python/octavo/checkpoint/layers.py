@@ -52,8 +52,8 @@ class LayerChoice:
 
     def layer(self, name: str, shape: Sequence[int]) -> str | None:
         """The name of the linear layer whose weight this tensor is and that is to be quantized, else None."""
-        layer, _, leaf = name.rpartition(".")
-        if leaf != "weight" or not layer or len(shape) != 2 or 0 in shape or _is_embedding(layer):
+        layer = candidate(name, shape)
+        if layer is None:
             return None
         if any(fnmatch.fnmatchcase(layer, pattern) for pattern in self._skip):
             return None
@@ -94,6 +94,9 @@ class LayerChoice:
                 )
 
 
-def _is_embedding(layer: str) -> bool:
+def candidate(name: str, shape: Sequence[int]) -> str | None:
+    """The layer whose weight a tensor is, by name and shape; None for an embedding and what is no weight matrix."""
+    layer, _, leaf = name.rpartition(".")
     last = layer.rpartition(".")[2].lower()
-    return "emb" in last or last in _EMBEDDINGS
+    is_embedding = "emb" in last or last in _EMBEDDINGS
+    return layer if leaf == "weight" and layer and len(shape) == 2 and 0 not in shape and not is_embedding else None

@@ -65,12 +65,12 @@ class Summary:
 
     def as_table(self) -> str:
         """For people."""
-        rows = [("layer", "n x k", "scheme", "MB", "of 16 bit", "kept columns")]
+        rows = [("layer", "n x k", "scheme", "MiB", "of 16 bit", "kept columns")]
         for layer in self.layers:
             n, k = layer.shape
             kept = "-" if layer.outlier_columns is None else str(layer.outlier_columns)
             scheme = f"{layer.scheme}, {layer.granularity}"
-            rows.append((layer.name, f"{n} x {k}", scheme, _mb(layer.bytes), _mb(layer.bytes_16bit), kept))
+            rows.append((layer.name, f"{n} x {k}", scheme, _mib(layer.bytes), _mib(layer.bytes_16bit), kept))
         int8 = sum(layer.bytes for layer in self.layers)
         formats = sorted({layer.format for layer in self.layers})
         lines = _aligned(rows) if self.layers else []
@@ -78,9 +78,9 @@ class Summary:
             "",
             f"{self.path}: {len(self.files)} file{'s' * (len(self.files) != 1)}, "
             f"format {', '.join(formats) if formats else '16/32 bit'}",
-            f"int8 layers    {len(self.layers):6}  {_mb(int8):>12} MB",
-            f"other tensors  {self.other_tensors:6}  {_mb(self.other_bytes):>12} MB",
-            f"all                    {_mb(self.bytes):>12} MB, {self.ratio:.2f} times smaller than 16 bit",
+            f"int8 layers    {len(self.layers):6}  {_mib(int8):>12} MiB",
+            f"other tensors  {self.other_tensors:6}  {_mib(self.other_bytes):>12} MiB",
+            f"all                    {_mib(self.bytes):>12} MiB, 16 bit would take {self.ratio:.2f} times as much",
             f"checksums      {self.checksums:6}  {'all correct' if self.verified else 'not compared (--verify does)'}",
         ]
         return "\n".join(lines).strip()
@@ -137,8 +137,8 @@ def _layer(checkpoint: Checkpoint, layer: Int8Layer) -> LayerSummary:
     )
 
 
-def _mb(count: int) -> str:
-    return f"{count / 1e6:,.2f}"
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.2f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
