@@ -113,8 +113,8 @@ def _bloom(config: Config) -> Tensors:
 
 
 def _bloom_width(config: Config) -> int:
-    # The published configs call it n_embed, transformers today hidden_size.
-    return int(config.get("hidden_size") or config["n_embed"])
+    # The published configs call it n_embed, and transformers lets that win.
+    return int(config.get("n_embed") or config["hidden_size"])
 
 
 def _bloom_layers(config: Config) -> int:
@@ -224,7 +224,8 @@ def _llama_heads(config: Config) -> tuple[int, int, int]:
     """Heads, heads of keys and values, and the width of one."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
-    return heads, kv_heads, config.get("head_dim") or config["hidden_size"] // heads
+    default = 128 if config["model_type"] == "qwen3" else config["hidden_size"] // heads
+    return heads, kv_heads, config.get("head_dim") or default
 
 
 def _llama_cache(config: Config) -> dict[str, int]:
