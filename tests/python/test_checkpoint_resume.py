@@ -71,7 +71,7 @@ KILLED_EVERYWHERE = """
             return wrapper
         for name in CALLS:
             setattr(os, name, counted(getattr(os, name)))
-        checkpoint.quantize(model, output, progress=False, memory=4000)
+        checkpoint.quantize(model, output, jobs=1, progress=False, memory=4000)
         os._exit(0)
 
     for point in range(1, 10_000):
@@ -150,7 +150,7 @@ class TestGoingOn:
             from octavo.checkpoint.writer import Journal
             add = Journal.add
             Journal.add = lambda *args: (add(*args), os._exit(9))
-            checkpoint.quantize(sys.argv[1], sys.argv[2], progress=False)
+            checkpoint.quantize(sys.argv[1], sys.argv[2], jobs=1, progress=False)
         """
         assert run(code, model, tmp_path / "out").returncode == 9
         checkpoint.quantize(model, tmp_path / "whole", progress=False)

@@ -99,7 +99,7 @@ TINY: list[dict[str, Any]] = [
     {**opt(64, 2), "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     {**opt(64, 2), "enable_bias": False, "layer_norm_elementwise_affine": False, "tie_word_embeddings": False},
     {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99},
-    {**MODELS["BLOOM"], "hidden_size": 32, "n_embed": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99},
+    {**MODELS["BLOOM"], "hidden_size": 32, "n_embed": 64, "n_layer": 2, "num_attention_heads": 4, "vocab_size": 99},
     {
         "model_type": "gpt2",
         "n_embd": 64,

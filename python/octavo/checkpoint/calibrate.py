@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from octavo.checkpoint.convert import quantized_layers
+from octavo.checkpoint.layers import CONV1D_MODELS
 from octavo.checkpoint.source import open_source
 
 _TOKENS = 256  # of a batch
@@ -50,6 +51,10 @@ def calibrate(
         ) from error
     stored = quantized_layers(open_source(model))
     config = transformers.AutoConfig.from_pretrained(model)
+    if config.model_type in CONV1D_MODELS:
+        raise ValueError(
+            f"{model}: expected a model of nn.Linear layers, got {config.model_type}'s Conv1D: give a file of columns"
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     # The very class that saved the checkpoint: others name its layers otherwise.
     architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
@@ -61,7 +66,8 @@ def calibrate(
     tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
     if not tokens:
         raise ValueError(f"{text}: expected text to calibrate with, got none")
-    chunks = [tokens[start : start + _TOKENS] for start in range(0, len(tokens), _TOKENS)][:batches]
+    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    chunks = [tokens[start : start + length] for start in range(0, len(tokens), length)][:batches]
     inputs = [{"input_ids": torch.tensor([chunk])} for chunk in chunks]
     if config.is_encoder_decoder:
         inputs = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in inputs]
@@ -77,6 +83,6 @@ def calibrate(
     if not columns:
         raise ValueError(
             f"{model}: expected linear layers that transformers names as the checkpoint does, got none "
-            f"({config.model_type}; GPT-2's Conv1D layers cannot be calibrated)"
+            f"({config.model_type})"
         )
     return columns

@@ -52,7 +52,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="a file of the columns to keep by layer; with --calibrate it is written, or read if it is there",
     )
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="tensors at a time; default: 1")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="tensors at a time; default: threads, at most 8")
     parser.add_argument(
         "--memory",
         type=parse_size,

@@ -89,7 +89,7 @@ def quantize(
     skip: Sequence[str] | None = None,
     outlier_columns: Mapping[str, Sequence[int]] | None = None,
     format: Format = "octavo",
-    jobs: int = 1,
+    jobs: int | None = None,
     memory: int | None = None,
     progress: bool = True,
 ) -> Report:
@@ -106,7 +106,8 @@ def quantize(
         include, skip: patterns of layer names; see `octavo.checkpoint.layers`.
         outlier_columns: by layer, input features whose 16-bit weights are kept; from `calibrate` or elsewhere.
         format: "octavo", or "bitsandbytes" for its ``Linear8bitLt`` (absmax, vector, no kept columns).
-        jobs: tensors converted at a time. Jobs share `memory`, so more of them work on smaller blocks.
+        jobs: tensors converted at a time; default: octavo's threads, at most 8. Jobs share `memory`, so more of them
+            work on smaller blocks.
         memory: bytes for the blocks of all jobs together; default: those of the largest tensor in float32. A job uses
             at most 48 MiB of it, and at least what one row takes.
         progress: show a progress bar on stderr.
@@ -129,6 +130,8 @@ def quantize(
             "quantize: format: expected scheme absmax, granularity vector, no outlier columns for 'bitsandbytes', "
             f"got {scheme}, {granularity} and {'some' if outlier_columns else 'no'} columns"
         )
+    if jobs is None:
+        jobs = min(8, octavo.get_num_threads())
     if jobs < 1:
         raise ValueError(f"quantize: jobs: expected at least 1, got {jobs}")
 
