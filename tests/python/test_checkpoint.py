@@ -366,6 +366,32 @@ class TestFiles:
         assert whole["b.fc.scale"] is whole["a.fc.scale"]
         same(whole["head.weight"], embedding)
 
+    def test_ties_that_safetensors_notes(self, tmp_path: Path) -> None:
+        """As safetensors.torch.save_model writes two names of one tensor."""
+        model = nn.ModuleDict(
+            {"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(8, 8, bias=False), "c": nn.Linear(8, 8)}
+        )
+        model["b"].weight = model["a"].weight
+        (tmp_path / "m").mkdir()
+        safetensors.torch.save_model(model, str(tmp_path / "m" / "model.safetensors"))
+        floats = checkpoint.load(tmp_path / "m")
+        assert floats["a.weight"] is floats["b.weight"]
+        output, report = convert(tmp_path / "m")
+        assert (report.layers, report.left) == (2, [])
+        loaded = checkpoint.load(output)
+        assert loaded["a.weight"] is loaded["b.weight"]
+        same(loaded["b.weight"].codes, octavo.quantize_weight(model["a"].weight).codes)
+        assert set(checkpoint.Checkpoint(output).state_dict()) == {
+            *(f"{layer}.{part}" for layer in "abc" for part in ("weight", "scale", "_extra_state")),
+            "c.bias",
+        }
+        assert len(checkpoint.inspect(output).layers) == 2
+
+    def test_stacks_of_experts_are_named(self, tmp_path: Path) -> None:
+        state = {"l.fc.weight": tensor((8, 8)), "l.experts.gate_up_proj": tensor((4, 8, 8))}
+        _, report = convert(write_model(tmp_path / "m", state))
+        assert report.left == ["l.experts.gate_up_proj"]
+
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -449,6 +475,21 @@ class TestReading:
         safetensors.torch.save_file(state, tmp_path / "x.safetensors")
         with pytest.raises(ValueError, match=r"fc\.scale: expected F32 \[4\] or \[1\], got F32 \[3\]"):
             checkpoint.load(tmp_path / "x.safetensors")
+
+
+def test_a_file_of_bitsandbytes() -> None:
+    """The state dict of a Linear8bitLt(16, 24) with `tensor` as weight and bias, saved with bitsandbytes 0.50.2."""
+    path = Path(__file__).parent / "data" / "bitsandbytes-0.50.2.safetensors"
+    weight, bias = tensor((24, 16), torch.float16, 1), tensor((24,), torch.float16, 2)
+    loaded = checkpoint.load(path)
+    assert set(loaded) == {"fc.weight", "fc.bias"}
+    expected = octavo.quantize_weight(weight)
+    same(loaded["fc.bias"].half(), bias)
+    same(loaded["fc.weight"].scale, expected.scale)
+    # It multiplies by 127 / absmax where octavo divides once: a code at a tie may differ by one.
+    assert (loaded["fc.weight"].codes.int() - expected.codes.int()).abs().max() <= 1
+    x = tensor((3, 16), seed=3)
+    np.testing.assert_allclose(octavo.linear(x, loaded["fc.weight"]), x @ weight.float().T, atol=0.1)
 
 
 class TestInspect:

@@ -117,5 +117,5 @@ def test_calibrate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=99, n_positions=32)
     gpt2 = with_tokenizer(transformers.GPT2LMHeadModel(config), tmp_path / "gpt2")
     (tmp_path / "text.txt").write_text("a b c")
-    with pytest.raises(ValueError, match="expected a model of nn.Linear layers, got gpt2's Conv1D"):
+    with pytest.raises(ValueError, match=r"expected a model of nn\.Linear layers, got gpt2's Conv1D"):
         checkpoint.calibrate(gpt2, tmp_path / "text.txt", progress=False)

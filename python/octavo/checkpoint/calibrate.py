@@ -47,7 +47,7 @@ def calibrate(
         from octavo.torch import calibrate_
     except ImportError as error:
         raise RuntimeError(
-            f"calibration needs PyTorch and transformers: pip install torch transformers ({error})"
+            f'calibration needs PyTorch and transformers: pip install "octavo[demo]" ({error})'
         ) from error
     stored = quantized_layers(open_source(model))
     config = transformers.AutoConfig.from_pretrained(model)

@@ -7,7 +7,6 @@ data is read, and tensors can be converted in any order, by several threads, and
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -48,7 +47,7 @@ class Report:
     Attributes:
         output: the folder.
         layers: linear layers that are int8 now.
-        left: linear layers that stay in 16/32 bit.
+        left: linear layers, and stacks of experts' weights, that stay in 16/32 bit.
         tensors: of the source.
         resumed: tensors that an interrupted run had already converted.
         source_bytes, output_bytes: of all tensors, before and after.
@@ -226,7 +225,8 @@ def _tasks(
     for shard in source.shards:
         layers = _layers(shard, choice)
         candidates = {name: candidate(name, entry.shape) for name, entry in shard.entries.items()}
-        left += [layer for name, layer in candidates.items() if layer and not layers[name]]
+        left += [layer for name, layer in candidates.items() if layer and not layers[name] and name not in shard.ties]
+        left += [name for name, entry in shard.entries.items() if len(entry.shape) == 3 and "experts" in name]
         shard_tasks.append(
             [
                 _task(entry, layers[entry.name], choice, columns, options, format)
@@ -437,8 +437,9 @@ def _copy(task: _Task, file: int, output: OutputFile, block: int, advance: Calla
             advance(data.nbytes)
     else:
         flat = Entry(entry.name, "U8", (entry.nbytes, 1), entry.path, entry.offset)
-        for first in range(0, entry.nbytes, block):
-            data = read_rows(file, flat, first, min(first + block, entry.nbytes))
+        chunk = max(1 << 16, 4 * block)  # bytes
+        for first in range(0, entry.nbytes, chunk):
+            data = read_rows(file, flat, first, min(first + chunk, entry.nbytes))
             stream.write(data)
             advance(data.nbytes)
     return {entry.name: stream.finish()}
@@ -574,6 +575,8 @@ def _threads_shared_by(jobs: int) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Nobody else converts into this folder. The lock ends with the process, however it ends."""
+    import fcntl  # here, so that the rest of octavo's commands work where there is none
+
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

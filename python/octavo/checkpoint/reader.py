@@ -148,7 +148,7 @@ class Checkpoint:
             entry.name for layer in self.layers.values() for part, entry in layer.parts.items() if part != names.WEIGHT
         }
         for name in self.entries:
-            if name in inside:
+            if name in inside or name in self.ties:
                 continue
             layer = name.rpartition(".")[0]
             is_int8 = layer in self.layers and self.layers[layer].parts[names.WEIGHT].name == name
@@ -159,7 +159,7 @@ class Checkpoint:
 
     def state_dict(self) -> dict[str, Array]:
         """All tensors as they are stored, tied names included: what ``load_state_dict`` takes."""
-        state = {name: self.tensor(name) for name in self.entries}
+        state = {name: self.tensor(name) for name in self.entries if name not in self.ties}
         return {**state, **{name: state[first] for name, first in self.ties.items()}}
 
     @property

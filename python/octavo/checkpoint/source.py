@@ -7,7 +7,7 @@ The layout is Hugging Face's: a folder with ``model.safetensors``, or ``model.sa
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its tensors in their order, ties (name -> earlier name of the same data), metadata."""
+    """One file: its tensors by name, ties (name -> another name of the same data) among them, and its metadata."""
 
     path: Path
     entries: dict[str, Entry]
@@ -107,7 +107,11 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
 def _open_shard(path: Path) -> Shard:
     if path.suffix == ".safetensors":
         entries, metadata = read_header(path)
-        return Shard(path, entries, {}, metadata)
+        # As safetensors.torch.save_model notes a tensor that it stored under another name.
+        ties = {name: first for name, first in metadata.items() if first in entries and name not in entries}
+        return Shard(
+            path, entries | {name: replace(entries[first], name=name) for name, first in ties.items()}, ties, metadata
+        )
     if path.suffix in _TORCH_SUFFIXES:
         return Shard(path, *read_torch_file(path), {})
     raise ValueError(f"{path}: expected .safetensors, {', '.join(_TORCH_SUFFIXES)} or .index.json, got {path.suffix!r}")
