@@ -7,7 +7,7 @@ On the command line: ``octavo quantize``, ``octavo inspect``. Needs NumPy; PyTor
 
 **Layout.** That of Hugging Face: ``model.safetensors``, or shards with ``model.safetensors.index.json``, one for each
 shard of the source; ``config.json`` with a ``quantization_config`` added (``quant_method`` "octavo", the options, the
-layers that were left); all other small files copied.
+layers that were left); all other files that are no weights copied.
 
 **Tensors.** An int8 layer has exactly the state dict of `octavo.torch.Int8Linear`:
 

@@ -612,12 +612,13 @@ def _write_companions(
         }
         index = {"metadata": {"total_size": sum(file.nbytes for file in files)}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
-    for path in source.companions:
-        if path.name != "config.json":
-            shutil.copyfile(path, folder / path.name)
+    for name, path in source.companions.items():
+        if name != "config.json":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
     if source.config:
         _write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         _sync(path)
     _sync(folder)
 

@@ -32,11 +32,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint. `shards` in the order of their names; `companions`: config, tokenizer and so on, to be copied."""
+    """A checkpoint. `shards` in the order of their names; `companions`: what else is in its folder, by relative path."""
 
     shards: list[Shard]
     config: dict[str, Any]
-    companions: list[Path] = field(default_factory=list)
+    companions: dict[str, Path] = field(default_factory=dict)
 
     @property
     def entries(self) -> dict[str, Entry]:
@@ -71,7 +71,7 @@ def open_source(model: str | Path) -> Source:
     for name, shard_path in listed.items():
         if owners.get(name) != shard_path:
             raise ValueError(f"{shard_path}: {name}: expected the tensor that {weights.name} lists here, got none")
-    return Source(shards, _config(folder), _companions(folder) if path.is_dir() else [])
+    return Source(shards, _config(folder), _companions(folder) if path.is_dir() else {})
 
 
 def _weights_file(folder: Path) -> Path:
@@ -130,12 +130,12 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _companions(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and path.suffix not in _WEIGHT_SUFFIXES
-        and not path.name.endswith(".index.json")
-        and not path.name.startswith(".")
-    ]
+def _companions(folder: Path) -> dict[str, Path]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if path.is_file() and not hidden and not weights:
+            found[str(relative)] = path
+    return found
