@@ -1,6 +1,7 @@
-"""The tensors of well-known transformers, from their configs: names and shapes as transformers saves them.
+"""The tensors of transformers, from their configs: names and shapes as transformers saves them.
 
-A tied output head is no tensor of its own. Defaults are those of transformers' config classes, which leave out of
+Of well-known architectures they are listed here; of others the transformers package is asked, where it is installed. A
+tied output head is no tensor of its own. Defaults are those of transformers' config classes, which leave out of
 config.json what equals them.
 """
 
@@ -18,7 +19,8 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.")
 def tensors_of(config: Config) -> Tensors:
     """Name and shape of every parameter, embedding first, head last.
 
-    Raises ValueError for a ``model_type`` that is not in `ARCHITECTURES`, and a config that lacks a size.
+    Raises ValueError for a ``model_type`` that neither `ARCHITECTURES` nor transformers has, and a config that lacks a
+    size.
     """
     list_tensors = _architecture(config)[0]
     try:
@@ -39,10 +41,7 @@ def layer_of(name: str) -> str:
 
 
 def _architecture(config: Config) -> tuple[Callable[[Config], Tensors], Callable[[Config], dict[str, int]]]:
-    model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise ValueError(f"config: expected a model_type of {', '.join(sorted(ARCHITECTURES))}, got {model_type!r}")
-    return ARCHITECTURES[model_type]
+    return ARCHITECTURES.get(config["model_type"], (_asked_tensors, _asked_cache))
 
 
 def _linear(name: str, n: int, k: int, bias: bool = True) -> Tensors:
@@ -277,6 +276,58 @@ def _t5_cache(config: Config) -> dict[str, int]:
     """Of the decoder's own tokens, and of as many of the encoder's."""
     inner = config["num_heads"] * config["d_kv"]
     return _same_cache("decoder.block", _t5_decoder_layers(config), 2 * inner)
+
+
+# --- all others -------------------------------------------------------------------------------------------------------
+
+
+def _asked_tensors(config: Config) -> Tensors:
+    """The parameters of a model that transformers makes, without memory."""
+    import torch
+    import transformers
+
+    known = _asked_config(config)
+    architecture = (known.architectures or ["AutoModelForCausalLM"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise ValueError(f"config: expected an architecture of transformers, got {architecture}")
+    with torch.device("meta"):
+        model = model_class.from_config(known) if architecture.startswith("Auto") else model_class(known)
+    for name, parameter in model.named_parameters():
+        yield name, tuple(parameter.shape)
+
+
+def _asked_cache(config: Config) -> dict[str, int]:
+    """Of a model that generates: as the sizes of its attention say, in each numbered layer with one."""
+    known = _asked_config(config)
+    architecture = (known.architectures or ["AutoModelForCausalLM"])[0]
+    if not any(word in architecture for word in ("CausalLM", "LMHead", "ConditionalGeneration")):
+        return {}
+    text = known.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    layers = dict.fromkeys(
+        layer_of(name) for name, _ in _asked_tensors(config) if "attn" in name or "attention" in name
+    )
+    return dict.fromkeys(layers, 4 * kv_heads * width)
+
+
+def _asked_config(config: Config) -> Any:
+    known = ", ".join(sorted(ARCHITECTURES))
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"config: expected a model_type of {known}, got {config['model_type']!r}: for others install transformers"
+        ) from error
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        return transformers.AutoConfig.for_model(config["model_type"], **fields)
+    except ValueError as error:
+        raise ValueError(
+            f"config: expected a model_type of {known}, or one that transformers has, got {config['model_type']!r}"
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------

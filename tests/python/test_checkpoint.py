@@ -491,7 +491,7 @@ def test_a_file_of_bitsandbytes() -> None:
     expected = octavo.quantize_weight(weight)
     same(loaded["fc.bias"].half(), bias)
     same(loaded["fc.weight"].scale, expected.scale)
-    # It rounds another quotient than octavo, so a code at a tie may differ by one; both are half a step from the weight.
+    # It rounds another quotient than octavo, so codes at a tie may differ by one; both are half a step away.
     assert (loaded["fc.weight"].codes.int() - expected.codes.int()).abs().max() <= 1
     steps = (loaded["fc.weight"].dequantize() - weight.float()) / expected.scale[:, None]
     assert steps.abs().max() <= 0.5001

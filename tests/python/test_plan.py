@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,50 @@ def test_names_and_shapes_are_those_of_transformers(config: dict[str, Any]) -> N
     assert len(cache) == (known.num_decoder_layers if config["model_type"] == "t5" else known.num_hidden_layers)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.parametrize("config", TINY[5:], ids=[f"{i}-{c['model_type']}" for i, c in enumerate(TINY[5:], 5)])
+def test_asking_transformers_gives_the_same(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Architectures that are not listed are asked for; so for a listed one both ways must agree."""
+    if config["model_type"] == "t5":
+        config = {**config, "architectures": ["T5ForConditionalGeneration"]}
+    listed = plan(config, gpu_memory=GIB)
+    monkeypatch.delitem(ARCHITECTURES, config["model_type"])
+    asked = plan(config, gpu_memory=GIB)
+    if (
+        config["model_type"] == "t5"
+    ):  # what is asked for does not tell the encoder, which caches nothing, from the decoder
+        assert (asked.parameters, asked.int8.weights) == (listed.parameters, listed.int8.weights)
+    else:
+        assert asked == listed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_architectures_that_are_not_listed() -> None:
+    bert = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 384, "intermediate_size": 1536}
+    bert |= {"num_hidden_layers": 6, "num_attention_heads": 12, "vocab_size": 30522}
+    found = plan(bert, gpu_memory=GIB)
+    assert found.parameters == 22_713_216  # all-MiniLM-L6-v2
+    assert found.int8.cache == 0
+    mixtral = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "vocab_size": 32000,
+        "num_local_experts": 8,
+    }
+    mixtral |= {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    found = plan({**mixtral, "num_key_value_heads": 8}, gpu_memory=80 * GIB, gpus=2)
+    assert found.parameters == 46_702_792_704  # as published with Mixtral-8x7B
+    assert found.int8.cache == 32 * 4 * 1024 * 2048
+
+
+def test_without_transformers_the_listed_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ValueError, match=r"expected a model_type of bloom, .*got 'bert': for others install transformers"
+    ):
+        plan({"model_type": "bert"}, gpu_memory=GIB)
+
+
 # --- the paper's Table 2 ----------------------------------------------------------------------------------------------
 
 # (GPUs, GiB of each, runs in 8 bit, runs in 16 bit, does not run in 8 bit, does not run in 16 bit). The first two are
@@ -261,7 +306,7 @@ class TestCommand:
             (None, "expected a model's config.json, got no such file"),
             ("{", "expected JSON"),
             ("[]", "expected a JSON object with a model_type"),
-            ('{"model_type": "mamba"}', "expected a model_type of bloom, gpt2,"),
+            ('{"model_type": "nothing"}', "expected a model_type of bloom, gpt2,"),
             ('{"model_type": "opt", "hidden_size": 8}', "expected 'ffn_dim' for model_type opt, got none"),
         ],
     )

@@ -613,7 +613,7 @@ def _write_companions(
         index = {"metadata": {"total_size": sum(file.nbytes for file in files)}, "weight_map": weight_map}
         _write_json(folder / "model.safetensors.index.json", index)
     for name, path in source.companions.items():
-        if name != "config.json":
+        if name != "config.json" and not path.is_relative_to(folder):  # the output may be inside of the model's folder
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
     if source.config:

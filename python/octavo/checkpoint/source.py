@@ -32,7 +32,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint. `shards` in the order of their names; `companions`: what else is in its folder, by relative path."""
+    """A checkpoint. `shards` in the order of their names; `companions`: its folder's other files, by path in it."""
 
     shards: list[Shard]
     config: dict[str, Any]
