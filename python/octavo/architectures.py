@@ -283,10 +283,10 @@ def _t5_cache(config: Config) -> dict[str, int]:
 
 def _asked_tensors(config: Config) -> Tensors:
     """The parameters of a model that transformers makes, without memory."""
+    known = _asked_config(config)
     import torch
     import transformers
 
-    known = _asked_config(config)
     architecture = (known.architectures or ["AutoModelForCausalLM"])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
@@ -316,10 +316,11 @@ def _asked_cache(config: Config) -> dict[str, int]:
 def _asked_config(config: Config) -> Any:
     known = ", ".join(sorted(ARCHITECTURES))
     try:
+        import torch  # noqa: F401 - transformers has configs without it, but no models
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"config: expected a model_type of {known}, got {config['model_type']!r}: for others install transformers"
+            f"config: expected a model_type of {known}, got {config['model_type']!r}: for others install PyTorch and transformers"
         ) from error
     fields = {key: value for key, value in config.items() if key != "model_type"}
     try:
