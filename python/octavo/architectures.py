@@ -320,7 +320,8 @@ def _asked_config(config: Config) -> Any:
         import transformers
     except ImportError as error:
         raise ValueError(
-            f"config: expected a model_type of {known}, got {config['model_type']!r}: for others install PyTorch and transformers"
+            f"config: expected a model_type of {known}, got {config['model_type']!r}: for others install PyTorch and "
+            "transformers"
         ) from error
     fields = {key: value for key, value in config.items() if key != "model_type"}
     try:
