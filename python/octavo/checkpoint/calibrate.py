@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from octavo.checkpoint.convert import quantized_layers
 from octavo.checkpoint.layers import CONV1D_MODELS
 from octavo.checkpoint.source import open_source
+from octavo.checkpoint.tasks import quantized_layers
 
 _TOKENS = 256  # of a batch
 

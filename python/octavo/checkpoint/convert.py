@@ -1,8 +1,8 @@
 """`octavo quantize`: a 16/32-bit checkpoint into an int8 one, in blocks of rows.
 
-What each tensor becomes is decided first, from headers alone (`_tasks`); so every output has its place before any
-data is read, and tensors can be converted in any order, by several threads, and again after a kill. All happens in
-``OUT.partial``, which becomes ``OUT`` by one rename at the end.
+What each tensor becomes is decided first, from headers alone (`octavo.checkpoint.tasks`); so every output has its place
+before any data is read, and tensors can be converted in any order, by several threads, and again after a kill. All
+happens in ``OUT.partial``, which becomes ``OUT`` by one rename at the end.
 """
 
 from __future__ import annotations
@@ -12,32 +12,27 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 import octavo
-from octavo._types import Granularity, Outliers, Scheme, column_indices
+from octavo._types import Granularity, Outliers, Scheme
 from octavo._types import Path as ProductPath
 from octavo.checkpoint import format as names
+from octavo.checkpoint.blocks import block_elements, convert_tensor
 from octavo.checkpoint.format import Options, quantization_config
-from octavo.checkpoint.layers import LayerChoice, candidate
-from octavo.checkpoint.source import Shard, Source, open_source
-from octavo.checkpoint.tensors import FLOATS, Array, Entry, read_rows
+from octavo.checkpoint.layers import LayerChoice
+from octavo.checkpoint.source import Source, open_source
+from octavo.checkpoint.tasks import Format, Task, plan_tasks, tied_outputs
 from octavo.checkpoint.writer import Journal, OutputFile
 
-Format = Literal["octavo", "bitsandbytes"]
 _JOURNAL = ".octavo-journal"
-# While an element is converted it takes at most 4 bytes as read, 4 widened or beside the tensor's extremes and 1 of
-# codes; a quarter of the memory is for what the allocator holds on to.
-_BYTES_PER_ELEMENT = 12
-_LARGEST_BLOCK = 1 << 22  # elements: beyond, nothing gets faster
 
 
 @dataclass(frozen=True)
@@ -62,17 +57,6 @@ class Report:
     source_bytes: int
     output_bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Task:
-    """A tensor of the source and what becomes of it."""
-
-    entry: Entry
-    layer: str | None  # None: copied
-    transpose: bool
-    columns: Array | None
-    outputs: list[tuple[str, str, tuple[int, ...]]]
 
 
 def quantize(
@@ -135,7 +119,7 @@ def quantize(
         raise ValueError(f"quantize: jobs: expected at least 1, got {jobs}")
 
     source = open_source(model)
-    tasks, left = _tasks(source, options, LayerChoice(source.config, include, skip), outlier_columns, format)
+    tasks, left = plan_tasks(source, options, LayerChoice(source.config, include, skip), outlier_columns, format)
     job = {
         "format_version": names.FORMAT_VERSION,
         "format": format,
@@ -180,7 +164,7 @@ def quantize(
             for file in files:
                 file.open()
             resumed = _run(
-                source, tasks, files, options, journal, jobs, _block_elements(all_tasks, jobs, memory), progress
+                source, tasks, files, options, journal, jobs, block_elements(all_tasks, jobs, memory), progress
             )
             for file, shard_tasks in zip(files, tasks, strict=True):
                 own = {name for task in shard_tasks for name, _, _ in task.outputs}
@@ -202,123 +186,11 @@ def quantize(
     return report(resumed)
 
 
-# --- what becomes of each tensor --------------------------------------------------------------------------------------
-
-
-def _tasks(
-    source: Source,
-    options: Options,
-    choice: LayerChoice,
-    outlier_columns: Mapping[str, Sequence[int]] | None,
-    format: Format,
-) -> tuple[list[list[_Task]], list[str]]:
-    """For each shard what is to be done with each of its tensors, and the linear layers that stay as they are."""
-    if "quantization_config" in source.config:
-        method = source.config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
-        raise ValueError(
-            f"quantize: model: expected a 16/32-bit model, got one that {method} has quantized (config.json)"
-        )
-    columns = _columns_by_layer(source, outlier_columns or {})
-    shard_tasks = []
-    left: list[str] = []
-    for shard in source.shards:
-        layers = _layers(shard, choice)
-        candidates = {name: candidate(name, entry.shape) for name, entry in shard.entries.items()}
-        left += [layer for name, layer in candidates.items() if layer and not layers[name] and name not in shard.ties]
-        left += [name for name, entry in shard.entries.items() if len(entry.shape) == 3 and "experts" in name]
-        shard_tasks.append(
-            [
-                _task(entry, layers[entry.name], choice, columns, options, format)
-                for entry in shard.entries.values()
-                if entry.name not in shard.ties
-            ]
-        )
-    choice.check_patterns()
-    tasks = [task for own in shard_tasks for task in own]
-    chosen = {task.layer for task in tasks if task.layer}
-    if not chosen:
-        raise ValueError(
-            "quantize: model: expected linear layers (two-dimensional .weight tensors), got none to quantize"
-        )
-    for layer in columns:
-        if layer not in chosen:
-            raise ValueError(f"quantize: outlier_columns: expected layers that are quantized, got {layer!r}")
-    if options.outliers == "static" and any(task.layer and task.columns is None for task in tasks):
-        missing = next(task.layer for task in tasks if task.layer and task.columns is None)
-        raise ValueError(
-            f"quantize: outliers: expected outlier columns of every layer for 'static', got none of {missing}"
-        )
-    seen: set[str] = set()
-    for name in (name for task in tasks for name, _, _ in task.outputs):
-        if name in seen:
-            raise ValueError(
-                f"quantize: {name}: expected a name that is free for a layer's int8 tensors, got one in use"
-            )
-        seen.add(name)
-    return shard_tasks, left
-
-
-def _layers(shard: Shard, choice: LayerChoice) -> dict[str, str | None]:
-    """By tensor the layer that is to be int8. Of tensors that are one, all are or none."""
-    layers = {name: choice.layer(name, entry.shape) for name, entry in shard.entries.items()}
-    for name, first in shard.ties.items():
-        if layers[name] is None:
-            layers[first] = None
-    for name, first in shard.ties.items():
-        layers[name] = layers[name] if layers[first] else None
-    return layers
-
-
-def _columns_by_layer(source: Source, columns: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """The columns under the names that are stored: layers that share a weight keep the columns of each."""
-    stored = {
-        name.rpartition(".")[0]: first.rpartition(".")[0]
-        for shard in source.shards
-        for name, first in shard.ties.items()
-    }
-    result: dict[str, Sequence[int]] = {}
-    for layer, own in columns.items():
-        first = stored.get(layer, layer)
-        result[first] = [*result.get(first, ()), *own]
-    return result
-
-
-def _task(
-    entry: Entry,
-    layer: str | None,
-    choice: LayerChoice,
-    outlier_columns: Mapping[str, Sequence[int]],
-    options: Options,
-    format: Format,
-) -> _Task:
-    if layer is None:
-        return _Task(entry, None, False, None, [(entry.name, entry.dtype, entry.shape)])
-    if entry.dtype not in FLOATS:
-        raise ValueError(f"{entry.path}: {entry.name}: expected a weight of {', '.join(FLOATS)}, got {entry.dtype}")
-    transpose = choice.transposed(layer)
-    n, k = entry.shape[::-1] if transpose else entry.shape
-    columns = None
-    if layer in outlier_columns:
-        columns = column_indices("quantize", f"outlier_columns of {layer}", outlier_columns[layer], k)
-    groups = n if options.granularity == "vector" else 1
-
-    outputs: list[tuple[str, str, tuple[int, ...]]] = [(f"{layer}.{names.WEIGHT}", "I8", (n, k))]
-    if format == "bitsandbytes":
-        outputs += [(f"{layer}.{names.BNB_ABSMAX}", "F32", (n,)), (f"{layer}.{names.BNB_LAYOUT}", "U8", ())]
-        return _Task(entry, layer, transpose, None, outputs)
-    outputs.append((f"{layer}.{names.SCALE}", "F32", (groups,)))
-    if options.scheme == "zeropoint":
-        outputs.append((f"{layer}.{names.ZEROPOINT}", "F32", (groups,)))
-    if columns is not None:
-        outputs.append((f"{layer}.{names.OUTLIER_COLUMNS}", "I32", (len(columns),)))
-        outputs.append((f"{layer}.{names.OUTLIER_WEIGHT}", entry.dtype, (n, len(columns))))
-    outputs.append((f"{layer}.{names.EXTRA_STATE}", "U8", (len(options.extra_state()),)))
-    return _Task(entry, layer, transpose, columns, outputs)
+# --- the work ---------------------------------------------------------------------------------------------------------
 
 
 def _output_files(
-    folder: Path, source: Source, tasks: list[list[_Task]], options: Options, format: Format
+    folder: Path, source: Source, tasks: list[list[Task]], options: Options, format: Format
 ) -> list[OutputFile]:
     """One for each shard of the source."""
     count = len(source.shards)
@@ -327,45 +199,15 @@ def _output_files(
         name = "model.safetensors" if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
         metadata = options.metadata() if format == "octavo" else {"format": "pt"}
         if shard.ties:
-            metadata[names.TIED_KEY] = json.dumps(_tied_outputs(shard, own))
+            metadata[names.TIED_KEY] = json.dumps(tied_outputs(shard, own))
         outputs = [output for task in own for output in task.outputs]
         files.append(OutputFile(folder / name, outputs, metadata))
     return files
 
 
-def _tied_outputs(shard: Shard, tasks: list[_Task]) -> dict[str, str]:
-    """By name that is not in the file, the name of the tensor it shares."""
-    made = {task.entry.name: task for task in tasks}
-    tied = {}
-    for name, first in shard.ties.items():
-        task = made[first]
-        if task.layer is None:
-            tied[name] = first
-        else:
-            layer = name.rpartition(".")[0]
-            tied.update({layer + output.removeprefix(task.layer): output for output, _, _ in task.outputs})
-    return tied
-
-
-def quantized_layers(source: Source) -> set[str]:
-    """The layers that are quantized unless asked otherwise, tied ones under each of their names."""
-    choice = LayerChoice(source.config)
-    return {layer for shard in source.shards for layer in _layers(shard, choice).values() if layer}
-
-
-# --- the work ---------------------------------------------------------------------------------------------------------
-
-
-def _block_elements(tasks: list[_Task], jobs: int, memory: int | None) -> int:
-    """How many elements a job may hold at a time."""
-    if memory is None:
-        memory = 4 * max(task.entry.numel for task in tasks)
-    return max(1, min(_LARGEST_BLOCK, memory // (jobs * _BYTES_PER_ELEMENT)))
-
-
 def _run(
     source: Source,
-    tasks: list[list[_Task]],
+    tasks: list[list[Task]],
     files: list[OutputFile],
     options: Options,
     journal: Journal,
@@ -373,7 +215,7 @@ def _run(
     block: int,
     progress: bool,
 ) -> int:
-    """Convert what is not in the journal; returns how many tensors were."""
+    """Convert what is not in the journal; returns how many tensors were there already."""
     total = sum(task.entry.nbytes for own in tasks for task in own)
     lock = threading.Lock()
     resumed = 0
@@ -387,13 +229,13 @@ def _run(
             with lock:
                 bar.update(count)
 
-        def convert(task: _Task, output: OutputFile) -> int:
+        def convert(task: Task, output: OutputFile) -> int:
             """1 where the task was done already."""
             made = journal.done.get(task.entry.name)
             if made is not None and all(output.crc32(name) == crc for name, crc in made.items()):
                 advance(task.entry.nbytes)
                 return 1
-            crc32 = _convert(task, inputs[task.entry.path], output, options, block, advance)
+            crc32 = convert_tensor(task, inputs[task.entry.path], output, options, block, advance)
             journal.add(task.entry.name, crc32)
             journal.done[task.entry.name] = crc32
             return 0
@@ -412,137 +254,6 @@ def _run(
             finally:
                 pool.shutdown(cancel_futures=True)
     return resumed
-
-
-def _convert(
-    task: _Task, file: int, output: OutputFile, options: Options, block: int, advance: Callable[[int], None]
-) -> dict[str, str]:
-    """Convert or copy one tensor; returns the CRC-32 of each tensor that was made."""
-    if task.layer is None:
-        return _copy(task, file, output, block, advance)
-    if any(name.endswith(f".{names.BNB_ABSMAX}") for name, _, _ in task.outputs):
-        return _quantize_for_bitsandbytes(task, file, output, block, advance)
-    return _quantize(task, file, output, options, block, advance)
-
-
-def _copy(task: _Task, file: int, output: OutputFile, block: int, advance: Callable[[int], None]) -> dict[str, str]:
-    entry = task.entry
-    stream = output.stream(entry.name)
-    if entry.transposed:
-        height, width = entry.shape
-        rows = max(1, block // width)
-        for first in range(0, height, rows):
-            data = np.ascontiguousarray(read_rows(file, entry, first, min(first + rows, height)))
-            stream.write(data)
-            advance(data.nbytes)
-    else:
-        flat = Entry(entry.name, "U8", (entry.nbytes, 1), entry.path, entry.offset)
-        chunk = max(1 << 16, 4 * block)  # bytes
-        for first in range(0, entry.nbytes, chunk):
-            data = read_rows(file, flat, first, min(first + chunk, entry.nbytes))
-            stream.write(data)
-            advance(data.nbytes)
-    return {entry.name: stream.finish()}
-
-
-def _quantize(
-    task: _Task, file: int, output: OutputFile, options: Options, block: int, advance: Callable[[int], None]
-) -> dict[str, str]:
-    """Eq. 1-3 of the paper, block by block.
-
-    A scale of the whole weight depends on the weight's extremes only. So where one is wanted the weight is read twice,
-    and each block quantized together with two rows that hold the extremes.
-    """
-    streams = {name.removeprefix(f"{task.layer}."): output.stream(name) for name, _, _ in task.outputs}
-    whole = options.granularity != "vector"
-    extremes = _extremes(task, file, block) if whole else None
-    scales: list[Array] = []
-    zeropoints: list[Array] = []
-
-    # A function, so that nothing of a block is left when the next one is read.
-    def convert_rows(first: int, last: int) -> None:
-        raw = _read_block(task, file, first, last)
-        if task.columns is not None:
-            streams[names.OUTLIER_WEIGHT].write(np.ascontiguousarray(raw[:, task.columns]))
-        values = _as_numbers(raw, task.entry)
-        if extremes is not None:
-            values = np.concatenate([values, np.broadcast_to(extremes[:, None], (2, values.shape[1]))])
-        weight = _quantized(task, values, options)
-        streams[names.WEIGHT].write(np.ascontiguousarray(weight.codes[: last - first]))
-        scales.append(weight.scale)
-        if weight.zeropoint is not None:
-            zeropoints.append(weight.zeropoint)
-        advance(raw.nbytes)
-
-    for first, last in _row_ranges(task, block):
-        convert_rows(first, last)
-    streams[names.SCALE].write(scales[0] if whole else np.concatenate(scales))
-    if zeropoints:
-        streams[names.ZEROPOINT].write(zeropoints[0] if whole else np.concatenate(zeropoints))
-    if task.columns is not None:
-        streams[names.OUTLIER_COLUMNS].write(task.columns)
-    streams[names.EXTRA_STATE].write(options.extra_state())
-    return {f"{task.layer}.{name}": stream.finish() for name, stream in streams.items()}
-
-
-def _quantize_for_bitsandbytes(
-    task: _Task, file: int, output: OutputFile, block: int, advance: Callable[[int], None]
-) -> dict[str, str]:
-    """The same codes; instead of the scale, the absmax of each row."""
-    outputs = [name for name, _, _ in task.outputs]
-    weight_stream, absmax_stream, layout_stream = streams = [output.stream(name) for name in outputs]
-    absmax: list[Array] = []
-
-    def convert_rows(first: int, last: int) -> None:
-        raw = _read_block(task, file, first, last)
-        values = _as_numbers(raw, task.entry)
-        absmax.append(np.maximum(values.max(1), -values.min(1)).astype(np.float32))
-        weight_stream.write(np.ascontiguousarray(_quantized(task, values, Options()).codes))
-        advance(raw.nbytes)
-
-    for first, last in _row_ranges(task, block):
-        convert_rows(first, last)
-    absmax_stream.write(np.concatenate(absmax))
-    layout_stream.write(bytes([names.BNB_ROW_MAJOR]))
-    return {name: stream.finish() for name, stream in zip(outputs, streams, strict=True)}
-
-
-def _quantized(task: _Task, values: Array, options: Options) -> octavo.Int8Weight:
-    try:
-        return octavo.quantize_weight(values, scheme=options.scheme, granularity=options.granularity)
-    except ValueError as error:
-        raise ValueError(f"{task.entry.path}: {task.entry.name}: {error}") from error
-
-
-def _extremes(task: _Task, file: int, block: int) -> Array:
-    """The smallest and the largest element. A NaN is returned as one, for quantize_weight to refuse."""
-
-    def extremes_of_rows(first: int, last: int) -> Array:
-        values = _as_numbers(_read_block(task, file, first, last), task.entry)
-        return np.array([values.min(), values.max()])
-
-    found = np.stack([extremes_of_rows(first, last) for first, last in _row_ranges(task, block)])
-    return np.array([found[:, 0].min(), found[:, 1].max()])
-
-
-def _row_ranges(task: _Task, block: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of each block of rows of the weight ``[n, k]``."""
-    n, k = task.outputs[0][2]
-    rows = max(1, block // k)
-    return ((first, min(first + rows, n)) for first in range(0, n, rows))
-
-
-def _read_block(task: _Task, file: int, first: int, last: int) -> Array:
-    return read_rows(file, task.entry, first, last, transpose=task.transpose)
-
-
-def _as_numbers(raw: Array, entry: Entry) -> Array:
-    """Bfloat16 as float32, which has all its values; what NumPy knows as it is."""
-    if entry.dtype != "BF16":
-        return raw
-    bits = raw.astype(np.uint32)
-    bits <<= 16
-    return bits.view(np.float32)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -600,7 +311,7 @@ def _write_companions(
     folder: Path,
     source: Source,
     files: list[OutputFile],
-    tasks: list[list[_Task]],
+    tasks: list[list[Task]],
     quantization: Mapping[str, Any],
 ) -> None:
     """The index of shards, config.json with what was done, and copies of all that is no weight."""
