@@ -14,8 +14,8 @@ from octavo.checkpoint.tensors import Array, Entry, read_rows
 from octavo.checkpoint.writer import OutputFile
 
 # While an element is converted it takes at most 4 bytes as read, 4 widened or beside the tensor's extremes and 1 of
-# codes; a quarter of the memory is for what the allocator holds on to.
-_BYTES_PER_ELEMENT = 12
+# codes; the rest is for what the allocator holds on to.
+_BYTES_PER_ELEMENT = 16
 _LARGEST_BLOCK = 1 << 22  # elements: beyond, nothing gets faster
 
 

@@ -92,7 +92,7 @@ def quantize(
         jobs: tensors converted at a time; default: octavo's threads, at most 8. Jobs share `memory`, so more of them
             work on smaller blocks.
         memory: bytes for the blocks of all jobs together; default: those of the largest tensor in float32. A job uses
-            at most 48 MiB of it, and at least what one row takes.
+            at most 64 MiB of it, and at least what one row takes.
         progress: show a progress bar on stderr.
 
     Returns:
