@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     import octavo
-    from octavo import demo
+    from octavo import demo, plan
+    from octavo.checkpoint import commands as checkpoint
 
     parser = argparse.ArgumentParser(prog="octavo", description="LLM.int8() as a native library.")
     parser.add_argument("--version", action="version", version=f"octavo {octavo.__version__}")
@@ -33,6 +34,18 @@ def _parser() -> argparse.ArgumentParser:
     demo_parser = commands.add_parser("demo", help="convert a real sentence transformer to int8 and compare")
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.main)
+
+    quantize_parser = commands.add_parser("quantize", help="convert a checkpoint to int8, in bounded memory")
+    checkpoint.add_quantize_arguments(quantize_parser)
+    quantize_parser.set_defaults(run=checkpoint.run_quantize)
+
+    inspect_parser = commands.add_parser("inspect", help="show what a checkpoint holds and what int8 saves")
+    checkpoint.add_inspect_arguments(inspect_parser)
+    inspect_parser.set_defaults(run=checkpoint.run_inspect)
+
+    plan_parser = commands.add_parser("plan", help="say whether a model fits on given GPUs in int8 and in 16 bit")
+    plan.add_arguments(plan_parser)
+    plan_parser.set_defaults(run=plan.main)
 
     info_parser = commands.add_parser("info", help="show the version, backends and instruction set in use")
     info_parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,0 +1,184 @@
+"""octavo quantize and octavo inspect, as commands. What they do is tested in test_checkpoint*.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from octavo import checkpoint, cli
+from octavo._sizes import format_size, parse_size
+from octavo.checkpoint import commands
+from octavo.checkpoint.tensors import header_bytes
+
+
+def write_model(folder: Path) -> Path:
+    """One linear layer and a head, in float32; written without PyTorch."""
+    shapes = {"model.layers.0.fc.weight": (24, 16), "lm_head.weight": (50, 16)}
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    data = b"".join(rng.standard_normal(shape, np.float32).tobytes() for shape in shapes.values())
+    header = header_bytes([(name, "F32", shape) for name, shape in shapes.items()], {"format": "pt"})
+    (folder / "model.safetensors").write_bytes(header + data)
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny", "vocab_size": 50}))
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_quantize_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, output = write_model(tmp_path / "m"), tmp_path / "out"
+    assert run("quantize", model, output, "--jobs", 2, "--memory", "1MB") == 0
+    captured = capsys.readouterr()
+    assert f"{output}: 1 linear layers in int8" in captured.out
+    assert "left as they are: lm_head" in captured.out
+    assert "quantize: 100%" in captured.err
+
+    assert run("inspect", output, "--verify") == 0
+    table = capsys.readouterr().out
+    assert "model.layers.0.fc" in table
+    assert "24 x 16" in table
+    assert "all correct" in table
+
+    assert run("inspect", output, "--json") == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in summary["layers"]] == ["model.layers.0.fc"]
+    assert summary["verified"] is False
+
+
+def test_options_reach_the_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+
+    def quantize(model: Path, output: Path, **options: Any) -> checkpoint.Report:
+        given.update(options)
+        return checkpoint.Report(str(output), 1, [], 2, 0, 100, 50, 0.5)
+
+    monkeypatch.setattr(commands, "quantize", quantize)
+    columns = tmp_path / "columns.json"
+    columns.write_text('{"fc": [3, 1]}')
+    words = "--scheme zeropoint --granularity row --threshold 4.5 --outliers static --include *.fc --include *.up "
+    words += f"--skip *.gate --outlier-columns {columns} --jobs 3 --memory 2GiB --quiet --json"
+    assert run("quantize", "m", "out", *words.split()) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 1
+    assert given == {
+        "scheme": "zeropoint",
+        "granularity": "row",
+        "threshold": 4.5,
+        "outliers": "static",
+        "include": ["*.fc", "*.up"],
+        "skip": ["*.gate"],
+        "outlier_columns": {"fc": [3, 1]},
+        "format": "octavo",
+        "jobs": 3,
+        "memory": 2 * 2**30,
+        "progress": False,
+    }
+
+
+def test_kept_columns_from_a_file(tmp_path: Path) -> None:
+    columns = tmp_path / "columns.json"
+    columns.write_text('{"model.layers.0.fc": [7, 2]}')
+    assert run("quantize", write_model(tmp_path / "m"), tmp_path / "o", "--outlier-columns", columns, "--quiet") == 0
+    loaded = checkpoint.load(tmp_path / "o", framework="numpy")
+    assert loaded["model.layers.0.fc.weight"].outlier_columns.tolist() == [2, 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "nothing", "out"], "nothing: expected a checkpoint"),
+        (["inspect", "nothing"], "nothing: expected a checkpoint"),
+        (["quantize", "m", "full"], "full: expected a folder that is not there yet"),
+        (["quantize", "m", "out", "--include", "*.none"], "include: expected patterns of linear layers"),
+        (["quantize", "m", "out", "--outlier-columns", "none.json"], "none.json"),
+        (["quantize", "m", "out", "--outlier-columns", "list.json"], 'list.json: expected {"layer": [column, ...]'),
+        (["quantize", "m", "out", "--outlier-columns", "bad.json"], "bad.json: expected JSON"),
+    ],
+)
+def test_failures_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "m")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "list.json").write_text('{"fc": ["one"]}')
+    (tmp_path / "bad.json").write_text("{")
+    assert run(*arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"octavo {arguments[0]}: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["m"],
+        ["m", "out", "--scheme", "int4"],
+        ["m", "out", "--jobs", "0"],
+        ["m", "out", "--memory", "lots"],
+        ["m", "out", "--threshold", "-1"],
+        ["m", "out", "--threshold", "nan"],
+    ],
+)
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        run("quantize", *arguments)
+    assert exit_info.value.code == 2
+    assert "octavo quantize: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--format", "bitsandbytes", "--scheme", "zeropoint"],
+        ["--format", "bitsandbytes", "--granularity", "row"],
+        ["--format", "bitsandbytes", "--outlier-columns", "x.json"],
+        ["--outliers", "static"],
+    ],
+)
+def test_arguments_that_do_not_fit_each_other(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize", "m", "out", *arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_none_of_it_needs_torch(tmp_path: Path) -> None:
+    """A conversion, an inspection and a plan in a process where importing torch fails."""
+    model = write_model(tmp_path / "m")
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "vocab_size": 5})
+    )
+    code = f"""
+import sys
+sys.modules["torch"] = None
+from octavo import cli
+assert cli.main(["quantize", {str(model)!r}, {str(tmp_path / "out")!r}, "--quiet"]) == 0
+assert cli.main(["inspect", {str(tmp_path / "out")!r}, "--verify"]) == 0
+assert cli.main(["plan", {str(tmp_path)!r}, "--gpu-memory", "1GB"]) == 0
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_sizes() -> None:
+    for text, expected in (("24GB", 24 << 30), ("24 GiB", 24 << 30), ("0.5g", 1 << 29), ("7", 7), ("3kb", 3072)):
+        assert parse_size(text) == expected
+    for text in ("", "GB", "-1GB", "1PB", "1e9"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 24GB"):
+            parse_size(text)
+    assert (format_size(3 << 29), format_size(1 << 19)) == ("1.50 GiB", "0.50 MiB")
