@@ -15,8 +15,8 @@ namespace octavo::cpu {
 struct OutlierScan {
     OutlierScan(const ConstMatrix& x, float threshold);
 
-    std::vector<std::int32_t> columns;     // O of paper section 3.2, ascending
-    std::vector<float> largest_regular;    // of each row: its largest magnitude below the threshold
+    std::vector<std::int32_t> columns;   // O of paper section 3.2, ascending
+    std::vector<float> largest_regular;  // of each row: its largest magnitude below the threshold
 };
 
 // The elements of X that the 16-bit product takes, under any of the outlier policies.

@@ -2,8 +2,8 @@
 //
 //   packed[n / 16][k / 4][n % 16][k % 4]
 //
-// Sixteen output features by four neighbors along k fill a cache line: one operand of AVX-512 VNNI, two of AVX-VNNI, one
-// row of an AMX tile, four of Neon. n is padded with zeros to a multiple of 16, k to one of 64 (an AMX tile).
+// Sixteen output features by four neighbors along k fill a cache line: one operand of AVX-512 VNNI, two of AVX-VNNI,
+// one row of an AMX tile, four of Neon. n is padded with zeros to a multiple of 16, k to one of 64 (an AMX tile).
 #pragma once
 
 #include <cstdint>

@@ -54,8 +54,7 @@ inline void load_row(const ConstMatrix& matrix, std::int64_t row, std::int64_t b
 // Rows of a matrix as the kernels take them: the caller's memory where the row is contiguous, else a copy in float32.
 class RowReader {
 public:
-    explicit RowReader(const ConstMatrix& x)
-        : x_(x), dtype_(x.col_stride == 1 ? x.dtype : DType::f32), copy_(x.cols) {}
+    explicit RowReader(const ConstMatrix& x) : x_(x), dtype_(x.col_stride == 1 ? x.dtype : DType::f32), copy_(x.cols) {}
 
     [[nodiscard]] DType dtype() const noexcept { return dtype_; }
     [[nodiscard]] const void* row(std::int64_t index) const {

@@ -117,12 +117,12 @@ void encode_by_division(const void* x, std::int64_t size, float absmax, Convert 
 // some twenty multiplications.
 //
 // a = x * 127 is exact. q = a * inverse is off by at most 2^-22 of itself, a - q * absmax is exact, and adding that
-// remainder times the inverse leaves an error below 2^-44, rounded once. Is rint of that the rint of a / absmax? The two
-// could differ only next to a half integer h. Where a / absmax = h, the sum rounds to h, as the error is far below half a
-// place. Else a - h * absmax is a multiple of the last place of a product of the two, and with at most 18 bits in a, 11
-// in absmax and 8 in h that is 2^-38 of a or more: too far from h for 24 bits to round to it or beyond it... except that
-// both a / absmax and the sum round to the same float: they are 2^-44 apart, and no float's half-way point is nearer to
-// a / absmax than 2^-36, by the same count of bits.
+// remainder times the inverse leaves an error below 2^-44, rounded once. Is rint of that the rint of a / absmax? The
+// two could differ only next to a half integer h. Where a / absmax = h, the sum rounds to h, as the error is far below
+// half a place. Else a - h * absmax is a multiple of the last place of a product of the two, and with at most 18 bits
+// in a, 11 in absmax and 8 in h that is 2^-38 of a or more: too far from h for 24 bits to round to it or beyond it...
+// except that both a / absmax and the sum round to the same float: they are 2^-44 apart, and no float's half-way point
+// is nearer to a / absmax than 2^-36, by the same count of bits.
 template <class Convert>
 void encode_16_bit(const void* x, std::int64_t size, float absmax, Convert convert, std::int8_t* codes) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)

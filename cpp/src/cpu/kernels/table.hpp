@@ -31,28 +31,28 @@ struct Magnitudes {
 
 // A tile of the int8 product. X is row-major, `depth` bytes of each row are read; W is packed (cpu/packed.hpp).
 struct ProductTile {
-    const std::int8_t* x;       // codes, + 128 where Kernels::x_is_unsigned
-    std::int64_t x_stride;      // bytes from row to row
-    std::int64_t rows;          // 1 to Kernels::tile_rows
-    const std::int8_t* w;       // the first block of 16 output features
-    std::int64_t w_stride;      // bytes from block to block
-    const std::int32_t* w_sums; // of each output feature's codes over `depth`
-    std::int64_t cols;          // a multiple of 16, to Kernels::tile_cols
-    std::int64_t depth;         // a multiple of 64; at most max_int32_depth
-    std::int32_t* acc;          // [rows, tile_cols], cache-line aligned
+    const std::int8_t* x;        // codes, + 128 where Kernels::x_is_unsigned
+    std::int64_t x_stride;       // bytes from row to row
+    std::int64_t rows;           // 1 to Kernels::tile_rows
+    const std::int8_t* w;        // the first block of 16 output features
+    std::int64_t w_stride;       // bytes from block to block
+    const std::int32_t* w_sums;  // of each output feature's codes over `depth`
+    std::int64_t cols;           // a multiple of 16, to Kernels::tile_cols
+    std::int64_t depth;          // a multiple of 64; at most max_int32_depth
+    std::int32_t* acc;           // [rows, tile_cols], cache-line aligned
 };
 
 // What the epilogue does to one row of a tile.
 struct EpilogueRow {
-    const std::int32_t* acc;              // the product; not read where `scaled` is given
-    const float* scaled;                  // the product with its scales applied, or null
+    const std::int32_t* acc;  // the product; not read where `scaled` is given
+    const float* scaled;      // the product with its scales applied, or null
     float scale_x;
     const float* scale_w;
-    std::int64_t outliers;                // of the row
-    const float* outlier_x;               // [outliers]
-    const std::int32_t* outlier_places;   // [outliers]: their rows of outlier_w; null: 0, 1, 2, ...
-    const float* outlier_w;               // [..., tile_cols]
-    const float* bias;                    // or null
+    std::int64_t outliers;               // of the row
+    const float* outlier_x;              // [outliers]
+    const std::int32_t* outlier_places;  // [outliers]: their rows of outlier_w; null: 0, 1, 2, ...
+    const float* outlier_w;              // [..., tile_cols]
+    const float* bias;                   // or null
 };
 
 struct Kernels {
@@ -89,12 +89,12 @@ struct Kernels {
     void (*product)(const ProductTile& tile);
     bool x_is_unsigned;
     std::int64_t tile_rows;  // the most that a call of `product` takes, and what suits it best
-    // target[j] = (code + zeropoint[j]) * scale[j] over `cols` entries rounded up to 16, for the codes of column `col` of W
-    // (as in ProductTile).
+    // target[j] = (code + zeropoint[j]) * scale[j] over `cols` entries rounded up to 16, for the codes of column `col`
+    // of W (as in ProductTile).
     void (*dequantize_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
                               const float* zeropoint, const float* scale, float* target);
-    // y = acc * (scale_x * scale_w) + sum_o outlier_x[o] * outlier_w[o] + bias in float32, over `cols` entries (up to the
-    // next multiple of 16 are read), rounded once to contiguous f32, f16 or bf16.
+    // y = acc * (scale_x * scale_w) + sum_o outlier_x[o] * outlier_w[o] + bias in float32, over `cols` entries (up to
+    // the next multiple of 16 are read), rounded once to contiguous f32, f16 or bf16.
     void (*epilogue)(const EpilogueRow& row, std::int64_t cols, DType dtype, void* y);
 };
 

@@ -1,7 +1,7 @@
 // AMX: a tile register holds 16 rows of 64 bytes, and an instruction multiplies 16 rows of X by 16 output features over
 // 64 along k. A step of 32 x 32 sums takes 4 tile loads for 4 products; a load takes about as long as half a product
-// where the first-level cache has the bytes. So k goes in slices: the slice of 32 rows of X stays there while W, from the
-// second-level cache, passes once.
+// where the first-level cache has the bytes. So k goes in slices: the slice of 32 rows of X stays there while W, from
+// the second-level cache, passes once.
 #pragma once
 
 #include "cpu/kernels/functions.hpp"

@@ -23,7 +23,9 @@ struct Dot {
     static W load(const std::int8_t* p) { return _mm512_loadu_si512(p); }
     // Inline assembly because GCC 12 copies the accumulators of _mm512_dpbusd_epi32 through other registers, which
     // halves the speed.
-    static void multiply_add(Accumulator& acc, X x, W w) { __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w)); }
+    static void multiply_add(Accumulator& acc, X x, W w) {
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
+    }
     static void add(std::int32_t* p, Accumulator acc) {
         _mm512_storeu_si512(p, _mm512_add_epi32(_mm512_loadu_si512(p), acc));
     }

@@ -15,8 +15,8 @@
 
 namespace octavo::cpu::OCTAVO_ISA {
 
-constexpr std::int64_t block_size = 64;     // bytes of 16 output features by 4 along k
-constexpr std::int64_t slice_depth = 512;   // 32 KiB of W for 64 output features
+constexpr std::int64_t block_size = 64;    // bytes of 16 output features by 4 along k
+constexpr std::int64_t slice_depth = 512;  // 32 KiB of W for 64 output features
 
 template <class Dot, int Rows, int Blocks>
 void multiply_block(const std::int8_t* x, std::int64_t x_stride, const std::int8_t* w, std::int64_t w_stride,

@@ -1,5 +1,5 @@
-// Neon with SMMLA (Armv8.6): an instruction multiplies 2 rows of X by 2 output features over 8 along k. 4 x 16 sums in 16
-// of the 32 registers, as 2 x 8 squares of 2 x 2.
+// Neon with SMMLA (Armv8.6): an instruction multiplies 2 rows of X by 2 output features over 8 along k. 4 x 16 sums in
+// 16 of the 32 registers, as 2 x 8 squares of 2 x 2.
 #pragma once
 
 #include <arm_neon.h>

@@ -13,8 +13,8 @@ inline void plain_product(const ProductTile& tile) {
             std::int32_t sums[16] = {};
             for (std::int64_t k = 0; k < tile.depth; k += 4, w += 64) {
                 for (std::int64_t c = 0; c < 16; ++c) {
-                    sums[c] += x[k] * w[c * 4] + x[k + 1] * w[c * 4 + 1] + x[k + 2] * w[c * 4 + 2] +
-                               x[k + 3] * w[c * 4 + 3];
+                    sums[c] +=
+                        x[k] * w[c * 4] + x[k + 1] * w[c * 4 + 1] + x[k + 2] * w[c * 4 + 2] + x[k + 3] * w[c * 4 + 3];
                 }
             }
             __builtin_memcpy(tile.acc + i * tile_cols + j, sums, sizeof sums);
