@@ -36,7 +36,7 @@ struct TorchNames {
                                      torch.attr("int8"), torch.attr("int32")};
     const DLPackExchangeAPI* exchange = find_exchange(tensor);
     TorchSymbols symbols = find_torch_symbols();
-    bool context_is_tensor = exchange != nullptr && symbols.is_neg != nullptr && holds_tensor(*exchange, torch);
+    bool has_handle = symbols.is_neg != nullptr && symbols.requires_grad != nullptr && objects_hold_handles(torch);
 
     static py::object interned(const char* text) {
         return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
@@ -52,21 +52,25 @@ struct TorchNames {
         return api->header.version.major == 1 ? api : nullptr;
     }
 
-    // Whether the context of a managed tensor begins with the at::Tensor it was made of, that is with the address of
-    // its TensorImpl, which `_cdata` tells. It always has; nothing promises it, so one tensor is looked at before it is
-    // relied on. (A context holds at least the tensor and the DLPack struct, so its first bytes can be read.)
-    static bool holds_tensor(const DLPackExchangeAPI& exchange, const py::object& torch) {
+    // Whether the Python object of a tensor has its at::Tensor, which is the address of a TensorImpl, right behind the
+    // header: so it is from PyTorch 2.10 on, but nothing promises it. `_cdata` tells the address, so one tensor is
+    // looked at before the place is relied on.
+    static bool objects_hold_handles(const py::object& torch) {
         const py::object sample = torch.attr("zeros")(1, py::arg("device") = "cpu");
-        if (!py::hasattr(sample, "_cdata")) return false;
-        DLManagedTensorVersioned* managed = nullptr;
-        if (exchange.managed_tensor_from_py_object_no_sync(sample.ptr(), &managed) != 0) {
-            PyErr_Clear();  // a mode is on that makes tensors without memory
-            return false;
-        }
-        std::uintptr_t first = 0;
-        if (managed->manager_ctx != nullptr) std::memcpy(&first, managed->manager_ctx, sizeof first);
-        managed->deleter(managed);
-        return first == sample.attr("_cdata").cast<std::uintptr_t>();
+        const auto size = static_cast<std::size_t>(Py_TYPE(sample.ptr())->tp_basicsize);
+        if (size < sizeof(PyObject) + sizeof(std::uintptr_t) || !py::hasattr(sample, "_cdata")) return false;
+        return reinterpret_cast<std::uintptr_t>(implementation_of(sample)) ==
+               sample.attr("_cdata").cast<std::uintptr_t>();
+    }
+
+    static const void* handle_of(py::handle tensor) {
+        return reinterpret_cast<const char*>(tensor.ptr()) + sizeof(PyObject);
+    }
+
+    static const void* implementation_of(py::handle tensor) {
+        const void* implementation = nullptr;
+        std::memcpy(static_cast<void*>(&implementation), handle_of(tensor), sizeof implementation);
+        return implementation;
     }
 };
 
@@ -149,7 +153,17 @@ py::object checked(PyObject* result) {
 bool is_true(const py::object& object) { return object.ptr() == Py_True; }
 
 bool requires_grad(py::handle tensor) {
-    return is_true(checked(PyObject_GetAttr(tensor.ptr(), names<TorchNames>().requires_grad.ptr())));
+    const auto& torch = names<TorchNames>();
+    if (torch.has_handle) return torch.symbols.requires_grad(TorchNames::implementation_of(tensor));
+    return is_true(checked(PyObject_GetAttr(tensor.ptr(), torch.requires_grad.ptr())));
+}
+
+// Whether the values are the negation of what the memory holds, as those of `x.conj().imag` are: DLPack loses that bit.
+bool has_negative_bit(py::handle tensor) {
+    const auto& torch = names<TorchNames>();
+    if (torch.has_handle) return torch.symbols.is_neg(TorchNames::handle_of(tensor));
+    PyObject* const arguments[] = {tensor.ptr()};
+    return is_true(checked(PyObject_VectorcallMethod(torch.is_neg.ptr(), arguments, 1, nullptr)));
 }
 
 bool grad_is_enabled() {
@@ -257,34 +271,32 @@ void Array::import_numpy(Use use) {
 
 void Array::import_torch(Use use) {
     const auto& torch = names<TorchNames>();
-    if (use != Use::read && grad_is_enabled() && requires_grad(object_)) {
+    const bool writes = use == Use::write;
+    if ((writes || use == Use::differentiable) && grad_is_enabled() && requires_grad(object_)) {
         refuse("value", "a tensor outside autograd (use .detach(), torch.no_grad() or octavo.torch.Int8Linear)",
                "one that requires grad");
     }
-    // The exchange takes a tensor that requires grad as it is, `__dlpack__` does not.
-    if (torch.exchange == nullptr && requires_grad(object_)) object_ = object_.attr("detach")();
-    torch.exchange != nullptr ? import_exchange(*torch.exchange) : import_capsule(use);
-    if (!has_negative_bit()) return;
-    if (use == Use::write) refuse("value", "a tensor without the negative bit", "one with it");
-    object_ = object_.attr("resolve_neg")();
-    torch.exchange != nullptr ? import_exchange(*torch.exchange) : import_capsule(use);
-}
-
-void Array::import_exchange(const DLPackExchangeAPI& exchange) {
-    DLManagedTensorVersioned* tensor = nullptr;
-    if (exchange.managed_tensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
+    if (has_negative_bit(object_)) {
+        if (writes) refuse("value", "a tensor without the negative bit", "one with it");
+        object_ = object_.attr("resolve_neg")();
+    }
+    if (torch.exchange == nullptr) {
+        if (requires_grad(object_)) object_ = object_.attr("detach")();  // `__dlpack__` refuses others
+        return import_capsule(use);
+    }
+    if (use == Use::keep) {
+        DLManagedTensorVersioned* tensor = nullptr;
+        if (torch.exchange->managed_tensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
+            refuse_conversion(py::error_already_set());
+        }
+        versioned_.reset(tensor);
+        return read_header(tensor->dl_tensor);
+    }
+    DLTensor tensor{};
+    if (torch.exchange->dltensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
         refuse_conversion(py::error_already_set());
     }
-    versioned_.reset(tensor);
-    read_header(tensor->dl_tensor);
-}
-
-// Whether the values are the negation of what the memory holds, as those of `x.conj().imag` are: DLPack loses that bit.
-bool Array::has_negative_bit() const {
-    const auto& torch = names<TorchNames>();
-    if (torch.context_is_tensor && versioned_) return torch.symbols.is_neg(versioned_->manager_ctx);
-    PyObject* const arguments[] = {object_.ptr()};
-    return is_true(checked(PyObject_VectorcallMethod(torch.is_neg.ptr(), arguments, 1, nullptr)));
+    read_header(tensor);
 }
 
 void Array::refuse_dtype() const {

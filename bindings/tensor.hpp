@@ -26,6 +26,7 @@ struct Argument {
 // What an argument is used for.
 enum class Use {
     read,            // values only: a tensor that requires grad is read as if detached
+    keep,            // as read, after the call too: the memory stays even if the tensor is given other memory
     differentiable,  // as read, but refused while autograd would want to record the operation
     write,           // an output: must be writable
 };
@@ -34,7 +35,7 @@ enum class Framework { numpy, torch };
 
 using Shape = SmallArray<std::int64_t>;
 
-// An array argument. Holds the memory until it is destroyed.
+// An array argument. Holds the array until it is destroyed.
 class Array {
 public:
     // Throws TypeError where `object` is no array of a known framework or has a dtype octavo has no use for, ValueError
@@ -68,10 +69,8 @@ private:
 
     void import_numpy(Use use);
     void import_torch(Use use);
-    void import_exchange(const DLPackExchangeAPI& exchange);
     void import_capsule(Use use);
     void read_header(const DLTensor& tensor);
-    [[nodiscard]] bool has_negative_bit() const;
     [[noreturn]] void refuse_dtype() const;
     [[noreturn]] void refuse_conversion(const py::error_already_set& error) const;
     [[noreturn]] void refuse(const char* kind, const std::string& expected, const std::string& got) const;

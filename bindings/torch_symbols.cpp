@@ -19,7 +19,8 @@ TorchSymbols find_torch_symbols() {
     return {
         .get_num_threads = find<int (*)()>("libtorch_cpu.so", "_ZN2at15get_num_threadsEv"),
         .grad_mode_is_enabled = find<bool (*)()>("libc10.so", "_ZN3c108GradMode10is_enabledEv"),
-        .is_neg = find<bool (*)(const void*)>("libtorch_cpu.so", "_ZN2at4_ops6is_neg4callERKNS_6TensorE"),
+        .is_neg = find<bool (*)(const void*)>("libtorch_cpu.so", "_ZN2at6native6is_negERKNS_6TensorE"),
+        .requires_grad = find<bool (*)(const void*)>("libc10.so", "_ZNK3c1010TensorImpl13requires_gradEv"),
     };
 }
 
