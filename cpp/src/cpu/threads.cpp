@@ -133,6 +133,9 @@ public:
 
 private:
     void help(int index) {
+#ifdef __linux__
+        pthread_setname_np(pthread_self(), "octavo");  // for whoever lists the threads of a process
+#endif
         std::unique_lock lock(mutex_);
         std::uint64_t seen = generation_ - 1;  // started for the job that is being handed out
         for (;;) {
