@@ -11,7 +11,7 @@
 
 namespace octavo::python {
 
-// Of a size chosen when it is made, or shrunk later. Needs no heap memory up to the ranks that occur in practice: a
+// Needs no heap memory up to the ranks that occur in practice: a
 // call that is to cost a few hundred nanoseconds has none to spare for it.
 template <class T>
 class SmallArray {
@@ -19,14 +19,10 @@ class SmallArray {
 
 public:
     // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): elements are uninitialized, as documented
-    explicit SmallArray(std::size_t size = 0) : size_(size) {
-        if (size > inline_size) heap_ = std::make_unique<T[]>(size);  // NOLINT(modernize-avoid-c-arrays)
-    }
+    explicit SmallArray(std::size_t size = 0) { reset(size); }
     SmallArray(std::initializer_list<T> values) : SmallArray(values.size()) { std::ranges::copy(values, begin()); }
     SmallArray(const SmallArray& other) : SmallArray(other.size_) { std::copy(other.begin(), other.end(), begin()); }
     SmallArray& operator=(const SmallArray&) = delete;
-    SmallArray& operator=(SmallArray&&) noexcept = default;
-    SmallArray(SmallArray&&) noexcept = default;
     ~SmallArray() = default;
 
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
@@ -40,13 +36,19 @@ public:
     [[nodiscard]] const T& back() const noexcept { return begin()[size_ - 1]; }
     void pop_back() noexcept { --size_; }
 
+    // Another size; the elements are uninitialized again.
+    void reset(std::size_t size) {
+        if (size > inline_size) heap_ = std::make_unique<T[]>(size);  // NOLINT(modernize-avoid-c-arrays)
+        size_ = size;
+    }
+
     friend bool operator==(const SmallArray& a, const SmallArray& b) noexcept {
         return std::equal(a.begin(), a.end(), b.begin(), b.end());
     }
 
 private:
     static constexpr std::size_t inline_size = 6;
-    std::size_t size_;
+    std::size_t size_ = 0;
     std::array<T, inline_size> inline_;
     std::unique_ptr<T[]> heap_;  // NOLINT(modernize-avoid-c-arrays)
 };

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <mutex>
 #include <optional>
 #include <string_view>
@@ -36,7 +37,7 @@ struct TorchNames {
                                      torch.attr("int8"), torch.attr("int32")};
     const DLPackExchangeAPI* exchange = find_exchange(tensor);
     TorchSymbols symbols = find_torch_symbols();
-    bool has_handle = symbols.is_neg != nullptr && symbols.requires_grad != nullptr && objects_hold_handles(torch);
+    bool has_handle = symbols.can_read_tensors() && objects_hold_handles(torch);
 
     static py::object interned(const char* text) {
         return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
@@ -152,24 +153,36 @@ py::object checked(PyObject* result) {
 
 bool is_true(const py::object& object) { return object.ptr() == Py_True; }
 
-bool requires_grad(py::handle tensor) {
-    const auto& torch = names<TorchNames>();
+bool requires_grad(const TorchNames& torch, py::handle tensor) {
     if (torch.has_handle) return torch.symbols.requires_grad(TorchNames::implementation_of(tensor));
     return is_true(checked(PyObject_GetAttr(tensor.ptr(), torch.requires_grad.ptr())));
 }
 
 // Whether the values are the negation of what the memory holds, as those of `x.conj().imag` are: DLPack loses that bit.
-bool has_negative_bit(py::handle tensor) {
-    const auto& torch = names<TorchNames>();
+bool has_negative_bit(const TorchNames& torch, py::handle tensor) {
     if (torch.has_handle) return torch.symbols.is_neg(TorchNames::handle_of(tensor));
     PyObject* const arguments[] = {tensor.ptr()};
     return is_true(checked(PyObject_VectorcallMethod(torch.is_neg.ptr(), arguments, 1, nullptr)));
 }
 
-bool grad_is_enabled() {
-    const auto& torch = names<TorchNames>();
+bool grad_is_enabled(const TorchNames& torch) {
     if (torch.symbols.grad_mode_is_enabled != nullptr) return torch.symbols.grad_mode_is_enabled();
     return is_true(torch.is_grad_enabled());
+}
+
+// What a tensor is made of, for as long as the caller leaves it alone. Returns false, with Python's error set, where
+// DLPack cannot describe it. The exchange does the same, but takes and drops a reference on the way.
+bool describe(const TorchNames& torch, py::handle tensor, DLTensor& out) {
+    if (torch.has_handle) {
+        try {
+            torch.symbols.to_dlpack(TorchNames::handle_of(tensor), &out);
+            return true;
+        } catch (const std::exception& error) {
+            PyErr_SetString(PyExc_RuntimeError, error.what());
+            return false;
+        }
+    }
+    return torch.exchange->dltensor_from_py_object_no_sync(tensor.ptr(), &out) == 0;
 }
 
 std::optional<DType> dtype_from(const py::dtype& dtype) {
@@ -256,8 +269,8 @@ void Array::import_numpy(Use use) {
     device_ = {};
     data_ = static_cast<char*>(const_cast<void*>(array.data()));  // NOLINT(cppcoreguidelines-pro-type-const-cast)
     const auto rank = static_cast<std::size_t>(array.ndim());
-    shape_ = Shape(rank);
-    strides_ = Shape(rank);
+    shape_.reset(rank);
+    strides_.reset(rank);
     const std::int64_t size = size_of(dtype_);
     for (std::size_t i = 0; i < rank; ++i) {
         shape_[i] = array.shape()[i];
@@ -272,16 +285,16 @@ void Array::import_numpy(Use use) {
 void Array::import_torch(Use use) {
     const auto& torch = names<TorchNames>();
     const bool writes = use == Use::write;
-    if ((writes || use == Use::differentiable) && grad_is_enabled() && requires_grad(object_)) {
+    if ((writes || use == Use::differentiable) && grad_is_enabled(torch) && requires_grad(torch, object_)) {
         refuse("value", "a tensor outside autograd (use .detach(), torch.no_grad() or octavo.torch.Int8Linear)",
                "one that requires grad");
     }
-    if (has_negative_bit(object_)) {
+    if (has_negative_bit(torch, object_)) {
         if (writes) refuse("value", "a tensor without the negative bit", "one with it");
         object_ = object_.attr("resolve_neg")();
     }
     if (torch.exchange == nullptr) {
-        if (requires_grad(object_)) object_ = object_.attr("detach")();  // `__dlpack__` refuses others
+        if (requires_grad(torch, object_)) object_ = object_.attr("detach")();  // `__dlpack__` refuses others
         return import_capsule(use);
     }
     if (use == Use::keep) {
@@ -293,9 +306,7 @@ void Array::import_torch(Use use) {
         return read_header(tensor->dl_tensor);
     }
     DLTensor tensor{};
-    if (torch.exchange->dltensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
-        refuse_conversion(py::error_already_set());
-    }
+    if (!describe(torch, object_, tensor)) refuse_conversion(py::error_already_set());
     read_header(tensor);
 }
 
@@ -355,8 +366,8 @@ void Array::read_header(const DLTensor& tensor) {
     device_ = *device;
     data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
     const auto rank = static_cast<std::size_t>(tensor.ndim);
-    shape_ = Shape(rank);
-    strides_ = Shape(rank);
+    shape_.reset(rank);
+    strides_.reset(rank);
     std::copy_n(tensor.shape, rank, shape_.begin());
     if (tensor.strides != nullptr) {
         std::copy_n(tensor.strides, rank, strides_.begin());

@@ -20,6 +20,8 @@ TorchSymbols find_torch_symbols() {
         .get_num_threads = find<int (*)()>("libtorch_cpu.so", "_ZN2at15get_num_threadsEv"),
         .grad_mode_is_enabled = find<bool (*)()>("libc10.so", "_ZN3c108GradMode10is_enabledEv"),
         .is_neg = find<bool (*)(const void*)>("libtorch_cpu.so", "_ZN2at6native6is_negERKNS_6TensorE"),
+        .to_dlpack = find<void (*)(const void*, DLTensor*)>("libtorch_cpu.so",
+                                                            "_ZN2at17toDLPackNonOwningERKNS_6TensorEP8DLTensor"),
         .requires_grad = find<bool (*)(const void*)>("libc10.so", "_ZNK3c1010TensorImpl13requires_gradEv"),
     };
 }
