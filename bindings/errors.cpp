@@ -22,8 +22,6 @@ void set_error_of_exception() noexcept {
         throw;
     } catch (py::error_already_set& error) {
         error.restore();
-    } catch (const py::cast_error& error) {  // an object that is not of the C++ class it should be
-        PyErr_SetString(PyExc_TypeError, error.what());
     } catch (const py::builtin_exception& error) {
         error.set_error();
     } catch (const Error& error) {

@@ -1,5 +1,8 @@
+from typing import final
+
 from octavo._types import Array, Granularity, Outliers, Path, Scheme
 
+@final
 class Weight:
     def __init__(
         self,
