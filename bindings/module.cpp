@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/errors.hpp"
 #include "bindings/ops.hpp"
 #include "octavo/octavo.hpp"
 
@@ -13,11 +14,7 @@ void translate(std::exception_ptr pointer) {
     try {
         if (pointer) std::rethrow_exception(pointer);
     } catch (const octavo::Error& error) {
-        switch (error.kind()) {
-            case octavo::ErrorKind::type: return PyErr_SetString(PyExc_TypeError, error.what());
-            case octavo::ErrorKind::value: return PyErr_SetString(PyExc_ValueError, error.what());
-            case octavo::ErrorKind::device: return PyErr_SetString(PyExc_RuntimeError, error.what());
-        }
+        octavo::python::set_error(error);
     }
 }
 

@@ -1,11 +1,18 @@
-// Each operation: read the arguments, allocate results in the caller's framework, call the core without the GIL.
+// Each operation: read the arguments, allocate results in the caller's framework, call the core.
 // The documentation is that of python/octavo/functional.py, which adds defaults and keywords.
+//
+// The operations are CPython's own functions of positional arguments (METH_FASTCALL), not pybind11's: reading arguments
+// is most of what a small product costs, and pybind11's dispatch alone would double it.
 #include "bindings/ops.hpp"
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string_view>
+#include <utility>
+#include <vector>
 
+#include "bindings/errors.hpp"
 #include "bindings/tensor.hpp"
 #include "octavo/octavo.hpp"
 
@@ -33,16 +40,21 @@ constexpr std::array float_dtypes{Name{"float32", DType::f32}, Name{"float16", D
 template <class Value, std::size_t count>
 Value parse(const std::array<Name<Value>, count>& allowed, py::handle given, Argument argument) {
     std::string expected;
-    if (py::isinstance<py::str>(given)) {
-        const auto text = given.cast<std::string_view>();
+    const bool is_text = PyUnicode_Check(given.ptr()) != 0;
+    if (is_text) {
+        Py_ssize_t size = 0;
+        const char* const text = PyUnicode_AsUTF8AndSize(given.ptr(), &size);  // kept by the string: no copy
+        if (text == nullptr) PyErr_Clear();                                    // lone surrogates: no name has them
         for (const auto& entry : allowed) {
-            if (entry.name == text) return entry.value;
+            if (text != nullptr && entry.name == std::string_view(text, static_cast<std::size_t>(size))) {
+                return entry.value;
+            }
         }
     }
     for (const auto& entry : allowed) expected += (expected.empty() ? "'" : ", '") + std::string(entry.name) + "'";
     const std::string message = std::string(argument.function) + ": " + argument.name + ": expected one of " +
                                 expected + ", got " + py::repr(given).cast<std::string>();
-    if (!py::isinstance<py::str>(given)) throw py::type_error(message);
+    if (!is_text) throw py::type_error(message);
     throw py::value_error(message);
 }
 
@@ -77,9 +89,9 @@ Shape with_last(const Array& x, std::int64_t last) {
 
 // The shape of one value per row of `x`: a rank-1 array is one row.
 Shape per_row(const Array& x) {
+    if (x.shape().size() == 1) return {1};
     Shape shape = x.shape();
     shape.pop_back();
-    if (shape.empty()) shape.push_back(1);
     return shape;
 }
 
@@ -94,6 +106,29 @@ void need_rank(const Array& array, Argument argument, std::size_t rank) {
     if (array.shape().size() == rank) return;
     throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected an array of rank " +
                           std::to_string(rank) + ", got rank " + std::to_string(array.shape().size()));
+}
+
+// --- the core's calls ------------------------------------------------------------------------------------------------
+
+// What one row of `a` costs for each of `b`, or, without one, what the elements of `a` cost.
+double work_of(const ConstMatrix& a, std::int64_t b_rows = 1) {
+    const auto at_least_one = [](std::int64_t extent) {
+        return static_cast<double>(std::max<std::int64_t>(extent, 1));
+    };
+    return at_least_one(a.rows) * at_least_one(a.cols) * at_least_one(b_rows);
+}
+
+// Call the core: with as many threads as the framework of `array` is set to use, and without the interpreter's lock,
+// except for so little work (a few microseconds even with the scalar kernels) that another thread would hardly get to
+// run in that time: giving the lock away and taking it back costs 50 ns alone, and with threads that wait for it a
+// change of threads.
+template <class Call>
+void run(const Array& array, double work, const Call& call) {
+    constexpr double small = 1 << 12;
+    const ThreadLimit limit(threads_of(array.framework()));
+    std::optional<py::gil_scoped_release> release;
+    if (work > small) release.emplace();
+    call();
 }
 
 // The result of an operation: the caller's `out`, or a new array. Memory that the core cannot write as a matrix (its
@@ -131,7 +166,7 @@ private:
 
 // --- operations ------------------------------------------------------------------------------------------------------
 
-py::tuple quantize_op(py::handle x_object, py::handle scheme_name, py::handle granularity_name, py::handle exclude) {
+py::object quantize_op(py::handle x_object, py::handle scheme_name, py::handle granularity_name, py::handle exclude) {
     constexpr auto function = "quantize";
     Array x(x_object, {function, "x"}, Use::differentiable);
     const auto scheme = parse(schemes, scheme_name, {function, "scheme"});
@@ -145,15 +180,14 @@ py::tuple quantize_op(py::handle x_object, py::handle scheme_name, py::handle gr
     std::optional<Array> zeropoint;
     if (scheme == Scheme::zeropoint)
         zeropoint.emplace(allocate(x, groups, DType::f32), Argument{function, "zeropoint"});
-    {
-        const py::gil_scoped_release release;
+    run(x, work_of(source), [&] {
         octavo::quantize(source, scheme, granularity, vector_or_absent(columns), codes.mutable_matrix(),
                          flat_output(scale), zeropoint ? flat_output(*zeropoint) : absent_vector);
-    }
+    });
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint));
 }
 
-py::tuple quantize_weight_op(py::handle weight_object, py::handle scheme_name, py::handle granularity_name) {
+py::object quantize_weight_op(py::handle weight_object, py::handle scheme_name, py::handle granularity_name) {
     constexpr auto function = "quantize_weight";
     Array weight(weight_object, {function, "weight"});
     need_rank(weight, {function, "weight"}, 2);
@@ -169,11 +203,10 @@ py::tuple quantize_weight_op(py::handle weight_object, py::handle scheme_name, p
     if (scheme == Scheme::zeropoint) {
         zeropoint.emplace(allocate(weight, groups, DType::f32), Argument{function, "zeropoint"});
     }
-    {
-        const py::gil_scoped_release release;
+    run(weight, work_of(source), [&] {
         octavo::quantize_weight(source, scheme, granularity, codes.mutable_matrix(), scale.vector(),
                                 vector_or_absent(zeropoint), code_sums.vector());
-    }
+    });
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint), code_sums.object());
 }
 
@@ -182,15 +215,19 @@ py::object find_outliers_op(py::handle x_object, py::handle threshold_object) {
     const float threshold = parse_number(threshold_object, {function, "threshold"});
     Array x(x_object, {function, "x"});
     const ConstMatrix source = x.matrix();
-    const Array columns(allocate(x, {source.cols}, DType::i32), {function, "columns"});
-    const Array count(allocate(x, {1}, DType::i32), {function, "count"});
-    {
-        const py::gil_scoped_release release;
-        octavo::find_outliers(source, threshold, columns.vector(), count.vector());
-    }
-    const py::slice found(0, count.object().attr("item")().cast<py::ssize_t>(), 1);
-    const py::object part = columns.object()[found];
-    return part.attr(x.framework() == Framework::torch ? "clone" : "copy")();  // not a view of all k entries
+    // The number of columns is known only after the work, so they go by way of memory of our own (a host's, as is that
+    // of the only backend there is).
+    std::vector<std::int32_t> columns(static_cast<std::size_t>(source.cols));
+    std::int32_t count = 0;
+    run(x, work_of(source), [&] {
+        octavo::find_outliers(
+            source, threshold,
+            {.data = columns.data(), .dtype = DType::i32, .device = source.device, .size = source.cols},
+            {.data = &count, .dtype = DType::i32, .device = source.device, .size = 1});
+    });
+    const Array result(allocate(x, {count}, DType::i32), {function, "columns", "int32"}, Use::write);
+    std::copy_n(columns.data(), count, static_cast<std::int32_t*>(result.vector().data));
+    return result.object();
 }
 
 py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle out) {
@@ -201,10 +238,7 @@ py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle o
     const ConstMatrix a_matrix = a.matrix();
     const ConstMatrix b_matrix = b.matrix();
     const Output result(out, a, with_last(a, b_matrix.rows), DType::i32, {function, "out", "int32"});
-    {
-        const py::gil_scoped_release release;
-        octavo::int8_matmul(a_matrix, b_matrix, result.matrix());
-    }
+    run(a, work_of(a_matrix, b_matrix.rows), [&] { octavo::int8_matmul(a_matrix, b_matrix, result.matrix()); });
     return result.finish();
 }
 
@@ -219,10 +253,7 @@ py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::h
     const ConstVector scales = scale.flat();
     const ConstVector zeropoints = zeropoint ? zeropoint->flat() : absent_vector;
     const Output result(py::none(), codes, codes.shape(), dtype, {function, "out"});
-    {
-        const py::gil_scoped_release release;
-        octavo::dequantize(source, scales, zeropoints, result.matrix());
-    }
+    run(codes, work_of(source), [&] { octavo::dequantize(source, scales, zeropoints, result.matrix()); });
     return result.finish();
 }
 
@@ -231,12 +262,12 @@ class Weight {
 public:
     Weight(py::handle codes, py::handle scale, py::handle zeropoint, py::handle code_sums, py::handle outlier_columns,
            py::handle outlier_weight, py::handle scheme, py::handle granularity)
-        : codes_(codes, {function, "codes", "int8"}),
-          scale_(scale, {function, "scale", "float32"}),
-          zeropoint_(optional_array(zeropoint, {function, "zeropoint", "float32"})),
-          code_sums_(optional_array(code_sums, {function, "code_sums", "int32"})),
-          outlier_columns_(optional_array(outlier_columns, {function, "outlier_columns", "int32"})),
-          outlier_weight_(optional_array(outlier_weight, {function, "outlier_weight"})) {
+        : codes_(codes, {function, "codes", "int8"}, Use::keep),
+          scale_(scale, {function, "scale", "float32"}, Use::keep),
+          zeropoint_(optional_array(zeropoint, {function, "zeropoint", "float32"}, Use::keep)),
+          code_sums_(optional_array(code_sums, {function, "code_sums", "int32"}, Use::keep)),
+          outlier_columns_(optional_array(outlier_columns, {function, "outlier_columns", "int32"}, Use::keep)),
+          outlier_weight_(optional_array(outlier_weight, {function, "outlier_weight"}, Use::keep)) {
         need_rank(codes_, {function, "codes"}, 2);
         if (codes_.dtype() != DType::i8) {
             throw py::type_error(std::string("Int8Weight: codes: expected dtype int8, got ") + name_of(codes_.dtype()));
@@ -258,8 +289,9 @@ public:
             view_.outlier_weight = outlier_weight_->matrix();
         }
         if (!code_sums_) {
-            code_sums_.emplace(allocate(codes_, {view_.codes.rows}, DType::i32), Argument{function, "code_sums"});
-            octavo::sum_codes(view_.codes, code_sums_->vector());
+            code_sums_.emplace(allocate(codes_, {view_.codes.rows}, DType::i32), Argument{function, "code_sums"},
+                               Use::keep);
+            run(codes_, work_of(view_.codes), [&] { octavo::sum_codes(view_.codes, code_sums_->vector()); });
         }
         view_.code_sums = code_sums_->vector();
         octavo::check_weight(view_, function);
@@ -279,34 +311,83 @@ private:
     WeightView view_;
 };
 
-py::object linear_op(py::handle x_object, const Weight& weight, py::handle bias_object, py::handle threshold,
+// A Python object of the class Weight, as C++. pybind11's cast, which also finds the bases of an object, costs 40 ns;
+// the class is final and has none.
+const Weight& weight_of(py::handle object, Argument argument) {
+    static const py::handle type = py::type::of<Weight>().release();
+    const bool is_weight = py::type::handle_of(object).is(type);
+    const Weight* const weight =
+        is_weight ? reinterpret_cast<py::detail::instance*>(object.ptr())->get_value_and_holder().value_ptr<Weight>()
+                  : nullptr;
+    if (weight != nullptr) return *weight;
+    throw py::type_error(std::string(argument.function) + ": " + argument.name + ": expected an Int8Weight, got " +
+                         (is_weight ? "one without __init__" : Py_TYPE(object.ptr())->tp_name));
+}
+
+py::object linear_op(py::handle x_object, py::handle weight_object, py::handle bias_object, py::handle threshold,
                      py::handle outliers, py::handle path, py::handle out) {
     constexpr auto function = "linear";
     Array x(x_object, {function, "x"}, Use::differentiable);
+    const auto& weight = weight_of(weight_object, {function, "weight"});
     const auto bias = optional_array(bias_object, {function, "bias"});
     const LinearOptions options{.threshold = parse_number(threshold, {function, "threshold"}),
                                 .outliers = parse(outlier_policies, outliers, {function, "outliers"}),
                                 .path = parse(paths, path, {function, "path"})};
     const ConstMatrix source = x.matrix();
-    const Output result(out, x, with_last(x, weight.view().codes.rows), x.dtype(), {function, "out"});
-    {
-        const py::gil_scoped_release release;
-        octavo::linear(source, weight.view(), vector_or_absent(bias), result.matrix(), options);
-    }
+    const std::int64_t n = weight.view().codes.rows;
+    const Output result(out, x, with_last(x, n), x.dtype(), {function, "out"});
+    run(x, work_of(source, n),
+        [&] { octavo::linear(source, weight.view(), vector_or_absent(bias), result.matrix(), options); });
     return result.finish();
+}
+
+// --- as CPython calls them -------------------------------------------------------------------------------------------
+
+template <auto operation, std::size_t... index>
+py::object apply(PyObject* const* arguments, std::index_sequence<index...>) {
+    return operation(py::handle(arguments[index])...);
+}
+
+template <auto operation, std::size_t arity>
+PyObject* entry(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t count) noexcept {
+    if (std::cmp_not_equal(count, arity)) {
+        return PyErr_Format(PyExc_TypeError, "expected %zu positional arguments, got %zd", arity, count);
+    }
+    try {
+        return apply<operation>(arguments, std::make_index_sequence<arity>()).release().ptr();
+    } catch (...) {
+        set_error_of_exception();
+        return nullptr;
+    }
+}
+
+template <class... Handles>
+constexpr std::size_t arity_of(py::object (*)(Handles...)) {
+    return sizeof...(Handles);
+}
+
+// `signature` is shown by help() and checked against _core.pyi.
+template <auto operation>
+PyMethodDef method(const char* name, const char* signature) {
+    auto* const function = entry<operation, arity_of(operation)>;
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, signature};
 }
 
 }  // namespace
 
 void define_operations(py::module_& module) {
-    module.def("quantize", quantize_op, py::arg("x"), py::arg("scheme"), py::arg("granularity"), py::arg("exclude"));
-    module.def("quantize_weight", quantize_weight_op, py::arg("weight"), py::arg("scheme"), py::arg("granularity"));
-    module.def("find_outliers", find_outliers_op, py::arg("x"), py::arg("threshold"));
-    module.def("int8_matmul", int8_matmul_op, py::arg("a"), py::arg("b"), py::arg("out"));
-    module.def("dequantize", dequantize_op, py::arg("codes"), py::arg("scale"), py::arg("zeropoint"), py::arg("dtype"));
-    module.def("linear", linear_op, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("threshold"),
-               py::arg("outliers"), py::arg("path"), py::arg("out"));
-    py::class_<Weight>(module, "Weight")
+    static std::array methods{
+        method<quantize_op>("quantize", "quantize($module, x, scheme, granularity, exclude, /)\n--\n\n"),
+        method<quantize_weight_op>("quantize_weight",
+                                   "quantize_weight($module, weight, scheme, granularity, /)\n--\n\n"),
+        method<find_outliers_op>("find_outliers", "find_outliers($module, x, threshold, /)\n--\n\n"),
+        method<int8_matmul_op>("int8_matmul", "int8_matmul($module, a, b, out, /)\n--\n\n"),
+        method<dequantize_op>("dequantize", "dequantize($module, codes, scale, zeropoint, dtype, /)\n--\n\n"),
+        method<linear_op>("linear", "linear($module, x, weight, bias, threshold, outliers, path, out, /)\n--\n\n"),
+        PyMethodDef{},
+    };
+    if (PyModule_AddFunctions(module.ptr(), methods.data()) != 0) throw py::error_already_set();
+    py::class_<Weight>(module, "Weight", py::is_final())
         .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>(),
              py::arg("codes"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"), py::arg("outlier_columns"),
              py::arg("outlier_weight"), py::arg("scheme"), py::arg("granularity"))

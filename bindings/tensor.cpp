@@ -1,10 +1,18 @@
 #include "bindings/tensor.hpp"
 
+#include <pybind11/numpy.h>
+
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <exception>
 #include <mutex>
 #include <optional>
 #include <string_view>
+
+#include "bindings/torch_symbols.hpp"
 
 namespace octavo::python {
 namespace {
@@ -19,11 +27,21 @@ struct TorchNames {
     py::object dispatch = tensor.attr("__torch_dispatch__");
     py::object strided = torch.attr("strided");
     py::object is_grad_enabled = torch.attr("is_grad_enabled");
-    py::object empty = torch.attr("empty");
+    py::object get_num_threads = torch.attr("get_num_threads");
+    py::object new_empty = tensor.attr("new_empty");  // unbound: of any tensor
+    py::object dtype_keyword = py::make_tuple(interned("dtype"));
+    py::object requires_grad = interned("requires_grad");
+    py::object is_neg = interned("is_neg");
     // In the order of octavo::DType.
     std::array<py::object, 5> dtypes{torch.attr("float32"), torch.attr("float16"), torch.attr("bfloat16"),
                                      torch.attr("int8"), torch.attr("int32")};
     const DLPackExchangeAPI* exchange = find_exchange(tensor);
+    TorchSymbols symbols = find_torch_symbols();
+    bool has_handle = symbols.can_read_tensors() && objects_hold_handles(torch);
+
+    static py::object interned(const char* text) {
+        return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
+    }
 
     // Torch before 2.10 has none; its arrays go through `__dlpack__`.
     static const DLPackExchangeAPI* find_exchange(const py::object& tensor_type) {
@@ -34,12 +52,36 @@ struct TorchNames {
         if (api == nullptr) throw py::error_already_set();
         return api->header.version.major == 1 ? api : nullptr;
     }
+
+    // Whether the Python object of a tensor has its at::Tensor, which is the address of a TensorImpl, right behind the
+    // header: so it is from PyTorch 2.10 on, but nothing promises it. `_cdata` tells the address, so one tensor is
+    // looked at before the place is relied on.
+    static bool objects_hold_handles(const py::object& torch) {
+        const py::object sample = torch.attr("zeros")(1, py::arg("device") = "cpu");
+        const auto size = static_cast<std::size_t>(Py_TYPE(sample.ptr())->tp_basicsize);
+        if (size < sizeof(PyObject) + sizeof(std::uintptr_t) || !py::hasattr(sample, "_cdata")) return false;
+        return reinterpret_cast<std::uintptr_t>(implementation_of(sample)) ==
+               sample.attr("_cdata").cast<std::uintptr_t>();
+    }
+
+    static const void* handle_of(py::handle tensor) {
+        return reinterpret_cast<const char*>(tensor.ptr()) + sizeof(PyObject);
+    }
+
+    static const void* implementation_of(py::handle tensor) {
+        const void* implementation = nullptr;
+        std::memcpy(static_cast<void*>(&implementation), handle_of(tensor), sizeof implementation);
+        return implementation;
+    }
 };
 
 struct NumpyNames {
-    py::object ndarray = py::module_::import("numpy").attr("ndarray");
-    py::object masked_array = py::module_::import("numpy").attr("ma").attr("MaskedArray");
-    py::object empty = py::module_::import("numpy").attr("empty");
+    py::module_ numpy = py::module_::import("numpy");
+    py::object masked_array = numpy.attr("ma").attr("MaskedArray");
+    py::object empty = numpy.attr("empty");
+    // In the order of octavo::DType; NumPy has no bfloat16.
+    std::array<py::object, 5> dtypes{numpy.attr("dtype")("float32"), numpy.attr("dtype")("float16"), py::none(),
+                                     numpy.attr("dtype")("int8"), numpy.attr("dtype")("int32")};
 };
 
 template <class Names>
@@ -79,32 +121,80 @@ TypeFacts examine(py::handle type) {
 }
 
 // `examine`, remembered for the few types that a program uses. The types are kept alive, so that no other type can come
-// to have the address of one of them.
+// to have the address of one of them. Entries are only ever added, so that readers need no lock.
 TypeFacts facts_of(py::handle object) {
     struct Entry {
         PyTypeObject* type;
         TypeFacts facts;
     };
-    constexpr std::size_t most_entries = 64;
-    static std::mutex mutex;
-    static std::vector<Entry> entries;
+    static std::array<Entry, 64> entries;
+    static std::atomic<std::size_t> count{0};
+    static std::mutex adding;
     PyTypeObject* const type = Py_TYPE(object.ptr());
-    {
-        const std::lock_guard lock(mutex);
-        for (const Entry& entry : entries) {
-            if (entry.type == type) return entry.facts;
-        }
+    const std::size_t known = count.load(std::memory_order_acquire);
+    for (std::size_t i = 0; i < known; ++i) {
+        if (entries[i].type == type) return entries[i].facts;
     }
     const TypeFacts facts = examine(reinterpret_cast<PyObject*>(type));
-    const std::lock_guard lock(mutex);
-    if (entries.size() < most_entries) {
+    const std::lock_guard lock(adding);
+    const std::size_t next = count.load(std::memory_order_relaxed);
+    if (next < entries.size()) {
         Py_INCREF(type);
-        entries.push_back({type, facts});
+        entries[next] = {type, facts};
+        count.store(next + 1, std::memory_order_release);
     }
     return facts;
 }
 
+py::object checked(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+
 bool is_true(const py::object& object) { return object.ptr() == Py_True; }
+
+bool requires_grad(const TorchNames& torch, py::handle tensor) {
+    if (torch.has_handle) return torch.symbols.requires_grad(TorchNames::implementation_of(tensor));
+    return is_true(checked(PyObject_GetAttr(tensor.ptr(), torch.requires_grad.ptr())));
+}
+
+// Whether the values are the negation of what the memory holds, as those of `x.conj().imag` are: DLPack loses that bit.
+bool has_negative_bit(const TorchNames& torch, py::handle tensor) {
+    if (torch.has_handle) return torch.symbols.is_neg(TorchNames::handle_of(tensor));
+    PyObject* const arguments[] = {tensor.ptr()};
+    return is_true(checked(PyObject_VectorcallMethod(torch.is_neg.ptr(), arguments, 1, nullptr)));
+}
+
+bool grad_is_enabled(const TorchNames& torch) {
+    if (torch.symbols.grad_mode_is_enabled != nullptr) return torch.symbols.grad_mode_is_enabled();
+    return is_true(torch.is_grad_enabled());
+}
+
+// What a tensor is made of, for as long as the caller leaves it alone. Returns false, with Python's error set, where
+// DLPack cannot describe it. The exchange does the same, but takes and drops a reference on the way.
+bool describe(const TorchNames& torch, py::handle tensor, DLTensor& out) {
+    if (torch.has_handle) {
+        try {
+            torch.symbols.to_dlpack(TorchNames::handle_of(tensor), &out);
+            return true;
+        } catch (const std::exception& error) {
+            PyErr_SetString(PyExc_RuntimeError, error.what());
+            return false;
+        }
+    }
+    return torch.exchange->dltensor_from_py_object_no_sync(tensor.ptr(), &out) == 0;
+}
+
+std::optional<DType> dtype_from(const py::dtype& dtype) {
+    constexpr int numpy_half = 23;                                                  // NPY_HALF
+    if (dtype.byteorder() == '>' || dtype.byteorder() == '<') return std::nullopt;  // native is '=' or '|'
+    const int number = dtype.normalized_num();
+    if (number == py::dtype::num_of<float>()) return DType::f32;
+    if (number == numpy_half) return DType::f16;
+    if (number == py::dtype::num_of<std::int8_t>()) return DType::i8;
+    if (number == py::dtype::num_of<std::int32_t>()) return DType::i32;
+    return std::nullopt;
+}
 
 std::optional<DType> dtype_from(DLDataType dtype) {
     if (dtype.lanes != 1) return std::nullopt;
@@ -137,6 +227,8 @@ py::tuple to_tuple(const Shape& shape) {
     return result;
 }
 
+bool is_empty(const Shape& shape) { return std::find(shape.begin(), shape.end(), 0) != shape.end(); }
+
 }  // namespace
 
 void Array::Release::operator()(DLManagedTensorVersioned* tensor) const noexcept {
@@ -163,48 +255,72 @@ Array::Array(py::handle object, Argument argument, Use use)
         refuse("type", framework_ == Framework::numpy ? "an array without a mask" : "a plain torch.Tensor",
                type_name(object));
     }
-    import(use);
+    framework_ == Framework::numpy ? import_numpy(use) : import_torch(use);
 }
 
-void Array::import(Use use) {
-    if (framework_ == Framework::torch) return import_torch(use);
-    if (use == Use::write && !object_.attr("flags").attr("writeable").cast<bool>()) {
-        refuse("value", "a writable array", "a read-only one");
+// NumPy's arrays are read directly: their `__dlpack__` costs as much as a small product.
+void Array::import_numpy(Use use) {
+    const auto array = py::reinterpret_borrow<py::array>(object_);
+    if (use == Use::write && !array.writeable()) refuse("value", "a writable array", "a read-only one");
+    const auto dtype = dtype_from(array.dtype());
+    if (!dtype) refuse_dtype();
+    if (array.ndim() < 1) refuse("value", "an array of rank >= 1", "rank 0");
+    dtype_ = *dtype;
+    device_ = {};
+    data_ = static_cast<char*>(const_cast<void*>(array.data()));  // NOLINT(cppcoreguidelines-pro-type-const-cast)
+    const auto rank = static_cast<std::size_t>(array.ndim());
+    shape_.reset(rank);
+    strides_.reset(rank);
+    const std::int64_t size = size_of(dtype_);
+    for (std::size_t i = 0; i < rank; ++i) {
+        shape_[i] = array.shape()[i];
+        strides_[i] = array.strides()[i] / size;
+        if (array.strides()[i] % size != 0 && shape_[i] > 1) {
+            refuse("type", "an array whose strides are whole elements of " + std::to_string(size) + " bytes",
+                   "a stride of " + std::to_string(array.strides()[i]) + " bytes");
+        }
     }
-    import_capsule(use);
 }
 
 void Array::import_torch(Use use) {
     const auto& torch = names<TorchNames>();
-    if (is_true(object_.attr("is_neg")())) {
-        if (use == Use::write) refuse("value", "a tensor without the negative bit", "one with it");
+    const bool writes = use == Use::write;
+    if ((writes || use == Use::differentiable) && grad_is_enabled(torch) && requires_grad(torch, object_)) {
+        refuse("value", "a tensor outside autograd (use .detach(), torch.no_grad() or octavo.torch.Int8Linear)",
+               "one that requires grad");
+    }
+    if (has_negative_bit(torch, object_)) {
+        if (writes) refuse("value", "a tensor without the negative bit", "one with it");
         object_ = object_.attr("resolve_neg")();
     }
-    if (is_true(object_.attr("requires_grad"))) {
-        if (use != Use::read && is_true(torch.is_grad_enabled())) {
-            refuse("value", "a tensor outside autograd (use .detach(), torch.no_grad() or octavo.torch.Int8Linear)",
-                   "one that requires grad");
+    if (torch.exchange == nullptr) {
+        if (requires_grad(torch, object_)) object_ = object_.attr("detach")();  // `__dlpack__` refuses others
+        return import_capsule(use);
+    }
+    if (use == Use::keep) {
+        DLManagedTensorVersioned* tensor = nullptr;
+        if (torch.exchange->managed_tensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
+            refuse_conversion(py::error_already_set());
         }
-        object_ = object_.attr("detach")();
+        versioned_.reset(tensor);
+        return read_header(tensor->dl_tensor);
     }
-    if (torch.exchange == nullptr) return import_capsule(use);
-    DLManagedTensorVersioned* tensor = nullptr;
-    if (torch.exchange->managed_tensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
-        refuse_conversion(py::error_already_set());
-    }
-    versioned_.reset(tensor);
-    read_header(tensor->dl_tensor);
+    DLTensor tensor{};
+    if (!describe(torch, object_, tensor)) refuse_conversion(py::error_already_set());
+    read_header(tensor);
 }
 
-// DLPack could not describe the array: say why, in terms of the argument.
+void Array::refuse_dtype() const {
+    refuse("type", std::string("dtype ") + argument_.dtypes, py::str(object_.attr("dtype")).cast<std::string>());
+}
+
+// DLPack could not describe the tensor: say why, in terms of the argument.
 void Array::refuse_conversion(const py::error_already_set& error) const {
-    if (framework_ == Framework::torch) {
-        if (!py::object(object_.attr("layout")).is(names<TorchNames>().strided)) {
-            refuse("value", "a dense (strided) tensor", py::str(object_.attr("layout")));
-        }
-        if (py::str(object_.attr("device").attr("type")).equal(py::str("meta"))) {
-            refuse("value", "a tensor with memory", "one on the meta device");
-        }
+    if (!py::object(object_.attr("layout")).is(names<TorchNames>().strided)) {
+        refuse("value", "a dense (strided) tensor", py::str(object_.attr("layout")));
+    }
+    if (py::str(object_.attr("device").attr("type")).equal(py::str("meta"))) {
+        refuse("value", "a tensor with memory", "one on the meta device");
     }
     refuse("type", "an array that DLPack can describe",
            "dtype " + py::str(object_.attr("dtype")).cast<std::string>() + " (" +
@@ -239,9 +355,7 @@ void Array::import_capsule(Use use) {
 
 void Array::read_header(const DLTensor& tensor) {
     const auto dtype = dtype_from(tensor.dtype);
-    if (!dtype) {
-        refuse("type", std::string("dtype ") + argument_.dtypes, py::str(object_.attr("dtype")).cast<std::string>());
-    }
+    if (!dtype) refuse_dtype();
     const auto device = device_from(tensor.device);
     if (!device) {
         refuse("value", "an array on the CPU or a CUDA device",
@@ -251,15 +365,19 @@ void Array::read_header(const DLTensor& tensor) {
     dtype_ = *dtype;
     device_ = *device;
     data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
-    shape_.assign(tensor.shape, tensor.shape + tensor.ndim);
+    const auto rank = static_cast<std::size_t>(tensor.ndim);
+    shape_.reset(rank);
+    strides_.reset(rank);
+    std::copy_n(tensor.shape, rank, shape_.begin());
     if (tensor.strides != nullptr) {
-        strides_.assign(tensor.strides, tensor.strides + tensor.ndim);
+        std::copy_n(tensor.strides, rank, strides_.begin());
     } else {
-        strides_.assign(shape_.size(), 1);
-        for (std::size_t i = shape_.size() - 1; i > 0; --i) strides_[i - 1] = strides_[i] * shape_[i];
+        strides_.back() = 1;
+        for (std::size_t i = rank - 1; i > 0; --i) strides_[i - 1] = strides_[i] * shape_[i];
     }
-    const bool empty = std::find(shape_.begin(), shape_.end(), 0) != shape_.end();
-    if (!empty && tensor.data == nullptr) refuse("value", "an array with memory", "one without (fake or lazy)");
+    if (tensor.data == nullptr && !is_empty(shape_)) {
+        refuse("value", "an array with memory", "one without (fake or lazy)");
+    }
 }
 
 bool Array::can_be_matrix() const noexcept {
@@ -320,13 +438,32 @@ Vector Array::vector() const {
 }
 
 py::object allocate(const Array& like, const Shape& shape, DType dtype) {
-    if (like.framework() == Framework::torch) {
-        const auto& torch = names<TorchNames>();
-        return torch.empty(to_tuple(shape), py::arg("dtype") = torch.dtypes[static_cast<std::size_t>(dtype)],
-                           py::arg("device") = like.object().attr("device"));
+    const auto index = static_cast<std::size_t>(dtype);
+    if (like.framework() == Framework::numpy) {
+        const auto& numpy = names<NumpyNames>();
+        if (dtype == DType::bf16) throw py::type_error("NumPy has no bfloat16; expected dtype float32 or float16");
+        const py::tuple extents = to_tuple(shape);
+        PyObject* const arguments[] = {extents.ptr(), numpy.dtypes[index].ptr()};
+        return checked(PyObject_Vectorcall(numpy.empty.ptr(), arguments, 2, nullptr));
     }
-    if (dtype == DType::bf16) throw py::type_error("NumPy has no bfloat16; expected dtype float32 or float16");
-    return names<NumpyNames>().empty(to_tuple(shape), name_of(dtype));
+    // like.new_empty(*shape, dtype=dtype). Of PyTorch's ways this is the cheapest that keeps its rules (device, mode,
+    // resizable storage); a tuple of extents costs it 350 ns more, dtype another 150.
+    const auto& torch = names<TorchNames>();
+    SmallArray<PyObject*> arguments(shape.size() + 2);
+    arguments[0] = like.object().ptr();
+    for (std::size_t i = 0; i < shape.size(); ++i) arguments[i + 1] = py::int_(shape[i]).release().ptr();
+    arguments.back() = torch.dtypes[index].ptr();
+    PyObject* const keywords = dtype == like.dtype() ? nullptr : torch.dtype_keyword.ptr();
+    PyObject* const result = PyObject_Vectorcall(torch.new_empty.ptr(), arguments.begin(), shape.size() + 1, keywords);
+    for (std::size_t i = 0; i < shape.size(); ++i) Py_DECREF(arguments[i + 1]);
+    return checked(result);
+}
+
+int threads_of(Framework framework) {
+    if (framework != Framework::torch) return 0;
+    const auto& torch = names<TorchNames>();
+    if (torch.symbols.get_num_threads != nullptr) return torch.symbols.get_num_threads();
+    return torch.get_num_threads().cast<int>();
 }
 
 }  // namespace octavo::python

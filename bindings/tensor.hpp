@@ -1,4 +1,5 @@
-// Arrays of the caller's framework: read over DLPack as the core's views, and allocated for results.
+// Arrays of the caller's framework: read as the core's views (PyTorch's over DLPack, NumPy's directly), and allocated
+// for results.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -6,9 +7,9 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "bindings/dlpack.hpp"
+#include "bindings/small_array.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo::python {
@@ -25,15 +26,16 @@ struct Argument {
 // What an argument is used for.
 enum class Use {
     read,            // values only: a tensor that requires grad is read as if detached
+    keep,            // as read, after the call too: the memory stays even if the tensor is given other memory
     differentiable,  // as read, but refused while autograd would want to record the operation
     write,           // an output: must be writable
 };
 
 enum class Framework { numpy, torch };
 
-using Shape = std::vector<std::int64_t>;
+using Shape = SmallArray<std::int64_t>;
 
-// An array argument. Holds the memory until it is destroyed.
+// An array argument. Holds the array until it is destroyed.
 class Array {
 public:
     // Throws TypeError where `object` is no array of a known framework or has a dtype octavo has no use for, ValueError
@@ -65,10 +67,11 @@ private:
         void operator()(DLManagedTensor* tensor) const noexcept;
     };
 
-    void import(Use use);
+    void import_numpy(Use use);
     void import_torch(Use use);
     void import_capsule(Use use);
     void read_header(const DLTensor& tensor);
+    [[noreturn]] void refuse_dtype() const;
     [[noreturn]] void refuse_conversion(const py::error_already_set& error) const;
     [[noreturn]] void refuse(const char* kind, const std::string& expected, const std::string& got) const;
 
@@ -90,5 +93,8 @@ private:
 
 // A new, contiguous, uninitialized array of `like`'s framework on `like`'s device.
 py::object allocate(const Array& like, const Shape& shape, DType dtype);
+
+// The number of threads that a framework is set to use, for octavo::ThreadLimit; 0 where it has no such setting.
+int threads_of(Framework framework);
 
 }  // namespace octavo::python

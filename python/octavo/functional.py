@@ -198,21 +198,29 @@ def linear(
         ValueError: also where x requires grad and autograd is on (use `octavo.torch.Int8Linear`), and for "static" with
             a weight that has no outlier_columns.
     """
-    if not isinstance(weight, Int8Weight):
-        raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}")
-    return _core.linear(x, weight._native, bias, threshold, outliers, path, out)
+    try:
+        native = weight._native
+    except AttributeError:
+        raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}") from None
+    return _core.linear(x, native, bias, threshold, outliers, path, out)
 
 
 def get_num_threads() -> int:
     """Threads that octavo's CPU backend may use, the caller's included.
 
-    At first ``OMP_NUM_THREADS`` where that is set, else the processors this process may run on.
+    What `set_num_threads` was given. Before that ``OMP_NUM_THREADS`` where it is set, else the processors this process
+    may run on; and a call with PyTorch tensors uses ``torch.get_num_threads()`` threads instead, whatever this says.
     """
     return _core.num_threads()
 
 
 def set_num_threads(count: int) -> None:
-    """Let octavo's CPU backend use up to `count` threads (1 to 1024). Results do not depend on it."""
+    """Let octavo's CPU backend use up to `count` threads (1 to 1024) in every call from now on.
+
+    Also for PyTorch tensors, whose calls otherwise follow ``torch.set_num_threads``. Calls that several Python threads
+    make at once share one set of ``count - 1`` helper threads: one of them has it, the others work alone meanwhile. A
+    product too small to be worth waking a helper is computed by the caller alone. Results do not depend on any of this.
+    """
     _core.set_num_threads(count)
 
 

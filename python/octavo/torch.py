@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import octavo
+from octavo import _core
 from octavo._types import Granularity, Outliers, Path, Scheme
 from octavo.weight import Int8Weight
 
@@ -226,27 +227,46 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        wants_grad = input.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if torch.compiler.is_compiling() or (wants_grad and torch.is_grad_enabled()):
-            return torch.ops.octavo.linear(  # type: ignore[no-any-return]
-                input,
-                self.weight,
-                self.scale,
-                self.code_sums,
-                self.zeropoint,
-                self.outlier_columns,
-                self.outlier_weight,
-                self.bias,
-                self._scheme,
-                self._granularity,
-                self.threshold,
-                self.outliers,
-                self.path,
-            )
-        return octavo.linear(  # type: ignore[no-any-return]
-            input, self.int8_weight, self.bias, threshold=self.threshold, outliers=self.outliers, path=self.path
+        # A small layer's product takes less time than a few questions to PyTorch, hence their choice and their order.
+        if torch.compiler.is_compiling():
+            return self._registered(self._autocast(input))
+        if torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"):
+            input = self._autocast(input)
+        # Not `self.bias`: where nn.Module looks for a parameter last, it is found at once.
+        bias = self._parameters.get("bias")
+        if bias is None:
+            bias = self.bias
+        if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            return self._registered(input)
+        weight = self._int8_weight
+        if weight is None:
+            weight = self.int8_weight
+        # octavo.linear without its keywords.
+        return _core.linear(  # type: ignore[no-any-return]
+            input, weight._native, bias, self.threshold, self.outliers, self.path, None
+        )
+
+    def _autocast(self, input: Tensor) -> Tensor:
+        """The input in autocast's dtype where autocast is on."""
+        device = input.device.type
+        return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+
+    def _registered(self, input: Tensor) -> Tensor:
+        """The layer through ``torch.ops``, which the compiler and autograd know."""
+        return torch.ops.octavo.linear(  # type: ignore[no-any-return]
+            input,
+            self.weight,
+            self.scale,
+            self.code_sums,
+            self.zeropoint,
+            self.outlier_columns,
+            self.outlier_weight,
+            self.bias,
+            self._scheme,
+            self._granularity,
+            self.threshold,
+            self.outliers,
+            self.path,
         )
 
     def extra_repr(self) -> str:

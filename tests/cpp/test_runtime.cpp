@@ -1,5 +1,5 @@
-// version, OCTAVO_CPU_ISA and OMP_NUM_THREADS. The environment is read once per process, so each case runs in a child
-// of this process, which itself asks for neither.
+// version, OCTAVO_CPU_ISA, OMP_NUM_THREADS and ThreadLimit. The environment is read once per process, so each case of
+// it runs in a child of this process, which itself asks for neither before the last test.
 #include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "arrays.hpp"
@@ -181,4 +182,32 @@ TEST(default_number_of_threads) {
         return sched_setaffinity(0, sizeof one, &one) == 0 ? std::to_string(octavo::num_threads()) : "no affinity";
     });
     CHECK_EQ(pinned, "1");
+}
+
+// Before set_num_threads a limit holds in its own thread; after it, nowhere. Last of these tests: there is no way back.
+TEST(limits_of_threads) {
+    const int by_default = octavo::num_threads();
+    {
+        const octavo::ThreadLimit five(5);
+        CHECK_EQ(octavo::num_threads(), 5);
+        int elsewhere = 0;
+        std::thread([&] { elsewhere = octavo::num_threads(); }).join();
+        CHECK_EQ(elsewhere, by_default);
+        {
+            const octavo::ThreadLimit one(1);
+            CHECK_EQ(octavo::num_threads(), 1);
+            const octavo::ThreadLimit too_many(100000);
+            CHECK_EQ(octavo::num_threads(), 1024);
+            const octavo::ThreadLimit none(0);
+            CHECK_EQ(octavo::num_threads(), by_default);
+            const octavo::ThreadLimit negative(-1);
+            CHECK_EQ(octavo::num_threads(), by_default);
+        }
+        CHECK_EQ(octavo::num_threads(), 5);
+        octavo::set_num_threads(3);
+        CHECK_EQ(octavo::num_threads(), 3);
+        const octavo::ThreadLimit two(2);
+        CHECK_EQ(octavo::num_threads(), 3);
+    }
+    CHECK_EQ(octavo::num_threads(), 3);
 }

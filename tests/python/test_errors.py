@@ -141,6 +141,7 @@ CASES: dict[str, dict[str, Case]] = {
         "bias list": (TypeError, "bias", lambda i: linear(i.x, i.weight, [0.0] * 5)),
         "weight array": (TypeError, "weight", lambda i: linear(i.x, i.w)),
         "weight None": (TypeError, "weight", lambda i: linear(i.x, None)),
+        "weight Weight": (TypeError, "weight", lambda i: linear(i.x, i.weight._native)),
         "weight Quantized": (TypeError, "weight", lambda i: linear(i.x, quantize(i.w))),
         "static": (ValueError, "(outliers|weight)", lambda i: linear(i.x, i.weight, outliers="static")),
         "out shape": (ValueError, "out", lambda i: linear(i.x, i.weight, out=i.zeros(5, 4))),
@@ -264,6 +265,22 @@ def test_set_num_threads_refuses(count: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         octavo.set_num_threads(count)
     assert octavo.get_num_threads() == before
+
+
+def test_the_core_refuses_what_its_wrapper_would(inputs: Inputs) -> None:
+    """The functions of octavo._core read their arguments themselves: wrong kinds and counts must not get through."""
+    from octavo import _core
+
+    empty = _core.Weight.__new__(_core.Weight)
+    for weight in (None, 3, inputs.w, inputs.weight, empty):
+        call = lambda w=weight: _core.linear(inputs.x, w, None, 6.0, "none", "auto", None)  # noqa: E731
+        fails(TypeError, "linear", "weight", call)
+    for arguments in ((), (inputs.x,), (inputs.x,) * 8):
+        with pytest.raises(TypeError, match=f"expected 7 positional arguments, got {len(arguments)}"):
+            _core.linear(*arguments)
+    with pytest.raises(TypeError):
+        _core.find_outliers(inputs.x, threshold=6.0)
+    fails(ValueError, "linear", "outliers", lambda: octavo.linear(inputs.x, inputs.weight, outliers="\ud800"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -464,19 +481,59 @@ def test_negative_bit_tensors_are_right_or_refused(function: str) -> None:
     argument, call = TAKES_X[function]
     imag = torch.from_numpy(make("normal", (4, 6), "float32"))
     imag[0, 0] = 50
-    lazy = torch.complex(torch.zeros(4, 6), imag).conj().imag
-    assert lazy.is_neg()
     i = Inputs(TORCH)
 
     def values(result: Any) -> Any:
         return result.codes if function.startswith("quantize") else result
 
-    try:
-        got = values(call(i, lazy))
-    except ValueError as error:
-        names(error, f"{function}: {argument}")
-    else:
-        assert torch.equal(got, values(call(i, lazy.resolve_neg())))
+    for lazy in (
+        torch.complex(torch.zeros(4, 6), imag).conj().imag,
+        torch._neg_view(imag),  # contiguous
+        torch.complex(torch.zeros(4, 6), imag).conj().imag.as_strided((4, 6), (6, 1)),
+    ):
+        assert lazy.is_neg()
+        try:
+            got = values(call(i, lazy))
+        except ValueError as error:
+            names(error, f"{function}: {argument}")
+        else:
+            assert torch.equal(got, values(call(i, lazy.resolve_neg())))
+
+
+@needs_torch
+def test_out_with_the_negative_bit_is_refused() -> None:
+    import torch
+
+    i = Inputs(TORCH)
+    out = torch._neg_view(torch.zeros(4, 5))
+    fails(ValueError, "linear", "out", lambda: octavo.linear(i.x, i.weight, out=out), "negative bit")
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of jvp itself
+def test_wrapped_tensors_of_transforms_are_refused() -> None:
+    """Inside vmap and jvp a tensor has no memory of its own, and its type does not tell."""
+    import torch
+
+    i = Inputs(TORCH)
+    for transformed in (
+        lambda: torch.vmap(lambda row: octavo.linear(row, i.weight))(i.x),
+        lambda: torch.func.jvp(lambda x: octavo.linear(x, i.weight), (i.x,), (i.x,)),
+        lambda: torch.func.functionalize(lambda x: octavo.linear(x, i.weight))(i.x),
+    ):
+        fails((TypeError, ValueError), "linear", "x", transformed)
+
+
+@needs_torch
+def test_a_tensor_of_another_rank_than_usual() -> None:
+    """More dimensions than the bindings have room for without the heap, in and out, permuted."""
+    i = Inputs(TORCH)
+    flat = octavo.linear(i.x, i.weight)
+    many = i.x.reshape(1, 2, 1, 1, 2, 1, 1, 1, 6)
+    assert octavo.linear(many, i.weight).shape == (1, 2, 1, 1, 2, 1, 1, 1, 5)
+    out = i.zeros(1, 2, 1, 1, 2, 1, 1, 1, 5)
+    octavo.linear(many.transpose(1, 4), i.weight, out=out.transpose(1, 4))
+    assert out.reshape(4, 5).equal(flat)
 
 
 @needs_torch

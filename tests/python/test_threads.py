@@ -17,7 +17,7 @@ import numpy as np
 import octavo
 import pytest
 import reference as ref
-from support import NUMPY, Typed, equal, make
+from support import HAS_TORCH, NUMPY, Typed, equal, make
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -164,6 +164,112 @@ def test_the_interpreter_runs_meanwhile(operation: str) -> None:
         wakes += 1
     worker.join()
     assert wakes >= 5, f"woke {wakes} times during a call of {operation} of {rows} rows"
+
+
+# A process of its own for each case: in this one set_num_threads has been called. octavo's helper threads are counted,
+# which bear its name.
+FOLLOWING = """
+    import os, threading
+    import torch, octavo
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+
+    x, w = torch.randn(256, 512), torch.randn(512, 512)
+    tiny, tiny_w = torch.randn(4, 64), torch.randn(16, 64)
+    def helpers():
+        comms = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
+        return sum(comm.read_text() == "octavo\\n" for comm in comms)
+
+    def call(x=x, w=w):
+        return octavo.linear(x, octavo.quantize_weight(w))
+"""
+FOLLOWING_CASES = {
+    "torch.set_num_threads is followed": """
+        torch.set_num_threads(3)
+        call()
+        assert helpers() == 2, helpers()
+    """,
+    "a single thread": """
+        torch.set_num_threads(1)
+        call()
+        assert helpers() == 0, helpers()
+    """,
+    "the environment reaches both": """
+        assert torch.get_num_threads() == octavo.get_num_threads() == 1
+        call()
+        octavo.quantize(x.numpy()); octavo.linear(x.numpy(), octavo.quantize_weight(w.numpy()))
+        assert helpers() == 0, helpers()
+    """,
+    "octavo.set_num_threads wins": """
+        torch.set_num_threads(4)
+        octavo.set_num_threads(2)
+        call()
+        assert helpers() == 1, helpers()
+        torch.set_num_threads(6)
+        call()
+        assert octavo.get_num_threads() == 2
+        assert helpers() == 1, helpers()
+    """,
+    "NumPy does not follow torch": """
+        torch.set_num_threads(5)
+        expected = octavo.get_num_threads()
+        octavo.linear(x.numpy(), octavo.quantize_weight(w.numpy()))
+        assert octavo.get_num_threads() == expected
+        assert helpers() == expected - 1, (helpers(), expected)
+    """,
+    "the setting may change": """
+        for count in (1, 4, 2):
+            torch.set_num_threads(count)
+            call()
+        assert helpers() == 3, helpers()  # started for 4; those that a call does not want sleep
+    """,
+    "several Python threads share the helpers": """
+        torch.set_num_threads(3)
+        expected = call()
+        start = threading.Barrier(4)
+        def work(_):
+            start.wait()
+            return all(torch.equal(call(), expected) and helpers() == 2 for _ in range(10)), torch.get_num_threads()
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(work, range(4)))
+        assert results == [(True, 3)] * 4, results
+    """,
+    "tiny products wake nobody": """
+        torch.set_num_threads(8)
+        weight = octavo.quantize_weight(tiny_w)
+        for outliers in ("columns", "rows", "none"):
+            for path in ("int8", "weight_only"):
+                octavo.linear(tiny, weight, outliers=outliers, path=path)
+        octavo.find_outliers(tiny)
+        octavo.dequantize(octavo.quantize(tiny))
+        octavo.int8_matmul(weight.codes, weight.codes)
+        octavo.set_num_threads(8)
+        octavo.linear(tiny.numpy(), octavo.quantize_weight(tiny_w.numpy()))
+        assert helpers() == 0, helpers()
+    """,
+    "a module and its operation": """
+        import octavo.torch
+        torch.set_num_threads(1)
+        layer = octavo.torch.Int8Linear.from_linear(torch.nn.Linear(512, 512))
+        torch.set_num_threads(3)
+        assert helpers() == 0, helpers()
+        with torch.no_grad():
+            layer(x)
+        assert helpers() == 2, helpers()
+    """,
+}
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc, which is not here")
+@pytest.mark.parametrize("case", FOLLOWING_CASES)
+def test_number_of_threads_with_torch(case: str) -> None:
+    code = textwrap.dedent(FOLLOWING) + textwrap.dedent(FOLLOWING_CASES[case])
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    if case == "the environment reaches both":
+        environment["OMP_NUM_THREADS"] = "1"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
 
 
 FORK = """

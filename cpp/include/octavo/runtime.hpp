@@ -8,12 +8,28 @@ namespace octavo {
 
 [[nodiscard]] const char* version() noexcept;
 
-// Threads the CPU backend may use, the calling one included. At first: OMP_NUM_THREADS where it is set to a positive
-// number, else the processors this process may run on.
+// Threads that the CPU backend may use in a call made by this thread, the calling one included: what set_num_threads
+// was given; where it was not called, what a ThreadLimit of this thread says; without one, OMP_NUM_THREADS where it is
+// set to a positive number, else the processors this process may run on.
 [[nodiscard]] int num_threads() noexcept;
 
-// Throws Error (value) unless 1 <= count <= 1024.
+// For all threads of the process, and before every ThreadLimit. Throws Error (value) unless 1 <= count <= 1024.
 void set_num_threads(int count);
+
+// While it lives, the calls of the thread that made it use up to `count` threads instead of the default number: for a
+// framework that has its own setting. Others' calls, and a number given to set_num_threads, are not affected. Counts
+// above 1024 mean 1024; below 1, no limit but the default. Of several in one thread the innermost holds; they end in
+// the thread that made them, in reverse order.
+class ThreadLimit {
+public:
+    explicit ThreadLimit(int count) noexcept;
+    ~ThreadLimit();
+    ThreadLimit(const ThreadLimit&) = delete;
+    ThreadLimit& operator=(const ThreadLimit&) = delete;
+
+private:
+    int outer_;
+};
 
 // Instruction set of the CPU kernels in use: "avx512_vnni", "avx2" or "scalar". The best one this processor has, or the
 // one the environment variable OCTAVO_CPU_ISA names at first use. Throws Error (value) where that name is unknown or

@@ -37,22 +37,34 @@ int default_threads() {
     return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-std::atomic<int>& thread_count() {
-    static std::atomic<int> count{default_threads()};
-    return count;
-}
+// What set_num_threads was given; 0 before.
+std::atomic<int> chosen_threads{0};
+
+// What the innermost ThreadLimit of this thread says; 0 without one.
+thread_local int thread_limit = 0;
 
 }  // namespace
 
-int num_threads() noexcept { return thread_count().load(std::memory_order_relaxed); }
+int num_threads() noexcept {
+    const int chosen = chosen_threads.load(std::memory_order_relaxed);
+    if (chosen > 0) return chosen;
+    if (thread_limit > 0) return thread_limit;
+    static const int by_default = default_threads();
+    return by_default;
+}
 
 void set_num_threads(int count) {
     if (count < 1 || count > most_threads) {
         throw Error(ErrorKind::value, "set_num_threads: count: expected 1 to " + std::to_string(most_threads) +
                                           ", got " + std::to_string(count));
     }
-    thread_count().store(count, std::memory_order_relaxed);
+    chosen_threads.store(count, std::memory_order_relaxed);
 }
+
+ThreadLimit::ThreadLimit(int count) noexcept
+    : outer_(std::exchange(thread_limit, std::clamp(count, 0, most_threads))) {}
+
+ThreadLimit::~ThreadLimit() { thread_limit = outer_; }
 
 namespace cpu {
 namespace {
@@ -121,6 +133,9 @@ public:
 
 private:
     void help(int index) {
+#ifdef __linux__
+        pthread_setname_np(pthread_self(), "octavo");  // for whoever lists the threads of a process
+#endif
         std::unique_lock lock(mutex_);
         std::uint64_t seen = generation_ - 1;  // started for the job that is being handed out
         for (;;) {
