@@ -5,6 +5,8 @@
 // is most of what a small product costs, and pybind11's dispatch alone would double it.
 #include "bindings/ops.hpp"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <array>
 #include <optional>
@@ -102,10 +104,40 @@ Vector flat_output(const Array& array) {
     return {.data = array.mutable_matrix().data, .dtype = array.dtype(), .size = size};
 }
 
+std::string text_of(const Shape& shape) {
+    std::string joined;
+    for (const auto extent : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(extent);
+    return "[" + joined + "]";
+}
+
 void need_rank(const Array& array, Argument argument, std::size_t rank) {
     if (array.shape().size() == rank) return;
     throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected an array of rank " +
                           std::to_string(rank) + ", got rank " + std::to_string(array.shape().size()));
+}
+
+// The shape of codes `[n, k]` in packed order: packed_size(n, k) bytes.
+Shape packed_shape(std::int64_t n, std::int64_t k) { return {(n + 15) / 16, padded_depth(k) / 4, 16, 4}; }
+
+// An array of that shape, contiguous, as the core takes it.
+ConstVector packed_codes(const Array& array, std::int64_t n, std::int64_t k, Argument argument) {
+    const Shape expected = packed_shape(n, k);
+    if (array.shape() != expected || !array.is_contiguous()) {
+        throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected a contiguous array " +
+                              text_of(expected) + " for codes " + text_of({n, k}) + ", got " +
+                              (array.is_contiguous() ? "" : "one that is not contiguous, ") + text_of(array.shape()));
+    }
+    return {.data = array.data(), .dtype = array.dtype(), .device = array.device(), .size = packed_size(n, k)};
+}
+
+std::int64_t parse_extent(py::handle given, Argument argument) {
+    const long long value = PyLong_AsLongLong(given.ptr());
+    if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (value < 0) {
+        throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected a number >= 0, got " +
+                              std::to_string(value));
+    }
+    return value;
 }
 
 // --- the core's calls ------------------------------------------------------------------------------------------------
@@ -139,7 +171,7 @@ public:
         : given_(optional_array(out, argument, Use::write)) {
         if (given_ && given_->shape() != shape) {
             throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected shape " +
-                                  text(shape) + ", got " + text(given_->shape()));
+                                  text_of(shape) + ", got " + text_of(given_->shape()));
         }
         if (given_ && given_->can_be_matrix()) return;
         fresh_.emplace(allocate(like, shape, given_ ? given_->dtype() : dtype), argument, Use::write);
@@ -154,12 +186,6 @@ public:
     }
 
 private:
-    static std::string text(const Shape& shape) {
-        std::string joined;
-        for (const auto extent : shape) joined += (joined.empty() ? "" : ", ") + std::to_string(extent);
-        return "[" + joined + "]";
-    }
-
     std::optional<Array> given_;
     std::optional<Array> fresh_;
 };
@@ -230,6 +256,31 @@ py::object find_outliers_op(py::handle x_object, py::handle threshold_object) {
     return result.object();
 }
 
+py::object pack_op(py::handle codes_object) {
+    constexpr auto function = "pack";
+    Array codes(codes_object, {function, "codes", "int8"});
+    need_rank(codes, {function, "codes"}, 2);
+    const ConstMatrix source = codes.matrix();
+    const std::int64_t size = packed_size(source.rows, source.cols);
+    const Array packed(allocate_aligned(codes, packed_shape(source.rows, source.cols)), {function, "packed", "int8"},
+                       Use::write);
+    run(codes, work_of(source), [&] {
+        octavo::pack(source, {.data = packed.data(), .dtype = DType::i8, .device = source.device, .size = size});
+    });
+    return packed.object();
+}
+
+py::object unpack_op(py::handle packed_object, py::handle n_object, py::handle k_object) {
+    constexpr auto function = "unpack";
+    const Array packed(packed_object, {function, "packed", "int8"});
+    const std::int64_t n = parse_extent(n_object, {function, "n"});
+    const std::int64_t k = parse_extent(k_object, {function, "k"});
+    const ConstVector source = packed_codes(packed, n, k, {function, "packed"});
+    const Array codes(allocate(packed, {n, k}, DType::i8), {function, "codes", "int8"}, Use::write);
+    run(packed, work_of(codes.mutable_matrix()), [&] { octavo::unpack(source, codes.mutable_matrix()); });
+    return codes.object();
+}
+
 py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle out) {
     constexpr auto function = "int8_matmul";
     Array a(a_object, {function, "a", "int8"});
@@ -257,10 +308,11 @@ py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::h
     return result.finish();
 }
 
-// A weight whose arrays have been read and checked once, so that `linear` need not.
+// A weight whose arrays have been read and checked once, so that `linear` need not. Its codes are a matrix [n, k], or in
+// packed order, and then `shape` is (n, k).
 class Weight {
 public:
-    Weight(py::handle codes, py::handle scale, py::handle zeropoint, py::handle code_sums, py::handle outlier_columns,
+    Weight(py::handle codes, const std::optional<std::pair<std::int64_t, std::int64_t>>& shape, py::handle scale, py::handle zeropoint, py::handle code_sums, py::handle outlier_columns,
            py::handle outlier_weight, py::handle scheme, py::handle granularity)
         : codes_(codes, {function, "codes", "int8"}, Use::keep),
           scale_(scale, {function, "scale", "float32"}, Use::keep),
@@ -268,11 +320,17 @@ public:
           code_sums_(optional_array(code_sums, {function, "code_sums", "int32"}, Use::keep)),
           outlier_columns_(optional_array(outlier_columns, {function, "outlier_columns", "int32"}, Use::keep)),
           outlier_weight_(optional_array(outlier_weight, {function, "outlier_weight"}, Use::keep)) {
-        need_rank(codes_, {function, "codes"}, 2);
         if (codes_.dtype() != DType::i8) {
             throw py::type_error(std::string("Int8Weight: codes: expected dtype int8, got ") + name_of(codes_.dtype()));
         }
-        view_.codes = codes_.matrix();
+        if (shape) {
+            const ConstVector packed = packed_codes(codes_, shape->first, shape->second, {function, "codes"});
+            view_.codes = {packed.data, DType::i8, packed.device, shape->first, shape->second, 0, 1};
+            view_.layout = Layout::packed;
+        } else {
+            need_rank(codes_, {function, "codes"}, 2);
+            view_.codes = codes_.matrix();
+        }
         view_.scale = scale_.vector();
         view_.zeropoint = vector_or_absent(zeropoint_);
         view_.scheme = parse(schemes, scheme, {function, "scheme"});
@@ -289,6 +347,7 @@ public:
             view_.outlier_weight = outlier_weight_->matrix();
         }
         if (!code_sums_) {
+            if (shape) throw py::value_error("Int8Weight: code_sums: expected an array with packed codes, got None");
             code_sums_.emplace(allocate(codes_, {view_.codes.rows}, DType::i32), Argument{function, "code_sums"},
                                Use::keep);
             run(codes_, work_of(view_.codes), [&] { octavo::sum_codes(view_.codes, code_sums_->vector()); });
@@ -381,6 +440,8 @@ void define_operations(py::module_& module) {
         method<quantize_weight_op>("quantize_weight",
                                    "quantize_weight($module, weight, scheme, granularity, /)\n--\n\n"),
         method<find_outliers_op>("find_outliers", "find_outliers($module, x, threshold, /)\n--\n\n"),
+        method<pack_op>("pack", "pack($module, codes, /)\n--\n\n"),
+        method<unpack_op>("unpack", "unpack($module, packed, n, k, /)\n--\n\n"),
         method<int8_matmul_op>("int8_matmul", "int8_matmul($module, a, b, out, /)\n--\n\n"),
         method<dequantize_op>("dequantize", "dequantize($module, codes, scale, zeropoint, dtype, /)\n--\n\n"),
         method<linear_op>("linear", "linear($module, x, weight, bias, threshold, outliers, path, out, /)\n--\n\n"),
@@ -388,8 +449,9 @@ void define_operations(py::module_& module) {
     };
     if (PyModule_AddFunctions(module.ptr(), methods.data()) != 0) throw py::error_already_set();
     py::class_<Weight>(module, "Weight", py::is_final())
-        .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>(),
-             py::arg("codes"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"), py::arg("outlier_columns"),
+        .def(py::init<py::handle, const std::optional<std::pair<std::int64_t, std::int64_t>>&, py::handle, py::handle,
+                      py::handle, py::handle, py::handle, py::handle, py::handle>(),
+             py::arg("codes"), py::arg("shape"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"), py::arg("outlier_columns"),
              py::arg("outlier_weight"), py::arg("scheme"), py::arg("granularity"))
         .def_property_readonly("code_sums", &Weight::code_sums);
 }

@@ -380,6 +380,16 @@ void Array::read_header(const DLTensor& tensor) {
     }
 }
 
+bool Array::is_contiguous() const noexcept {
+    std::int64_t expected = 1;
+    for (std::size_t i = shape_.size(); i-- > 0;) {
+        if (shape_[i] == 0) return true;
+        if (shape_[i] != 1 && strides_[i] != expected) return false;
+        expected *= shape_[i];
+    }
+    return true;
+}
+
 bool Array::can_be_matrix() const noexcept {
     // From the last leading dimension outwards, each must step over all of the next (size 1 steps nowhere).
     std::int64_t step = 0;
@@ -464,6 +474,20 @@ int threads_of(Framework framework) {
     const auto& torch = names<TorchNames>();
     if (torch.symbols.get_num_threads != nullptr) return torch.symbols.get_num_threads();
     return torch.get_num_threads().cast<int>();
+}
+
+py::object allocate_aligned(const Array& like, const Shape& shape) {
+    if (like.framework() == Framework::torch) return allocate(like, shape, DType::i8);  // PyTorch aligns all its memory
+    // NumPy does not: take a line more, and of that the part that begins a line.
+    constexpr std::int64_t line = 64;
+    std::int64_t size = 1;
+    for (const auto extent : shape) size *= extent;
+    const py::object memory = allocate(like, {size + line}, DType::i8);
+    const Array bytes(memory, {"pack", "packed", "int8"});
+    const auto address = reinterpret_cast<std::uintptr_t>(bytes.data());
+    const auto begin = static_cast<std::int64_t>((line - address % line) % line);
+    const py::object part = memory[py::slice(begin, begin + size, 1)];
+    return part.attr("reshape")(to_tuple(shape));
 }
 
 }  // namespace octavo::python

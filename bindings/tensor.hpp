@@ -45,7 +45,10 @@ public:
     [[nodiscard]] const py::object& object() const noexcept { return object_; }
     [[nodiscard]] Framework framework() const noexcept { return framework_; }
     [[nodiscard]] DType dtype() const noexcept { return dtype_; }
+    [[nodiscard]] Device device() const noexcept { return device_; }
     [[nodiscard]] const Shape& shape() const noexcept { return shape_; }
+    [[nodiscard]] void* data() const noexcept { return data_; }
+    [[nodiscard]] bool is_contiguous() const noexcept;
 
     // The array as `[rows, cols]`, all leading dimensions folded into rows. An array whose leading dimensions have no
     // common stride is copied once by its own framework.
@@ -93,6 +96,9 @@ private:
 
 // A new, contiguous, uninitialized array of `like`'s framework on `like`'s device.
 py::object allocate(const Array& like, const Shape& shape, DType dtype);
+
+// As `allocate`, of dtype int8, aligned to a cache line.
+py::object allocate_aligned(const Array& like, const Shape& shape);
 
 // The number of threads that a framework is set to use, for octavo::ThreadLimit; 0 where it has no such setting.
 int threads_of(Framework framework);

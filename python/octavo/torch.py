@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import octavo
-from octavo import _core
+from octavo import _core, _layout
 from octavo._types import Granularity, Outliers, Path, Scheme
 from octavo.weight import Int8Weight
 
@@ -35,8 +35,8 @@ _DEFAULT_SKIP = ("*lm_head",)
 _library = torch.library.Library("octavo", "DEF")
 _library.define(
     "linear(Tensor x, Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns, "
-    "Tensor? outlier_weight, Tensor? bias, str scheme, str granularity, float threshold, str outliers, str path) "
-    "-> Tensor"
+    "Tensor? outlier_weight, Tensor? bias, str scheme, str granularity, float threshold, str outliers, str path, "
+    "SymInt? in_features=None) -> Tensor"
 )
 
 
@@ -54,10 +54,15 @@ def _linear(
     threshold: float,
     outliers: Outliers,
     path: Path,
+    in_features: int | None = None,  # k, of packed codes, whose shape is that of the next multiple of 64
 ) -> Tensor:
+    if _layout.is_packed(codes) and in_features is None:
+        raise ValueError("octavo::linear: in_features: expected a number with packed codes, got None")
     weight = Int8Weight(
         codes,
         scale,
+        shape=(code_sums.shape[0], in_features) if _layout.is_packed(codes) and in_features is not None else None,
+        pack=False,
         zeropoint=zeropoint,
         outlier_columns=outlier_columns,
         outlier_weight=outlier_weight,
@@ -71,13 +76,14 @@ def _linear(
         )
 
 
-def _linear_fake(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+def _linear_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], code_sums.shape[0]))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scale, _, zeropoint, *_ = inputs
+    x, codes, scale, code_sums, zeropoint, *_ = inputs
     ctx.save_for_backward(codes, scale, zeropoint)
+    ctx.weight_shape = (code_sums.shape[0], x.shape[-1])
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -85,13 +91,13 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     codes, scale, zeropoint = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = codes.to(torch.float32)
+        weight = _layout.unpack(codes, *ctx.weight_shape).to(torch.float32)
         if zeropoint is not None:
             weight = weight + zeropoint[:, None]
         grad_x = grad @ (weight * scale[:, None]).to(grad.dtype)
     if ctx.needs_input_grad[7]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return (grad_x, *[None] * 6, grad_bias, *[None] * 5)
+    return (grad_x, *[None] * 6, grad_bias, *[None] * 6)
 
 
 _library.impl("linear", _linear, "CompositeExplicitAutograd")
@@ -114,7 +120,9 @@ class Int8Linear(nn.Module):
         dtype: of the bias.
 
     Attributes:
-        weight: int8 Parameter ``[n, k]`` (codes; it never requires grad).
+        weight: int8 Parameter (it never requires grad): the codes as `octavo.Int8Weight` keeps them, that is packed in
+            CPU memory (`packed`) and ``[n, k]`` on other devices. State dicts hold ``[n, k]`` always.
+        codes: the codes, ``[n, k]``.
         scale, zeropoint, outlier_columns, outlier_weight: buffers, as in `octavo.Int8Weight`; None where not used.
         code_sums: buffer, not in the state dict: it is made anew from `weight`.
         bias: Parameter ``[n]`` or None.
@@ -217,13 +225,20 @@ class Int8Linear(nn.Module):
     def int8_weight(self) -> Int8Weight:
         """The weight as `octavo.linear` takes it; it shares the layer's memory."""
         if self._int8_weight is None:
+            self._settle()
             self._int8_weight = Int8Weight(
                 self.weight.detach(),
                 **{name: getattr(self, name) for name in self._ARRAYS},
                 scheme=self._scheme,
                 granularity=self._granularity,
+                shape=(self.out_features, self.in_features) if _layout.is_packed(self.weight) else None,
             )
         return self._int8_weight
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 ``[n, k]``; a new tensor where the weight is packed."""
+        return _layout.unpack(self.weight.detach(), self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
@@ -267,6 +282,7 @@ class Int8Linear(nn.Module):
             self.threshold,
             self.outliers,
             self.path,
+            self.in_features,
         )
 
     def extra_repr(self) -> str:
@@ -285,10 +301,17 @@ class Int8Linear(nn.Module):
         self._scheme = weight.scheme
         self._granularity = weight.granularity
         # A parameter, so that tied weights stay tied when a model is moved or copied.
-        self.weight = nn.Parameter(weight.codes, requires_grad=False)
+        codes = weight.codes if weight.packed is None else weight.packed
+        self.weight = nn.Parameter(codes, requires_grad=False)
         for name in self._ARRAYS:
             self.register_buffer(name, getattr(weight, name), persistent=name != "code_sums")
         self._int8_weight = None
+
+    def _settle(self) -> None:
+        """Bring the weight into the order of its device."""
+        settled = _layout.settled(self.weight, self.out_features, self.in_features)
+        if settled is not self.weight:
+            self.weight = settled
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._ARRAYS or name == "weight":
@@ -305,8 +328,13 @@ class Int8Linear(nn.Module):
             moved = getattr(self, name)
             if original is not None and moved.dtype != original.dtype:
                 setattr(self, name, original.to(moved.device))  # follow the device, not the dtype
+        self._settle()
         self._int8_weight = None
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = _layout.natural(self.weight, self.out_features, self.in_features)
 
     def get_extra_state(self) -> Tensor:
         """The options of the layer as JSON, in a uint8 tensor: what every checkpoint format can hold."""
@@ -344,8 +372,11 @@ class Int8Linear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.is_floating_point():
+        key = prefix + "weight"
+        shape = (self.out_features, self.in_features)
+        weight = state_dict.get(key)
+        fits = weight is not None and tuple(weight.shape) == shape
+        if weight is not None and weight.is_floating_point() and fits:
             quantized = octavo.quantize_weight(weight, scheme=self._scheme, granularity=self._granularity)
             arrays = {name: getattr(quantized, name) for name in self._ARRAYS if name != "code_sums"}
             entries = {"weight": quantized.codes, **arrays, "_extra_state": self.get_extra_state()}
@@ -360,11 +391,22 @@ class Int8Linear(nn.Module):
                 setattr(self, name, torch.empty_like(entry, device=self.weight.device))
             elif extra_state is not None and name != "scale":
                 setattr(self, name, None)
+        if fits and _layout.is_packed(self.weight) and not local_metadata.get("assign_to_params_buffers", False):
+            state_dict[key] = _layout.pack(state_dict[key].cpu())  # to be copied into memory in that order
+        if weight is not None and not fits:
+            del state_dict[key]
+            error_msgs.append(
+                f"size mismatch for {key}: copying a param with shape {weight.shape} from checkpoint, "
+                f"the shape in current model is {torch.Size(shape)}."
+            )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if weight is not None and not fits:
+            missing_keys.remove(key)
         if self.weight.device.type != "meta":
-            self.code_sums = self.weight.detach().sum(1, dtype=torch.int32)
+            self._settle()
+            self.code_sums = _layout.sum_codes(self.weight, self.out_features)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

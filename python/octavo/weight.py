@@ -11,8 +11,14 @@ from octavo._types import Array, Granularity, Scheme, dtype_name
 class Int8Weight:
     """A weight ``[n, k]`` as int8 codes, ``weight ~ (codes + zeropoint) * scale``. Made by `octavo.quantize_weight`.
 
+    In CPU memory the codes are kept in the order that its instructions read, and only so.
+
     Attributes:
-        codes: int8 ``[n, k]``.
+        shape: ``(n, k)``: output and input features.
+        codes: int8 ``[n, k]``; a new array at each access where the weight is packed.
+        is_packed: whether it is.
+        packed: int8 ``[ceil(n / 16), ceil(k / 64) * 16, 16, 4]``, entry ``[i, g, j, d]`` being code
+            ``[16 * i + j, 4 * g + d]``, zeros beyond n and k; None where the weight is not packed.
         scale: float32, ``[n]`` for granularity "vector", else ``[1]``.
         zeropoint: float32 with integral values, shaped as `scale`; None for scheme "absmax".
         outlier_columns: int32 ``[r]``, ascending: the columns whose original values are kept; None if not calibrated.
@@ -22,18 +28,23 @@ class Int8Weight:
         granularity: "tensor", "row" or "vector"; it names the product (see `octavo.quantize_weight`).
 
     All arrays belong to one framework and device and are not to be changed: what the products need of them is read
-    once, here. Raises TypeError or ValueError naming the argument where they do not fit each other.
+    once, here. Codes in CPU memory are packed, into an array of the weight's own, unless `pack` is false; then products
+    pack them anew each time. Codes that are packed already are given with their `shape` ``(n, k)`` and their
+    `code_sums`, and go on being used. Raises TypeError or ValueError naming the argument where the arrays do not fit
+    each other.
     """
 
     __slots__ = (
+        "_held",
         "_native",
         "code_sums",
-        "codes",
         "granularity",
+        "is_packed",
         "outlier_columns",
         "outlier_weight",
         "scale",
         "scheme",
+        "shape",
         "zeropoint",
     )
 
@@ -48,34 +59,52 @@ class Int8Weight:
         code_sums: Array | None = None,
         scheme: Scheme = "absmax",
         granularity: Granularity = "vector",
+        shape: tuple[int, int] | None = None,
+        pack: bool = True,
     ) -> None:
-        self._native = _core.Weight(
-            codes, scale, zeropoint, code_sums, outlier_columns, outlier_weight, scheme, granularity
-        )
-        self.codes = codes
+        def native(codes: Array, shape: tuple[int, int] | None, code_sums: Array | None) -> _core.Weight:
+            kept = (outlier_columns, outlier_weight)
+            return _core.Weight(codes, shape, scale, zeropoint, code_sums, *kept, scheme, granularity)
+
+        self._native = native(codes, shape, code_sums)
+        self.code_sums = self._native.code_sums
+        self.is_packed = shape is not None
+        if shape is None:
+            n, k = codes.shape
+            shape = (int(n), int(k))
+            if pack and str(getattr(codes.device, "type", "cpu")) == "cpu":  # NumPy's device is the string itself
+                codes = _core.pack(codes)
+                self._native = native(codes, shape, self.code_sums)
+                self.is_packed = True
+        self._held = codes
+        self.shape = shape
         self.scale = scale
         self.zeropoint = zeropoint
-        self.code_sums = self._native.code_sums
         self.outlier_columns = outlier_columns
         self.outlier_weight = outlier_weight
         self.scheme: Scheme = scheme
         self.granularity: Granularity = granularity
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(n, k)``: output and input features."""
-        n, k = self.codes.shape
-        return n, k
+    def codes(self) -> Array:
+        """int8 ``[n, k]``; a new array at each access where the weight is packed."""
+        return _core.unpack(self._held, *self.shape) if self.is_packed else self._held
+
+    @property
+    def packed(self) -> Array | None:
+        """The codes in packed order, or None."""
+        return self._held if self.is_packed else None
 
     @property
     def device(self) -> Any:
         """Where the arrays are, as their framework names it."""
-        return self.codes.device
+        return self.scale.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(int(array.nbytes) for array in self._arrays().values() if array is not None)
+        """Bytes of all arrays that are held."""
+        others = (self.scale, self.zeropoint, self.code_sums, self.outlier_columns, self.outlier_weight)
+        return sum(int(array.nbytes) for array in (self._held, *others) if array is not None)
 
     def _arrays(self) -> dict[str, Array | None]:
         """The constructor's arrays by name."""
@@ -98,9 +127,9 @@ class Int8Weight:
             # PyTorch; the array API standard's name
             return array.to(device) if hasattr(array, "to") else array.to_device(device)
 
-        moved = {name: move(array) for name, array in self._arrays().items()}
-        if moved["codes"] is self.codes:
+        if move(self.scale) is self.scale:
             return self
+        moved = {name: move(array) for name, array in self._arrays().items()}
         return _rebuild(moved, self.scheme, self.granularity)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ def test_literal() -> None:
         linear.weight.copy_(torch.tensor([[127, 3, 2.25], [-127, 0, 8]]))
         linear.bias.copy_(torch.tensor([0.5, 0]))
     layer = ot.Int8Linear.from_linear(linear, outliers="none")
-    assert layer.weight.tolist() == [[127, 3, 2], [-127, 0, 8]]
+    assert layer.codes.tolist() == [[127, 3, 2], [-127, 0, 8]]
     assert layer(torch.tensor([127.0, 1, 2])).tolist() == [16136.5, -16113]
 
 
@@ -107,7 +107,8 @@ def test_attributes() -> None:
     assert isinstance(layer.weight, nn.Parameter)
     assert layer.weight.dtype == torch.int8
     assert not layer.weight.requires_grad
-    assert tuple(layer.weight.shape) == (4, 8)
+    assert tuple(layer.codes.shape) == (4, 8)
+    assert layer.weight.numel() == 16 * 64, "packed"
     assert layer.scale.dtype == torch.float32
     assert tuple(layer.scale.shape) == (4,)
     assert layer.zeropoint is None
@@ -123,13 +124,13 @@ def test_attributes() -> None:
     weight = layer.int8_weight
     assert isinstance(weight, octavo.Int8Weight)
     assert weight.shape == (4, 8)
-    assert weight.codes.data_ptr() == layer.weight.data_ptr(), "the codes are held once"
+    assert weight.packed.data_ptr() == layer.weight.data_ptr(), "the codes are held once"
     assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
 
 
 def test_a_new_layer() -> None:
     layer = ot.Int8Linear(5, 3, dtype=torch.float16)
-    assert tuple(layer.weight.shape) == (3, 5)
+    assert tuple(layer.codes.shape) == (3, 5)
     assert layer.bias is not None
     assert layer.bias.dtype == torch.float16
     assert ot.Int8Linear(5, 3, False).bias is None
@@ -294,7 +295,7 @@ def test_the_codes_are_held_once_wherever_they_move() -> None:
         for change in (lambda: layer._apply(torch.clone), layer.share_memory, lambda: layer.to(torch.float32)):
             change()
             same(layer(x), expected)
-            assert layer.int8_weight.codes.data_ptr() == layer.weight.data_ptr()
+            assert layer.int8_weight.packed.data_ptr() == layer.weight.data_ptr()
 
 
 # --- autograd
@@ -567,7 +568,10 @@ def test_tied_weights_stay_tied(then: str) -> None:
     assert model.lm_head.weight.dtype == dtype
     with torch.no_grad():
         assert torch.isfinite(model(ids)).all()
-    assert sum(p.numel() for p in model.parameters() if p.dtype == torch.int8) == 24 * 24
+    assert sum(p.numel() for p in model.parameters() if p.dtype == torch.int8) == 32 * 64, "24 x 24, packed, once"
+    state = model.state_dict()
+    assert state["a.weight"].shape == (24, 24)
+    assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr(), "one memory in the state dict too"
 
 
 def test_weights_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -828,4 +832,4 @@ def test_oracle_on_a_layer_of_another_dtype() -> None:
         y = layer(x)
     expected = ref.linear(TORCH.host(x), ref.quantize_weight(w, outlier_columns=[1, 5]), b)
     tolerances.check_output(Typed(TORCH, "bfloat16").host(y), expected, "bfloat16")
-    equal(TORCH.host(layer.weight), ref.quantize_weight(w).codes)
+    equal(TORCH.host(layer.codes), ref.quantize_weight(w).codes)
