@@ -11,14 +11,14 @@
 
 namespace octavo::python {
 
-// Needs no heap memory up to the ranks that occur in practice: a
-// call that is to cost a few hundred nanoseconds has none to spare for it.
+// Needs no heap memory up to the ranks that occur in practice: a call that is to cost a few hundred nanoseconds has
+// none to spare for it. Elements are uninitialized.
 template <class T>
 class SmallArray {
     static_assert(std::is_trivially_copyable_v<T>);
 
 public:
-    // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): elements are uninitialized, as documented
+    // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): as documented
     explicit SmallArray(std::size_t size = 0) { reset(size); }
     SmallArray(std::initializer_list<T> values) : SmallArray(values.size()) { std::ranges::copy(values, begin()); }
     SmallArray(const SmallArray& other) : SmallArray(other.size_) { std::copy(other.begin(), other.end(), begin()); }

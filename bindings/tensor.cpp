@@ -54,8 +54,8 @@ struct TorchNames {
     }
 
     // Whether the Python object of a tensor has its at::Tensor, which is the address of a TensorImpl, right behind the
-    // header: so it is from PyTorch 2.10 on, but nothing promises it. `_cdata` tells the address, so one tensor is
-    // looked at before the place is relied on.
+    // header. So it is in PyTorch 2.13, but nothing promises it: one tensor is looked at before the place is relied on,
+    // as `_cdata` tells the address that must be there.
     static bool objects_hold_handles(const py::object& torch) {
         const py::object sample = torch.attr("zeros")(1, py::arg("device") = "cpu");
         const auto size = static_cast<std::size_t>(Py_TYPE(sample.ptr())->tp_basicsize);
