@@ -92,8 +92,8 @@ class Contender:
 
 
 def within(threshold: float) -> Callable[[Problem], float]:
-    """The tolerance of an int8 product: half as much again as is expected, and a rounding of Y to bfloat16."""
-    return lambda given: 1.5 * given.rounding(threshold) + 2**-8
+    """The tolerance of an int8 product: a quarter more than is expected, and a rounding of Y to bfloat16."""
+    return lambda given: 1.25 * given.rounding(threshold) + 2**-8
 
 
 def octavo_linear(weight: torch.Tensor) -> Layer:

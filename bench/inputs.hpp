@@ -8,9 +8,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
+#include <numbers>
 #include <string>
 
 #include "octavo/octavo.hpp"
@@ -92,7 +92,7 @@ public:
         const std::uint64_t all = bits();
         const auto sum =
             static_cast<float>((all & 0xFFFFU) + ((all >> 16U) & 0xFFFFU) + ((all >> 32U) & 0xFFFFU) + (all >> 48U));
-        return (sum / 65536.0F - 2.0F) * 1.7320508F;
+        return (sum / 65536.0F - 2.0F) * std::numbers::sqrt3_v<float>;
     }
 
 private:

@@ -4,9 +4,12 @@
 
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace bench {
@@ -16,7 +19,7 @@ struct Peak {
     std::string name;
     double ops_per_iteration;              // multiplications and additions, counted apart, of one turn of the loop
     bool (*run)(std::int64_t iterations);  // whether the sums came out right
-    std::string missing;                   // why this processor cannot run it; empty where it can
+    std::string_view missing;              // why this processor cannot run it; empty where it can
 };
 
 // vpdpbusd_zmm, vpdpbusd_ymm (AVX512-VNNI), tdpbssd (AMX): also those that cannot run here.
@@ -46,12 +49,10 @@ double time_calls(benchmark::State& state, const Call& call);
 
 }  // namespace bench
 
-#include <chrono>
-
 template <class Call>
 double bench::time_calls(benchmark::State& state, const Call& call) {
     const auto begin = std::chrono::steady_clock::now();
-    for ([[maybe_unused]] auto _ : state) {
+    while (state.KeepRunning()) {
         call();
         benchmark::ClobberMemory();
     }

@@ -4,6 +4,7 @@
 #include <benchmark/benchmark.h>
 
 #include <cstdlib>
+#include <exception>
 #include <string>
 
 #include "inputs.hpp"
@@ -16,7 +17,8 @@ int main(int argc, char** argv) {
         benchmark::AddCustomContext("instruction_set", octavo::cpu_isa());
         benchmark::AddCustomContext("threads", std::to_string(octavo::num_threads()));
         for (const bench::Peak& peak : bench::peaks()) {
-            if (!peak.missing.empty()) benchmark::AddCustomContext(peak.name, "not measured: " + peak.missing);
+            if (!peak.missing.empty())
+                benchmark::AddCustomContext(peak.name, "not measured: " + std::string(peak.missing));
         }
         benchmark::Initialize(&argc, argv);
         if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
