@@ -1,27 +1,34 @@
-"""Time the int8 linear layer against its peers, in one run, on the CPU.
+"""Time the int8 linear layer against its peers, in one run and one process, on the CPU.
 
-    .venv/bin/pip install bitsandbytes     # optional: without it that column says why it is empty
+    .venv/bin/pip install bitsandbytes torchao     # optional: without them their columns say why they are empty
     .venv/bin/python bench/linear.py --output bench/results/linear
 
-For each shape the contenders compute Y = X W^T from the same X and W. Each result is compared with the float64 product
-before anything is timed; one that is further off than its arithmetic explains is left out, and says so. Then the
-contenders take turns, so that a change of the machine's speed meets all of them alike. Reported: median and quartiles
-of the time of a call, and the ratio of the medians to octavo's.
+For each shape the contenders compute Y = X W^T from the same X and W: octavo with its defaults; torch's linear in
+bfloat16 and float32; `torch._int_mm` with a quantization of X and a scaling around it in torch operations;
+bitsandbytes' `Linear8bitLt` with the paper's threshold and with 0 (no decomposition); torchao's int8 weights with
+dynamic activations, eager (`--compile-torchao` adds it compiled). X and Y are bfloat16, but float32 for torch float32
+and float16 for bitsandbytes, which computes in it and would convert anything else.
+
+Each result is compared with the float64 product before anything is timed; one that is further off than its arithmetic
+explains is left out, and says so, as does one that cannot run. Only octavo and bitsandbytes with its threshold keep
+outlier columns in 16 bits. Then the contenders take turns call by call, so that a change of the machine's speed meets
+all of them alike. Reported: median and quartiles of the time of a call, and the ratio of the medians to octavo's.
+
+As the contenders take turns, each finds in the caches what the weights of the others have left of its own: of all but
+small weights nothing in the level-2 cache, perhaps all in a large level-3 cache. `--cold` also reads a buffer before
+every call, which empties the level-2 cache for small weights too, or, with a size beyond it, the level-3 cache, as
+the other layers of a large model do.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,154 +37,114 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import matplotlib as mpl
-import octavo
 import torch
-from torch.nn import functional
+from contenders import OCTAVO, Contender, Problem, check, contenders, prepare, problem
+from measure import Evict, Timing, machine, set_threads, take_turns, write
 from tqdm import tqdm
 
-WIDTHS = (768, 1024, 1536, 2048, 2560, 4096, 5120)  # of the GPT-3 family; each with its 4-fold feed-forward
+WIDTHS = (768, 1024, 1536, 2048, 2560, 4096, 5120)  # of the GPT-3 family
 ROWS = (1, 4, 16, 64, 512)
 OUTLIERS = (0, 6)
-OCTAVO = "octavo int8"
-
-
-@dataclass
-class Timing:
-    """Milliseconds of a call: median and quartiles over `calls` calls."""
-
-    median: float
-    lower: float
-    upper: float
-    calls: int
+COLD = 64  # MiB
 
 
 @dataclass
 class Case:
-    """A shape and what each contender needs for it; `error` is |Y - exact| / |exact| in the Frobenius norm."""
+    """A shape and what each contender needs for it.
+
+    `error` is |Y - exact| / |exact| in the Frobenius norm, `left_out` why a contender was not timed.
+    """
 
     k: int
     n: int
     m: int
     outliers: int
+    threads: int = 1
     times: dict[str, Timing] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
-class Contender:
-    """A way to compute the layer: `prepare(weight)` takes W in float32 [n, k] and returns the call."""
-
-    prepare: Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
-    dtype: torch.dtype
-    largest_error: float  # that its arithmetic explains
-
-
-def octavo_linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """LLM.int8() with the options that `octavo.linear` has by default."""
-    quantized = octavo.quantize_weight(weight.bfloat16())
-    return lambda x: octavo.linear(x, quantized)
-
-
-def torch_linear(dtype: torch.dtype) -> Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """`torch.nn.functional.linear` in a floating-point type."""
-
-    def prepare(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        converted = weight.to(dtype)
-        return lambda x: functional.linear(x, converted)
-
-    return prepare
-
-
-def bitsandbytes_linear(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The official implementation, `Linear8bitLt`, with the paper's threshold, in the float16 it computes in."""
-    import bitsandbytes
-
-    n, k = weight.shape
-    layer = bitsandbytes.nn.Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=6.0)
-    layer.weight = bitsandbytes.nn.Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
-    return layer.to("cpu").eval()
-
-
-# Rounding to 8 bits is off by about 1 % of the norm for normal values, bfloat16 by 0.3 %.
-CONTENDERS = {
-    OCTAVO: Contender(octavo_linear, torch.bfloat16, 0.03),
-    "torch bfloat16": Contender(torch_linear(torch.bfloat16), torch.bfloat16, 0.01),
-    "torch float32": Contender(torch_linear(torch.float32), torch.float32, 0.005),
-    "bitsandbytes": Contender(bitsandbytes_linear, torch.float16, 0.03),
-}
-
-
-def main() -> int:
-    """Measure, print the table, write JSON and a plot. Returns the exit status."""
-    args = arguments()
-    torch.set_num_threads(args.threads)
-    octavo.set_num_threads(args.threads)
-    shapes = [(k, n) for width in args.widths for k, n in ((width, width), (width, 4 * width))]
-    cases = [Case(k, n, m, o) for k, n in shapes for m in args.rows for o in OUTLIERS]
-    with torch.no_grad(), tqdm(cases, unit="case", file=sys.stderr) as bar:
-        for case in bar:
-            bar.set_description(f"k={case.k} n={case.n} m={case.m} outliers={case.outliers}")
-            measure(case, args.seconds)
-    print(table(cases))
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write JSON, text and a plot. Returns the exit status."""
+    args = arguments(words)
+    set_threads(args.threads)
+    evict = Evict(args.cold, args.threads) if args.cold else None
+    chosen = contenders(compile_torchao=args.compile_torchao)
+    cases = [Case(*shape, outliers, args.threads) for shape in shapes(args) for outliers in args.outliers]
+    facts = machine(args.threads) | {"cold_mebibytes": args.cold, "seconds": args.seconds}
+    with torch.no_grad(), tqdm(total=len(cases), unit="case", file=sys.stderr, disable=None) as bar:
+        for k, n in dict.fromkeys((case.k, case.n) for case in cases):
+            bar.set_description(f"k={k} n={n}")
+            measure([case for case in cases if (case.k, case.n) == (k, n)], chosen, args.seconds, evict, bar.update)
+    facts["load_after"] = os.getloadavg()
+    text = table(cases, list(chosen))
+    print(text)
     args.output.mkdir(parents=True, exist_ok=True)
-    report = {
-        "command": " ".join(sys.argv),
-        "machine": machine(args.threads),
-        "cases": [asdict(case) for case in cases],
-    }
+    command = " ".join(["bench/linear.py", *(sys.argv[1:] if words is None else words)])
+    report = {"command": command, "machine": facts, "cases": [asdict(case) for case in cases]}
     write(args.output / "linear.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    write(args.output / "linear.txt", lambda path: path.write_text(table(cases) + "\n"))
-    write(args.output / "linear.png", lambda path: plot(cases, report["machine"], path))
+    write(args.output / "linear.txt", lambda path: path.write_text(text + "\n"))
+    write(args.output / "linear.png", partial(plot, cases, list(chosen), facts))
     return 0
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="input features k; n is k and 4k")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="k x n is w x w, w x 4w and 4w x w")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="tokens m")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shapes", type=shape, nargs="+", metavar="K,N,M", help="these instead of --widths and --rows")
+    parser.add_argument("--outliers", type=int, nargs="+", default=OUTLIERS, help="outlier columns of X")
+    parser.add_argument("--threads", type=int, default=1, help="run it with 1 and with 2 to see how it scales")
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each case, all contenders together")
+    parser.add_argument("--cold", type=int, nargs="?", const=COLD, metavar="MIB", help="read a buffer before each "
+                        f"call, for each thread of this size (without one: {COLD} MiB)")  # fmt: skip
+    parser.add_argument("--compile-torchao", action="store_true", help="also through torch.compile (needs a compiler)")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def measure(case: Case, seconds: float) -> None:
-    """Check, then time, every contender."""
-    generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(case.n, case.k, generator=generator) / case.k**0.5).bfloat16().float()
-    x = torch.randn(case.m, case.k, generator=generator).clamp_(-5, 5)
-    columns = torch.randperm(case.k, generator=generator)[: case.outliers]
-    x[:, columns] = 20 + torch.randn(case.m, case.outliers, generator=generator)
-    x = x.bfloat16().float()
-    exact = x.double() @ weight.double().T
+def shape(word: str) -> tuple[int, int, int]:
+    """(k, n, m) of "k,n,m"."""
+    numbers = [int(number) for number in word.split(",")]
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"expected K,N,M, three positive numbers, got {word!r}")
+    k, n, m = numbers
+    return k, n, m
 
-    calls: dict[str, Callable[[], torch.Tensor]] = {}
-    for name, contender in CONTENDERS.items():
-        given = x.to(contender.dtype)
-        try:
-            layer = contender.prepare(weight)
-            error = float((layer(given).double() - exact).norm() / exact.norm())
-        except (ImportError, RuntimeError, NotImplementedError, AttributeError) as problem:
-            case.left_out[name] = f"{type(problem).__name__}: {problem}".splitlines()[0]
-            continue
-        case.error[name] = error
-        if not error <= contender.largest_error:
-            case.left_out[name] = f"wrong: error {error:.3g}, at most {contender.largest_error:g} expected"
-            continue
-        calls[name] = lambda layer=layer, given=given: layer(given)
 
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[OCTAVO]) < 3:
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            samples[name].append(1e3 * (time.perf_counter() - begin))
-    for name, values in samples.items():
-        lower, median, upper = statistics.quantiles(values, n=4)
-        case.times[name] = Timing(median, lower, upper, len(values))
+def shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """The (k, n, m) asked for."""
+    if args.shapes:
+        return list(args.shapes)
+    pairs = [(k, n) for w in args.widths for k, n in ((w, w), (w, 4 * w), (4 * w, w))]
+    return [(k, n, m) for k, n in dict.fromkeys(pairs) for m in args.rows]
+
+
+def measure(
+    cases: list[Case], chosen: dict[str, Contender], seconds: float, evict: Evict | None, done: Any = lambda: None
+) -> None:
+    """Check, then time, every contender in cases of one k and n."""
+    k, n = cases[0].k, cases[0].n
+    given = {o: problem(k, n, max(case.m for case in cases), o) for o in {case.outliers for case in cases}}
+    layers, left_out = prepare(chosen, next(iter(given.values())).weight)
+    for case in cases:
+        case.left_out |= left_out
+        whole = given[case.outliers]
+        part = Problem(whole.x[: case.m], whole.weight, whole.exact[: case.m])
+        calls = {}
+        for name, layer in layers.items():
+            error, why = check(chosen[name], layer, part)
+            if error == error:
+                case.error[name] = error
+            if why:
+                case.left_out[name] = why
+                continue
+            calls[name] = partial(layer, part.x.to(chosen[name].dtype))
+        if calls:
+            case.times = take_turns(calls, seconds, evict or (lambda name: None))
+        done()
 
 
 def ratio(case: Case, name: str) -> float | None:
@@ -187,10 +154,10 @@ def ratio(case: Case, name: str) -> float | None:
     return case.times[name].median / case.times[OCTAVO].median
 
 
-def table(cases: list[Case]) -> str:
-    """A line for each case: times in ms, and ratios to octavo."""
-    peers = [name for name in CONTENDERS if name != OCTAVO]
-    head = f"{'k':>6}{'n':>7}{'m':>5}{'outliers':>9}  {OCTAVO + ', ms':>15}" + "".join(f"{p:>24}" for p in peers)
+def table(cases: list[Case], names: list[str]) -> str:
+    """A line for each case: times in ms, and ratios to octavo; the lowest ratios; what was left out and why."""
+    peers = [name for name in names if name != OCTAVO]
+    head = f"{'k':>6}{'n':>7}{'m':>5}{'outliers':>9}  {OCTAVO + ', ms':>15}" + "".join(f"{p:>27}" for p in peers)
     lines = [head]
     for case in cases:
         line = f"{case.k:>6}{case.n:>7}{case.m:>5}{case.outliers:>9}  "
@@ -198,78 +165,56 @@ def table(cases: list[Case]) -> str:
         for peer in peers:
             factor = ratio(case, peer)
             cell = "left out" if factor is None else f"{case.times[peer].median:.3f} ({factor:.2f}x)"
-            line += f"{cell:>24}"
+            line += f"{cell:>27}"
         lines.append(line)
+    for peer in peers:
+        found = [(factor, case) for case in cases if (factor := ratio(case, peer)) is not None]
+        if found:
+            factor, case = min(found, key=lambda item: item[0])
+            where = f"k={case.k} n={case.n} m={case.m}, {case.outliers} outlier columns"
+            lines.append(f"lowest ratio to {peer}: {factor:.2f}x ({where})")
     reasons = {f"{name}: {reason}" for case in cases for name, reason in case.left_out.items()}
     return "\n".join([*lines, *(f"left out: {reason}" for reason in sorted(reasons))])
 
 
-def plot(cases: list[Case], machine_facts: dict[str, Any], path: Path) -> None:
+def plot(cases: list[Case], names: list[str], facts: dict[str, Any], path: Path) -> None:
     """Ratios over the rows of X, a panel for each peer; above 1 octavo is faster."""
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    peers = [name for name in CONTENDERS if any(ratio(case, name) for case in cases) and name != OCTAVO]
-    figure, axes = pyplot.subplots(1, len(peers), figsize=(4.6 * len(peers), 4.2), sharey=True, squeeze=False)
-    shapes = list(dict.fromkeys((case.k, case.n) for case in cases))
-    colors = mpl.colormaps["viridis"].resampled(len(shapes) + 1)
-    for axis, peer in zip(axes[0], peers, strict=True):
-        for index, (k, n) in enumerate(shapes):
-            chosen = [c for c in cases if (c.k, c.n, c.outliers) == (k, n, max(OUTLIERS)) and ratio(c, peer)]
-            axis.plot(
-                [c.m for c in chosen], [ratio(c, peer) for c in chosen], "o-", color=colors(index), label=f"{k} x {n}"
-            )
+    outliers = max(case.outliers for case in cases)
+    shown = [case for case in cases if case.outliers == outliers]
+    peers = [name for name in names if name != OCTAVO and any(ratio(case, name) is not None for case in shown)]
+    wide = min(3, max(1, len(peers)))
+    tall = max(1, -(-len(peers) // wide))
+    figure, grid = pyplot.subplots(
+        tall, wide, figsize=(4.6 * wide, 4.2 * tall), sharex=True, sharey=True, squeeze=False
+    )
+    axes = list(grid.flat)
+    pairs = list(dict.fromkeys((case.k, case.n) for case in shown))
+    colors = mpl.colormaps["viridis"].resampled(len(pairs) + 1)
+    for axis, peer in zip(axes, peers, strict=False):
+        for index, (k, n) in enumerate(pairs):
+            of_pair = sorted((c for c in shown if (c.k, c.n) == (k, n)), key=lambda c: c.m)
+            points = [(c.m, ratio(c, peer)) for c in of_pair if ratio(c, peer) is not None]
+            rows, ratios = [m for m, _ in points], [factor for _, factor in points]
+            axis.plot(rows, ratios, "o-", color=colors(index), label=f"{k} x {n}")
         axis.axhline(1, color="black", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="rows of X (tokens)", title=f"against {peer}")
         axis.grid(color="0.9", which="both")
-    axes[0][0].set_ylabel("times as fast (above 1: octavo is faster)")
-    axes[0][-1].legend(title="k x n", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"Linear layer, {max(OUTLIERS)} outlier columns: {machine_facts['cpu']}, "
-                    f"{machine_facts['threads']} thread(s)")  # fmt: skip
+    for axis in axes[len(peers) :]:
+        axis.axis("off")
+    for row in grid:
+        row[0].set_ylabel("times as fast (above 1: octavo is faster)")
+    if peers:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, title="k x n", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    caches = f", {facts['cold_mebibytes']} MiB read before each call" if facts["cold_mebibytes"] else ""
+    figure.suptitle(f"Linear layer, {outliers} outlier columns: {facts['cpu']}, {facts['instruction_set']}, "
+                    f"{facts['threads']} thread(s){caches}")  # fmt: skip
+    figure.tight_layout()
     figure.savefig(path, dpi=130, bbox_inches="tight", format="png")
     pyplot.close(figure)
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")),
-        platform.processor(),
-    )
-    packages = {}
-    for name in ("octavo", "torch", "bitsandbytes"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = "not installed"
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": os.getloadavg(),
-        "instruction_set": octavo.info()["cpu"]["instruction_set"],
-        "python": platform.python_version(),
-        "packages": packages,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
-
-
-def write(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Write beside and rename, so that no half-written file is left under the name."""
-    beside = path.with_name(path.name + ".part")
-    fill(beside)
-    beside.replace(path)
 
 
 if __name__ == "__main__":
