@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import octavo
-from octavo import _core, _layout
+from octavo import _core, _torch_layout
 from octavo._types import Granularity, Outliers, Path, Scheme
 from octavo.weight import Int8Weight
 
@@ -56,12 +56,12 @@ def _linear(
     path: Path,
     in_features: int | None = None,  # k, of packed codes, whose shape is that of the next multiple of 64
 ) -> Tensor:
-    if _layout.is_packed(codes) and in_features is None:
+    if _torch_layout.is_packed(codes) and in_features is None:
         raise ValueError("octavo::linear: in_features: expected a number with packed codes, got None")
     weight = Int8Weight(
         codes,
         scale,
-        shape=(code_sums.shape[0], in_features) if _layout.is_packed(codes) and in_features is not None else None,
+        shape=(code_sums.shape[0], in_features) if _torch_layout.is_packed(codes) and in_features is not None else None,
         pack=False,
         zeropoint=zeropoint,
         outlier_columns=outlier_columns,
@@ -91,7 +91,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     codes, scale, zeropoint = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = _layout.unpack(codes, *ctx.weight_shape).to(torch.float32)
+        weight = _torch_layout.unpack(codes, *ctx.weight_shape).to(torch.float32)
         if zeropoint is not None:
             weight = weight + zeropoint[:, None]
         grad_x = grad @ (weight * scale[:, None]).to(grad.dtype)
@@ -231,14 +231,14 @@ class Int8Linear(nn.Module):
                 **{name: getattr(self, name) for name in self._ARRAYS},
                 scheme=self._scheme,
                 granularity=self._granularity,
-                shape=(self.out_features, self.in_features) if _layout.is_packed(self.weight) else None,
+                shape=(self.out_features, self.in_features) if _torch_layout.is_packed(self.weight) else None,
             )
         return self._int8_weight
 
     @property
     def codes(self) -> Tensor:
         """int8 ``[n, k]``; a new tensor where the weight is packed."""
-        return _layout.unpack(self.weight.detach(), self.out_features, self.in_features)
+        return _torch_layout.unpack(self.weight.detach(), self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
@@ -309,7 +309,7 @@ class Int8Linear(nn.Module):
 
     def _settle(self) -> None:
         """Bring the weight into the order of its device."""
-        settled = _layout.settled(self.weight, self.out_features, self.in_features)
+        settled = _torch_layout.settled(self.weight, self.out_features, self.in_features)
         if settled is not self.weight:
             self.weight = settled
 
@@ -334,7 +334,7 @@ class Int8Linear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = _layout.natural(self.weight, self.out_features, self.in_features)
+        destination[prefix + "weight"] = _torch_layout.natural(self.weight, self.out_features, self.in_features)
 
     def get_extra_state(self) -> Tensor:
         """The options of the layer as JSON, in a uint8 tensor: what every checkpoint format can hold."""
@@ -391,8 +391,8 @@ class Int8Linear(nn.Module):
                 setattr(self, name, torch.empty_like(entry, device=self.weight.device))
             elif extra_state is not None and name != "scale":
                 setattr(self, name, None)
-        if fits and _layout.is_packed(self.weight) and not local_metadata.get("assign_to_params_buffers", False):
-            state_dict[key] = _layout.pack(state_dict[key].cpu())  # to be copied into memory in that order
+        if fits and _torch_layout.is_packed(self.weight) and not local_metadata.get("assign_to_params_buffers", False):
+            state_dict[key] = _torch_layout.pack(state_dict[key].cpu())  # to be copied into memory in that order
         if weight is not None and not fits:
             del state_dict[key]
             error_msgs.append(
@@ -406,7 +406,7 @@ class Int8Linear(nn.Module):
             missing_keys.remove(key)
         if self.weight.device.type != "meta":
             self._settle()
-            self.code_sums = _layout.sum_codes(self.weight, self.out_features)
+            self.code_sums = _torch_layout.sum_codes(self.weight, self.out_features)
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

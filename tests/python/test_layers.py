@@ -139,7 +139,18 @@ def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
 
 FRAMEWORKS = {"torch", "jax", "jaxlib", "cupy", "transformers"}
 # Modules that a user imports for one framework, or that are tools: they may need it at import.
-OF_FRAMEWORKS = {"torch", "jax", "transformers", "eval", "analysis", "demo", "checkpoint", "plan", "cli"}
+OF_FRAMEWORKS = {
+    "_torch_layout",
+    "torch",
+    "jax",
+    "transformers",
+    "eval",
+    "analysis",
+    "demo",
+    "checkpoint",
+    "plan",
+    "cli",
+}
 
 
 def python_files() -> list[Path]:
