@@ -10,8 +10,12 @@ namespace {
 
 using octavo::DType;
 
-// B as the product takes it: the one place that knows how its codes lie in memory.
-octavo::ConstMatrix operand(const bench::Array& codes) { return codes.matrix(); }
+// B as the product takes it, packed: the one place that knows how its codes lie in memory.
+octavo::ConstMatrix operand(const bench::Array& codes, const bench::Array& packed) {
+    octavo::ConstMatrix matrix = codes.matrix();
+    matrix.data = packed.vector().data;
+    return matrix;
+}
 
 // The whole product: out r = A (B^T r) holds exactly for right sums, and for a wrong one only by chance of r.
 void check(const bench::Array& a, const bench::Array& b, const bench::Array& out) {
@@ -43,12 +47,16 @@ void int8_matmul(benchmark::State& state) {
     const std::int64_t m = state.range(2);
     const bench::Array a = bench::codes(m, k, 1);
     const bench::Array b = bench::codes(n, k, 2);
+    const bench::Array packed = bench::packed(b);
     const bench::Array out(DType::i32, m, n);
-    const auto call = [&] { octavo::int8_matmul(a.matrix(), operand(b), out.matrix()); };
+    const auto call = [&] {
+        octavo::int8_matmul(a.matrix(), operand(b, packed), out.matrix(), octavo::Layout::packed);
+    };
     call();
     check(a, b, out);
     const double seconds = bench::time_calls(state, call);
-    bench::report_product(state, seconds, m, n, k, a.bytes() + b.bytes() + out.bytes(), b.as<void>(), b.bytes());
+    bench::report_product(state, seconds, m, n, k, a.bytes() + b.bytes() + out.bytes(), packed.as<void>(),
+                          packed.bytes());
 }
 BENCHMARK(int8_matmul)
     ->ArgNames({"k", "n", "m"})

@@ -42,7 +42,7 @@ void linear(benchmark::State& state) {
     check(x, original, out);
     const double seconds = bench::time_calls(state, call);
     bench::report_product(state, seconds, m, n, k, x.bytes() + weight.codes.bytes() + out.bytes(),
-                          weight.codes.as<void>(), weight.codes.bytes());
+                          weight.packed_codes.as<void>(), weight.packed_codes.bytes());
 }
 BENCHMARK(linear)
     ->ArgNames({"k", "n", "m", "outliers"})

@@ -39,11 +39,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import octavo
 import octavo.torch
 import torch
+from octavo._types import Outliers
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 M, K, N = 1, 64, 16
-POLICIES = ("none", "columns")
+POLICIES: tuple[Outliers, ...] = ("none", "columns")
 
 
 def main() -> int:

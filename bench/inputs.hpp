@@ -135,6 +135,14 @@ inline Array activations(octavo::DType dtype, std::int64_t m, std::int64_t k, st
     return x;
 }
 
+// Codes in packed order, as a matrix of one row.
+inline Array packed(const Array& codes) {
+    const std::int64_t size = octavo::packed_size(codes.rows(), codes.cols());
+    Array result(octavo::DType::i8, 1, size);
+    octavo::pack(codes.matrix(), result.vector());
+    return result;
+}
+
 // An int8 weight [n, k] made of the float weight `original`, vector-wise.
 struct Weight {
     explicit Weight(const Array& original)
@@ -143,15 +151,20 @@ struct Weight {
           code_sums(octavo::DType::i32, 1, original.rows()) {
         octavo::quantize_weight(original.matrix(), octavo::Scheme::absmax, octavo::Granularity::vector, codes.matrix(),
                                 scale.vector(), octavo::absent_vector, code_sums.vector());
+        packed_codes = packed(codes);
     }
     // As `linear` takes it: the one place that knows how the codes lie in memory.
     [[nodiscard]] octavo::WeightView view() const {
-        return {.codes = codes.matrix(), .scale = scale.vector(), .code_sums = code_sums.vector()};
+        octavo::WeightView view{.codes = codes.matrix(), .scale = scale.vector(), .code_sums = code_sums.vector()};
+        view.codes.data = packed_codes.vector().data;
+        view.layout = octavo::Layout::packed;
+        return view;
     }
 
     Array codes;
     Array scale;
     Array code_sums;
+    Array packed_codes{octavo::DType::i8, 1, 0};
 };
 
 }  // namespace bench

@@ -308,12 +308,13 @@ py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::h
     return result.finish();
 }
 
-// A weight whose arrays have been read and checked once, so that `linear` need not. Its codes are a matrix [n, k], or in
-// packed order, and then `shape` is (n, k).
+// A weight whose arrays have been read and checked once, so that `linear` need not. Its codes are a matrix [n, k], or
+// in packed order, and then `shape` is (n, k).
 class Weight {
 public:
-    Weight(py::handle codes, const std::optional<std::pair<std::int64_t, std::int64_t>>& shape, py::handle scale, py::handle zeropoint, py::handle code_sums, py::handle outlier_columns,
-           py::handle outlier_weight, py::handle scheme, py::handle granularity)
+    Weight(py::handle codes, const std::optional<std::pair<std::int64_t, std::int64_t>>& shape, py::handle scale,
+           py::handle zeropoint, py::handle code_sums, py::handle outlier_columns, py::handle outlier_weight,
+           py::handle scheme, py::handle granularity)
         : codes_(codes, {function, "codes", "int8"}, Use::keep),
           scale_(scale, {function, "scale", "float32"}, Use::keep),
           zeropoint_(optional_array(zeropoint, {function, "zeropoint", "float32"}, Use::keep)),
@@ -451,8 +452,8 @@ void define_operations(py::module_& module) {
     py::class_<Weight>(module, "Weight", py::is_final())
         .def(py::init<py::handle, const std::optional<std::pair<std::int64_t, std::int64_t>>&, py::handle, py::handle,
                       py::handle, py::handle, py::handle, py::handle, py::handle>(),
-             py::arg("codes"), py::arg("shape"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"), py::arg("outlier_columns"),
-             py::arg("outlier_weight"), py::arg("scheme"), py::arg("granularity"))
+             py::arg("codes"), py::arg("shape"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"),
+             py::arg("outlier_columns"), py::arg("outlier_weight"), py::arg("scheme"), py::arg("granularity"))
         .def_property_readonly("code_sums", &Weight::code_sums);
 }
 

@@ -19,7 +19,7 @@ public:
     virtual void pack(ConstMatrix codes, Vector packed, Stream stream) const = 0;
     virtual void unpack(ConstVector packed, Matrix codes, Stream stream) const = 0;
     virtual void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) const = 0;
-    virtual void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Stream stream) const = 0;
+    virtual void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout, Stream stream) const = 0;
     virtual void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
                             Stream stream) const = 0;
     virtual void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out,

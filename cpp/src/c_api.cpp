@@ -235,7 +235,7 @@ octavo_status octavo_int8_matmul(const octavo_matrix* a, const octavo_matrix* b,
     return report([&] {
         constexpr auto function = "int8_matmul";
         int8_matmul(matrix_of({function, "a"}, a), matrix_of({function, "b"}, b), matrix_of({function, "out"}, out),
-                    {stream});
+                    Layout::row_major, {stream});
     });
 }
 

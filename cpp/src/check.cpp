@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdlib>
 
+#include "octavo/pack.hpp"
+
 namespace octavo::check {
 namespace {
 
@@ -156,6 +158,20 @@ void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMa
 
 void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstVector& input, const char* input_name) {
     is_disjoint(argument, out, as_matrix(input), input_name);
+}
+
+void has_layout(const Argument& argument, const ConstMatrix& codes, Layout layout) {
+    if (layout == Layout::row_major || codes.device.kind == DeviceKind::cpu) return;
+    fail(ErrorKind::value, argument, "packed codes on cpu", to_string(codes.device));
+}
+
+ConstMatrix memory_of(const ConstMatrix& codes, Layout layout) {
+    if (layout == Layout::row_major) return codes;
+    ConstMatrix memory = codes;
+    memory.rows = 1;
+    memory.cols = packed_size(codes.rows, codes.cols);
+    memory.col_stride = 1;
+    return memory;
 }
 
 void threshold(const Argument& argument, float value) {

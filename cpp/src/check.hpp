@@ -41,6 +41,11 @@ void is_writable(const Argument& argument, const ConstVector& out);
 void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMatrix& input, const char* input_name);
 void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstVector& input, const char* input_name);
 
+// Codes whose layout their device has. Packed ones have `rows` and `cols` of what is packed; `memory_of` is where they
+// are, as a matrix.
+void has_layout(const Argument& argument, const ConstMatrix& codes, Layout layout);
+[[nodiscard]] ConstMatrix memory_of(const ConstMatrix& codes, Layout layout);
+
 void threshold(const Argument& argument, float value);
 
 // A depth whose sums of codes fit int32.

@@ -2,32 +2,14 @@
 
 #include "backend.hpp"
 #include "check.hpp"
-#include "octavo/pack.hpp"
 
 namespace octavo {
-namespace {
-
-// The memory that the codes are in, as a matrix.
-ConstMatrix memory_of(const WeightView& weight) {
-    ConstMatrix codes = weight.codes;
-    if (weight.layout == Layout::row_major) return codes;
-    codes.rows = 1;
-    codes.cols = packed_size(weight.codes.rows, weight.codes.cols);
-    codes.col_stride = 1;
-    return codes;
-}
-
-}  // namespace
-
 void check_weight(const WeightView& weight, const char* function) {
     const auto& codes = weight.codes;
     const std::int64_t groups = weight.granularity == Granularity::vector ? codes.rows : 1;
     check::is_dtype({function, "weight.codes"}, codes, DType::i8);
     check::depth({function, "weight.codes"}, codes.cols);
-    if (weight.layout == Layout::packed && codes.device.kind != DeviceKind::cpu) {
-        check::fail(ErrorKind::value, {function, "weight.codes"}, "packed codes on cpu",
-                    check::to_string(codes.device));
-    }
+    check::has_layout({function, "weight.codes"}, codes, weight.layout);
     check::is_dtype({function, "weight.scale"}, weight.scale, DType::f32);
     check::has_size({function, "weight.scale"}, weight.scale.size, groups);
     check::on_device({function, "weight.scale"}, weight.scale.device, codes.device);
@@ -85,7 +67,7 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
     check::on_device({function, "out"}, out.device, x.device);
     check::is_writable({function, "out"}, out);
     check::is_disjoint({function, "out"}, out, x, "x");
-    check::is_disjoint({function, "out"}, out, memory_of(weight), "weight.codes");
+    check::is_disjoint({function, "out"}, out, check::memory_of(weight.codes, weight.layout), "weight.codes");
     check::is_disjoint({function, "out"}, out, weight.scale, "weight.scale");
     check::is_disjoint({function, "out"}, out, weight.zeropoint, "weight.zeropoint");
     check::is_disjoint({function, "out"}, out, weight.code_sums, "weight.code_sums");

@@ -28,8 +28,8 @@ public:
     void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream /*stream*/) const override {
         cpu::find_outliers(x, threshold, columns, count);
     }
-    void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Stream /*stream*/) const override {
-        cpu::int8_matmul(a, b, out);
+    void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout, Stream /*stream*/) const override {
+        cpu::int8_matmul(a, b, out, b_layout);
     }
     void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
                     Stream /*stream*/) const override {

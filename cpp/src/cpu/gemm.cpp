@@ -36,11 +36,23 @@ void for_each_panel(std::int64_t m, std::int64_t n, std::int64_t k, const std::f
 }
 
 void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums) {
-    for (std::int64_t j = 0; j < cols; ++j) {
-        const std::int8_t* const codes = w.data() + packed_index(j, begin, w.depth());
-        sums[j] = 0;
-        for (std::int64_t k = 0; k < end - begin; ++k) sums[j] += codes[k / 4 * 64 + k % 4];
-    }
+    if (!kernels().x_is_unsigned) return;
+    // The product with a row of ones; no 128 has been added to them, so none is to be taken off.
+    const std::int64_t depth = end - begin;
+    const Scratch<std::int8_t> ones(depth);
+    std::fill(ones.data(), ones.data() + depth, std::int8_t{1});
+    const Scratch<std::int32_t> acc(tile_cols);
+    std::fill(sums, sums + cols, 0);
+    kernels().product({.x = ones.data(),
+                       .x_stride = depth,
+                       .rows = 1,
+                       .w = w.data() + begin * block_cols,
+                       .w_stride = w.stride(),
+                       .w_sums = sums,
+                       .cols = cols,
+                       .depth = depth,
+                       .acc = acc.data()});
+    std::copy(acc.data(), acc.data() + cols, sums);
 }
 
 namespace {
@@ -71,7 +83,7 @@ void put_row(const std::int64_t* acc, const Panel& panel, std::int64_t row, cons
 
 }  // namespace
 
-void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out) {
+void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout) {
     const XCodes x(a.rows, a.cols);
     parallel_for(a.rows, row_grain(a.cols), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
@@ -82,14 +94,9 @@ void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out) {
         }
     });
     for_each_panel(out.rows, out.cols, a.cols, [&](const Panel& panel) {
-        const PackedPanel w(b, Layout::row_major, panel.col_begin, panel.col_end);
-        std::int32_t sums[tile_cols] = {};
-        if (kernels().x_is_unsigned && w.depth() <= max_int32_depth) {
-            const Scratch<std::int8_t> copy(b.cols);
-            for (std::int64_t j = 0; j < panel.cols(); ++j) {
-                sums[j] = kernels().sum(contiguous_codes(b, panel.col_begin + j, copy.data()), b.cols);
-            }
-        }
+        const PackedPanel w(b, b_layout, panel.col_begin, panel.col_end);
+        std::int32_t sums[tile_cols];
+        if (w.depth() <= max_int32_depth) sum_packed(w, whole_blocks(panel.cols()), 0, w.depth(), sums);
         multiply_panel(x, w, sums, panel, [&](std::int64_t row, const auto* acc) { put_row(acc, panel, row, out); });
     });
 }

@@ -48,7 +48,8 @@ private:
     Scratch<std::int8_t> memory_;
 };
 
-// sums[j] = sum of the codes of output feature j of the panel over [begin, end) of the padded depth.
+// sums[j] = sum of the codes of output feature j of the panel over [begin, end) of the padded depth, for a multiple of
+// 16 features; nothing where the product does not ask for them.
 void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums);
 
 // Call finish(row, acc) for every row of a panel, acc[j] = sum_k x[row, k] * w[j, k]: int32 sums for
@@ -57,7 +58,7 @@ template <class Finish>
 void multiply_panel(const XCodes& x, const PackedPanel& w, const std::int32_t* w_sums, const Panel& panel,
                     Finish finish) {
     const Kernels& table = kernels();
-    const std::int64_t cols = (panel.cols() + block_cols - 1) / block_cols * block_cols;
+    const std::int64_t cols = whole_blocks(panel.cols());
     const std::int64_t most_rows = std::min(table.tile_rows, panel.row_end - panel.row_begin);
     const Scratch<std::int32_t> acc(most_rows * tile_cols);
     const auto product = [&](std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end,

@@ -20,9 +20,6 @@ float of_group(const ConstVector& values, std::int64_t index, float absent) {
     return get<float>(values, values.size == 1 ? 0 : index);
 }
 
-// A number of columns, up to a whole number of blocks.
-constexpr std::int64_t padded(std::int64_t cols) { return (cols + block_cols - 1) / block_cols * block_cols; }
-
 // X as codes, in memory of its own.
 struct QuantizedX {
     QuantizedX(const ConstMatrix& x, const WeightView& weight, const OutlierElements& outliers)
@@ -56,7 +53,7 @@ void gather(const ConstVector& values, std::int64_t begin, std::int64_t count, f
     } else {
         kernels().load(values.dtype, at(values, begin), values.stride, count, target);
     }
-    std::fill(target + count, target + padded(count), 0.0F);
+    std::fill(target + count, target + whole_blocks(count), 0.0F);
 }
 
 // What the epilogue needs of the weight for the columns of one panel, gathered so that its loops are contiguous.
@@ -70,7 +67,7 @@ public:
         if (weight.zeropoint.present) {
             gather(weight.zeropoint, panel.col_begin, cols, zeropoint);
         } else {
-            std::fill(zeropoint, zeropoint + padded(cols), 0.0F);
+            std::fill(zeropoint, zeropoint + whole_blocks(cols), 0.0F);
         }
         if (weight.code_sums.stride == 1) {
             __builtin_memcpy(code_sums, at(weight.code_sums, panel.col_begin),
@@ -80,10 +77,10 @@ public:
                 code_sums[j] = get<std::int32_t>(weight.code_sums, panel.col_begin + j);
             }
         }
-        std::fill(code_sums + cols, code_sums + padded(cols), 0);
+        std::fill(code_sums + cols, code_sums + whole_blocks(cols), 0);
         if (has_bias_) {
             kernels().load(bias.dtype, at(bias, panel.col_begin), bias.stride, cols, bias_);
-            std::fill(bias_ + cols, bias_ + padded(cols), 0.0F);
+            std::fill(bias_ + cols, bias_ + whole_blocks(cols), 0.0F);
         }
     }
 
@@ -110,7 +107,7 @@ public:
                 const ConstMatrix& original = weight_.outlier_weight;
                 kernels().load(original.dtype, at(original, panel_.col_begin, kept), original.row_stride, panel_.cols(),
                                target);
-                std::fill(target + panel_.cols(), target + padded(panel_.cols()), 0.0F);
+                std::fill(target + panel_.cols(), target + whole_blocks(panel_.cols()), 0.0F);
             } else {
                 kernels().dequantize_column(codes.data(), codes.stride(), column, panel_.cols(), zeropoint, scale,
                                             target);

@@ -18,6 +18,11 @@ namespace octavo::cpu {
 
 inline constexpr std::int64_t block_cols = 16;  // output features of a block
 
+// A number of output features, up to a whole number of blocks.
+[[nodiscard]] constexpr std::int64_t whole_blocks(std::int64_t cols) noexcept {
+    return (cols + block_cols - 1) / block_cols * block_cols;
+}
+
 // The order's own position of output feature `row` at `col`, in a weight of padded depth `depth`.
 [[nodiscard]] constexpr std::int64_t packed_index(std::int64_t row, std::int64_t col, std::int64_t depth) noexcept {
     return row / 16 * 16 * depth + col / 4 * 64 + row % 16 * 4 + col % 4;
