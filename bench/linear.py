@@ -180,7 +180,7 @@ def table(cases: list[Case], names: list[str]) -> str:
 def plot(cases: list[Case], names: list[str], facts: dict[str, Any], path: Path) -> None:
     """Ratios over the rows of X, a panel for each peer; above 1 octavo is faster."""
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     outliers = max(case.outliers for case in cases)
     shown = [case for case in cases if case.outliers == outliers]
@@ -201,6 +201,11 @@ def plot(cases: list[Case], names: list[str], facts: dict[str, Any], path: Path)
             axis.plot(rows, ratios, "o-", color=colors(index), label=f"{k} x {n}")
         axis.axhline(1, color="black", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="rows of X (tokens)", title=f"against {peer}")
+        axis.set_xticks(sorted({case.m for case in shown}))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(color="0.9", which="both")
     for axis in axes[len(peers) :]:
         axis.axis("off")
