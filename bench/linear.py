@@ -39,7 +39,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import matplotlib as mpl
 import torch
 from contenders import OCTAVO, Contender, Problem, check, contenders, prepare, problem
-from measure import Evict, Timing, machine, set_threads, take_turns, write
+from measure import Evict, Others, Timing, machine, set_threads, take_turns, write
 from tqdm import tqdm
 
 WIDTHS = (768, 1024, 1536, 2048, 2560, 4096, 5120)  # of the GPT-3 family
@@ -73,11 +73,12 @@ def main(words: Sequence[str] | None = None) -> int:
     chosen = contenders(compile_torchao=args.compile_torchao)
     cases = [Case(*shape, outliers, args.threads) for shape in shapes(args) for outliers in args.outliers]
     facts = machine(args.threads) | {"cold_mebibytes": args.cold, "seconds": args.seconds}
+    others = Others()
     with torch.no_grad(), tqdm(total=len(cases), unit="case", file=sys.stderr, disable=None) as bar:
         for k, n in dict.fromkeys((case.k, case.n) for case in cases):
             bar.set_description(f"k={k} n={n}")
             measure([case for case in cases if (case.k, case.n) == (k, n)], chosen, args.seconds, evict, bar.update)
-    facts["load_after"] = os.getloadavg()
+    facts["cores_taken_by_others"] = others.cores()
     text = table(cases, list(chosen))
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -180,7 +181,7 @@ def table(cases: list[Case], names: list[str]) -> str:
 def plot(cases: list[Case], names: list[str], facts: dict[str, Any], path: Path) -> None:
     """Ratios over the rows of X, a panel for each peer; above 1 octavo is faster."""
     mpl.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     outliers = max(case.outliers for case in cases)
     shown = [case for case in cases if case.outliers == outliers]
@@ -201,6 +202,11 @@ def plot(cases: list[Case], names: list[str], facts: dict[str, Any], path: Path)
             axis.plot(rows, ratios, "o-", color=colors(index), label=f"{k} x {n}")
         axis.axhline(1, color="black", linewidth=1)
         axis.set(xscale="log", yscale="log", xlabel="rows of X (tokens)", title=f"against {peer}")
+        axis.set_xticks(sorted({case.m for case in shown}))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(color="0.9", which="both")
     for axis in axes[len(peers) :]:
         axis.axis("off")

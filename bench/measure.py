@@ -75,6 +75,35 @@ class Evict:
         self.buffer.sum()
 
 
+class Others:
+    """How many cores other programs, or other guests of the host, kept busy since this was made (Linux)."""
+
+    def __init__(self) -> None:
+        self.begin = time.monotonic(), self._busy(), self._own()
+
+    def cores(self) -> float | None:
+        """The average number; None where the system does not tell."""
+        begin, busy, own = self.begin
+        now = self._busy()
+        if busy is None or now is None:
+            return None
+        return max(0.0, (now - busy) - (self._own() - own)) / max(time.monotonic() - begin, 1e-9)
+
+    @staticmethod
+    def _busy() -> float | None:
+        """Seconds that all cores were not idle: user, nice, system, irq, softirq and steal of /proc/stat."""
+        words = _read("/proc/stat").partition("\n")[0].split()
+        if len(words) < 9 or words[0] != "cpu":
+            return None
+        ticks = [int(word) for word in words[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _own() -> float:
+        """Seconds of this process and of those it has started and waited for."""
+        return sum(os.times()[:4])
+
+
 def set_threads(threads: int) -> None:
     """The threads of torch's operations and of octavo's."""
     torch.set_num_threads(threads)

@@ -42,7 +42,7 @@ from contenders import (
     prepare,
     problem,
 )
-from measure import Timing, machine, set_threads, take_turns, write
+from measure import Others, Timing, machine, set_threads, take_turns, write
 from tqdm import tqdm
 
 OUTLIERS = 6
@@ -107,6 +107,7 @@ class Measured:
     times: dict[str, Timing]
     left_out: dict[str, str]
     scaling: dict[str, Timing]  # of octavo, "1 thread" and "2 threads"; empty where not measured
+    others: float | None = None  # cores that other programs took while `scaling` was measured
 
     def ratio(self, peer: str, own: str) -> float | None:
         """How many times as long as `own` the `peer` takes."""
@@ -120,6 +121,7 @@ def main(words: Sequence[str] | None = None, shapes: Sequence[Shape] = SHAPES) -
     args = arguments(words)
     set_threads(1)
     facts = machine(1)
+    others = Others()
     roofs = [roof(args.binaries)]
     measured = []
     with torch.no_grad(), tqdm(shapes, unit="shape", file=sys.stderr, disable=None) as bar:
@@ -128,7 +130,7 @@ def main(words: Sequence[str] | None = None, shapes: Sequence[Shape] = SHAPES) -
             measured.append(measure(shape, args.seconds))
     products = run_benchmark(args.binaries, "bench_gemm", "int8_matmul/k:{}/n:{}/m:{}/.*".format(*GEMM), repetitions=5)
     roofs.append(roof(args.binaries))
-    facts["load_after"] = os.getloadavg()
+    facts["cores_taken_by_others"] = others.cores()
     lines = [gemm_line(products), *(line for each in measured for line in shape_lines(each, roofs))]
     text = markdown(lines, facts, roofs)
     print(text)
@@ -174,6 +176,7 @@ def measure(shape: Shape, seconds: float) -> Measured:
                 calls[f"{name}, {outliers}"] = partial(layer, part.x.to(chosen[name].dtype))
     times = take_turns(calls, seconds) if calls else {}
     scaling: dict[str, Timing] = {}
+    busy: float | None = None
     own = calls.get(f"{OCTAVO}, {OUTLIERS}")
     if shape.m == 512 and own and (os.cpu_count() or 1) >= 2:
         threads = {"1 thread": 1, "2 threads": 2}
@@ -183,9 +186,11 @@ def measure(shape: Shape, seconds: float) -> Measured:
             octavo.set_num_threads(threads[name])
             own()
 
+        others = Others()
         scaling = take_turns(dict.fromkeys(threads, own), seconds / 4, ready)
+        busy = others.cores()
         octavo.set_num_threads(1)
-    return Measured(shape, times, left_out, scaling)
+    return Measured(shape, times, left_out, scaling, busy)
 
 
 def shape_lines(measured: Measured, roofs: list[dict[str, Any]]) -> list[Line]:
@@ -218,7 +223,9 @@ def shape_lines(measured: Measured, roofs: list[dict[str, Any]]) -> list[Line]:
         found = None
         if measured.scaling:
             found = measured.scaling["1 thread"].median / measured.scaling["2 threads"].median
-        note = "" if found else measured.left_out.get(with_outliers, "this machine has one core")
+        note = measured.left_out.get(with_outliers, "this machine has one core")
+        if found:
+            note = taken(measured.others)  # a core that others use cannot be gained
         lines.append(Line(where, "two threads over one", SCALING, found, note=note))
     if (shape.k, shape.n, shape.m) == LARGEST:
         lines.append(bandwidth_line(where, shape, measured, roofs))
@@ -298,14 +305,18 @@ def absent(reports: list[dict[str, Any]]) -> str:
     return next((report["absent"] for report in reports if "absent" in report), "no such benchmark in the report")
 
 
+def taken(cores: float | None) -> str:
+    """How busy the machine was with other things."""
+    return "other programs' use unknown" if cores is None else f"other programs took {cores:.2f} cores"
+
+
 def markdown(lines: list[Line], facts: dict[str, Any], roofs: list[dict[str, Any]]) -> str:
     """The table, under what it was measured on."""
     settings = " ".join(f"{name}={value}" for name, value in facts["environment"].items() if value)
     versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     text = [
         f"{facts['cpu']}, {facts['cores']} cores; octavo runs {facts['instruction_set']}; {settings}; {versions}; "
-        f"load {facts['load'][0]:.2f} before, {facts['load_after'][0]:.2f} after; commit {facts['commit']}; "
-        f"{facts['date']}",
+        f"{taken(facts['cores_taken_by_others'])}; commit {facts['commit']}; {facts['date']}",
         "",
     ]
     for name, rates in best(roofs).items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,26 @@ def test_the_facts_name_the_variables_that_change_the_machine(monkeypatch: pytes
     assert facts["threads"] == 2
     assert facts["packages"]["octavo"] == octavo.__version__
     json.dumps(facts)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").is_file(), reason="no /proc/stat: what others use is not known here")
+def test_what_other_programs_use_does_not_count_this_one() -> None:
+    busy = "import time\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"
+    others = measure.Others()
+    began = time.process_time()
+    while time.process_time() - began < 0.5:
+        pass
+    alone = others.cores()
+    with subprocess.Popen([sys.executable, "-c", busy]) as process:
+        others = measure.Others()
+        time.sleep(1)
+        disturbed = others.cores()  # the other program has not ended, so it is not counted as our own
+        process.kill()
+    assert alone is not None
+    assert disturbed is not None
+    cores = len(os.sched_getaffinity(0))
+    assert 0 <= alone < cores
+    assert 0.2 < disturbed <= cores + 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------
