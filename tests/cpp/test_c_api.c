@@ -134,6 +134,36 @@ static void quantize_weight(Weight* w) {
                                     &w->view.scale, NULL, &w->view.code_sums, NULL));
 }
 
+static void test_packed(void) {
+    Weight w;
+    quantize_weight(&w);
+    CHECK(octavo_packed_size(2, 3) == 16 * 64);
+    int8_t memory[16 * 64];
+    const octavo_vector packed = octavo_cpu_vector(memory, octavo_dtype_i8, sizeof memory);
+    CHECK_OK(octavo_pack(&w.view.codes, &packed, NULL));
+    CHECK(memory[0] == 127 && memory[1] == 1 && memory[2] == 0 && memory[3] == 0 && memory[5] == 127 && memory[6] == 2);
+    int8_t again[2][3];
+    const octavo_matrix codes = octavo_cpu_matrix(again, octavo_dtype_i8, 2, 3);
+    CHECK_OK(octavo_unpack(&packed, &codes, NULL));
+    CHECK(memcmp(again, w.codes, sizeof again) == 0);
+
+    float x[1][3] = {{0.0F, 1.0F, 1000.0F}};
+    float y[2][2];
+    const octavo_matrix source = octavo_cpu_matrix(x, octavo_dtype_f32, 1, 3);
+    const octavo_matrix first = octavo_cpu_matrix(y[0], octavo_dtype_f32, 1, 2);
+    const octavo_matrix second = octavo_cpu_matrix(y[1], octavo_dtype_f32, 1, 2);
+    CHECK_OK(octavo_linear(&source, &w.view, NULL, &first, NULL, NULL));
+    w.view.codes.data = memory;
+    w.view.layout = octavo_layout_packed;
+    CHECK_OK(octavo_linear(&source, &w.view, NULL, &second, NULL, NULL));
+    CHECK(y[0][0] == y[1][0] && y[0][1] == y[1][1]);
+    w.view.layout = 7;
+    CHECK_FAILS(octavo_linear(&source, &w.view, NULL, &second, NULL, NULL), value, "weight.layout");
+    const octavo_vector short_of_one = octavo_cpu_vector(memory, octavo_dtype_i8, sizeof memory - 1);
+    CHECK_FAILS(octavo_pack(&codes, &short_of_one, NULL), value, "pack: packed: expected shape [1024]");
+    CHECK_FAILS(octavo_unpack(NULL, &codes, NULL), value, "packed");
+}
+
 static void test_linear(void) {
     Weight w;
     quantize_weight(&w);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -24,17 +25,22 @@ namespace {
 
 constexpr int most_threads = 1024;
 
+// That this process may run on.
+int processors() {
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return std::max(1, CPU_COUNT(&allowed));
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
 int default_threads() {
     if (const char* text = std::getenv("OMP_NUM_THREADS")) {
         // OpenMP allows a list, one number per nesting level; the first is the outermost.
         const long count = std::strtol(text, nullptr, 10);
         if (count >= 1) return static_cast<int>(std::min<long>(count, most_threads));
     }
-#ifdef __linux__
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return std::max(1, CPU_COUNT(&allowed));
-#endif
-    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    return processors();
 }
 
 // What set_num_threads was given; 0 before.
@@ -102,7 +108,32 @@ private:
     std::exception_ptr error_;
 };
 
-// Sleeping helpers of one caller at a time. A caller that finds them taken does its work alone.
+// Wait a moment for `ready` without going to sleep; false where it has not come true.
+//
+// A layer's work comes in two or three jobs, and the next layer's soon after. A helper that has gone to sleep takes
+// tens of microseconds to wake, and often wakes on its caller's processor, where the two then share one's time. Longer
+// than this moment it does not keep a processor from others, and not at all where there are fewer than threads.
+template <class Ready>
+bool spin_until(bool spin, const Ready& ready) {
+    using Clock = std::chrono::steady_clock;
+    constexpr auto moment = std::chrono::microseconds(50);
+    if (!spin) return ready();
+    const auto end = Clock::now() + moment;
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (ready()) return true;
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#elif defined(__aarch64__)
+            __asm__ volatile("yield");
+#endif
+        }
+    } while (Clock::now() < end);
+    return false;
+}
+
+// Helpers of one caller at a time, asleep while there is nothing to do. A caller that finds them taken does its work
+// alone.
 class Pool {
 public:
     // Do the job with up to `helpers` more threads; false, with nothing done, where another caller has them.
@@ -120,14 +151,17 @@ public:
             }
             job_ = &job;
             wanted_ = helpers;
-            running_ = helpers;
-            ++generation_;
+            running_.store(helpers, std::memory_order_relaxed);
+            spin_ = helpers < available_;
+            generation_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
         job.work();
-        std::unique_lock lock(mutex_);
-        done_.wait(lock, [&] { return running_ == 0; });
-        job_ = nullptr;
+        const auto done = [&] { return running_.load(std::memory_order_acquire) == 0; };
+        if (!spin_until(spin_, done)) {
+            std::unique_lock lock(mutex_);
+            done_.wait(lock, done);
+        }
         return true;
     }
 
@@ -139,26 +173,35 @@ private:
         std::unique_lock lock(mutex_);
         std::uint64_t seen = generation_ - 1;  // started for the job that is being handed out
         for (;;) {
-            wake_.wait(lock, [&] { return generation_ != seen; });
-            seen = generation_;
+            const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+            wake_.wait(lock, called);
+            seen = generation_.load(std::memory_order_acquire);
             if (index >= wanted_) continue;
-            Job* job = job_;
+            Job* const job = job_;
+            const bool spin = spin_;
             lock.unlock();
             job->work();
+            if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+                // Under the lock, so that the caller cannot miss it between looking and going to sleep.
+                const std::scoped_lock last(mutex_);
+                done_.notify_one();
+            }
+            static_cast<void>(spin_until(spin, called));
             lock.lock();
-            if (--running_ == 0) done_.notify_one();
         }
     }
 
     std::mutex caller_mutex_;
-    std::mutex mutex_;  // guards all below
+    const int available_ = processors();
+    std::mutex mutex_;  // guards all below; the atomic ones are looked at without it, too
     std::condition_variable wake_;
     std::condition_variable done_;
     std::vector<std::thread> threads_;
     Job* job_ = nullptr;
     int wanted_ = 0;
-    int running_ = 0;
-    std::uint64_t generation_ = 0;
+    bool spin_ = false;
+    std::atomic<int> running_{0};
+    std::atomic<std::uint64_t> generation_{0};
 };
 
 // The pool lives until the process ends (its threads sleep in it, so it is never destroyed), and a forked child, which
