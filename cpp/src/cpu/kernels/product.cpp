@@ -25,7 +25,7 @@ void product(const ProductTile& tile) {
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
     matrix_product(tile);
 #elif defined(__ARM_FEATURE_DOTPROD)
-    dot_product<Dot>(tile);
+    dot_product(tile);
 #else
     plain_product(tile);
 #endif
