@@ -63,7 +63,8 @@ Magnitudes magnitudes_as(const void* x, std::int64_t size, std::uint32_t limit_b
     Bits largest_below = 0;
     for (std::int64_t i = 0; i < size; ++i) {
         const auto magnitude = static_cast<Bits>(read<Bits>(x, i) & magnitude_mask<Bits>);
-        const auto below = static_cast<Bits>(magnitude & (magnitude < limit ? Bits(~Bits{0}) : Bits{0}));
+        const Bits mask = magnitude < limit ? magnitude_mask<Bits> : Bits{0};
+        const auto below = static_cast<Bits>(magnitude & mask);
         largest = magnitude > largest ? magnitude : largest;
         largest_below = below > largest_below ? below : largest_below;
     }
