@@ -52,7 +52,7 @@ float round_half_even(float value) {
 std::int8_t to_code(float value) { return static_cast<std::int8_t>(bits_of(value + 0x1.8p23F)); }
 
 template <class Bits>
-constexpr Bits magnitude_mask = static_cast<Bits>(Bits(~Bits{0}) >> 1U);
+constexpr Bits magnitude_mask = sizeof(Bits) == 2 ? 0x7FFFU : 0x7FFFFFFFU;
 
 // Integers may be reduced in any order, so that the compiler needs no lanes here. `below` masks instead of choosing:
 // GCC makes branches of a choice between a value and 0, and then scalar code, for every instruction set.
@@ -63,8 +63,8 @@ Magnitudes magnitudes_as(const void* x, std::int64_t size, std::uint32_t limit_b
     Bits largest_below = 0;
     for (std::int64_t i = 0; i < size; ++i) {
         const auto magnitude = static_cast<Bits>(read<Bits>(x, i) & magnitude_mask<Bits>);
-        const Bits mask = magnitude < limit ? magnitude_mask<Bits> : Bits{0};
-        const auto below = static_cast<Bits>(magnitude & mask);
+        const auto all_ones_if_below = static_cast<Bits>(-static_cast<int>(magnitude < limit));
+        const auto below = static_cast<Bits>(magnitude & all_ones_if_below);
         largest = magnitude > largest ? magnitude : largest;
         largest_below = below > largest_below ? below : largest_below;
     }
