@@ -1,5 +1,5 @@
 // The int8 product, by the best that this instruction set has.
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)
 #include "cpu/kernels/product/amx.hpp"
 #elif defined(__AVX512VNNI__)
 #include "cpu/kernels/product/avx512_vnni.hpp"
@@ -18,7 +18,7 @@
 namespace octavo::cpu::OCTAVO_ISA {
 
 void product(const ProductTile& tile) {
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)
     tile_product(tile);
 #elif defined(__AVX2__)
     dot_product<Dot>(tile);
