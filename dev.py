@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
+MACHINE_CODE = ROOT / ".ci" / "machine_code.py"
 CPP_FOLDERS = ("cpp", "bindings", "tests/cpp", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "dev.py")
 
@@ -65,13 +67,14 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def test(_: argparse.Namespace) -> None:
-    """C++ tests in release and sanitized builds, examples, then the Python tests against the installed wheel."""
+    """C++ tests in release, sanitized and Arm builds, examples, then the Python tests against the installed wheel."""
     prepare()
     for preset in ("release", "cpu-debug"):
         step(f"C++ tests, preset {preset}")
         run(BIN / "cmake", "--preset", preset)
         run(BIN / "cmake", "--build", "--preset", preset)
         run(BIN / "ctest", "--preset", preset)
+    test_arm()
     install("test")
     step("Python tests")
     run(PYTHON, "-m", "pytest", "tests/python", "-q", "-rs")
@@ -80,8 +83,28 @@ def test(_: argparse.Namespace) -> None:
         run(PYTHON, example)
 
 
+def test_arm() -> None:
+    """The C++ tests on an emulated Arm processor, and the machine code of its kernels."""
+    step("C++ tests, preset aarch64")
+    if platform.machine() in {"aarch64", "arm64"}:
+        print("left out: this processor is an Arm, and preset release has tested it")
+        return
+    tools = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
+    missing = [tool for tool in tools if not shutil.which(tool)]
+    if missing:
+        reason = f"no {' and no '.join(missing)} (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user-static)"
+        if os.environ.get("CI") == "true":
+            sys.exit(f"dev.py test: CI=true requires the Arm tests: {reason}")
+        print(f"left out: {reason}")
+        return
+    run(BIN / "cmake", "--preset", "aarch64")
+    run(BIN / "cmake", "--build", "--preset", "aarch64")
+    run(BIN / "ctest", "--preset", "aarch64")
+    run(PYTHON, MACHINE_CODE, ROOT / "build" / "aarch64", "aarch64-linux-gnu-objdump")
+
+
 def check(args: argparse.Namespace) -> None:
-    """The formatters, clang-tidy, ruff and mypy, with the versions that pyproject.toml pins."""
+    """The formatters, linters and type checks that pyproject.toml pins, and the machine code of the kernels."""
     prepare()
     install("dev")
     sources = [
@@ -99,9 +122,11 @@ def check(args: argparse.Namespace) -> None:
     step("mypy")
     run(PYTHON, "-m", "mypy")
     run(PYTHON, "-m", "mypy.stubtest", "octavo._core", "--allowlist", ".ci/stubtest-allowlist.txt")
-    step("clang-tidy")
+    step("Machine code of the kernels")
     run(BIN / "cmake", "--preset", "release")
-    run(BIN / "cmake", "--build", "--preset", "release")  # some sources are found only when built
+    run(BIN / "cmake", "--build", "--preset", "release")
+    run(PYTHON, MACHINE_CODE, ROOT / "build" / "release")
+    step("clang-tidy")  # after the build: some sources are found only when built
     checked = ["cpp/src", "tests/cpp"]
     if (ROOT / "build" / "release" / "bench" / "bench_linear").exists():
         checked.append("bench")

@@ -317,6 +317,7 @@ int main(void) {
         {"find_outliers", test_find_outliers},
         {"int8_matmul_and_sum_codes", test_int8_matmul_and_sum_codes},
         {"dequantize", test_dequantize},
+        {"packed", test_packed},
         {"linear", test_linear},
         {"unknown_values", test_unknown_values},
         {"pointers_and_sizes", test_pointers_and_sizes},

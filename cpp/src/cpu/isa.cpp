@@ -103,8 +103,9 @@ std::vector<const Kernels*> tables_available() {
     if (avx2) tables.push_back(&avx2::table);
 #endif
 #ifdef OCTAVO_AARCH64
-    if ((getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0) tables.push_back(&neon_i8mm::table);
-    if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) tables.push_back(&neon_dotprod::table);
+    const bool dotprod = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+    if (dotprod && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0) tables.push_back(&neon_i8mm::table);
+    if (dotprod) tables.push_back(&neon_dotprod::table);
 #endif
     tables.push_back(&scalar::table);
     return tables;

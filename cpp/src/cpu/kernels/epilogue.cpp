@@ -2,18 +2,25 @@
 //
 // Compiled with floating-point contraction, unlike everything else: where the instruction set has fused multiply-add,
 // products and sums here are rounded once. No code or integer depends on them.
-#include "cpu/kernels/convert.hpp"
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
 
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
 
-using Floats [[gnu::vector_size(64)]] = float;
-using Ints [[gnu::vector_size(64)]] = std::int32_t;
-using Bits [[gnu::vector_size(64)]] = std::uint32_t;
-using Halves [[gnu::vector_size(32)]] = std::uint16_t;
-constexpr std::int64_t width = 16;
+// Vectors as wide as a register: GCC keeps wider ones in memory and, on Arm, converts them one number at a time.
+#if defined(__AVX512F__)
+constexpr int register_size = 64;
+#elif defined(__AVX2__)
+constexpr int register_size = 32;
+#else
+constexpr int register_size = 16;
+#endif
+using Floats [[gnu::vector_size(register_size)]] = float;
+using Ints [[gnu::vector_size(register_size)]] = std::int32_t;
+using Bits [[gnu::vector_size(register_size)]] = std::uint32_t;
+using Halves [[gnu::vector_size(register_size / 2)]] = std::uint16_t;
+constexpr std::int64_t width = register_size / 4;
 
 // By reference, here and below: how such a vector is passed depends on the instruction set.
 template <class Vector, class T>
@@ -28,17 +35,28 @@ template <DType Type>
         __builtin_memcpy(y, &sum, sizeof sum);
         return;
     }
-    Halves halves;
+    Bits bits;
+    __builtin_memcpy(&bits, &sum, sizeof bits);
+    const Bits magnitude = bits & 0x7FFFFFFFU;
+    Bits result;
     if constexpr (Type == DType::bf16) {
-        Bits bits;
-        __builtin_memcpy(&bits, &sum, sizeof bits);
         const Bits rounded = (bits + 0x7FFFU + ((bits >> 16U) & 1U)) >> 16U;
         const Bits quiet = (bits >> 16U) | 0x40U;
-        const Bits chosen = (bits & 0x7FFFFFFFU) > 0x7F800000U ? quiet : rounded;
-        halves = __builtin_convertvector(chosen, Halves);
+        result = magnitude > 0x7F800000U ? quiet : rounded;
     } else {
-        for (int i = 0; i < width; ++i) halves[i] = to_f16(sum[i]);
+        const Bits normal = (magnitude - 0x38000000U + 0xFFFU + ((magnitude >> 13U) & 1U)) >> 13U;
+        Floats shifted;
+        __builtin_memcpy(&shifted, &magnitude, sizeof shifted);
+        shifted += 0.5F;
+        Bits subnormal;
+        __builtin_memcpy(&subnormal, &shifted, sizeof subnormal);
+        subnormal -= 0x3F000000U;
+        result = magnitude < 0x38800000U ? subnormal : normal;
+        result = magnitude >= 0x477FF000U ? Bits{} + 0x7C00U : result;
+        result = magnitude > 0x7F800000U ? Bits{} + 0x7E00U : result;
+        result |= (bits >> 16U) & 0x8000U;
     }
+    const Halves halves = __builtin_convertvector(result, Halves);
     __builtin_memcpy(y, &halves, sizeof halves);
 }
 
@@ -99,16 +117,19 @@ void dequantize_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t
     // with its sign.
     const std::int8_t* line = w + col / 4 * 64;
     const int left = static_cast<int>(24 - col % 4 * 8);
-    for (std::int64_t first = 0; first < cols; first += width, line += w_stride) {
-        Ints codes;
-        Floats zeropoints;
-        Floats scales;
-        read(line, codes);
-        read(zeropoint + first, zeropoints);
-        read(scale + first, scales);
-        codes = (codes << left) >> 24;
-        const Floats weight = (__builtin_convertvector(codes, Floats) + zeropoints) * scales;
-        __builtin_memcpy(target + first, &weight, sizeof weight);
+    for (std::int64_t first = 0; first < cols; first += 16, line += w_stride) {
+        unroll<16 / width>([&](auto v) OCTAVO_INLINE {
+            const std::int64_t j = first + v * width;
+            Ints codes;
+            Floats zeropoints;
+            Floats scales;
+            read(line + v * register_size, codes);
+            read(zeropoint + j, zeropoints);
+            read(scale + j, scales);
+            codes = (codes << left) >> 24;
+            const Floats weight = (__builtin_convertvector(codes, Floats) + zeropoints) * scales;
+            __builtin_memcpy(target + j, &weight, sizeof weight);
+        });
     }
 }
 

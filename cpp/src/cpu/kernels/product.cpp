@@ -2,7 +2,7 @@
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
 
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)
 #include "cpu/kernels/product/amx.hpp"
 #elif defined(__AVX512VNNI__)
 #include "cpu/kernels/product/avx512_vnni.hpp"
@@ -21,14 +21,14 @@
 namespace octavo::cpu::OCTAVO_ISA {
 
 void product(const ProductTile& tile) {
-#if defined(__AMX_INT8__)
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)
     tile_product(tile);
 #elif defined(__AVX2__)
     dot_product<Dot>(tile);
 #elif defined(__ARM_FEATURE_MATMUL_INT8)
     matrix_product(tile);
 #elif defined(__ARM_FEATURE_DOTPROD)
-    dot_product<Dot>(tile);
+    dot_product(tile);
 #else
     plain_product(tile);
 #endif

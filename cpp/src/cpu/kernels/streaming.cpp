@@ -52,43 +52,23 @@ float round_half_even(float value) {
 std::int8_t to_code(float value) { return static_cast<std::int8_t>(bits_of(value + 0x1.8p23F)); }
 
 template <class Bits>
-constexpr Bits magnitude_mask = static_cast<Bits>(Bits(~Bits{0}) >> 1U);
+constexpr Bits magnitude_mask = sizeof(Bits) == 2 ? 0x7FFFU : 0x7FFFFFFFU;
 
+// Integers may be reduced in any order, so that the compiler needs no lanes here. `below` masks instead of choosing:
+// GCC makes branches of a choice between a value and 0, and then scalar code, for every instruction set.
 template <class Bits>
 Magnitudes magnitudes_as(const void* x, std::int64_t size, std::uint32_t limit_bits) {
-    // Explicit vectors: GCC 12 takes lanes of narrow integers apart.
-    using Vector [[gnu::vector_size(64)]] = Bits;
-    constexpr std::int64_t width = 64 / std::int64_t{sizeof(Bits)};
     const auto limit = static_cast<Bits>(limit_bits);
-    Vector largest[2] = {};
-    Vector below[2] = {};
-    const auto take = [&](int half, const Vector& bits) {
-        const Vector magnitude = bits & magnitude_mask<Bits>;
-        const Vector low = magnitude < limit ? magnitude : Vector{};
-        largest[half] = magnitude > largest[half] ? magnitude : largest[half];
-        below[half] = low > below[half] ? low : below[half];
-    };
-    std::int64_t i = 0;
-    for (; i + 2 * width <= size; i += 2 * width) {
-        Vector bits[2];
-        __builtin_memcpy(bits, static_cast<const Bits*>(x) + i, sizeof bits);
-        take(0, bits[0]);
-        take(1, bits[1]);
-    }
-    Magnitudes found{0, 0};
-    const auto merge = [&](std::uint32_t magnitude, std::uint32_t low) {
-        found.largest = magnitude > found.largest ? magnitude : found.largest;
-        found.largest_below = low > found.largest_below ? low : found.largest_below;
-    };
-    for (std::int64_t lane = 0; lane < width; ++lane) {
-        merge(largest[0][lane], below[0][lane]);
-        merge(largest[1][lane], below[1][lane]);
-    }
-    for (; i < size; ++i) {
+    Bits largest = 0;
+    Bits largest_below = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
         const auto magnitude = static_cast<Bits>(read<Bits>(x, i) & magnitude_mask<Bits>);
-        merge(magnitude, magnitude < limit ? magnitude : Bits{0});
+        const auto all_ones_if_below = static_cast<Bits>(-static_cast<int>(magnitude < limit));
+        const auto below = static_cast<Bits>(magnitude & all_ones_if_below);
+        largest = magnitude > largest ? magnitude : largest;
+        largest_below = below > largest_below ? below : largest_below;
     }
-    return found;
+    return {largest, largest_below};
 }
 
 template <class Bits>

@@ -1,5 +1,5 @@
 // The product by an instruction that multiplies four neighboring bytes and adds them to a 32-bit lane (or by a few
-// instructions that come to the same): all of x86's VNNI forms, Neon's SDOT, and what AVX2 has in their stead.
+// instructions that come to the same): all of x86's VNNI forms, and what AVX2 has in their stead.
 //
 // An instruction set supplies `Dot`:
 //   rows, blocks       the register tile: rows of X by blocks of 16 output features
