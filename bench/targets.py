@@ -7,9 +7,8 @@
 
 One thread, bfloat16 in and out, 6 outlier columns unless a line says otherwise. Within a shape all contenders take
 turns (bench/linear.py); results are checked before anything is timed. What the machine can do is measured in the same
-run by the C++ benchmarks: the read bandwidth by bench_machine, three times before and three times after all else, of
-which the largest counts; the instruction peak by bench_gemm, right beside each product. Where those are not built,
-their lines say so.
+run by the C++ benchmarks, right beside each product: the instruction peak by bench_gemm, the read bandwidth by
+bench_linear. bench_machine's figures head the table. Where those are not built, their lines say so.
 """
 
 from __future__ import annotations
@@ -129,9 +128,15 @@ def main(words: Sequence[str] | None = None, shapes: Sequence[Shape] = SHAPES) -
             bar.set_description(f"k={shape.k} n={shape.n} m={shape.m}")
             measured.append(measure(shape, args.seconds))
     products = run_benchmark(args.binaries, "bench_gemm", "int8_matmul/k:{}/n:{}/m:{}/.*".format(*GEMM), repetitions=5)
+    pattern = "linear/k:{}/n:{}/m:{}/outliers:{}/.*".format(*LARGEST, OUTLIERS)
+    layers = run_benchmark(args.binaries, "bench_linear", pattern, repetitions=5)
     roofs.append(roof(args.binaries))
     facts["cores_taken_by_others"] = others.cores()
-    lines = [gemm_line(products), *(line for each in measured for line in shape_lines(each, roofs))]
+    lines = [
+        gemm_line(products),
+        bandwidth_line(layers),
+        *(line for each in measured for line in shape_lines(each)),
+    ]
     text = markdown(lines, facts, roofs)
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -142,6 +147,7 @@ def main(words: Sequence[str] | None = None, shapes: Sequence[Shape] = SHAPES) -
         "measured": [asdict(each) for each in measured],
         "bench_machine": roofs,
         "bench_gemm": products,
+        "bench_linear": layers,
     }
     write(args.output / "targets.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     write(args.output / "targets.md", lambda path: path.write_text(text + "\n"))
@@ -193,7 +199,7 @@ def measure(shape: Shape, seconds: float) -> Measured:
     return Measured(shape, times, left_out, scaling, busy)
 
 
-def shape_lines(measured: Measured, roofs: list[dict[str, Any]]) -> list[Line]:
+def shape_lines(measured: Measured) -> list[Line]:
     """All targets that concern a shape."""
     shape = measured.shape
     where = f"{shape.k}, {shape.n}, {shape.m}"
@@ -227,24 +233,21 @@ def shape_lines(measured: Measured, roofs: list[dict[str, Any]]) -> list[Line]:
         if found:
             note = taken(measured.others)  # a core that others use cannot be gained
         lines.append(Line(where, "two threads over one", SCALING, found, note=note))
-    if (shape.k, shape.n, shape.m) == LARGEST:
-        lines.append(bandwidth_line(where, shape, measured, roofs))
     return lines
 
 
-def bandwidth_line(where: str, shape: Shape, measured: Measured, roofs: list[dict[str, Any]]) -> Line:
-    """The weight's bytes per second of a call over those of a sum of as many bytes."""
-    roof_rate = best(roofs).get(f"read/pages/bytes:{shape.k * shape.n}/real_time", {}).get("GB/s")
-    line = Line(where, "of the read bandwidth of a buffer of the weight's size", BANDWIDTH, None, unit=" %")
-    own = measured.times.get(f"{OCTAVO}, {OUTLIERS}")
-    if own is None:
-        line.note = measured.left_out.get(f"{OCTAVO}, {OUTLIERS}", "")
-    elif roof_rate is None:
-        line.note = absent(roofs)
-    else:
-        achieved = 1e-6 * shape.k * shape.n / own.median
-        line.measured = 100 * achieved / roof_rate
-        line.note = f"{achieved:.1f} of {roof_rate:.1f} GB/s"
+def bandwidth_line(layers: dict[str, Any]) -> Line:
+    """The weight's bytes per second, against a sum of as many bytes read right after, as bench_linear finds them.
+
+    Not of the calls that are timed beside the peers: those come to a weight that the peers' weights have pushed out of
+    the caches, and a sum that is repeated by itself does not.
+    """
+    line = Line("{}, {}, {}".format(*LARGEST), "of the read bandwidth of a buffer of the weight's size", BANDWIDTH, None,
+                unit=" %")  # fmt: skip
+    name = "linear/k:{}/n:{}/m:{}/outliers:{}/real_time_median".format(*LARGEST, OUTLIERS)
+    line.measured = counter(layers, name, "%bandwidth")
+    rate = counter(layers, name, "GB/s")
+    line.note = f"{rate:.1f} GB/s" if rate is not None else absent([layers])
     return line
 
 
@@ -256,6 +259,9 @@ def gemm_line(products: dict[str, Any]) -> Line:
     line.measured = counter(products, name, "%vpdpbusd_zmm")
     rate = counter(products, name, "GOPS")
     line.note = f"{rate:.0f} GOPS" if rate is not None else absent([products])
+    tiles = counter(products, name, "%tdpbssd")
+    if octavo.info()["cpu"]["instruction_set"] == "amx" and tiles is not None:
+        line.note += f", {tiles:.0f} % of the tdpbssd peak"
     if rate is not None and line.measured is None:
         line.note += "; this processor has no AVX512-VNNI"
     return line

@@ -94,7 +94,8 @@ void multiply_square(const ProductTile& tile, bool two, std::int64_t begin, std:
 }
 
 inline void tile_product(const ProductTile& tile) {
-    constexpr std::int64_t slice_depth = 512;
+    // Up to 32 KiB of X are not worth cutting.
+    const std::int64_t slice_depth = tile.depth <= 1024 ? tile.depth : 512;
     const bool two = tile.rows > 16;
     configure(two ? 16 : tile.rows, two ? tile.rows - 16 : 1);
     std::int64_t begin = 0;
