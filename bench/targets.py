@@ -242,8 +242,8 @@ def bandwidth_line(layers: dict[str, Any]) -> Line:
     Not of the calls that are timed beside the peers: those come to a weight that the peers' weights have pushed out of
     the caches, and a sum that is repeated by itself does not.
     """
-    line = Line("{}, {}, {}".format(*LARGEST), "of the read bandwidth of a buffer of the weight's size", BANDWIDTH, None,
-                unit=" %")  # fmt: skip
+    what = "of the read bandwidth of a buffer of the weight's size"
+    line = Line("{}, {}, {}".format(*LARGEST), what, BANDWIDTH, None, unit=" %")
     name = "linear/k:{}/n:{}/m:{}/outliers:{}/real_time_median".format(*LARGEST, OUTLIERS)
     line.measured = counter(layers, name, "%bandwidth")
     rate = counter(layers, name, "GB/s")

@@ -233,7 +233,7 @@ def measured(shape: targets.Shape, **medians: float) -> targets.Measured:
 
 def test_targets_pass_and_miss_at_their_limits() -> None:
     found = measured(SMALL, own_6=2, own_0=1, bf16_6=4, f32_6=3.9, bf16_0=1, f32_0=0.9)
-    lines = {line.what: line for line in targets.shape_lines(found, [])}
+    lines = {line.what: line for line in targets.shape_lines(found)}
     assert (lines["over torch bfloat16"].measured, lines["over torch bfloat16"].verdict) == (2, "pass")
     assert lines["over torch float32"].verdict == "MISS"
     assert lines["over torch bfloat16, no outlier columns"].verdict == "pass"
