@@ -218,8 +218,8 @@ TEST(encode_absmax_is_ideal_for_bfloat16) { check_ideal_codes(DType::bf16); }
 TEST(flip_sign_bits_adds_128) {
     compare("flip_sign_bits", 0, [&](const Kernels& table, std::int64_t size) {
         Random random(6);
-        std::vector<std::int8_t> values;
-        for (std::int64_t i = 0; i < size; ++i) values.push_back(static_cast<std::int8_t>(random.integer(-128, 127)));
+        std::vector<std::int8_t> values(static_cast<std::size_t>(size));
+        for (std::int8_t& value : values) value = static_cast<std::int8_t>(random.integer(-128, 127));
         const Guarded<std::int8_t> codes(values);
         table.flip_sign_bits(codes.data(), size);
         for (std::int64_t i = 0; i < size; ++i) {

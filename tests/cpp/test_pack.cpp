@@ -93,11 +93,11 @@ TEST(linear_takes_either_layout) {
         for (const octavo::Scheme scheme : schemes) {
             const Codes quantized = quantize_weight(w, scheme, Granularity::vector);
             const Array memory = packed(quantized.codes);
-            octavo::WeightView view{.codes = quantized.codes.matrix(),
-                                    .scale = quantized.scale.vector(),
-                                    .zeropoint = vector_of(quantized.zeropoint),
-                                    .code_sums = quantized.code_sums.vector(),
-                                    .scheme = scheme};
+            const octavo::WeightView view{.codes = quantized.codes.matrix(),
+                                          .scale = quantized.scale.vector(),
+                                          .zeropoint = vector_of(quantized.zeropoint),
+                                          .code_sums = quantized.code_sums.vector(),
+                                          .scheme = scheme};
             octavo::WeightView packed_view = view;
             packed_view.codes.data = memory.vector().data;
             packed_view.codes.row_stride = packed_view.codes.col_stride = -7;  // ignored

@@ -15,9 +15,9 @@ struct RowTraits {
     // The columns of a row that take no part in its quantization, ascending and unique.
     std::function<std::span<const std::int32_t>(std::int64_t row)> excluded;
     // The largest magnitude of a row outside those, where that is known and finite; may be empty.
-    std::function<std::optional<float>(std::int64_t row)> absmax{};
+    std::function<std::optional<float>(std::int64_t row)> absmax = nullptr;
     // Called when the codes of a row are there; may be empty.
-    std::function<void(std::int64_t row)> done{};
+    std::function<void(std::int64_t row)> done = nullptr;
 };
 
 // octavo::quantize with the excluded columns chosen row by row. `code_sums` (i32 [m], or absent) receives the sum of

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <new>
 
 namespace octavo::cpu {
@@ -12,12 +11,14 @@ constexpr std::size_t alignment = 64;
 // What a thread keeps at most. Larger calls are long enough not to notice their page faults.
 constexpr std::size_t most_kept = std::size_t{32} << 20U;
 
+void free_memory(MemoryBlock block) noexcept { ::operator delete(block.data, std::align_val_t{alignment}); }
+
 // The blocks that a thread has released and not taken again.
 class KeptBlocks {
 public:
     KeptBlocks() = default;
     ~KeptBlocks() {
-        for (std::size_t i = 0; i < count_; ++i) std::free(blocks_[i].data);
+        for (std::size_t i = 0; i < count_; ++i) free_memory(blocks_[i]);
     }
     KeptBlocks(const KeptBlocks&) = delete;
     KeptBlocks& operator=(const KeptBlocks&) = delete;
@@ -39,7 +40,7 @@ public:
     bool keep(MemoryBlock block) noexcept {
         // Make room by letting go of the oldest.
         while (count_ > 0 && (count_ == blocks_.size() || kept_ + block.bytes > most_kept)) {
-            std::free(blocks_[0].data);
+            free_memory(blocks_[0]);
             kept_ -= blocks_[0].bytes;
             std::move(blocks_.begin() + 1, blocks_.begin() + static_cast<std::ptrdiff_t>(count_), blocks_.begin());
             --count_;
@@ -65,9 +66,7 @@ MemoryBlock acquire_memory(std::size_t bytes) {
 #ifndef __SANITIZE_ADDRESS__  // which can only watch over memory that it hands out itself
     if (const MemoryBlock kept = kept_blocks.take(bytes); kept.data != nullptr) return kept;
 #endif
-    void* const data = std::aligned_alloc(alignment, bytes);
-    if (data == nullptr) throw std::bad_alloc();
-    return {data, bytes};
+    return {::operator new(bytes, std::align_val_t{alignment}), bytes};
 }
 
 void release_memory(MemoryBlock block) noexcept {
@@ -75,7 +74,7 @@ void release_memory(MemoryBlock block) noexcept {
 #ifndef __SANITIZE_ADDRESS__
     if (kept_blocks.keep(block)) return;
 #endif
-    std::free(block.data);
+    free_memory(block);
 }
 
 }  // namespace octavo::cpu

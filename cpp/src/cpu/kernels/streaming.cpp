@@ -93,16 +93,14 @@ void encode_by_division(const void* x, std::int64_t size, float absmax, Convert 
     }
 }
 
-// The same codes without a division for each element, where there is fused multiply-add. A division takes as long as
+// The same quotients without a division for each element, where there is fused multiply-add: a division takes as long as
 // some twenty multiplications.
 //
-// a = x * 127 is exact. q = a * inverse is off by at most 2^-22 of itself, a - q * absmax is exact, and adding that
-// remainder times the inverse leaves an error below 2^-44, rounded once. Is rint of that the rint of a / absmax? The
-// two could differ only next to a half integer h. Where a / absmax = h, the sum rounds to h, as the error is far below
-// half a place. Else a - h * absmax is a multiple of the last place of a product of the two, and with at most 18 bits
-// in a, 11 in absmax and 8 in h that is 2^-38 of a or more: too far from h for 24 bits to round to it or beyond it...
-// except that both a / absmax and the sum round to the same float: they are 2^-44 apart, and no float's half-way point
-// is nearer to a / absmax than 2^-36, by the same count of bits.
+// a = x * 127 is exact, of at most 18 bits; b = absmax has at most 11. With y = 1 / b rounded, q = a * y is within 1.5
+// places of a / b, so a - q * b has few enough bits to be exact, and q + (a - q * b) * y = a / b * (1 + e) with |e| below
+// 2^-46. That is then rounded once, as a / b is by a division. The two could differ only if a number half way between
+// two floats, of 25 bits, lay between them; but a / b, a fraction of 18 by 11 bits, is never such a number, and at least
+// 2^-36 of itself away from any.
 template <class Convert>
 void encode_16_bit(const void* x, std::int64_t size, float absmax, Convert convert, std::int8_t* codes) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)

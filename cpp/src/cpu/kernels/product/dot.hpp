@@ -21,12 +21,13 @@ constexpr std::int64_t slice_depth = 512;  // 32 KiB of W for 64 output features
 template <class Dot, int Rows, int Blocks>
 void multiply_block(const std::int8_t* x, std::int64_t x_stride, const std::int8_t* w, std::int64_t w_stride,
                     std::int64_t depth, std::int32_t* acc) {
-    constexpr int steps = 2;  // along k in a turn of the loop
+    constexpr int steps = 2;  // of 4 along k in a turn of the loop
+    constexpr std::int64_t turn = 4 * std::int64_t{steps};
     constexpr int width = Blocks * Dot::vectors;
     constexpr std::int64_t vector_size = block_size / Dot::vectors;
     typename Dot::Accumulator sums[Rows * width];
     unroll<Rows * width>([&](auto i) OCTAVO_INLINE { sums[i] = Dot::zero(); });
-    for (std::int64_t k = 0; k < depth; k += 4 * steps) {
+    for (std::int64_t k = 0; k < depth; k += turn) {
         unroll<steps>([&](auto step) OCTAVO_INLINE {
             typename Dot::W operands[width];
             unroll<width>([&](auto j) OCTAVO_INLINE {
