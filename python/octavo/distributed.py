@@ -35,8 +35,10 @@ from octavo.weight import Int8Weight
 __all__ = [
     "ColumnParallelInt8Linear",
     "ColwiseInt8Parallel",
+    "OffloadableInt8Linear",
     "RowParallelInt8Linear",
     "RowwiseInt8Parallel",
+    "offloadable_",
     "shard_column",
     "shard_row",
     "transformers_plan",
@@ -289,6 +291,38 @@ class RowParallelInt8Linear(_Sharded):
         return out
 
 
+class OffloadableInt8Linear(Int8Linear):
+    """An `Int8Linear` whose arrays may be anywhere, and others, at each call: `offloadable_`.
+
+    Its codes are ``[n, k]`` in CPU memory too, as in its state dict, and are read anew at each call.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `Int8Linear`'s."""
+        return self._registered(self._autocast(input), self.bias)
+
+    def _settle(self) -> None:
+        """Leave the weight in the order it has."""
+
+
+def offloadable_(model: nn.Module) -> nn.Module:
+    """Make the `Int8Linear` layers of `model` ready, in place, for accelerate to take their weights away and bring back.
+
+    Needed before ``dispatch_model`` with layers on "cpu" (beside a GPU) or "disk", ``cpu_offload`` and
+    ``disk_offload``: these put a state dict's tensors, codes ``[n, k]``, where the layers would have packed ones. A call
+    then packs the codes anew where it runs on the CPU. Layers that share a weight go on sharing it. Returns `model`.
+    """
+    natural: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in model.modules():
+        if type(layer) is Int8Linear:
+            layer._settle()
+            if layer.weight not in natural:
+                natural[layer.weight] = nn.Parameter(layer.codes, requires_grad=False)
+            layer.weight = natural[layer.weight]
+            layer.__class__ = OffloadableInt8Linear
+    return model
+
+
 # --- parts and layouts ------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +339,7 @@ def _part(weight: Int8Weight, rows: slice, columns: slice) -> Int8Weight:
         outlier_columns = outlier_columns[here] - columns.start
         outlier_weight = outlier_weight[rows][:, here]
     return Int8Weight(
-        weight.codes[rows, columns].contiguous().clone(),
+        weight.codes[rows, columns].clone(memory_format=torch.contiguous_format),
         of_rows(weight.scale),
         zeropoint=of_rows(weight.zeropoint),
         outlier_columns=outlier_columns,
