@@ -155,7 +155,7 @@ def transformers_plan(model: Any) -> dict[str, ParallelStyle]:
 
     Attention must be able to split: its heads, keys' and values' too, are to be a multiple of the number of ranks.
 
-    Raises ValueError: the model has no plan, or one with a style that is not for linear layers and embeddings (experts).
+    Raises ValueError: the model has no plan, or one with a style for other modules than linear layers and embeddings.
     """
     plan = dict(getattr(model, "tp_plan", None) or {})
     if not plan:
@@ -163,7 +163,7 @@ def transformers_plan(model: Any) -> dict[str, ParallelStyle]:
     unknown = {name: style for name, style in plan.items() if style not in _TRANSFORMERS_STYLES}
     if unknown:
         raise ValueError(
-            f"transformers_plan: model: expected a tp_plan of the styles {', '.join(_TRANSFORMERS_STYLES)}, got {unknown}"
+            f"transformers_plan: model: expected a tp_plan of {', '.join(_TRANSFORMERS_STYLES)}, got {unknown}"
         )
     result = {}
     for name, style in plan.items():
@@ -229,7 +229,8 @@ class _Sharded(Int8Linear):
             input = input.redistribute(placements=(wanted,))
         return input
 
-    def _outgoing(self, output: DTensor) -> Tensor:
+    def _outgoing(self, output: Tensor) -> Tensor:
+        assert isinstance(output, DTensor)
         return _arrived(output.to_local()) if self.use_local_output else output
 
     def extra_repr(self) -> str:
@@ -270,17 +271,19 @@ class RowParallelInt8Linear(_Sharded):
         bias = self.bias
         if self._in_one_place(input, Shard, Replicate):
             x = self._autocast(input)
-            total = self._product(x)
-            dist.all_reduce(total, group=self.mesh.get_group())
+            y = self._product(x)
+            dist.all_reduce(y, group=self.mesh.get_group())
             if bias is not None:
-                total += bias
-            return total.to(x.dtype)
+                y += bias
+            return y.to(x.dtype)
         x = self._autocast(_arrived(self._incoming(input, Shard(input.dim() - 1), self.total_features).to_local()))
-        y = DTensor.from_local(self._product(x), self.mesh, (Partial(),), run_check=False)
-        y = y.redistribute(placements=tuple(_counted(layout, input.dim()) for layout in self.output_layouts))
+        wanted = tuple(_counted(layout, input.dim()) for layout in self.output_layouts)
+        total = DTensor.from_local(self._product(x), self.mesh, (Partial(),), run_check=False).redistribute(
+            placements=wanted
+        )
         if bias is not None:
-            y = y + DTensor.from_local(bias.to(torch.float32), self.mesh, (Replicate(),), run_check=False)
-        return self._outgoing(y.to(x.dtype))
+            total = total + DTensor.from_local(bias.to(torch.float32), self.mesh, (Replicate(),), run_check=False)
+        return self._outgoing(total.to(x.dtype))
 
     def _product(self, x: Tensor) -> Tensor:
         """This rank's part of the sum, float32 ``[..., n]``, without the bias."""
@@ -306,11 +309,11 @@ class OffloadableInt8Linear(Int8Linear):
 
 
 def offloadable_(model: nn.Module) -> nn.Module:
-    """Make the `Int8Linear` layers of `model` ready, in place, for accelerate to take their weights away and bring back.
+    """Make the `Int8Linear` layers of `model` ready, in place, for accelerate to take their arrays away and back.
 
     Needed before ``dispatch_model`` with layers on "cpu" (beside a GPU) or "disk", ``cpu_offload`` and
-    ``disk_offload``: these put a state dict's tensors, codes ``[n, k]``, where the layers would have packed ones. A call
-    then packs the codes anew where it runs on the CPU. Layers that share a weight go on sharing it. Returns `model`.
+    ``disk_offload``: these put a state dict's tensors, codes ``[n, k]``, where the layers would have packed ones. Calls
+    that run on the CPU then pack the codes anew. Layers that share a weight go on sharing it. Returns `model`.
     """
     natural: dict[nn.Parameter, nn.Parameter] = {}
     for layer in model.modules():
@@ -397,4 +400,4 @@ def _whole(local: Tensor, features: int) -> dict[str, Any]:
 
 def _arrived(x: Tensor) -> Tensor:
     """The tensor that a collective of torch's styles gives, once it is there: the product reads memory itself."""
-    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x  # type: ignore[no-any-return,no-untyped-call]
+    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x

@@ -6,7 +6,6 @@ A function whose name starts with an underscore and that takes a mesh runs in ev
 from __future__ import annotations
 
 import copy
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -129,7 +128,7 @@ def _inputs(k: int, dtype: str = "float32", m: int = 6) -> Tensor:
 
 def _parts(size: int, mesh: DeviceMesh) -> list[slice]:
     """What torch.chunk gives each rank."""
-    indices = [part for part in torch.arange(size).chunk(mesh.size())]
+    indices = list(torch.arange(size).chunk(mesh.size()))
     parts = [slice(int(part[0]), int(part[-1]) + 1) for part in indices]
     return parts + [slice(size, size)] * (mesh.size() - len(parts))
 
@@ -402,7 +401,10 @@ def _gradients(mesh: DeviceMesh) -> None:
         grads = {name: p.grad for name, p in each.named_parameters() if p.grad is not None}
         results.append((leaf.grad, grads))
     (one_x, one), (many_x, many) = results
-    close: Callable[[Any, Any], None] = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # noqa: E731
+
+    def close(a: Any, b: Any) -> None:
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
     close(many_x, one_x)
     assert set(one) == set(many) == {"norm.weight", "norm.bias", "up.bias", "down.bias", "head.weight", "head.bias"}
     for name, grad in one.items():
@@ -441,12 +443,8 @@ def test_a_rank_holds_its_part_only(ranks: Ranks) -> None:
 
 
 def _raises(kind: type[Exception], message: str, call: Callable[[], Any]) -> None:
-    try:
+    with pytest.raises(kind, match=message):
         call()
-    except kind as error:
-        assert re.search(message, str(error)), error
-    else:
-        raise AssertionError(f"{kind.__name__} expected: {message}")
 
 
 def _faults(mesh: DeviceMesh) -> None:
@@ -489,7 +487,7 @@ def _llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def _transformers(mesh: DeviceMesh, path: str, tolerance: float) -> None:
+def _transformers(mesh: DeviceMesh, path: str) -> None:
     model = ot.quantize_(_llama(), path=path, progress=False)
     tokens = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(1))
     parallel = parallelize_module(copy.deepcopy(model), mesh, transformers_plan(model))
@@ -497,28 +495,23 @@ def _transformers(mesh: DeviceMesh, path: str, tolerance: float) -> None:
     assert all(isinstance(each, ColumnParallelInt8Linear) for each in (layer.self_attn.q_proj, layer.mlp.up_proj))
     assert all(isinstance(each, RowParallelInt8Linear) for each in (layer.self_attn.o_proj, layer.mlp.down_proj))
     with torch.no_grad():
-        one, many = model(tokens).logits, parallel(tokens).logits
+        exact, one, many = _llama()(tokens).logits, model(tokens).logits, parallel(tokens).logits
         _same_everywhere(many + 0, mesh)
         assert one.shape == many.shape == (2, 11, 97)
-        assert (many - one).abs().max() <= tolerance * one.abs().max()
-        # With keys and values of the rank's own heads, token by token.
-        form = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-        if path == "weight_only":
+        if path == "weight_only":  # float32 sums in another order: 2^-24 for each of some 100 terms, in two layers
+            assert (many - one).abs().max() <= 1e-5 * one.abs().max()
+            # With keys and values of the rank's own heads, token by token.
+            form = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
             assert torch.equal(parallel.generate(tokens, **form), model.generate(tokens, **form))
+        else:
+            # Scales of X are a rank's own, and finer: as close to the float32 model, give or take chance.
+            assert 0 < (many - exact).norm() <= 1.1 * (one - exact).norm()
 
 
-@pytest.mark.parametrize(
-    ("path", "tolerance"),
-    [
-        ("weight_only", 1e-5),  # float32 sums in another order: 2^-24 for each of some 100 terms, in two layers
-        # Activations have 8 bits: each product is off by up to 1 part in 254 of its scale in one process and in many,
-        # which mostly cancels over 64 terms and more. Against 16-bit weights the distance is as large.
-        ("int8", 2e-2),
-    ],
-)
-def test_transformers(ranks: Ranks, path: str, tolerance: float) -> None:
+@pytest.mark.parametrize("path", ["weight_only", "int8"])
+def test_transformers(ranks: Ranks, path: str) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    ranks.run(_transformers, path, tolerance)
+    ranks.run(_transformers, path)
 
 
 def test_transformers_plan() -> None:
