@@ -278,9 +278,8 @@ class RowParallelInt8Linear(_Sharded):
             return y.to(x.dtype)
         x = self._autocast(_arrived(self._incoming(input, Shard(input.dim() - 1), self.total_features).to_local()))
         wanted = tuple(_counted(layout, input.dim()) for layout in self.output_layouts)
-        total = DTensor.from_local(self._product(x), self.mesh, (Partial(),), run_check=False).redistribute(
-            placements=wanted
-        )
+        parts = DTensor.from_local(self._product(x), self.mesh, (Partial(),), run_check=False)
+        total: Tensor = parts.redistribute(placements=wanted)
         if bias is not None:
             total = total + DTensor.from_local(bias.to(torch.float32), self.mesh, (Replicate(),), run_check=False)
         return self._outgoing(total.to(x.dtype))

@@ -41,7 +41,7 @@ from octavo.distributed import (
 )
 from ranks import Ranks
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -96,6 +96,11 @@ def ranks_or_gpus(request: pytest.FixtureRequest, _pools: dict[tuple[int, str], 
 @pytest.fixture
 def two(_pools: dict[tuple[int, str], Ranks]) -> Ranks:
     return _pool(_pools, 2, "cpu")
+
+
+@pytest.fixture
+def four(_pools: dict[tuple[int, str], Ranks]) -> Ranks:
+    return _pool(_pools, 4, "cpu")
 
 
 def _pool(pools: dict[tuple[int, str], Ranks], size: int, device: str) -> Ranks:
@@ -440,6 +445,37 @@ def _memory(mesh: DeviceMesh) -> None:
 
 def test_a_rank_holds_its_part_only(ranks: Ranks) -> None:
     ranks.run(_memory)
+
+
+def _state(mesh: DeviceMesh) -> None:
+    """State dicts are a rank's own; those of a whole layer do not fit."""
+    layer, x = _layer("static", 64, 48), _inputs(64)
+    empty = ot.Int8Linear(64, 48, scheme="zeropoint")
+    for shard, mine in ((shard_column, x), (shard_row, x[..., _part(64, mesh)])):
+        sharded, other = shard(layer, mesh), shard(empty, mesh)
+        other.load_state_dict(sharded.state_dict())
+        with torch.no_grad():
+            _same(other(mine), sharded(mine))
+        _raises(RuntimeError, "size mismatch for weight", lambda other=other: other.load_state_dict(layer.state_dict()))
+
+
+def test_state_dicts_are_of_the_rank(two: Ranks) -> None:
+    two.run(_state)
+
+
+def _replicas(mesh: DeviceMesh) -> None:
+    """Two groups of two ranks, as of two machines: tensor parallelism in each, a batch of its own for each."""
+    plane = init_device_mesh("cpu", (2, 2), mesh_dim_names=("machine", "tp"))
+    layer, x = _layer("default", 33, 19), _inputs(33)
+    mine = x[plane.get_local_rank("machine")]
+    with torch.no_grad():
+        _same(shard_column(layer, plane["tp"], output_layouts=Replicate())(mine), layer(mine))
+        y = shard_row(layer, plane["tp"], input_layouts=Replicate())(mine)
+    tolerances.check_output(TORCH.host(y), _expected_sum(layer, mine, plane["tp"]), "float32")
+
+
+def test_replicas_of_a_sharded_layer(four: Ranks) -> None:
+    four.run(_replicas)
 
 
 def _raises(kind: type[Exception], message: str, call: Callable[[], Any]) -> None:
