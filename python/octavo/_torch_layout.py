@@ -33,6 +33,9 @@ def unpack(codes: Tensor, n: int, k: int) -> Tensor:
     if codes.device.type == "cpu" and type(codes) in (Tensor, nn.Parameter):  # no FakeTensor
         natural: Tensor = _core.unpack(codes.detach(), n, k)
         return natural
+    if hasattr(codes, "full_tensor"):  # a DTensor: blocks of rows are on several devices
+        codes = codes.full_tensor()
+        return unpack(codes, n, k)
     blocks, groups, width, depth = codes.shape
     rows = codes.detach().permute(0, 2, 1, 3).reshape(blocks * width, groups * depth)
     return rows[:n, :k].contiguous()

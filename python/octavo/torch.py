@@ -244,7 +244,7 @@ class Int8Linear(nn.Module):
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
         # A small layer's product takes less time than a few questions to PyTorch, hence their choice and their order.
         if torch.compiler.is_compiling():
-            return self._registered(self._autocast(input))
+            return self._registered(self._autocast(input), self.bias)
         if torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu"):
             input = self._autocast(input)
         # Not `self.bias`: where nn.Module looks for a parameter last, it is found at once.
@@ -252,7 +252,7 @@ class Int8Linear(nn.Module):
         if bias is None:
             bias = self.bias
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-            return self._registered(input)
+            return self._registered(input, bias)
         weight = self._int8_weight
         if weight is None:
             weight = self.int8_weight
@@ -266,7 +266,7 @@ class Int8Linear(nn.Module):
         device = input.device.type
         return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
 
-    def _registered(self, input: Tensor) -> Tensor:
+    def _registered(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """The layer through ``torch.ops``, which the compiler and autograd know."""
         return torch.ops.octavo.linear(  # type: ignore[no-any-return]
             input,
@@ -276,7 +276,7 @@ class Int8Linear(nn.Module):
             self.zeropoint,
             self.outlier_columns,
             self.outlier_weight,
-            self.bias,
+            bias,
             self._scheme,
             self._granularity,
             self.threshold,

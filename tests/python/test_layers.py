@@ -141,6 +141,7 @@ FRAMEWORKS = {"torch", "jax", "jaxlib", "cupy", "transformers"}
 # Modules that a user imports for one framework, or that are tools: they may need it at import.
 OF_FRAMEWORKS = {
     "_torch_layout",
+    "distributed",
     "torch",
     "jax",
     "transformers",

@@ -1,0 +1,402 @@
+"""Int8 layers over several devices and machines: tensor parallelism through ``torch.distributed``.
+
+>>> mesh = init_device_mesh("cuda", (8,))                                                        # doctest: +SKIP
+>>> parallelize_module(model, mesh, {"up": ColwiseInt8Parallel(), "down": RowwiseInt8Parallel()})  # doctest: +SKIP
+
+A layer is sharded from the codes it has; nothing is quantized anew. With R ranks, k input and n output features:
+
+- Column-parallel (of Y = X W^T, hence the name): a rank holds n/R rows of the codes and computes n/R columns of Y from
+  the whole X. Each output is made of the same numbers as in one process and is equal to it, bit for bit.
+- Row-parallel: a rank holds k/R columns of the codes and multiplies k/R features of X with them. Its product is
+  float32; the products are summed in float32, the bias is added once, and the sum is rounded once to the dtype of X.
+  Outlier columns are found, and kept ones held, by the rank that has their feature: they are the same columns as in
+  one process. Scales of X are taken over the features of a rank, so they are at most those of one process.
+
+`docs/distributed.md` has the commands for one and for several machines, FSDP2, and layers on several devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from octavo import _core
+from octavo.torch import Int8Linear
+from octavo.weight import Int8Weight
+
+__all__ = [
+    "ColumnParallelInt8Linear",
+    "ColwiseInt8Parallel",
+    "OffloadableInt8Linear",
+    "RowParallelInt8Linear",
+    "RowwiseInt8Parallel",
+    "offloadable_",
+    "shard_column",
+    "shard_row",
+    "transformers_plan",
+]
+
+# --- styles -----------------------------------------------------------------------------------------------------------
+
+
+class ColwiseInt8Parallel(ColwiseParallel):
+    """torch's ``ColwiseParallel``, also for `Int8Linear`: output features are spread over the ranks of a mesh.
+
+    Args (as torch's):
+        input_layouts: the layout of a plain tensor that comes in; default ``Replicate()``.
+        output_layouts: of the output; default ``Shard(-1)``, a rank's own features. ``Replicate()`` gathers them.
+        use_local_output: whether a plain tensor goes out, or a DTensor.
+
+    An `Int8Linear` becomes, in place, a `ColumnParallelInt8Linear`. Every rank takes its part of what it has itself
+    (``src_data_rank`` is not used), so all ranks must have loaded the same layer. Features are dealt out as by
+    ``torch.chunk``: ceil(n/R) to each rank, fewer or none to the last ones. Other modules go to torch's style.
+
+    Raises ValueError: the mesh has not one dimension (take one of it: ``mesh["tp"]``), or the layer is sharded already.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, Int8Linear):
+            return super()._apply(module, device_mesh)
+        _check(module, device_mesh, "ColwiseInt8Parallel")
+        n, k = module.out_features, module.in_features
+        rows = _chunk(n, device_mesh)
+        bias = module.bias
+        module._hold(_part(module.int8_weight, rows, slice(0, k)))
+        module.out_features = rows.stop - rows.start
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach()[rows].clone(), requires_grad=bias.requires_grad)
+        module.__class__ = ColumnParallelInt8Linear
+        assert isinstance(module, ColumnParallelInt8Linear)
+        module._distribute(device_mesh, self.input_layouts, self.output_layouts, self.use_local_output, total=n)
+        return module
+
+
+class RowwiseInt8Parallel(RowwiseParallel):
+    """torch's ``RowwiseParallel``, also for `Int8Linear`: input features are spread over the ranks of a mesh.
+
+    Args (as torch's):
+        input_layouts: the layout of a plain tensor that comes in; default ``Shard(-1)``, a rank's own features.
+        output_layouts: of the output; default ``Replicate()``. ``Shard(1)`` scatters the sum along the sequence.
+        use_local_output: whether a plain tensor goes out, or a DTensor.
+
+    An `Int8Linear` becomes, in place, a `RowParallelInt8Linear`; for the rest see `ColwiseInt8Parallel`.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, Int8Linear):
+            return super()._apply(module, device_mesh)
+        _check(module, device_mesh, "RowwiseInt8Parallel")
+        n, k = module.out_features, module.in_features
+        columns = _chunk(k, device_mesh)
+        module._hold(_part(module.int8_weight, slice(0, n), columns))
+        module.in_features = columns.stop - columns.start
+        module.__class__ = RowParallelInt8Linear
+        assert isinstance(module, RowParallelInt8Linear)
+        module._distribute(device_mesh, self.input_layouts, self.output_layouts, self.use_local_output, total=k)
+        return module
+
+
+def shard_column(
+    layer: Int8Linear,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    *,
+    input_layouts: Placement | None = None,
+    output_layouts: Placement | None = None,
+    use_local_output: bool = True,
+) -> ColumnParallelInt8Linear:
+    """This rank's part of `layer`, which is left as it is; see `ColwiseInt8Parallel`. `mesh` may be a process group."""
+    style = ColwiseInt8Parallel(
+        input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output
+    )
+    sharded = style._apply(_sibling(layer, "shard_column"), _as_mesh(mesh, layer))
+    assert isinstance(sharded, ColumnParallelInt8Linear)
+    return sharded
+
+
+def shard_row(
+    layer: Int8Linear,
+    mesh: DeviceMesh | dist.ProcessGroup,
+    *,
+    input_layouts: Placement | None = None,
+    output_layouts: Placement | None = None,
+    use_local_output: bool = True,
+) -> RowParallelInt8Linear:
+    """This rank's part of `layer`, which is left as it is; see `RowwiseInt8Parallel`. `mesh` may be a process group."""
+    style = RowwiseInt8Parallel(
+        input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output
+    )
+    sharded = style._apply(_sibling(layer, "shard_row"), _as_mesh(mesh, layer))
+    assert isinstance(sharded, RowParallelInt8Linear)
+    return sharded
+
+
+# What Transformers calls its styles, and ours: they take nn.Linear and nn.Embedding as well as Int8Linear.
+_TRANSFORMERS_STYLES: dict[str, tuple[type[ParallelStyle], dict[str, Placement]]] = {
+    "colwise": (ColwiseInt8Parallel, {}),
+    "colwise_gather_output": (ColwiseInt8Parallel, {"output_layouts": Replicate()}),
+    "colwise_rep": (ColwiseInt8Parallel, {"output_layouts": Replicate()}),
+    "rowwise": (RowwiseInt8Parallel, {}),
+    "rowwise_split_input": (RowwiseInt8Parallel, {"input_layouts": Replicate()}),
+    "rowwise_rep": (RowwiseInt8Parallel, {"input_layouts": Replicate()}),
+    "embedding_rowwise": (RowwiseInt8Parallel, {"input_layouts": Replicate()}),
+}
+
+
+def transformers_plan(model: Any) -> dict[str, ParallelStyle]:
+    """The tensor-parallel plan that a Transformers model brings along (``tp_plan``), for ``parallelize_module``.
+
+    Attention must be able to split: its heads, keys' and values' too, are to be a multiple of the number of ranks.
+
+    Raises ValueError: the model has no plan, or one with a style for other modules than linear layers and embeddings.
+    """
+    plan = dict(getattr(model, "tp_plan", None) or {})
+    if not plan:
+        raise ValueError(f"transformers_plan: model: expected one with a tp_plan, got {type(model).__name__} without")
+    unknown = {name: style for name, style in plan.items() if style not in _TRANSFORMERS_STYLES}
+    if unknown:
+        raise ValueError(
+            f"transformers_plan: model: expected a tp_plan of {', '.join(_TRANSFORMERS_STYLES)}, got {unknown}"
+        )
+    result = {}
+    for name, style in plan.items():
+        make, layouts = _TRANSFORMERS_STYLES[style]
+        result[name] = make(**layouts)
+    return result
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+class _Sharded(Int8Linear):
+    """An Int8Linear that holds one rank's part; `weight` and all buffers are plain tensors, the rank's own.
+
+    Attributes:
+        mesh: the ranks, one dimension.
+        total_features: of the whole layer, along the dimension that is sharded.
+        input_layouts, output_layouts, use_local_output: see the styles.
+    """
+
+    mesh: DeviceMesh
+    total_features: int
+    input_layouts: tuple[Placement, ...]
+    output_layouts: tuple[Placement, ...]
+    use_local_output: bool
+
+    def _distribute(
+        self,
+        mesh: DeviceMesh,
+        input_layouts: tuple[Placement, ...],
+        output_layouts: tuple[Placement, ...],
+        use_local_output: bool,
+        *,
+        total: int,
+    ) -> None:
+        self.mesh = mesh
+        self.total_features = total
+        self.input_layouts = input_layouts
+        self.output_layouts = output_layouts
+        self.use_local_output = use_local_output
+
+    def _in_one_place(self, input: Tensor, input_layout: type[Placement], output_layout: type[Placement]) -> bool:
+        """Whether a plain tensor goes in and out as the product takes and gives it, and nobody asks for gradients.
+
+        Then DTensor, which costs more than a small layer's product, has nothing to do.
+        """
+        bias = self.bias
+        wants_grad = torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
+        return (
+            not wants_grad
+            and not isinstance(input, DTensor)
+            and self.use_local_output
+            and _is_layout(self.input_layouts, input_layout, input.dim())
+            and _is_layout(self.output_layouts, output_layout, input.dim())
+        )
+
+    def _incoming(self, input: Tensor, wanted: Placement, features: int) -> DTensor:
+        """The input in the layout that the product needs."""
+        if not isinstance(input, DTensor):
+            whole = _whole(input, features) if _is_layout(self.input_layouts, Shard, input.dim()) else {}
+            input = DTensor.from_local(input, self.mesh, self.input_layouts, run_check=False, **whole)
+        if input.placements != (wanted,):
+            input = input.redistribute(placements=(wanted,))
+        return input
+
+    def _outgoing(self, output: Tensor) -> Tensor:
+        assert isinstance(output, DTensor)
+        return _arrived(output.to_local()) if self.use_local_output else output
+
+    def extra_repr(self) -> str:
+        """As `Int8Linear`'s, with the sizes of this rank, and which rank that is."""
+        part = f"{self.mesh.get_local_rank()} of {self.mesh.size()}"
+        return f"{super().extra_repr()}, rank={part}, total_features={self.total_features}"
+
+
+class ColumnParallelInt8Linear(_Sharded):
+    """An `Int8Linear` of which this rank computes some of the output features: `shard_column`.
+
+    ``out_features`` are this rank's, ``total_features`` all. The gradient of x is summed over the ranks in its dtype.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., k]`` -> ``[..., n/R]`` (a rank's own; gathered with ``output_layouts=Replicate()``)."""
+        input = _arrived(input)
+        if self._in_one_place(input, Replicate, Shard):
+            return super().forward(input)
+        x = self._incoming(input, Replicate(), self.in_features)
+        # Each rank's gradient of x lacks what the other ranks' features contribute.
+        local = super().forward(_arrived(x.to_local(grad_placements=(Partial(),))))
+        last = Shard(local.dim() - 1)
+        y = DTensor.from_local(local, self.mesh, (last,), run_check=False, **_whole(local, self.total_features))
+        wanted = tuple(_counted(layout, local.dim()) for layout in self.output_layouts)
+        return self._outgoing(y if wanted == (last,) else y.redistribute(placements=wanted))
+
+
+class RowParallelInt8Linear(_Sharded):
+    """An `Int8Linear` of which this rank has some of the input features: `shard_row`.
+
+    ``in_features`` are this rank's, ``total_features`` all. Every rank holds the whole bias.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., k/R]`` -> ``[..., n]``, the sum over the ranks, in the dtype of input (or autocast's)."""
+        input = _arrived(input)
+        bias = self.bias
+        if self._in_one_place(input, Shard, Replicate):
+            x = self._autocast(input)
+            y = self._product(x)
+            dist.all_reduce(y, group=self.mesh.get_group())
+            if bias is not None:
+                y += bias
+            return y.to(x.dtype)
+        x = self._autocast(_arrived(self._incoming(input, Shard(input.dim() - 1), self.total_features).to_local()))
+        wanted = tuple(_counted(layout, input.dim()) for layout in self.output_layouts)
+        parts = DTensor.from_local(self._product(x), self.mesh, (Partial(),), run_check=False)
+        total: Tensor = parts.redistribute(placements=wanted)
+        if bias is not None:
+            total = total + DTensor.from_local(bias.to(torch.float32), self.mesh, (Replicate(),), run_check=False)
+        return self._outgoing(total.to(x.dtype))
+
+    def _product(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum, float32 ``[..., n]``, without the bias."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return self._registered(x.to(torch.float32), None)  # whose result has the dtype of x; codes are the same
+        out = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device=x.device)
+        _core.linear(x, self.int8_weight._native, None, self.threshold, self.outliers, self.path, out)
+        return out
+
+
+class OffloadableInt8Linear(Int8Linear):
+    """An `Int8Linear` whose arrays may be anywhere, and others, at each call: `offloadable_`.
+
+    Its codes are ``[n, k]`` in CPU memory too, as in its state dict, and are read anew at each call.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `Int8Linear`'s."""
+        return self._registered(self._autocast(input), self.bias)
+
+    def _settle(self) -> None:
+        """Leave the weight in the order it has."""
+
+
+def offloadable_(model: nn.Module) -> nn.Module:
+    """Make the `Int8Linear` layers of `model` ready, in place, for accelerate to take their arrays away and back.
+
+    Needed before ``dispatch_model`` with layers on "cpu" (beside a GPU) or "disk", ``cpu_offload`` and
+    ``disk_offload``: these put a state dict's tensors, codes ``[n, k]``, where the layers would have packed ones. Calls
+    that run on the CPU then pack the codes anew. Layers that share a weight go on sharing it. Returns `model`.
+    """
+    natural: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in model.modules():
+        if type(layer) is Int8Linear:
+            layer._settle()
+            if layer.weight not in natural:
+                natural[layer.weight] = nn.Parameter(layer.codes, requires_grad=False)
+            layer.weight = natural[layer.weight]
+            layer.__class__ = OffloadableInt8Linear
+    return model
+
+
+# --- parts and layouts ------------------------------------------------------------------------------------------------
+
+
+def _part(weight: Int8Weight, rows: slice, columns: slice) -> Int8Weight:
+    """Rows (output features) and columns (input features) of a weight, in memory of their own."""
+
+    def of_rows(per_output: Tensor | None) -> Tensor | None:
+        # Of other granularities there is one for all.
+        return per_output[rows].clone() if per_output is not None and weight.granularity == "vector" else per_output
+
+    outlier_columns, outlier_weight = weight.outlier_columns, weight.outlier_weight
+    if outlier_columns is not None and outlier_weight is not None:
+        here = (outlier_columns >= columns.start) & (outlier_columns < columns.stop)
+        outlier_columns = outlier_columns[here] - columns.start
+        outlier_weight = outlier_weight[rows][:, here]
+    return Int8Weight(
+        weight.codes[rows, columns].clone(memory_format=torch.contiguous_format),
+        of_rows(weight.scale),
+        zeropoint=of_rows(weight.zeropoint),
+        outlier_columns=outlier_columns,
+        outlier_weight=outlier_weight,
+        scheme=weight.scheme,
+        granularity=weight.granularity,
+    )
+
+
+def _chunk(size: int, mesh: DeviceMesh) -> slice:
+    """This rank's part of `size` features, as DTensor and ``torch.chunk`` deal them out."""
+    each = -(-size // mesh.size())
+    start = min(each * mesh.get_local_rank(), size)
+    return slice(start, min(start + each, size))
+
+
+def _sibling(layer: Int8Linear, function: str) -> Int8Linear:
+    """A new layer with the very weight and bias of `layer`."""
+    if type(layer) is not Int8Linear:
+        raise TypeError(f"{function}: layer: expected an Int8Linear, got {type(layer).__name__}")
+    linear: Any = layer  # of which only the bias and the mode are read
+    return Int8Linear._from_weight(
+        layer.int8_weight, linear, threshold=layer.threshold, outliers=layer.outliers, path=layer.path
+    )
+
+
+def _as_mesh(mesh: DeviceMesh | dist.ProcessGroup, layer: Int8Linear) -> DeviceMesh:
+    return mesh if isinstance(mesh, DeviceMesh) else DeviceMesh.from_group(mesh, layer.weight.device.type)
+
+
+def _check(layer: Int8Linear, mesh: DeviceMesh, style: str) -> None:
+    if isinstance(layer, _Sharded):
+        raise ValueError(f"{style}: module: expected a whole Int8Linear, got one that is sharded already")
+    if mesh.ndim != 1:
+        raise ValueError(f"{style}: device_mesh: expected one dimension, such as mesh['tp'], got {mesh.ndim}")
+    if layer.weight.device.type == "meta":
+        raise ValueError(f"{style}: module: expected a layer with memory, got one on the meta device")
+
+
+def _counted(layout: Placement, dim: int) -> Placement:
+    """The layout with its dimension counted from the front, as redistribution compares it."""
+    return Shard(layout.dim % dim) if isinstance(layout, Shard) and layout.dim < 0 else layout
+
+
+def _is_layout(layouts: Sequence[Placement], kind: type[Placement], dim: int) -> bool:
+    """Whether the layout is Replicate, or Shard of the last of `dim` dimensions."""
+    return layouts == ((Shard(dim - 1) if kind is Shard else kind()),) or (kind is Shard and layouts == (Shard(-1),))
+
+
+def _whole(local: Tensor, features: int) -> dict[str, Any]:
+    """Shape and strides of a tensor whose last dimension is sharded, perhaps unevenly, as ``from_local`` takes them."""
+    shape = torch.Size((*local.shape[:-1], features))
+    return {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+
+
+def _arrived(x: Tensor) -> Tensor:
+    """The tensor that a collective of torch's styles gives, once it is there: the product reads memory itself."""
+    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
