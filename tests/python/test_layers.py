@@ -147,6 +147,7 @@ OF_FRAMEWORKS = {
     "eval",
     "analysis",
     "demo",
+    "measuring",
     "checkpoint",
     "plan",
     "cli",
