@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from octavo._sizes import positive
+from octavo.measuring.options import missing_packages, wait_passively
 
 from .errors import DemoError
 
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where report.json and the PNGs are written (default: ./octavo-demo)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, to stdout")
-    parser.add_argument("--threads", type=_threads, default=0, metavar="N", help="threads (default: all cores)")
+    parser.add_argument("--threads", type=positive, default=0, metavar="N", help="threads (default: all cores)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -74,19 +76,9 @@ def main(args: argparse.Namespace) -> int:
 
 def require_packages() -> None:
     """Raises DemoError where a package of the demo extra is missing."""
-    missing = [name.replace("_", "-") for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = missing_packages(NEEDED)
     if missing:
-        raise DemoError(f'missing {", ".join(missing)}; install with: pip install "octavo[demo]"')
-
-
-def wait_passively() -> None:
-    """Makes idle OpenMP threads sleep. Must come before torch is imported, which reads this when loaded.
-
-    By default they spin, and where the cores are shared that takes from the threads that have work to do.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
+        raise DemoError(missing)
 
 
 def run(settings: Settings, output: Path, *, show_progress: bool = True) -> Report:
@@ -239,9 +231,3 @@ def _units(settings: Settings) -> float:
 
 def _timing_units(settings: Settings) -> float:
     return max(0.5, settings.seconds_per_batch_size / 1.5)  # a unit is about one and a half seconds
-
-
-def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
