@@ -28,7 +28,8 @@ def known_model() -> Any:
     """Four layers that add nothing to the residual stream: each LayerNorm sees the embedding of its token.
 
     Embeddings are +1 and -1, half of each, which the LayerNorm leaves as they are, but for its epsilon: its output is
-    weight * (+-1) + bias. Words w0 and w1 are each other's negative: w0 is +1 at even features and -1 at odd ones. w2 is w0.
+    weight * (+-1) + bias. Words w0 and w1 are each other's negative: w0 is +1 at even features and -1 at odd ones. w2
+    is w0.
     """
     model = tiny_opt(layers=4, width=WIDTH)
     signs = torch.tensor([1.0, -1.0]).repeat(WIDTH // 2)
