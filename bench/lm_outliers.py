@@ -3,6 +3,9 @@
 In a model that normalizes before each block, what a LayerNorm puts out goes to linear layers only. So a feature can be
 rescaled in the LayerNorm's gain and bias, z = x*d + s with gain' = gain*d and bias' = bias*d + s, and the linear layers
 take it back: W' = W/d, bias' = bias - W' s. The residual stream does not change.
+
+What such a model is good for: rounding. Setting an outlier feature to zero in it takes away its mean too, which only
+the new biases have use for, so it says nothing about what such a feature carries in a model that learned it.
 """
 
 from __future__ import annotations

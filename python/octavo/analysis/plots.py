@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from octavo.measuring.drawing import BLUE, GRAY, GREEN, ORANGE, VERMILION, draw_tables, quiet, save_all
@@ -34,8 +35,12 @@ def draw_emergence(report: Report) -> Figure:
     left, right = figure.subplots(1, 2)
     share = np.array(report.by_layer)  # [layers, width]
     layers = range(len(share))
-    for feature, (color, marker) in zip(report.features, _STYLES, strict=False):
-        left.plot(layers, 100 * share[:, feature.number], marker + "-", color=color, label=f"feature {feature.number}")
+    for place, (feature, (color, marker)) in enumerate(zip(report.features, _STYLES, strict=False)):
+        # Lines that lie on each other stay to be seen: those drawn later are thinner.
+        size = max(4.0, 14.0 - 2.0 * place)
+        label = f"feature {feature.number}"
+        values = 100 * share[:, feature.number]
+        left.plot(layers, values, marker + "-", color=color, label=label, markersize=size, linewidth=size / 3)
     left.set_ylabel(f"positions with magnitude >= {report.settings['threshold']:g}, %")
     left.set_title("The outlier features" if report.features else "No feature is outlying systematically")
     left.set_ylim(-2, 102)
@@ -94,7 +99,9 @@ def draw_columns(report: Report) -> Figure:
                 heat[row, shown.index(key)] = 100 * share
     figure: Figure = plt.figure(figsize=(3.5 + 0.2 * heat.shape[1], 1.6 + 0.19 * heat.shape[0]))
     axis = figure.subplots()
-    image = axis.imshow(heat, aspect="auto", cmap="viridis", vmin=0, vmax=100, interpolation="nearest")
+    # Systematic columns are at most positions, many others at one of thousands: only a logarithm shows both.
+    norm = LogNorm(vmin=min(1.0, heat[heat > 0].min(initial=1.0)), vmax=100)
+    image = axis.imshow(np.ma.masked_equal(heat, 0), aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
     axis.set_yticks(range(len(heat)), [f"{found.layer} {found.name}" for found in report.projections], fontsize=7)
     names = [f"{column}{'*' if hidden else ''}" for hidden, column in shown]
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
@@ -102,6 +109,6 @@ def draw_columns(report: Report) -> Figure:
     left_out = len(total) - len(shown)
     title = "Outlier columns" + (f", the {len(shown)} most common of {len(total)}" if left_out else "")
     axis.set_title(title if shown else "No outlier columns")
-    figure.colorbar(image, label="positions, %")
+    figure.colorbar(image, label="positions, % (white: none)")
     figure.tight_layout()
     return figure

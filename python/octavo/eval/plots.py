@@ -25,7 +25,7 @@ def draw_perplexity(report: Report) -> Figure:
     figure: Figure = plt.figure(figsize=(9, 1.6 + 0.36 * len(report.results)))
     axis = figure.subplots()
     losses = [-result.difference for result in report.results]
-    finite = [abs(loss) for loss in losses if math.isfinite(loss) and loss != 0]
+    errors = [2 * result.standard_error for result in report.results if result.standard_error > 0]
     for place, (result, loss) in enumerate(zip(report.results, losses, strict=True)):
         if not math.isfinite(loss):
             axis.annotate("not finite", (0, place), color=VERMILION, va="center")
@@ -35,7 +35,9 @@ def draw_perplexity(report: Report) -> Figure:
         color, marker = (GRAY, "o") if abs(loss) <= error else (VERMILION, "D") if loss > 0 else (BLUE, "s")
         axis.errorbar(loss, place, xerr=error, fmt=marker, color=color, capsize=3, markersize=6)
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_xscale("symlog", linthresh=max(min(finite, default=1e-3), 1e-5))
+    # Linear where differences drown in their errors, logarithmic where they do not.
+    axis.set_xscale("symlog", linthresh=max(min(errors, default=1e-3), 1e-6))
+    axis.margins(x=0.08)
     names = [f"{result.name}  ({result.perplexity:.5g})" for result in report.results]
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
