@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     import octavo
-    from octavo import demo, plan
+    from octavo import analysis, demo, plan
+    from octavo import eval as evaluation
     from octavo.checkpoint import commands as checkpoint
 
     parser = argparse.ArgumentParser(prog="octavo", description="LLM.int8() as a native library.")
@@ -42,6 +43,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect_parser = commands.add_parser("inspect", help="show what a checkpoint holds and what int8 saves")
     checkpoint.add_inspect_arguments(inspect_parser)
     inspect_parser.set_defaults(run=checkpoint.run_inspect)
+
+    eval_parser = commands.add_parser("eval", help="perplexity of a language model by every scheme of the paper")
+    evaluation.add_arguments(eval_parser)
+    eval_parser.set_defaults(run=evaluation.main)
+
+    analyze_parser = commands.add_parser("analyze", help="find the outlier features of a model, and what they carry")
+    analysis.add_arguments(analyze_parser)
+    analyze_parser.set_defaults(run=analysis.main)
 
     plan_parser = commands.add_parser("plan", help="say whether a model fits on given GPUs in int8 and in 16 bit")
     plan.add_arguments(plan_parser)

@@ -18,6 +18,8 @@ for package in demo.NEEDED:
 
 import torch  # noqa: E402
 from octavo.demo import model, outliers, report, schemes, systematic, timing  # noqa: E402
+from octavo.measuring import modules, output  # noqa: E402
+from octavo.measuring import systematic as rescaling  # noqa: E402
 from torch import nn  # noqa: E402
 
 SENTENCES = data.load()
@@ -96,11 +98,11 @@ class TestData:
 
 class TestModel:
     def test_all_36_linear_layers(self, minilm: model.MiniLM) -> None:
-        assert sum(1 for _ in model.linear_layers(minilm.model)) == 36
+        assert sum(1 for _ in modules.linear_layers(minilm.model)) == 36
 
     def test_linear_bytes(self, minilm: model.MiniLM) -> None:
         weights, biases = 4 * 384 * 384 + 2 * 384 * 1536, 5 * 384 + 1536
-        assert model.linear_bytes(minilm.model) == 6 * 4 * (weights + biases)
+        assert modules.linear_bytes(minilm.model) == 6 * 4 * (weights + biases)
 
     def test_embeddings_have_length_1_and_the_sentences_order(
         self, minilm: model.MiniLM, reference: torch.Tensor
@@ -145,7 +147,7 @@ class TestSchemes:
     ) -> None:
         converted = schemes.convert(schemes.calibrated(minilm.model, batches), schemes.KEPT_COLUMNS)
         assert not any(isinstance(module, nn.Linear) for module in converted.modules())
-        kept = [layer.int8_weight.outlier_weight for _, layer in model.linear_layers(converted)]
+        kept = [layer.int8_weight.outlier_weight for _, layer in modules.linear_layers(converted)]
         assert {weight.dtype for weight in kept} == {torch.float16}
         assert sum(weight.shape[1] for weight in kept) > 0
         assert torch.equal(model.embed(minilm.model, batches), reference)
@@ -189,12 +191,12 @@ class TestOutliers:
 
     def test_top_probability_leaves_padding_out(self) -> None:
         probabilities = torch.tensor([[[[0.7, 0.3], [0.5, 0.5]], [[0.9, 0.1], [0.5, 0.5]]]])  # [1, 2 heads, 2, 2]
-        found = outliers.top_probability(probabilities, torch.tensor([[True, False]]))
+        found = modules.top_probability(probabilities, torch.tensor([[True, False]]))
         assert float(found) == pytest.approx(0.8)
 
     def test_random_features(self) -> None:
-        draws = outliers.random_features(2, 10, [3, 7], 50)
-        assert draws == outliers.random_features(2, 10, [3, 7], 50)
+        draws = modules.random_features(2, 10, [3, 7], 50)
+        assert draws == modules.random_features(2, 10, [3, 7], 50)
         assert all(len(set(draw)) == 2 and not {3, 7} & set(draw) for draw in draws)
         assert {feature for draw in draws for feature in draw} == set(range(10)) - {3, 7}
 
@@ -206,10 +208,10 @@ class TestSystematic:
         minilm: model.MiniLM,
         batches: list[model.Batch],
         reference: torch.Tensor,
-        size: systematic.Size,
+        size: rescaling.Size,
     ) -> None:
         observed = outliers.observe(minilm.model, minilm.batches(SENTENCES.calibration[:32]))
-        features = outliers.largest_features(observed, systematic.FEATURES)
+        features = outliers.largest_features(observed, rescaling.FEATURES)
         rescaled = systematic.with_outliers(minilm.model, features, size, observed)
         assert float((model.embed(rescaled, batches) - reference).abs().max()) <= 1e-6
         lower, median, upper = systematic.measure(rescaled, batches, features).quartiles
@@ -225,16 +227,16 @@ class TestSystematic:
     def test_folded_layer_is_exact(self) -> None:
         torch.manual_seed(0)
         linear = nn.Linear(8, 5).requires_grad_(False)
-        rescaling = systematic.DiagonalShift(torch.rand(8) * 20 + 0.1, torch.randn(8) * 60)
+        diagonal = rescaling.DiagonalShift(torch.rand(8) * 20 + 0.1, torch.randn(8) * 60)
         x = torch.randn(100, 8)
-        wide = systematic.folded(linear, rescaling).double()(rescaling.double()(x.double()))
+        wide = rescaling.folded(linear, diagonal).double()(diagonal.double()(x.double()))
         torch.testing.assert_close(wide, linear.double()(x.double()), atol=2e-5, rtol=0)
 
     def test_kept_weights_undo_what_systematic_outliers_do(
         self, minilm: model.MiniLM, batches: list[model.Batch], reference: torch.Tensor
     ) -> None:
         observed = outliers.observe(minilm.model, batches)
-        features = outliers.largest_features(observed, systematic.FEATURES)
+        features = outliers.largest_features(observed, rescaling.FEATURES)
         rescaled = systematic.with_outliers(minilm.model, features, systematic.SIZES[1], observed)
         plain, dequantized, kept = (
             schemes.evaluate(transformer, scheme, batches, reference).quality.min_cosine
@@ -404,7 +406,7 @@ class TestCommand:
             raise OSError("disk full")
 
         with pytest.raises(OSError, match="disk full"):
-            report.write_atomically(path, fail)
+            output.write_atomically(path, fail)
         assert path.read_text() == "old"
         assert list(tmp_path.iterdir()) == [path]
 

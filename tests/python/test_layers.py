@@ -148,6 +148,7 @@ OF_FRAMEWORKS = {
     "eval",
     "analysis",
     "demo",
+    "measuring",
     "checkpoint",
     "plan",
     "cli",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import os
 import sys
 import time
@@ -17,10 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from octavo._sizes import positive
+from octavo.measuring.options import missing_packages, wait_passively
+
 from .errors import DemoError
 
 if TYPE_CHECKING:
-    from .progress import Progress
+    from octavo.measuring.progress import Progress
+
     from .report import Report
 
 # What the demo extra installs, by the name it is imported under.
@@ -49,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where report.json and the PNGs are written (default: ./octavo-demo)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, to stdout")
-    parser.add_argument("--threads", type=_threads, default=0, metavar="N", help="threads (default: all cores)")
+    parser.add_argument("--threads", type=positive, default=0, metavar="N", help="threads (default: all cores)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -73,32 +76,24 @@ def main(args: argparse.Namespace) -> int:
 
 def require_packages() -> None:
     """Raises DemoError where a package of the demo extra is missing."""
-    missing = [name.replace("_", "-") for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = missing_packages(NEEDED)
     if missing:
-        raise DemoError(f'missing {", ".join(missing)}; install with: pip install "octavo[demo]"')
-
-
-def wait_passively() -> None:
-    """Makes idle OpenMP threads sleep. Must come before torch is imported, which reads this when loaded.
-
-    By default they spin, and where the cores are shared that takes from the threads that have work to do.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
+        raise DemoError(missing)
 
 
 def run(settings: Settings, output: Path, *, show_progress: bool = True) -> Report:
     """Measures everything, writes `output`/report.json and the PNGs beside it, and returns the report."""
-    from .progress import Progress
+    from octavo.measuring.progress import Progress
 
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)  # now: a directory that cannot be made must not cost three minutes
     with Progress(_units(settings), show=show_progress) as progress:
         report = _measure(settings, progress, start)
         with progress.step("writing report.json and the plots", 4):
+            from octavo.measuring.output import write_atomically
+
             from .plots import write_all
-            from .report import as_json, write_atomically
+            from .report import as_json
 
             write_atomically(output / "report.json", lambda path: path.write_text(as_json(report) + "\n"))
             write_all(report, output)
@@ -110,7 +105,12 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
     with progress.step("loading torch", 3):
         import torch
 
-        from . import data, machine, model, outliers, schemes, systematic, timing
+        from octavo.measuring import machine
+        from octavo.measuring.modules import linear_layers, random_features
+        from octavo.measuring.schemes import THRESHOLD
+        from octavo.measuring.systematic import FEATURES
+
+        from . import data, model, outliers, schemes, systematic, timing
         from . import report as reports
 
         threads = settings.threads or machine.available_cores()
@@ -143,7 +143,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
     natural = evaluate(minilm.model, reference, "the model as it is")
     held = {row.name: row.linear_bytes for row in natural}
     memory = reports.Memory(
-        linear_layers=sum(1 for _ in model.linear_layers(minilm.model)),
+        linear_layers=sum(1 for _ in linear_layers(minilm.model)),
         float32=held[schemes.FLOAT32.name],
         float16=held[schemes.FLOAT32.name] // 2,
         int8=held[schemes.LLM_INT8.name],
@@ -153,14 +153,14 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
     # 2. Why decomposition is needed: the model's own outlier features, and what they carry.
     with progress.step("looking for outlier features"):
         observed = outliers.observe(minilm.model, batches)
-    ranked = outliers.largest_features(observed, systematic.FEATURES)
+    ranked = outliers.largest_features(observed, FEATURES)
     largest = ranked[:2]
     with progress.step("zeroing nothing"):
         untouched = outliers.ablate(minilm.model, batches, [], reference)
     with progress.step("zeroing the largest outlier features"):
         without = outliers.ablate(minilm.model, batches, largest, reference)
     drawn = []
-    for features in outliers.random_features(len(largest), model.HIDDEN, largest, settings.draws):
+    for features in random_features(len(largest), model.HIDDEN, largest, settings.draws):
         with progress.step("zeroing random features"):
             drawn.append(outliers.ablate(minilm.model, batches, features, reference))
 
@@ -197,7 +197,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
             "sentences_sha256": hashlib.sha256("\n".join(sentences.evaluation).encode()).hexdigest(),
             "calibration_sentences": len(sentences.calibration),
             "tokens": sum(int(batch.real.sum()) for batch in batches),
-            "threshold": schemes.THRESHOLD,
+            "threshold": THRESHOLD,
             "random_draws": settings.draws,
         },
         memory=memory,
@@ -231,9 +231,3 @@ def _units(settings: Settings) -> float:
 
 def _timing_units(settings: Settings) -> float:
     return max(0.5, settings.seconds_per_batch_size / 1.5)  # a unit is about one and a half seconds
-
-
-def _threads(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)

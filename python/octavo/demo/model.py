@@ -7,20 +7,17 @@ not).
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from octavo.torch import Int8Linear
 
 from .errors import ModelError
 
@@ -146,28 +143,6 @@ def pool(hidden: Tensor, real: Tensor) -> Tensor:
     return nn.functional.normalize(mean, dim=-1)
 
 
-def copy_modules(model: nn.Module) -> nn.Module:
-    """A copy whose modules can be replaced without touching `model`. The tensors are shared: never write to them."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def layers(model: nn.Module) -> list[nn.Module]:
     """The transformer layers."""
     return list(model.get_submodule("encoder.layer").children())
-
-
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear]]:
-    """Each linear layer and its qualified name, converted or not."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Int8Linear):
-            yield name, module
-
-
-def linear_bytes(model: nn.Module) -> int:
-    """Bytes that the linear layers hold: weights, scales, kept outlier weights, biases."""
-    total = 0
-    for _, module in linear_layers(model):
-        weight = module.int8_weight if isinstance(module, Int8Linear) else module.weight
-        total += weight.nbytes + (0 if module.bias is None else module.bias.nbytes)
-    return total

@@ -7,17 +7,17 @@ to zero in front of query, key and value of every layer, and, for comparison, as
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from octavo.measuring.modules import hooked, top_probability, zeroing
+from octavo.measuring.schemes import THRESHOLD
+
 from .model import Batch, layers, pool
-from .schemes import THRESHOLD, Quality, quality
+from .schemes import Quality, quality
 
 # The four different inputs of a layer's six linear layers, and one linear layer that takes each.
 ATTENTION_INPUT, FEED_FORWARD_INPUT = "attention input", "feed-forward input"
@@ -64,17 +64,6 @@ def linear_at(layer: nn.Module, path: str) -> nn.Module:
     return module[-1] if isinstance(module, nn.Sequential) else module
 
 
-@contextmanager
-def hooked(modules: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """While it lasts, each module calls its hook before it runs."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def run_watched(model: nn.Module, batches: Sequence[Batch], see: Callable[[int, str, Tensor], None]) -> None:
     """Runs the batches; calls see(layer, name, x [tokens, k]) with every linear input, padding left out."""
     real = torch.empty(0)  # of the batch being run
@@ -113,19 +102,6 @@ def largest_features(observed: Observed, count: int) -> list[int]:
     return torch.stack(over_layers).amax(0).topk(count).indices.tolist()
 
 
-def random_features(count: int, width: int, excluded: Sequence[int], draws: int, seed: int = 0) -> list[list[int]]:
-    """`draws` choices of `count` features of `width`, none excluded; the same for the same seed."""
-    generator = random.Random(seed)
-    others = sorted(set(range(width)) - set(excluded))
-    return [sorted(generator.sample(others, count)) for _ in range(draws)]
-
-
-def zeroing(features: Sequence[int]) -> Callable[..., Any]:
-    """A hook that sets these features of a module's input to zero. Nothing else of the model sees that."""
-    columns = torch.tensor(features, dtype=torch.int64)
-    return lambda module, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])
-
-
 def ablate(model: nn.Module, batches: Sequence[Batch], features: Sequence[int], reference: Tensor) -> Ablation:
     """Zeroes features of all layers' attention input; `reference`: the untouched embeddings [count, 384]."""
     consumers = [linear_at(layer, path) for layer in layers(model) for path in ATTENTION_CONSUMERS]
@@ -140,11 +116,3 @@ def ablate(model: nn.Module, batches: Sequence[Batch], features: Sequence[int], 
             sums += torch.stack([top_probability(p, batch.real) for p in output.attentions]).double()
     by_layer = sums / tokens
     return Ablation(list(features), quality(embeddings, reference), float(by_layer.mean()), by_layer.tolist())
-
-
-def top_probability(probabilities: Tensor, real: Tensor) -> Tensor:
-    """Attention [b, heads, query, key], real bool [b, query] -> the sum of the real queries' top probability.
-
-    It is the largest over the keys, and its mean is taken over the heads. A scalar.
-    """
-    return probabilities.amax(-1).mean(1)[real].sum()

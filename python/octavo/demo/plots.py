@@ -5,41 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
-
-import matplotlib
-
-matplotlib.use("Agg")  # no window, no display
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .outliers import INPUTS
-from .report import Report, Table, tables, write_atomically
+from octavo.measuring.drawing import BLUE, GRAY, ORANGE, VERMILION, draw_tables, quiet, save_all
 
-# Okabe and Ito's colors: told apart by the color-blind too. Markers differ as well.
-BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
-DPI = 130
+from .outliers import INPUTS
+from .report import Report, tables
 
 
 def write_all(report: Report, directory: Path) -> list[Path]:
     """Draws every picture into `directory`; returns their paths."""
     figures: dict[str, Callable[[Report], Figure]] = {
-        "tables.png": draw_tables,
+        "tables.png": lambda report: draw_tables(tables(report)),
         "quality.png": draw_quality,
         "outliers.png": draw_outliers,
         "ablation.png": draw_ablation,
         "timing.png": draw_timing,
     }
-    paths = []
-    for name, draw in figures.items():
-        figure = draw(report)
-        save = partial(figure.savefig, dpi=DPI, bbox_inches="tight", facecolor="white")
-        write_atomically(directory / name, save)
-        plt.close(figure)
-        paths.append(directory / name)
-    return paths
+    return save_all({name: partial(draw, report) for name, draw in figures.items()}, directory)
 
 
 def draw_quality(report: Report) -> Figure:
@@ -60,7 +45,7 @@ def draw_quality(report: Report) -> Figure:
         axis.set_yticks(list(places), [row.name for row in shown])
         axis.set_title(title)
         axis.set_xlabel("1 - cosine with float32 (less is better)")
-        _quiet(axis, "both")
+        quiet(axis, "both")
     axes[0].invert_yaxis()
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False, bbox_to_anchor=(0.5, -0.05))
@@ -86,7 +71,7 @@ def draw_outliers(report: Report) -> Figure:
     left.set_ylabel("outlier columns")
     left.set_title(f"Columns that reach magnitude {report.settings['threshold']:g}")
     left.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    _quiet(left, "y")
+    quiet(left, "y")
 
     for layer, magnitudes in enumerate(report.feature_magnitudes):
         right.plot(magnitudes, ".", color=GRAY, markersize=3)
@@ -99,7 +84,7 @@ def draw_outliers(report: Report) -> Figure:
     right.set_ylabel("largest magnitude at any token")
     right.set_title("The attention input's features, all layers")
     right.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    _quiet(right, "y")
+    quiet(right, "y")
     figure.tight_layout()
     return figure
 
@@ -124,7 +109,7 @@ def draw_ablation(report: Report) -> Figure:
     left.set_title("Embeddings")
     handles, labels = left.get_legend_handles_labels()
     left.legend(handles[:2], labels[:2], frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, -0.17))
-    _quiet(left, "both")
+    quiet(left, "both")
 
     layers = range(len(ablations.untouched.top_probability_by_layer))
     for draw in ablations.random:
@@ -139,7 +124,7 @@ def draw_ablation(report: Report) -> Figure:
     right.set_title("Attention")
     found = dict(zip(*reversed(right.get_legend_handles_labels()), strict=True))  # one entry per label
     right.legend(found.values(), found.keys(), frameon=False, loc="upper center", ncols=3, bbox_to_anchor=(0.5, -0.17))
-    _quiet(right, "y")
+    quiet(right, "y")
     figure.suptitle("What the attention input's outlier features carry")
     figure.tight_layout()
     return figure
@@ -165,54 +150,8 @@ def draw_timing(report: Report) -> Figure:
         axis.set_xticks(range(len(timed.times)), [name.replace(" ", "\n") for name in timed.times])
         axis.set_title(f"batch of {timed.batch}, {timed.tokens} tokens each")
         axis.margins(y=0.15)
-        _quiet(axis, "y")
+        quiet(axis, "y")
     axes[0][0].set_ylabel("ms per batch (median, quartiles)")
     figure.suptitle(f"Time per batch on {report.machine['threads']} threads: {report.machine['cpu']}")
     figure.tight_layout()
     return figure
-
-
-def draw_tables(report: Report) -> Figure:
-    """Every table of the report on one page."""
-    drawn = tables(report)
-    row, character = 0.23, 0.083  # inches
-    heights = [row * (len(table.rows) + 3.5 + bool(table.note)) for table in drawn]
-    widths = [sum(_widths(table)) + 2 * len(table.columns) for table in drawn]
-    notes = [len(table.note) for table in drawn]
-    figure: Figure = plt.figure(figsize=(character * max(widths + notes), sum(heights)))
-    bottom = sum(heights)
-    for table, height in zip(drawn, heights, strict=True):
-        bottom -= height
-        axis = figure.add_axes((0, bottom / sum(heights), 1, height / sum(heights)))
-        axis.set_xlim(0, max(widths + notes))
-        axis.set_ylim(height / row, 0)
-        axis.axis("off")
-        _draw_table(axis, table)
-    return figure
-
-
-def _draw_table(axis: Axes, table: Table) -> None:
-    """One table: x in characters, y in rows."""
-    ends, right = [], 0
-    for width in _widths(table):
-        right += width + 2
-        ends.append(right - 2)
-    axis.text(0, 0.6, table.title, fontsize=11, fontweight="bold", va="center")
-    for line, cells in enumerate([table.columns, *table.rows]):
-        axis.text(0, line + 1.7, cells[0], fontsize=10, va="center")
-        for cell, end in zip(cells[1:], ends[1:], strict=True):
-            axis.text(end, line + 1.7, cell, fontsize=10, va="center", ha="right")
-    for y in (1.2, 2.2, len(table.rows) + 2.2):
-        axis.plot([0, ends[-1]], [y, y], color="black", linewidth=0.8)
-    if table.note:
-        axis.text(0, len(table.rows) + 2.7, table.note, fontsize=9, va="center", color="#404040")
-
-
-def _widths(table: Table) -> list[int]:
-    return [max(len(cells[i]) for cells in [table.columns, *table.rows]) for i in range(len(table.columns))]
-
-
-def _quiet(axis: Axes, grid: Literal["both", "x", "y"]) -> None:
-    axis.grid(axis=grid, color="#E0E0E0", linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)

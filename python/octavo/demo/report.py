@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
+
+from octavo.measuring.output import Table, as_text, to_json
+from octavo.measuring.systematic import Size
 
 from . import timing
 from .outliers import ATTENTION_INPUT, INPUTS, Ablation
 from .schemes import KEPT_COLUMNS, LLM_INT8, VECTOR_WISE, Row
-from .systematic import Measured, Size
+from .systematic import Measured
 
 MIB = 1 << 20
 
@@ -83,16 +81,6 @@ class Report:
     timings: list[timing.Timing]
     seconds: float
     conclusions: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table as text: the first column is a name, the others hold numbers."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
 
 
 # ---- tables ------------------------------------------------------------------------------------------
@@ -222,23 +210,6 @@ def _timing_table(timings: Sequence[timing.Timing]) -> Table:
     )
 
 
-def as_text(table: Table) -> str:
-    """The table for a terminal."""
-    lines = [table.columns, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.columns))]
-
-    def laid_out(line: list[str]) -> str:
-        cells = [
-            line[0].ljust(widths[0]),
-            *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)),
-        ]
-        return "  ".join(cells).rstrip()
-
-    rule = "-" * len(laid_out(table.columns).ljust(sum(widths) + 2 * (len(widths) - 1)))
-    text = [table.title, rule, laid_out(table.columns), rule, *map(laid_out, table.rows), rule]
-    return "\n".join([*text, table.note] if table.note else text)
-
-
 # ---- sentences: each says only what this run measured ------------------------------------------------
 
 
@@ -343,25 +314,4 @@ def text(report: Report) -> str:
 def as_json(report: Report) -> str:
     """The whole report, tables included, as JSON. Numbers that are not finite are null."""
     content = {"format": 1, **asdict(report), "tables": [asdict(table) for table in tables(report)]}
-    return json.dumps(_finite(content), indent=2, allow_nan=False, default=str)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(beside)` writes a file beside `path`, which then takes its name: nobody sees half a file."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
-    try:
-        write(beside)
-        beside.chmod(0o644)  # mkstemp makes it the owner's only
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    return to_json(content)

@@ -1,4 +1,4 @@
-"""The rows of the paper's Table 1, and how good the embeddings are with each.
+"""How good the embeddings are with each row of the paper's Table 1.
 
 Quality is measured against the float32 model's embeddings of the same sentences.
 """
@@ -11,42 +11,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-import octavo.torch
-from octavo import _types
+from octavo.measuring import schemes
+from octavo.measuring.modules import linear_bytes
+from octavo.measuring.schemes import FLOAT32, KEPT_COLUMNS, KEPT_STATIC, LLM_INT8, TABLE_1, VECTOR_WISE, Scheme, convert
 
-from .model import Batch, copy_modules, embed, linear_bytes, linear_layers
+from .model import Batch, embed
 
-THRESHOLD = 6.0  # of the paper: from this magnitude on, a feature is an outlier
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """One way to run the linear layers; its options are those of octavo.torch.quantize_."""
-
-    name: str
-    scheme: _types.Scheme | None  # None leaves the model in float32
-    granularity: _types.Granularity = "vector"
-    outliers: _types.Outliers = "none"
-    kept: bool = False  # keep the 16-bit weights of the columns that a calibration pass finds
-
-
-TABLE_1 = (
-    Scheme("float32", None),
-    Scheme("absmax (tensor)", "absmax", "tensor"),
-    Scheme("zeropoint (tensor)", "zeropoint", "tensor"),
-    Scheme("absmax row-wise", "absmax", "row"),
-    Scheme("absmax vector-wise", "absmax", "vector"),
-    Scheme("zeropoint vector-wise", "zeropoint", "vector"),
-    Scheme("absmax row-wise + decomposition", "absmax", "row", "columns"),
-    Scheme("absmax LLM.int8() (vector-wise + decomp)", "absmax", "vector", "columns"),
-    Scheme("zeropoint LLM.int8() (vector-wise + decomp)", "zeropoint", "vector", "columns"),
-)
-FLOAT32, VECTOR_WISE, LLM_INT8 = TABLE_1[0], TABLE_1[4], TABLE_1[7]
-
-# Table 1's LLM.int8() rows multiply outlier columns with dequantized weights. These keep the 16-bit ones.
-KEPT_COLUMNS = Scheme("absmax LLM.int8(), kept 16-bit outlier weights", "absmax", "vector", "columns", kept=True)
-KEPT_STATIC = Scheme("absmax LLM.int8(), kept 16-bit, static columns", "absmax", "vector", "static", kept=True)
 KEPT = (KEPT_COLUMNS, KEPT_STATIC)
+
+__all__ = [
+    "FLOAT32",
+    "KEPT",
+    "KEPT_COLUMNS",
+    "LLM_INT8",
+    "TABLE_1",
+    "VECTOR_WISE",
+    "Quality",
+    "Row",
+    "Scheme",
+    "calibrated",
+    "convert",
+    "evaluate",
+    "nearest",
+    "quality",
+    "row",
+]
 
 
 @dataclass(frozen=True)
@@ -69,31 +58,7 @@ class Row:
 
 def calibrated(model: nn.Module, batches: Sequence[Batch]) -> nn.Module:
     """A copy of the float32 `model` that knows its systematic outlier columns, for conversion to keep."""
-    model = copy_modules(model)
-    octavo.torch.calibrate_(model, [b.inputs for b in batches], threshold=THRESHOLD, progress=False)
-    return model
-
-
-def convert(model: nn.Module, scheme: Scheme, path: _types.Path = "int8") -> nn.Module:
-    """A copy of the float32 `model` whose linear layers run as `scheme` says; `model` is left as it is.
-
-    Weights are rounded to float16 first: LLM.int8() starts from 16-bit weights, and kept ones are to be 16-bit.
-    Where `scheme.kept`, the model must be a `calibrated` one, and otherwise must not.
-    """
-    if scheme.scheme is None:
-        return model
-    model = copy_modules(model)
-    for _, linear in linear_layers(model):
-        linear.weight = nn.Parameter(linear.weight.half(), requires_grad=False)
-    return octavo.torch.quantize_(
-        model,
-        scheme=scheme.scheme,
-        granularity=scheme.granularity,
-        threshold=THRESHOLD,
-        outliers=scheme.outliers,
-        path=path,
-        progress=False,
-    )
+    return schemes.calibrated(model, [batch.inputs for batch in batches])
 
 
 def evaluate(model: nn.Module, scheme: Scheme, batches: Sequence[Batch], reference: Tensor) -> Row:

@@ -16,29 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .model import Batch, copy_modules, layers
+from octavo.measuring.modules import copy_modules
+from octavo.measuring.systematic import Size, folded, rescaling_to
+
+from .model import Batch, layers
 from .outliers import (
     ATTENTION_CONSUMERS,
     ATTENTION_INPUT,
     FEED_FORWARD_INPUT,
-    Features,
     Observed,
     linear_at,
     run_watched,
 )
 
-FEATURES = 6  # as many as the paper counts in its 6.7B model
 CONSUMERS = {ATTENTION_INPUT: ATTENTION_CONSUMERS, FEED_FORWARD_INPUT: ("intermediate.dense",)}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What the outlier features are to be like: the magnitude of their mean, and their standard deviation."""
-
-    magnitude: float
-    deviation: float
-
-
 SIZES = (Size(40.0, 6.0), Size(58.0, 13.0))
 
 
@@ -50,22 +41,6 @@ class Measured:
     share_negative: float
 
 
-class DiagonalShift(nn.Module):
-    """z = x*scale + shift, feature by feature. x [..., k]; scale, shift float32 [k]."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", shift)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Z."""
-        return x * self.scale + self.shift
-
-
 def with_outliers(model: nn.Module, features: Sequence[int], size: Size, observed: Observed) -> nn.Module:
     """A copy of the model that computes the same function, with systematic outliers in the given features.
 
@@ -74,36 +49,14 @@ def with_outliers(model: nn.Module, features: Sequence[int], size: Size, observe
     model = copy_modules(model)
     for index, layer in enumerate(layers(model)):
         for name, paths in CONSUMERS.items():
-            rescaling = rescaling_to(size, features, observed[index, name])
+            seen = observed[index, name]
+            rescaling = rescaling_to(size, features, seen.mean, seen.deviation)
             for path in paths:
                 parent, _, child = path.rpartition(".")
                 linear = linear_at(layer, path)
                 assert isinstance(linear, nn.Linear)
                 setattr(layer.get_submodule(parent), child, nn.Sequential(rescaling, folded(linear, rescaling)))
     return model
-
-
-def rescaling_to(size: Size, features: Sequence[int], seen: Features) -> DiagonalShift:
-    """The rescaling that gives the features the mean -magnitude and the wanted deviation."""
-    scale, shift = torch.ones_like(seen.mean), torch.zeros_like(seen.mean)  # float32 [k]
-    index = torch.as_tensor(features)
-    scale[index] = size.deviation / seen.deviation[index].clamp_min(1e-6)
-    shift[index] = -size.magnitude - scale[index] * seen.mean[index]
-    return DiagonalShift(scale, shift)
-
-
-def folded(linear: nn.Linear, rescaling: DiagonalShift) -> nn.Linear:
-    """The linear layer that makes of the rescaled input what `linear` makes of the plain one.
-
-    In float64, rounded once. The bias uses the weight as rounded: the rounding errors, which the shift would
-    otherwise enlarge, cancel.
-    """
-    result = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device)
-    result.requires_grad_(False)
-    bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-    result.weight.copy_(linear.weight.double() / rescaling.scale.double())
-    result.bias.copy_(bias.double() - result.weight.double() @ rescaling.shift.double())
-    return result.eval()
 
 
 def measure(model: nn.Module, batches: Sequence[Batch], features: Sequence[int]) -> Measured:

@@ -1,0 +1,101 @@
+"""A language model that computes the same function with systematic outlier features of a wanted size.
+
+In a model that normalizes before each block, what a LayerNorm puts out goes to linear layers only. So a feature can be
+rescaled in the LayerNorm's gain and bias, z = x*d + s with gain' = gain*d and bias' = bias*d + s, and the linear layers
+take it back: W' = W/d, bias' = bias - W' s. The residual stream does not change.
+
+What such a model is good for: rounding. Setting an outlier feature to zero in it takes away its mean too, which only
+the new biases have use for, so it says nothing about what such a feature carries in a model that learned it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from octavo.measuring.language import Window
+from octavo.measuring.modules import copy_modules, hooked
+from octavo.measuring.systematic import DiagonalShift, Size, folded, rescaling_to
+from torch import Tensor, nn
+
+# The paper's 6.7B and 13B models have one-sided outliers (Table 4). What a two-sided one of that size does is worth
+# knowing too: zeropoint quantization has no advantage there.
+SIZES = {
+    "outliers-40": Size(40.0, 6.0),
+    "outliers-58": Size(58.0, 13.0),
+    "outliers-two-sided": Size(0.0, 60.0),
+}
+
+# Of a layer of OPT: each LayerNorm, and the linear layers that take what it puts out.
+BLOCKS = {
+    "self_attn_layer_norm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "final_layer_norm": ("fc1",),
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a LayerNorm puts out over all positions, each float32 [width]."""
+
+    largest: Tensor  # magnitude
+    mean: Tensor
+    deviation: Tensor
+
+
+def observe(model: Any, windows: Sequence[Window]) -> dict[tuple[int, str], Seen]:
+    """By layer and LayerNorm."""
+    inputs: dict[tuple[int, str], list[Tensor]] = {}
+
+    def hook(key: tuple[int, str]) -> Any:
+        return lambda module, args: inputs.setdefault(key, []).append(args[0].reshape(-1, args[0].shape[-1]))
+
+    consumers = [
+        (layer.get_submodule(paths[0]), hook((index, norm)))
+        for index, layer in enumerate(model.model.decoder.layers)
+        for norm, paths in BLOCKS.items()
+    ]
+    with hooked(consumers), torch.inference_mode():
+        for window in windows:
+            model(**window.inputs)
+    found = {}
+    for key, parts in inputs.items():
+        x = torch.cat(parts)
+        deviation, mean = torch.std_mean(x, 0, correction=0)
+        found[key] = Seen(x.abs().amax(0), mean, deviation)
+    return found
+
+
+def largest_features(seen: dict[tuple[int, str], Seen], count: int) -> list[int]:
+    """The features of the largest magnitude in any layer, the largest first: where outliers would grow."""
+    found: list[int] = torch.stack([own.largest for own in seen.values()]).amax(0).topk(count).indices.tolist()
+    return found
+
+
+def with_outliers(model: Any, features: Sequence[int], size: Size, seen: dict[tuple[int, str], Seen]) -> Any:
+    """A copy of an OPT that computes the same function, with outliers in the given features.
+
+    `seen` says what mean and deviation the features have as they are. Raises ValueError for a model that does not
+    normalize before each block.
+    """
+    if model.config.model_type != "opt" or not model.config.do_layer_norm_before:
+        raise ValueError(f"model: expected an OPT that normalizes before each block, got {model.config.model_type}")
+    result: Any = copy_modules(model)
+    for index, layer in enumerate(result.model.decoder.layers):
+        for norm, paths in BLOCKS.items():
+            own = seen[index, norm]
+            rescaling = rescaling_to(size, features, own.mean, own.deviation)
+            rescale_(getattr(layer, norm), rescaling)
+            for path in paths:
+                parent, _, child = path.rpartition(".")
+                setattr(layer.get_submodule(parent), child, folded(layer.get_submodule(path), rescaling))
+    return result
+
+
+def rescale_(norm: nn.LayerNorm, rescaling: DiagonalShift) -> None:
+    """Makes the LayerNorm put out what `rescaling` would make of it. Its parameters are new ones: others may share."""
+    scale, shift = rescaling.scale.double(), rescaling.shift.double()
+    gain, bias = norm.weight.double() * scale, norm.bias.double() * scale + shift
+    norm.weight = nn.Parameter(gain.float(), requires_grad=False)
+    norm.bias = nn.Parameter(bias.float(), requires_grad=False)

@@ -1,0 +1,1 @@
+"""What `octavo demo`, `octavo eval` and `octavo analyze` share: the paper's schemes, watching a model, output."""
