@@ -17,11 +17,7 @@ struct Dot {
     using X = __m256i;
     using W = __m256i;
     static Accumulator zero() { return _mm256_setzero_si256(); }
-    static X broadcast(const std::int8_t* p) {
-        std::int32_t group = 0;
-        __builtin_memcpy(&group, p, sizeof group);
-        return _mm256_cvtepi8_epi16(_mm_set1_epi32(group));
-    }
+    static X broadcast(const std::int8_t* p) { return _mm256_cvtepi8_epi16(_mm_set1_epi32(group_at(p))); }
     static W load(const std::int8_t* p) {
         return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }

@@ -15,11 +15,7 @@ struct Dot {
     using X = __m512i;
     using W = __m512i;
     static Accumulator zero() { return _mm512_setzero_si512(); }
-    static X broadcast(const std::int8_t* p) {
-        std::int32_t group = 0;
-        __builtin_memcpy(&group, p, sizeof group);
-        return _mm512_set1_epi32(group);
-    }
+    static X broadcast(const std::int8_t* p) { return _mm512_set1_epi32(group_at(p)); }
     static W load(const std::int8_t* p) { return _mm512_loadu_si512(p); }
     // Inline assembly because GCC 12 copies the accumulators of _mm512_dpbusd_epi32 through other registers, which
     // halves the speed.

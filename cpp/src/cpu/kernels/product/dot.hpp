@@ -18,6 +18,13 @@ namespace octavo::cpu::OCTAVO_ISA {
 constexpr std::int64_t block_size = 64;    // bytes of 16 output features by 4 along k
 constexpr std::int64_t slice_depth = 512;  // 32 KiB of W for 64 output features
 
+// Four neighboring codes.
+inline std::int32_t group_at(const std::int8_t* p) {
+    std::int32_t group = 0;
+    __builtin_memcpy(&group, p, sizeof group);
+    return group;
+}
+
 template <class Dot, int Rows, int Blocks>
 void multiply_block(const std::int8_t* x, std::int64_t x_stride, const std::int8_t* w, std::int64_t w_stride,
                     std::int64_t depth, std::int32_t* acc) {
