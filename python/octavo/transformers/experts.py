@@ -41,8 +41,10 @@ class Int8Experts(nn.Module):
     """
 
     num_experts: int
+    has_gate: bool
+    act_fn: Any
 
-    def __init__(self, experts: nn.Module) -> None:
+    def __init__(self, experts: Any) -> None:
         super().__init__()
         for name, value in vars(experts).items():
             if name not in vars(self):

@@ -45,7 +45,7 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         self._chosen = chosen
 
     def convert(
-        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **_: Any
+        self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **more: Any
     ) -> dict[str, Any]:
         """Take the tensors of `input_dict`, by qualified parameter name, into `model`."""
         others = {}
@@ -96,7 +96,7 @@ class DeserializeLayer(_Deserialize):
         full_layer_name: str,
         model: nn.Module,
         missing_keys: set[str],
-        **_: Any,
+        **more: Any,
     ) -> dict[str, Any]:
         """Take the tensors of `input_dict`, by the pattern of their part, into `model`."""
         layer = full_layer_name.removesuffix(f".{names.WEIGHT}")
@@ -202,7 +202,7 @@ class DeserializeExperts(_Deserialize):
 
 def replace_layer(model: nn.Module, name: str, weight: Int8Weight, options: Options) -> None:
     """Put an Int8Linear where `model` has a linear layer, with its bias."""
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     model.set_submodule(name, _layer(weight, options, module.bias, module.training))
 
 
@@ -222,7 +222,7 @@ def _layer(weight: Int8Weight, options: Options, bias: nn.Parameter | None, trai
     )
     # The loader initializes what does not say that it is.
     for tensor in (layer.weight, *layer.buffers()):
-        tensor._is_hf_initialized = True  # type: ignore[union-attr]
+        setattr(tensor, "_is_hf_initialized", True)  # noqa: B010 (tensors have no such attribute)
     return layer
 
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 from transformers.pytorch_utils import Conv1D
@@ -126,7 +125,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._loaders.append(
                     WeightConverter(DeserializeExperts.patterns([source]), f"{last}.{projection}", [operation])
                 )
-        others = []
+        others: list[Any] = []
         for conversion in weight_conversions:
             loader = _experts_loader(conversion, targets)
             (others if loader is None else self._loaders).append(loader or conversion)
@@ -145,6 +144,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                     "Transformers brings to this layer: convert the model with from_pretrained instead"
                 )
         int8 = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+        _detach_from_files(model, keep={id(layer.weight) for layer in int8.values()})
         for layer in int8.values():
             layer._complete()  # the loader empties buffers that are in no file
         if not int8:
@@ -190,6 +190,16 @@ class _Left:
             name.endswith(f".{pattern}") or any(fnmatch.fnmatchcase(module, pattern) for module in above)
             for pattern in self._patterns
         )
+
+
+def _detach_from_files(model: nn.Module, keep: set[int]) -> None:
+    """Copy what Transformers reads in place, but not the tensors of the ids `keep`, which octavo has made.
+
+    A tensor of a mapped safetensors file holds the map, and with it all that was read of the file, in memory.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) not in keep and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
