@@ -7,8 +7,8 @@
 
 Importing this module registers the method "octavo" with Transformers (5.23 or later). **It has to be imported before an
 int8 model is loaded, too**: Transformers finds quantizers in a table of its own and has no way for other packages to
-announce theirs. Without the import it warns ``Unknown quantization type, got octavo``, puts the codes where it expects
-weights, and the first forward stops with an error about dtypes: import ``octavo.transformers`` and load again.
+announce theirs. Without the import it **only warns** (``Unknown quantization type, got octavo`` and unexpected ``scale``
+keys), takes the codes for weights, and computes nonsense. octavo cannot prevent that, as none of its code runs.
 
 **Converting.** Weights are converted one by one as they are read, so the 16-bit model is never held. What becomes int8:
 ``nn.Linear``, GPT-2's ``Conv1D``, and expert weights that a model keeps stacked in one parameter (`Int8Experts`).
@@ -18,6 +18,13 @@ otherwise special layout (a warning names them), layers that the checkpoint has 
 
 **Loading int8.** The file decides which layers are int8, with which options; it may come from `save_pretrained` or from
 ``octavo quantize`` (`octavo.checkpoint`).
+
+**Memory.** While a 16-bit model is converted: the int8 model, one weight of the 16-bit one (where a model stacks its
+experts, those of one layer) and its codes. Transformers maps the files; the pages of them that have been read count as
+resident until the system takes them back or loading ends. `save_pretrained` makes a second copy of the codes.
+
+**Compiling.** ``torch.compile(model, fullgraph=True)`` works but for mixtures of experts, whose loop over the experts
+that a batch needs breaks the graph.
 
 **Devices.** ``device_map`` may name what octavo has a backend for; layers cannot be offloaded to disk.
 """

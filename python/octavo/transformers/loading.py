@@ -227,7 +227,7 @@ def _layer(weight: Int8Weight, options: Options, bias: nn.Parameter | None, trai
 
 
 def _is_int8(parts: Mapping[str, Tensor]) -> bool:
-    return names.SCALE in parts and names.WEIGHT in parts and parts[names.WEIGHT].dtype == torch.int8
+    return names.WEIGHT in parts and parts[names.WEIGHT].dtype == torch.int8
 
 
 def _assemble(pieces: Sequence[Mapping[str, Tensor]], where: str) -> tuple[Int8Weight, Options]:
@@ -236,10 +236,9 @@ def _assemble(pieces: Sequence[Mapping[str, Tensor]], where: str) -> tuple[Int8W
     Raises ValueError naming `where` for tensors that do not belong together.
     """
     for parts in pieces:
-        if not _is_int8(parts) or names.EXTRA_STATE not in parts:
-            raise ValueError(
-                f"{where}: expected an int8 weight, {names.SCALE} and {names.EXTRA_STATE}, got {sorted(parts)}: corrupt"
-            )
+        needed = (names.WEIGHT, names.SCALE, names.EXTRA_STATE)
+        if not _is_int8(parts) or any(part not in parts for part in needed):
+            raise ValueError(f"{where}: expected an int8 {', '.join(needed)}, got {', '.join(sorted(parts))}: corrupt")
     all_options = [options_of(bytes(parts[names.EXTRA_STATE].cpu().numpy()), where) for parts in pieces]
     options, first = all_options[0], pieces[0]
     if any(other != options for other in all_options) or any(parts.keys() != first.keys() for parts in pieces):

@@ -74,8 +74,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
-    def _process_model_before_weight_loading(self, model: Any, dtype: Any = None, **_: Any) -> None:
-        left = _Left(model, self.quantization_config.modules_to_not_convert, dtype)
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        left = _Left(model, self.quantization_config.modules_to_not_convert)
         special = []
         for name, module in list(model.named_modules()):
             stacked = any(parameter.dim() == 3 and "experts" in f"{name}.{own}" for own, parameter in _own(module))
@@ -169,16 +169,15 @@ class _Left:
     """The modules that are left as they are, by qualified name.
 
     Args:
-        model: the model before its weights are loaded.
+        model: the model before its weights are loaded, in the dtype that it is loaded in.
         patterns: see `OctavoConfig.modules_to_not_convert`.
-        dtype: that the model is loaded in.
     """
 
-    def __init__(self, model: Any, patterns: Sequence[str] | None, dtype: Any) -> None:
+    def __init__(self, model: Any, patterns: Sequence[str] | None) -> None:
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         self._tied = {key.removesuffix(".weight") for pair in tied.items() for key in pair}
         self._patterns = [*DEFAULT_SKIP, *_last_modules(model)] if patterns is None else patterns
-        self._float32 = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+        self._float32 = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(model.dtype)]
 
     def __contains__(self, name: object) -> bool:
         assert isinstance(name, str)
