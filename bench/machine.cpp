@@ -143,17 +143,19 @@ std::string_view vnni_missing(bool with_vl) {
     return has ? "" : "the processor has no AVX512-VNNI";
 }
 
-// Four sums, so that additions do not wait for each other.
+// Four sums of a quarter each, so that additions do not wait for each other, and so that the prefetchers, each of which
+// follows one stream, have four: one alone reads up to a third more slowly.
 __attribute__((target("avx512f"))) std::uint64_t sum_avx512(const std::uint64_t* words, std::size_t count) {
     __m512i s0 = _mm512_setzero_si512();
     __m512i s1 = s0;
     __m512i s2 = s0;
     __m512i s3 = s0;
-    for (std::size_t i = 0; i + 32 <= count; i += 32) {
+    const std::size_t quarter = count / 32 * 8;
+    for (std::size_t i = 0; i < quarter; i += 8) {
         s0 = _mm512_add_epi64(s0, _mm512_loadu_si512(words + i));
-        s1 = _mm512_add_epi64(s1, _mm512_loadu_si512(words + i + 8));
-        s2 = _mm512_add_epi64(s2, _mm512_loadu_si512(words + i + 16));
-        s3 = _mm512_add_epi64(s3, _mm512_loadu_si512(words + i + 24));
+        s1 = _mm512_add_epi64(s1, _mm512_loadu_si512(words + quarter + i));
+        s2 = _mm512_add_epi64(s2, _mm512_loadu_si512(words + 2 * quarter + i));
+        s3 = _mm512_add_epi64(s3, _mm512_loadu_si512(words + 3 * quarter + i));
     }
     const __m512i all = _mm512_add_epi64(_mm512_add_epi64(s0, s1), _mm512_add_epi64(s2, s3));
     // Not _mm512_reduce_add_epi64: GCC 12 warns inside it.
@@ -216,7 +218,7 @@ double read_bandwidth(const void* memory, std::size_t bytes) {
     const std::size_t count = bytes / sizeof(std::uint64_t);
     const std::uint64_t expected = sum(words, count);
     double best = std::numeric_limits<double>::infinity();
-    for (int pass = 0; pass < 5; ++pass) {
+    for (int pass = 0; pass < 15; ++pass) {
         const auto begin = std::chrono::steady_clock::now();
         const std::uint64_t total = sum(words, count);
         best = std::min(best, seconds_since(begin));

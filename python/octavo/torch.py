@@ -198,17 +198,26 @@ class Int8Linear(nn.Module):
         weight = octavo.quantize_weight(
             linear.weight, scheme=scheme, granularity=granularity, outlier_columns=outlier_columns
         )
-        return cls._from_weight(weight, linear, threshold=threshold, outliers=outliers, path=path)
+        return cls._from_weight(
+            weight, linear.bias, training=linear.training, threshold=threshold, outliers=outliers, path=path
+        )
 
     @classmethod
     def _from_weight(
-        cls, weight: Int8Weight, linear: nn.Linear, *, threshold: float, outliers: Outliers, path: Path
+        cls,
+        weight: Int8Weight,
+        bias: nn.Parameter | None,
+        *,
+        training: bool,
+        threshold: float,
+        outliers: Outliers,
+        path: Path,
     ) -> Int8Linear:
         layer = cls(0, 0, False, threshold=threshold, outliers=outliers, path=path)
         layer.out_features, layer.in_features = weight.shape
         layer._hold(weight)
-        layer.bias = linear.bias
-        layer.train(linear.training)
+        layer.bias = bias
+        layer.train(training)
         return layer
 
     @property
@@ -313,6 +322,11 @@ class Int8Linear(nn.Module):
         if settled is not self.weight:
             self.weight = settled
 
+    def _complete(self) -> None:
+        """Make what no state dict holds from the codes: their order and their sums."""
+        self._settle()
+        self.code_sums = _torch_layout.sum_codes(self.weight, self.out_features)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._ARRAYS or name == "weight":
             self.__dict__["_int8_weight"] = None
@@ -405,8 +419,7 @@ class Int8Linear(nn.Module):
         if weight is not None and not fits:
             missing_keys.remove(key)
         if self.weight.device.type != "meta":
-            self._settle()
-            self.code_sums = _torch_layout.sum_codes(self.weight, self.out_features)
+            self._complete()
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -463,7 +476,12 @@ def quantize_(
                 )
             else:
                 replacement = Int8Linear._from_weight(
-                    first.int8_weight, layer, threshold=threshold, outliers=outliers, path=path
+                    first.int8_weight,
+                    layer.bias,
+                    training=layer.training,
+                    threshold=threshold,
+                    outliers=outliers,
+                    path=path,
                 )
                 replacement.weight = first.weight
             for name in names:
