@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 SHORTEST = 400  # characters of a text
 LONGEST = 100_000  # of each text: one that is longer is cut, so that no file makes up the corpus alone
 # Not prose, or the same in every package.
@@ -54,17 +56,19 @@ def load(characters: int, roots: Iterable[Path] | None = None) -> Corpus:
     parts: dict[str, list[str]] = {"train": [], "heldout": [], "calibration": []}
     seen: set[bytes] = set()
     total = 0
-    for digest, path in _ordered(default_roots() if roots is None else roots):
-        text = read(path)[:LONGEST]
-        content = hashlib.sha256(text.encode()).digest()
-        if len(text) < SHORTEST or content in seen or not _is_prose(text):
-            continue
-        seen.add(content)
-        share = int.from_bytes(digest[-2:], "big") % 50
-        parts["calibration" if share == 0 else "heldout" if share < 4 else "train"].append(text)
-        total += len(text)
-        if total >= characters:
-            break
+    with tqdm(total=characters, desc="reading documentation", unit="B", unit_scale=True, mininterval=1) as bar:
+        for digest, path in _ordered(default_roots() if roots is None else roots):
+            text = read(path)[:LONGEST]
+            content = hashlib.sha256(text.encode()).digest()
+            if len(text) < SHORTEST or content in seen or not _is_prose(text):
+                continue
+            seen.add(content)
+            share = int.from_bytes(digest[-2:], "big") % 50
+            parts["calibration" if share == 0 else "heldout" if share < 4 else "train"].append(text)
+            total += len(text)
+            bar.update(len(text))
+            if total >= characters:
+                break
     for name, texts in parts.items():
         if not texts:
             raise ValueError(f"corpus: expected text for {name}, got none in {total} characters of documentation")
