@@ -23,7 +23,10 @@ float of_group(const ConstVector& values, std::int64_t index, float absent) {
 // X as codes, in memory of its own.
 struct QuantizedX {
     QuantizedX(const ConstMatrix& x, const WeightView& weight, const OutlierElements& outliers)
-        : codes(x.rows, x.cols), scales(x.rows), zeropoints(x.rows), sums(x.rows) {
+        : codes(x.rows, x.cols),
+          scales(x.rows),
+          zeropoints(weight.scheme == Scheme::zeropoint ? x.rows : 0),
+          sums(weight.scheme == Scheme::zeropoint ? x.rows : 0) {
         const auto groups = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row;
         const std::int64_t count = groups == Granularity::tensor ? 1 : x.rows;
         const bool has_zeropoint = weight.scheme == Scheme::zeropoint;
@@ -39,8 +42,8 @@ struct QuantizedX {
 
     XCodes codes;
     Scratch<float> scales;
-    Scratch<float> zeropoints;
-    Scratch<std::int32_t> sums;  // of each row's codes; only for zeropoint
+    Scratch<float> zeropoints;   // this and the next only for zeropoint
+    Scratch<std::int32_t> sums;  // of each row's codes
     Vector scale;
     Vector zeropoint;
 };

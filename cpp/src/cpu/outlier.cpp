@@ -27,7 +27,7 @@ OutlierScan::OutlierScan(const ConstMatrix& x, float threshold) : largest_regula
     std::mutex mutex;  // guards mask and any
     bool any = false;
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        const RowReader reader(x);
+        RowReader reader(x);
         const std::uint32_t limit = limit_of(reader.dtype(), threshold);
         std::vector<std::uint8_t> marks;  // of these rows
         for (std::int64_t i = begin; i < end; ++i) {
@@ -89,7 +89,7 @@ void OutlierElements::gather(const ConstMatrix& x) {
 
 void OutlierElements::gather_per_row(const ConstMatrix& x, float threshold) {
     per_row_ = true;
-    const RowReader reader(x);
+    RowReader reader(x);
     const std::uint32_t limit = limit_of(reader.dtype(), threshold);
     std::vector<std::uint8_t> mask(static_cast<std::size_t>(x.cols));
     row_begin_.push_back(0);

@@ -37,7 +37,7 @@ public:
     [[nodiscard]] float zeropoint() const noexcept { return zeropoint_; }
 
     // `row` of a matrix, k codes.
-    void encode(const RowReader& x, std::int64_t row, std::int64_t k, std::int8_t* codes) const {
+    void encode(RowReader& x, std::int64_t row, std::int64_t k, std::int8_t* codes) const {
         if (codes_are_zero_) {
             std::fill(codes, codes + k, std::int8_t{0});
         } else if (scheme_ == Scheme::absmax) {
@@ -85,7 +85,7 @@ private:
 
 // The range of a row outside its excluded columns; nothing where it has no other columns. For absmax, the range
 // [-absmax, absmax].
-std::optional<Range> range_outside(const RowReader& x, std::int64_t row, std::int64_t k, Scheme scheme,
+std::optional<Range> range_outside(RowReader& x, std::int64_t row, std::int64_t k, Scheme scheme,
                                    const RowTraits& traits) {
     const auto excluded = traits.excluded(row);
     if (scheme == Scheme::absmax) {
@@ -120,7 +120,7 @@ std::optional<Range> merge(const std::optional<Range>& a, const std::optional<Ra
 std::optional<Range> range_of(const ConstMatrix& x, Scheme scheme, const RowTraits& traits) {
     std::vector<std::optional<Range>> of_row(static_cast<std::size_t>(x.rows));
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        const RowReader reader(x);
+        RowReader reader(x);
         for (std::int64_t i = begin; i < end; ++i) {
             of_row[static_cast<std::size_t>(i)] = range_outside(reader, i, x.cols, scheme, traits);
         }
@@ -144,7 +144,7 @@ void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const 
         put_group(0, *whole);
     }
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        const RowReader reader(x);
+        RowReader reader(x);
         const Scratch<std::int8_t> row_codes(codes.col_stride == 1 ? 0 : x.cols);
         for (std::int64_t i = begin; i < end; ++i) {
             const Coding coding = whole ? *whole : Coding(scheme, range_outside(reader, i, x.cols, scheme, traits));

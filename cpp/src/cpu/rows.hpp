@@ -54,14 +54,13 @@ inline void load_row(const ConstMatrix& matrix, std::int64_t row, std::int64_t b
 // Rows of a matrix as the kernels take them: the caller's memory where the row is contiguous, else a copy in float32.
 class RowReader {
 public:
-    explicit RowReader(const ConstMatrix& x) : x_(x), dtype_(x.col_stride == 1 ? x.dtype : DType::f32), copy_(x.cols) {}
+    explicit RowReader(const ConstMatrix& x) : x_(x), dtype_(x.col_stride == 1 ? x.dtype : DType::f32) {}
 
     [[nodiscard]] DType dtype() const noexcept { return dtype_; }
-    [[nodiscard]] const void* row(std::int64_t index) const {
-        return x_.col_stride == 1 ? at(x_, index, 0) : floats(index);
-    }
+    [[nodiscard]] const void* row(std::int64_t index) { return x_.col_stride == 1 ? at(x_, index, 0) : floats(index); }
     // A copy in float32, to be changed as one likes; the next call of either function overwrites it.
-    [[nodiscard]] float* floats(std::int64_t index) const {
+    [[nodiscard]] float* floats(std::int64_t index) {
+        if (copy_.data() == nullptr) copy_ = Scratch<float>(x_.cols);
         load_row(x_, index, 0, x_.cols, copy_.data());
         return copy_.data();
     }
@@ -69,7 +68,7 @@ public:
 private:
     ConstMatrix x_;
     DType dtype_;
-    Scratch<float> copy_;
+    Scratch<float> copy_{0};  // made when it is first needed
 };
 
 // The magnitude whose bit pattern, in a dtype, is given.

@@ -62,7 +62,7 @@ thread_local KeptBlocks kept_blocks;
 }  // namespace
 
 MemoryBlock acquire_memory(std::size_t bytes) {
-    bytes = (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
+    bytes = (bytes + alignment - 1) / alignment * alignment;
 #ifndef __SANITIZE_ADDRESS__  // which can only watch over memory that it hands out itself
     if (const MemoryBlock kept = kept_blocks.take(bytes); kept.data != nullptr) return kept;
 #endif
@@ -70,7 +70,6 @@ MemoryBlock acquire_memory(std::size_t bytes) {
 }
 
 void release_memory(MemoryBlock block) noexcept {
-    if (block.data == nullptr) return;
 #ifndef __SANITIZE_ADDRESS__
     if (kept_blocks.keep(block)) return;
 #endif

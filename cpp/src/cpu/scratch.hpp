@@ -15,12 +15,16 @@ struct MemoryBlock {
 MemoryBlock acquire_memory(std::size_t bytes);
 void release_memory(MemoryBlock block) noexcept;
 
-// Memory for `size` elements of a trivial type.
+// Memory for `size` elements of a trivial type; of none, none.
 template <class T>
 class Scratch {
 public:
-    explicit Scratch(std::int64_t size) : block_(acquire_memory(static_cast<std::size_t>(size) * sizeof(T))) {}
-    ~Scratch() { release_memory(block_); }
+    explicit Scratch(std::int64_t size) {
+        if (size > 0) block_ = acquire_memory(static_cast<std::size_t>(size) * sizeof(T));
+    }
+    ~Scratch() {
+        if (block_.data != nullptr) release_memory(block_);
+    }
     Scratch(Scratch&& other) noexcept : block_(other.block_) { other.block_ = {nullptr, 0}; }
     Scratch& operator=(Scratch&& other) noexcept {
         const MemoryBlock mine = block_;
@@ -35,7 +39,7 @@ public:
     T& operator[](std::int64_t index) const noexcept { return data()[index]; }
 
 private:
-    MemoryBlock block_;
+    MemoryBlock block_{nullptr, 0};
 };
 
 }  // namespace octavo::cpu

@@ -6,14 +6,14 @@
 namespace octavo::cpu::OCTAVO_ISA {
 
 // What the product of this instruction set wants of X, see Kernels.
-#if defined(__AMX_INT8__) || defined(__AMXINT8__)  // GCC's name and Clang 14's
-inline constexpr bool x_is_unsigned = false;
-inline constexpr std::int64_t tile_rows = 32;
-#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 inline constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
-inline constexpr std::int64_t tile_rows = 48;
 #else
 inline constexpr bool x_is_unsigned = false;
+#endif
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)  // GCC's name and Clang 14's
+inline constexpr std::int64_t tile_rows = 32;
+#else
 inline constexpr std::int64_t tile_rows = 48;
 #endif
 

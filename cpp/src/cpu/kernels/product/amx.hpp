@@ -2,9 +2,12 @@
 // 64 along k. A step of 32 x 32 sums takes 4 tile loads for 4 products; a load takes about as long as half a product
 // where the first-level cache has the bytes. So k goes in slices: the slice of 32 rows of X stays there while W, from
 // the second-level cache, passes once.
+//
+// Setting the tiles up costs some hundred cycles, so small products go by AVX-512 VNNI, for whose sake X is unsigned
+// here too.
 #pragma once
 
-#include "cpu/kernels/functions.hpp"
+#include "cpu/kernels/product/avx512_vnni.hpp"
 
 namespace octavo::cpu::OCTAVO_ISA {
 
@@ -31,10 +34,6 @@ inline void configure(std::int64_t upper_rows, std::int64_t lower_rows) {
 inline void release() { __asm__ volatile("tilerelease"); }
 
 template <int Tile>
-void zero() {
-    __asm__ volatile("tilezero %%tmm%c0" : : "i"(Tile));
-}
-template <int Tile>
 void load_tile(const void* p, std::int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(Tile) : "memory");
 }
@@ -44,13 +43,14 @@ void store_tile(void* p, std::int64_t stride) {
 }
 template <int Acc, int X, int W>
 void multiply_tiles() {
-    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Acc), "i"(X), "i"(W));
+    __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Acc), "i"(X), "i"(W));
 }
 
 // Sums of up to 32 rows by 16 * Blocks output features over [begin, end) of k. `two` is whether there are more than 16
-// rows.
+// rows; `start` what the sums of a row start from.
 template <int Blocks>
-void multiply_square(const ProductTile& tile, bool two, std::int64_t begin, std::int64_t end, std::int64_t j) {
+void multiply_square(const ProductTile& tile, const std::int32_t* start, bool two, std::int64_t begin, std::int64_t end,
+                     std::int64_t j) {
     constexpr std::int64_t acc_stride = tile_cols * 4;
     const std::int8_t* const x = tile.x;
     const std::int8_t* const x_lower = x + 16 * tile.x_stride;
@@ -59,10 +59,13 @@ void multiply_square(const ProductTile& tile, bool two, std::int64_t begin, std:
     std::int32_t* const acc = tile.acc + j;
     std::int32_t* const acc_lower = acc + 16 * tile_cols;
     if (begin == 0) {
-        zero<0>();
-        zero<1>();
-        zero<2>();
-        zero<3>();
+        constexpr std::int64_t same_row = 0;
+        load_tile<0>(start + j, same_row);
+        if constexpr (Blocks == 2) load_tile<1>(start + j + 16, same_row);
+        if (two) load_tile<2>(start + j, same_row);
+        if constexpr (Blocks == 2) {
+            if (two) load_tile<3>(start + j + 16, same_row);
+        }
     } else {
         load_tile<0>(acc, acc_stride);
         if constexpr (Blocks == 2) load_tile<1>(acc + 16, acc_stride);
@@ -94,19 +97,21 @@ void multiply_square(const ProductTile& tile, bool two, std::int64_t begin, std:
 }
 
 inline void tile_product(const ProductTile& tile) {
+    if (tile.rows < 4 || tile.rows * tile.cols * tile.depth < std::int64_t{1} << 17U) return dot_product<Dot>(tile);
+    alignas(64) std::int32_t start[tile_cols];
+    for (std::int64_t j = 0; j < tile.cols; ++j) start[j] = start_of(tile, j);
     // Up to 32 KiB of X are not worth cutting.
     const std::int64_t slice_depth = tile.depth <= 1024 ? tile.depth : 512;
     const bool two = tile.rows > 16;
     configure(two ? 16 : tile.rows, two ? tile.rows - 16 : 1);
-    std::int64_t begin = 0;
-    do {  // once for a depth of 0, to store zeros
+    for (std::int64_t begin = 0; begin < tile.depth;) {
         const bool last = !two || tile.depth - begin <= slice_depth;
         const std::int64_t end = last ? tile.depth : begin + slice_depth;
         std::int64_t j = 0;
-        for (; j + 32 <= tile.cols; j += 32) multiply_square<2>(tile, two, begin, end, j);
-        if (j < tile.cols) multiply_square<1>(tile, two, begin, end, j);
+        for (; j + 32 <= tile.cols; j += 32) multiply_square<2>(tile, start, two, begin, end, j);
+        if (j < tile.cols) multiply_square<1>(tile, start, two, begin, end, j);
         begin = end;
-    } while (begin < tile.depth);
+    }
     release();
 }
 

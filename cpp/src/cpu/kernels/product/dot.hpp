@@ -66,14 +66,17 @@ void multiply_rows(const std::int8_t* x, std::int64_t x_stride, std::int64_t row
     }
 }
 
+// What the sum of output feature j starts from: less what the 128 added to the codes of X will add too much. It may
+// wrap, and will be wrapped back.
+inline std::int32_t start_of(const ProductTile& tile, std::int64_t j) {
+    return x_is_unsigned ? static_cast<std::int32_t>(-128U * static_cast<std::uint32_t>(tile.w_sums[j])) : 0;
+}
+
 template <class Dot>
 void dot_product(const ProductTile& tile) {
     for (std::int64_t i = 0; i < tile.rows; ++i) {
         std::int32_t* const acc = tile.acc + i * tile_cols;
-        for (std::int64_t j = 0; j < tile.cols; ++j) {
-            // What the 128 added to the codes of X will add too much. It may wrap, and will be wrapped back.
-            acc[j] = x_is_unsigned ? static_cast<std::int32_t>(-128U * static_cast<std::uint32_t>(tile.w_sums[j])) : 0;
-        }
+        for (std::int64_t j = 0; j < tile.cols; ++j) acc[j] = start_of(tile, j);
     }
     // Few rows pass once, so there is nothing to keep.
     const std::int64_t slice = tile.rows > Dot::rows ? slice_depth : tile.depth;
