@@ -362,9 +362,13 @@ def _sibling(layer: Int8Linear, function: str) -> Int8Linear:
     """A new layer with the very weight and bias of `layer`."""
     if type(layer) is not Int8Linear:
         raise TypeError(f"{function}: layer: expected an Int8Linear, got {type(layer).__name__}")
-    linear: Any = layer  # of which only the bias and the mode are read
     return Int8Linear._from_weight(
-        layer.int8_weight, linear, threshold=layer.threshold, outliers=layer.outliers, path=layer.path
+        layer.int8_weight,
+        layer.bias,
+        training=layer.training,
+        threshold=layer.threshold,
+        outliers=layer.outliers,
+        path=layer.path,
     )
 
 

@@ -428,6 +428,8 @@ MEASURE = """
             time.sleep(0.001)
 
     torch.set_num_threads(1)
+    # What a first load imports is not the model's memory.
+    transformers.LlamaForCausalLM.from_pretrained(sys.argv[2], quantization_config=OctavoConfig())
     done, before = False, private()
     peak = before
     watcher = threading.Thread(target=watch)
@@ -467,11 +469,15 @@ def test_memory(tmp_path: Path) -> None:
     size = sum(parameter.nbytes for parameter in model.parameters())
     largest = max(parameter.nbytes for parameter in model.parameters())
     assert size > 190e6
-    model.save_pretrained(tmp_path, max_shard_size="60MB")
+    model.save_pretrained(tmp_path / "model", max_shard_size="60MB")
     del model
+    small = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1, vocab_size=VOCABULARY
+    )
+    transformers.LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path)],
+        [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "model"), str(tmp_path / "small")],
         capture_output=True,
         text=True,
         env=environment,
