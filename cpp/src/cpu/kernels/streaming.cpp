@@ -93,14 +93,14 @@ void encode_by_division(const void* x, std::int64_t size, float absmax, Convert 
     }
 }
 
-// The same quotients without a division for each element, where there is fused multiply-add: a division takes as long as
-// some twenty multiplications.
+// The same quotients without a division for each element, where there is fused multiply-add: a division takes as long
+// as some twenty multiplications.
 //
 // a = x * 127 is exact, of at most 18 bits; b = absmax has at most 11. With y = 1 / b rounded, q = a * y is within 1.5
-// places of a / b, so a - q * b has few enough bits to be exact, and q + (a - q * b) * y = a / b * (1 + e) with |e| below
-// 2^-46. That is then rounded once, as a / b is by a division. The two could differ only if a number half way between
-// two floats, of 25 bits, lay between them; but a / b, a fraction of 18 by 11 bits, is never such a number, and at least
-// 2^-36 of itself away from any.
+// places of a / b, so a - q * b has few enough bits to be exact, and q + (a - q * b) * y = a / b * (1 + e) with |e|
+// below 2^-46. That is then rounded once, as a / b is by a division. The two could differ only if a number half way
+// between two floats, of 25 bits, lay between them; but a / b, a fraction of 18 by 11 bits, is never such a number, and
+// at least 2^-36 of itself away from any.
 template <class Convert>
 void encode_16_bit(const void* x, std::int64_t size, float absmax, Convert convert, std::int8_t* codes) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
