@@ -2,7 +2,7 @@
 //
 //   core_call POLICY M K N CALLS      prints the ns that each of CALLS calls took; POLICY is "none" or "columns"
 //
-// The arrays are those of the Python side: float32, contiguous, a bias, no outliers in X.
+// The arrays are those of the Python side: float32, contiguous, packed codes, a bias, no outliers in X.
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
@@ -13,17 +13,24 @@
 
 #include "octavo/octavo.hpp"
 
-int main(int count, char** arguments) try {
+namespace {
+
+// A number of the command line; 0, which makes an empty product, where it is none.
+std::int64_t number(const char* text) { return std::strtoll(text, nullptr, 10); }
+
+}  // namespace
+
+int main(int count, char* const* arguments) try {
     if (count != 6) {
         std::fputs("usage: core_call POLICY M K N CALLS\n", stderr);
         return 2;
     }
     const octavo::LinearOptions options{
         .outliers = std::string_view(arguments[1]) == "columns" ? octavo::Outliers::columns : octavo::Outliers::none};
-    const std::int64_t m = std::atoll(arguments[2]);
-    const std::int64_t k = std::atoll(arguments[3]);
-    const std::int64_t n = std::atoll(arguments[4]);
-    const std::int64_t calls = std::atoll(arguments[5]);
+    const std::int64_t m = number(arguments[2]);
+    const std::int64_t k = number(arguments[3]);
+    const std::int64_t n = number(arguments[4]);
+    const std::int64_t calls = number(arguments[5]);
     const auto size = [](std::int64_t extent) { return static_cast<std::size_t>(extent); };
     const std::vector<float> x(size(m * k), 0.5F);
     const std::vector<float> values(size(n * k), 0.25F);
@@ -39,7 +46,11 @@ int main(int count, char** arguments) try {
     const octavo::Vector code_sums{.data = sums.data(), .dtype = octavo::DType::i32, .size = n};
     octavo::quantize_weight({.data = values.data(), .rows = n, .cols = k, .row_stride = k}, octavo::Scheme::absmax,
                             octavo::Granularity::vector, code_matrix, scales, octavo::absent_vector, code_sums);
-    const octavo::WeightView weight{.codes = code_matrix, .scale = scales, .code_sums = code_sums};
+    std::vector<std::int8_t> packed(size(octavo::packed_size(n, k)));
+    octavo::pack(code_matrix, {.data = packed.data(), .dtype = octavo::DType::i8, .size = octavo::packed_size(n, k)});
+    octavo::WeightView weight{.codes = code_matrix, .scale = scales, .code_sums = code_sums};
+    weight.codes.data = packed.data();
+    weight.layout = octavo::Layout::packed;
 
     const octavo::ConstMatrix x_matrix{.data = x.data(), .rows = m, .cols = k, .row_stride = k};
     const octavo::ConstVector bias_vector{.data = bias.data(), .size = n};
