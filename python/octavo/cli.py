@@ -32,34 +32,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"octavo {octavo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    demo_parser = commands.add_parser("demo", help="convert a real sentence transformer to int8 and compare")
-    demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(run=demo.main)
-
-    quantize_parser = commands.add_parser("quantize", help="convert a checkpoint to int8, in bounded memory")
-    checkpoint.add_quantize_arguments(quantize_parser)
-    quantize_parser.set_defaults(run=checkpoint.run_quantize)
-
-    inspect_parser = commands.add_parser("inspect", help="show what a checkpoint holds and what int8 saves")
-    checkpoint.add_inspect_arguments(inspect_parser)
-    inspect_parser.set_defaults(run=checkpoint.run_inspect)
-
-    eval_parser = commands.add_parser("eval", help="perplexity of a language model by every scheme of the paper")
-    evaluation.add_arguments(eval_parser)
-    eval_parser.set_defaults(run=evaluation.main)
-
-    analyze_parser = commands.add_parser("analyze", help="find the outlier features of a model, and what they carry")
-    analysis.add_arguments(analyze_parser)
-    analyze_parser.set_defaults(run=analysis.main)
-
-    plan_parser = commands.add_parser("plan", help="say whether a model fits on given GPUs in int8 and in 16 bit")
-    plan.add_arguments(plan_parser)
-    plan_parser.set_defaults(run=plan.main)
-
-    info_parser = commands.add_parser("info", help="show the version, backends and instruction set in use")
-    info_parser.add_argument("--json", action="store_true", help="print JSON")
-    info_parser.set_defaults(run=_info)
+    for name, add_arguments, run, text in (
+        ("demo", demo.add_arguments, demo.main, "convert a real sentence transformer to int8 and compare"),
+        ("quantize", checkpoint.add_quantize_arguments, checkpoint.run_quantize,
+         "convert a checkpoint to int8, in bounded memory"),
+        ("inspect", checkpoint.add_inspect_arguments, checkpoint.run_inspect,
+         "show what a checkpoint holds and what int8 saves"),
+        ("eval", evaluation.add_arguments, evaluation.main,
+         "perplexity of a language model by every scheme of the paper"),
+        ("analyze", analysis.add_arguments, analysis.main, "find the outlier features of a model, and what they carry"),
+        ("plan", plan.add_arguments, plan.main, "say whether a model fits on given GPUs in int8 and in 16 bit"),
+        ("info", _add_info_arguments, _info, "show the version, backends and instruction set in use"),
+    ):  # fmt: skip
+        subparser = commands.add_parser(name, help=text)
+        add_arguments(subparser)
+        subparser.set_defaults(run=run)
     return parser
+
+
+def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _info(args: argparse.Namespace) -> int:

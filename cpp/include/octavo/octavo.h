@@ -263,9 +263,10 @@ OCTAVO_API int32_t octavo_num_threads(void);
 // Errors: value unless 1 <= count <= 1024.
 OCTAVO_API octavo_status octavo_set_num_threads(int32_t count);
 
-// *isa = the instruction set of the CPU kernels in use, "avx512_vnni", "avx2" or "scalar": the best one this processor
-// has, or the one the environment variable OCTAVO_CPU_ISA names at first use. Errors: value where that name is unknown
-// or the processor lacks it (*isa is then untouched).
+// *isa = the instruction set of the CPU kernels in use, "amx", "avx512_vnni", "avx_vnni", "avx2", on 64-bit Arm
+// "neon_i8mm", "neon_dotprod", or "scalar": the best one this processor has, or the one the environment variable
+// OCTAVO_CPU_ISA names at first use. Errors: value where that name is unknown or the processor lacks it (*isa is then
+// untouched).
 OCTAVO_API octavo_status octavo_cpu_isa(const char** isa);
 
 #ifdef __cplusplus

@@ -50,16 +50,14 @@ def main(args: argparse.Namespace) -> int:
     _check(settings)
     options.prepare(args)
     from octavo.measuring import machine
-    from octavo.measuring.output import to_json, write_atomically
+    from octavo.measuring.output import put_out
 
     from . import report as reports
 
     threads = args.threads or machine.available_cores()
     machine.set_threads(threads)
     report = run(args.model, args.text, settings, threads=threads, show_progress=not args.quiet)
-    print(reports.text(report))
-    if args.json:
-        write_atomically(args.json, lambda path: path.write_text(to_json(reports.content(report)) + "\n"))
+    put_out(reports.text(report), reports.content(report), args.json)
     if args.plots:
         from .plots import write_all
 

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     """`octavo eval`: runs, prints the table, writes JSON and PNGs. Returns the exit status."""
     options.prepare(args)
     from octavo.measuring import machine
-    from octavo.measuring.output import to_json, write_atomically
+    from octavo.measuring.output import put_out
 
     from . import report as reports
 
@@ -64,9 +64,7 @@ def main(args: argparse.Namespace) -> int:
     machine.set_threads(threads)
     settings = Settings(args.schemes, args.window, args.stride, args.limit, args.calibration, args.calibration_windows)
     report = run(args.model, args.text, settings, threads=threads, show_progress=not args.quiet)
-    print(reports.text(report))
-    if args.json:
-        write_atomically(args.json, lambda path: path.write_text(to_json(reports.content(report)) + "\n"))
+    put_out(reports.text(report), reports.content(report), args.json)
     if args.plots:
         from .plots import write_all
 

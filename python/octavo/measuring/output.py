@@ -63,3 +63,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def put_out(text: str, content: Any, json_path: Path | None) -> None:
+    """Print a report's text, and write its content as JSON where a path is given."""
+    print(text)
+    if json_path:
+        write_atomically(json_path, lambda path: path.write_text(to_json(content) + "\n"))
