@@ -1,0 +1,77 @@
+// Scratch memory of a call, in stream order, and the device it is on.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace octavo::cuda {
+
+// While it lives, the calling thread's current device is `index`.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int index);
+    ~DeviceGuard();
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int outer_ = 0;
+    bool changed_ = false;
+};
+
+// Facts of a device that launchers choose by; read once.
+struct DeviceFacts {
+    int multiprocessors = 0;
+    int architecture = 0;       // 10 * major + minor: 90 for compute capability 9.0
+    std::size_t shared = 0;     // bytes of shared memory that a block can have
+    std::size_t l2 = 0;         // bytes of level-2 cache
+};
+
+// Of the current device. Throws Error (device) where its architecture is older than compute capability 7.5.
+const DeviceFacts& device_facts();
+
+// Memory that a call needs between its kernels: reserved part by part, then allocated at once, and given back, all in
+// the order of a stream. It comes from a pool that keeps what is given back, so that after the first call of a shape
+// nothing is allocated; allocating neither synchronizes nor breaks the capture of a graph.
+class Workspace {
+public:
+    explicit Workspace(cudaStream_t stream) noexcept : stream_(stream) {}
+    ~Workspace();
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+
+    // A place for `count` elements.
+    template <class T>
+    struct Part {
+        std::size_t offset = 0;
+        bool present = false;
+    };
+    template <class T>
+    Part<T> reserve(std::int64_t count) {
+        const std::size_t offset = size_;
+        size_ += (static_cast<std::size_t>(count) * sizeof(T) + alignment - 1) / alignment * alignment;
+        return {offset, true};
+    }
+
+    // Throws Error (device) where there is not enough memory.
+    void allocate();
+
+    // The memory of a part, aligned to 256 bytes and of unknown contents; null for a part that was not reserved.
+    template <class T>
+    T* at(const Part<T>& part) const noexcept {
+        return part.present ? reinterpret_cast<T*>(static_cast<std::byte*>(memory_) + part.offset) : nullptr;
+    }
+
+private:
+    static constexpr std::size_t alignment = 256;
+    cudaStream_t stream_;
+    std::size_t size_ = 0;
+    void* memory_ = nullptr;
+};
+
+// Throws Error (device) naming `function` where `stream` is being captured: for the calls that must read a result back.
+void refuse_capture(cudaStream_t stream, const char* function);
+
+}  // namespace octavo::cuda

@@ -1,0 +1,112 @@
+// The operations of the CUDA backend and the stages they are made of. All enqueue work on `stream` of the current device
+// and return at once, unless they say otherwise. Arguments have been checked (cpp/src/<stem>.cpp).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "octavo/linear.hpp"
+#include "octavo/types.hpp"
+
+namespace octavo::cuda {
+
+// --- outlier.cu -----------------------------------------------------------------------------------------------------
+
+// Which columns of X are set apart: bit j % 32 of word j / 32. Blocks of rows are marked apart from each other, without
+// atomics, so a column is marked where any part has its bit. No part: no column is marked.
+struct ColumnMarks {
+    std::uint32_t* words = nullptr;  // [parts, words_for(k)]
+    std::int64_t parts = 0;
+};
+constexpr std::int64_t words_for(std::int64_t k) { return (k + 31) / 32; }
+
+// Columns in ascending order, and how many, both known to the device only.
+struct ColumnList {
+    std::int32_t* columns = nullptr;  // [k]
+    std::int32_t* count = nullptr;    // [1]
+};
+
+// The parts in which `mark_outliers` marks the columns of `x`.
+std::int64_t mark_parts(const ConstMatrix& x);
+
+// Mark the columns that hold an x with not (|x| < threshold)   (paper section 3.2). Writes all words.
+void mark_outliers(ConstMatrix x, float threshold, ColumnMarks marks, cudaStream_t stream);
+
+// Mark the columns of a list, in one part. Numbers outside 0 to k - 1 are ignored.
+void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStream_t stream);
+
+void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, cudaStream_t stream);
+
+// --- quantize.cu ----------------------------------------------------------------------------------------------------
+
+// What takes no part in the quantization of X, and has code 0.
+struct Exclusion {
+    ColumnMarks marks;               // these columns; under `per_element` only listed, not excluded
+    bool per_element = false;        // instead, in each row its own elements with not (|x| < threshold)
+    float threshold = 0.0F;
+    ColumnList list{};               // where not null: receives the marked columns
+};
+
+// octavo::quantize with what is excluded on the device. Rows of codes have `width` >= k columns, of which those from k on
+// are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes.
+void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const Exclusion& exclusion, Matrix codes,
+                   std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream);
+
+void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+              Vector zeropoint, cudaStream_t stream);
+
+// Waits for the device, to report a weight that is not finite; cannot be captured.
+void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                     Vector zeropoint, Vector code_sums, cudaStream_t stream);
+
+void sum_codes(ConstMatrix codes, Vector code_sums, cudaStream_t stream);
+
+// --- dequantize.cu --------------------------------------------------------------------------------------------------
+
+void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out, cudaStream_t stream);
+
+// --- gemm.cpp -------------------------------------------------------------------------------------------------------
+
+// A depth up to which the sum of products of int8 numbers, -128 included, fits int32, and a multiple of what every int8
+// product wants of its depth.
+inline constexpr std::int64_t part_depth = 131056;
+constexpr std::int64_t product_parts(std::int64_t k) { return k == 0 ? 1 : (k + part_depth - 1) / part_depth; }
+
+// acc[p, i, j] = sum over the p-th `part_depth` columns of a[i, k] * b[j, k], exact.
+//
+// cuBLASLt where it takes the operands as they are, else the product of gemm_mma.cu.
+//   a, b  [m, k], [n, k] i8, any strides
+//   acc   [product_parts(k), m, n], contiguous
+void multiply(ConstMatrix a, ConstMatrix b, std::int32_t* acc, cudaStream_t stream);
+
+// Waits for the device where k > part_depth, to report a sum that does not fit int32.
+void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream);
+
+// --- epilogue.cu ----------------------------------------------------------------------------------------------------
+
+// X as codes: what `quantize_rows` made.
+struct CodedX {
+    const float* scale = nullptr;         // [groups]
+    const float* zeropoint = nullptr;     // [groups]; null for absmax
+    const std::int32_t* sums = nullptr;   // [m]: of the codes of a row; null for absmax
+    std::int64_t groups = 0;              // m, or 1 for `tensor`
+};
+
+// Everything after the product (paper Eq. 8, DESIGN section 2 "epilogue"), in one launch. `outliers.count` null: none.
+// Under `per_element` only elements of X with not (|x| < threshold) of the listed columns are outliers.
+void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, const WeightView& weight,
+                   ConstVector bias, const ColumnList& outliers, bool per_element, float threshold, Matrix out,
+                   cudaStream_t stream);
+
+// --- weight_only.cu -------------------------------------------------------------------------------------------------
+
+// y[i, j] = scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j], any m, n, k and strides.
+void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, cudaStream_t stream);
+
+// --- linear.cpp -----------------------------------------------------------------------------------------------------
+
+void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+            cudaStream_t stream);
+
+}  // namespace octavo::cuda
