@@ -71,6 +71,9 @@ private:
     void* memory_ = nullptr;
 };
 
+// Give back to the driver what the pools of all devices hold and no call uses.
+void release_memory();
+
 // Throws Error (device) naming `function` where `stream` is being captured: for the calls that must read a result back.
 void refuse_capture(cudaStream_t stream, const char* function);
 
