@@ -33,9 +33,12 @@ public:
         announce(data_, size);
     }
     ~GuardedMemory() {
-        if (pinned_ != nullptr) return free_pinned(pinned_);
-        withdraw(data_);
-        munmap(base_, mapped_);
+        if (pinned_ != nullptr) {
+            free_pinned(pinned_);
+        } else {
+            withdraw(data_);
+            munmap(base_, mapped_);
+        }
     }
     GuardedMemory(const GuardedMemory&) = delete;
     GuardedMemory& operator=(const GuardedMemory&) = delete;
