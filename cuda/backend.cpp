@@ -1,5 +1,5 @@
-// The CUDA backend: the operations of operations.hpp behind the interface of cpp/src/backend.hpp, on the device that the
-// memory is on.
+// The CUDA backend: the operations of operations.hpp behind the interface of cpp/src/backend.hpp, on the device that
+// the memory is on.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
@@ -99,9 +99,8 @@ void need_a_device() {
     int count = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
     if (status == cudaErrorInsufficientDriver) {
-        throw Error(ErrorKind::device, "CUDA: the driver is older than CUDA " +
-                                           std::to_string(CUDART_VERSION / 1000) + " needs (" +
-                                           cudaGetErrorString(status) + ")");
+        throw Error(ErrorKind::device, "CUDA: the driver is older than CUDA " + std::to_string(CUDART_VERSION / 1000) +
+                                           " needs (" + cudaGetErrorString(status) + ")");
     }
     if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
         throw Error(ErrorKind::device, "CUDA: a driver, but no device that this process can use");

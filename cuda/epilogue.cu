@@ -4,12 +4,12 @@
 //
 // in float32, rounded once. O and its size are read on the device, so the host need not wait for them.
 //
-// A block finishes a tile of `tile_rows` x 256. Each warp has rows of its own; a lane has columns 4 * lane .. + 3 of both
-// halves of the tile, so that every access of a warp is contiguous: 16 bytes of acc, 8 or 16 of the output. Outlier
-// columns come in chunks: their weights (256 columns of the tile) and their activations (rows of the tile) are brought
-// to shared memory once for the block, and each lane does 4 x 8 multiplications for 8 + 4 values read from there. They
-// are added one after the other in the order of the columns, from zero: adding the zeros that the policy `rows` makes
-// of other rows' outliers changes nothing, so a row's result does not depend on the other rows.
+// A block finishes a tile of `tile_rows` x 256. Each warp has rows of its own; a lane has columns 4 * lane .. + 3 of
+// both halves of the tile, so that every access of a warp is contiguous: 16 bytes of acc, 8 or 16 of the output.
+// Outlier columns come in chunks: their weights (256 columns of the tile) and their activations (rows of the tile) are
+// brought to shared memory once for the block, and each lane does 4 x 8 multiplications for 8 + 4 values read from
+// there. They are added one after the other in the order of the columns, from zero: adding the zeros that the policy
+// `rows` makes of other rows' outliers changes nothing, so a row's result does not depend on the other rows.
 #include "device.cuh"
 #include "operations.hpp"
 
@@ -20,9 +20,9 @@ constexpr int warps = 8;
 constexpr int threads = warps * warp_size;
 constexpr int tile_cols = 256;
 constexpr int halves = 2;
-constexpr int per_half = 4;                   // columns of a lane
-constexpr int mine = halves * per_half;       // all its columns
-constexpr int chunk = 16;                     // outlier columns at a time
+constexpr int per_half = 4;              // columns of a lane
+constexpr int mine = halves * per_half;  // all its columns
+constexpr int chunk = 16;                // outlier columns at a time
 
 template <class X, class Y>
 struct Arguments {
@@ -244,12 +244,25 @@ void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, 
     with_float(x.dtype, [&]<class X>(Type<X>) {
         with_float(out.dtype, [&]<class Y>(Type<Y>) {
             const auto& kept = weight.outlier_weight;
-            const Arguments<X, Y> arguments{
-                acc, product_parts(x.cols), view_of<X>(x), coded, view_of<std::int8_t>(weight.codes),
-                span_of<float>(weight.scale), span_of<float>(weight.zeropoint),
-                span_of<std::int32_t>(weight.code_sums), span_of<std::int32_t>(weight.outlier_columns), kept.data,
-                kept.dtype, kept.row_stride, kept.col_stride, float_span_of(bias), outliers, per_element, threshold,
-                view_of<Y>(out), wide};
+            const Arguments<X, Y> arguments{acc,
+                                            product_parts(x.cols),
+                                            view_of<X>(x),
+                                            coded,
+                                            view_of<std::int8_t>(weight.codes),
+                                            span_of<float>(weight.scale),
+                                            span_of<float>(weight.zeropoint),
+                                            span_of<std::int32_t>(weight.code_sums),
+                                            span_of<std::int32_t>(weight.outlier_columns),
+                                            kept.data,
+                                            kept.dtype,
+                                            kept.row_stride,
+                                            kept.col_stride,
+                                            float_span_of(bias),
+                                            outliers,
+                                            per_element,
+                                            threshold,
+                                            view_of<Y>(out),
+                                            wide};
             const auto start = [&](auto kernel, int rows_per_warp) {
                 const std::int64_t row_tiles = blocks_for(out.rows, std::int64_t{warps} * rows_per_warp);
                 launch(kernel, {static_cast<unsigned>(col_tiles * row_tiles), threads}, stream, arguments);

@@ -18,7 +18,7 @@
 #include <cuda_runtime.h>
 
 // `T* name`: the dynamic shared memory of the block, aligned to 16 bytes.
-#define OCTAVO_DYNAMIC_SHARED(T, name)                                        \
+#define OCTAVO_DYNAMIC_SHARED(T, name)                                     \
     extern __shared__ __align__(16) unsigned char octavo_dynamic_shared[]; \
     T* const name = reinterpret_cast<T*>(octavo_dynamic_shared)
 

@@ -65,19 +65,16 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     const bool per_element = options.outliers == Outliers::rows;
     const Exclusion exclusion{.marks = marks, .per_element = per_element, .threshold = options.threshold, .list = list};
     const Matrix x_codes{workspace.at(codes), DType::i8, x.device, m, k, width, 1};
-    quantize_rows(x, weight.scheme, granularity, exclusion, x_codes, width,
-                  {.data = workspace.at(scale), .dtype = DType::f32, .device = x.device, .size = groups},
-                  {.data = workspace.at(zeropoint),
-                   .dtype = DType::f32,
-                   .device = x.device,
-                   .size = groups,
-                   .present = has_zeropoint},
-                  {.data = workspace.at(sums),
-                   .dtype = DType::i32,
-                   .device = x.device,
-                   .size = m,
-                   .present = has_zeropoint},
-                  stream);
+    quantize_rows(
+        x, weight.scheme, granularity, exclusion, x_codes, width,
+        {.data = workspace.at(scale), .dtype = DType::f32, .device = x.device, .size = groups},
+        {.data = workspace.at(zeropoint),
+         .dtype = DType::f32,
+         .device = x.device,
+         .size = groups,
+         .present = has_zeropoint},
+        {.data = workspace.at(sums), .dtype = DType::i32, .device = x.device, .size = m, .present = has_zeropoint},
+        stream);
     multiply(x_codes, weight.codes, workspace.at(acc), stream);
     finish_linear(workspace.at(acc), {workspace.at(scale), workspace.at(zeropoint), workspace.at(sums), groups}, x,
                   weight, bias, list, per_element, options.threshold, out, stream);

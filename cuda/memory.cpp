@@ -25,8 +25,8 @@ struct DeviceState {
 DeviceState& state_of(int index) {
     static std::array<DeviceState, most_devices>& states = *new std::array<DeviceState, most_devices>;
     if (index >= most_devices) {
-        throw Error(ErrorKind::device, "CUDA: expected a device below " + std::to_string(most_devices) + ", got " +
-                                           std::to_string(index));
+        throw Error(ErrorKind::device,
+                    "CUDA: expected a device below " + std::to_string(most_devices) + ", got " + std::to_string(index));
     }
     return states[static_cast<std::size_t>(index)];
 }

@@ -1,5 +1,5 @@
-// The CUDA backend as the core sees it: a shared object of its own (cuda/), loaded when CUDA memory first arrives, so that
-// a machine without a driver never looks for one.
+// The CUDA backend as the core sees it: a shared object of its own (cuda/), loaded when CUDA memory first arrives, so
+// that a machine without a driver never looks for one.
 #pragma once
 
 #include <string>
