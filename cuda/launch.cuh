@@ -46,7 +46,8 @@ constexpr std::int64_t blocks_for(std::int64_t count, std::int64_t size) { retur
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, Arguments&&... arguments) {
 #ifdef OCTAVO_SIMT
-    check(simt::launch(kernel, grid.blocks, grid.threads, grid.shared, static_cast<Parameters>(arguments)...),
+    check(simt::launch(kernel, grid.blocks, grid.threads, grid.shared, stream,
+                       static_cast<Parameters>(std::forward<Arguments>(arguments))...),
           "launch");
 #else
     cudaLaunchConfig_t config{};
