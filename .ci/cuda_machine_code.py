@@ -77,9 +77,8 @@ def resources(text: str) -> dict[str, dict[str, Kernel]]:
             architecture = match[1]
         elif match := re.match(r"Function (\S+?):", line.strip()):
             name = match[1]
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-            if "_kernel" in name:
-                kernels[architecture][name] = Kernel(short(name), *(int(number) for number in match.groups()))
+        elif "_kernel" in name and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
+            kernels[architecture][name] = Kernel(short(name), *(int(number) for number in match.groups()))
     return kernels
 
 

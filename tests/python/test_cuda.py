@@ -1,4 +1,4 @@
-"""What holds on a GPU beyond what every backend does: graphs, streams, launches, devices, and agreement with the CPU."""
+"""What holds on a GPU beyond what every backend does: graphs, streams, launches, devices, the codes of the CPU."""
 
 from __future__ import annotations
 
