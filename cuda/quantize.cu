@@ -147,7 +147,7 @@ public:
         way_ = Way::wide;
         const double wide_spread = static_cast<double>(max_) - static_cast<double>(min_);
         wide_nd_ = wide_spread != 0.0 ? 254.0 / wide_spread : 1.0 / static_cast<double>(constant);
-        wide_zeropoint_ = __dadd_rn(rint(__dmul_rn(wide_nd_, static_cast<double>(min_))), 127.0);
+        wide_zeropoint_ = rint(wide_nd_ * static_cast<double>(min_)) + 127.0;
         zeropoint_ = static_cast<float>(wide_zeropoint_);
     }
 
@@ -170,7 +170,7 @@ public:
                 });
             case Way::wide:
                 return body([this](float x) {
-                    const double code = __dadd_rn(rint(__dmul_rn(wide_nd_, static_cast<double>(x))), -wide_zeropoint_);
+                    const double code = rint(wide_nd_ * static_cast<double>(x)) - wide_zeropoint_;
                     return to_code(static_cast<float>(fmax(fmin(code, 127.0), -127.0)));
                 });
         }
