@@ -91,7 +91,7 @@ unsigned block_threads = 0;
 unsigned live_threads = 0;
 unsigned arrived_threads = 0;
 Position where;
-const std::function<void()>* body = nullptr;
+const Call* call = nullptr;
 char* stacks = nullptr;
 char* dynamic_memory = nullptr;  // ends at a page that nobody may touch
 std::size_t dynamic_size = 0;
@@ -299,7 +299,7 @@ void run_thread() {
         host_stack_size = size;
     }
 #endif
-    (*body)();
+    call->run(call->arguments.get());
     Fiber& fiber = *current;
     fiber.state = State::done;
     --live_threads;
@@ -341,13 +341,14 @@ void start_thread(unsigned thread) {
 
 void fill(Range range) { std::memset(reinterpret_cast<void*>(range.begin), 0xFF, range.size()); }
 
-void run_block(const void* kernel, const std::vector<SharedVariable>& variables) {
+void run_block(const std::vector<SharedVariable>& variables) {
     for (const SharedVariable& variable : variables) {
         // Those of other kernels can wait for their launch.
-        if (variable.function != kernel && launched.contains(variable.function)) continue;
+        if (variable.function != call->kernel && launched.contains(variable.function)) continue;
         fill(variable.range);
     }
     fill(dynamic_shared_range());
+    race_begin_block();
     live_threads = block_threads;
     arrived_threads = 0;
     where.block_epoch = 0;
@@ -562,12 +563,11 @@ cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t 
     return cudaSuccess;
 }
 
-void run_kernel(const void* kernel, dim3 grid, dim3 block, std::size_t shared,
-                const std::function<void()>& thread_body) {
+void run_kernel(dim3 grid, dim3 block, std::size_t shared, const Call& kernel_call) {
     set_up();
-    const std::vector<SharedVariable>& variables = shared_variables(kernel);
-    launched.insert(kernel);
-    body = &thread_body;
+    const std::vector<SharedVariable>& variables = shared_variables(kernel_call.kernel);
+    launched.insert(kernel_call.kernel);
+    call = &kernel_call;
     blockDim = block;
     gridDim = grid;
     block_threads = block.x * block.y * block.z;
@@ -579,7 +579,7 @@ void run_kernel(const void* kernel, dim3 grid, dim3 block, std::size_t shared,
     __asan_poison_memory_region(dynamic_memory - most_dynamic_shared, most_dynamic_shared);
     __asan_unpoison_memory_region(dynamic_shared(), shared);
 #endif
-    race_begin_launch(kernel);
+    race_begin_launch(kernel_call);
     const FaultReport faults;
     const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
     // Random: a step that shares no factor with the number of blocks visits all of them.
@@ -596,7 +596,7 @@ void run_kernel(const void* kernel, dim3 grid, dim3 block, std::size_t shared,
         where.block = static_cast<std::uint32_t>(id);
         blockIdx = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(id / grid.x % grid.y),
                     static_cast<unsigned>(id / grid.x / grid.y)};
-        run_block(kernel, variables);
+        run_block(variables);
     }
     race_end_launch();
 }

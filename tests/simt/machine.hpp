@@ -47,7 +47,7 @@ const Position& position();
 cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared);
 
 // Runs a kernel to its end. The caller holds the mutex.
-void run_kernel(const void* kernel, dim3 grid, dim3 block, std::size_t shared, const std::function<void()>& body);
+void run_kernel(dim3 grid, dim3 block, std::size_t shared, const Call& call);
 
 // Let the kernel's blocks use this much dynamic shared memory.
 void allow_dynamic_shared(const void* kernel, std::size_t bytes);
@@ -66,7 +66,8 @@ const std::vector<SharedVariable>& shared_variables(const void* kernel);
 
 // --- race.cpp: nothing of it does anything but in the race build -----------------------------------------------------
 
-void race_begin_launch(const void* kernel);
+void race_begin_launch(const Call& call);
+void race_begin_block();
 
 // Stops the test where the launch had a race.
 void race_end_launch();

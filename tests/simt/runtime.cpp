@@ -308,15 +308,14 @@ void unregister_memory(const void* memory) {
     race_unregister(memory);
 }
 
-cudaError_t enqueue_kernel(cudaStream_t stream, const void* kernel, dim3 grid, dim3 block, std::size_t shared,
-                           std::function<void()> body) {
+cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size_t shared, Call call) {
     const std::scoped_lock lock(machine_mutex());
-    if (const cudaError_t status = check_launch(kernel, grid, block, shared); status != cudaSuccess) {
+    if (const cudaError_t status = check_launch(call.kernel, grid, block, shared); status != cudaSuccess) {
         return result(status);
     }
-    return result(enqueue(stream, [=, body = std::move(body)] {
+    return result(enqueue(stream, [=, call = std::move(call)] {
         ++runtime().counted.launches;
-        run_kernel(kernel, grid, block, shared, body);
+        run_kernel(grid, block, shared, call);
     }));
 }
 

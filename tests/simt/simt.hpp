@@ -18,6 +18,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <source_location>
 #include <tuple>
 #include <type_traits>
@@ -93,16 +94,35 @@ void copy_wait(int keep);
 
 // --- launches -------------------------------------------------------------------------------------------------------
 
-cudaError_t enqueue_kernel(cudaStream_t stream, const void* kernel, dim3 grid, dim3 block, std::size_t shared,
-                           std::function<void()> body);
+// A kernel with its arguments, which outlive the call of `launch` where it is recorded.
+struct Call {
+    const void* kernel = nullptr;
+    std::shared_ptr<const void> arguments;
+    std::size_t arguments_size = 0;
+    void (*run)(const void* arguments) = nullptr;  // as one thread
+};
+
+cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size_t shared, Call call);
 
 // Runs a kernel, or records it where `stream` is being captured.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, cudaStream_t stream,
                    Arguments&&... arguments) {
-    return enqueue_kernel(stream, reinterpret_cast<const void*>(kernel), grid, block, shared,
-                          [kernel, all = std::tuple<std::decay_t<Parameters>...>(static_cast<Parameters>(
-                                       std::forward<Arguments>(arguments))...)] { std::apply(kernel, all); });
+    struct Bound {
+        void (*kernel)(Parameters...);
+        std::tuple<std::decay_t<Parameters>...> arguments;
+    };
+    Call call;
+    call.kernel = reinterpret_cast<const void*>(kernel);
+    call.arguments = std::make_shared<const Bound>(
+        Bound{kernel,
+              std::tuple<std::decay_t<Parameters>...>(static_cast<Parameters>(std::forward<Arguments>(arguments))...)});
+    call.arguments_size = sizeof(Bound);
+    call.run = [](const void* bound) {
+        const auto& self = *static_cast<const Bound*>(bound);
+        std::apply(self.kernel, self.arguments);
+    };
+    return enqueue_kernel(stream, grid, block, shared, std::move(call));
 }
 
 // --- parts of the functions below -----------------------------------------------------------------------------------
