@@ -18,6 +18,28 @@ void translate(std::exception_ptr pointer) {
     }
 }
 
+// octavo::cuda_info as a dict: either what is `missing`, or the devices.
+py::dict cuda_info() {
+    const octavo::CudaInfo info = octavo::cuda_info();
+    py::dict result;
+    if (!info.missing.empty()) {
+        result["missing"] = info.missing;
+        return result;
+    }
+    py::list devices;
+    for (const octavo::CudaDevice& device : info.devices) {
+        py::dict entry;
+        entry["name"] = device.name;
+        entry["compute_capability"] = std::to_string(device.major) + "." + std::to_string(device.minor);
+        entry["multiprocessors"] = device.multiprocessors;
+        entry["memory"] = device.memory;
+        devices.append(entry);
+    }
+    result["devices"] = devices;
+    result["cublaslt"] = info.cublaslt;
+    return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
@@ -28,5 +50,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.def("cpu_isa", &octavo::cpu_isa);
     module.def("cpu_isas_available", &octavo::cpu_isas_available);
     module.def("num_threads", &octavo::num_threads);
+    module.def("cuda_info", &cuda_info);
+    module.def("release_cuda_memory", &octavo::release_cuda_memory, py::call_guard<py::gil_scoped_release>());
     module.def("set_num_threads", &octavo::set_num_threads, py::arg("count"));
 }

@@ -150,17 +150,18 @@ double work_of(const ConstMatrix& a, std::int64_t b_rows = 1) {
     return at_least_one(a.rows) * at_least_one(a.cols) * at_least_one(b_rows);
 }
 
-// Call the core: with as many threads as the framework of `array` is set to use, and without the interpreter's lock,
-// except for so little work (a few microseconds even with the scalar kernels) that another thread would hardly get to
-// run in that time: giving the lock away and taking it back costs 50 ns alone, and with threads that wait for it a
-// change of threads.
+// Call the core: on the stream of `array`'s framework, with as many threads as it is set to use, and without the
+// interpreter's lock, except for so little work (a few microseconds even with the scalar kernels) that another thread
+// would hardly get to run in that time: giving the lock away and taking it back costs 50 ns alone, and with threads
+// that wait for it a change of threads.
 template <class Call>
 void run(const Array& array, double work, const Call& call) {
     constexpr double small = 1 << 12;
+    const Stream stream = stream_of(array);
     const ThreadLimit limit(threads_of(array.framework()));
     std::optional<py::gil_scoped_release> release;
     if (work > small) release.emplace();
-    call();
+    call(stream);
 }
 
 // The result of an operation: the caller's `out`, or a new array. Memory that the core cannot write as a matrix (its
@@ -206,9 +207,9 @@ py::object quantize_op(py::handle x_object, py::handle scheme_name, py::handle g
     std::optional<Array> zeropoint;
     if (scheme == Scheme::zeropoint)
         zeropoint.emplace(allocate(x, groups, DType::f32), Argument{function, "zeropoint"});
-    run(x, work_of(source), [&] {
+    run(x, work_of(source), [&](Stream stream) {
         octavo::quantize(source, scheme, granularity, vector_or_absent(columns), codes.mutable_matrix(),
-                         flat_output(scale), zeropoint ? flat_output(*zeropoint) : absent_vector);
+                         flat_output(scale), zeropoint ? flat_output(*zeropoint) : absent_vector, stream);
     });
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint));
 }
@@ -229,9 +230,9 @@ py::object quantize_weight_op(py::handle weight_object, py::handle scheme_name, 
     if (scheme == Scheme::zeropoint) {
         zeropoint.emplace(allocate(weight, groups, DType::f32), Argument{function, "zeropoint"});
     }
-    run(weight, work_of(source), [&] {
+    run(weight, work_of(source), [&](Stream stream) {
         octavo::quantize_weight(source, scheme, granularity, codes.mutable_matrix(), scale.vector(),
-                                vector_or_absent(zeropoint), code_sums.vector());
+                                vector_or_absent(zeropoint), code_sums.vector(), stream);
     });
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint), code_sums.object());
 }
@@ -241,15 +242,22 @@ py::object find_outliers_op(py::handle x_object, py::handle threshold_object) {
     const float threshold = parse_number(threshold_object, {function, "threshold"});
     Array x(x_object, {function, "x"});
     const ConstMatrix source = x.matrix();
-    // The number of columns is known only after the work, so they go by way of memory of our own (a host's, as is that
-    // of the only backend there is).
+    // The number of columns is known only after the work, so they go by way of other memory: of our own for the CPU.
+    if (source.device.kind == DeviceKind::cuda) {
+        const Array all(allocate(x, {source.cols}, DType::i32), {function, "columns", "int32"}, Use::write);
+        const Array found(allocate(x, {1}, DType::i32), {function, "count", "int32"}, Use::write);
+        run(x, work_of(source),
+            [&](Stream stream) { octavo::find_outliers(source, threshold, all.vector(), found.vector(), stream); });
+        const py::object part = all.object()[py::slice(0, item(found.object()), 1)];
+        return part.attr(x.framework() == Framework::torch ? "clone" : "copy")();
+    }
     std::vector<std::int32_t> columns(static_cast<std::size_t>(source.cols));
     std::int32_t count = 0;
-    run(x, work_of(source), [&] {
+    run(x, work_of(source), [&](Stream stream) {
         octavo::find_outliers(
             source, threshold,
             {.data = columns.data(), .dtype = DType::i32, .device = source.device, .size = source.cols},
-            {.data = &count, .dtype = DType::i32, .device = source.device, .size = 1});
+            {.data = &count, .dtype = DType::i32, .device = source.device, .size = 1}, stream);
     });
     const Array result(allocate(x, {count}, DType::i32), {function, "columns", "int32"}, Use::write);
     std::copy_n(columns.data(), count, static_cast<std::int32_t*>(result.vector().data));
@@ -264,8 +272,9 @@ py::object pack_op(py::handle codes_object) {
     const std::int64_t size = packed_size(source.rows, source.cols);
     const Array packed(allocate_aligned(codes, packed_shape(source.rows, source.cols)), {function, "packed", "int8"},
                        Use::write);
-    run(codes, work_of(source), [&] {
-        octavo::pack(source, {.data = packed.data(), .dtype = DType::i8, .device = source.device, .size = size});
+    run(codes, work_of(source), [&](Stream stream) {
+        octavo::pack(source, {.data = packed.data(), .dtype = DType::i8, .device = source.device, .size = size},
+                     stream);
     });
     return packed.object();
 }
@@ -277,7 +286,8 @@ py::object unpack_op(py::handle packed_object, py::handle n_object, py::handle k
     const std::int64_t k = parse_extent(k_object, {function, "k"});
     const ConstVector source = packed_codes(packed, n, k, {function, "packed"});
     const Array codes(allocate(packed, {n, k}, DType::i8), {function, "codes", "int8"}, Use::write);
-    run(packed, work_of(codes.mutable_matrix()), [&] { octavo::unpack(source, codes.mutable_matrix()); });
+    run(packed, work_of(codes.mutable_matrix()),
+        [&](Stream stream) { octavo::unpack(source, codes.mutable_matrix(), stream); });
     return codes.object();
 }
 
@@ -289,7 +299,8 @@ py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle o
     const ConstMatrix a_matrix = a.matrix();
     const ConstMatrix b_matrix = b.matrix();
     const Output result(out, a, with_last(a, b_matrix.rows), DType::i32, {function, "out", "int32"});
-    run(a, work_of(a_matrix, b_matrix.rows), [&] { octavo::int8_matmul(a_matrix, b_matrix, result.matrix()); });
+    run(a, work_of(a_matrix, b_matrix.rows),
+        [&](Stream stream) { octavo::int8_matmul(a_matrix, b_matrix, result.matrix(), Layout::row_major, stream); });
     return result.finish();
 }
 
@@ -304,7 +315,8 @@ py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::h
     const ConstVector scales = scale.flat();
     const ConstVector zeropoints = zeropoint ? zeropoint->flat() : absent_vector;
     const Output result(py::none(), codes, codes.shape(), dtype, {function, "out"});
-    run(codes, work_of(source), [&] { octavo::dequantize(source, scales, zeropoints, result.matrix()); });
+    run(codes, work_of(source),
+        [&](Stream stream) { octavo::dequantize(source, scales, zeropoints, result.matrix(), stream); });
     return result.finish();
 }
 
@@ -351,7 +363,8 @@ public:
             if (shape) throw py::value_error("Int8Weight: code_sums: expected an array with packed codes, got None");
             code_sums_.emplace(allocate(codes_, {view_.codes.rows}, DType::i32), Argument{function, "code_sums"},
                                Use::keep);
-            run(codes_, work_of(view_.codes), [&] { octavo::sum_codes(view_.codes, code_sums_->vector()); });
+            run(codes_, work_of(view_.codes),
+                [&](Stream stream) { octavo::sum_codes(view_.codes, code_sums_->vector(), stream); });
         }
         view_.code_sums = code_sums_->vector();
         octavo::check_weight(view_, function);
@@ -396,8 +409,9 @@ py::object linear_op(py::handle x_object, py::handle weight_object, py::handle b
     const ConstMatrix source = x.matrix();
     const std::int64_t n = weight.view().codes.rows;
     const Output result(out, x, with_last(x, n), x.dtype(), {function, "out"});
-    run(x, work_of(source, n),
-        [&] { octavo::linear(source, weight.view(), vector_or_absent(bias), result.matrix(), options); });
+    run(x, work_of(source, n), [&](Stream stream) {
+        octavo::linear(source, weight.view(), vector_or_absent(bias), result.matrix(), options, stream);
+    });
     return result.finish();
 }
 

@@ -84,6 +84,16 @@ struct NumpyNames {
                                      numpy.attr("dtype")("int8"), numpy.attr("dtype")("int32")};
 };
 
+struct CupyNames {
+    py::module_ cupy = py::module_::import("cupy");
+    py::object empty = cupy.attr("empty");
+    py::object device = cupy.attr("cuda").attr("Device");
+    py::object current_stream = cupy.attr("cuda").attr("get_current_stream");
+    // In the order of octavo::DType; CuPy has no bfloat16.
+    std::array<py::object, 5> dtypes{cupy.attr("dtype")("float32"), cupy.attr("dtype")("float16"), py::none(),
+                                     cupy.attr("dtype")("int8"), cupy.attr("dtype")("int32")};
+};
+
 template <class Names>
 const Names& names() {
     PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Names> storage;
@@ -112,6 +122,7 @@ TypeFacts examine(py::handle type) {
             const bool masked = PyObject_IsSubclass(type.ptr(), names<NumpyNames>().masked_array.ptr()) != 0;
             return {Framework::numpy, !masked};
         }
+        if (module == "cupy" && name == "ndarray") return {Framework::cupy, true};
         if (module == "torch" && name == "Tensor") {
             const auto& torch = names<TorchNames>();
             return {Framework::torch, py::object(type.attr("__torch_dispatch__")).is(torch.dispatch)};
@@ -249,13 +260,17 @@ void Array::refuse(const char* kind, const std::string& expected, const std::str
 Array::Array(py::handle object, Argument argument, Use use)
     : argument_(argument), object_(py::reinterpret_borrow<py::object>(object)) {
     const TypeFacts facts = facts_of(object);
-    if (!facts.framework) refuse("type", "a NumPy array or a PyTorch tensor", type_name(object));
+    if (!facts.framework) refuse("type", "a NumPy array, a PyTorch tensor or a CuPy array", type_name(object));
     framework_ = *facts.framework;
     if (!facts.plain) {
         refuse("type", framework_ == Framework::numpy ? "an array without a mask" : "a plain torch.Tensor",
                type_name(object));
     }
-    framework_ == Framework::numpy ? import_numpy(use) : import_torch(use);
+    switch (framework_) {
+        case Framework::numpy: import_numpy(use); break;
+        case Framework::torch: import_torch(use); break;
+        case Framework::cupy: import_cupy(use); break;
+    }
 }
 
 // NumPy's arrays are read directly: their `__dlpack__` costs as much as a small product.
@@ -310,27 +325,36 @@ void Array::import_torch(Use use) {
     read_header(tensor);
 }
 
+// On CuPy's current stream: nothing has to wait for anything (DLPack: -1), which also lets a graph be captured.
+void Array::import_cupy(Use use) {
+    py::dict options;
+    options["stream"] = -1;
+    import_capsule(use, options);
+}
+
 void Array::refuse_dtype() const {
     refuse("type", std::string("dtype ") + argument_.dtypes, py::str(object_.attr("dtype")).cast<std::string>());
 }
 
 // DLPack could not describe the tensor: say why, in terms of the argument.
 void Array::refuse_conversion(const py::error_already_set& error) const {
-    if (!py::object(object_.attr("layout")).is(names<TorchNames>().strided)) {
-        refuse("value", "a dense (strided) tensor", py::str(object_.attr("layout")));
-    }
-    if (py::str(object_.attr("device").attr("type")).equal(py::str("meta"))) {
-        refuse("value", "a tensor with memory", "one on the meta device");
+    if (framework_ == Framework::torch) {
+        if (!py::object(object_.attr("layout")).is(names<TorchNames>().strided)) {
+            refuse("value", "a dense (strided) tensor", py::str(object_.attr("layout")));
+        }
+        if (py::str(object_.attr("device").attr("type")).equal(py::str("meta"))) {
+            refuse("value", "a tensor with memory", "one on the meta device");
+        }
     }
     refuse("type", "an array that DLPack can describe",
            "dtype " + py::str(object_.attr("dtype")).cast<std::string>() + " (" +
                py::str(error.value()).cast<std::string>() + ")");
 }
 
-void Array::import_capsule(Use use) {
+void Array::import_capsule(Use use, const py::dict& options) {
     py::object capsule;
     try {
-        capsule = object_.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+        capsule = object_.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0), **options);
     } catch (const py::error_already_set& error) {
         refuse_conversion(error);
     }
@@ -456,6 +480,24 @@ py::object allocate(const Array& like, const Shape& shape, DType dtype) {
         PyObject* const arguments[] = {extents.ptr(), numpy.dtypes[index].ptr()};
         return checked(PyObject_Vectorcall(numpy.empty.ptr(), arguments, 2, nullptr));
     }
+    if (like.framework() == Framework::cupy) {
+        const auto& cupy = names<CupyNames>();
+        if (dtype == DType::bf16) throw py::type_error("CuPy has no bfloat16; expected dtype float32 or float16");
+        const py::object outer = cupy.device();
+        const py::object device = cupy.device(like.device().index);
+        device.attr("use")();
+        const py::tuple extents = to_tuple(shape);
+        PyObject* const arguments[] = {extents.ptr(), cupy.dtypes[index].ptr()};
+        py::object result;
+        try {
+            result = checked(PyObject_Vectorcall(cupy.empty.ptr(), arguments, 2, nullptr));
+        } catch (...) {
+            outer.attr("use")();
+            throw;
+        }
+        outer.attr("use")();
+        return result;
+    }
     // like.new_empty(*shape, dtype=dtype). Of PyTorch's ways this is the cheapest that keeps its rules (device, mode,
     // resizable storage); a tuple of extents costs it 350 ns more, dtype another 150.
     const auto& torch = names<TorchNames>();
@@ -468,6 +510,27 @@ py::object allocate(const Array& like, const Shape& shape, DType dtype) {
     for (std::size_t i = 0; i < shape.size(); ++i) Py_DECREF(arguments[i + 1]);
     return checked(result);
 }
+
+Stream stream_of(const Array& array) {
+    if (array.device().kind == DeviceKind::cpu) return {};
+    const int index = array.device().index;
+    if (array.framework() == Framework::cupy) {
+        const py::object stream = names<CupyNames>().current_stream(index);
+        return {reinterpret_cast<void*>(stream.attr("ptr").cast<std::uintptr_t>())};
+    }
+    const auto& torch = names<TorchNames>();
+    void* stream = nullptr;
+    if (torch.exchange != nullptr) {
+        constexpr std::int32_t cuda = 2;
+        if (torch.exchange->current_work_stream(cuda, index, &stream) != 0) throw py::error_already_set();
+    } else {
+        const py::object current = torch.torch.attr("cuda").attr("current_stream")(index);
+        stream = reinterpret_cast<void*>(current.attr("cuda_stream").cast<std::uintptr_t>());
+    }
+    return {stream};
+}
+
+std::int32_t item(const py::object& array) { return array.attr("item")().cast<std::int32_t>(); }
 
 int threads_of(Framework framework) {
     if (framework != Framework::torch) return 0;

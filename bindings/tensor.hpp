@@ -1,5 +1,5 @@
-// Arrays of the caller's framework: read as the core's views (PyTorch's over DLPack, NumPy's directly), and allocated
-// for results.
+// Arrays of the caller's framework: read as the core's views (PyTorch's and CuPy's over DLPack, NumPy's directly), and
+// allocated for results.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -31,7 +31,7 @@ enum class Use {
     write,           // an output: must be writable
 };
 
-enum class Framework { numpy, torch };
+enum class Framework { numpy, torch, cupy };
 
 using Shape = SmallArray<std::int64_t>;
 
@@ -72,7 +72,8 @@ private:
 
     void import_numpy(Use use);
     void import_torch(Use use);
-    void import_capsule(Use use);
+    void import_cupy(Use use);
+    void import_capsule(Use use, const py::dict& options = {});
     void read_header(const DLTensor& tensor);
     [[noreturn]] void refuse_dtype() const;
     [[noreturn]] void refuse_conversion(const py::error_already_set& error) const;
@@ -99,6 +100,12 @@ py::object allocate(const Array& like, const Shape& shape, DType dtype);
 
 // As `allocate`, of dtype int8, aligned to a cache line.
 py::object allocate_aligned(const Array& like, const Shape& shape);
+
+// The stream that the array's framework orders its work on, on the array's device; none for the CPU.
+Stream stream_of(const Array& array);
+
+// The value of an int32 array of one element, wherever it is; waits for it.
+std::int32_t item(const py::object& array);
 
 // The number of threads that a framework is set to use, for octavo::ThreadLimit; 0 where it has no such setting.
 int threads_of(Framework framework);

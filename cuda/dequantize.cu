@@ -10,8 +10,8 @@ namespace {
 constexpr int threads = 256;
 
 template <class T, int width>
-__global__ void __launch_bounds__(threads)
-    dequantize_kernel(View<const std::int8_t> codes, Span<const float> scale, Span<const float> zeropoint, View<T> out) {
+__global__ void __launch_bounds__(threads) dequantize_kernel(View<const std::int8_t> codes, Span<const float> scale,
+                                                             Span<const float> zeropoint, View<T> out) {
     const std::int64_t per_row = codes.cols / width;
     const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * threads;
     for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x; i < codes.rows * per_row;

@@ -38,8 +38,8 @@ View<T> view_of(const Matrix& matrix) {
     return {static_cast<T*>(matrix.data), matrix.rows, matrix.cols, matrix.row_stride, matrix.col_stride};
 }
 
-// A strided vector; null where it is absent. A vector of one element stands for as many as are asked for, where it holds
-// one scale or zeropoint for all.
+// A strided vector; null where it is absent. A vector of one element stands for as many as are asked for, where it
+// holds one scale or zeropoint for all.
 template <class T>
 struct Span {
     T* data = nullptr;
@@ -153,7 +153,8 @@ __device__ void store(T* target, const Pack<T, count>& pack) {
 // Whether every row of a matrix can be read `bytes` at a time from its beginning.
 inline bool rows_are_aligned(const ConstMatrix& matrix, std::int64_t bytes) {
     const std::int64_t item = size_of(matrix.dtype);
-    return (matrix.col_stride == 1 || matrix.cols <= 1) && reinterpret_cast<std::uintptr_t>(matrix.data) % static_cast<std::uintptr_t>(bytes) == 0 &&
+    return (matrix.col_stride == 1 || matrix.cols <= 1) &&
+           reinterpret_cast<std::uintptr_t>(matrix.data) % static_cast<std::uintptr_t>(bytes) == 0 &&
            (matrix.rows <= 1 || matrix.row_stride * item % bytes == 0);
 }
 

@@ -18,7 +18,7 @@
 #include <cuda_runtime.h>
 
 // `T* name`: the dynamic shared memory of the block, aligned to 16 bytes.
-#define OCTAVO_DYNAMIC_SHARED(T, name)                                        \
+#define OCTAVO_DYNAMIC_SHARED(T, name)                                     \
     extern __shared__ __align__(16) unsigned char octavo_dynamic_shared[]; \
     T* const name = reinterpret_cast<T*>(octavo_dynamic_shared)
 
@@ -46,7 +46,9 @@ constexpr std::int64_t blocks_for(std::int64_t count, std::int64_t size) { retur
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, Arguments&&... arguments) {
 #ifdef OCTAVO_SIMT
-    check(simt::launch(kernel, grid.blocks, grid.threads, grid.shared, static_cast<Parameters>(arguments)...), "launch");
+    check(simt::launch(kernel, grid.blocks, grid.threads, grid.shared, stream,
+                       static_cast<Parameters>(std::forward<Arguments>(arguments))...),
+          "launch");
 #else
     cudaLaunchConfig_t config{};
     config.gridDim = grid.blocks;

@@ -24,9 +24,9 @@ private:
 // Facts of a device that launchers choose by; read once.
 struct DeviceFacts {
     int multiprocessors = 0;
-    int architecture = 0;       // 10 * major + minor: 90 for compute capability 9.0
-    std::size_t shared = 0;     // bytes of shared memory that a block can have
-    std::size_t l2 = 0;         // bytes of level-2 cache
+    int architecture = 0;    // 10 * major + minor: 90 for compute capability 9.0
+    std::size_t shared = 0;  // bytes of shared memory that a block can have
+    std::size_t l2 = 0;      // bytes of level-2 cache
 };
 
 // Of the current device. Throws Error (device) where its architecture is older than compute capability 7.5.
@@ -70,6 +70,9 @@ private:
     std::size_t size_ = 0;
     void* memory_ = nullptr;
 };
+
+// Give back to the driver what the pools of all devices hold and no call uses.
+void release_memory();
 
 // Throws Error (device) naming `function` where `stream` is being captured: for the calls that must read a result back.
 void refuse_capture(cudaStream_t stream, const char* function);

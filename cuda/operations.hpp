@@ -1,5 +1,5 @@
-// The operations of the CUDA backend and the stages they are made of. All enqueue work on `stream` of the current device
-// and return at once, unless they say otherwise. Arguments have been checked (cpp/src/<stem>.cpp).
+// The operations of the CUDA backend and the stages they are made of. All enqueue work on `stream` of the current
+// device and return at once, unless they say otherwise. Arguments have been checked (cpp/src/<stem>.cpp).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -42,14 +42,14 @@ void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count,
 
 // What takes no part in the quantization of X, and has code 0.
 struct Exclusion {
-    ColumnMarks marks;               // these columns; under `per_element` only listed, not excluded
-    bool per_element = false;        // instead, in each row its own elements with not (|x| < threshold)
+    ColumnMarks marks;         // these columns; under `per_element` only listed, not excluded
+    bool per_element = false;  // instead, in each row its own elements with not (|x| < threshold)
     float threshold = 0.0F;
-    ColumnList list{};               // where not null: receives the marked columns
+    ColumnList list{};  // where not null: receives the marked columns
 };
 
-// octavo::quantize with what is excluded on the device. Rows of codes have `width` >= k columns, of which those from k on
-// are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes.
+// octavo::quantize with what is excluded on the device. Rows of codes have `width` >= k columns, of which those from k
+// on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes.
 void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream);
 
@@ -87,10 +87,10 @@ void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream);
 
 // X as codes: what `quantize_rows` made.
 struct CodedX {
-    const float* scale = nullptr;         // [groups]
-    const float* zeropoint = nullptr;     // [groups]; null for absmax
-    const std::int32_t* sums = nullptr;   // [m]: of the codes of a row; null for absmax
-    std::int64_t groups = 0;              // m, or 1 for `tensor`
+    const float* scale = nullptr;        // [groups]
+    const float* zeropoint = nullptr;    // [groups]; null for absmax
+    const std::int32_t* sums = nullptr;  // [m]: of the codes of a row; null for absmax
+    std::int64_t groups = 0;             // m, or 1 for `tensor`
 };
 
 // Everything after the product (paper Eq. 8, DESIGN section 2 "epilogue"), in one launch. `outliers.count` null: none.

@@ -1,16 +1,19 @@
 #include "backend.hpp"
 
-#include "check.hpp"
+#include <string>
+
+#include "cuda.hpp"
+#include "octavo/error.hpp"
 
 namespace octavo {
 
 const Backend& backend_for(Device device, const char* function) {
-    switch (device.kind) {
-        case DeviceKind::cpu: return cpu_backend();
-        case DeviceKind::cuda: break;
+    if (device.kind == DeviceKind::cpu) return cpu_backend();
+    try {
+        return cuda_backend();
+    } catch (const Error& error) {
+        throw Error(error.kind(), std::string(function) + ": " + error.what());
     }
-    throw Error(ErrorKind::device, std::string(function) + ": expected arrays on the cpu, got " +
-                                       check::to_string(device) + " (this build of octavo has no CUDA backend)");
 }
 
 }  // namespace octavo

@@ -5,7 +5,7 @@
 >>> octavo.linear(np.ones((1, 4), np.float32), weight)
 array([[1., 1., 1., 1.]], dtype=float32)
 
-The functions take and return arrays of the caller's framework (NumPy, PyTorch). ``octavo.torch`` converts whole
+The functions take and return arrays of the caller's framework (NumPy, PyTorch, CuPy). ``octavo.torch`` converts whole
 PyTorch models; importing it needs PyTorch, importing this package does not.
 """
 
@@ -19,6 +19,7 @@ from octavo.functional import (
     linear,
     quantize,
     quantize_weight,
+    release_cuda_memory,
     set_num_threads,
 )
 from octavo.functional import version as _version
@@ -38,5 +39,6 @@ __all__ = [
     "linear",
     "quantize",
     "quantize_weight",
+    "release_cuda_memory",
     "set_num_threads",
 ]

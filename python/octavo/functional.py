@@ -234,16 +234,25 @@ def info() -> dict[str, Any]:
 
     Returns:
         version: str; python: str; platform: str; backends: the names of the usable backends; cpu: a dict of
-        ``instruction_set`` (in use), ``instruction_sets`` (that this processor can run, best first), ``threads``.
+        ``instruction_set`` (in use), ``instruction_sets`` (that this processor can run, best first), ``threads``;
+        cuda: a dict of ``devices`` (each with ``name``, ``compute_capability``, ``multiprocessors``, ``memory`` in bytes)
+        and ``cublaslt`` (its version, or why it is not used), or of ``missing``, what CUDA arrays would lack here.
     """
+    cuda = _core.cuda_info()
     return {
         "version": version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "backends": ["cpu"],
+        "backends": ["cpu"] if "missing" in cuda else ["cpu", "cuda"],
         "cpu": {
             "instruction_set": _core.cpu_isa(),
             "instruction_sets": _core.cpu_isas_available(),
             "threads": _core.num_threads(),
         },
+        "cuda": cuda,
     }
+
+
+def release_cuda_memory() -> None:
+    """Give back to the driver the scratch memory that products on CUDA devices keep for further calls."""
+    _core.release_cuda_memory()

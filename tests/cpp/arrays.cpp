@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "device.hpp"
+
 using octavo::DType;
 
 namespace {
@@ -79,8 +81,13 @@ Array::Array(DType dtype, std::int64_t rows, std::int64_t cols, Layout layout) {
     const Placement placement = place(layout, rows, cols);
     const std::int64_t item = octavo::size_of(dtype);
     memory_ = std::make_shared<GuardedMemory>(static_cast<std::size_t>(placement.span * item), placement.slack);
-    matrix_ = {
-        memory_->data() + placement.origin * item, dtype, {}, rows, cols, placement.row_stride, placement.col_stride};
+    matrix_ = {memory_->data() + placement.origin * item,
+               dtype,
+               test_device(),
+               rows,
+               cols,
+               placement.row_stride,
+               placement.col_stride};
 }
 
 Array::Array(DType dtype, const Values& values, Layout layout) : Array(dtype, values.rows, values.cols, layout) {
@@ -97,6 +104,7 @@ std::byte* Array::at(std::int64_t row, std::int64_t col) const {
 }
 
 double Array::get(std::int64_t row, std::int64_t col) const {
+    wait_for_device();
     const auto read = [&]<class T>(T value) {
         std::memcpy(&value, at(row, col), sizeof value);
         return value;
@@ -135,6 +143,7 @@ octavo::Vector Array::vector() const {
 }
 
 bool Array::gaps_untouched() const {
+    wait_for_device();
     std::vector<bool> is_element(memory_->size());
     for (std::int64_t i = 0; i < matrix_.rows; ++i) {
         for (std::int64_t j = 0; j < matrix_.cols; ++j) {
@@ -150,7 +159,10 @@ bool Array::gaps_untouched() const {
     return true;
 }
 
-std::string Array::bytes() const { return {reinterpret_cast<const char*>(memory_->data()), memory_->size()}; }
+std::string Array::bytes() const {
+    wait_for_device();
+    return {reinterpret_cast<const char*>(memory_->data()), memory_->size()};
+}
 
 Values random_normal(Random& random, std::int64_t rows, std::int64_t cols, double deviation) {
     Values values(rows, cols);

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <vector>
 
+#include "device.hpp"
 #include "octavo/runtime.hpp"
 
 namespace check {
@@ -89,6 +90,10 @@ void expect_error(const std::function<void()>& call, octavo::ErrorKind kind, std
 int main(int argc, char** argv)  // NOLINT(misc-const-correctness): as the standard has it
 {
     if (!check::has_wanted_isa()) return check::skipped;
+    if (const std::string missing = missing_device(); !missing.empty()) {
+        std::cout << "skipped: " << missing << '\n';
+        return check::skipped;
+    }
     const std::string_view wanted = argc > 1 ? argv[1] : "";
     int passed = 0;
     int failed = 0;

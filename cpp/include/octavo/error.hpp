@@ -17,7 +17,8 @@ enum class ErrorKind : std::uint8_t {
 // What every octavo function throws (besides std::bad_alloc where memory runs out). Argument faults (`type`, `value`)
 // name the function, the argument, what was expected and what came, and are thrown before any output is written unless
 // a function's documentation says otherwise. Inputs are never modified.
-class Error : public std::runtime_error {
+// Visible, so that it can be caught across shared objects.
+class __attribute__((visibility("default"))) Error : public std::runtime_error {
 public:
     Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
     [[nodiscard]] ErrorKind kind() const noexcept { return kind_; }

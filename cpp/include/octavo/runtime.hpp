@@ -1,6 +1,7 @@
 // What this build and this machine offer, and how many threads the CPU backend uses.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -38,5 +39,27 @@ private:
 
 // The instruction sets this processor can run, best first.
 [[nodiscard]] std::vector<std::string> cpu_isas_available();
+
+// A GPU that the CUDA driver shows this process; `memory` in bytes.
+struct CudaDevice {
+    std::string name;
+    int major = 0;  // compute capability
+    int minor = 0;
+    int multiprocessors = 0;
+    std::int64_t memory = 0;
+};
+
+struct CudaInfo {
+    std::string missing;              // why calls on CUDA memory cannot work here; empty: they can
+    std::vector<CudaDevice> devices;  // in the order of their indices
+    std::string cublaslt;             // version of the cuBLASLt in use, or why there is none
+};
+
+// Loads the CUDA backend (liboctavo_cuda.so, beside the library that octavo is part of, or where the environment
+// variable OCTAVO_CUDA_LIBRARY says), as the first call on CUDA memory does. Never throws for what is missing.
+[[nodiscard]] CudaInfo cuda_info();
+
+// Give back to the driver the scratch memory that the CUDA backend keeps for further calls, on all devices.
+void release_cuda_memory();
 
 }  // namespace octavo

@@ -1,0 +1,55 @@
+# Where CUDA is: a system toolkit (nvcc on the path, CUDACXX, CUDA_HOME), or the PyPI packages that pyproject.toml names
+# for OCTAVO_CUDA=1, which share the folder nvidia/cu13 of site-packages.
+#
+#   octavo_find_cuda_headers()   sets OCTAVO_CUDA_INCLUDE: the folder of cuda_runtime.h
+#   octavo_enable_cuda()         enables the language CUDA and finds CUDAToolkit
+#
+# Both stop with an error where there is none.
+
+function(octavo_find_cuda_packages result)
+  find_package(Python QUIET COMPONENTS Interpreter)
+  set(found "")
+  if(Python_FOUND)
+    execute_process(
+      COMMAND "${Python_EXECUTABLE}" -c "
+import importlib.util, pathlib
+spec = importlib.util.find_spec('nvidia')
+roots = [pathlib.Path(path) / 'cu13' for path in (spec.submodule_search_locations if spec else [])]
+print(next((root for root in roots if (root / 'include' / 'cuda_runtime.h').exists()), ''), end='')"
+      OUTPUT_VARIABLE found)
+  endif()
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
+function(octavo_find_cuda_headers)
+  octavo_find_cuda_packages(packages)
+  find_program(OCTAVO_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  set(toolkit "")
+  if(OCTAVO_NVCC)
+    get_filename_component(toolkit "${OCTAVO_NVCC}" REALPATH)
+    get_filename_component(toolkit "${toolkit}" DIRECTORY)
+    get_filename_component(toolkit "${toolkit}" DIRECTORY)
+  endif()
+  find_path(OCTAVO_CUDA_INCLUDE cuda_runtime.h
+            HINTS "${toolkit}" "${packages}" ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda
+            PATH_SUFFIXES include targets/x86_64-linux/include)
+  if(NOT OCTAVO_CUDA_INCLUDE)
+    message(FATAL_ERROR "octavo: no CUDA headers: install a CUDA toolkit, or the packages nvidia-cuda-runtime and "
+                        "nvidia-cuda-crt of version 13.0 from PyPI")
+  endif()
+endfunction()
+
+macro(octavo_enable_cuda)
+  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+    octavo_find_cuda_packages(_octavo_packages)
+    if(EXISTS "${_octavo_packages}/bin/nvcc")
+      # The packages lack lib64 and libcudart.so, where nvcc and CMake look.
+      set(CMAKE_CUDA_COMPILER "${_octavo_packages}/bin/nvcc" CACHE FILEPATH "")
+      string(APPEND CMAKE_CUDA_FLAGS_INIT " -L\"${_octavo_packages}/lib\"")
+      set(CUDA_CUDART "${_octavo_packages}/lib/libcudart.so.13" CACHE FILEPATH "")
+      message(STATUS "octavo: CUDA from PyPI packages in ${_octavo_packages}")
+    endif()
+  endif()
+  enable_language(CUDA)
+  find_package(CUDAToolkit 13.0 REQUIRED)
+endmacro()

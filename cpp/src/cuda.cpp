@@ -1,0 +1,70 @@
+#include "cuda.hpp"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+
+#include "octavo/error.hpp"
+
+namespace octavo {
+namespace {
+
+constexpr auto library_name = "liboctavo_cuda.so";
+
+// Beside the library or program that this code is part of; or where the environment says.
+std::string library_path() {
+    if (const char* path = std::getenv("OCTAVO_CUDA_LIBRARY"); path != nullptr && *path != '\0') return path;
+    Dl_info here{};
+    if (dladdr(reinterpret_cast<const void*>(&library_path), &here) != 0 && here.dli_fname != nullptr) {
+        const auto beside = std::filesystem::path(here.dli_fname).parent_path() / library_name;
+        std::error_code ignored;
+        if (std::filesystem::exists(beside, ignored)) return beside.string();
+    }
+    return library_name;
+}
+
+const CudaBackend* load() {
+    const std::string path = library_path();
+    void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_LOCAL);
+    if (library == nullptr) {
+        throw Error(ErrorKind::device,
+                    std::string("CUDA: this installation of octavo has no CUDA backend (") + dlerror() + ")");
+    }
+    // The library stays loaded: what it gave out lives as long as the process.
+    auto* const entry = reinterpret_cast<CudaEntry*>(dlsym(library, cuda_entry_name));
+    if (entry == nullptr) throw Error(ErrorKind::device, "CUDA: " + path + " is not a backend of octavo");
+    return entry(version());
+}
+
+}  // namespace
+
+const CudaBackend& cuda_backend() {
+    static std::atomic<const CudaBackend*> backend{nullptr};
+    const CudaBackend* known = backend.load(std::memory_order_acquire);
+    if (known == nullptr) {
+        known = load();  // twice at the same time does no harm
+        backend.store(known, std::memory_order_release);
+    }
+    return *known;
+}
+
+CudaInfo cuda_info() {
+    CudaInfo info;
+    try {
+        const CudaBackend& backend = cuda_backend();
+        info.devices = backend.devices();
+        info.cublaslt = backend.cublaslt();
+    } catch (const Error& error) {
+        info.missing = error.what();
+    }
+    return info;
+}
+
+void release_cuda_memory() {
+    if (cuda_info().missing.empty()) cuda_backend().release_memory();
+}
+
+}  // namespace octavo

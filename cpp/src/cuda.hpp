@@ -1,0 +1,29 @@
+// The CUDA backend as the core sees it: a shared object of its own (cuda/), loaded when CUDA memory first arrives, so
+// that a machine without a driver never looks for one.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "backend.hpp"
+#include "octavo/runtime.hpp"
+
+namespace octavo {
+
+class CudaBackend : public Backend {
+public:
+    [[nodiscard]] virtual std::vector<CudaDevice> devices() const = 0;
+    // Version of the cuBLASLt in use, or why there is none.
+    [[nodiscard]] virtual std::string cublaslt() const = 0;
+    virtual void release_memory() const = 0;
+};
+
+// What the shared object exports, under this name. `version` is that of the caller, who must be of the same build.
+// Throws Error (device) where the driver or a device is missing.
+using CudaEntry = const CudaBackend*(const char* version);
+inline constexpr char cuda_entry_name[] = "octavo_cuda_backend";
+
+// Throws Error (device) saying what is missing.
+const CudaBackend& cuda_backend();
+
+}  // namespace octavo

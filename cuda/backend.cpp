@@ -1,0 +1,122 @@
+// The CUDA backend: the operations of operations.hpp behind the interface of cpp/src/backend.hpp, on the device that
+// the memory is on.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include <string>
+#include <string_view>
+
+#include "check.hpp"
+#include "cuda.hpp"
+#include "gemm_cublaslt.hpp"
+#include "memory.hpp"
+#include "octavo/error.hpp"
+#include "operations.hpp"
+
+namespace octavo {
+namespace {
+
+cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
+
+// Makes the device current, and refuses one that is too old.
+class OnDevice {
+public:
+    explicit OnDevice(Device device) : guard_(device.index) { static_cast<void>(cuda::device_facts()); }
+
+private:
+    cuda::DeviceGuard guard_;
+};
+
+class Cuda final : public CudaBackend {
+public:
+    void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes,
+                  Vector scale, Vector zeropoint, Stream stream) const override {
+        const OnDevice on(x.device);
+        cuda::quantize(x, scheme, granularity, exclude, codes, scale, zeropoint, native(stream));
+    }
+    void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                         Vector zeropoint, Vector code_sums, Stream stream) const override {
+        const OnDevice on(weight.device);
+        cuda::quantize_weight(weight, scheme, granularity, codes, scale, zeropoint, code_sums, native(stream));
+    }
+    void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const override {
+        const OnDevice on(codes.device);
+        cuda::sum_codes(codes, code_sums, native(stream));
+    }
+    void pack(ConstMatrix codes, Vector /*packed*/, Stream /*stream*/) const override { no_packing("pack", codes); }
+    void unpack(ConstVector /*packed*/, Matrix codes, Stream /*stream*/) const override { no_packing("unpack", codes); }
+    void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) const override {
+        const OnDevice on(x.device);
+        cuda::find_outliers(x, threshold, columns, count, native(stream));
+    }
+    void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout /*row-major*/, Stream stream) const override {
+        const OnDevice on(a.device);
+        cuda::int8_matmul(a, b, out, native(stream));
+    }
+    void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
+                    Stream stream) const override {
+        const OnDevice on(codes.device);
+        cuda::dequantize(codes, scale, zeropoint, out, native(stream));
+    }
+    void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+                Stream stream) const override {
+        const OnDevice on(x.device);
+        cuda::linear(x, weight, bias, out, options, native(stream));
+    }
+
+    [[nodiscard]] std::vector<CudaDevice> devices() const override {
+        int count = 0;
+        cuda::check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+        std::vector<CudaDevice> result;
+        for (int index = 0; index < count; ++index) {
+            cudaDeviceProp properties{};
+            cuda::check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+            result.push_back({.name = properties.name,
+                              .major = properties.major,
+                              .minor = properties.minor,
+                              .multiprocessors = properties.multiProcessorCount,
+                              .memory = static_cast<std::int64_t>(properties.totalGlobalMem)});
+        }
+        return result;
+    }
+    [[nodiscard]] std::string cublaslt() const override { return cuda::cublaslt_status(); }
+    void release_memory() const override { cuda::release_memory(); }
+
+private:
+    [[noreturn]] static void no_packing(const char* function, const ConstMatrix& codes) {
+        throw Error(ErrorKind::device, std::string(function) + ": codes: expected memory on the cpu, got cuda:" +
+                                           std::to_string(codes.device.index));
+    }
+};
+
+// Says what is missing, in words that help: the runtime's own name the driver's version in every case.
+void need_a_device() {
+#ifndef OCTAVO_SIMT
+    void* const driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+    if (driver == nullptr) throw Error(ErrorKind::device, "CUDA: no driver on this machine (libcuda.so.1 not found)");
+    dlclose(driver);
+#endif
+    int count = 0;
+    const cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaErrorInsufficientDriver) {
+        throw Error(ErrorKind::device, "CUDA: the driver is older than CUDA " + std::to_string(CUDART_VERSION / 1000) +
+                                           " needs (" + cudaGetErrorString(status) + ")");
+    }
+    if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
+        throw Error(ErrorKind::device, "CUDA: a driver, but no device that this process can use");
+    }
+    cuda::check(status, "cudaGetDeviceCount");
+}
+
+}  // namespace
+}  // namespace octavo
+
+extern "C" __attribute__((visibility("default"))) const octavo::CudaBackend* octavo_cuda_backend(const char* version) {
+    if (std::string_view(version) != OCTAVO_VERSION) {
+        throw octavo::Error(octavo::ErrorKind::device, std::string("CUDA: the CUDA backend is of octavo ") +
+                                                           OCTAVO_VERSION + ", the rest of octavo " + version);
+    }
+    octavo::need_a_device();
+    static const octavo::Cuda backend;
+    return &backend;
+}

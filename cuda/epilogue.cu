@@ -1,0 +1,283 @@
+// Everything after the int8 product, in one pass over it (paper Eq. 8; zeropoint: Eq. 4-5):
+//
+//   y[i, j] = acc[i, j] * (scale_x[i] * scale_w[j]) + sum_{o in O} x[i, o] * w[j, o] + bias[j]
+//
+// in float32, rounded once. O and its size are read on the device, so the host need not wait for them.
+//
+// A block finishes a tile of `tile_rows` x 256. Each warp has rows of its own; a lane has columns 4 * lane .. + 3 of
+// both halves of the tile, so that every access of a warp is contiguous: 16 bytes of acc, 8 or 16 of the output.
+// Outlier columns come in chunks: their weights (256 columns of the tile) and their activations (rows of the tile) are
+// brought to shared memory once for the block, and each lane does 4 x 8 multiplications for 8 + 4 values read from
+// there. They are added one after the other in the order of the columns, from zero: adding the zeros that the policy
+// `rows` makes of other rows' outliers changes nothing, so a row's result does not depend on the other rows.
+#include "device.cuh"
+#include "operations.hpp"
+
+namespace octavo::cuda {
+namespace {
+
+constexpr int warps = 8;
+constexpr int threads = warps * warp_size;
+constexpr int tile_cols = 256;
+constexpr int halves = 2;
+constexpr int per_half = 4;              // columns of a lane
+constexpr int mine = halves * per_half;  // all its columns
+constexpr int chunk = 16;                // outlier columns at a time
+
+template <class X, class Y>
+struct Arguments {
+    const std::int32_t* acc;  // [parts, m, n]
+    std::int64_t parts;
+    View<const X> x;
+    CodedX coded;
+    View<const std::int8_t> codes;
+    Span<const float> scale_w;
+    Span<const float> zeropoint_w;
+    Span<const std::int32_t> code_sums;
+    Span<const std::int32_t> kept_columns;
+    const void* kept_weight;  // [n, r]
+    DType kept_dtype;
+    std::int64_t kept_row_stride;
+    std::int64_t kept_col_stride;
+    FloatSpan bias;
+    ColumnList outliers;
+    bool per_element;
+    float threshold;
+    View<Y> out;
+    bool wide;  // whether acc and out can be accessed 4 columns at a time
+};
+
+// The place of a column among the kept ones, which ascend; -1 where it is not kept.
+__device__ int place_of(const Span<const std::int32_t>& kept, std::int32_t column) {
+    std::int64_t begin = 0;
+    std::int64_t end = kept.size;
+    while (begin < end) {
+        const std::int64_t middle = (begin + end) / 2;
+        if (kept[middle] < column) {
+            begin = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return begin < kept.size && kept[begin] == column ? static_cast<int>(begin) : -1;
+}
+
+// What of a chunk of outlier columns a block keeps in shared memory.
+template <int tile_rows, bool zeropoint>
+struct Chunk {
+    float weight[chunk][tile_cols];
+    float x[chunk][tile_rows];
+    std::int32_t column[chunk];
+    int place[chunk];  // of the column among the kept ones
+    // Only for zeropoint: the codes, which must be taken out of the sums over k, and for which elements.
+    std::int8_t code[zeropoint ? chunk : 1][zeropoint ? tile_cols : 1];
+    std::uint8_t is_outlier[zeropoint ? chunk : 1][zeropoint ? tile_rows : 1];
+};
+
+template <int tile_rows, bool zeropoint, class X, class Y>
+__device__ void load_chunk(const Arguments<X, Y>& a, std::int64_t begin, int count, std::int64_t row0,
+                           std::int64_t col0, Chunk<tile_rows, zeropoint>& shared) {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread < count) {
+        const std::int32_t column = a.outliers.columns[begin + thread];
+        shared.column[thread] = column;
+        shared.place[thread] = place_of(a.kept_columns, column);
+    }
+    __syncthreads();
+    for (int e = thread; e < count * tile_cols; e += threads) {
+        const int o = e / tile_cols;
+        const int c = e % tile_cols;
+        const std::int64_t j = col0 + c;
+        float weight = 0.0F;
+        if (j < a.out.cols) {
+            const std::int8_t code = *a.codes.at(j, shared.column[o]);
+            if constexpr (zeropoint) shared.code[o][c] = code;
+            if (shared.place[o] >= 0) {
+                weight = FloatSpan{a.kept_weight, a.kept_dtype,
+                                   1}[j * a.kept_row_stride + shared.place[o] * a.kept_col_stride];
+            } else {
+                const float shift = a.zeropoint_w.present() ? a.zeropoint_w.of_group(j) : 0.0F;
+                weight = (static_cast<float>(code) + shift) * a.scale_w.of_group(j);
+            }
+        }
+        shared.weight[o][c] = weight;
+    }
+    for (int e = thread; e < count * tile_rows; e += threads) {
+        const int o = e / tile_rows;
+        const int r = e % tile_rows;
+        const std::int64_t i = row0 + r;
+        const float x = i < a.out.rows ? to_float(*a.x.at(i, shared.column[o])) : 0.0F;
+        const bool is_outlier = !a.per_element || !(fabsf(x) < a.threshold);
+        shared.x[o][r] = is_outlier ? x : 0.0F;
+        if constexpr (zeropoint) shared.is_outlier[o][r] = is_outlier ? 1 : 0;
+    }
+    __syncthreads();
+}
+
+// The exact sum of the products of codes, of all parts of k.
+template <class X, class Y>
+__device__ void load_sums(const Arguments<X, Y>& a, std::int64_t i, std::int64_t j, int count,
+                          std::int64_t (&sums)[per_half]) {
+#pragma unroll
+    for (int c = 0; c < per_half; ++c) sums[c] = 0;
+    for (std::int64_t part = 0; part < a.parts; ++part) {
+        const std::int32_t* const acc = a.acc + (part * a.out.rows + i) * a.out.cols + j;
+        if (a.wide) {
+            const auto pack = load<per_half>(acc);
+#pragma unroll
+            for (int c = 0; c < per_half; ++c) sums[c] += pack[c];
+        } else {
+#pragma unroll
+            for (int c = 0; c < per_half; ++c) {
+                if (c < count) sums[c] += acc[c];
+            }
+        }
+    }
+}
+
+// acc * (scale_x * scale_w), with the other terms of Eq. 4-5 where there are zeropoints. Those are large and cancel, so
+// they are added as float64, where they are exact unless zeropoints are beyond 2^20.
+template <bool zeropoint, class X, class Y>
+__device__ float scaled(const Arguments<X, Y>& a, std::int64_t acc, std::int64_t i, std::int64_t j, int row_outliers,
+                        std::int32_t outlier_codes) {
+    const std::int64_t group = a.coded.groups == 1 ? 0 : i;
+    const float scale_x = a.coded.scale[group];
+    const float scale_w = a.scale_w.of_group(j);
+    if constexpr (!zeropoint) return static_cast<float>(acc) * (scale_x * scale_w);
+    const double zx = a.coded.zeropoint[group];
+    const double zw = a.zeropoint_w.of_group(j);
+    const auto depth = static_cast<double>(a.x.cols - row_outliers);
+    const auto sum_w = static_cast<double>(a.code_sums[j] - outlier_codes);
+    const double sum = static_cast<double>(acc) + zw * a.coded.sums[i] + zx * sum_w + depth * zx * zw;
+    return static_cast<float>(sum * (static_cast<double>(scale_x) * static_cast<double>(scale_w)));
+}
+
+template <int rows_per_warp, bool zeropoint, class X, class Y>
+__global__ void __launch_bounds__(threads) epilogue_kernel(const Arguments<X, Y> a) {
+    constexpr int tile_rows = warps * rows_per_warp;
+    __shared__ Chunk<tile_rows, zeropoint> shared;
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+    const int first_row = static_cast<int>(threadIdx.x) / warp_size * rows_per_warp;
+    const std::int64_t col_tiles = (a.out.cols + tile_cols - 1) / tile_cols;
+    const std::int64_t row0 = blockIdx.x / col_tiles * tile_rows;
+    const std::int64_t col0 = blockIdx.x % col_tiles * tile_cols;
+
+    float update[rows_per_warp][mine] = {};
+    int row_outliers[zeropoint ? rows_per_warp : 1] = {};
+    std::int32_t outlier_codes[zeropoint ? rows_per_warp : 1][zeropoint ? mine : 1] = {};
+    const std::int32_t outliers = a.outliers.count != nullptr ? *a.outliers.count : 0;
+    for (std::int32_t begin = 0; begin < outliers; begin += chunk) {
+        const int count = outliers - begin < chunk ? outliers - begin : chunk;
+        load_chunk(a, begin, count, row0, col0, shared);
+        for (int o = 0; o < count; ++o) {
+#pragma unroll
+            for (int h = 0; h < halves; ++h) {
+                const int c0 = h * (tile_cols / halves) + per_half * lane;
+                const auto w = load<per_half>(&shared.weight[o][c0]);
+#pragma unroll
+                for (int r = 0; r < rows_per_warp; ++r) {
+                    const float x = shared.x[o][first_row + r];
+#pragma unroll
+                    for (int c = 0; c < per_half; ++c) {
+                        float& sum = update[r][h * per_half + c];
+                        sum = fmaf(x, w[c], sum);
+                    }
+                    if constexpr (zeropoint) {
+                        if (shared.is_outlier[o][first_row + r] == 0) continue;
+                        if (h == 0) ++row_outliers[r];
+#pragma unroll
+                        for (int c = 0; c < per_half; ++c) {
+                            outlier_codes[r][h * per_half + c] += shared.code[o][c0 + c];
+                        }
+                    }
+                }
+            }
+        }
+        __syncthreads();
+    }
+
+#pragma unroll
+    for (int h = 0; h < halves; ++h) {
+        const std::int64_t j0 = col0 + h * (tile_cols / halves) + per_half * lane;
+        if (j0 >= a.out.cols) continue;
+        const int count = a.out.cols - j0 < per_half ? static_cast<int>(a.out.cols - j0) : per_half;
+#pragma unroll
+        for (int r = 0; r < rows_per_warp; ++r) {
+            const std::int64_t i = row0 + first_row + r;
+            if (i >= a.out.rows) continue;
+            std::int64_t sums[per_half];
+            load_sums(a, i, j0, count, sums);
+            Pack<Y, per_half> y;
+#pragma unroll
+            for (int c = 0; c < per_half; ++c) {
+                if (c >= count) continue;
+                const std::int64_t j = j0 + c;
+                const float product = [&] {
+                    if constexpr (zeropoint) {
+                        return scaled<true>(a, sums[c], i, j, row_outliers[r], outlier_codes[r][h * per_half + c]);
+                    } else {
+                        return scaled<false>(a, sums[c], i, j, 0, 0);
+                    }
+                }();
+                const float bias = a.bias.present() ? a.bias[j] : 0.0F;
+                y[c] = from_float<Y>(product + update[r][h * per_half + c] + bias);
+            }
+            if (a.wide) {
+                store(a.out.at(i, j0), y);
+            } else {
+#pragma unroll
+                for (int c = 0; c < per_half; ++c) {
+                    if (c < count) *a.out.at(i, j0 + c) = y[c];
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, const WeightView& weight,
+                   ConstVector bias, const ColumnList& outliers, bool per_element, float threshold, Matrix out,
+                   cudaStream_t stream) {
+    const bool wide = out.cols % per_half == 0 && rows_are_aligned(out, per_half * size_of(out.dtype));
+    const std::int64_t col_tiles = blocks_for(out.cols, tile_cols);
+    with_float(x.dtype, [&]<class X>(Type<X>) {
+        with_float(out.dtype, [&]<class Y>(Type<Y>) {
+            const auto& kept = weight.outlier_weight;
+            const Arguments<X, Y> arguments{acc,
+                                            product_parts(x.cols),
+                                            view_of<X>(x),
+                                            coded,
+                                            view_of<std::int8_t>(weight.codes),
+                                            span_of<float>(weight.scale),
+                                            span_of<float>(weight.zeropoint),
+                                            span_of<std::int32_t>(weight.code_sums),
+                                            span_of<std::int32_t>(weight.outlier_columns),
+                                            kept.data,
+                                            kept.dtype,
+                                            kept.row_stride,
+                                            kept.col_stride,
+                                            float_span_of(bias),
+                                            outliers,
+                                            per_element,
+                                            threshold,
+                                            view_of<Y>(out),
+                                            wide};
+            const auto start = [&](auto kernel, int rows_per_warp) {
+                const std::int64_t row_tiles = blocks_for(out.rows, std::int64_t{warps} * rows_per_warp);
+                launch(kernel, {static_cast<unsigned>(col_tiles * row_tiles), threads}, stream, arguments);
+            };
+            // Few rows make few tiles of many rows: then smaller ones fill the device better.
+            const bool few = out.rows <= 2 * warps;
+            if (weight.scheme == Scheme::zeropoint) {
+                start(epilogue_kernel<1, true, X, Y>, 1);
+            } else if (few) {
+                start(epilogue_kernel<1, false, X, Y>, 1);
+            } else {
+                start(epilogue_kernel<4, false, X, Y>, 4);
+            }
+        });
+    });
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,92 @@
+// LLM.int8() on the GPU (paper Figure 2). The host enqueues four launches and never waits:
+//
+//   1. mark the outlier columns of X
+//   2. quantize the rest of X row by row; list the marked columns
+//   3. int8 product
+//   4. scales, outlier columns times 16-bit weights, bias
+//
+// Few rows go by the weight-only product instead, one launch that is bound by reading the weights.
+#include "octavo/linear.hpp"
+
+#include "memory.hpp"
+#include "operations.hpp"
+
+namespace octavo::cuda {
+namespace {
+
+// Up to here reading W at int8 width takes longer than multiplying 16-bit activations with it.
+constexpr std::int64_t most_weight_only_rows = 64;
+
+// Rows of codes begin at multiples of 16 bytes, which every int8 product can read at once.
+constexpr std::int64_t codes_alignment = 16;
+
+void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out,
+                 const LinearOptions& options, cudaStream_t stream) {
+    const std::int64_t m = x.rows;
+    const std::int64_t k = x.cols;
+    const std::int64_t width = (k + codes_alignment - 1) / codes_alignment * codes_alignment;
+    const bool has_zeropoint = weight.scheme == Scheme::zeropoint;
+    const bool finds_outliers = options.outliers == Outliers::columns || options.outliers == Outliers::rows;
+    const bool has_outliers = options.outliers != Outliers::none && k > 0;
+    const auto granularity = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row;
+    const std::int64_t groups = granularity == Granularity::tensor ? 1 : m;
+
+    Workspace workspace(stream);
+    const auto codes = workspace.reserve<std::int8_t>(m * width);
+    const auto scale = workspace.reserve<float>(groups);
+    Workspace::Part<float> zeropoint;
+    Workspace::Part<std::int32_t> sums;
+    if (has_zeropoint) {
+        zeropoint = workspace.reserve<float>(groups);
+        sums = workspace.reserve<std::int32_t>(m);
+    }
+    ColumnMarks marks;
+    Workspace::Part<std::uint32_t> words;
+    Workspace::Part<std::int32_t> columns;
+    Workspace::Part<std::int32_t> count;
+    if (has_outliers) {
+        marks.parts = finds_outliers ? mark_parts(x) : 1;
+        words = workspace.reserve<std::uint32_t>(marks.parts * words_for(k));
+        columns = workspace.reserve<std::int32_t>(k);
+        count = workspace.reserve<std::int32_t>(1);
+    }
+    const auto acc = workspace.reserve<std::int32_t>(product_parts(k) * m * out.cols);
+    workspace.allocate();
+
+    marks.words = workspace.at(words);
+    const ColumnList list{workspace.at(columns), workspace.at(count)};
+    if (has_outliers) {
+        if (finds_outliers) {
+            mark_outliers(x, options.threshold, marks, stream);
+        } else {
+            mark_listed(weight.outlier_columns, k, marks, stream);
+        }
+    }
+    const bool per_element = options.outliers == Outliers::rows;
+    const Exclusion exclusion{.marks = marks, .per_element = per_element, .threshold = options.threshold, .list = list};
+    const Matrix x_codes{workspace.at(codes), DType::i8, x.device, m, k, width, 1};
+    quantize_rows(
+        x, weight.scheme, granularity, exclusion, x_codes, width,
+        {.data = workspace.at(scale), .dtype = DType::f32, .device = x.device, .size = groups},
+        {.data = workspace.at(zeropoint),
+         .dtype = DType::f32,
+         .device = x.device,
+         .size = groups,
+         .present = has_zeropoint},
+        {.data = workspace.at(sums), .dtype = DType::i32, .device = x.device, .size = m, .present = has_zeropoint},
+        stream);
+    multiply(x_codes, weight.codes, workspace.at(acc), stream);
+    finish_linear(workspace.at(acc), {workspace.at(scale), workspace.at(zeropoint), workspace.at(sums), groups}, x,
+                  weight, bias, list, per_element, options.threshold, out, stream);
+}
+
+}  // namespace
+
+void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+            cudaStream_t stream) {
+    const bool few_rows = options.path == Path::auto_ && x.rows <= most_weight_only_rows;
+    if (options.path == Path::weight_only || few_rows) return weight_only_linear(x, weight, bias, out, stream);
+    int8_linear(x, weight, bias, out, options, stream);
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,128 @@
+#include "memory.hpp"
+
+#include <array>
+#include <cstdint>
+#include <mutex>
+#include <string>
+
+#include "check.hpp"
+#include "octavo/error.hpp"
+
+namespace octavo::cuda {
+namespace {
+
+constexpr int most_devices = 64;
+constexpr int oldest_architecture = 75;
+
+// What is kept per device, made at its first use and, as the driver may be gone by then, never destroyed.
+struct DeviceState {
+    std::once_flag facts_once;
+    DeviceFacts facts;
+    std::once_flag pool_once;
+    cudaMemPool_t pool = nullptr;
+};
+
+DeviceState& state_of(int index) {
+    static std::array<DeviceState, most_devices>& states = *new std::array<DeviceState, most_devices>;
+    if (index >= most_devices) {
+        throw Error(ErrorKind::device,
+                    "CUDA: expected a device below " + std::to_string(most_devices) + ", got " + std::to_string(index));
+    }
+    return states[static_cast<std::size_t>(index)];
+}
+
+int current_device() {
+    int index = 0;
+    check(cudaGetDevice(&index), "cudaGetDevice");
+    return index;
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+DeviceFacts read_facts(int index) {
+    DeviceFacts facts;
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
+    const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
+    facts.architecture = 10 * major + minor;
+    if (facts.architecture < oldest_architecture) {
+        throw Error(ErrorKind::device, "CUDA: expected a GPU of compute capability 7.5 or newer, got " +
+                                           std::to_string(major) + "." + std::to_string(minor) + " (device " +
+                                           std::to_string(index) + ")");
+    }
+    facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+    facts.shared = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    facts.l2 = static_cast<std::size_t>(attribute(cudaDevAttrL2CacheSize, index));
+    return facts;
+}
+
+cudaMemPool_t make_pool(int index) {
+    if (attribute(cudaDevAttrMemoryPoolsSupported, index) == 0) {
+        throw Error(ErrorKind::device, "CUDA: device " + std::to_string(index) + " has no memory pools");
+    }
+    cudaMemPoolProps properties{};
+    properties.allocType = cudaMemAllocationTypePinned;
+    properties.location.type = cudaMemLocationTypeDevice;
+    properties.location.id = index;
+    cudaMemPool_t pool = nullptr;
+    check(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate");
+    std::uint64_t keep_everything = UINT64_MAX;
+    check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_everything), "cudaMemPoolSetAttribute");
+    return pool;
+}
+
+cudaMemPool_t pool_of(int index) {
+    DeviceState& state = state_of(index);
+    std::call_once(state.pool_once, [&] { state.pool = make_pool(index); });
+    return state.pool;
+}
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int index) : outer_(current_device()), changed_(outer_ != index) {
+    if (changed_) check(cudaSetDevice(index), "cudaSetDevice");
+}
+
+DeviceGuard::~DeviceGuard() {
+    if (changed_) cudaSetDevice(outer_);
+}
+
+const DeviceFacts& device_facts() {
+    const int index = current_device();
+    DeviceState& state = state_of(index);
+    std::call_once(state.facts_once, [&] { state.facts = read_facts(index); });
+    return state.facts;
+}
+
+void Workspace::allocate() {
+    if (size_ == 0) return;
+    check(cudaMallocFromPoolAsync(&memory_, size_, pool_of(current_device()), stream_), "cudaMallocFromPoolAsync");
+}
+
+Workspace::~Workspace() {
+    if (memory_ != nullptr) cudaFreeAsync(memory_, stream_);
+}
+
+void release_memory() {
+    int count = 0;
+    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+    for (int index = 0; index < count && index < most_devices; ++index) {
+        DeviceState& state = state_of(index);
+        if (state.pool == nullptr) continue;
+        check(cudaMemPoolTrimTo(state.pool, 0), "cudaMemPoolTrimTo");
+    }
+}
+
+void refuse_capture(cudaStream_t stream, const char* function) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    if (status == cudaStreamCaptureStatusNone) return;
+    throw Error(ErrorKind::device, std::string(function) +
+                                       ": expected a stream that is not being captured, because this call reads a "
+                                       "result back, got one that is");
+}
+
+}  // namespace octavo::cuda
