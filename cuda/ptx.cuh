@@ -28,9 +28,10 @@ __device__ inline void copy_async_16(void* target, const void* source, int bytes
                  "r"(bytes)
                  : "memory");
 #else
-    alignas(16) std::uint8_t values[16] = {};
-    for (int i = 0; i < bytes; ++i) values[i] = static_cast<const std::uint8_t*>(source)[i];
-    *static_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(values);
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+        static_cast<char*>(target)[i] = i < bytes ? static_cast<const char*>(source)[i] : '\0';
+    }
 #endif
 }
 

@@ -22,8 +22,8 @@ void copy_async_wait() {
 
 inline void load_matrices(std::uint32_t (&registers)[4], const void* row) {
     for (int word = 0; word < 4; ++word) simt::note(static_cast<const char*>(row) + 4 * word, 4, false, false);
-    simt::warp_collective(
-        "load_matrices", ~0U, {row, registers, 0},
+    simt::whole_warp_collective(
+        "load_matrices", {row, registers, 0},
         [](simt::Lane* lanes, unsigned) {
             for (int lane = 0; lane < 32; ++lane) {
                 for (int matrix = 0; matrix < 4; ++matrix) {
@@ -41,8 +41,8 @@ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint32_t (&a)[4]
         std::uint32_t b[2];
     };
     Operands mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-    simt::warp_collective(
-        "multiply_add_s8", ~0U, {&mine, sums, 0},
+    simt::whole_warp_collective(
+        "multiply_add_s8", {&mine, sums, 0},
         [](simt::Lane* lanes, unsigned) {
             std::int8_t whole_a[16][32];
             std::int8_t whole_b[8][32];
