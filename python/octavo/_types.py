@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-# An array of a supported framework: numpy.ndarray or torch.Tensor. Results have the type of the first argument.
+# An array of a supported framework: numpy.ndarray, torch.Tensor or cupy.ndarray. Results have the type of the first
+# argument.
 Array: TypeAlias = Any
 Scheme: TypeAlias = Literal["absmax", "zeropoint"]
 Granularity: TypeAlias = Literal["tensor", "row", "vector"]
@@ -46,6 +47,8 @@ def column_indices(function: str, name: str, columns: Columns, count: int) -> np
     """
     if hasattr(columns, "detach"):  # torch
         columns = columns.detach().cpu()
+    elif type(columns).__module__ == "cupy":
+        columns = columns.get()
     array = np.asarray(columns)
     if array.ndim != 1:
         raise ValueError(f"{function}: {name}: expected an array of rank 1, got rank {array.ndim}")
@@ -59,11 +62,23 @@ def column_indices(function: str, name: str, columns: Columns, count: int) -> np
     return np.unique(array).astype(np.int32)
 
 
-def take_columns(weight: Array, indices: np.ndarray) -> tuple[Array, Array]:
-    """The indices as an array of `weight`'s framework and device, and a contiguous copy of those columns."""
-    if hasattr(weight, "detach"):  # torch: outside autograd
+def beside(array: Array, indices: np.ndarray) -> Array:
+    """The indices as an array of the framework and on the device of `array`."""
+    if hasattr(array, "detach"):  # torch
         import torch
 
-        columns = torch.from_numpy(indices).to(weight.device)
+        return torch.from_numpy(indices).to(array.device)
+    if type(array).__module__ == "cupy":
+        import cupy
+
+        with array.device:
+            return cupy.asarray(indices)
+    return indices
+
+
+def take_columns(weight: Array, indices: np.ndarray) -> tuple[Array, Array]:
+    """`beside` of the indices, and a contiguous copy of those columns."""
+    columns = beside(weight, indices)
+    if hasattr(weight, "detach"):  # torch: outside autograd
         return columns, weight.detach().index_select(1, columns).contiguous()
-    return indices, np.ascontiguousarray(weight[:, indices])
+    return columns, weight[:, columns].copy(order="C")

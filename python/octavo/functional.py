@@ -22,6 +22,7 @@ from octavo._types import (
     Outliers,
     Path,
     Scheme,
+    beside,
     column_indices,
     columns_of,
     dtype_name,
@@ -73,7 +74,7 @@ def quantize(
     m under zeropoint has scale ``|m|`` and reproduces m. A group that holds NaN or Inf has scale NaN and codes 0.
     """
     if exclude is not None:
-        exclude = column_indices("quantize", "exclude", exclude, columns_of(x))
+        exclude = beside(x, column_indices("quantize", "exclude", exclude, columns_of(x)))
     return Quantized(*_core.quantize(x, scheme, granularity, exclude))
 
 
@@ -187,7 +188,8 @@ def linear(
             each row's own outliers, so that a row's result does not depend on the other rows. "static":
             ``weight.outlier_columns``, whatever the data. "none": nothing.
         path: "int8" is all of the above. "weight_only" leaves X as it is, ``y = scale_w * sum_k x * (codes + zeropoint)
-            + bias`` in float32, and ignores `threshold`, `outliers` and kept columns. "auto" is "int8" on the CPU.
+            + bias`` in float32, and ignores `threshold`, `outliers` and kept columns. "auto" is "int8" on the CPU; on
+            CUDA devices it is "weight_only" for up to 64 rows, which is faster there and more accurate, else "int8".
         out: float32, float16 or bfloat16 ``[..., n]`` to write to (any strides, apart from the inputs); default: a new
             array of x's dtype.
 
@@ -235,8 +237,8 @@ def info() -> dict[str, Any]:
     Returns:
         version: str; python: str; platform: str; backends: the names of the usable backends; cpu: a dict of
         ``instruction_set`` (in use), ``instruction_sets`` (that this processor can run, best first), ``threads``;
-        cuda: a dict of ``devices`` (each with ``name``, ``compute_capability``, ``multiprocessors``, ``memory`` in bytes)
-        and ``cublaslt`` (its version, or why it is not used), or of ``missing``, what CUDA arrays would lack here.
+        cuda: a dict of ``devices`` (each with ``name``, ``compute_capability``, ``multiprocessors``, ``memory`` in
+        bytes) and ``cublaslt`` (its version, or why it is not used), or of ``missing``: what CUDA arrays lack here.
     """
     cuda = _core.cuda_info()
     return {

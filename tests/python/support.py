@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 Array = npt.NDArray[Any]
 HAS_TORCH: Final = importlib.util.find_spec("torch") is not None
+HAS_CUPY: Final = importlib.util.find_spec("cupy") is not None  # or the stand-in of tests/simt/python
 
 
 def _torch() -> Any:
@@ -37,6 +38,11 @@ class Backend:
         return self.framework if self.framework == "numpy" else f"{self.framework}-{self.device}"
 
     @property
+    def on_numpy(self) -> bool:
+        """Whether arrays have NumPy's interface: views of any stride, dtypes of NumPy."""
+        return self.framework in {"numpy", "cupy"}
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
         return ref.DTYPES if self.framework == "torch" else ("float32", "float16")
 
@@ -45,15 +51,23 @@ class Backend:
         """Why this backend cannot be tested here, or None."""
         if self.framework == "torch" and not HAS_TORCH:
             return "torch is not installed"
-        if self.device == "cuda" and not _torch().cuda.is_available():
-            return "no GPU: torch.cuda.is_available() is False"
+        if self.framework == "cupy" and not HAS_CUPY:
+            return "CuPy is not installed"
         if self.device not in octavo.info()["backends"]:
-            return f"this build of octavo has no {self.device} backend"
+            return str(octavo.info()[self.device]["missing"])
+        if self.framework == "torch" and self.device == "cuda" and not _torch().cuda.is_available():
+            return "no GPU for PyTorch: torch.cuda.is_available() is False"
         return None
 
     def dtype(self, name: str) -> Any:
         """The framework's dtype object."""
         return getattr(_torch() if self.framework == "torch" else np, name)
+
+    def device_array(self, values: Array) -> Any:
+        """A NumPy array's values as CuPy has them."""
+        import cupy  # type: ignore[import-not-found]
+
+        return cupy.asarray(values)
 
     def array(self, values: Array, dtype: str | None = None) -> Any:
         """A fresh native array. Floats must be exact in `dtype` (default: the dtype of `values`)."""
@@ -66,7 +80,19 @@ class Backend:
             bits = ref.float32_to_bfloat16(values).reshape(values.shape).view(np.int16)
             return torch.from_numpy(bits.copy()).view(torch.bfloat16).clone().to(self.device)  # clone: not a view
         native = np.array(values, dtype=name, order="C", copy=True)
+        if self.framework == "cupy":
+            return self.device_array(native)
         return _torch().from_numpy(native).to(self.device) if self.framework == "torch" else native
+
+    def broadcast(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """A view with strides of zero."""
+        if self.framework == "torch":
+            return array.expand(shape)
+        if self.framework == "cupy":
+            import cupy
+
+            return cupy.broadcast_to(array, shape)
+        return np.broadcast_to(array, shape)
 
     def host(self, array: Any) -> Array:
         """The values of a native array: floats as float32, integers as they are."""
@@ -79,6 +105,11 @@ class Backend:
                 bits = array.contiguous().view(torch.int16).numpy().view(np.uint16)
                 return ref.bfloat16_to_float32(bits)
             array = array.numpy()
+        if self.framework == "cupy":
+            import cupy
+
+            assert isinstance(array, cupy.ndarray), f"expected a cupy.ndarray, got {type(array)}"
+            array = array.get()
         assert isinstance(array, np.ndarray), f"expected a numpy.ndarray, got {type(array)}"
         return np.array(array, dtype=np.float32 if array.dtype.kind == "f" else array.dtype, order="C")
 
@@ -99,7 +130,8 @@ class Backend:
 NUMPY: Final = Backend("numpy")
 TORCH: Final = Backend("torch")
 CUDA: Final = Backend("torch", "cuda")
-BACKENDS: Final = (NUMPY, TORCH, CUDA)
+CUPY: Final = Backend("cupy", "cuda")
+BACKENDS: Final = (NUMPY, TORCH, CUDA, CUPY)
 
 
 @dataclass(frozen=True)
@@ -178,7 +210,7 @@ VIEWS: Final[dict[str, Callable[[Backend, Any], Any]]] = {
 
 def views(backend: Backend) -> tuple[str, ...]:
     """The views a framework can express: torch has no negative strides."""
-    return tuple(v for v in VIEWS if backend.framework == "numpy" or "reversed" not in v)
+    return tuple(v for v in VIEWS if backend.on_numpy or "reversed" not in v)
 
 
 @contextlib.contextmanager

@@ -340,7 +340,7 @@ def test_broadcast_input(typed: Typed) -> None:
     """Strides of zero."""
     row = make("normal", (1, 19), typed.dtype)
     native = typed.array(row)
-    wide = native.expand(4, 19) if typed.backend.framework == "torch" else np.broadcast_to(native, (4, 19))
+    wide = typed.backend.broadcast(native, (4, 19))
     codes = typed.host(octavo.quantize(wide).codes)
     equal(codes, np.repeat(ref.quantize(row).codes, 4, axis=0))
 
