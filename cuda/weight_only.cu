@@ -21,7 +21,8 @@
 //
 // The zeropoint is split into a near part, an integer small enough that code + near is exact in what the products are
 // made of, and the rest, which multiplies the sum of a row of X. The rest is 0 unless a weight's range is far from zero;
-// and then it has the sign of every code + near, so that the two sums do not cancel.
+// and then it has the sign of every code + near, so that the two sums do not cancel (a fraction, which `quantize_weight`
+// never makes, is as harmless: it is at most 1/2).
 #include <algorithm>
 
 #include "device.cuh"
@@ -83,9 +84,19 @@ struct Layer {
 
     // `sum` over k of x * (code + near); `x_sum` over k of x, needed only where there is a rest.
     __device__ void finish(std::int64_t row, std::int64_t feature, float sum, float rest, float x_sum) const {
-        if (rest != 0.0F) sum += rest * x_sum;
+        if (rest != 0.0F) sum = isfinite(x_sum) ? sum + rest * x_sum : plain_sum(row, feature);
         const float y = sum * scale.of_group(feature);
         out.set(row, feature, bias.present() ? y + bias[feature] : y);
+    }
+
+    // Not split: infinities whose parts would cancel come out as they should.
+    __device__ float plain_sum(std::int64_t row, std::int64_t feature) const {
+        float sum = 0.0F;
+        for (std::int64_t depth = 0; depth < x.cols; ++depth) {
+            const float code = static_cast<float>(*codes.at(feature, depth)) + zeropoint.of_group(feature);
+            sum += to_float(*x.at(row, depth)) * code;
+        }
+        return sum;
     }
 };
 
@@ -122,133 +133,158 @@ __device__ float code_to_float(std::uint32_t flipped, int byte, float offset) {
 }
 
 // 16 codes from `depth` on, zeros from the end of the row on.
-template <bool wide>
 __device__ uint4 load_codes(const View<const std::int8_t>& codes, std::int64_t row, std::int64_t depth,
                             std::uint64_t policy) {
-    if constexpr (wide) {
-        return depth < codes.cols ? load_16_once(codes.row(row) + depth, policy) : uint4{0, 0, 0, 0};
-    } else {
-        std::uint32_t words[4] = {};
-#pragma unroll
-        for (int e = 0; e < codes_per_load; ++e) {
-            if (depth + e >= codes.cols) break;
-            words[e / 4] |= static_cast<std::uint32_t>(static_cast<std::uint8_t>(*codes.at(row, depth + e)))
-                            << (e % 4 * 8);
-        }
-        return {words[0], words[1], words[2], words[3]};
-    }
+    return depth < codes.cols ? load_16_once(codes.row(row) + depth, policy) : uint4{0, 0, 0, 0};
 }
 
 // 16 elements of X from `depth` on, zeros from the end of the row on.
-template <bool wide, class X>
+template <class X>
 __device__ void load_x(const View<const X>& x, std::int64_t row, std::int64_t depth, Pack<X, codes_per_load>& target) {
-    if constexpr (wide) {
-        constexpr int width = per_access<X>;
+    constexpr int width = per_access<X>;
 #pragma unroll
-        for (int begin = 0; begin < codes_per_load; begin += width) {
-            if (depth < x.cols) {
-                const auto part = load<width>(x.row(row) + depth + begin);
+    for (int begin = 0; begin < codes_per_load; begin += width) {
+        Pack<X, width> part = {};
+        if (depth < x.cols) part = load<width>(x.row(row) + depth + begin);
 #pragma unroll
-                for (int e = 0; e < width; ++e) target[begin + e] = part[e];
-            } else {
-#pragma unroll
-                for (int e = 0; e < width; ++e) target[begin + e] = from_float<X>(0.0F);
-            }
-        }
-    } else {
-#pragma unroll
-        for (int e = 0; e < codes_per_load; ++e) {
-            target[e] = depth + e < x.cols ? *x.at(row, depth + e) : from_float<X>(0.0F);
-        }
+        for (int e = 0; e < width; ++e) target[begin + e] = part[e];
     }
 }
 
-template <class X, int rows, bool wide>
-__global__ void __launch_bounds__(threads, 2) dot_kernel(Layer<X> layer) {
-    __shared__ float partial[warps][rows * dot_features];
+// Which sums a warp is to make.
+template <int rows, int features>
+struct DotPlace {
+    std::int64_t first_row;
+    std::int64_t block_feature;  // the first of the block
+    std::int64_t first_feature;  // the first of the warp
+
+    template <class X>
+    __device__ explicit DotPlace(const Layer<X>& layer) {
+        const std::int64_t row_tiles = (layer.x.rows + rows - 1) / rows;
+        first_row = blockIdx.x % row_tiles * rows;
+        block_feature = blockIdx.x / row_tiles * (warps / layer.splits * features);
+        first_feature = block_feature + static_cast<int>(threadIdx.x) / warp_size / layer.splits * features;
+    }
+};
+
+// Adds the lanes' sums, then those of the warps that share the depth, and writes y. All threads must take part.
+template <int rows, int features, class X>
+__device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>& place,
+                           const float (&sums)[rows][features]) {
+    __shared__ float partial[warps][rows * features];
     __shared__ float x_sums[rows];
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
-    const int groups = warps / layer.splits;
-    const std::int64_t k = layer.codes.cols;
-    const std::int64_t row_tiles = (layer.x.rows + rows - 1) / rows;
-    const std::int64_t first_row = blockIdx.x % row_tiles * rows;
-    const std::int64_t block_feature = blockIdx.x / row_tiles * (groups * dot_features);
-    const std::int64_t first_feature = block_feature + warp / layer.splits * dot_features;
+#pragma unroll
+    for (int i = 0; i < rows; ++i) {
+#pragma unroll
+        for (int j = 0; j < features; ++j) {
+            const float sum = reduce_warp(sums[i][j], [](float a, float b) { return a + b; });
+            if (lane == i * features + j) partial[warp][lane] = sum;
+        }
+    }
+    __syncthreads();
+
+    const int group = static_cast<int>(threadIdx.x) / (rows * features);
+    const int i = static_cast<int>(threadIdx.x) / features % rows;
+    const int j = static_cast<int>(threadIdx.x) % features;
+    const std::int64_t feature = place.block_feature + group * features + j;
+    const bool writes =
+        group < warps / layer.splits && place.first_row + i < layer.x.rows && feature < layer.codes.rows;
+    const float rest = writes ? layer.shift(feature, -dot_near, dot_near).rest : 0.0F;
+    const bool has_rest = layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
+    if (has_rest) sum_rows(layer.x, place.first_row, rows, x_sums);
+    if (!writes) return;
+    float sum = 0.0F;
+    for (int part = 0; part < layer.splits; ++part) {
+        sum += partial[group * layer.splits + part][i * features + j];
+    }
+    layer.finish(place.first_row + i, feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
+}
+
+template <class X, int rows>
+__global__ void __launch_bounds__(threads, 2) dot_kernel(Layer<X> layer) {
+    const DotPlace<rows, dot_features> place(layer);
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+    const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
 
     // Rows and features beyond the last one repeat it; they are not written.
     std::int64_t row[rows];
     std::int64_t feature[dot_features];
     float offset[dot_features];
 #pragma unroll
-    for (int i = 0; i < rows; ++i) row[i] = smaller(first_row + i, layer.x.rows - 1);
+    for (int i = 0; i < rows; ++i) row[i] = smaller(place.first_row + i, layer.x.rows - 1);
 #pragma unroll
     for (int j = 0; j < dot_features; ++j) {
-        feature[j] = smaller(first_feature + j, layer.codes.rows - 1);
+        feature[j] = smaller(place.first_feature + j, layer.codes.rows - 1);
         offset[j] = dot_offset(layer.shift(feature[j], -dot_near, dot_near).near);
     }
 
     const std::uint64_t policy = read_once_policy();
     const std::int64_t step = static_cast<std::int64_t>(layer.splits) * dot_stride;
-    std::int64_t depth = warp % layer.splits * dot_stride + lane * codes_per_load;
+    std::int64_t depth = part * dot_stride + lane * codes_per_load;
     uint4 coming[dot_steps][dot_features];
 #pragma unroll
     for (int s = 0; s < dot_steps; ++s) {
 #pragma unroll
         for (int j = 0; j < dot_features; ++j) {
-            coming[s][j] = load_codes<wide>(layer.codes, feature[j], depth + s * step, policy);
+            coming[s][j] = load_codes(layer.codes, feature[j], depth + s * step, policy);
         }
     }
     float sums[rows][dot_features] = {};
-    while (depth < k) {
+    while (depth < layer.codes.cols) {
 #pragma unroll
         for (int s = 0; s < dot_steps; ++s, depth += step) {
             Pack<X, codes_per_load> x[rows];
 #pragma unroll
-            for (int i = 0; i < rows; ++i) load_x<wide>(layer.x, row[i], depth, x[i]);
-            uint4 codes[dot_features];
+            for (int i = 0; i < rows; ++i) load_x(layer.x, row[i], depth, x[i]);
+            std::uint32_t words[dot_features][4];
 #pragma unroll
             for (int j = 0; j < dot_features; ++j) {
-                codes[j] = coming[s][j];
-                coming[s][j] = load_codes<wide>(layer.codes, feature[j], depth + dot_steps * step, policy);
+                const uint4 codes = coming[s][j];
+                words[j][0] = codes.x ^ 0x80808080U;
+                words[j][1] = codes.y ^ 0x80808080U;
+                words[j][2] = codes.z ^ 0x80808080U;
+                words[j][3] = codes.w ^ 0x80808080U;
+                coming[s][j] = load_codes(layer.codes, feature[j], depth + dot_steps * step, policy);
             }
 #pragma unroll
             for (int e = 0; e < codes_per_load; ++e) {
 #pragma unroll
                 for (int j = 0; j < dot_features; ++j) {
-                    const std::uint32_t words[] = {codes[j].x, codes[j].y, codes[j].z, codes[j].w};
-                    const float code = code_to_float(words[e / 4] ^ 0x80808080U, e % 4, offset[j]);
+                    const float code = code_to_float(words[j][e / 4], e % 4, offset[j]);
 #pragma unroll
                     for (int i = 0; i < rows; ++i) sums[i][j] = fmaf(to_float(x[i][e]), code, sums[i][j]);
                 }
             }
         }
     }
+    finish_dot(layer, place, sums);
+}
 
+// Any strides and any k: an element at a time.
+constexpr int strided_rows = 4;
+
+template <class X>
+__global__ void __launch_bounds__(threads) strided_dot_kernel(Layer<X> layer) {
+    const DotPlace<strided_rows, 1> place(layer);
+    const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
+    const std::int64_t feature = smaller(place.first_feature, layer.codes.rows - 1);
+    const float near = layer.shift(feature, -dot_near, dot_near).near;
+    std::int64_t row[strided_rows];
 #pragma unroll
-    for (int i = 0; i < rows; ++i) {
+    for (int i = 0; i < strided_rows; ++i) row[i] = smaller(place.first_row + i, layer.x.rows - 1);
+    float sums[strided_rows][1] = {};
+    const std::int64_t first = part * warp_size + static_cast<int>(threadIdx.x) % warp_size;
+#pragma unroll 4
+    for (std::int64_t depth = first; depth < layer.codes.cols; depth += layer.splits * warp_size) {
+        const float code = static_cast<float>(*layer.codes.at(feature, depth)) + near;
 #pragma unroll
-        for (int j = 0; j < dot_features; ++j) {
-            const float sum = reduce_warp(sums[i][j], [](float a, float b) { return a + b; });
-            if (lane == i * dot_features + j) partial[warp][lane] = sum;
+        for (int i = 0; i < strided_rows; ++i) {
+            sums[i][0] = fmaf(to_float(*layer.x.at(row[i], depth)), code, sums[i][0]);
         }
     }
-    __syncthreads();
-
-    const int group = static_cast<int>(threadIdx.x) / (rows * dot_features);
-    const int i = static_cast<int>(threadIdx.x) / dot_features % rows;
-    const int j = static_cast<int>(threadIdx.x) % dot_features;
-    const std::int64_t y_feature = block_feature + group * dot_features + j;
-    const bool writes = group < groups && first_row + i < layer.x.rows && y_feature < layer.codes.rows;
-    const float rest = writes ? layer.shift(y_feature, -dot_near, dot_near).rest : 0.0F;
-    const bool has_rest = layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
-    if (has_rest) sum_rows(layer.x, first_row, rows, x_sums);
-    if (!writes) return;
-    float sum = 0.0F;
-    for (int part = 0; part < layer.splits; ++part) {
-        sum += partial[group * layer.splits + part][i * dot_features + j];
-    }
-    layer.finish(first_row + i, y_feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
+    finish_dot(layer, place, sums);
 }
 
 // --- tensor cores ---------------------------------------------------------------------------------------------------
@@ -267,7 +303,7 @@ constexpr int mma_loads = 4;  // of 16 codes, per lane and step
 constexpr int most_stages = 8;
 constexpr int partial_pitch = mma_features + 4;  // a warp's stores of sums then fall into 32 banks
 
-// code + near is exact in f16 and bf16 for these (at most 256 in magnitude), and not 0 where there is a rest.
+// code + near is exact in f16 and bf16 for these: at most 256 in magnitude. At the ends no code + near changes its sign.
 constexpr float mma_near_low = -128.0F;
 constexpr float mma_near_high = 129.0F;
 
@@ -515,16 +551,20 @@ Layer<X> layer_of(const ConstMatrix& x, const WeightView& weight, const ConstVec
             .splits = 1};
 }
 
-template <class X, int rows, bool wide>
-void launch_dot(Layer<X> layer, cudaStream_t stream) {
+// `depth`: what a warp takes of k at a time.
+template <int rows, int features, class X>
+void launch_dot(void (*kernel)(Layer<X>), Layer<X> layer, int depth, cudaStream_t stream) {
     const std::int64_t row_tiles = blocks_for(layer.x.rows, rows);
-    const auto blocks = [&] {
-        return row_tiles * blocks_for(layer.codes.rows, warps / layer.splits * dot_features);
-    };
+    const auto blocks = [&] { return row_tiles * blocks_for(layer.codes.rows, warps / layer.splits * features); };
     // Two blocks to a multiprocessor, nearly, as long as every warp has some depth to itself.
     const std::int64_t enough = device_facts().multiprocessors * 3 / 2;
-    while (layer.splits < warps && blocks() < enough && layer.splits * dot_stride < layer.codes.cols) layer.splits *= 2;
-    launch(dot_kernel<X, rows, wide>, Grid{static_cast<unsigned>(blocks()), threads}, stream, layer);
+    while (layer.splits < warps && blocks() < enough && layer.splits * depth < layer.codes.cols) layer.splits *= 2;
+    launch(kernel, Grid{static_cast<unsigned>(blocks()), threads}, stream, layer);
+}
+
+template <class X, int rows>
+void launch_dot(const Layer<X>& layer, cudaStream_t stream) {
+    launch_dot<rows, dot_features>(dot_kernel<X, rows>, layer, dot_stride, stream);
 }
 
 template <class X, int tiles>
@@ -577,10 +617,10 @@ void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bia
                 return launch_mma<X, 8>(layer, stream);
             }
         }
-        if (!wide) return launch_dot<X, 4, false>(layer, stream);
-        if (m == 1) return launch_dot<X, 1, true>(layer, stream);
-        if (m == 2) return launch_dot<X, 2, true>(layer, stream);
-        return launch_dot<X, 4, true>(layer, stream);
+        if (!wide) return launch_dot<strided_rows, 1>(strided_dot_kernel<X>, layer, 4 * warp_size, stream);
+        if (m == 1) return launch_dot<X, 1>(layer, stream);
+        if (m == 2) return launch_dot<X, 2>(layer, stream);
+        return launch_dot<X, 4>(layer, stream);
     });
 }
 
