@@ -6,6 +6,7 @@
 #include "arrays.hpp"
 #include "calls.hpp"
 #include "check.hpp"
+#include "device.hpp"
 #include "octavo/quantize.hpp"
 #include "reference.hpp"
 
@@ -337,9 +338,14 @@ TEST(argument_errors) {
         value, "quantize: zeropoint: expected none for scheme absmax");
     CHECK_THROWS(call(x.matrix(), Scheme::zeropoint, Granularity::row, absent, codes.matrix(), scale.vector(), absent),
                  value, "quantize: zeropoint: expected an array for scheme zeropoint");
-    CHECK_THROWS(quantize(x, Scheme::absmax, Granularity::row, {0, 3}), value,
-                 "quantize: exclude: expected columns of x, 0 to 2, got 3");
-    CHECK_THROWS(quantize(x, Scheme::absmax, Granularity::row, {-1}), value, "got -1");
+    if (test_device().kind == octavo::DeviceKind::cpu) {
+        CHECK_THROWS(quantize(x, Scheme::absmax, Granularity::row, {0, 3}), value,
+                     "quantize: exclude: expected columns of x, 0 to 2, got 3");
+        CHECK_THROWS(quantize(x, Scheme::absmax, Granularity::row, {-1}), value, "got -1");
+    } else {  // no result could be read back without waiting: such columns are ignored
+        check_values("codes", quantize(x, Scheme::absmax, Granularity::row, {0, 3, -1}).codes,
+                     quantize(x, Scheme::absmax, Granularity::row, {0}).codes.values());
+    }
 
     octavo::Matrix in_place = x.matrix();
     in_place.dtype = DType::i8;
@@ -354,18 +360,19 @@ TEST(argument_errors) {
     octavo::Matrix elsewhere = x.matrix();
     elsewhere.device = {octavo::DeviceKind::cuda, 1};
     CHECK_THROWS(plain(elsewhere, codes.matrix(), scale.vector()), value,
-                 "quantize: codes: expected memory on cuda:1, got cpu");
+                 "quantize: codes: expected memory on cuda:1, got c");  // cpu or cuda:0
     CHECK_THROWS(octavo::sum_codes(codes.matrix(), scale.vector()), type,
                  "sum_codes: code_sums: expected dtype int32, got float32");
     CHECK_THROWS(octavo::sum_codes(codes.matrix(), Array(DType::i32, 1, 3).vector()), value, "expected shape [2]");
 }
 
 TEST(memory_of_a_device_without_a_backend) {
+    if (octavo::cuda_info().missing.empty()) return;  // there is one
     std::int32_t memory = 0;
     const octavo::Device cuda{octavo::DeviceKind::cuda, 0};
     const octavo::Matrix codes{.data = &memory, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
     const octavo::Vector sums{.data = &memory, .dtype = DType::i32, .device = cuda, .size = 1};
-    CHECK_THROWS(octavo::sum_codes(codes, sums), device, "sum_codes: expected arrays on the cpu, got cuda:0");
+    CHECK_THROWS(octavo::sum_codes(codes, sums), device, "sum_codes: CUDA: ");
 }
 
 // Depths beyond 2^24, where sums of codes no longer fit int32, are refused before memory is touched.

@@ -12,7 +12,7 @@ namespace octavo {
 //   zeropoint  f32, as `scale`, or absent
 //   out        [m, k] f32, f16 or bf16
 //
-// A NaN scale gives NaN.
+// A NaN scale gives NaN. CPU: returns when done. CUDA: enqueues.
 void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out, Stream stream = {});
 
 }  // namespace octavo

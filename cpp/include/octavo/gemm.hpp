@@ -13,7 +13,7 @@ namespace octavo {
 //   b_layout  of b
 //
 // Any k: sums that do not fit 32 bits never wrap, they throw Error (value) and leave `out` unspecified (possible only
-// for k > 131071).
+// for k > 131071). CUDA: enqueues; for k > 131056 it waits for the result, which a stream being captured refuses.
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout = Layout::row_major, Stream stream = {});
 
 }  // namespace octavo

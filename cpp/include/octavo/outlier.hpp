@@ -14,7 +14,7 @@ namespace octavo {
 //   columns    i32 [k]: the first `count` entries are the outlier columns, ascending; the rest is unspecified
 //   count      i32 [1]
 //
-// CPU: returns when done. Throws Error (type, value) naming the argument.
+// CPU: returns when done. CUDA: enqueues. Throws Error (type, value, device) naming the argument.
 void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream = {});
 
 }  // namespace octavo

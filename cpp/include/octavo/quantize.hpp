@@ -16,14 +16,15 @@ namespace octavo {
 //
 //   x            [m, k] f32, f16 or bf16, any strides
 //   granularity  `tensor` or `row`
-//   exclude      i32 [r] or absent: columns left out of the scale, whose codes are 0 (outlier columns; any order)
+//   exclude      i32 [r] or absent: columns left out of the scale, whose codes are 0 (outlier columns; any order).
+//                Others than those of x are an error on the CPU and ignored on CUDA devices.
 //   codes        [m, k] i8
 //   scale        f32 [1] (`tensor`) or [m] (`row`)
 //   zeropoint    f32, as `scale`, integral values; absent for `absmax`
 //
 // An empty or all-zero group has scale 0 and codes 0 (zeropoint: scale 1; a constant group m has scale |m| and
 // reproduces m). A group holding NaN or Inf has scale NaN and codes 0, so that whatever it produces is NaN.
-// CPU: returns when done. Throws Error (type, value) naming the argument.
+// CPU: returns when done. CUDA: enqueues. Throws Error (type, value, device) naming the argument.
 void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint, Stream stream = {});
 
@@ -36,7 +37,8 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
 //   zeropoint  f32, as `scale`; absent for `absmax`
 //   code_sums  i32 [n]: sum over k of the codes
 //
-// Throws Error (value) where the weight holds NaN or Inf; the outputs are then unspecified.
+// Throws Error (value) where the weight holds NaN or Inf; the outputs are then unspecified. Returns when done, on CUDA
+// devices too; there it throws Error (device) where the stream is being captured.
 void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                      Vector zeropoint, Vector code_sums, Stream stream = {});
 
