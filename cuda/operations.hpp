@@ -19,7 +19,7 @@ struct ColumnMarks {
     std::uint32_t* words = nullptr;  // [parts, words_for(k)]
     std::int64_t parts = 0;
 };
-constexpr std::int64_t words_for(std::int64_t k) { return (k + 31) / 32; }
+__host__ __device__ constexpr std::int64_t words_for(std::int64_t k) { return (k + 31) / 32; }
 
 // Columns in ascending order, and how many, both known to the device only.
 struct ColumnList {

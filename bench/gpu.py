@@ -1,0 +1,306 @@
+"""Time the int8 linear layer against its peers on a GPU, in one run and one process.
+
+    python bench/gpu.py --output bench/results/gpu --minutes 4
+
+For each shape (the GPT-3 family of the paper's Table 5, Llama's layers) and number of outlier columns the contenders
+compute Y = X W^T from the same X and W in float16: octavo with its defaults; its int8 path and its weight-only path
+alone; its int8 product alone (the codes of X given); torch's linear in float16; bitsandbytes' `Linear8bitLt` with the
+paper's threshold where it is installed.
+
+Each result is compared with the float64 product of some of its rows before anything is timed; one that is further off
+than its arithmetic explains is left out, and says so. Then the contenders take turns, so that a change of the clocks
+meets all alike, each call on a cold level-2 cache: a buffer of more than its size is written before. Times are those
+of CUDA events around one call. Reported: median and quartiles, ratios of the medians to torch float16, the share of the
+memory bandwidth that reading W once and X, and writing Y, is in that time, and of the int8 peak; both ceilings are
+measured first, by a copy of a gigabyte and by the largest int8 product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import octavo
+import torch
+from measure import commit, write
+from tqdm import tqdm
+
+GPT3_WIDTHS = (768, 1024, 2048, 2560, 4096, 5120, 12288)  # Table 5: k = w, n = 4 w and back
+LLAMA = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192))
+ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
+OUTLIERS = (0, 6, 64)
+
+OCTAVO = "octavo"
+INT8 = "octavo int8 path"
+WEIGHT_ONLY = "octavo weight-only"
+PRODUCT = "octavo int8 product"
+FLOAT16 = "torch float16"
+BITSANDBYTES = "bitsandbytes"
+WEIGHT_ONLY_ROWS = 256  # beyond, the weight-only path is no contender
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """A shape, and for each contender: milliseconds (lower quartile, median, upper quartile), error, why left out."""
+
+    k: int
+    n: int
+    m: int
+    outliers: int
+    times: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write JSON and text. Returns the exit status."""
+    args = arguments(words)
+    if not torch.cuda.is_available():
+        print("bench/gpu.py: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
+        return 2
+    if "cuda" not in octavo.info()["backends"]:
+        print(f"bench/gpu.py: {octavo.info()['cuda']['missing']}", file=sys.stderr)
+        return 2
+    facts = machine()
+    clock = Clock()
+    ceilings = {"bytes_per_second": bandwidth(clock), "int8_operations_per_second": int8_peak(clock)}
+    cases = [Case(k, n, m, outliers) for k, n in shapes(args) for m in args.rows for outliers in args.outliers]
+    deadline = time.perf_counter() + 60 * args.minutes
+    with torch.inference_mode(), tqdm(total=len(cases), unit="case", file=sys.stderr, disable=None) as bar:
+        for k, n in dict.fromkeys((case.k, case.n) for case in cases):
+            bar.set_description(f"k={k} n={n}")
+            own = [case for case in cases if (case.k, case.n) == (k, n)]
+            if time.perf_counter() > deadline:
+                for case in own:
+                    case.left_out["all"] = f"the {args.minutes:g} minutes were over"
+                bar.update(len(own))
+                continue
+            measure(own, args.calls, clock, bar.update)
+            torch.cuda.empty_cache()
+            octavo.release_cuda_memory()
+    text = table(cases, ceilings)
+    print(text)
+    args.output.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["bench/gpu.py", *(sys.argv[1:] if words is None else words)])
+    report = {"command": command, "machine": facts, "ceilings": ceilings, "cases": [asdict(case) for case in cases]}
+    stem = f"{facts['gpu'].replace(' ', '-').lower()}-{time.strftime('%Y-%m-%d')}"
+    write(args.output / f"{stem}.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    write(args.output / f"{stem}.txt", lambda path: path.write_text(text + "\n"))
+    return 0
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="*", default=GPT3_WIDTHS, help="w: k x n is w x 4w and 4w x w")
+    parser.add_argument("--no-llama", action="store_true", help="without Llama's shapes")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="tokens m")
+    parser.add_argument("--outliers", type=int, nargs="+", default=OUTLIERS, help="outlier columns of X")
+    parser.add_argument("--calls", type=int, default=15, help="of each contender in each case")
+    parser.add_argument("--minutes", type=float, default=4.0, help="shapes that come later are left out")
+    parser.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR")
+    return parser.parse_args(words)
+
+
+def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """The (k, n) asked for."""
+    pairs = [pair for w in args.widths for pair in ((w, 4 * w), (4 * w, w))]
+    return list(dict.fromkeys([*pairs, *(() if args.no_llama else LLAMA)]))
+
+
+def machine() -> dict[str, Any]:
+    """GPU, driver, clocks, versions, commit."""
+    query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    try:
+        words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+        smi = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        smi = f"nvidia-smi: {error}"
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        query: smi,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "octavo": octavo.info(),
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+class Clock:
+    """Times calls on the GPU, each on a cold level-2 cache."""
+
+    def __init__(self) -> None:
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        self.buffer = torch.empty(4 * cache // 4, dtype=torch.int32, device="cuda")
+        self.begin = torch.cuda.Event(enable_timing=True)
+        self.end = torch.cuda.Event(enable_timing=True)
+
+    def milliseconds(self, call: Call) -> float:
+        """Of one call."""
+        self.buffer.zero_()
+        self.begin.record()
+        call()
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end)
+
+    def best(self, call: Call, calls: int = 10) -> float:
+        """The shortest of some calls, after two to warm up."""
+        return min([self.milliseconds(call) for _ in range(calls + 2)][2:])
+
+
+def bandwidth(clock: Clock) -> float:
+    """Bytes per second that a copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (1e-3 * clock.best(lambda: target.copy_(source)))
+
+
+def int8_peak(clock: Clock) -> float:
+    """Operations per second of a large int8 product, of torch's or octavo's whichever is faster."""
+    size = 8192
+    a = torch.randint(-127, 128, (size, size), dtype=torch.int8, device="cuda")
+    b = torch.randint(-127, 128, (size, size), dtype=torch.int8, device="cuda")
+    best = min(clock.best(lambda: torch._int_mm(a, b.t())), clock.best(lambda: octavo.int8_matmul(a, b)))
+    return 2 * size**3 / (1e-3 * best)
+
+
+def problem(k: int, n: int, m: int, outliers: int, weight: torch.Tensor) -> torch.Tensor:
+    """Random X [m, k] in float16; `outliers` columns lie around 20, all else below 5."""
+    generator = torch.Generator("cuda").manual_seed(outliers)
+    x = torch.randn(m, k, generator=generator, device="cuda").clamp_(-5, 5)
+    columns = torch.randperm(k, generator=generator, device="cuda")[:outliers]
+    x[:, columns] = 20 + torch.randn(m, outliers, generator=generator, device="cuda")
+    return x.to(weight.dtype)
+
+
+def measure(cases: list[Case], calls: int, clock: Clock, done: Callable[[], object]) -> None:
+    """Check, then time, every contender in cases of one k and n."""
+    k, n = cases[0].k, cases[0].n
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = (torch.randn(n, k, generator=generator, device="cuda") / k**0.5).half()
+    layers, left_out = prepare(weight)
+    most = max(case.m for case in cases)
+    given = {o: problem(k, n, most, o, weight) for o in {case.outliers for case in cases}}
+    for case in cases:
+        case.left_out |= left_out
+        x = given[case.outliers][: case.m]
+        rows = torch.linspace(0, case.m - 1, min(case.m, 32), device="cuda").long()
+        exact = x[rows].double() @ weight.double().T
+        chosen: dict[str, Call] = {}
+        for name, layer in layers.items():
+            if name == WEIGHT_ONLY and case.m > WEIGHT_ONLY_ROWS:
+                continue
+            try:
+                call = layer(x)
+                result = call()
+            except Exception as error:  # a contender that cannot run is left out with its reason
+                case.left_out[name] = f"{type(error).__name__}: {error}"
+                continue
+            if name != PRODUCT:
+                assert isinstance(result, torch.Tensor)
+                case.error[name] = float((result[rows].double() - exact).norm() / exact.norm())
+                limit = 2 * rounding(x, weight, name)
+                if not case.error[name] <= limit:
+                    case.left_out[name] = f"error {case.error[name]:.2e}, at most {limit:.2e} expected"
+                    continue
+            chosen[name] = call
+        samples: dict[str, list[float]] = {name: [] for name in chosen}
+        for turn in range(calls + 2):
+            for name, call in chosen.items():
+                time_of_call = clock.milliseconds(call)
+                if turn >= 2:
+                    samples[name].append(time_of_call)
+        for name, values in samples.items():
+            lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+            case.times[name] = (lower, median, upper)
+        done()
+
+
+def rounding(x: torch.Tensor, weight: torch.Tensor, name: str) -> float:
+    """The relative error that rounding to 8 bits (X and W, or W alone) explains; a floor for 16-bit arithmetic."""
+    floor = 1e-3
+    if name == FLOAT16:
+        return floor
+    regular = x.float().masked_fill((x.abs() >= 6).any(0), 0)
+    steps_x = regular.abs().amax(1) / 127 if name not in (WEIGHT_ONLY,) else torch.zeros(1, device="cuda")
+    steps_w = weight.float().abs().amax(1) / 127
+    variance = steps_x.square().mean() * weight.float().square().sum(1).mean()
+    variance += steps_w.square().mean() * x.float().square().sum(1).mean()
+    power = x.float().square().sum(1).mean() * weight.float().square().mean()
+    return floor + float((variance / 12 / power).sqrt())
+
+
+def prepare(weight: torch.Tensor) -> tuple[dict[str, Callable[[torch.Tensor], Call]], dict[str, str]]:
+    """For each contender what makes a call of an X; and why some are left out."""
+    int8 = octavo.quantize_weight(weight)
+    layers: dict[str, Callable[[torch.Tensor], Call]] = {
+        OCTAVO: lambda x: partial(octavo.linear, x, int8),
+        INT8: lambda x: partial(octavo.linear, x, int8, path="int8"),
+        WEIGHT_ONLY: lambda x: partial(octavo.linear, x, int8, path="weight_only"),
+        PRODUCT: lambda x: partial(octavo.int8_matmul, octavo.quantize(x).codes, int8.codes),
+        FLOAT16: lambda x: partial(torch.nn.functional.linear, x, weight),
+    }
+    left_out = {}
+    try:
+        import bitsandbytes
+
+        layer = bitsandbytes.nn.Linear8bitLt(
+            weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=6.0
+        )
+        layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), has_fp16_weights=False, requires_grad=False)
+        layer = layer.cuda()
+        layers[BITSANDBYTES] = lambda x: partial(layer, x)
+    except Exception as error:  # absent, or without a build for this CUDA
+        left_out[BITSANDBYTES] = f"{type(error).__name__}: {error}"
+    return layers, left_out
+
+
+def table(cases: list[Case], ceilings: dict[str, float]) -> str:
+    """A line for each case; then in how many cases octavo is faster than each peer, and where it is slowest."""
+    names = [OCTAVO, INT8, WEIGHT_ONLY, PRODUCT, FLOAT16, BITSANDBYTES]
+    lines = [
+        f"copy: {ceilings['bytes_per_second'] / 1e12:.2f} TB/s; "
+        f"int8 product of 8192: {ceilings['int8_operations_per_second'] / 1e12:.0f} TOPS",
+        f"{'k':>6}{'n':>7}{'m':>6}{'outliers':>9}" + "".join(f"{name + ', us':>25}" for name in names)
+        + f"{'x of float16':>14}{'bandwidth':>11}{'int8 peak':>11}",
+    ]  # fmt: skip
+    for case in cases:
+        line = f"{case.k:>6}{case.n:>7}{case.m:>6}{case.outliers:>9}"
+        for name in names:
+            found = case.times.get(name)
+            line += f"{'-':>25}" if found is None else f"{1e3 * found[1]:>15.1f} ({1e3 * (found[2] - found[0]):>6.1f})"
+        if OCTAVO in case.times and FLOAT16 in case.times:
+            seconds = 1e-3 * case.times[OCTAVO][1]
+            moved = case.n * case.k + 2 * case.m * (case.k + case.n)
+            line += f"{case.times[FLOAT16][1] / case.times[OCTAVO][1]:>13.2f}x"
+            line += f"{moved / seconds / ceilings['bytes_per_second']:>11.0%}"
+            line += f"{2 * case.m * case.n * case.k / seconds / ceilings['int8_operations_per_second']:>11.0%}"
+        lines.append(line)
+    for peer in (FLOAT16, BITSANDBYTES):
+        ratios = [(c.times[peer][1] / c.times[OCTAVO][1], c) for c in cases if {peer, OCTAVO} <= set(c.times)]
+        if ratios:
+            lowest, case = min(ratios, key=lambda pair: pair[0])
+            faster = sum(ratio > 1 for ratio, _ in ratios)
+            lines.append(
+                f"octavo is faster than {peer} in {faster} of {len(ratios)} cases; lowest ratio {lowest:.2f}x "
+                f"(k={case.k} n={case.n} m={case.m}, {case.outliers} outlier columns)"
+            )
+    reasons = {f"{name}: {reason}" for case in cases for name, reason in case.left_out.items()}
+    return "\n".join([*lines, *(f"left out: {reason}" for reason in sorted(reasons))])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,591 @@
+// The int8 product on tensor cores by warp-wide instructions (mma.sync), for operands of any shape and strides:
+//
+//   sum[i, j] = sum_k a[i, k] * b[j, k]
+//
+// exact in int32, then handed to an epilogue: stored, or scaled and rounded to the output (paper Eq. 8 without outliers).
+//
+// A block computes a tile of the output. It walks along k in slices of 64 bytes, brought to shared memory a few slices
+// ahead (cp.async), so that their way from memory is hidden. Each warp owns a part of the tile, 64 x 64 or 32 x 32, as
+// fragments of 16 x 8 in registers; for every 32 of k it reads the fragments of a and b (ldmatrix), one step ahead of
+// the products that use them.
+//
+// Why 64 x 64 per warp: on an A100 a multiprocessor multiplies 2048 pairs a clock and moves 128 bytes a clock from or to
+// shared memory. A slice of 128 x 128 takes 512 clocks of products; four warps then read 4 * 8 KB (256 clocks) and the
+// copies write 16 KB (128 clocks): 75 % of what shared memory can do. 256 x 128 with eight warps needs 69 % and three
+// quarters of the reads of global memory; 64 x 64 in warps of 32 x 32 is bound by shared memory, at two thirds of the
+// peak, but makes four times as many blocks. Before sm_80 a multiprocessor multiplies half as many pairs a clock, and the
+// copies take registers: 64 x 32 per warp.
+//
+// Shared memory has no bank conflicts: the four 16-byte chunks of a row are permuted by the number of the row
+// (`chunk_of_a`, `chunk_of_b`), such that the eight rows of a matrix that ldmatrix reads lie in different banks.
+//
+// The columns of two neighbouring fragments of b are interleaved, so that a lane holds four columns side by side: rows of
+// int32 are then stored 16 bytes at a time, rows of 16-bit results 8 (32 bytes per row and access: a whole sector).
+#include <algorithm>
+#include <type_traits>
+
+#include "device.cuh"
+#include "gemm.hpp"
+#include "memory.hpp"
+#include "operations.hpp"
+#include "ptx.cuh"
+
+namespace octavo::cuda {
+namespace {
+
+constexpr int slice = 64;                      // of k, in shared memory
+constexpr int step = 32;                       // of k, in registers
+constexpr int steps = slice / step;
+constexpr int chunk = 16;                      // bytes of one copy
+constexpr int chunks = slice / chunk;          // of a row of a slice
+constexpr int together = 4;                    // columns that a lane holds side by side
+constexpr int bundle = 4 * together;           // columns that a row of lanes holds: two fragments
+
+template <int rows_, int cols_, int warp_rows_, int warp_cols_, int resident_>
+struct Tile {
+    static constexpr int rows = rows_;
+    static constexpr int cols = cols_;
+    static constexpr int warp_rows = warp_rows_;
+    static constexpr int warp_cols = warp_cols_;
+    [[maybe_unused]] static constexpr int resident = resident_;  // blocks in a multiprocessor, as registers allow
+    [[maybe_unused]] static constexpr int stages = 4;            // slices in shared memory
+    static constexpr int warps_across = cols / warp_cols;
+    [[maybe_unused]] static constexpr int threads = rows / warp_rows * warps_across * warp_size;
+    [[maybe_unused]] static constexpr int row_fragments = warp_rows / 16;
+    [[maybe_unused]] static constexpr int col_fragments = warp_cols / 8;
+    [[maybe_unused]] static constexpr int stage_bytes = (rows + cols) * slice;
+};
+using Large = Tile<256, 128, 64, 64, 1>;
+using Medium = Tile<128, 128, 64, 64, 2>;
+using Turing = Tile<128, 128, 64, 32, 1>;
+using Small = Tile<64, 64, 32, 32, 4>;
+
+// An operand of the product, as codes.
+struct Operand {
+    const std::int8_t* data;
+    std::int64_t rows;
+    std::int64_t row_stride;
+    std::int64_t col_stride;
+};
+
+// Where the 16-byte chunk of a row of a slice is, in the order of banks.
+__device__ int chunk_of_a(int row, int index) { return index ^ (row / 2 % chunks); }
+__device__ int chunk_of_b(int row, int index) { return index ^ (row / 4 % chunks); }
+
+// --- from global to shared memory -----------------------------------------------------------------------------------
+
+// What a thread copies of the slices of one operand: chunk `index` of every `pitch`-th row from `first` on.
+template <int tile_rows, int threads, bool is_b>
+struct Share {
+    static constexpr int pitch = threads / chunks;
+    static constexpr int count = tile_rows / pitch;
+    static_assert(tile_rows % pitch == 0 && pitch % 16 == 0);  // 16: the permutation of all these rows is the same
+
+    __device__ static int first() { return static_cast<int>(threadIdx.x) / chunks; }
+    __device__ static int index() { return static_cast<int>(threadIdx.x) % chunks; }
+    __device__ static int offset() {
+        const int place = is_b ? chunk_of_b(first(), index()) : chunk_of_a(first(), index());
+        return first() * slice + place * chunk;
+    }
+};
+
+// Copies the slice from column `begin` on, without waiting. Zeros stand for what is not in the operand, from column `end`
+// on too. `source` is the thread's first chunk of the first slice, `rows` how many rows of the operand are in the tile.
+template <class Share>
+__device__ void copy_slice(const std::int8_t* source, std::int64_t row_stride, int rows, std::int64_t begin,
+                           std::int64_t end, std::int8_t* target) {
+    const std::int64_t rest = end - begin - Share::index() * chunk;
+    const int bytes = rest < 0 ? 0 : rest < chunk ? static_cast<int>(rest) : chunk;
+#pragma unroll
+    for (int i = 0; i < Share::count; ++i) {
+        const bool inside = Share::first() + i * Share::pitch < rows;
+        copy_async_16(target + i * Share::pitch * slice, source + begin + i * Share::pitch * row_stride,
+                      inside ? bytes : 0);
+    }
+}
+
+// The same by way of registers: where there is no cp.async, or rows are not aligned.
+using Chunk = Pack<std::uint32_t, chunk / 4>;
+
+// `count` codes, at most 4, as a register; zeros behind them.
+__device__ std::uint32_t gather(const std::int8_t* source, std::int64_t stride, std::int64_t count) {
+    std::uint32_t word = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        if (e < count) word |= static_cast<std::uint32_t>(static_cast<std::uint8_t>(source[e * stride])) << 8 * e;
+    }
+    return word;
+}
+
+template <class Share, bool wide>
+__device__ void fetch_slice(const Operand& operand, std::int64_t row0, std::int64_t begin, std::int64_t end,
+                            Chunk (&values)[Share::count]) {
+    const std::int64_t col = begin + Share::index() * chunk;
+#pragma unroll
+    for (int i = 0; i < Share::count; ++i) {
+        const std::int64_t row = row0 + Share::first() + i * Share::pitch;
+        const std::int64_t count = row < operand.rows ? end - col : 0;
+        const std::int8_t* const source = operand.data + row * operand.row_stride + col * operand.col_stride;
+        if (wide && count >= chunk) {
+            values[i] = load<chunk / 4>(reinterpret_cast<const std::uint32_t*>(source));
+            continue;
+        }
+#pragma unroll
+        for (int w = 0; w < chunk / 4; ++w) {
+            values[i][w] = gather(source + 4 * w * operand.col_stride, operand.col_stride, count - 4 * w);
+        }
+    }
+}
+
+template <class Share>
+__device__ void put_slice(const Chunk (&values)[Share::count], std::int8_t* target) {
+#pragma unroll
+    for (int i = 0; i < Share::count; ++i) {
+        store(reinterpret_cast<std::uint32_t*>(target + i * Share::pitch * slice), values[i]);
+    }
+}
+
+// --- from shared memory to registers, and the product ---------------------------------------------------------------
+
+template <class Tile>
+struct Fragments {
+    std::uint32_t a[Tile::row_fragments][4];
+    std::uint32_t b[Tile::col_fragments][2];
+};
+
+// A warp's part of the tile.
+template <class Tile>
+struct Place {
+    int lane = static_cast<int>(threadIdx.x) % warp_size;
+    int row = static_cast<int>(threadIdx.x) / warp_size / Tile::warps_across * Tile::warp_rows;
+    int col = static_cast<int>(threadIdx.x) / warp_size % Tile::warps_across * Tile::warp_cols;
+};
+
+// Reads step `s` of a slice: rows of a, behind them rows of b.
+template <class Tile>
+__device__ void read_fragments(const std::int8_t* shared, int s, const Place<Tile>& place, Fragments<Tile>& to) {
+    const int row_of_matrix = place.lane % 8;
+    const int matrix = place.lane / 8;
+    // Matrices of a: rows 0-7 and 8-15 of the first 16 bytes, then of the next.
+    const int row_a = place.row + matrix % 2 * 8 + row_of_matrix;
+    const std::int8_t* const a = shared + row_a * slice + chunk_of_a(row_a, 2 * s + matrix / 2) * chunk;
+#pragma unroll
+    for (int t = 0; t < Tile::row_fragments; ++t) load_matrices(to.a[t], a + t * 16 * slice);
+    // Matrices of b: both 16 bytes of one fragment, then of its neighbour. Column 2q + e of fragment f of the two is
+    // column 4q + 2f + e of the tile.
+    const int row_b = place.col + row_of_matrix / 2 * together + matrix / 2 * 2 + row_of_matrix % 2;
+    const std::int8_t* const b =
+        shared + (Tile::rows + row_b) * slice + chunk_of_b(row_b, 2 * s + matrix % 2) * chunk;
+#pragma unroll
+    for (int t = 0; t < Tile::col_fragments; t += 2) {
+        std::uint32_t pair[4];
+        load_matrices(pair, b + t * 8 * slice);
+        to.b[t][0] = pair[0];
+        to.b[t][1] = pair[1];
+        to.b[t + 1][0] = pair[2];
+        to.b[t + 1][1] = pair[3];
+    }
+}
+
+template <class Tile>
+using Sums = std::int32_t[Tile::row_fragments][Tile::col_fragments][4];
+
+template <class Tile>
+__device__ void multiply_fragments(const Fragments<Tile>& from, Sums<Tile>& sums) {
+#pragma unroll
+    for (int t = 0; t < Tile::row_fragments; ++t) {
+#pragma unroll
+        for (int u = 0; u < Tile::col_fragments; ++u) multiply_add_s8(sums[t][u], from.a[t], from.b[u]);
+    }
+}
+
+// What a block computes: a tile of the output, over columns begin to end - 1 of a and b.
+struct Job {
+    std::int64_t row0;
+    std::int64_t col0;
+    std::int64_t begin;
+    std::int64_t end;
+};
+
+// Slices come by cp.async, `stages - 1` ahead.
+template <class Tile>
+__device__ void sum_async(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared, Sums<Tile>& sums) {
+    using ShareA = Share<Tile::rows, Tile::threads, false>;
+    using ShareB = Share<Tile::cols, Tile::threads, true>;
+    constexpr int ahead = Tile::stages - 1;
+    const Place<Tile> place;
+    const auto rows_of = [](std::int64_t rows, int most) { return rows < most ? static_cast<int>(rows) : most; };
+    const int rows_a = rows_of(a.rows - job.row0, Tile::rows);
+    const int rows_b = rows_of(b.rows - job.col0, Tile::cols);
+    const std::int8_t* const source_a =
+        a.data + (job.row0 + ShareA::first()) * a.row_stride + ShareA::index() * chunk;
+    const std::int8_t* const source_b =
+        b.data + (job.col0 + ShareB::first()) * b.row_stride + ShareB::index() * chunk;
+    const auto copy = [&](std::int64_t begin, int stage) {
+        std::int8_t* const target = shared + stage * Tile::stage_bytes;
+        if (begin < job.end) {
+            copy_slice<ShareA>(source_a, a.row_stride, rows_a, begin, job.end, target + ShareA::offset());
+            copy_slice<ShareB>(source_b, b.row_stride, rows_b, begin, job.end,
+                               target + Tile::rows * slice + ShareB::offset());
+        }
+        copy_async_commit();  // also where nothing was copied: waiting counts groups
+    };
+
+#pragma unroll
+    for (int stage = 0; stage < ahead; ++stage) copy(job.begin + stage * slice, stage);
+    copy_async_wait<ahead - 1>();
+    __syncthreads();
+    Fragments<Tile> fragments[2];
+    read_fragments(shared, 0, place, fragments[0]);
+    int stage = 0;       // of the slice that is being multiplied
+    int free = ahead;    // of the slice before it, which all threads have read
+    for (std::int64_t begin = job.begin; begin < job.end; begin += slice) {
+        const int next = stage + 1 == Tile::stages ? 0 : stage + 1;
+#pragma unroll
+        for (int s = 0; s < steps; ++s) {
+            if (s + 1 < steps) {
+                read_fragments(shared + stage * Tile::stage_bytes, s + 1, place, fragments[(s + 1) % 2]);
+            } else {
+                // The next slice has landed, and all threads have read this one. Behind the last slice is an old one,
+                // read in vain.
+                copy_async_wait<ahead - 1>();
+                __syncthreads();
+                read_fragments(shared + next * Tile::stage_bytes, 0, place, fragments[(s + 1) % 2]);
+            }
+            if (s == 0) copy(begin + ahead * slice, free);
+            multiply_fragments(fragments[s % 2], sums);
+        }
+        free = stage;
+        stage = next;
+    }
+}
+
+// Slices come by way of registers, one ahead.
+template <class Tile, bool wide>
+__device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
+                                 Sums<Tile>& sums) {
+    using ShareA = Share<Tile::rows, Tile::threads, false>;
+    using ShareB = Share<Tile::cols, Tile::threads, true>;
+    const Place<Tile> place;
+    Chunk from_a[ShareA::count];
+    Chunk from_b[ShareB::count];
+    const auto fetch = [&](std::int64_t begin) {
+        fetch_slice<ShareA, wide>(a, job.row0, begin, job.end, from_a);
+        fetch_slice<ShareB, wide>(b, job.col0, begin, job.end, from_b);
+    };
+    const auto put = [&](int stage) {
+        std::int8_t* const target = shared + stage * Tile::stage_bytes;
+        put_slice<ShareA>(from_a, target + ShareA::offset());
+        put_slice<ShareB>(from_b, target + Tile::rows * slice + ShareB::offset());
+    };
+    if (job.begin >= job.end) return;
+    fetch(job.begin);
+    put(0);
+    __syncthreads();
+    int stage = 0;
+    for (std::int64_t begin = job.begin; begin < job.end; begin += slice) {
+        const bool more = begin + slice < job.end;
+        if (more) fetch(begin + slice);
+#pragma unroll
+        for (int s = 0; s < steps; ++s) {
+            Fragments<Tile> fragments;
+            read_fragments(shared + stage * Tile::stage_bytes, s, place, fragments);
+            multiply_fragments(fragments, sums);
+        }
+        stage = 1 - stage;
+        if (more) put(stage);
+        __syncthreads();
+    }
+}
+
+// --- epilogues ------------------------------------------------------------------------------------------------------
+//
+// `row` and `columns` say what a row and `together` columns need, each once per lane; `finish` gets the sums of both.
+
+struct Nothing {};
+
+// Stores the sums.
+struct StoreSums {
+    View<std::int32_t> out;
+    bool wide;  // whether four columns can be stored at once
+
+    __device__ Nothing row(std::int64_t) const { return {}; }
+    __device__ Nothing columns(std::int64_t, int) const { return {}; }
+    __device__ void finish(std::int64_t i, std::int64_t j, int count, const Pack<std::int32_t, together>& sums, Nothing,
+                           Nothing) const {
+        if (wide) {
+            store(out.at(i, j), sums);
+            return;
+        }
+#pragma unroll
+        for (int c = 0; c < together; ++c) {
+            if (c < count) *out.at(i, j + c) = sums[c];
+        }
+    }
+};
+
+// Adds the sums to what is there: where several blocks share a tile's k. Integers, so their order does not matter.
+struct AddSums {
+    View<std::int32_t> out;
+
+    __device__ Nothing row(std::int64_t) const { return {}; }
+    __device__ Nothing columns(std::int64_t, int) const { return {}; }
+    __device__ void finish(std::int64_t i, std::int64_t j, int count, const Pack<std::int32_t, together>& sums, Nothing,
+                           Nothing) const {
+#pragma unroll
+        for (int c = 0; c < together; ++c) {
+            if (c < count) atomicAdd(out.at(i, j + c), sums[c]);
+        }
+    }
+};
+
+// Scales the sums, adds the bias and rounds. The sums of products of outliers, 0 here, are added as epilogue.cu does, so
+// that both give the same bits.
+template <class T>
+struct StoreScaled {
+    Span<const float> scale_a;
+    Span<const float> scale_b;
+    FloatSpan bias;
+    View<T> out;
+    bool wide;
+
+    struct Columns {
+        float scale[together];
+        float bias[together];
+    };
+    __device__ float row(std::int64_t i) const { return scale_a.of_group(i); }
+    __device__ Columns columns(std::int64_t j, int count) const {
+        Columns result;
+#pragma unroll
+        for (int c = 0; c < together; ++c) {
+            result.scale[c] = c < count ? scale_b.of_group(j + c) : 0.0F;
+            result.bias[c] = c < count && bias.present() ? bias[j + c] : 0.0F;
+        }
+        return result;
+    }
+    __device__ void finish(std::int64_t i, std::int64_t j, int count, const Pack<std::int32_t, together>& sums,
+                           float scale, const Columns& columns) const {
+        Pack<T, together> y;
+#pragma unroll
+        for (int c = 0; c < together; ++c) {
+            const float product = fmaf(static_cast<float>(sums[c]), scale * columns.scale[c], 0.0F);
+            y[c] = from_float<T>(product + columns.bias[c]);
+        }
+        if (wide) {
+            store(out.at(i, j), y);
+            return;
+        }
+#pragma unroll
+        for (int c = 0; c < together; ++c) {
+            if (c < count) *out.at(i, j + c) = y[c];
+        }
+    }
+};
+
+template <class Tile, class Epilogue>
+__device__ void finish_tile(const Sums<Tile>& sums, const Job& job, std::int64_t m, std::int64_t n,
+                            const Epilogue& epilogue) {
+    const Place<Tile> place;
+    const std::int64_t i0 = job.row0 + place.row + place.lane / 4;
+    const std::int64_t j0 = job.col0 + place.col + place.lane % 4 * together;
+    decltype(epilogue.row(0)) rows[Tile::row_fragments][2];
+#pragma unroll
+    for (int t = 0; t < Tile::row_fragments; ++t) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const std::int64_t i = i0 + t * 16 + half * 8;
+            if (i < m) rows[t][half] = epilogue.row(i);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < Tile::col_fragments; u += 2) {
+        const std::int64_t j = j0 + u / 2 * bundle;
+        if (j >= n) continue;
+        const int count = n - j < together ? static_cast<int>(n - j) : together;
+        const auto columns = epilogue.columns(j, count);
+#pragma unroll
+        for (int t = 0; t < Tile::row_fragments; ++t) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const std::int64_t i = i0 + t * 16 + half * 8;
+                if (i >= m) continue;
+                const Pack<std::int32_t, together> four{{sums[t][u][2 * half], sums[t][u][2 * half + 1],
+                                                         sums[t][u + 1][2 * half], sums[t][u + 1][2 * half + 1]}};
+                epilogue.finish(i, j, count, four, rows[t][half], columns);
+            }
+        }
+    }
+}
+
+// --- kernel ---------------------------------------------------------------------------------------------------------
+
+// How slices come to shared memory: without waiting, 16 bytes at a time by way of registers, or byte by byte.
+constexpr int first_with_async_copies = 80;
+enum class Copy : std::uint8_t { async, wide, bytes };
+
+// Whether `copy_for` can choose this on the architecture that is being compiled for.
+constexpr bool is_used(Copy copy) {
+#ifdef __CUDA_ARCH__
+    return copy != (__CUDA_ARCH__ >= 10 * first_with_async_copies ? Copy::wide : Copy::async);
+#else
+    return static_cast<void>(copy), true;
+#endif
+}
+
+// Block x % tiles in the order of `job_of`; y: which `depth` columns of k.
+template <class Tile>
+__device__ Job job_of(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t depth) {
+    // Tiles of eight rows of tiles are computed together, so that blocks that run at a time read the same rows of a and b.
+    constexpr std::int64_t group = 8;
+    const std::int64_t rows = (m + Tile::rows - 1) / Tile::rows;
+    const std::int64_t cols = (n + Tile::cols - 1) / Tile::cols;
+    const std::int64_t first = blockIdx.x / (group * cols) * group;
+    const std::int64_t height = rows - first < group ? rows - first : group;
+    const std::int64_t place = blockIdx.x % (group * cols);
+    const std::int64_t begin = blockIdx.y * depth;
+    return {(first + place % height) * Tile::rows, place / height * Tile::cols, begin,
+            k - begin < depth ? k : begin + depth};
+}
+
+template <class Tile, Copy copy, class Epilogue>
+__global__ void __launch_bounds__(Tile::threads, copy == Copy::async ? Tile::resident : 1)
+    mma_kernel(Operand a, Operand b, std::int64_t k, std::int64_t depth, Epilogue epilogue) {
+    if constexpr (is_used(copy)) {
+        OCTAVO_DYNAMIC_SHARED(std::int8_t, shared);
+        const Job job = job_of<Tile>(a.rows, b.rows, k, depth);
+        Sums<Tile> sums = {};
+        if constexpr (copy == Copy::async) {
+            sum_async<Tile>(a, b, job, shared, sums);
+        } else {
+            sum_by_registers<Tile, copy == Copy::wide>(a, b, job, shared, sums);
+        }
+        finish_tile<Tile>(sums, job, a.rows, b.rows, epilogue);
+    }
+}
+
+// --- launch ---------------------------------------------------------------------------------------------------------
+
+// How slices get to shared memory, by what operands and device allow.
+Copy copy_for(const ConstMatrix& a, const ConstMatrix& b) {
+    if (!reads_wide(a, b)) return Copy::bytes;
+    return device_facts().architecture >= first_with_async_copies ? Copy::async : Copy::wide;
+}
+
+enum class Size : std::uint8_t { large, medium, small };
+
+template <class Tile>
+std::int64_t tiles_of(std::int64_t m, std::int64_t n) {
+    return blocks_for(m, Tile::rows) * blocks_for(n, Tile::cols);
+}
+
+// Clocks that a product takes, up to a factor. `rate`: the part of the peak that the tile can reach (see above).
+template <class Tile>
+double clocks(std::int64_t m, std::int64_t n, double rate) {
+    const std::int64_t multiprocessors = device_facts().multiprocessors;
+    const std::int64_t at_once = multiprocessors * Tile::resident;
+    const std::int64_t tiles = tiles_of<Tile>(m, n);
+    // The last wave can leave a multiprocessor fewer tiles than it has room for.
+    const std::int64_t of_one = tiles / at_once * Tile::resident + blocks_for(tiles % at_once, multiprocessors);
+    return static_cast<double>(of_one * Tile::rows * Tile::cols) / rate;
+}
+
+Size size_for(std::int64_t m, std::int64_t n, Copy copy) {
+    // Byte by byte, reading is what takes time, and large products are not read so (gemm.cpp).
+    if (copy == Copy::bytes) return Size::small;
+    const double medium = clocks<Medium>(m, n, 0.95);
+    const double small = clocks<Small>(m, n, 0.6);
+    if (copy == Copy::async && clocks<Large>(m, n, 1.0) <= std::min(medium, small)) return Size::large;
+    return medium <= small ? Size::medium : Size::small;
+}
+
+Operand operand_of(const ConstMatrix& matrix) {
+    return {static_cast<const std::int8_t*>(matrix.data), matrix.rows, matrix.row_stride, matrix.col_stride};
+}
+
+// `parts`: how many blocks share the depth of a tile.
+template <class Tile, Copy copy, class Epilogue>
+void start(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Epilogue& epilogue,
+           cudaStream_t stream) {
+    constexpr int stages = copy == Copy::async ? Tile::stages : 2;
+    constexpr std::size_t shared = static_cast<std::size_t>(stages) * Tile::stage_bytes;
+    const auto kernel = mma_kernel<Tile, copy, Epilogue>;
+    if constexpr (shared > std::size_t{48} << 10) allow_shared(kernel, shared);
+    const std::int64_t depth = blocks_for(blocks_for(a.cols, slice), parts) * slice;
+    const std::int64_t with_work = depth == 0 ? 1 : blocks_for(a.cols, depth);
+    launch(kernel,
+           {dim3(static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows)), static_cast<unsigned>(with_work)),
+            Tile::threads, shared},
+           stream, operand_of(a), operand_of(b), a.cols, depth, epilogue);
+}
+
+template <Copy copy, class Epilogue>
+void start(const ConstMatrix& a, const ConstMatrix& b, Size size, const Epilogue& epilogue, cudaStream_t stream) {
+    if constexpr (copy == Copy::async) {
+        if (size == Size::large) return start<Large, copy>(a, b, 1, epilogue, stream);
+    }
+    if (size == Size::medium) {
+        return start<std::conditional_t<copy == Copy::async, Medium, Turing>, copy>(a, b, 1, epilogue, stream);
+    }
+    start<Small, copy>(a, b, 1, epilogue, stream);
+}
+
+// How many blocks should share the depth of a small tile, so that every multiprocessor has work.
+std::int64_t parts_for(std::int64_t m, std::int64_t n, std::int64_t k) {
+    constexpr std::int64_t least_depth = 8 * slice;
+    const std::int64_t wanted = device_facts().multiprocessors / tiles_of<Small>(m, n);
+    return std::max<std::int64_t>(1, std::min(wanted, k / least_depth));
+}
+
+// Whether rows of the output can be written four columns at a time.
+bool writes_wide(const Matrix& out) {
+    return out.cols % together == 0 && rows_are_aligned(out, together * size_of(out.dtype));
+}
+
+bool is_contiguous(const Matrix& matrix) {
+    return (matrix.cols <= 1 || matrix.col_stride == 1) && (matrix.rows <= 1 || matrix.row_stride == matrix.cols);
+}
+
+}  // namespace
+
+bool reads_wide(const ConstMatrix& a, const ConstMatrix& b) {
+    return rows_are_aligned(a, chunk) && rows_are_aligned(b, chunk);
+}
+
+void mma_multiply(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream) {
+    const Copy copy = copy_for(a, b);
+    const Size size = size_for(a.rows, b.rows, copy);
+    const std::int64_t parts = parts_for(a.rows, b.rows, a.cols);
+    if (size == Size::small && parts > 1 && is_contiguous(out)) {
+        const AddSums add{view_of<std::int32_t>(out)};
+        check(cudaMemsetAsync(out.data, 0, static_cast<std::size_t>(out.rows * out.cols) * sizeof(std::int32_t), stream),
+              "cudaMemsetAsync");
+        switch (copy) {
+            case Copy::async: return start<Small, Copy::async>(a, b, parts, add, stream);
+            case Copy::wide: return start<Small, Copy::wide>(a, b, parts, add, stream);
+            case Copy::bytes: return start<Small, Copy::bytes>(a, b, parts, add, stream);
+        }
+    }
+    const StoreSums store{view_of<std::int32_t>(out), writes_wide(out)};
+    switch (copy) {
+        case Copy::async: return start<Copy::async>(a, b, size, store, stream);
+        case Copy::wide: return start<Copy::wide>(a, b, size, store, stream);
+        case Copy::bytes: return start<Small, Copy::bytes>(a, b, 1, store, stream);
+    }
+}
+
+void mma_multiply_scaled(ConstMatrix a, ConstMatrix b, ConstVector scale_a, ConstVector scale_b, ConstVector bias,
+                         Matrix out, cudaStream_t stream) {
+    const Copy copy = copy_for(a, b);
+    const Size size = size_for(a.rows, b.rows, copy);
+    with_float(out.dtype, [&]<class T>(Type<T>) {
+        const StoreScaled<T> store{span_of<float>(scale_a), span_of<float>(scale_b), float_span_of(bias),
+                                   view_of<T>(out), writes_wide(out)};
+        switch (copy) {
+            case Copy::async: return start<Copy::async>(a, b, size, store, stream);
+            case Copy::wide: return start<Copy::wide>(a, b, size, store, stream);
+            case Copy::bytes: return start<Small, Copy::bytes>(a, b, 1, store, stream);
+        }
+    });
+}
+
+}  // namespace octavo::cuda

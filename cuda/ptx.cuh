@@ -1,0 +1,187 @@
+// PTX instructions that CUDA C++ has no word for, each behind a small function. In tests the same functions run on the CPU
+// (tests/simt/ptx.hpp). What an older architecture lacks is made of what it has, with the same result.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.cuh"
+
+#ifdef OCTAVO_SIMT
+
+#include "ptx.hpp"
+
+#else
+
+namespace octavo::cuda {
+
+// The address of shared memory as instructions take it.
+__device__ inline unsigned shared_address(const void* pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// --- copies from global to shared memory that a thread does not wait for (sm_80) ------------------------------------
+
+// Copies 16 bytes, of which those from `bytes` on are zeros and not read. Both addresses must be multiples of 16.
+__device__ inline void copy_async_16(void* target, const void* source, int bytes) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(target)), "l"(source),
+                 "r"(bytes)
+                 : "memory");
+#else
+#pragma unroll 1
+    for (int i = 0; i < 16; ++i) {
+        static_cast<char*>(target)[i] = i < bytes ? static_cast<const char*>(source)[i] : '\0';
+    }
+#endif
+}
+
+// Ends a group of the thread's copies.
+__device__ inline void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the thread's last `pending` groups have landed. Other threads see them after a barrier.
+template <int pending>
+__device__ void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// --- matrices in the registers of a warp ----------------------------------------------------------------------------
+
+// Reads four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8, a multiple of 16, and
+// receives bytes 4 * (l % 4) .. + 3 of row l / 4 of each.
+__device__ inline void load_matrices(std::uint32_t (&registers)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// sums[16, 8] += a[16, 32] * b[8, 32]^T  of int8, exact modulo 2^32.
+//
+// With g = lane / 4 and q = lane % 4, a register holds 4 bytes of a row, from a column on:
+//   a      rows g, g + 8, g, g + 8; columns 4q, 4q, 4q + 16, 4q + 16
+//   b      row g; columns 4q, 4q + 16
+//   sums   row g, columns 2q and 2q + 1; row g + 8, the same
+__device__ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint32_t (&a)[4],
+                                       const std::uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    // Four products of half the rows and half the depth, whose registers are these.
+    const auto part = [](std::int32_t& sum0, std::int32_t& sum1, std::uint32_t a_part, std::uint32_t b_part) {
+        asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+r"(sum0), "+r"(sum1)
+            : "r"(a_part), "r"(b_part));
+    };
+    part(sums[0], sums[1], a[0], b[0]);
+    part(sums[2], sums[3], a[1], b[0]);
+    part(sums[0], sums[1], a[2], b[1]);
+    part(sums[2], sums[3], a[3], b[1]);
+#endif
+}
+
+// --- 16-bit products in the registers of a warp ----------------------------------------------------------------------
+
+// The policy of data that is read once: the level-2 cache gives it up first (sm_80).
+__device__ inline std::uint64_t read_once_policy() {
+    std::uint64_t policy = 0;
+#if __CUDA_ARCH__ >= 800
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+    return policy;
+}
+
+// `copy_async_16` of data that is read once.
+__device__ inline void copy_async_16_once(void* target, const void* source, int bytes, std::uint64_t policy) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(target)),
+                 "l"(source), "r"(bytes), "l"(policy)
+                 : "memory");
+#else
+    static_cast<void>(policy);
+    copy_async_16(target, source, bytes);
+#endif
+}
+
+// Reads 16 bytes that no kernel writes meanwhile, past the level-1 cache. The address must be a multiple of 16.
+__device__ inline uint4 load_16_once(const void* source, std::uint64_t policy) {
+    uint4 value;
+#if __CUDA_ARCH__ >= 800
+    asm("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "l"(source), "l"(policy));
+#else
+    static_cast<void>(policy);
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+        : "l"(source));
+#endif
+    return value;
+}
+
+// Four bytes of the eight of `low` (0 to 3) and `high` (4 to 7): hexadecimal digit i of `selector` says which is byte i.
+__device__ inline std::uint32_t select_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+    return __byte_perm(low, high, selector);
+}
+
+// sums[16, 8] += a[16, 16] * b[8, 16]^T  of f16 or of bf16, products exact, sums float32.
+//
+// With g = lane / 4 and q = lane % 4, a register of a or b holds 2 elements of a row, from a column on, the first in its
+// low half:
+//   a      rows g, g + 8, g, g + 8; columns 2q, 2q, 2q + 8, 2q + 8
+//   b      row g; columns 2q, 2q + 8
+//   sums   row g, columns 2q and 2q + 1; row g + 8, the same
+__device__ inline void multiply_add_f16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    for (int half = 0; half < 2; ++half) {  // of the depth
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+    }
+#endif
+}
+
+__device__ inline void multiply_add_bf16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    // No tensor core knows bf16 here: every lane gathers the rows and columns of its sums.
+    const auto add = [](float& sum, std::uint32_t pair_a, std::uint32_t pair_b) {
+        sum += __uint_as_float(pair_a << 16) * __uint_as_float(pair_b << 16);
+        sum += __uint_as_float(pair_a & 0xFFFF0000U) * __uint_as_float(pair_b & 0xFFFF0000U);
+    };
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+    for (int part = 0; part < 8; ++part) {
+        const int half = part / 4;
+        const int column = part % 4;
+        const std::uint32_t upper = __shfl_sync(whole_warp, a[2 * half], lane / 4 * 4 + column);
+        const std::uint32_t lower = __shfl_sync(whole_warp, a[2 * half + 1], lane / 4 * 4 + column);
+        const std::uint32_t left = __shfl_sync(whole_warp, b[half], lane % 4 * 8 + column);
+        const std::uint32_t right = __shfl_sync(whole_warp, b[half], lane % 4 * 8 + 4 + column);
+        add(sums[0], upper, left);
+        add(sums[1], upper, right);
+        add(sums[2], lower, left);
+        add(sums[3], lower, right);
+    }
+#endif
+}
+
+}  // namespace octavo::cuda
+
+#endif

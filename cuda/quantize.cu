@@ -1,0 +1,619 @@
+// Quantization to int8 codes (paper Eq. 1-3), as octavo/quantize.hpp defines it, bit for bit:
+//
+//   absmax      q = clip(rint(x * 127 / absmax), -127, 127)                            scale = absmax / 127
+//   zeropoint   nd = 254 / (max - min), zp = rint(nd * min) + 127
+//               q = clip(rint(nd * x) - zp, -127, 127)                                 scale = 1 / nd
+//
+// A team of threads, a block or, for short rows, a warp, has a row: it reads the row, finds its range, and makes codes
+// of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 32768 (float32:
+// 16384) columns are read once; longer ones a second time, from the caches. Which columns are left out is the same for
+// all rows of a team and stays in a register too. Where there are rows enough to fill the device, a thread has all
+// four accesses, and a block several rows one after another; where there are few, a row has as many threads as can have
+// one access each. A row is never split over blocks: each would have to read all of it for its range, and one block
+// of 1024 threads reads 64 KiB in less time than a launch takes.
+//
+// With one scale for the whole matrix the range comes first, in a launch of its own: each block writes the range of its
+// rows, and those are combined by every block of the second launch.
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "bits.cuh"
+#include "device.cuh"
+#include "marks.cuh"
+#include "memory.hpp"
+#include "octavo/error.hpp"
+#include "operations.hpp"
+
+namespace octavo::cuda {
+namespace {
+
+constexpr int most_threads = 1024;
+constexpr int accesses = 4;
+
+// --- ranges ---------------------------------------------------------------------------------------------------------
+
+// The range of some values. Both numbers are largest patterns, 0 where there are no values.
+//   absmax      high: the largest magnitude, in the dtype of x; low unused
+//   zeropoint   high: the greatest value, low: the least one, as ordered patterns of float32
+struct Bounds {
+    std::uint32_t high = 0;
+    std::uint32_t low = 0;
+};
+
+__device__ inline void widen(std::uint32_t& bound, std::uint32_t other) { bound = bound > other ? bound : other; }
+
+// Unsigned numbers in the order of floats: NaN and Inf lie beyond all others, at the end of their sign.
+__device__ inline std::uint32_t ordered(float value) {
+    const std::uint32_t bits = __float_as_uint(value);
+    return bits ^ ((bits & 0x80000000U) != 0 ? 0xFFFFFFFFU : 0x80000000U);
+}
+__device__ inline float from_ordered(std::uint32_t order) {
+    return __uint_as_float(order ^ ((order & 0x80000000U) != 0 ? 0x80000000U : 0xFFFFFFFFU));
+}
+
+template <Scheme scheme>
+__device__ Bounds bounds_of_warp(Bounds bounds) {
+    bounds.high = max_of_warp(bounds.high);
+    if constexpr (scheme == Scheme::zeropoint) bounds.low = max_of_warp(bounds.low);
+    return bounds;
+}
+
+// All threads of the block must take part. `partial` is shared memory for one value per warp.
+template <Scheme scheme>
+__device__ Bounds bounds_of_block(Bounds bounds, Bounds* partial) {
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+    const int warp = static_cast<int>(threadIdx.x) / warp_size;
+    const int warps = static_cast<int>(blockDim.x) / warp_size;
+    bounds = bounds_of_warp<scheme>(bounds);
+    if (lane == 0) partial[warp] = bounds;
+    __syncthreads();
+    return bounds_of_warp<scheme>(partial[lane < warps ? lane : 0]);
+}
+
+// --- coding ---------------------------------------------------------------------------------------------------------
+
+// The low byte is rint(value) for |value| <= 127.5: after adding 1.5 * 2^23 a float's last bits are the integer.
+__device__ inline std::uint32_t to_code(float value) { return __float_as_uint(__fadd_rn(value, 0x1.8p23F)) & 0xFFU; }
+
+__device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7F800000U) != 0x7F800000U; }
+
+// How the values of one group (a row, or the whole matrix) become codes.
+template <class T, Scheme scheme>
+class Coding;
+
+template <class T>
+class Coding<T, Scheme::absmax> {
+public:
+    Coding() = default;
+    __device__ explicit Coding(const Bounds& bounds) : absmax_(number_of<T>(bounds.high)) {
+        if (!is_finite(absmax_) || absmax_ == 0.0F) return;
+        // Where no step overflows, nor loses bits of what is not 0 anyway.
+        const bool can_correct = sizeof(T) == 2 && absmax_ >= 0x1p-100F && absmax_ <= 0x1p100F;
+        way_ = can_correct ? Way::corrected : Way::divided;
+        inverse_ = 1.0F / absmax_;
+    }
+
+    __device__ bool finite() const { return is_finite(absmax_); }
+    __device__ float scale() const { return finite() ? absmax_ / 127.0F : __uint_as_float(0x7FC00000U); }
+    __device__ float zeropoint() const { return 0.0F; }
+
+    // Calls `body(code)`, with `code(x)` the code of a value in its low byte, whatever for one that is left out.
+    template <class Body>
+    __device__ void encode(Body&& body) const {
+        switch (way_) {
+            case Way::zeros: return body([](float) { return 0U; });
+            case Way::corrected:
+                // The quotient of a division, proven in cpp/src/cpu/kernels/streaming.cpp.
+                return body([this](float x) {
+                    const float a = __fmul_rn(x, 127.0F);
+                    const float quotient = __fmul_rn(a, inverse_);
+                    return to_code(__fmaf_rn(__fmaf_rn(-quotient, absmax_, a), inverse_, quotient));
+                });
+            case Way::divided:
+                return body([this](float x) {
+                    const float product = __fmul_rn(x, 127.0F);
+                    return to_code(is_finite(product) ? product / absmax_ : __fmul_rn(x / absmax_, 127.0F));
+                });
+        }
+    }
+
+private:
+    enum class Way : std::uint8_t { zeros, corrected, divided };
+    Way way_ = Way::zeros;
+    float absmax_ = 0.0F;
+    float inverse_ = 0.0F;
+};
+
+template <class T>
+class Coding<T, Scheme::zeropoint> {
+public:
+    Coding() = default;
+    __device__ explicit Coding(const Bounds& bounds) : min_(from_ordered(~bounds.low)), max_(from_ordered(bounds.high)) {
+        if (bounds.low == 0 && bounds.high == 0) {
+            min_ = max_ = 0.0F;  // no values: the scale of a group of zeros
+            return;
+        }
+        if (!finite()) return;
+        const float constant = constant_scale();
+        const float spread = max_ - min_;
+        nd_ = spread != 0.0F ? 254.0F / spread : 1.0F / constant;
+        if (is_finite(spread) && is_finite(nd_)) {
+            way_ = Way::narrow;
+            zeropoint_ = __fadd_rn(rintf(__fmul_rn(nd_, min_)), 127.0F);
+            return;
+        }
+        // A spread beyond float32's range, or so small that its inverse is: the same in float64.
+        way_ = Way::wide;
+        const double wide_spread = static_cast<double>(max_) - static_cast<double>(min_);
+        wide_nd_ = wide_spread != 0.0 ? 254.0 / wide_spread : 1.0 / static_cast<double>(constant);
+        wide_zeropoint_ = rint(wide_nd_ * static_cast<double>(min_)) + 127.0;
+        zeropoint_ = static_cast<float>(wide_zeropoint_);
+    }
+
+    __device__ bool finite() const { return is_finite(min_) && is_finite(max_); }
+    __device__ float scale() const {
+        if (!finite()) return __uint_as_float(0x7FC00000U);
+        const double spread = static_cast<double>(max_) - static_cast<double>(min_);
+        return spread != 0.0 ? static_cast<float>(spread / 254.0) : constant_scale();
+    }
+    __device__ float zeropoint() const { return zeropoint_; }
+
+    template <class Body>
+    __device__ void encode(Body&& body) const {
+        switch (way_) {
+            case Way::zeros: return body([](float) { return 0U; });
+            case Way::narrow:
+                return body([this](float x) {
+                    const float code = __fadd_rn(rintf(__fmul_rn(nd_, x)), -zeropoint_);
+                    return to_code(fmaxf(fminf(code, 127.0F), -127.0F));
+                });
+            case Way::wide:
+                return body([this](float x) {
+                    const double code = rint(wide_nd_ * static_cast<double>(x)) - wide_zeropoint_;
+                    return to_code(static_cast<float>(fmax(fmin(code, 127.0), -127.0)));
+                });
+        }
+    }
+
+private:
+    enum class Way : std::uint8_t { zeros, narrow, wide };
+
+    // The scale of a constant group.
+    __device__ float constant_scale() const { return max_ == 0.0F ? 1.0F : fabsf(max_); }
+
+    Way way_ = Way::zeros;
+    float min_ = 0.0F;
+    float max_ = 0.0F;
+    float nd_ = 0.0F;
+    float zeropoint_ = 0.0F;
+    double wide_nd_ = 0.0;
+    double wide_zeropoint_ = 0.0;
+};
+
+// --- kernel ---------------------------------------------------------------------------------------------------------
+
+enum class Step : std::uint8_t {
+    rows,    // a range and a scale for each row, and its codes
+    range,   // ranges of the rows of each block, to `partial`
+    encode,  // codes by the range that `partial` holds
+};
+
+struct Task {
+    Step step = Step::rows;
+    bool rows_of_warps = false;  // a team is a warp, not the block
+    bool per_element = false;
+    float threshold = 0.0F;
+    ColumnMarks marks;
+    ColumnList list;
+    View<std::int8_t> codes{};
+    std::int64_t width = 0;
+    Span<float> scale;
+    Span<float> zeropoint;
+    Span<std::int32_t> code_sums;
+    Bounds* partial = nullptr;
+    std::int64_t partials = 0;
+    unsigned long long* first_not_finite = nullptr;  // where not null: receives the least row that is not finite
+};
+
+// The threads that share a row, and which rows they have.
+struct Team {
+    int rank;
+    int size;
+    std::int64_t first_row;
+    std::int64_t row_step;
+};
+
+// What a thread holds of a row: bit `access * elements + e` of `left_out` is set where the element takes no part, be it
+// excluded or beyond the row.
+struct Held {
+    Quad quads[accesses];
+    std::uint32_t left_out;
+};
+
+// Where a thread's elements lie. Neighbours are read by one access where `wide`; else neighbouring threads have
+// neighbouring columns.
+template <class T, bool wide>
+__device__ std::int64_t column_of(const Team& team, std::int64_t chunk, int access, int e) {
+    constexpr int elements = per_access<T>;
+    const std::int64_t index = chunk * accesses + access;
+    return wide ? (index * team.size + team.rank) * elements + e : (index * elements + e) * team.size + team.rank;
+}
+
+// The columns of a thread that no row of the matrix has or takes.
+template <class T, bool wide>
+__device__ std::uint32_t columns_left_out(const Team& team, std::int64_t chunk, std::int64_t k,
+                                          const ColumnMarks& marks) {
+    constexpr int elements = per_access<T>;
+    constexpr std::uint32_t all = (1U << elements) - 1;
+    const std::int64_t words = words_for(k);
+    std::uint32_t left_out = 0;
+#pragma unroll
+    for (int access = 0; access < accesses; ++access) {
+        std::uint32_t bits = 0;
+        if constexpr (wide) {
+            const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
+            if (column < k) {
+                const std::int64_t rest = k - column;
+                bits = rest < elements ? all << rest & all : 0;
+                bits |= marked_word(marks, words, column / 32) >> (column % 32) & all;
+            } else {
+                bits = all;
+            }
+        } else {
+            for (int e = 0; e < elements; ++e) {
+                const std::int64_t column = column_of<T, wide>(team, chunk, access, e);
+                const bool is_left_out =
+                    column >= k || (marked_word(marks, words, column / 32) >> (column % 32) & 1U) != 0;
+                bits |= static_cast<std::uint32_t>(is_left_out) << e;
+            }
+        }
+        left_out |= bits << (access * elements);
+    }
+    return left_out;
+}
+
+// Reads a thread's elements of a row; those left out become 0.
+template <class T, bool wide>
+__device__ void read_row(const Team& team, std::int64_t chunk, const View<const Bits<T>>& x, std::int64_t row,
+                         const Task& task, Held& held) {
+    constexpr int elements = per_access<T>;
+    constexpr std::uint32_t all = (1U << elements) - 1;
+    const Bits<T>* const source = x.row(row);
+#pragma unroll
+    for (int access = 0; access < accesses; ++access) {
+        held.quads[access] = Quad{};
+        if constexpr (wide) {
+            const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
+            if (column + elements <= x.cols) {
+                held.quads[access] = load<4>(reinterpret_cast<const std::uint32_t*>(source + column));
+            }
+        } else {
+#pragma unroll
+            for (int e = 0; e < elements; ++e) {
+                const std::int64_t column = column_of<T, wide>(team, chunk, access, e);
+                if (column < x.cols) put_element<T>(held.quads[access], e, source[column * x.col_stride]);
+            }
+        }
+    }
+    if (wide && x.cols % elements != 0) {  // the elements after the last whole access
+#pragma unroll
+        for (int access = 0; access < accesses; ++access) {
+            const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
+            if (column >= x.cols || column + elements <= x.cols) continue;
+            for (int e = 0; e < static_cast<int>(x.cols - column); ++e) {
+                put_element<T>(held.quads[access], e, source[column + e]);
+            }
+        }
+    }
+    if (task.per_element) {
+#pragma unroll
+        for (int i = 0; i < accesses * elements; ++i) {
+            const float value = element<T>(held.quads[i / elements], i % elements);
+            held.left_out |= static_cast<std::uint32_t>(!(fabsf(value) < task.threshold)) << i;
+        }
+    }
+    if (held.left_out == 0) return;
+#pragma unroll
+    for (int access = 0; access < accesses; ++access) {
+        if ((held.left_out >> (access * elements) & all) == 0) continue;
+#pragma unroll
+        for (int e = 0; e < elements; ++e) {
+            if ((held.left_out >> (access * elements + e) & 1U) != 0) clear_element<T>(held.quads[access], e);
+        }
+    }
+}
+
+template <class T, Scheme scheme>
+__device__ void widen(Bounds& bounds, const Held& held) {
+    constexpr int elements = per_access<T>;
+    if constexpr (scheme == Scheme::absmax) {
+        std::uint32_t largest = 0;
+#pragma unroll
+        for (int access = 0; access < accesses; ++access) {
+#pragma unroll
+            for (int w = 0; w < 4; ++w) largest = max_magnitudes<T>(largest, held.quads[access][w]);
+        }
+        widen(bounds.high, max_of_word<T>(largest));
+    } else {
+#pragma unroll
+        for (int i = 0; i < accesses * elements; ++i) {
+            if ((held.left_out >> i & 1U) != 0) continue;
+            const std::uint32_t order = ordered(element<T>(held.quads[i / elements], i % elements));
+            widen(bounds.high, order);
+            widen(bounds.low, ~order);
+        }
+    }
+}
+
+// Writes the codes of what a thread holds, zeros up to `width`, and returns their sum.
+template <class T, Scheme scheme, bool wide, class Code>
+__device__ std::int32_t write_codes(const Team& team, std::int64_t chunk, std::int64_t row, const Task& task,
+                                    const Held& held, Code code) {
+    constexpr int elements = per_access<T>;
+    constexpr int words = elements / 4;
+    std::int32_t sum = 0;
+#pragma unroll
+    for (int access = 0; access < accesses; ++access) {
+        Pack<std::uint32_t, words> pack{};
+#pragma unroll
+        for (int e = 0; e < elements; ++e) {
+            std::uint32_t byte = code(element<T>(held.quads[access], e));
+            // A 0 has the code 0 by itself where there is no zeropoint.
+            if (scheme == Scheme::zeropoint && (held.left_out >> (access * elements + e) & 1U) != 0) byte = 0;
+            pack[e / 4] |= byte << (8 * (e % 4));
+        }
+#pragma unroll
+        for (int w = 0; w < words; ++w) sum = __dp4a(static_cast<int>(pack[w]), 0x01010101, sum);
+        const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
+        if (wide && column + elements <= task.width) {
+            store(reinterpret_cast<std::uint32_t*>(task.codes.row(row) + column), pack);
+        } else {
+#pragma unroll
+            for (int e = 0; e < elements; ++e) {
+                const std::int64_t target = column_of<T, wide>(team, chunk, access, e);
+                if (target < task.width) {
+                    *task.codes.at(row, target) = static_cast<std::int8_t>(pack[e / 4] >> (8 * (e % 4)));
+                }
+            }
+        }
+    }
+    return sum;
+}
+
+template <class T, Scheme scheme>
+__device__ void write_group(const Task& task, std::int64_t group, const Coding<T, scheme>& coding) {
+    task.scale[group] = coding.scale();
+    if (task.zeropoint.present()) task.zeropoint[group] = coding.zeropoint();
+    if (task.first_not_finite != nullptr && !coding.finite()) {
+        atomicMin(task.first_not_finite, static_cast<unsigned long long>(group));
+    }
+}
+
+template <class T, Scheme scheme, bool wide>
+__global__ void __launch_bounds__(most_threads) quantize_kernel(View<const Bits<T>> x, Task task) {
+    // Two of each, used in turn: whoever writes one again has passed the barrier of the other, after all have read it.
+    __shared__ Bounds partial_bounds[2][warp_size];
+    __shared__ std::int32_t partial_sums[2][warp_size];
+    const bool lists = task.list.columns != nullptr;
+    if (lists && blockIdx.x == 0) {
+        return list_marked(task.marks, x.cols, {task.list.columns, x.cols, 1}, {task.list.count, 1, 1});
+    }
+    const std::int64_t block = blockIdx.x - (lists ? 1 : 0);
+    const std::int64_t blocks = gridDim.x - (lists ? 1 : 0);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int threads = static_cast<int>(blockDim.x);
+    const int teams = task.rows_of_warps ? threads / warp_size : 1;
+    const Team team{task.rows_of_warps ? thread % warp_size : thread, threads / teams,
+                    block * teams + (task.rows_of_warps ? thread / warp_size : 0), blocks * teams};
+
+    const std::int64_t covered = team.size * accesses * per_access<T>;
+    const std::int64_t chunks = (task.width + covered - 1) / covered;
+    const ColumnMarks excluded = task.per_element ? ColumnMarks{} : task.marks;
+    const std::uint32_t left_out = columns_left_out<T, wide>(team, 0, x.cols, excluded);
+    Held held{};
+    const auto read = [&](std::int64_t row, std::int64_t chunk) {
+        held.left_out = chunk == 0 ? left_out : columns_left_out<T, wide>(team, chunk, x.cols, excluded);
+        read_row<T, wide>(team, chunk, x, row, task, held);
+    };
+
+    Bounds bounds;
+    Coding<T, scheme> coding;
+    if (task.step == Step::encode) {
+        for (std::int64_t i = thread; i < task.partials; i += threads) {
+            widen(bounds.high, task.partial[i].high);
+            widen(bounds.low, task.partial[i].low);
+        }
+        coding = Coding<T, scheme>(bounds_of_block<scheme>(bounds, partial_bounds[0]));
+        if (block == 0 && thread == 0) write_group(task, 0, coding);
+    }
+    int turn = 1;
+    for (std::int64_t row = team.first_row; row < x.rows; row += team.row_step, turn ^= 1) {
+        if (task.step != Step::encode) {
+            if (task.step == Step::rows) bounds = Bounds{};
+            for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+                read(row, chunk);
+                widen<T, scheme>(bounds, held);
+            }
+            if (task.step == Step::range) continue;
+            bounds = task.rows_of_warps ? bounds_of_warp<scheme>(bounds)
+                                        : bounds_of_block<scheme>(bounds, partial_bounds[turn]);
+            coding = Coding<T, scheme>(bounds);
+            if (team.rank == 0) write_group(task, row, coding);
+        }
+        std::int32_t sum = 0;
+        coding.encode([&](auto code) {
+            for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+                if (chunks > 1 || task.step == Step::encode) read(row, chunk);
+                sum += write_codes<T, scheme, wide>(team, chunk, row, task, held, code);
+            }
+        });
+        if (!task.code_sums.present()) continue;
+        const auto add = [](std::int32_t a, std::int32_t b) { return a + b; };
+        sum = reduce_warp(sum, add);
+        if (!task.rows_of_warps) {
+            if (thread % warp_size == 0) partial_sums[turn][thread / warp_size] = sum;
+            __syncthreads();
+            if (thread < warp_size) {
+                sum = reduce_warp(thread < threads / warp_size ? partial_sums[turn][thread] : 0, add);
+            }
+        }
+        if (team.rank == 0) task.code_sums[row] = sum;
+    }
+    if (task.step == Step::range) {
+        bounds = bounds_of_block<scheme>(bounds, partial_bounds[0]);
+        if (thread == 0) task.partial[block] = bounds;
+    }
+}
+
+// Sums of codes: a warp has a row.
+constexpr int sum_threads = 256;
+
+template <bool wide>
+__global__ void __launch_bounds__(sum_threads) sum_codes_kernel(View<const std::int8_t> codes,
+                                                                Span<std::int32_t> code_sums) {
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+    const std::int64_t row = blockIdx.x * std::int64_t{sum_threads / warp_size} + threadIdx.x / warp_size;
+    if (row >= codes.rows) return;
+    std::int32_t sum = 0;
+    std::int64_t column = 0;
+    if constexpr (wide) {
+        constexpr std::int64_t step = warp_size * 16;
+#pragma unroll 4
+        for (std::int64_t own = lane * 16; own + 16 <= codes.cols; own += step) {
+            const Quad quad = load<4>(reinterpret_cast<const std::uint32_t*>(codes.row(row) + own));
+#pragma unroll
+            for (int w = 0; w < 4; ++w) sum = __dp4a(static_cast<int>(quad[w]), 0x01010101, sum);
+        }
+        column = codes.cols / 16 * 16;
+    }
+    for (column += lane; column < codes.cols; column += warp_size) sum += *codes.at(row, column);
+    sum = reduce_warp(sum, [](std::int32_t a, std::int32_t b) { return a + b; });
+    if (lane == 0) code_sums[row] = sum;
+}
+
+// --- launchers ------------------------------------------------------------------------------------------------------
+
+// How many threads have a row, and how many blocks there are.
+struct Teams {
+    unsigned threads;
+    bool of_warps;
+    std::int64_t blocks;
+};
+
+Teams teams_for(std::int64_t rows, std::int64_t width, std::int64_t elements) {
+    const std::int64_t multiprocessors = device_facts().multiprocessors;
+    const std::int64_t reads = blocks_for(width, elements);
+    const bool few = rows <= 2 * multiprocessors;
+    const std::int64_t threads =
+        std::clamp<std::int64_t>(blocks_for(blocks_for(reads, few ? 1 : accesses), warp_size), 1, 32) * warp_size;
+    const bool of_warps = threads == warp_size;
+    constexpr std::int64_t warps_of_block = 8;
+    const std::int64_t of_block = of_warps ? warps_of_block * warp_size : threads;
+    const std::int64_t wanted = of_warps ? blocks_for(rows, warps_of_block) : rows;
+    // As many as are resident at 64 registers a thread, so that each reads the marks once.
+    const std::int64_t most = multiprocessors * (most_threads / of_block);
+    return {static_cast<unsigned>(of_block), of_warps, std::clamp<std::int64_t>(wanted, 1, most)};
+}
+
+void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& teams, Task task, cudaStream_t stream) {
+    task.rows_of_warps = teams.of_warps;
+    const std::int64_t blocks = teams.blocks + (task.list.columns != nullptr ? 1 : 0);
+    const Grid grid{static_cast<unsigned>(blocks), teams.threads};
+    with_float(x.dtype, [&]<class T>(Type<T>) {
+        const auto start = [&]<Scheme s>(std::integral_constant<Scheme, s>) {
+            launch(wide ? quantize_kernel<T, s, true> : quantize_kernel<T, s, false>, grid, stream,
+                   view_of<Bits<T>>(x), task);
+        };
+        switch (scheme) {
+            case Scheme::absmax: return start(std::integral_constant<Scheme, Scheme::absmax>{});
+            case Scheme::zeropoint: return start(std::integral_constant<Scheme, Scheme::zeropoint>{});
+        }
+    });
+}
+
+void quantize_rows(const ConstMatrix& x, Scheme scheme, Granularity granularity, const Exclusion& exclusion,
+                   const Matrix& codes, std::int64_t width, const Vector& scale, const Vector& zeropoint,
+                   const Vector& code_sums, unsigned long long* first_not_finite, cudaStream_t stream) {
+    const std::int64_t elements = 16 / size_of(x.dtype);
+    const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
+    const Teams teams = teams_for(x.rows, width, elements);
+    Task task{.per_element = exclusion.per_element,
+              .threshold = exclusion.threshold,
+              .marks = exclusion.marks,
+              .list = exclusion.list,
+              .codes = view_of<std::int8_t>(codes),
+              .width = width,
+              .scale = span_of<float>(scale),
+              .zeropoint = span_of<float>(zeropoint),
+              .code_sums = span_of<std::int32_t>(code_sums),
+              .first_not_finite = first_not_finite};
+    if (granularity != Granularity::tensor) {
+        if (x.rows > 0 || task.list.columns != nullptr) launch_step(x, scheme, wide, teams, task, stream);
+        return;
+    }
+    Workspace workspace(stream);
+    const auto partial = workspace.reserve<Bounds>(teams.blocks);
+    workspace.allocate();
+    task.partial = workspace.at(partial);
+    task.partials = teams.blocks;
+    task.list = {};
+    task.step = Step::range;
+    launch_step(x, scheme, wide, teams, task, stream);
+    task.list = exclusion.list;
+    task.step = Step::encode;
+    launch_step(x, scheme, wide, teams, task, stream);
+}
+
+}  // namespace
+
+void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const Exclusion& exclusion, Matrix codes,
+                   std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream) {
+    quantize_rows(x, scheme, granularity, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
+}
+
+void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+              Vector zeropoint, cudaStream_t stream) {
+    Workspace workspace(stream);
+    Exclusion exclusion;
+    if (exclude.present && exclude.size > 0 && x.cols > 0) {
+        const auto words = workspace.reserve<std::uint32_t>(words_for(x.cols));
+        workspace.allocate();
+        exclusion.marks = {workspace.at(words), 1};
+        mark_listed(exclude, x.cols, exclusion.marks, stream);
+    }
+    quantize_rows(x, scheme, granularity, exclusion, codes, x.cols, scale, zeropoint, absent_vector, stream);
+}
+
+void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                     Vector zeropoint, Vector code_sums, cudaStream_t stream) {
+    refuse_capture(stream, "quantize_weight");
+    const bool per_row = granularity == Granularity::vector;
+    // A row's number is never as great as this, which bytes of one value make.
+    constexpr int filler = 0x7F;
+    constexpr unsigned long long none = 0x7F7F7F7F7F7F7F7FULL;
+    unsigned long long first = none;
+    {
+        Workspace workspace(stream);
+        const auto place = workspace.reserve<unsigned long long>(1);
+        workspace.allocate();
+        check(cudaMemsetAsync(workspace.at(place), filler, sizeof first, stream), "cudaMemsetAsync");
+        quantize_rows(weight, scheme, per_row ? Granularity::row : Granularity::tensor, {}, codes, weight.cols, scale,
+                      zeropoint, code_sums, workspace.at(place), stream);
+        check(cudaMemcpyAsync(&first, workspace.at(place), sizeof first, cudaMemcpyDeviceToHost, stream),
+              "cudaMemcpyAsync");
+        check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    }
+    if (first == none) return;
+    const std::string where = scale.size == 1 ? "" : " in row " + std::to_string(first);
+    throw Error(ErrorKind::value, "quantize_weight: weight: expected finite values, got NaN or Inf" + where);
+}
+
+void sum_codes(ConstMatrix codes, Vector code_sums, cudaStream_t stream) {
+    if (codes.rows == 0) return;
+    const Grid grid{static_cast<unsigned>(blocks_for(codes.rows, sum_threads / warp_size)), sum_threads};
+    launch(rows_are_aligned(codes, 16) ? sum_codes_kernel<true> : sum_codes_kernel<false>, grid, stream,
+           view_of<std::int8_t>(codes), span_of<std::int32_t>(code_sums));
+}
+
+}  // namespace octavo::cuda

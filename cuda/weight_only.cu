@@ -1,0 +1,627 @@
+// The linear layer with int8 weights and X as it is (W8A16), in one launch:
+//
+//   y[i, j] = scale[j] * sum_k x[i, k] * (codes[j, k] + zeropoint[j]) + bias[j]
+//
+// Its bound is reading the n * k bytes of codes once. A block of 8 warps owns some output features for a tile of rows of
+// X, and the whole depth k: `splits` warps share a feature, each takes its part of the depth, and their float32 sums are
+// added in shared memory in the order of the warps. So nothing passes between blocks, and no sum depends on timing.
+// Splitting within the block is enough to fill the machine from some thousand features on: 32 of them make a block.
+//
+// Two ways, chosen by what they cost per code. An H200 can issue 6 to 7 instructions per lane in the time in which one
+// byte arrives (132 multiprocessors * 128 lanes * 1.75 to 1.98 GHz / 4.8 TB/s), an A100 9:
+//
+//   dot product     2.25 to make a byte float32, m to multiply and add, m / 4 to make X float32, 0.2 for loads:
+//                   3.7 for m = 1, 5.0 for m = 2, but 7.5 for m = 4
+//   tensor cores    1.25 (f16) or 2.5 (bf16) to make a byte 16 bit, 1 / 8 for each 8 rows of X to multiply, 1 / 4 for
+//                   loads: 1.6 and 2.9 for m up to 8; 2.5 and 3.8 for m = 64, where the products themselves need 614
+//                   TFLOPS to keep up with the memory
+//
+// So the dot product serves up to 2 rows, and what tensor cores do not take: X in float32, sm_75, and operands whose
+// rows do not begin at multiples of 16 bytes.
+//
+// The zeropoint is split into a near part, an integer small enough that code + near is exact in what the products are
+// made of, and the rest, which multiplies the sum of a row of X. The rest is 0 unless a weight's range is far from zero;
+// and then it has the sign of every code + near, so that the two sums do not cancel (a fraction, which `quantize_weight`
+// never makes, is as harmless: it is at most 1/2).
+#include <algorithm>
+
+#include "device.cuh"
+#include "memory.hpp"
+#include "operations.hpp"
+#include "ptx.cuh"
+
+namespace octavo::cuda {
+namespace {
+
+constexpr int warps = 8;
+constexpr int threads = warps * warp_size;
+constexpr int codes_per_load = 16;
+
+template <class T>
+__device__ T smaller(T a, T b) {
+    return b < a ? b : a;
+}
+
+// An output matrix of any floating-point dtype.
+struct Target {
+    void* data;
+    DType dtype;
+    std::int64_t row_stride;
+    std::int64_t col_stride;
+
+    __device__ void set(std::int64_t row, std::int64_t col, float value) const {
+        const std::int64_t at = row * row_stride + col * col_stride;
+        switch (dtype) {
+            case DType::f16: static_cast<__half*>(data)[at] = from_float<__half>(value); break;
+            case DType::bf16: static_cast<__nv_bfloat16*>(data)[at] = from_float<__nv_bfloat16>(value); break;
+            default: static_cast<float*>(data)[at] = value;
+        }
+    }
+};
+
+// zeropoint = near + rest, near an integer from `low` to `high`.
+struct Shift {
+    float near = 0.0F;
+    float rest = 0.0F;
+};
+
+template <class X>
+struct Layer {
+    View<const X> x;
+    View<const std::int8_t> codes;
+    Span<const float> scale;
+    Span<const float> zeropoint;
+    FloatSpan bias;
+    Target out;
+    int splits;  // warps that share the depth: 1, 2, 4 or 8
+
+    __device__ Shift shift(std::int64_t feature, float low, float high) const {
+        if (!zeropoint.present()) return {};
+        const float value = zeropoint.of_group(feature);
+        const float near = fminf(fmaxf(rintf(value), low), high);
+        return {near, value - near};
+    }
+
+    // `sum` over k of x * (code + near); `x_sum` over k of x, needed only where there is a rest.
+    __device__ void finish(std::int64_t row, std::int64_t feature, float sum, float rest, float x_sum) const {
+        if (rest != 0.0F) sum = isfinite(x_sum) ? sum + rest * x_sum : plain_sum(row, feature);
+        const float y = sum * scale.of_group(feature);
+        out.set(row, feature, bias.present() ? y + bias[feature] : y);
+    }
+
+    // Not split: infinities whose parts would cancel come out as they should.
+    __device__ float plain_sum(std::int64_t row, std::int64_t feature) const {
+        float sum = 0.0F;
+        for (std::int64_t depth = 0; depth < x.cols; ++depth) {
+            const float code = static_cast<float>(*codes.at(feature, depth)) + zeropoint.of_group(feature);
+            sum += to_float(*x.at(row, depth)) * code;
+        }
+        return sum;
+    }
+};
+
+// sums[i] = sum_k x[first + i, k], by the whole block; all threads must take part. Rows from the last on are left out.
+template <class X>
+__device__ void sum_rows(const View<const X>& x, std::int64_t first, int rows, float* sums) {
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+    for (int i = static_cast<int>(threadIdx.x) / warp_size; i < rows && first + i < x.rows; i += warps) {
+        float sum = 0.0F;
+        for (std::int64_t depth = lane; depth < x.cols; depth += warp_size) sum += to_float(*x.at(first + i, depth));
+        sum = reduce_warp(sum, [](float a, float b) { return a + b; });
+        if (lane == 0) sums[i] = sum;
+    }
+    __syncthreads();
+}
+
+// --- dot products ---------------------------------------------------------------------------------------------------
+
+// A warp does `rows` rows of X times 4 features. Its lanes take 16 codes of the depth each, next to each other, with two
+// such steps of all features on their way (4 KiB per warp) while one is computed.
+
+constexpr int dot_features = 4;
+constexpr int dot_steps = 2;
+constexpr int dot_stride = codes_per_load * warp_size;  // codes of a row in one step of a warp
+
+// 2^23 + u for a byte u, as float32, is the byte below the exponent of 2^23. With u = code + 128, subtracting
+// 2^23 + 128 - near is exact while near is an integer of at most 2^22.
+constexpr float dot_near = 4194304.0F;
+
+__device__ float dot_offset(float near) { return 8388736.0F - near; }
+
+__device__ float code_to_float(std::uint32_t flipped, int byte, float offset) {
+    return __uint_as_float(select_bytes(flipped, 0x4B000000U, 0x7650U | static_cast<unsigned>(byte))) - offset;
+}
+
+// 16 codes from `depth` on, zeros from the end of the row on.
+__device__ uint4 load_codes(const View<const std::int8_t>& codes, std::int64_t row, std::int64_t depth,
+                            std::uint64_t policy) {
+    return depth < codes.cols ? load_16_once(codes.row(row) + depth, policy) : uint4{0, 0, 0, 0};
+}
+
+// 16 elements of X from `depth` on, zeros from the end of the row on.
+template <class X>
+__device__ void load_x(const View<const X>& x, std::int64_t row, std::int64_t depth, Pack<X, codes_per_load>& target) {
+    constexpr int width = per_access<X>;
+#pragma unroll
+    for (int begin = 0; begin < codes_per_load; begin += width) {
+        Pack<X, width> part = {};
+        if (depth < x.cols) part = load<width>(x.row(row) + depth + begin);
+#pragma unroll
+        for (int e = 0; e < width; ++e) target[begin + e] = part[e];
+    }
+}
+
+// Which sums a warp is to make.
+template <int rows, int features>
+struct DotPlace {
+    std::int64_t first_row;
+    std::int64_t block_feature;  // the first of the block
+    std::int64_t first_feature;  // the first of the warp
+
+    template <class X>
+    __device__ explicit DotPlace(const Layer<X>& layer) {
+        const std::int64_t row_tiles = (layer.x.rows + rows - 1) / rows;
+        first_row = blockIdx.x % row_tiles * rows;
+        block_feature = blockIdx.x / row_tiles * (warps / layer.splits * features);
+        first_feature = block_feature + static_cast<int>(threadIdx.x) / warp_size / layer.splits * features;
+    }
+};
+
+// Adds the lanes' sums, then those of the warps that share the depth, and writes y. All threads must take part.
+template <int rows, int features, class X>
+__device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>& place,
+                           const float (&sums)[rows][features]) {
+    __shared__ float partial[warps][rows * features];
+    __shared__ float x_sums[rows];
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+    const int warp = static_cast<int>(threadIdx.x) / warp_size;
+#pragma unroll
+    for (int i = 0; i < rows; ++i) {
+#pragma unroll
+        for (int j = 0; j < features; ++j) {
+            const float sum = reduce_warp(sums[i][j], [](float a, float b) { return a + b; });
+            if (lane == i * features + j) partial[warp][lane] = sum;
+        }
+    }
+    __syncthreads();
+
+    const int group = static_cast<int>(threadIdx.x) / (rows * features);
+    const int i = static_cast<int>(threadIdx.x) / features % rows;
+    const int j = static_cast<int>(threadIdx.x) % features;
+    const std::int64_t feature = place.block_feature + group * features + j;
+    const bool writes =
+        group < warps / layer.splits && place.first_row + i < layer.x.rows && feature < layer.codes.rows;
+    const float rest = writes ? layer.shift(feature, -dot_near, dot_near).rest : 0.0F;
+    const bool has_rest = layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
+    if (has_rest) sum_rows(layer.x, place.first_row, rows, x_sums);
+    if (!writes) return;
+    float sum = 0.0F;
+    for (int part = 0; part < layer.splits; ++part) {
+        sum += partial[group * layer.splits + part][i * features + j];
+    }
+    layer.finish(place.first_row + i, feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
+}
+
+template <class X, int rows>
+__global__ void __launch_bounds__(threads, 2) dot_kernel(Layer<X> layer) {
+    const DotPlace<rows, dot_features> place(layer);
+    const int lane = static_cast<int>(threadIdx.x) % warp_size;
+    const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
+
+    // Rows and features beyond the last one repeat it; they are not written.
+    std::int64_t row[rows];
+    std::int64_t feature[dot_features];
+    float offset[dot_features];
+#pragma unroll
+    for (int i = 0; i < rows; ++i) row[i] = smaller(place.first_row + i, layer.x.rows - 1);
+#pragma unroll
+    for (int j = 0; j < dot_features; ++j) {
+        feature[j] = smaller(place.first_feature + j, layer.codes.rows - 1);
+        offset[j] = dot_offset(layer.shift(feature[j], -dot_near, dot_near).near);
+    }
+
+    const std::uint64_t policy = read_once_policy();
+    const std::int64_t step = static_cast<std::int64_t>(layer.splits) * dot_stride;
+    std::int64_t depth = part * dot_stride + lane * codes_per_load;
+    uint4 coming[dot_steps][dot_features];
+#pragma unroll
+    for (int s = 0; s < dot_steps; ++s) {
+#pragma unroll
+        for (int j = 0; j < dot_features; ++j) {
+            coming[s][j] = load_codes(layer.codes, feature[j], depth + s * step, policy);
+        }
+    }
+    float sums[rows][dot_features] = {};
+    while (depth < layer.codes.cols) {
+#pragma unroll
+        for (int s = 0; s < dot_steps; ++s, depth += step) {
+            Pack<X, codes_per_load> x[rows];
+#pragma unroll
+            for (int i = 0; i < rows; ++i) load_x(layer.x, row[i], depth, x[i]);
+            std::uint32_t words[dot_features][4];
+#pragma unroll
+            for (int j = 0; j < dot_features; ++j) {
+                const uint4 codes = coming[s][j];
+                words[j][0] = codes.x ^ 0x80808080U;
+                words[j][1] = codes.y ^ 0x80808080U;
+                words[j][2] = codes.z ^ 0x80808080U;
+                words[j][3] = codes.w ^ 0x80808080U;
+                coming[s][j] = load_codes(layer.codes, feature[j], depth + dot_steps * step, policy);
+            }
+#pragma unroll
+            for (int e = 0; e < codes_per_load; ++e) {
+#pragma unroll
+                for (int j = 0; j < dot_features; ++j) {
+                    const float code = code_to_float(words[j][e / 4], e % 4, offset[j]);
+#pragma unroll
+                    for (int i = 0; i < rows; ++i) sums[i][j] = fmaf(to_float(x[i][e]), code, sums[i][j]);
+                }
+            }
+        }
+    }
+    finish_dot(layer, place, sums);
+}
+
+// Any strides and any k: an element at a time.
+constexpr int strided_rows = 4;
+
+template <class X>
+__global__ void __launch_bounds__(threads) strided_dot_kernel(Layer<X> layer) {
+    const DotPlace<strided_rows, 1> place(layer);
+    const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
+    const std::int64_t feature = smaller(place.first_feature, layer.codes.rows - 1);
+    const float near = layer.shift(feature, -dot_near, dot_near).near;
+    std::int64_t row[strided_rows];
+#pragma unroll
+    for (int i = 0; i < strided_rows; ++i) row[i] = smaller(place.first_row + i, layer.x.rows - 1);
+    float sums[strided_rows][1] = {};
+    const std::int64_t first = part * warp_size + static_cast<int>(threadIdx.x) % warp_size;
+#pragma unroll 4
+    for (std::int64_t depth = first; depth < layer.codes.cols; depth += layer.splits * warp_size) {
+        const float code = static_cast<float>(*layer.codes.at(feature, depth)) + near;
+#pragma unroll
+        for (int i = 0; i < strided_rows; ++i) {
+            sums[i][0] = fmaf(to_float(*layer.x.at(row[i], depth)), code, sums[i][0]);
+        }
+    }
+    finish_dot(layer, place, sums);
+}
+
+// --- tensor cores ---------------------------------------------------------------------------------------------------
+
+// A warp does 32 features times `8 * tiles` rows of X, by products of 16 features * 8 rows * 16 of the depth. Per step it
+// takes 64 of the depth: lane 4g + q loads 16 codes of features g, g + 8, g + 16, g + 24, from 16q on. A product's lane
+// wants columns 2q, 2q + 1, 2q + 8, 2q + 9 of its rows; it is given codes 16q + 4s to 16q + 4s + 3 instead, in the s-th
+// product of four, and X is read in the same order: a sum over k may take k in any order.
+//
+// Codes and X pass through a ring in shared memory, `stages` steps deep, filled by asynchronous copies: what is on its way
+// needs no registers. Codes are read back by the lane that copied them, 16 bytes at a place of its own.
+
+constexpr int mma_depth = 64;
+constexpr int mma_features = 32;
+constexpr int mma_loads = 4;  // of 16 codes, per lane and step
+constexpr int most_stages = 8;
+constexpr int partial_pitch = mma_features + 4;  // a warp's stores of sums then fall into 32 banks
+
+// code + near is exact in f16 and bf16 for these: at most 256 in magnitude. At the ends no code + near changes its sign.
+constexpr float mma_near_low = -128.0F;
+constexpr float mma_near_high = 129.0F;
+
+// Where the parts of a stage lie, in bytes.
+template <int tiles>
+struct Stage {
+    static constexpr int rows = 8 * tiles;
+    static constexpr int codes = threads * mma_loads * codes_per_load;
+    // 16 more than a row of X: lanes of even and odd g then read from different banks.
+    __host__ __device__ static constexpr int pitch(int splits) { return splits * mma_depth * 2 + 16; }
+    __host__ __device__ static constexpr int size(int splits) { return codes + rows * pitch(splits); }
+};
+
+template <class X>
+__device__ X make_pair(const std::uint32_t& bits) {
+    return *reinterpret_cast<const X*>(&bits);
+}
+
+template <class X>
+__device__ std::uint32_t bits_of(const X& pair) {
+    return *reinterpret_cast<const std::uint32_t*>(&pair);
+}
+
+// Codes as pairs of X's type.
+template <class X>
+class PairsOf;
+
+// 0x6400 + u is 1024 + u in f16, for a byte u = code + 128.
+template <>
+class PairsOf<__half> {
+public:
+    __device__ explicit PairsOf(float near) : offset_(__float2half2_rn(1152.0F - near)) {}
+
+    // Codes 0 and 1 of a word, and 2 and 3.
+    __device__ void convert(std::uint32_t word, std::uint32_t& first, std::uint32_t& second) const {
+        const std::uint32_t flipped = word ^ 0x80808080U;
+        first = pair(select_bytes(flipped, 0x64646464U, 0x4140U));
+        second = pair(select_bytes(flipped, 0x64646464U, 0x4342U));
+    }
+
+private:
+    __device__ std::uint32_t pair(std::uint32_t bits) const { return bits_of(__hsub2(make_pair<__half2>(bits), offset_)); }
+
+    __half2 offset_;
+};
+
+// A bf16 has 7 bits below its exponent. 0x4300 + (the low 7 bits of a code) is 128 + them; 0x4300 + (its sign bit) is 128,
+// or 256 for a negative code, which is the low bits less 128.
+template <>
+class PairsOf<__nv_bfloat16> {
+public:
+    __device__ explicit PairsOf(float near) : near_(__float2bfloat162_rn(near)) {}
+
+    __device__ void convert(std::uint32_t word, std::uint32_t& first, std::uint32_t& second) const {
+        first = pair(select_bytes(word, 0U, 0x4140U));
+        second = pair(select_bytes(word, 0U, 0x4342U));
+    }
+
+private:
+    __device__ std::uint32_t pair(std::uint32_t bytes) const {
+        const std::uint32_t low = (bytes & 0x007F007FU) | 0x43004300U;
+        const std::uint32_t sign = (bytes & 0x00800080U) | 0x43004300U;
+        const auto codes = __hsub2(make_pair<__nv_bfloat162>(low), make_pair<__nv_bfloat162>(sign));
+        return bits_of(__hadd2(codes, near_));
+    }
+
+    __nv_bfloat162 near_;
+};
+
+__device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], __half /*x*/) {
+    multiply_add_f16(sums, a, b);
+}
+
+__device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                             __nv_bfloat16 /*x*/) {
+    multiply_add_bf16(sums, a, b);
+}
+
+// Waits until all but the last `pending` groups of copies have landed.
+__device__ void wait_for_copies(int pending) {
+    switch (pending) {
+        case 0: return copy_async_wait<0>();
+        case 1: return copy_async_wait<1>();
+        case 2: return copy_async_wait<2>();
+        case 3: return copy_async_wait<3>();
+        case 4: return copy_async_wait<4>();
+        case 5: return copy_async_wait<5>();
+        default: return copy_async_wait<most_stages - 2>();
+    }
+}
+
+template <class X, int tiles>
+__global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<X> layer, int stages) {
+    using Place = Stage<tiles>;
+    constexpr int rows = Place::rows;
+    OCTAVO_DYNAMIC_SHARED(unsigned char, ring);
+    __shared__ float x_sums[rows];
+    const int thread = static_cast<int>(threadIdx.x);
+    const int lane = thread % warp_size;
+    const int warp = thread / warp_size;
+    const int g = lane / 4;
+    const int q = lane % 4;
+    const int splits = layer.splits;
+    const int part = warp % splits;
+    const std::int64_t m = layer.x.rows;
+    const std::int64_t n = layer.codes.rows;
+    const std::int64_t k = layer.codes.cols;
+    const std::int64_t row_tiles = (m + rows - 1) / rows;
+    const std::int64_t first_row = blockIdx.x % row_tiles * rows;
+    const int block_features = warps / splits * mma_features;
+    const std::int64_t block_feature = blockIdx.x / row_tiles * block_features;
+    const int present_rows = static_cast<int>(smaller<std::int64_t>(rows, m - first_row));
+    const int pitch = Place::pitch(splits);
+    const int stage_size = Place::size(splits);
+    const int stage_depth = splits * mma_depth;
+    const auto steps = static_cast<int>((k + stage_depth - 1) / stage_depth);
+
+    // What this lane reads of the codes. Features beyond the last one repeat it; they are not written.
+    const std::int64_t first_feature = block_feature + warp / splits * mma_features + g;
+    const std::int8_t* codes[mma_loads];
+    float near[mma_loads];
+#pragma unroll
+    for (int load = 0; load < mma_loads; ++load) {
+        const std::int64_t feature = smaller(first_feature + 8 * load, n - 1);
+        codes[load] = layer.codes.row(feature);
+        near[load] = layer.shift(feature, mma_near_low, mma_near_high).near;
+    }
+    const int lane_depth = part * mma_depth + q * codes_per_load;
+    const std::uint64_t policy = read_once_policy();
+
+    // What this thread copies of X: a column of 16 bytes of some rows.
+    constexpr int x_width = per_access<X>;
+    const int x_columns = stage_depth / x_width;
+    const int x_row = thread / x_columns;
+    const int x_depth = thread % x_columns * x_width;
+    const int x_step = threads / x_columns;
+
+    const auto fetch = [&](int step, int slot) {
+        if (step < steps) {
+            unsigned char* const stage = ring + slot * stage_size;
+            const std::int64_t depth = static_cast<std::int64_t>(step) * stage_depth;
+            const int bytes = depth + lane_depth < k ? codes_per_load : 0;
+            const std::int64_t at = bytes == 0 ? 0 : depth + lane_depth;
+#pragma unroll
+            for (int load = 0; load < mma_loads; ++load) {
+                copy_async_16_once(stage + (load * threads + thread) * codes_per_load, codes[load] + at, bytes, policy);
+            }
+            const int x_bytes = depth + x_depth < k ? 16 : 0;
+            const std::int64_t x_at = x_bytes == 0 ? 0 : depth + x_depth;
+            for (int i = x_row; i < present_rows; i += x_step) {
+                copy_async_16(stage + Place::codes + i * pitch + x_depth * 2, layer.x.row(first_row + i) + x_at, x_bytes);
+            }
+        }
+        copy_async_commit();
+    };
+
+    for (int step = 0; step + 1 < stages; ++step) fetch(step, step);
+    // Rows of the tile that X does not have.
+    for (int slot = 0; slot < stages; ++slot) {
+        unsigned char* const x = ring + slot * stage_size + Place::codes;
+        for (int i = present_rows + x_row; i < rows; i += x_step) {
+            *reinterpret_cast<uint4*>(x + i * pitch + x_depth * 2) = uint4{0, 0, 0, 0};
+        }
+    }
+
+    const PairsOf<X> pairs[mma_loads] = {PairsOf<X>(near[0]), PairsOf<X>(near[1]), PairsOf<X>(near[2]),
+                                         PairsOf<X>(near[3])};
+    float sums[2][tiles][4] = {};
+    int slot = 0;
+    for (int step = 0; step < steps; ++step) {
+        wait_for_copies(stages - 2);
+        __syncthreads();  // the stage is there, and the one before it has been read by all
+        fetch(step + stages - 1, slot == 0 ? stages - 1 : slot - 1);
+        const unsigned char* const stage = ring + slot * stage_size;
+        slot = slot + 1 == stages ? 0 : slot + 1;
+
+        std::uint32_t a[2][4][4];  // [16 features][product][register]
+#pragma unroll
+        for (int load = 0; load < mma_loads; ++load) {
+            const auto words = *reinterpret_cast<const uint4*>(stage + (load * threads + thread) * codes_per_load);
+            const std::uint32_t word[] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+                pairs[load].convert(word[s], a[load / 2][s][load % 2], a[load / 2][s][load % 2 + 2]);
+            }
+        }
+        const unsigned char* const x = stage + Place::codes + g * pitch + lane_depth * 2;
+#pragma unroll
+        for (int tile = 0; tile < tiles; ++tile) {
+            const auto left = *reinterpret_cast<const uint4*>(x + tile * 8 * pitch);
+            const auto right = *reinterpret_cast<const uint4*>(x + tile * 8 * pitch + 16);
+            const std::uint32_t b[4][2] = {{left.x, left.y}, {left.z, left.w}, {right.x, right.y}, {right.z, right.w}};
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) multiply_add(sums[half][tile], a[half][s], b[s], X{});
+            }
+        }
+    }
+
+    // The ring becomes the sums of the warps: [warp, row, feature].
+    wait_for_copies(0);
+    __syncthreads();
+    auto* const partial = reinterpret_cast<float*>(ring);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int row = tile * 8 + 2 * q + e % 2;
+                const int feature = half * 16 + g + e / 2 * 8;
+                partial[(warp * rows + row) * partial_pitch + feature] = sums[half][tile][e];
+            }
+        }
+    }
+    __syncthreads();
+
+    // A thread finishes one feature of some rows.
+    const int feature = thread % block_features;
+    const int group = feature / mma_features;
+    const bool writes = block_feature + feature < n;
+    const float rest = writes ? layer.shift(block_feature + feature, mma_near_low, mma_near_high).rest : 0.0F;
+    const bool has_rest = layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
+    if (has_rest) sum_rows(layer.x, first_row, rows, x_sums);
+    if (!writes) return;
+    for (int i = thread / block_features; i < present_rows; i += threads / block_features) {
+        const float* const first = partial + (group * splits * rows + i) * partial_pitch + feature % mma_features;
+        float sum = 0.0F;
+        for (int p = 0; p < splits; ++p) sum += first[p * rows * partial_pitch];
+        layer.finish(first_row + i, block_feature + feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
+    }
+}
+
+// --- launchers ------------------------------------------------------------------------------------------------------
+
+template <class X>
+Layer<X> layer_of(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out) {
+    return {.x = view_of<X>(x),
+            .codes = view_of<std::int8_t>(weight.codes),
+            .scale = span_of<float>(weight.scale),
+            .zeropoint = span_of<float>(weight.zeropoint),
+            .bias = float_span_of(bias),
+            .out = {out.data, out.dtype, out.row_stride, out.col_stride},
+            .splits = 1};
+}
+
+// `depth`: what a warp takes of k at a time.
+template <int rows, int features, class X>
+void launch_dot(void (*kernel)(Layer<X>), Layer<X> layer, int depth, cudaStream_t stream) {
+    const std::int64_t row_tiles = blocks_for(layer.x.rows, rows);
+    const auto blocks = [&] { return row_tiles * blocks_for(layer.codes.rows, warps / layer.splits * features); };
+    // Two blocks to a multiprocessor, nearly, as long as every warp has some depth to itself.
+    const std::int64_t enough = device_facts().multiprocessors * 3 / 2;
+    while (layer.splits < warps && blocks() < enough && layer.splits * depth < layer.codes.cols) layer.splits *= 2;
+    launch(kernel, Grid{static_cast<unsigned>(blocks()), threads}, stream, layer);
+}
+
+template <class X, int rows>
+void launch_dot(const Layer<X>& layer, cudaStream_t stream) {
+    launch_dot<rows, dot_features>(dot_kernel<X, rows>, layer, dot_stride, stream);
+}
+
+template <class X, int tiles>
+void launch_mma(Layer<X> layer, cudaStream_t stream) {
+    using Place = Stage<tiles>;
+    const DeviceFacts& facts = device_facts();
+    const std::int64_t row_tiles = blocks_for(layer.x.rows, Place::rows);
+    // With more features to a block, X is read by fewer blocks; with fewer features, more multiprocessors take part, of
+    // which two thirds can take all that the memory gives.
+    int stages = 0;
+    std::int64_t blocks = 0;
+    double least = 0.0;
+    for (int splits = 1; splits <= warps; splits *= 2) {
+        const std::int64_t count = row_tiles * blocks_for(layer.codes.rows, warps / splits * mma_features);
+        const std::size_t fitting = facts.shared / (count > facts.multiprocessors && tiles <= 4 ? 2 : 1) /
+                                    static_cast<std::size_t>(Place::size(splits));
+        if (splits > 1 && (fitting < 3 || splits * mma_depth >= layer.codes.cols + mma_depth)) break;
+        const double bytes = static_cast<double>(layer.codes.cols) *
+                             (static_cast<double>(layer.codes.rows) +
+                              2.0 * static_cast<double>(count) * static_cast<double>(std::min<std::int64_t>(layer.x.rows, Place::rows)));
+        const double taking_part = std::min(1.0, 1.5 * static_cast<double>(count) / facts.multiprocessors);
+        if (splits == 1 || bytes / taking_part < least) {
+            least = bytes / taking_part;
+            layer.splits = splits;
+            blocks = count;
+            stages = static_cast<int>(std::clamp<std::size_t>(fitting, 2, most_stages));
+        }
+    }
+    const std::size_t partial = sizeof(float) * warps * Place::rows * partial_pitch;
+    const std::size_t shared = std::max(partial, static_cast<std::size_t>(stages) * Place::size(layer.splits));
+    allow_shared(mma_kernel<X, tiles>, shared);
+    launch(mma_kernel<X, tiles>, Grid{static_cast<unsigned>(blocks), threads, shared}, stream, layer, stages);
+}
+
+}  // namespace
+
+void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, cudaStream_t stream) {
+    constexpr std::int64_t most_dot_rows = 2;
+    constexpr int first_mma_architecture = 80;
+    const std::int64_t m = out.rows;
+    if (m == 0 || out.cols == 0) return;
+    const bool wide = x.cols % codes_per_load == 0 && rows_are_aligned(weight.codes, 16) && rows_are_aligned(x, 16);
+    with_float(x.dtype, [&]<class X>(Type<X>) {
+        const Layer<X> layer = layer_of<X>(x, weight, bias, out);
+        if constexpr (sizeof(X) == 2) {
+            if (wide && m > most_dot_rows && device_facts().architecture >= first_mma_architecture) {
+                if (m <= 8) return launch_mma<X, 1>(layer, stream);
+                if (m <= 16) return launch_mma<X, 2>(layer, stream);
+                if (m <= 32) return launch_mma<X, 4>(layer, stream);
+                return launch_mma<X, 8>(layer, stream);
+            }
+        }
+        if (!wide) return launch_dot<strided_rows, 1>(strided_dot_kernel<X>, layer, 4 * warp_size, stream);
+        if (m == 1) return launch_dot<X, 1>(layer, stream);
+        if (m == 2) return launch_dot<X, 2>(layer, stream);
+        return launch_dot<X, 4>(layer, stream);
+    });
+}
+
+}  // namespace octavo::cuda

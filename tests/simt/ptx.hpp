@@ -1,0 +1,71 @@
+// The functions of cuda/ptx.cuh on the CPU: exact, over the registers of a warp.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "simt.hpp"
+
+namespace octavo::cuda {
+
+inline void copy_async_16(void* target, const void* source, int bytes) {
+    // NOLINTNEXTLINE(cppcoreguidelines-pro-type-reinterpret-cast): the hardware faults on these
+    if (((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source)) & 15U) != 0) std::abort();
+    simt::defer_copy(target, source, bytes);
+}
+inline void copy_async_commit() { simt::copy_commit(); }
+template <int pending>
+void copy_async_wait() {
+    simt::copy_wait(pending);
+}
+
+inline void load_matrices(std::uint32_t (&registers)[4], const void* row) {
+    for (int word = 0; word < 4; ++word) simt::note(static_cast<const char*>(row) + 4 * word, 4, false, false);
+    simt::whole_warp_collective(
+        "load_matrices", {row, registers, 0},
+        [](simt::Lane* lanes, unsigned) {
+            for (int lane = 0; lane < 32; ++lane) {
+                for (int matrix = 0; matrix < 4; ++matrix) {
+                    std::memcpy(static_cast<std::uint32_t*>(lanes[lane].out) + matrix,
+                                static_cast<const char*>(lanes[matrix * 8 + lane / 4].in) + lane % 4 * 4, 4);
+                }
+            }
+        },
+        simt::Loc::current());
+}
+
+inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    struct Operands {
+        std::uint32_t a[4];
+        std::uint32_t b[2];
+    };
+    Operands mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    simt::whole_warp_collective(
+        "multiply_add_s8", {&mine, sums, 0},
+        [](simt::Lane* lanes, unsigned) {
+            std::int8_t whole_a[16][32];
+            std::int8_t whole_b[8][32];
+            for (int lane = 0; lane < 32; ++lane) {
+                const auto& from = *static_cast<const Operands*>(lanes[lane].in);
+                for (int r = 0; r < 4; ++r) {
+                    std::memcpy(&whole_a[lane / 4 + 8 * (r % 2)][lane % 4 * 4 + 16 * (r / 2)], &from.a[r], 4);
+                }
+                for (int r = 0; r < 2; ++r) std::memcpy(&whole_b[lane / 4][lane % 4 * 4 + 16 * r], &from.b[r], 4);
+            }
+            for (int lane = 0; lane < 32; ++lane) {
+                for (int r = 0; r < 4; ++r) {
+                    const int row = lane / 4 + 8 * (r / 2);
+                    const int col = lane % 4 * 2 + r % 2;
+                    std::int32_t sum = 0;
+                    for (int h = 0; h < 32; ++h) sum += whole_a[row][h] * whole_b[col][h];
+                    auto& total = static_cast<std::int32_t*>(lanes[lane].out)[r];
+                    total = static_cast<std::int32_t>(static_cast<std::uint32_t>(total) +
+                                                      static_cast<std::uint32_t>(sum));
+                }
+            }
+        },
+        simt::Loc::current());
+}
+
+}  // namespace octavo::cuda
