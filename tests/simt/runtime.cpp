@@ -291,23 +291,6 @@ cudaError_t free_in_order(void* memory, cudaStream_t stream) {
 
 }  // namespace
 
-Counters counters() {
-    const std::scoped_lock lock(machine_mutex());
-    return runtime().counted;
-}
-void reset_counters() {
-    const std::scoped_lock lock(machine_mutex());
-    runtime().counted = {};
-}
-void register_memory(const void* memory, std::size_t size) {
-    const std::scoped_lock lock(machine_mutex());
-    race_register(memory, size);
-}
-void unregister_memory(const void* memory) {
-    const std::scoped_lock lock(machine_mutex());
-    race_unregister(memory);
-}
-
 cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size_t shared, Call call) {
     const std::scoped_lock lock(machine_mutex());
     if (const cudaError_t status = check_launch(call.kernel, grid, block, shared); status != cudaSuccess) {
@@ -323,6 +306,23 @@ cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size
 
 CUgraph_st::~CUgraph_st() {
     for (void* const part : memory) simt::free_memory(part);
+}
+
+void octavo_simt_counters(simt::Counters* counters) {
+    const std::scoped_lock lock(simt::machine_mutex());
+    *counters = simt::runtime().counted;
+}
+void octavo_simt_reset_counters() {
+    const std::scoped_lock lock(simt::machine_mutex());
+    simt::runtime().counted = {};
+}
+void octavo_simt_register(void* memory, std::size_t size) {
+    const std::scoped_lock lock(simt::machine_mutex());
+    simt::race_register(memory, size);
+}
+void octavo_simt_unregister(void* memory) {
+    const std::scoped_lock lock(simt::machine_mutex());
+    simt::race_unregister(memory);
 }
 
 // --- the runtime's functions ----------------------------------------------------------------------------------------

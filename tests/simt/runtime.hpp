@@ -3,11 +3,9 @@
 
 #include <cstddef>
 
-#define SIMT_EXPORT __attribute__((visibility("default")))
-
 namespace simt {
 
-// What was done since the last `reset_counters`. Work that was captured counts when its graph is launched.
+// What was done since the counters were last reset. Work that was captured counts when its graph is launched.
 struct Counters {
     long launches = 0;
     long copies = 0;            // cudaMemcpy*, cudaMemset*
@@ -16,12 +14,20 @@ struct Counters {
                            // and stream-ordered ones that their pool cannot serve from what it has kept
     long pool_allocations = 0;  // stream-ordered ones, all
 };
-SIMT_EXPORT Counters counters();
-SIMT_EXPORT void reset_counters();
-
-// Host memory that kernels may access from now on. The race build needs it, and reports accesses to other host memory;
-// the other builds allow all.
-SIMT_EXPORT void register_memory(const void* memory, std::size_t size);
-SIMT_EXPORT void unregister_memory(const void* memory);
 
 }  // namespace simt
+
+// Also for who loads the library without linking with it.
+extern "C" {
+#pragma GCC visibility push(default)
+
+void octavo_simt_counters(simt::Counters* counters);
+void octavo_simt_reset_counters();
+
+// Host memory that kernels may access until it is withdrawn. The race build needs it, and reports accesses to other
+// host memory; the other builds allow all.
+void octavo_simt_register(void* memory, std::size_t size);
+void octavo_simt_unregister(void* memory);
+
+#pragma GCC visibility pop
+}
