@@ -17,19 +17,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # for whoever runs or imports this from elsewhere
 
 import app
+import loading
 import octavo
 import ragged
 import torch
 import transformers
 import uvicorn
 from engine import Engine
-from octavo.torch import Int8Linear
-from octavo.transformers import OctavoConfig
 
 
 def main() -> None:
@@ -57,14 +55,14 @@ def main() -> None:
     if not (args.model / "config.json").is_file():
         parser.error(f"MODEL: expected a Hugging Face folder with config.json, got {args.model}")
     try:
-        model = load(args.model, args.dtype)
+        model = loading.load(args.model, args.dtype)
         context = ragged.prepare_(model)
     except ValueError as problem:
         parser.error(str(problem))
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     served = app.Served(
         name=args.name or args.model.resolve().name,
-        engine=Engine(model, ends(model), batch=args.batch, waiting=args.waiting),
+        engine=Engine(model, loading.ends(model), batch=args.batch, waiting=args.waiting),
         tokenizer=tokenizer,
         context=context,
         words=model.get_input_embeddings().num_embeddings,
@@ -73,29 +71,6 @@ def main() -> None:
     uvicorn.run(
         app.create(served), host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=args.grace
     )
-
-
-def load(folder: Path, dtype: str = "auto") -> Any:
-    """The model of a folder, its linear layers int8 and independent of what else is in a batch.
-
-    Raises ValueError where none of its layers is int8.
-    """
-    config = transformers.AutoConfig.from_pretrained(folder)
-    converted = getattr(config, "quantization_config", None) is not None
-    more = {} if converted else {"quantization_config": OctavoConfig(outliers="rows", path="int8")}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
-    if not any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise ValueError(f"{folder}: expected a model with int8 layers of octavo, got one without")
-    changed = ragged.independent_(model)
-    if changed:
-        print(f"{folder.name}: {changed} int8 layers now look for outliers token by token", flush=True)
-    return model.eval()
-
-
-def ends(model: Any) -> set[int]:
-    """The tokens that end a text, as the model's generation config says."""
-    found = model.generation_config.eos_token_id
-    return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
 def _positive(text: str) -> int:

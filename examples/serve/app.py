@@ -18,9 +18,11 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from protocol import Answer, ChatRequest, Common, CompletionRequest, error
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 from tokenizers.decoders import DecodeStream
 
+MOST_BYTES = 4 << 20  # of a request
 DEFAULT_TOKENS = 16  # new ones, where the request does not say; OpenAI's default
 
 
@@ -171,7 +173,7 @@ def create(served: Served) -> FastAPI:
         yield
         await asyncio.to_thread(served.engine.close)
 
-    app = FastAPI(title="octavo", lifespan=lifespan)
+    app = FastAPI(title="octavo", lifespan=lifespan, max_body_size=MOST_BYTES)
 
     def refuse(status: int, outcome: str, body: dict[str, Any]) -> JSONResponse:
         metrics.requests.labels(outcome).inc()
@@ -190,7 +192,8 @@ def create(served: Served) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def other(request: Request, problem: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {problem.detail}"
-        return refuse(problem.status_code, "invalid", error(message, "invalid_request_error"))
+        gone = isinstance(problem.__cause__, ClientDisconnect)  # while the request was being read
+        return refuse(problem.status_code, "cancelled" if gone else "invalid", error(message, "invalid_request_error"))
 
     @app.exception_handler(FullError)
     async def full(*_: Any) -> JSONResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import deque
@@ -50,11 +51,9 @@ class Job:
     deliver: Callable[[int | None, Finish | None], None]
     cancelled: bool = False
     produced: int = 0
-    text: ragged.Text = field(init=False)
     random: torch.Generator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.text = ragged.Text(list(self.prompt))
         if self.sampling.temperature > 0:
             self.random = torch.Generator()
             if self.sampling.seed is None:
@@ -81,7 +80,8 @@ class Engine:
         self._most_waiting = waiting
         self._prompt_tokens = prompt_tokens
         self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
+        # A text's keys and values live here only, so that they are freed when it leaves, whoever still holds the job.
+        self._running: list[tuple[Job, ragged.Text]] = []
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="octavo-engine", daemon=True)
@@ -129,31 +129,41 @@ class Engine:
 
     def _run(self) -> None:
         while self._gather():
-            try:
-                logits = ragged.step(self._model, [job.text for job in self._running])
-                tokens = [_choose(row, job) for row, job in zip(logits, self._running, strict=True)]
-            except Exception:  # of these jobs; the next ones may fare better
-                logger.exception("a step over %d texts failed", len(self._running))
-                for job in self._running:
-                    _deliver(job, None, "failed")
-                self._running = []
-                continue
-            running = self._running
-            self._running = [job for job, token in zip(running, tokens, strict=True) if self._take(job, token)]
+            self._step()
+
+    def _step(self) -> None:
+        jobs, texts = zip(*self._running, strict=True)
+        try:
+            logits = ragged.step(self._model, texts)
+            tokens = [_choose(row, job) for row, job in zip(logits, jobs, strict=True)]
+        except Exception:  # of these jobs; the next ones may fare better
+            logger.exception("a step over %d texts failed", len(jobs))
+            self._running = []
+            for job in jobs:
+                _deliver(job, None, "failed")
+            return
+        for text, token in zip(texts, tokens, strict=True):
+            text.unread = [token]
+        goes_on = [self._take(job, token) for job, token in zip(jobs, tokens, strict=True)]
+        self._running = list(itertools.compress(self._running, goes_on))
 
     def _gather(self) -> bool:
         """Choose who takes part in the next step; waits until there is somebody. False: closed, and all is done."""
         with self._changed:
             while True:
-                for job in [job for job in (*self._running, *self._waiting) if job.cancelled]:
-                    (self._running if job in self._running else self._waiting).remove(job)
+                cancelled = [job for job in (*(job for job, _ in self._running), *self._waiting) if job.cancelled]
+                if cancelled:
+                    self._running = [(job, text) for job, text in self._running if not job.cancelled]
+                    self._waiting = deque(job for job in self._waiting if not job.cancelled)
+                for job in cancelled:
                     _deliver(job, None, "cancelled")
                 tokens = 0
                 while self._waiting and len(self._running) < self._batch:
-                    tokens += len(self._waiting[0].prompt)
-                    if tokens > max(self._prompt_tokens, len(self._waiting[0].prompt)):
+                    job = self._waiting[0]
+                    tokens += len(job.prompt)
+                    if tokens > max(self._prompt_tokens, len(job.prompt)):
                         break
-                    self._running.append(self._waiting.popleft())
+                    self._running.append((self._waiting.popleft(), ragged.Text(list(job.prompt))))
                 if self._running:
                     return True
                 if self._closed:
@@ -166,7 +176,6 @@ class Engine:
             _deliver(job, None, "stop")
             return False
         job.produced += 1
-        job.text.unread = [token]
         _deliver(job, token, None)
         if job.produced == job.most:
             _deliver(job, None, "length")

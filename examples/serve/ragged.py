@@ -3,7 +3,7 @@
 All layers but attention work on each token by itself, so the tokens of all texts go through them in one call: the
 linear layers read their weights once for all. Attention is computed text by text, over the text's own keys and values,
 by the very function that `generate` uses. So nothing that a text computes depends on which others are beside it, as
-long as the linear layers keep to that too: int8 layers do under outliers="rows" and "static" (see `independent_`).
+long as the linear layers keep to that too: int8 layers do under outliers="rows" and "static" (`loading.independent_`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import octavo.transformers  # noqa: F401 - makes Transformers know int8 models
 import torch
-from octavo.torch import Int8Linear
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -84,19 +82,4 @@ def prepare_(model: Any) -> int:
             raise ValueError(f"model: expected layers of attention only, got {config.model_type} with {kind}")
     model.set_attn_implementation(ATTENTION)
     limits = (getattr(config, "max_position_embeddings", None), getattr(config, "sliding_window", None))
-    return min([limit for limit in limits if limit] or [2048])
-
-
-def independent_(model: torch.nn.Module) -> int:
-    """Make each row of each int8 layer independent of the others; returns how many layers had to be changed.
-
-    outliers="columns", the paper's, looks for outlier columns in the whole call: beside another text's outliers a
-    feature goes through the 16-bit product, alone it does not. "rows" decides for each token; "static" never looks.
-    """
-    changed = 0
-    for layer in model.modules():
-        if isinstance(layer, Int8Linear):
-            changed += layer.outliers == "columns" or layer.path == "auto"
-            layer.outliers = "rows" if layer.outliers == "columns" else layer.outliers
-            layer.path = "int8" if layer.path == "auto" else layer.path  # "auto" may come to depend on the rows
-    return changed
+    return min([int(limit) for limit in limits if limit] or [2048])
