@@ -405,7 +405,6 @@ def test_a_full_server_says_so(client: httpx2.Client) -> None:
         answers = list(threads.map(lambda i: post(client, prompt=[i + 1], max_tokens=60), range(8)))
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429}
-    assert statuses.count(200) >= 3
     assert {answer.headers["Retry-After"] for answer in answers if answer.status_code == 429} == {"1"}
     refused = 'requests_total{outcome="refused"}'
     assert counts(client)[refused] - before.get(refused, 0) == statuses.count(429)
