@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             make_model(model)
         others = Others()
         cases = make_cases(model, args.cases)
-        with serving(model, "--batch", str(args.batch), "--threads", str(args.threads)) as server:
+        with serving([str(SERVER), str(model), "--batch", str(args.batch), "--threads", str(args.threads)]) as server:
             outcome = asyncio.run(load(server, cases, args.requests, args.clients))
             outcome.faults += asyncio.run(check_shutdown(server, cases))
     outcome.slopes = slopes(outcome)
@@ -244,17 +244,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, *options: str, seconds: float = 120) -> Iterator[Server]:
-    """The server over `model`, from when it answers; ended at the end, whatever happens.
+def serving(command: Sequence[str], seconds: float = 120) -> Iterator[Server]:
+    """A server, from when it answers; ended at the end, whatever happens. `command`: Python's arguments, but the port.
 
     Raises RuntimeError where it does not start.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(SERVER), str(model), "--port", str(port), *options]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *command, "--port", str(port)], stdout=log, stderr=subprocess.STDOUT
+        )
         server = Server(process, f"http://127.0.0.1:{port}")
         try:
             end = time.monotonic() + seconds

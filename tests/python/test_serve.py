@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch", reason="the server runs PyTorch models, and PyTorch is not installed")
-for _package in ("transformers", "accelerate", "fastapi", "uvicorn", "prometheus_client", "httpx2", "matplotlib"):
+for _package in (
+    "transformers",
+    "accelerate",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
+    "httpx2",
+    "openai",
+    "matplotlib",
+):
     pytest.importorskip(_package, reason=f"{_package} of octavo[serve] or octavo[test] is not installed")
 if not Path("/proc/self/smaps_rollup").exists():
     pytest.skip("the load test reads a process's memory from /proc, which is not here", allow_module_level=True)
@@ -28,6 +37,7 @@ import engine  # noqa: E402
 import httpx2  # noqa: E402
 import loading  # noqa: E402
 import octavo.torch  # noqa: E402
+import openai  # noqa: E402
 import ragged  # noqa: E402
 import serve_load  # noqa: E402
 import transformers  # noqa: E402
@@ -426,6 +436,22 @@ def test_a_client_that_hangs_up(client: httpx2.Client, streamed: bool) -> None:
     assert after["completion_tokens_total"] - before["completion_tokens_total"] < 250
 
 
+def test_the_client_of_openai(client: httpx2.Client, cases: list[serve_load.Case]) -> None:
+    case = unending(cases)
+    with openai.OpenAI(base_url=f"{client.base_url}v1", api_key="none") as theirs:
+        request = {"model": "tiny", "prompt": case.prompt, "max_tokens": case.most, "temperature": 0}
+        assert theirs.completions.create(**request).choices[0].text == case.text
+        pieces = list(theirs.completions.create(**request, stream=True))
+        assert "".join(piece.choices[0].text for piece in pieces) == case.text
+        turns = [{"role": "user", "content": "What is int8?"}]
+        chat = {"model": "tiny", "messages": turns, "max_tokens": 9, "temperature": 0}
+        whole = theirs.chat.completions.create(**chat).choices[0].message.content
+        pieces = list(theirs.chat.completions.create(**chat, stream=True))
+        assert "".join(piece.choices[0].delta.content for piece in pieces) == whole
+        with pytest.raises(openai.BadRequestError, match="model: expected 'tiny'"):
+            theirs.completions.create(**{**request, "model": "other"})
+
+
 def test_characters_of_several_tokens(client: httpx2.Client, folder: Path) -> None:
     """Pieces of a stream never hold half a character, and together are the whole text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -436,6 +462,17 @@ def test_characters_of_several_tokens(client: httpx2.Client, folder: Path) -> No
         text = "".join(event["choices"][0]["text"] for event in events)
         assert text == tokenizer.decode(tokens, skip_special_tokens=True)
         assert post(client, **body).json()["choices"][0]["text"] == text
+
+
+def test_the_server_of_transformers(tmp_path: Path) -> None:
+    """`python -m octavo.transformers serve`: an int8 model behind Transformers' own server."""
+    serve_load.make_model(tmp_path / "int8")
+    (case,) = serve_load.make_cases(tmp_path / "int8", 1)
+    with serve_load.serving(["-m", "octavo.transformers", "serve", str(tmp_path / "int8")]) as server:
+        body = {"prompt": case.prompt, "max_tokens": case.most, "temperature": 0}
+        answer = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200
+    assert answer.json()["choices"][0]["text"] == case.text
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -459,7 +496,7 @@ def test_the_load_test_sees_what_is_wrong(folder: Path, cases: list[serve_load.C
 
     case = unending(cases)
     other = replace(case, tokens=[*case.tokens[:-1], (case.tokens[-1] + 1) % 1024])
-    with serve_load.serving(folder, "--threads", "1") as server:
+    with serve_load.serving([str(serve_load.SERVER), str(folder), "--threads", "1"]) as server:
         outcome = asyncio.run(serve_load.load(server, [other], 40, 4))
     assert len(outcome.faults) >= outcome.kinds["whole"] + outcome.kinds["stream"] > 20
     assert all("tokens: expected" in fault for fault in outcome.faults)
