@@ -274,7 +274,8 @@ class TestFiles:
         config = json.loads((output / "config.json").read_text())
         assert config["vocab_size"] == 50
         assert config["quantization_config"] == {
-            "quant_method": "octavo",
+            "quant_method": None,
+            "octavo": "load with: import octavo.transformers",
             "format_version": 1,
             "scheme": "absmax",
             "granularity": "vector",

@@ -188,7 +188,8 @@ def test_octavo_checkpoint_reads_what_is_saved(tmp_path: Path, folders: Any) -> 
         assert torch.equal(weight.scale, layer.scale)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config == {
-        "quant_method": "octavo",
+        "quant_method": None,
+        "octavo": "load with: import octavo.transformers",
         "format_version": 1,
         "scheme": "zeropoint",
         "granularity": "vector",
@@ -202,6 +203,31 @@ def test_octavo_checkpoint_reads_what_is_saved(tmp_path: Path, folders: Any) -> 
         ("zeropoint", 3.0, "rows")
     }
     assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("made_by", ["save_pretrained", "octavo quantize"])
+def test_without_octavo_transformers_refuses(tmp_path: Path, folders: Any, made_by: str) -> None:
+    """Codes must never be taken for weights, which is what Transformers does with a method that it does not know."""
+    if made_by == "save_pretrained":
+        convert(folders("OPTForCausalLM")).save_pretrained(tmp_path / "int8")
+    else:
+        checkpoint.quantize(folders("OPTForCausalLM"), tmp_path / "int8", progress=False)
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'int8')!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    assert run.stderr.rstrip().splitlines()[-1].startswith("ValueError: The model's quantization config")
+    assert int8_layers(load(tmp_path / "int8"))
+
+
+def test_a_config_with_the_method_is_read(tmp_path: Path, folders: Any) -> None:
+    """As octavo wrote it at first."""
+    convert(folders("OPTForCausalLM")).save_pretrained(tmp_path)
+    expected = logits(load(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "octavo"
+    del config["quantization_config"]["octavo"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load(tmp_path)), expected)
 
 
 def test_calibrated_columns_are_loaded(tmp_path: Path, folders: Any) -> None:
@@ -322,6 +348,25 @@ def test_compile(folders: Any) -> None:
         found = compiled(input_ids=ids, use_cache=False).logits.float()
     # The compiler may round elsewhere between the layers.
     assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_compile_with_inductor(folders: Any, name: str) -> None:
+    """The default backend, without a graph break. In float32, so that it rounds between the layers as eager does."""
+    model = load(folders(name), quantization_config=OctavoConfig(), dtype=torch.float32)
+    expected = logits(model)
+    ids = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        found = compiled(input_ids=ids, use_cache=False).logits.float()
+    # Sums of norms may end in another last bit, which now and then makes another code.
+    assert ((found - expected).norm() / expected.norm()).item() < 0.01
+
+    length = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    tokens = model.generate(ids, **length)
+    model.forward = torch.compile(model.forward)
+    assert torch.equal(model.generate(ids, **length), tokens)
+    torch.compiler.reset()
 
 
 def test_what_is_left(folders: Any) -> None:

@@ -6,8 +6,9 @@
 On the command line: ``octavo quantize``, ``octavo inspect``. Needs NumPy; PyTorch only to get tensors of it.
 
 **Layout.** That of Hugging Face: ``model.safetensors``, or shards with ``model.safetensors.index.json``, one for each
-shard of the source; ``config.json`` with a ``quantization_config`` added (``quant_method`` "octavo", the options, the
-layers that were left); all other files that are no weights copied.
+shard of the source; ``config.json`` with a ``quantization_config`` added (the options, the layers that were left; its
+``quant_method`` is null, so that Transformers without `octavo.transformers` refuses the model instead of taking codes
+for weights); all other files that are no weights copied.
 
 **Tensors.** An int8 layer has exactly the state dict of `octavo.torch.Int8Linear`:
 

@@ -81,6 +81,11 @@ def options_of(extra_state: bytes, where: str) -> Options:
         raise ValueError(f"{where}: expected octavo's options, got {error}") from error
 
 
+# Transformers refuses a model without a quant_method. One that it does not know, it loads with a warning, and takes
+# codes for weights: that it must not do where octavo.transformers, which fills this in, has not been imported.
+HEAD: Mapping[str, Any] = {"quant_method": None, "octavo": "load with: import octavo.transformers"}
+
+
 def quantization_config(options: Options, left: list[str], *, bitsandbytes: bool) -> Mapping[str, Any]:
     """The ``quantization_config`` of config.json, so that a reader knows what it has before it.
 
@@ -101,7 +106,7 @@ def quantization_config(options: Options, left: list[str], *, bitsandbytes: bool
             "llm_int8_enable_fp32_cpu_offload": False,
         }
     return {
-        "quant_method": "octavo",
+        **HEAD,
         "format_version": FORMAT_VERSION,
         **asdict(options),
         "modules_to_not_convert": left,

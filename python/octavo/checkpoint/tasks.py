@@ -37,7 +37,8 @@ def plan_tasks(
     """For each shard what is to be done with each of its tensors, and the linear layers that stay as they are."""
     if "quantization_config" in source.config:
         method = source.config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
+        if isinstance(method, dict):
+            method = "octavo" if "octavo" in method else method.get("quant_method")
         raise ValueError(
             f"quantize: model: expected a 16/32-bit model, got one that {method} has quantized (config.json)"
         )

@@ -7,8 +7,10 @@
 
 Importing this module registers the method "octavo" with Transformers (5.23 or later). **It has to be imported before an
 int8 model is loaded, too**: Transformers finds quantizers in a table of its own and has no way for other packages to
-announce theirs. Without the import it **only warns** (``Unknown quantization type, got octavo``, unexpected ``scale``),
-takes the codes for weights, and computes nonsense. octavo cannot prevent that, as none of its code runs.
+announce theirs. Without the import it refuses: ``ValueError: The model's quantization config from the arguments has no
+`quant_method` attribute``. (A method that it does not know, it ignores with a warning, takes the codes for weights and
+computes nonsense; so config.json says no method, and this module fills it in.) For Transformers' command line there is
+``python -m octavo.transformers serve MODEL``.
 
 **Converting.** Weights are converted one by one as they are read, so the 16-bit model is never held. What becomes int8:
 ``nn.Linear``, GPT-2's ``Conv1D``, and expert weights that a model keeps stacked in one parameter (`Int8Experts`).
