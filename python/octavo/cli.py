@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     import octavo
-    from octavo import analysis, demo, plan
+    from octavo import analysis, bench, demo, plan
     from octavo import eval as evaluation
     from octavo.checkpoint import commands as checkpoint
 
@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
          "perplexity of a language model by every scheme of the paper"),
         ("analyze", analysis.add_arguments, analysis.main, "find the outlier features of a model, and what they carry"),
         ("plan", plan.add_arguments, plan.main, "say whether a model fits on given GPUs in int8 and in 16 bit"),
+        ("bench", bench.add_arguments, bench.main,
+         "time int8 layers against 16 and 32 bit, at given shapes or those of a model"),
         ("info", _add_info_arguments, _info, "show the version, backends and instruction set in use"),
     ):  # fmt: skip
         subparser = commands.add_parser(name, help=text)
