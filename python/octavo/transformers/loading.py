@@ -63,7 +63,8 @@ class Quantize(ConversionOps):  # type: ignore[misc]
             module_name = name.rpartition(".")[0]
             module = model.get_submodule(module_name)
             if isinstance(module, Int8Experts):
-                hold_experts(module, name, ((self._quantize(weight), self._options) for weight in tensor), self._finish)
+                weights = (weight.T if module.is_transposed else weight for weight in tensor)
+                hold_experts(module, name, ((self._quantize(each), self._options) for each in weights), self._finish)
             else:
                 # Conv1D keeps [in, out].
                 weight = self._quantize(tensor.T if isinstance(module, Conv1D) else tensor)

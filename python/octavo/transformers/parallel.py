@@ -48,6 +48,8 @@ class TensorParallel:
                 style = plan.pop(parameter, None)
                 if style is not None and style not in _EXPERTS:
                     raise ValueError(_unknown(parameter, style, _EXPERTS))
+                if style is not None and module.has_bias:
+                    raise ValueError(_unknown(parameter, f"{style} for experts with biases", _EXPERTS))
                 if style is not None:
                     self._experts[parameter] = style
                 elif name in plan:

@@ -90,7 +90,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             if is_convertible(module):
                 model.set_submodule(name, Int8Experts(module))
-                self._layers |= {f"{name}.{own}" for own, _ in _own(module)}
+                self._layers |= {f"{name}.{own}" for own, _ in _own(module) if own in PROJECTIONS}
             elif stacked and not self.pre_quantized:
                 special.append(name)
             elif type(module) in (nn.Linear, Conv1D):
@@ -99,7 +99,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             logger.warning(
                 f"octavo: the expert weights of {len(special)} modules stay as they are, so that they take their full "
                 f"memory: {', '.join(special[:3])}{', ...' if len(special) > 3 else ''}. octavo converts stacked "
-                "experts of shape [experts, out, in] without biases."
+                "experts whose module has Transformers' use_experts_implementation, without norms of their own."
             )
         model._resolve_parallel_plans = partial(self._resolve_parallel_plans, model, left)
 
