@@ -27,7 +27,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,31 +38,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import matplotlib as mpl
 import torch
-from contenders import OCTAVO, Contender, Problem, check, contenders, prepare, problem
-from measure import Evict, Others, Timing, machine, set_threads, take_turns, write
+from contenders import OCTAVO, contenders
+from measure import Evict, Others, machine, set_threads, write
+from octavo.measuring.contest import Case, measure, ratio
 from tqdm import tqdm
 
 WIDTHS = (768, 1024, 1536, 2048, 2560, 4096, 5120)  # of the GPT-3 family
 ROWS = (1, 4, 16, 64, 512)
 OUTLIERS = (0, 6)
 COLD = 64  # MiB
-
-
-@dataclass
-class Case:
-    """A shape and what each contender needs for it.
-
-    `error` is |Y - exact| / |exact| in the Frobenius norm, `left_out` why a contender was not timed.
-    """
-
-    k: int
-    n: int
-    m: int
-    outliers: int
-    threads: int = 1
-    times: dict[str, Timing] = field(default_factory=dict)
-    error: dict[str, float] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -77,7 +61,8 @@ def main(words: Sequence[str] | None = None) -> int:
     with torch.no_grad(), tqdm(total=len(cases), unit="case", file=sys.stderr, disable=None) as bar:
         for k, n in dict.fromkeys((case.k, case.n) for case in cases):
             bar.set_description(f"k={k} n={n}")
-            measure([case for case in cases if (case.k, case.n) == (k, n)], chosen, args.seconds, evict, bar.update)
+            of_pair = [case for case in cases if (case.k, case.n) == (k, n)]
+            measure(of_pair, chosen, args.seconds, before=evict, done=bar.update)
     facts["cores_taken_by_others"] = others.cores()
     text = table(cases, list(chosen))
     print(text)
@@ -121,38 +106,6 @@ def shapes(args: argparse.Namespace) -> list[tuple[int, int, int]]:
         return list(args.shapes)
     pairs = [(k, n) for w in args.widths for k, n in ((w, w), (w, 4 * w), (4 * w, w))]
     return [(k, n, m) for k, n in dict.fromkeys(pairs) for m in args.rows]
-
-
-def measure(
-    cases: list[Case], chosen: dict[str, Contender], seconds: float, evict: Evict | None, done: Any = lambda: None
-) -> None:
-    """Check, then time, every contender in cases of one k and n."""
-    k, n = cases[0].k, cases[0].n
-    given = {o: problem(k, n, max(case.m for case in cases), o) for o in {case.outliers for case in cases}}
-    layers, left_out = prepare(chosen, next(iter(given.values())).weight)
-    for case in cases:
-        case.left_out |= left_out
-        whole = given[case.outliers]
-        part = Problem(whole.x[: case.m], whole.weight, whole.exact[: case.m])
-        calls = {}
-        for name, layer in layers.items():
-            error, why = check(chosen[name], layer, part)
-            if error == error:
-                case.error[name] = error
-            if why:
-                case.left_out[name] = why
-                continue
-            calls[name] = partial(layer, part.x.to(chosen[name].dtype))
-        if calls:
-            case.times = take_turns(calls, seconds, evict or (lambda name: None))
-        done()
-
-
-def ratio(case: Case, name: str) -> float | None:
-    """How many times as long as octavo a contender takes."""
-    if name not in case.times or OCTAVO not in case.times:
-        return None
-    return case.times[name].median / case.times[OCTAVO].median
 
 
 def table(cases: list[Case], names: list[str]) -> str:

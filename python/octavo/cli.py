@@ -11,7 +11,7 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
-    args = _parser().parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
@@ -22,9 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command and of all its subcommands."""
     import octavo
-    from octavo import analysis, demo, plan
+    from octavo import analysis, bench, completion, demo, plan
     from octavo import eval as evaluation
     from octavo.checkpoint import commands as checkpoint
 
@@ -42,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
          "perplexity of a language model by every scheme of the paper"),
         ("analyze", analysis.add_arguments, analysis.main, "find the outlier features of a model, and what they carry"),
         ("plan", plan.add_arguments, plan.main, "say whether a model fits on given GPUs in int8 and in 16 bit"),
+        ("bench", bench.add_arguments, bench.main,
+         "time int8 layers against 16 and 32 bit, at given shapes or those of a model"),
         ("info", _add_info_arguments, _info, "show the version, backends and instruction set in use"),
+        ("completion", completion.add_arguments, completion.main, "print a script that completes octavo in a shell"),
     ):  # fmt: skip
         subparser = commands.add_parser(name, help=text)
         add_arguments(subparser)

@@ -67,15 +67,13 @@ class ColwiseInt8Parallel(ColwiseParallel):
             return super()._apply(module, device_mesh)
         _check(module, device_mesh, "ColwiseInt8Parallel")
         n, k = module.out_features, module.in_features
-        rows = _chunk(n, device_mesh)
-        bias = module.bias
-        module._hold(_part(module.int8_weight, rows, slice(0, k)))
+        rows = chunk(n, device_mesh)
+        module._hold(part(module.int8_weight, rows, slice(0, k)))
         module.out_features = rows.stop - rows.start
-        if bias is not None:
-            module.bias = nn.Parameter(bias.detach()[rows].clone(), requires_grad=bias.requires_grad)
         module.__class__ = ColumnParallelInt8Linear
         assert isinstance(module, ColumnParallelInt8Linear)
         module._distribute(device_mesh, self.input_layouts, self.output_layouts, self.use_local_output, total=n)
+        module._take_bias()
         return module
 
 
@@ -95,8 +93,8 @@ class RowwiseInt8Parallel(RowwiseParallel):
             return super()._apply(module, device_mesh)
         _check(module, device_mesh, "RowwiseInt8Parallel")
         n, k = module.out_features, module.in_features
-        columns = _chunk(k, device_mesh)
-        module._hold(_part(module.int8_weight, slice(0, n), columns))
+        columns = chunk(k, device_mesh)
+        module._hold(part(module.int8_weight, slice(0, n), columns))
         module.in_features = columns.stop - columns.start
         module.__class__ = RowParallelInt8Linear
         assert isinstance(module, RowParallelInt8Linear)
@@ -139,7 +137,7 @@ def shard_row(
 
 
 # What Transformers calls its styles, and ours: they take nn.Linear and nn.Embedding as well as Int8Linear.
-_TRANSFORMERS_STYLES: dict[str, tuple[type[ParallelStyle], dict[str, Placement]]] = {
+TRANSFORMERS_STYLES: dict[str, tuple[type[ParallelStyle], dict[str, Placement]]] = {
     "colwise": (ColwiseInt8Parallel, {}),
     "colwise_gather_output": (ColwiseInt8Parallel, {"output_layouts": Replicate()}),
     "colwise_rep": (ColwiseInt8Parallel, {"output_layouts": Replicate()}),
@@ -160,14 +158,14 @@ def transformers_plan(model: Any) -> dict[str, ParallelStyle]:
     plan = dict(getattr(model, "tp_plan", None) or {})
     if not plan:
         raise ValueError(f"transformers_plan: model: expected one with a tp_plan, got {type(model).__name__} without")
-    unknown = {name: style for name, style in plan.items() if style not in _TRANSFORMERS_STYLES}
+    unknown = {name: style for name, style in plan.items() if style not in TRANSFORMERS_STYLES}
     if unknown:
         raise ValueError(
-            f"transformers_plan: model: expected a tp_plan of {', '.join(_TRANSFORMERS_STYLES)}, got {unknown}"
+            f"transformers_plan: model: expected a tp_plan of {', '.join(TRANSFORMERS_STYLES)}, got {unknown}"
         )
     result = {}
     for name, style in plan.items():
-        make, layouts = _TRANSFORMERS_STYLES[style]
+        make, layouts = TRANSFORMERS_STYLES[style]
         result[name] = make(**layouts)
     return result
 
@@ -244,6 +242,13 @@ class ColumnParallelInt8Linear(_Sharded):
 
     ``out_features`` are this rank's, ``total_features`` all. The gradient of x is summed over the ranks in its dtype.
     """
+
+    def _take_bias(self) -> None:
+        """Leave of a whole bias this rank's part."""
+        bias = self.bias
+        if bias is not None:
+            own = bias.detach()[chunk(self.total_features, self.mesh)].clone()
+            self.bias = nn.Parameter(own, requires_grad=bias.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n/R]`` (a rank's own; gathered with ``output_layouts=Replicate()``)."""
@@ -328,8 +333,8 @@ def offloadable_(model: nn.Module) -> nn.Module:
 # --- parts and layouts ------------------------------------------------------------------------------------------------
 
 
-def _part(weight: Int8Weight, rows: slice, columns: slice) -> Int8Weight:
-    """Rows (output features) and columns (input features) of a weight, in memory of their own."""
+def part(weight: Int8Weight, rows: slice | Tensor, columns: slice) -> Int8Weight:
+    """Rows (output features; a range or indices) and columns (input features) of a weight, in memory of their own."""
 
     def of_rows(per_output: Tensor | None) -> Tensor | None:
         # Of other granularities there is one for all.
@@ -351,7 +356,7 @@ def _part(weight: Int8Weight, rows: slice, columns: slice) -> Int8Weight:
     )
 
 
-def _chunk(size: int, mesh: DeviceMesh) -> slice:
+def chunk(size: int, mesh: DeviceMesh) -> slice:
     """This rank's part of `size` features, as DTensor and ``torch.chunk`` deal them out."""
     each = -(-size // mesh.size())
     start = min(each * mesh.get_local_rank(), size)

@@ -522,13 +522,31 @@ def calibrate_(
         ValueError: `threshold` < 0 or `min_fraction` outside [0, 1], no batches, no linear layers, or layers that are
             quantized already.
     """
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ValueError("calibrate_: model: expected the 16/32-bit model, got one that quantize_ has converted")
+    layers = dict(_linears(model, skip))
+    columns = systematic_columns(
+        model, layers, batches, threshold=threshold, min_fraction=min_fraction, progress=progress
+    )
+    for name, own in columns.items():
+        setattr(layers[name], _CALIBRATED, own)
+    return columns
+
+
+def systematic_columns(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    threshold: float,
+    min_fraction: float,
+    progress: bool,
+) -> dict[str, Tensor]:
+    """What `calibrate_` returns, of the modules `layers` of `model`, by any names; nothing is recorded in them."""
     if not threshold >= 0:
         raise ValueError(f"calibrate_: threshold: expected a number >= 0, got {threshold}")
     if not 0 <= min_fraction <= 1:
         raise ValueError(f"calibrate_: min_fraction: expected a number in [0, 1], got {min_fraction}")
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise ValueError("calibrate_: model: expected the 16/32-bit model, got one that quantize_ has converted")
-    layers = list(_linears(model, skip))
     if not layers:
         raise ValueError("calibrate_: model: expected linear layers, got none")
     counts: dict[nn.Module, Tensor] = {}
@@ -542,7 +560,7 @@ def calibrate_(
         counts[module] = counts[module] + found if module in counts else found
         positions[module] = positions.get(module, 0) + rows.shape[0]
 
-    modules = {id(layer): layer for _, layer in layers}.values()
+    modules = {id(layer): layer for layer in layers.values()}.values()
     handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in modules]
     was_training = {module: module.training for module in model.modules()}
     model.eval()
@@ -564,11 +582,10 @@ def calibrate_(
         raise ValueError("calibrate_: batches: expected at least one that reaches a linear layer, got none")
 
     columns: dict[str, Tensor] = {}
-    for name, layer in layers:
+    for name, layer in layers.items():
         if layer in counts:
             systematic = (counts[layer] > 0) & (counts[layer] >= min_fraction * positions[layer])
             columns[name] = systematic.nonzero().flatten().to(torch.int32).cpu()
-            setattr(layer, _CALIBRATED, columns[name])
     return columns
 
 

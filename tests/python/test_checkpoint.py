@@ -395,8 +395,12 @@ class TestFiles:
 
     def test_stacks_of_experts_are_named(self, tmp_path: Path) -> None:
         state = {"l.fc.weight": tensor((8, 8)), "l.experts.gate_up_proj": tensor((4, 8, 8))}
-        _, report = convert(write_model(tmp_path / "m", state))
+        output, report = convert(write_model(tmp_path / "m", state))
         assert report.left == ["l.experts.gate_up_proj"]
+        summary = checkpoint.inspect(output)
+        assert (summary.other_tensors, summary.expert_tensors, summary.expert_bytes) == (1, 1, summary.other_bytes)
+        assert "of experts        1" in summary.as_table()
+        assert "quantize leaves them" in summary.as_table()
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

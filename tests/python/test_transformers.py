@@ -410,18 +410,60 @@ def test_a_classifier_stays(tmp_path: Path) -> None:
     assert torch.isfinite(model(torch.tensor([[1, 2]])).logits).all()
 
 
-def test_experts_of_another_layout_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """gpt-oss has biases and [experts, in, out]: they stay, and a warning says so."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+def gpt_oss(folder: Path) -> Any:
+    """Experts with biases, [experts, in, out], gate and up of a feature beside each other."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 192, "num_hidden_layers": 2, "head_dim": 64}
     config = transformers.GptOssConfig(
-        **sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, vocab_size=99, pad_token_id=0
-    )
-    transformers.GptOssForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+        **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        vocab_size=VOCABULARY, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).to(torch.bfloat16).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_transposed_experts_with_biases(tmp_path: Path) -> None:
+    original = gpt_oss(tmp_path / "m")
+    model = convert(tmp_path / "m")
+    for old, new in zip(original.model.layers, model.model.layers, strict=True):
+        old, new = old.mlp.experts, new.mlp.experts
+        assert isinstance(new, Int8Experts)
+        for projection in ("gate_up_proj", "down_proj"):
+            for weight, layer in zip(getattr(old, projection), getattr(new, projection), strict=True):
+                assert torch.equal(layer.codes, octavo.quantize_weight(weight.T.contiguous()).codes)
+            assert torch.equal(getattr(new, f"{projection}_bias"), getattr(old, f"{projection}_bias"))
+        # One module alone, so that an undecided router does not count.
+        x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+        chosen, shares = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0], [1, 3]]), torch.full((5, 2), 0.5).bfloat16()
+        with torch.no_grad():
+            exact, got = old(x, chosen, shares).float(), new(x, chosen, shares).float()
+        assert 0 < (got - exact).norm() < 0.03 * exact.norm()
+    expected = logits(original)
+    assert (logits(model) - expected).norm() < LOGITS_OF_EXPERTS * expected.norm()
+
+    model.save_pretrained(tmp_path / "int8")
+    again = load(tmp_path / "int8")
+    assert int8_layers(again).keys() == int8_layers(model).keys()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_experts_of_another_layout_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Llama 4 multiplies all experts at once, in a module of its own: they stay, and a warning says so."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "intermediate_size_mlp": 64, "num_hidden_layers": 1}
+    config = transformers.Llama4TextConfig(
+        **sizes, head_dim=32, num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, vocab_size=99,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, architectures=["Llama4ForCausalLM"], moe_layers=[0],
+    )  # fmt: skip
+    transformers.Llama4ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     with log_of_transformers(caplog):
         model = convert(tmp_path)
     assert "expert weights of 1 modules stay as they are" in caplog.text
-    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
-    assert {name.rpartition(".")[2] for name in int8_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert model.model.layers[0].feed_forward.experts.gate_up_proj.dtype == torch.bfloat16
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {name.rpartition(".")[2] for name in int8_layers(model)}
 
 
 def test_refusals(tmp_path: Path, folders: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,18 +1,21 @@
-"""Systematic outlier columns of a checkpoint, from a text: loads the model with transformers and runs it.
+"""Systematic outlier columns of a checkpoint, from a text: transformers runs the model, which stays on the disk.
 
-Unlike the conversion this holds the whole model in memory. Models whose linear layers are GPT-2's ``Conv1D`` are not
-covered: `octavo.torch.calibrate_` sees ``nn.Linear`` only.
+accelerate reads the weights of a module when it is called and lets go of them afterwards, so that one module's weights
+are in memory at a time, and the activations of a batch. The price is that each batch reads the whole model.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from octavo.checkpoint.layers import CONV1D_MODELS
 from octavo.checkpoint.source import open_source
 from octavo.checkpoint.tasks import quantized_layers
 
-_TOKENS = 256  # of a batch
+_TOKENS = 256  # of a sequence
+_SEQUENCES = 4  # of a batch
 
 
 def calibrate(
@@ -27,62 +30,82 @@ def calibrate(
     """Find the outlier columns of a checkpoint's linear layers, for `quantize` to keep in 16 bit.
 
     Args:
-        model: a folder with weights, config and tokenizer.
-        text: a file of text like what the model will see; up to `batches` times 256 tokens of it are used.
+        model: a folder with weights, config and tokenizer. Weights that transformers rearranges while it reads them
+            (mixtures of experts), and those of PyTorch files, are first copied into a temporary folder (``TMPDIR``).
+        text: a file of text like what the model will see; up to `batches` times 1024 tokens of it are used.
         threshold, min_fraction: see `octavo.torch.calibrate_`.
-        batches: how many.
+        batches: how many, of four sequences of up to 256 tokens; each reads the model once.
         progress: show a progress bar.
 
     Returns:
         Layer -> columns, under the names of the checkpoint, for the layers that were reached.
 
     Raises:
-        RuntimeError: PyTorch or transformers is missing.
+        RuntimeError: PyTorch, transformers or accelerate is missing.
         OSError, ValueError: files that cannot be read, a model that transformers does not know, no text, no layers.
     """
     try:
-        import torch
+        import accelerate  # noqa: F401 - transformers needs it, and says so late
         import transformers
 
-        from octavo.torch import calibrate_
+        from octavo.torch import systematic_columns
     except ImportError as error:
         raise RuntimeError(
-            f'calibration needs PyTorch and transformers: pip install "octavo[demo]" ({error})'
+            f'calibration needs PyTorch, transformers and accelerate: pip install "octavo[transformers]" ({error})'
         ) from error
     stored = quantized_layers(open_source(model))
     config = transformers.AutoConfig.from_pretrained(model)
-    if config.model_type in CONV1D_MODELS:
-        raise ValueError(
-            f"{model}: expected a model of nn.Linear layers, got {config.model_type}'s Conv1D: give a file of columns"
-        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     # The very class that saved the checkpoint: others name its layers otherwise.
     architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise ValueError(f"{model}: expected an architecture of transformers in config.json, got {architecture}")
-    loaded = model_class.from_pretrained(model, dtype="auto")
-
     tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
     if not tokens:
         raise ValueError(f"{text}: expected text to calibrate with, got none")
     length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
-    chunks = [tokens[start : start + length] for start in range(0, len(tokens), length)][:batches]
-    inputs = [{"input_ids": torch.tensor([chunk])} for chunk in chunks]
+    inputs = list(_batches(tokens, length))[:batches]
     if config.is_encoder_decoder:
         inputs = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in inputs]
-    found = calibrate_(loaded, inputs, threshold=threshold, min_fraction=min_fraction, skip=(), progress=progress)
 
-    prefix = getattr(loaded, "base_model_prefix", "") + "."
-    columns = {}
-    for name, own in found.items():
-        for spelling in (name, name.removeprefix(prefix), prefix + name):
-            if spelling in stored:
-                columns[spelling] = own.tolist()
-                break
-    if not columns:
-        raise ValueError(
-            f"{model}: expected linear layers that transformers names as the checkpoint does, got none "
-            f"({config.model_type})"
+    with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
+        loaded = model_class.from_pretrained(model, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
+        layers = _layers(loaded, stored)
+        if not layers:
+            raise ValueError(
+                f"{model}: expected linear layers that transformers names as the checkpoint does, got none "
+                f"({config.model_type})"
+            )
+        found = systematic_columns(
+            loaded, layers, inputs, threshold=threshold, min_fraction=min_fraction, progress=progress
         )
-    return columns
+    return {name: own.tolist() for name, own in found.items()}
+
+
+def _batches(tokens: Sequence[int], length: int) -> Iterator[dict[str, Any]]:
+    """Sequences of `length` tokens, some at a time; the last one, which is shorter, by itself."""
+    import torch
+
+    whole = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+    for start in range(0, len(whole), _SEQUENCES):
+        yield {"input_ids": torch.tensor(whole[start : start + _SEQUENCES])}
+    rest = tokens[len(whole) * length :]
+    if rest:
+        yield {"input_ids": torch.tensor([rest])}
+
+
+def _layers(model: Any, stored: set[str]) -> Mapping[str, Any]:
+    """The modules that hold the weights of the layers `stored`, by the names that these have in the checkpoint."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    layers = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in (nn.Linear, Conv1D):
+            for spelling in (name, name.removeprefix(prefix), prefix + name):
+                if spelling in stored:
+                    layers[spelling] = module
+                    break
+    return layers

@@ -43,8 +43,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibrate",
         type=Path,
         metavar="TEXT",
-        help="run the model on a text file and keep its systematic outlier columns in 16 bit (holds the whole model in "
-        "memory, needs transformers)",
+        help="run the model on a text file and keep its systematic outlier columns in 16 bit (the model stays on the "
+        "disk; needs transformers and accelerate)",
     )
     parser.add_argument(
         "--outlier-columns",

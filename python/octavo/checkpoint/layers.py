@@ -100,3 +100,8 @@ def candidate(name: str, shape: Sequence[int]) -> str | None:
     last = layer.rpartition(".")[2].lower()
     is_embedding = "emb" in last or last in _EMBEDDINGS
     return layer if leaf == "weight" and layer and len(shape) == 2 and 0 not in shape and not is_embedding else None
+
+
+def is_stacked_experts(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor holds a weight of every expert of a mixture: these are not quantized here."""
+    return len(shape) == 3 and "experts" in name

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from octavo.checkpoint import format as names
+from octavo.checkpoint.layers import is_stacked_experts
 from octavo.checkpoint.reader import Checkpoint, Int8Layer
 
 
@@ -41,6 +42,7 @@ class Summary:
         path, files: where it is, and the names of its files.
         layers: int8 layers.
         other_tensors, other_bytes: everything else (embeddings, norms, biases, the output head).
+        expert_tensors, expert_bytes: of these, weights of stacked experts, which `quantize` leaves as they are.
         bytes: of all tensors.
         bytes_16bit: of the same parameters in 16 bit.
         ratio: bytes_16bit / bytes.
@@ -53,6 +55,8 @@ class Summary:
     layers: list[LayerSummary]
     other_tensors: int
     other_bytes: int
+    expert_tensors: int
+    expert_bytes: int
     bytes: int
     bytes_16bit: int
     ratio: float
@@ -80,10 +84,19 @@ class Summary:
             f"format {', '.join(formats) if formats else '16/32 bit'}",
             f"int8 layers    {len(self.layers):6}  {_mib(int8):>12} MiB",
             f"other tensors  {self.other_tensors:6}  {_mib(self.other_bytes):>12} MiB",
+            *self._experts(),
             f"all                    {_mib(self.bytes):>12} MiB, 16 bit would take {self.ratio:.2f} times as much",
             f"checksums      {self.checksums:6}  {'all correct' if self.verified else 'not compared (--verify does)'}",
         ]
         return "\n".join(lines).strip()
+
+    def _experts(self) -> list[str]:
+        if not self.expert_tensors:
+            return []
+        return [
+            f"  of experts   {self.expert_tensors:6}  {_mib(self.expert_bytes):>12} MiB, stacked: quantize leaves them,"
+            " octavo.transformers converts most while loading"
+        ]
 
 
 def inspect(path: str | Path, *, verify: bool = False) -> Summary:
@@ -100,6 +113,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> Summary:
     layers = [_layer(checkpoint, layer) for layer in checkpoint.layers.values()]
     inside = {entry.name for layer in checkpoint.layers.values() for entry in layer.parts.values()}
     others = [entry for name, entry in checkpoint.entries.items() if name not in inside and name not in checkpoint.ties]
+    experts = [entry for entry in others if is_stacked_experts(entry.name, entry.shape)]
     parts = [entry for layer in checkpoint.layers.values() for entry in layer.parts.values()]
     size = sum(entry.nbytes for entry in [*others, *parts])
     floats = sum(2 * entry.numel if entry.dtype in _FLOATS else entry.nbytes for entry in others)
@@ -110,6 +124,8 @@ def inspect(path: str | Path, *, verify: bool = False) -> Summary:
         layers,
         len(others),
         sum(entry.nbytes for entry in others),
+        len(experts),
+        sum(entry.nbytes for entry in experts),
         size,
         size_16bit,
         size_16bit / size if size else 1.0,

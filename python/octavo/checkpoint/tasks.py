@@ -9,7 +9,7 @@ from typing import Literal
 from octavo._types import column_indices
 from octavo.checkpoint import format as names
 from octavo.checkpoint.format import Options
-from octavo.checkpoint.layers import LayerChoice, candidate
+from octavo.checkpoint.layers import LayerChoice, candidate, is_stacked_experts
 from octavo.checkpoint.source import Shard, Source
 from octavo.checkpoint.tensors import FLOATS, Array, Entry
 
@@ -49,7 +49,7 @@ def plan_tasks(
         layers = _layers(shard, choice)
         candidates = {name: candidate(name, entry.shape) for name, entry in shard.entries.items()}
         left += [layer for name, layer in candidates.items() if layer and not layers[name] and name not in shard.ties]
-        left += [name for name, entry in shard.entries.items() if len(entry.shape) == 3 and "experts" in name]
+        left += [name for name, entry in shard.entries.items() if is_stacked_experts(name, entry.shape)]
         shard_tasks.append(
             [
                 _task(entry, layers[entry.name], choice, columns, options, format)

@@ -1,1 +1,1 @@
-"""What `octavo demo`, `octavo eval` and `octavo analyze` share: the paper's schemes, watching a model, output."""
+"""What `octavo demo`, `eval`, `analyze` and `bench` share: schemes, watching a model, timing, output."""

@@ -25,10 +25,10 @@ def add_model_and_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-def missing_packages(names: Sequence[str]) -> str | None:
-    """What to say where packages of the demo extra are missing; None where all are there."""
+def missing_packages(names: Sequence[str], extra: str = "demo") -> str | None:
+    """What to say where packages of an extra are missing; None where all are there."""
     missing = [name.replace("_", "-") for name in names if importlib.util.find_spec(name) is None]
-    return f'missing {", ".join(missing)}; install with: pip install "octavo[demo]"' if missing else None
+    return f'missing {", ".join(missing)}; install with: pip install "octavo[{extra}]"' if missing else None
 
 
 def prepare(args: argparse.Namespace) -> None:

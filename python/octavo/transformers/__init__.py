@@ -15,8 +15,8 @@ computes nonsense; so config.json says no method, and this module fills it in.) 
 **Converting.** Weights are converted one by one as they are read, so the 16-bit model is never held. What becomes int8:
 ``nn.Linear``, GPT-2's ``Conv1D``, and expert weights that a model keeps stacked in one parameter (`Int8Experts`).
 What stays: embeddings, the output head and weights tied to others, the last module (a classifier, a pooler), routers,
-modules that Transformers keeps in float32 for the dtype asked for, stacked experts with biases or of transposed or
-otherwise special layout (a warning names them), layers that the checkpoint has no weights for.
+modules that Transformers keeps in float32 for the dtype asked for, biases of experts, stacked experts of a module that
+computes something of its own (Llama 4; a warning names them), layers that the checkpoint has no weights for.
 
 **Loading int8.** The file decides which layers are int8, with which options; it may come from `save_pretrained` or from
 ``octavo quantize`` (`octavo.checkpoint`).

@@ -19,14 +19,15 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def is_convertible(module: nn.Module) -> bool:
-    """Whether `Int8Experts` does what `module` does: weights ``[experts, out, in]`` without biases or inner norms."""
-    special = ("has_bias", "is_transposed", "has_post_expert_norm", "_is_expert_parallel")
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    return (
-        is_experts(module)
-        and not any(getattr(module, name, True) for name in special)
-        and names == {"gate_up_proj" if getattr(module, "has_gate", False) else "up_proj", "down_proj"}
-    )
+    """Whether `Int8Experts` does what `module` does: weights ``[experts, out, in]`` or transposed, no inner norms."""
+    if not is_experts(module) or any(getattr(module, name, True) for name in ("has_post_expert_norm", _ELSEWHERE)):
+        return False
+    projections = {"gate_up_proj" if getattr(module, "has_gate", False) else "up_proj", "down_proj"}
+    biases = {f"{projection}_bias" for projection in projections if getattr(module, "has_bias", False)}
+    return {name for name, _ in module.named_parameters(recurse=False)} == projections | biases
+
+
+_ELSEWHERE = "_is_expert_parallel"  # some of the experts are in other processes
 
 
 class Int8Experts(nn.Module):
@@ -36,12 +37,16 @@ class Int8Experts(nn.Module):
     expert after the other, whatever ``experts_implementation`` says.
 
     Attributes:
-        gate_up_proj (or up_proj), down_proj: until their weights arrive the parameters ``[experts, out, in]`` of
-            `experts`, then a ModuleList with an `octavo.torch.Int8Linear` ``[out, in]`` for each expert.
+        gate_up_proj (or up_proj), down_proj: until their weights arrive the parameters ``[experts, out, in]`` (where
+            `is_transposed`, ``[experts, in, out]``) of `experts`, then a ModuleList with an `octavo.torch.Int8Linear`
+            ``[out, in]`` for each expert.
+        gate_up_proj_bias, down_proj_bias: parameters ``[experts, out]``, in 16 bit, where the model has biases.
     """
 
     num_experts: int
     has_gate: bool
+    has_bias: bool
+    is_transposed: bool
     act_fn: Any
 
     def __init__(self, experts: Any) -> None:
@@ -87,5 +92,6 @@ class Int8Experts(nn.Module):
         weights: Any = getattr(self, projection)
         if isinstance(weights, nn.ModuleList):
             projected: Tensor = weights[expert](hidden)
-            return projected
-        return functional.linear(hidden, weights[expert])  # left in 16 bit
+        else:  # left in 16 bit
+            projected = functional.linear(hidden, weights[expert].T if self.is_transposed else weights[expert])
+        return projected + getattr(self, f"{projection}_bias")[expert] if self.has_bias else projected

@@ -6,7 +6,7 @@ tensor, or the tensors of one layer, are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,17 +32,23 @@ PARTS = (
 )
 
 
+# What is done to a new layer, given the qualified name of its weight, before it takes its place in the model.
+Finish = Callable[[str, Int8Linear], None]
+
+
 class Quantize(ConversionOps):  # type: ignore[misc]
     """16-bit weights become int8 layers in the model.
 
     Args:
         options: of the layers.
         chosen: whether a parameter (model, qualified name) is to be converted; others pass through.
+        finish: see `Finish`.
     """
 
-    def __init__(self, options: Options, chosen: Callable[[nn.Module, str], bool]) -> None:
+    def __init__(self, options: Options, chosen: Callable[[nn.Module, str], bool], finish: Finish) -> None:
         self._options = options
         self._chosen = chosen
+        self._finish = finish
 
     def convert(
         self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **more: Any
@@ -54,14 +60,15 @@ class Quantize(ConversionOps):  # type: ignore[misc]
                 others[name] = tensors
                 continue
             tensor: Tensor = tensors[0] if isinstance(tensors, list) else tensors
-            module_name, _, projection = name.rpartition(".")
+            module_name = name.rpartition(".")[0]
             module = model.get_submodule(module_name)
             if isinstance(module, Int8Experts):
-                hold_experts(module, projection, [(self._quantize(weight), self._options) for weight in tensor])
+                weights = (weight.T if module.is_transposed else weight for weight in tensor)
+                hold_experts(module, name, ((self._quantize(each), self._options) for each in weights), self._finish)
             else:
                 # Conv1D keeps [in, out].
                 weight = self._quantize(tensor.T if isinstance(module, Conv1D) else tensor)
-                replace_layer(model, module_name, weight, self._options)
+                replace_layer(model, module_name, weight, self._options, self._finish)
             missing_keys.discard(name)
         return others
 
@@ -72,7 +79,8 @@ class Quantize(ConversionOps):  # type: ignore[misc]
 class _Deserialize(ConversionOps):  # type: ignore[misc]
     """What int8 tensors of a checkpoint go through. The loader makes a copy for each layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, finish: Finish) -> None:
+        self._finish = finish
         # The dtype of the layer where it turns out not to be int8: `OctavoQuantizer.get_new_dtype` puts it here.
         self.dtype: torch.dtype | None = None
 
@@ -105,7 +113,7 @@ class DeserializeLayer(_Deserialize):
         if not _is_int8(parts):
             return {f"{layer}.{part}": self._cast(tensor) for part, tensor in parts.items()}
         weight, options = _assemble([parts], layer)
-        replace_layer(model, layer, weight, options)
+        replace_layer(model, layer, weight, options, self._finish)
         missing_keys.discard(full_layer_name)
         return {}
 
@@ -118,10 +126,11 @@ class DeserializeExperts(_Deserialize):
     Args:
         sources: the patterns of the weights that make one, in the order of their rows.
         operations: what the loader would do with 16-bit weights.
+        finish: see `Finish`.
     """
 
-    def __init__(self, sources: Sequence[str], operations: Sequence[Any]) -> None:
-        super().__init__()
+    def __init__(self, sources: Sequence[str], operations: Sequence[Any], finish: Finish) -> None:
+        super().__init__(finish)
         self._sources = list(sources)
         self._operations = list(operations)
 
@@ -176,17 +185,18 @@ class DeserializeExperts(_Deserialize):
                 missing_keys=missing_keys,
                 **more,
             )
-        module_name, _, projection = full_layer_name.rpartition(".")
-        experts_module = model.get_submodule(module_name)
+        experts_module = model.get_submodule(full_layer_name.rpartition(".")[0])
         if not isinstance(experts_module, Int8Experts):
             raise TypeError(f"{full_layer_name}: expected experts that octavo can convert, got {type(experts_module)}")
         input_dict.clear()
         given.clear()
-        layers = []
-        for index in range(len(experts)):
-            layers.append(_assemble(experts[index], f"{full_layer_name}.{index}"))
-            experts[index] = []  # let go of what is packed now
-        hold_experts(experts_module, projection, layers)
+
+        def assembled() -> Iterator[tuple[Int8Weight, Options]]:
+            for index in range(len(experts)):
+                yield _assemble(experts[index], f"{full_layer_name}.{index}")
+                experts[index] = []  # let go of what is packed now
+
+        hold_experts(experts_module, full_layer_name, assembled(), self._finish)
         missing_keys.discard(full_layer_name)
         return {}
 
@@ -200,18 +210,24 @@ class DeserializeExperts(_Deserialize):
         return collected
 
 
-def replace_layer(model: nn.Module, name: str, weight: Int8Weight, options: Options) -> None:
+def replace_layer(model: nn.Module, name: str, weight: Int8Weight, options: Options, finish: Finish) -> None:
     """Put an Int8Linear where `model` has a linear layer, with its bias."""
     module: Any = model.get_submodule(name)
-    model.set_submodule(name, _layer(weight, options, module.bias, module.training))
+    layer = _layer(f"{name}.{names.WEIGHT}", weight, options, module.bias, module.training, finish)
+    model.set_submodule(name, layer)
 
 
-def hold_experts(experts: Int8Experts, projection: str, weights: Sequence[tuple[Int8Weight, Options]]) -> None:
-    """Give `experts` the int8 weights of a projection."""
-    experts.hold(projection, [_layer(weight, options, None, experts.training) for weight, options in weights])
+def hold_experts(
+    experts: Int8Experts, parameter: str, weights: Iterable[tuple[Int8Weight, Options]], finish: Finish
+) -> None:
+    """Give `experts` the int8 weights of a projection, by the qualified name of the parameter that held them."""
+    layers = [_layer(parameter, weight, options, None, experts.training, finish) for weight, options in weights]
+    experts.hold(parameter.rpartition(".")[2], layers)
 
 
-def _layer(weight: Int8Weight, options: Options, bias: nn.Parameter | None, training: bool) -> Int8Linear:
+def _layer(
+    parameter: str, weight: Int8Weight, options: Options, bias: nn.Parameter | None, training: bool, finish: Finish
+) -> Int8Linear:
     layer = Int8Linear._from_weight(
         weight,
         bias,
@@ -220,6 +236,7 @@ def _layer(weight: Int8Weight, options: Options, bias: nn.Parameter | None, trai
         outliers=options.outliers,
         path=options.path,
     )
+    finish(parameter, layer)
     # The loader initializes what does not say that it is.
     for tensor in (layer.weight, *layer.buffers()):
         setattr(tensor, "_is_hf_initialized", True)  # noqa: B010 (tensors have no such attribute)

@@ -6,7 +6,8 @@ import copy
 import fnmatch
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter
@@ -20,7 +21,10 @@ from octavo.checkpoint.layers import DEFAULT_SKIP
 from octavo.torch import Int8Linear
 from octavo.transformers.config import METHOD, OctavoConfig
 from octavo.transformers.experts import PROJECTIONS, Int8Experts, is_convertible
-from octavo.transformers.loading import PARTS, DeserializeExperts, DeserializeLayer, Quantize
+from octavo.transformers.loading import PARTS, DeserializeExperts, DeserializeLayer, Finish, Quantize
+
+if TYPE_CHECKING:
+    from octavo.transformers.parallel import TensorParallel
 
 logger = logging.get_logger(__name__)
 
@@ -36,6 +40,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self._layers: set[str] = set()  # that are converted on loading, by qualified name
         self._loaders: list[WeightConverter] = []
+        self._parallel: TensorParallel | None = None  # while a model is loaded over several processes
+        self._is_parallel = False  # and ever after
 
     # --- what Transformers asks beforehand ----------------------------------------------------------------------------
 
@@ -84,7 +90,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 continue
             if is_convertible(module):
                 model.set_submodule(name, Int8Experts(module))
-                self._layers |= {f"{name}.{own}" for own, _ in _own(module)}
+                self._layers |= {f"{name}.{own}" for own, _ in _own(module) if own in PROJECTIONS}
             elif stacked and not self.pre_quantized:
                 special.append(name)
             elif type(module) in (nn.Linear, Conv1D):
@@ -93,8 +99,32 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             logger.warning(
                 f"octavo: the expert weights of {len(special)} modules stay as they are, so that they take their full "
                 f"memory: {', '.join(special[:3])}{', ...' if len(special) > 3 else ''}. octavo converts stacked "
-                "experts of shape [experts, out, in] without biases."
+                "experts whose module has Transformers' use_experts_implementation, without norms of their own."
             )
+        model._resolve_parallel_plans = partial(self._resolve_parallel_plans, model, left)
+
+    def _resolve_parallel_plans(self, model: Any, left: _Left, config: Any) -> tuple[dict[str, str], ...]:
+        """In the place of the model's method: its plans without what octavo shards itself.
+
+        Transformers asks for them once the mesh is there, and before it makes placeholders.
+        """
+        if (config.dp_size, config.ep_size, config.pp_size) != (1, 1, 1):
+            raise ValueError(
+                "from_pretrained: distributed_config: expected tensor parallelism alone (tp_size) for an int8 model, "
+                f"got dp_size={config.dp_size}, ep_size={config.ep_size}, pp_size={config.pp_size}"
+            )
+        from octavo.transformers.parallel import TensorParallel
+
+        plan, *others = type(model)._resolve_parallel_plans(model, config)
+        # Of an int8 model the file says which layers are int8, and config.json which are not.
+        parameters = {name for name in self._layers if not self.pre_quantized or name.rpartition(".")[0] not in left}
+        self._parallel = TensorParallel(model, plan, parameters)
+        self._is_parallel = True
+        return plan, *others
+
+    def _finish(self, parameter: str, layer: Int8Linear) -> None:
+        if self._parallel is not None:
+            self._parallel.shard(parameter, layer)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         """Whether a parameter of the model, by qualified name, is a weight that is or becomes int8."""
@@ -102,7 +132,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> Quantize:
         """What a 16-bit weight goes through."""
-        return Quantize(self.quantization_config.options(), self.param_needs_quantization)
+        return Quantize(self.quantization_config.options(), self.param_needs_quantization, self._finish)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Tensors that may be those of an int8 layer are read as they are; the operation casts where they are not."""
@@ -121,21 +151,30 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         for last in {name.rpartition(".")[2] for name in stacked}:  # as save_pretrained names them
             for projection in PROJECTIONS:
                 source = f"{last}.{projection}.*.{names.WEIGHT}"
-                operation = DeserializeExperts([source], [MergeModulelist(dim=0)])
+                operation = DeserializeExperts([source], [MergeModulelist(dim=0)], self._finish)
                 self._loaders.append(
                     WeightConverter(DeserializeExperts.patterns([source]), f"{last}.{projection}", [operation])
                 )
         others: list[Any] = []
         for conversion in weight_conversions:
-            loader = _experts_loader(conversion, targets)
+            loader = _experts_loader(conversion, targets, self._finish)
             (others if loader is None else self._loaders).append(loader or conversion)
         sources = [rf"\.{part}" for part in PARTS]
-        layers = WeightConverter(sources, f".{names.WEIGHT}", [DeserializeLayer()])
+        layers = WeightConverter(sources, f".{names.WEIGHT}", [DeserializeLayer(self._finish)])
         conversions = [*self._loaders, *others, layers]
         self._loaders.append(layers)
         return conversions
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        model.__dict__.pop("_resolve_parallel_plans", None)
+        if self._parallel is not None:
+            self._parallel.finish(model)
+            self._parallel = None
+        elif getattr(model, "_tp_size", None) not in (None, 1):
+            raise RuntimeError(
+                "from_pretrained: tp_plan: this version of Transformers shards a model in another way than octavo "
+                "knows (tested: 5.23): load it without, and use octavo.distributed.transformers_plan"
+            )
         linear = [(name, module) for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
         for name, module in linear:
             if not module.weight.is_floating_point():
@@ -162,6 +201,11 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """The state dict is the model's; the metadata is that of octavo's checkpoint format."""
+        if self._is_parallel:
+            raise ValueError(
+                "save_pretrained: expected a whole int8 model, got one that is spread over several processes: save it "
+                "in one, or convert it with octavo quantize"
+            )
         return None, self.quantization_config.options().metadata()
 
 
@@ -218,7 +262,7 @@ def _reaches(conversion: Any, parameters: str) -> bool:
     return any(re.search(re.escape(target), parameters) for target in conversion.target_patterns)
 
 
-def _experts_loader(conversion: Any, targets: Sequence[str]) -> WeightConverter | None:
+def _experts_loader(conversion: Any, targets: Sequence[str], finish: Finish) -> WeightConverter | None:
     """`conversion` for int8 tensors too, where it stacks experts that are among `targets`; else None."""
     if not isinstance(conversion, WeightConverter) or len(conversion.target_patterns) != 1:
         return None
@@ -227,7 +271,7 @@ def _experts_loader(conversion: Any, targets: Sequence[str]) -> WeightConverter 
         return None
     if not _reaches(conversion, "\n".join(targets)) or not DeserializeExperts.can_stack(conversion.operations):
         return None
-    operation = DeserializeExperts(sources, conversion.operations)
+    operation = DeserializeExperts(sources, conversion.operations, finish)
     return conversion.copy(
         DeserializeExperts.patterns(sources), list(conversion._original_target_patterns), operations=[operation]
     )
