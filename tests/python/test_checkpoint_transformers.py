@@ -86,7 +86,7 @@ def with_tokenizer(model: Any, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "name", ["OPTForCausalLM", "LlamaForCausalLM", "T5ForConditionalGeneration", "GPT2LMHeadModel"]
 )
-def test_calibrate(tmp_path: Path, name: str) -> None:
+def test_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """The columns of calibrate_ on the loaded model reach the checkpoint, by way of a file that is then read."""
     model = tiny_model(name)
     with torch.no_grad():
@@ -99,7 +99,9 @@ def test_calibrate(tmp_path: Path, name: str) -> None:
     file = tmp_path / "columns.json"
     arguments = ["quantize", str(folder), str(tmp_path / "out"), "--calibrate", str(text)]
     arguments += ["--outlier-columns", str(file), "--quiet"]
+    capsys.readouterr()
     assert cli.main(arguments) == 0
+    assert "%|" not in capsys.readouterr().err, "a progress bar in spite of --quiet"
     columns = json.loads(file.read_text())
     # (T5 normalizes by a norm whose weight is shared by nothing, so its outliers show where the norm's output goes.)
     kept = [layer for layer, own in columns.items() if own == [3]]

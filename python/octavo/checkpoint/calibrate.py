@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def calibrate(
         inputs = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in inputs]
 
     with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
-        loaded = model_class.from_pretrained(model, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
+        with _progress_bars(progress):
+            loaded = model_class.from_pretrained(model, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
         layers = _layers(loaded, stored)
         if not layers:
             raise ValueError(
@@ -81,6 +83,21 @@ def calibrate(
             loaded, layers, inputs, threshold=threshold, min_fraction=min_fraction, progress=progress
         )
     return {name: own.tolist() for name, own in found.items()}
+
+
+@contextmanager
+def _progress_bars(show: bool) -> Iterator[None]:
+    """Whether transformers shows its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not show:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _batches(tokens: Sequence[int], length: int) -> Iterator[dict[str, Any]]:
