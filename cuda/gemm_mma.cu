@@ -47,13 +47,13 @@ struct Tile {
     static constexpr int cols = cols_;
     static constexpr int warp_rows = warp_rows_;
     static constexpr int warp_cols = warp_cols_;
-    [[maybe_unused]] static constexpr int resident = resident_;  // blocks in a multiprocessor, as registers allow
-    [[maybe_unused]] static constexpr int stages = 4;            // slices in shared memory
+    static constexpr int resident = resident_;  // blocks in a multiprocessor, as registers allow
+    static constexpr int stages = 4;            // slices in shared memory
     static constexpr int warps_across = cols / warp_cols;
-    [[maybe_unused]] static constexpr int threads = rows / warp_rows * warps_across * warp_size;
-    [[maybe_unused]] static constexpr int row_fragments = warp_rows / 16;
-    [[maybe_unused]] static constexpr int col_fragments = warp_cols / 8;
-    [[maybe_unused]] static constexpr int stage_bytes = (rows + cols) * slice;
+    static constexpr int threads = rows / warp_rows * warps_across * warp_size;
+    static constexpr int row_fragments = warp_rows / 16;
+    static constexpr int col_fragments = warp_cols / 8;
+    static constexpr int stage_bytes = (rows + cols) * slice;
 };
 using Large = Tile<256, 128, 64, 64, 1>;
 using Medium = Tile<128, 128, 64, 64, 2>;
@@ -423,14 +423,14 @@ __device__ void finish_tile(const Sums<Tile>& sums, const Job& job, std::int64_t
 constexpr int first_with_async_copies = 80;
 enum class Copy : std::uint8_t { async, wide, bytes };
 
-// Whether `copy_for` can choose this on the architecture that is being compiled for.
-constexpr bool is_used(Copy copy) {
+// Whether `copy_for` can choose it on the architecture that is being compiled for.
 #ifdef __CUDA_ARCH__
-    return copy != (__CUDA_ARCH__ >= 10 * first_with_async_copies ? Copy::wide : Copy::async);
+template <Copy copy>
+constexpr bool is_used = copy != (__CUDA_ARCH__ / 10 >= first_with_async_copies ? Copy::wide : Copy::async);
 #else
-    return static_cast<void>(copy), true;
+template <Copy copy>
+constexpr bool is_used = true;
 #endif
-}
 
 // Block x % tiles in the order of `job_of`; y: which `depth` columns of k.
 template <class Tile>
@@ -450,7 +450,7 @@ __device__ Job job_of(std::int64_t m, std::int64_t n, std::int64_t k, std::int64
 template <class Tile, Copy copy, class Epilogue>
 __global__ void __launch_bounds__(Tile::threads, copy == Copy::async ? Tile::resident : 1)
     mma_kernel(Operand a, Operand b, std::int64_t k, std::int64_t depth, Epilogue epilogue) {
-    if constexpr (is_used(copy)) {
+    if constexpr (is_used<copy>) {
         OCTAVO_DYNAMIC_SHARED(std::int8_t, shared);
         const Job job = job_of<Tile>(a.rows, b.rows, k, depth);
         Sums<Tile> sums = {};
@@ -506,6 +506,7 @@ Operand operand_of(const ConstMatrix& matrix) {
 template <class Tile, Copy copy, class Epilogue>
 void start(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Epilogue& epilogue,
            cudaStream_t stream) {
+    static_assert(Tile::row_fragments * Tile::col_fragments * 4 <= 128, "half of a thread's registers");
     constexpr int stages = copy == Copy::async ? Tile::stages : 2;
     constexpr std::size_t shared = static_cast<std::size_t>(stages) * Tile::stage_bytes;
     const auto kernel = mma_kernel<Tile, copy, Epilogue>;

@@ -2,7 +2,8 @@
 // enqueued.
 //
 // The device is OCTAVO_SIMT_ARCH (75, 80, 86, 89, 90, 100 or 120; 90 by default), and there is one, or
-// OCTAVO_SIMT_DEVICES. Device memory ends at a page that nobody may touch (or, where its size is not a multiple of 256
+// OCTAVO_SIMT_DEVICES. It says that it has as many multiprocessors as such a GPU, or OCTAVO_SIMT_MULTIPROCESSORS (few
+// make launchers choose as for large inputs). Device memory ends at a page that nobody may touch (or, where its size is not a multiple of 256
 // bytes, before bytes that are checked when it is freed); it starts as 0xFF bytes, and nobody may touch it after it is
 // freed. Capture records: nothing runs until the graph is launched, and calls that wait for the device fail.
 #include "runtime.hpp"
@@ -107,11 +108,16 @@ int number_from_environment(const char* name, int otherwise) {
 }
 
 const Architecture& architecture() {
-    static const int wanted = number_from_environment("OCTAVO_SIMT_ARCH", 90);
-    for (const Architecture& known : architectures) {
-        if (known.number == wanted) return known;
-    }
-    fail("OCTAVO_SIMT_ARCH: expected 75, 80, 86, 89, 90, 100 or 120");
+    static const Architecture found = [] {
+        const int wanted = number_from_environment("OCTAVO_SIMT_ARCH", 90);
+        for (Architecture known : architectures) {
+            if (known.number != wanted) continue;
+            known.multiprocessors = number_from_environment("OCTAVO_SIMT_MULTIPROCESSORS", known.multiprocessors);
+            return known;
+        }
+        fail("OCTAVO_SIMT_ARCH: expected 75, 80, 86, 89, 90, 100 or 120");
+    }();
+    return found;
 }
 
 int device_count() {
