@@ -84,12 +84,12 @@ struct Layer {
 
     // `sum` over k of x * (code + near); `x_sum` over k of x, needed only where there is a rest.
     __device__ void finish(std::int64_t row, std::int64_t feature, float sum, float rest, float x_sum) const {
-        if (rest != 0.0F) sum = isfinite(x_sum) ? sum + rest * x_sum : plain_sum(row, feature);
+        if (rest != 0.0F) sum = x_sum - x_sum == 0.0F ? sum + rest * x_sum : plain_sum(row, feature);
         const float y = sum * scale.of_group(feature);
         out.set(row, feature, bias.present() ? y + bias[feature] : y);
     }
 
-    // Not split: infinities whose parts would cancel come out as they should.
+    // Not split, for an X that is not finite: infinities whose parts would cancel come out as they should.
     __device__ float plain_sum(std::int64_t row, std::int64_t feature) const {
         float sum = 0.0F;
         for (std::int64_t depth = 0; depth < x.cols; ++depth) {
