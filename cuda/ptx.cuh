@@ -132,6 +132,21 @@ __device__ inline std::uint32_t select_bytes(std::uint32_t low, std::uint32_t hi
     return __byte_perm(low, high, selector);
 }
 
+// (value & mask) | bits, in one instruction, which two constants make the compiler miss.
+__device__ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask, std::uint32_t bits) {
+    std::uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
+    return result;
+}
+
+// A constant that the compiler is to keep in a register: it puts only one constant into an instruction, and moves the
+// other into a register at every use.
+__device__ inline std::uint32_t in_register(std::uint32_t constant) {
+    std::uint32_t result;
+    asm("mov.b32 %0, %1;" : "=r"(result) : "r"(constant));
+    return result;
+}
+
 // sums[16, 8] += a[16, 16] * b[8, 16]^T  of f16 or of bf16, products exact, sums float32.
 //
 // With g = lane / 4 and q = lane % 4, a register of a or b holds 2 elements of a row, from a column on, the first in its

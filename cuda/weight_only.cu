@@ -84,14 +84,15 @@ struct Layer {
 
     // `sum` over k of x * (code + near); `x_sum` over k of x, needed only where there is a rest.
     __device__ void finish(std::int64_t row, std::int64_t feature, float sum, float rest, float x_sum) const {
-        if (rest != 0.0F) sum = isfinite(x_sum) ? sum + rest * x_sum : plain_sum(row, feature);
+        if (rest != 0.0F) sum = x_sum - x_sum == 0.0F ? sum + rest * x_sum : plain_sum(row, feature);
         const float y = sum * scale.of_group(feature);
         out.set(row, feature, bias.present() ? y + bias[feature] : y);
     }
 
-    // Not split: infinities whose parts would cancel come out as they should.
+    // Not split, for an X that is not finite: infinities whose parts would cancel come out as they should.
     __device__ float plain_sum(std::int64_t row, std::int64_t feature) const {
         float sum = 0.0F;
+#pragma unroll 1
         for (std::int64_t depth = 0; depth < x.cols; ++depth) {
             const float code = static_cast<float>(*codes.at(feature, depth)) + zeropoint.of_group(feature);
             sum += to_float(*x.at(row, depth)) * code;
@@ -106,6 +107,7 @@ __device__ void sum_rows(const View<const X>& x, std::int64_t first, int rows, f
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     for (int i = static_cast<int>(threadIdx.x) / warp_size; i < rows && first + i < x.rows; i += warps) {
         float sum = 0.0F;
+#pragma unroll 4
         for (std::int64_t depth = lane; depth < x.cols; depth += warp_size) sum += to_float(*x.at(first + i, depth));
         sum = reduce_warp(sum, [](float a, float b) { return a + b; });
         if (lane == 0) sums[i] = sum;
@@ -124,31 +126,43 @@ constexpr int dot_stride = codes_per_load * warp_size;  // codes of a row in one
 
 // 2^23 + u for a byte u, as float32, is the byte below the exponent of 2^23. With u = code + 128, subtracting
 // 2^23 + 128 - near is exact while near is an integer of at most 2^22.
+constexpr std::uint32_t dot_magic = 0x4B000000U;
 constexpr float dot_near = 4194304.0F;
 
 __device__ float dot_offset(float near) { return 8388736.0F - near; }
 
-__device__ float code_to_float(std::uint32_t flipped, int byte, float offset) {
-    return __uint_as_float(select_bytes(flipped, 0x4B000000U, 0x7650U | static_cast<unsigned>(byte))) - offset;
+__device__ float code_to_float(std::uint32_t flipped, int byte, std::uint32_t magic, float offset) {
+    return __uint_as_float(select_bytes(flipped, magic, 0x7650U | static_cast<unsigned>(byte))) - offset;
 }
 
-// 16 codes from `depth` on, zeros from the end of the row on.
-__device__ uint4 load_codes(const View<const std::int8_t>& codes, std::int64_t row, std::int64_t depth,
-                            std::uint64_t policy) {
-    return depth < codes.cols ? load_16_once(codes.row(row) + depth, policy) : uint4{0, 0, 0, 0};
-}
-
-// 16 elements of X from `depth` on, zeros from the end of the row on.
+// 16 elements of X as they lie in memory.
 template <class X>
-__device__ void load_x(const View<const X>& x, std::int64_t row, std::int64_t depth, Pack<X, codes_per_load>& target) {
-    constexpr int width = per_access<X>;
+struct Words {
+    static constexpr int loads = codes_per_load / per_access<X>;
+    uint4 values[loads];
+
+    __device__ void load(const X* source) {
 #pragma unroll
-    for (int begin = 0; begin < codes_per_load; begin += width) {
-        Pack<X, width> part = {};
-        if (depth < x.cols) part = load<width>(x.row(row) + depth + begin);
-#pragma unroll
-        for (int e = 0; e < width; ++e) target[begin + e] = part[e];
+        for (int i = 0; i < loads; ++i) values[i] = *reinterpret_cast<const uint4*>(source + i * per_access<X>);
     }
+
+    __device__ std::uint32_t word(int index) const {
+        const uint4& four = values[index / 4];
+        return index % 4 == 0 ? four.x : index % 4 == 1 ? four.y : index % 4 == 2 ? four.z : four.w;
+    }
+};
+
+__device__ float element(const Words<float>& words, int index) { return __uint_as_float(words.word(index)); }
+
+__device__ float element(const Words<__half>& words, int index) {
+    const std::uint32_t word = words.word(index / 2);
+    const auto pair = *reinterpret_cast<const __half2*>(&word);
+    return index % 2 == 0 ? __low2float(pair) : __high2float(pair);
+}
+
+__device__ float element(const Words<__nv_bfloat16>& words, int index) {
+    const std::uint32_t word = words.word(index / 2);
+    return __uint_as_float(index % 2 == 0 ? word << 16 : word & 0xFFFF0000U);
 }
 
 // Which sums a warp is to make.
@@ -208,36 +222,41 @@ __global__ void __launch_bounds__(threads, 2) dot_kernel(Layer<X> layer) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
 
-    // Rows and features beyond the last one repeat it; they are not written.
-    std::int64_t row[rows];
-    std::int64_t feature[dot_features];
+    // Where this lane is to read. Rows and features beyond the last one repeat it; they are not written.
+    const int first = part * dot_stride + lane * codes_per_load;
+    const std::int64_t step = layer.splits * dot_stride;
+    const X* x_at[rows];
+    const std::int8_t* codes_at[dot_features];
     float offset[dot_features];
 #pragma unroll
-    for (int i = 0; i < rows; ++i) row[i] = smaller(place.first_row + i, layer.x.rows - 1);
+    for (int i = 0; i < rows; ++i) x_at[i] = layer.x.row(smaller(place.first_row + i, layer.x.rows - 1)) + first;
 #pragma unroll
     for (int j = 0; j < dot_features; ++j) {
-        feature[j] = smaller(place.first_feature + j, layer.codes.rows - 1);
-        offset[j] = dot_offset(layer.shift(feature[j], -dot_near, dot_near).near);
+        const std::int64_t feature = smaller(place.first_feature + j, layer.codes.rows - 1);
+        codes_at[j] = layer.codes.row(feature) + first;
+        offset[j] = dot_offset(layer.shift(feature, -dot_near, dot_near).near);
     }
-
+    const std::uint32_t magic = in_register(dot_magic);
     const std::uint64_t policy = read_once_policy();
-    const std::int64_t step = static_cast<std::int64_t>(layer.splits) * dot_stride;
-    std::int64_t depth = part * dot_stride + lane * codes_per_load;
+
+    std::int64_t left = layer.codes.cols - first;
     uint4 coming[dot_steps][dot_features];
 #pragma unroll
     for (int s = 0; s < dot_steps; ++s) {
 #pragma unroll
         for (int j = 0; j < dot_features; ++j) {
-            coming[s][j] = load_codes(layer.codes, feature[j], depth + s * step, policy);
+            coming[s][j] = left > s * step ? load_16_once(codes_at[j] + s * step, policy) : uint4{0, 0, 0, 0};
         }
     }
     float sums[rows][dot_features] = {};
-    while (depth < layer.codes.cols) {
+    for (; left > 0; left -= dot_steps * step) {
 #pragma unroll
-        for (int s = 0; s < dot_steps; ++s, depth += step) {
-            Pack<X, codes_per_load> x[rows];
+        for (int s = 0; s < dot_steps; ++s) {
+            Words<X> x[rows] = {};
+            if (left > s * step) {
 #pragma unroll
-            for (int i = 0; i < rows; ++i) load_x(layer.x, row[i], depth, x[i]);
+                for (int i = 0; i < rows; ++i) x[i].load(x_at[i] + s * step);
+            }
             std::uint32_t words[dot_features][4];
 #pragma unroll
             for (int j = 0; j < dot_features; ++j) {
@@ -246,18 +265,25 @@ __global__ void __launch_bounds__(threads, 2) dot_kernel(Layer<X> layer) {
                 words[j][1] = codes.y ^ 0x80808080U;
                 words[j][2] = codes.z ^ 0x80808080U;
                 words[j][3] = codes.w ^ 0x80808080U;
-                coming[s][j] = load_codes(layer.codes, feature[j], depth + dot_steps * step, policy);
+                coming[s][j] = uint4{0, 0, 0, 0};
+                if (left > (s + dot_steps) * step) {
+                    coming[s][j] = load_16_once(codes_at[j] + (s + dot_steps) * step, policy);
+                }
             }
 #pragma unroll
             for (int e = 0; e < codes_per_load; ++e) {
 #pragma unroll
                 for (int j = 0; j < dot_features; ++j) {
-                    const float code = code_to_float(words[j][e / 4], e % 4, offset[j]);
+                    const float code = code_to_float(words[j][e / 4], e % 4, magic, offset[j]);
 #pragma unroll
-                    for (int i = 0; i < rows; ++i) sums[i][j] = fmaf(to_float(x[i][e]), code, sums[i][j]);
+                    for (int i = 0; i < rows; ++i) sums[i][j] = fmaf(element(x[i], e), code, sums[i][j]);
                 }
             }
         }
+#pragma unroll
+        for (int i = 0; i < rows; ++i) x_at[i] += dot_steps * step;
+#pragma unroll
+        for (int j = 0; j < dot_features; ++j) codes_at[j] += dot_steps * step;
     }
     finish_dot(layer, place, sums);
 }
@@ -294,13 +320,14 @@ __global__ void __launch_bounds__(threads) strided_dot_kernel(Layer<X> layer) {
 // wants columns 2q, 2q + 1, 2q + 8, 2q + 9 of its rows; it is given codes 16q + 4s to 16q + 4s + 3 instead, in the s-th
 // product of four, and X is read in the same order: a sum over k may take k in any order.
 //
-// Codes and X pass through a ring in shared memory, `stages` steps deep, filled by asynchronous copies: what is on its way
-// needs no registers. Codes are read back by the lane that copied them, 16 bytes at a place of its own.
+// Codes and X pass through a ring in shared memory, filled by asynchronous copies: what is on its way needs no registers.
+// Codes are read back by the lane that copied them, 16 bytes at a place of its own. Three stages, 48 KiB of codes, are on
+// their way while one is computed: with one block to a multiprocessor 6 MB, where 4.8 TB/s times 0.8 us are 4.
 
 constexpr int mma_depth = 64;
 constexpr int mma_features = 32;
 constexpr int mma_loads = 4;  // of 16 codes, per lane and step
-constexpr int most_stages = 8;
+constexpr int stages = 4;
 constexpr int partial_pitch = mma_features + 4;  // a warp's stores of sums then fall into 32 banks
 
 // code + near is exact in f16 and bf16 for these: at most 256 in magnitude. At the ends no code + near changes its sign.
@@ -355,7 +382,7 @@ private:
 template <>
 class PairsOf<__nv_bfloat16> {
 public:
-    __device__ explicit PairsOf(float near) : near_(__float2bfloat162_rn(near)) {}
+    __device__ explicit PairsOf(float near) : near_(__float2bfloat162_rn(near)), magic_(in_register(0x43004300U)) {}
 
     __device__ void convert(std::uint32_t word, std::uint32_t& first, std::uint32_t& second) const {
         first = pair(select_bytes(word, 0U, 0x4140U));
@@ -364,13 +391,14 @@ public:
 
 private:
     __device__ std::uint32_t pair(std::uint32_t bytes) const {
-        const std::uint32_t low = (bytes & 0x007F007FU) | 0x43004300U;
-        const std::uint32_t sign = (bytes & 0x00800080U) | 0x43004300U;
+        const std::uint32_t low = mask_or(bytes, 0x007F007FU, magic_);
+        const std::uint32_t sign = mask_or(bytes, 0x00800080U, magic_);
         const auto codes = __hsub2(make_pair<__nv_bfloat162>(low), make_pair<__nv_bfloat162>(sign));
         return bits_of(__hadd2(codes, near_));
     }
 
     __nv_bfloat162 near_;
+    std::uint32_t magic_;
 };
 
 __device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2], __half /*x*/) {
@@ -382,21 +410,8 @@ __device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], cons
     multiply_add_bf16(sums, a, b);
 }
 
-// Waits until all but the last `pending` groups of copies have landed.
-__device__ void wait_for_copies(int pending) {
-    switch (pending) {
-        case 0: return copy_async_wait<0>();
-        case 1: return copy_async_wait<1>();
-        case 2: return copy_async_wait<2>();
-        case 3: return copy_async_wait<3>();
-        case 4: return copy_async_wait<4>();
-        case 5: return copy_async_wait<5>();
-        default: return copy_async_wait<most_stages - 2>();
-    }
-}
-
 template <class X, int tiles>
-__global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<X> layer, int stages) {
+__global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<X> layer) {
     using Place = Stage<tiles>;
     constexpr int rows = Place::rows;
     OCTAVO_DYNAMIC_SHARED(unsigned char, ring);
@@ -421,49 +436,60 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
     const int stage_depth = splits * mma_depth;
     const auto steps = static_cast<int>((k + stage_depth - 1) / stage_depth);
 
-    // What this lane reads of the codes. Features beyond the last one repeat it; they are not written.
+    // What this lane copies of the codes next. Features beyond the last one repeat it; they are not written.
+    const int lane_depth = part * mma_depth + q * codes_per_load;
     const std::int64_t first_feature = block_feature + warp / splits * mma_features + g;
-    const std::int8_t* codes[mma_loads];
+    const std::int8_t* codes_at[mma_loads];
     float near[mma_loads];
 #pragma unroll
     for (int load = 0; load < mma_loads; ++load) {
         const std::int64_t feature = smaller(first_feature + 8 * load, n - 1);
-        codes[load] = layer.codes.row(feature);
+        codes_at[load] = layer.codes.row(feature) + lane_depth;
         near[load] = layer.shift(feature, mma_near_low, mma_near_high).near;
     }
-    const int lane_depth = part * mma_depth + q * codes_per_load;
+    std::int64_t codes_left = k - lane_depth;
     const std::uint64_t policy = read_once_policy();
 
-    // What this thread copies of X: a column of 16 bytes of some rows.
+    // What this thread copies of X next: a column of 16 bytes, of every `x_step`-th row.
     constexpr int x_width = per_access<X>;
     const int x_columns = stage_depth / x_width;
     const int x_row = thread / x_columns;
     const int x_depth = thread % x_columns * x_width;
     const int x_step = threads / x_columns;
+    const X* x_at = layer.x.row(first_row + x_row) + x_depth;
+    std::int64_t x_left = k - x_depth;
+    const int x_place = Place::codes + x_row * pitch + x_depth * 2;
 
-    const auto fetch = [&](int step, int slot) {
-        if (step < steps) {
-            unsigned char* const stage = ring + slot * stage_size;
-            const std::int64_t depth = static_cast<std::int64_t>(step) * stage_depth;
-            const int bytes = depth + lane_depth < k ? codes_per_load : 0;
-            const std::int64_t at = bytes == 0 ? 0 : depth + lane_depth;
+    // A source that is not read, behind the end of a row, is the beginning of all.
+    const auto fetch = [&](unsigned char* stage) {
+        const bool has_codes = codes_left > 0;
 #pragma unroll
-            for (int load = 0; load < mma_loads; ++load) {
-                copy_async_16_once(stage + (load * threads + thread) * codes_per_load, codes[load] + at, bytes, policy);
-            }
-            const int x_bytes = depth + x_depth < k ? 16 : 0;
-            const std::int64_t x_at = x_bytes == 0 ? 0 : depth + x_depth;
-            for (int i = x_row; i < present_rows; i += x_step) {
-                copy_async_16(stage + Place::codes + i * pitch + x_depth * 2, layer.x.row(first_row + i) + x_at, x_bytes);
-            }
+        for (int load = 0; load < mma_loads; ++load) {
+            copy_async_16_once(stage + (load * threads + thread) * codes_per_load,
+                               has_codes ? codes_at[load] : layer.codes.data, has_codes ? 16 : 0, policy);
+            codes_at[load] += stage_depth;
         }
+        codes_left -= stage_depth;
+        const bool has_x = x_left > 0;
+        const X* source = x_at;
+        unsigned char* target = stage + x_place;
+#pragma unroll 1
+        for (int i = x_row; i < present_rows; i += x_step) {
+            copy_async_16(target, has_x ? source : layer.x.data, has_x ? 16 : 0);
+            source += x_step * layer.x.row_stride;
+            target += x_step * pitch;
+        }
+        x_at += stage_depth;
+        x_left -= stage_depth;
         copy_async_commit();
     };
 
-    for (int step = 0; step + 1 < stages; ++step) fetch(step, step);
+#pragma unroll 1
+    for (int slot = 0; slot + 1 < stages; ++slot) fetch(ring + slot * stage_size);
     // Rows of the tile that X does not have.
     for (int slot = 0; slot < stages; ++slot) {
         unsigned char* const x = ring + slot * stage_size + Place::codes;
+#pragma unroll 1
         for (int i = present_rows + x_row; i < rows; i += x_step) {
             *reinterpret_cast<uint4*>(x + i * pitch + x_depth * 2) = uint4{0, 0, 0, 0};
         }
@@ -472,13 +498,15 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
     const PairsOf<X> pairs[mma_loads] = {PairsOf<X>(near[0]), PairsOf<X>(near[1]), PairsOf<X>(near[2]),
                                          PairsOf<X>(near[3])};
     float sums[2][tiles][4] = {};
-    int slot = 0;
+    const unsigned char* stage = ring;
+    unsigned char* next = ring + (stages - 1) * stage_size;
+    unsigned char* const last = next;
+#pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        wait_for_copies(stages - 2);
+        copy_async_wait<stages - 2>();
         __syncthreads();  // the stage is there, and the one before it has been read by all
-        fetch(step + stages - 1, slot == 0 ? stages - 1 : slot - 1);
-        const unsigned char* const stage = ring + slot * stage_size;
-        slot = slot + 1 == stages ? 0 : slot + 1;
+        fetch(next);
+        next = next == last ? ring : next + stage_size;
 
         std::uint32_t a[2][4][4];  // [16 features][product][register]
 #pragma unroll
@@ -502,10 +530,11 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
                 for (int half = 0; half < 2; ++half) multiply_add(sums[half][tile], a[half][s], b[s], X{});
             }
         }
+        stage = stage == last ? ring : stage + stage_size;
     }
 
     // The ring becomes the sums of the warps: [warp, row, feature].
-    wait_for_copies(0);
+    copy_async_wait<0>();
     __syncthreads();
     auto* const partial = reinterpret_cast<float*>(ring);
 #pragma unroll
@@ -567,36 +596,45 @@ void launch_dot(const Layer<X>& layer, cudaStream_t stream) {
     launch_dot<rows, dot_features>(dot_kernel<X, rows>, layer, dot_stride, stream);
 }
 
+// False where the ring does not fit shared memory.
 template <class X, int tiles>
-void launch_mma(Layer<X> layer, cudaStream_t stream) {
+bool launch_mma(Layer<X> layer, cudaStream_t stream) {
     using Place = Stage<tiles>;
     const DeviceFacts& facts = device_facts();
     const std::int64_t row_tiles = blocks_for(layer.x.rows, Place::rows);
+    const std::int64_t rows = std::min<std::int64_t>(layer.x.rows, Place::rows);
     // With more features to a block, X is read by fewer blocks; with fewer features, more multiprocessors take part, of
     // which two thirds can take all that the memory gives.
-    int stages = 0;
-    std::int64_t blocks = 0;
+    layer.splits = 0;
     double least = 0.0;
+    std::int64_t blocks = 0;
     for (int splits = 1; splits <= warps; splits *= 2) {
+        const bool idle = splits > 1 && splits * mma_depth >= layer.codes.cols + mma_depth;
+        if (idle || static_cast<std::size_t>(stages * Place::size(splits)) > facts.shared) break;
         const std::int64_t count = row_tiles * blocks_for(layer.codes.rows, warps / splits * mma_features);
-        const std::size_t fitting = facts.shared / (count > facts.multiprocessors && tiles <= 4 ? 2 : 1) /
-                                    static_cast<std::size_t>(Place::size(splits));
-        if (splits > 1 && (fitting < 3 || splits * mma_depth >= layer.codes.cols + mma_depth)) break;
-        const double bytes = static_cast<double>(layer.codes.cols) *
-                             (static_cast<double>(layer.codes.rows) +
-                              2.0 * static_cast<double>(count) * static_cast<double>(std::min<std::int64_t>(layer.x.rows, Place::rows)));
-        const double taking_part = std::min(1.0, 1.5 * static_cast<double>(count) / facts.multiprocessors);
-        if (splits == 1 || bytes / taking_part < least) {
-            least = bytes / taking_part;
-            layer.splits = splits;
-            blocks = count;
-            stages = static_cast<int>(std::clamp<std::size_t>(fitting, 2, most_stages));
-        }
+        const auto bytes = static_cast<double>(layer.codes.rows + 2 * rows * count);  // per column of both
+        const double cost = bytes / std::min(1.0, 1.5 * static_cast<double>(count) / facts.multiprocessors);
+        if (splits > 1 && cost >= least) continue;
+        least = cost;
+        layer.splits = splits;
+        blocks = count;
     }
-    const std::size_t partial = sizeof(float) * warps * Place::rows * partial_pitch;
-    const std::size_t shared = std::max(partial, static_cast<std::size_t>(stages) * Place::size(layer.splits));
+    if (layer.splits == 0) return false;
+    const auto shared = static_cast<std::size_t>(stages * Place::size(layer.splits));
+    static_assert(stages * Place::size(1) >= static_cast<int>(sizeof(float)) * warps * Place::rows * partial_pitch,
+                  "the ring must hold the sums of the warps");
     allow_shared(mma_kernel<X, tiles>, shared);
-    launch(mma_kernel<X, tiles>, Grid{static_cast<unsigned>(blocks), threads, shared}, stream, layer, stages);
+    launch(mma_kernel<X, tiles>, Grid{static_cast<unsigned>(blocks), threads, shared}, stream, layer);
+    return true;
+}
+
+template <class X>
+bool launch_mma(const Layer<X>& layer, cudaStream_t stream) {
+    const std::int64_t m = layer.x.rows;
+    if (m <= 8) return launch_mma<X, 1>(layer, stream);
+    if (m <= 16) return launch_mma<X, 2>(layer, stream);
+    if (m > 32 && launch_mma<X, 8>(layer, stream)) return true;
+    return launch_mma<X, 4>(layer, stream);
 }
 
 }  // namespace
@@ -610,12 +648,8 @@ void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bia
     with_float(x.dtype, [&]<class X>(Type<X>) {
         const Layer<X> layer = layer_of<X>(x, weight, bias, out);
         if constexpr (sizeof(X) == 2) {
-            if (wide && m > most_dot_rows && device_facts().architecture >= first_mma_architecture) {
-                if (m <= 8) return launch_mma<X, 1>(layer, stream);
-                if (m <= 16) return launch_mma<X, 2>(layer, stream);
-                if (m <= 32) return launch_mma<X, 4>(layer, stream);
-                return launch_mma<X, 8>(layer, stream);
-            }
+            const bool has_mma = device_facts().architecture >= first_mma_architecture;
+            if (wide && has_mma && m > most_dot_rows && launch_mma(layer, stream)) return;
         }
         if (!wide) return launch_dot<strided_rows, 1>(strided_dot_kernel<X>, layer, 4 * warp_size, stream);
         if (m == 1) return launch_dot<X, 1>(layer, stream);
