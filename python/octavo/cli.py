@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     import octavo
-    from octavo import analysis, demo, plan
+    from octavo import analysis, demo, plan, report
     from octavo import eval as evaluation
     from octavo.checkpoint import commands as checkpoint
 
@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         ("eval", evaluation.add_arguments, evaluation.main,
          "perplexity of a language model by every scheme of the paper"),
         ("analyze", analysis.add_arguments, analysis.main, "find the outlier features of a model, and what they carry"),
+        ("report", report.add_arguments, report.main, "collect results into one HTML page"),
         ("plan", plan.add_arguments, plan.main, "say whether a model fits on given GPUs in int8 and in 16 bit"),
         ("info", _add_info_arguments, _info, "show the version, backends and instruction set in use"),
     ):  # fmt: skip
