@@ -36,6 +36,7 @@ from contenders import (
     BITSANDBYTES_PLAIN,
     FLOAT32,
     OCTAVO,
+    SEED,
     check,
     contenders,
     prepare,
@@ -119,7 +120,7 @@ def main(words: Sequence[str] | None = None, shapes: Sequence[Shape] = SHAPES) -
     """Measure, print the table, write it as Markdown and JSON. Returns 0, also where targets are missed."""
     args = arguments(words)
     set_threads(1)
-    facts = machine(1)
+    facts = machine(1) | {"seed": SEED}
     others = Others()
     roofs = [roof(args.binaries)]
     measured = []

@@ -106,7 +106,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
         import torch
 
         from octavo.measuring import machine
-        from octavo.measuring.modules import linear_layers, random_features
+        from octavo.measuring.modules import SEED, linear_layers, random_features
         from octavo.measuring.schemes import THRESHOLD
         from octavo.measuring.systematic import FEATURES
 
@@ -199,6 +199,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
             "tokens": sum(int(batch.real.sum()) for batch in batches),
             "threshold": THRESHOLD,
             "random_draws": settings.draws,
+            "seed": SEED,
         },
         memory=memory,
         natural=natural,

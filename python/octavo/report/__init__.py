@@ -16,7 +16,9 @@ __all__ = ["write"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `octavo report`."""
-    parser.add_argument("directory", type=Path, metavar="DIR", help="results (JSON, PNG, SVG), also in folders below it")
+    parser.add_argument(
+        "directory", type=Path, metavar="DIR", help="results (JSON, PNG, SVG), also in folders below it"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="the page; default: DIR/report.html")
 
 

@@ -75,7 +75,7 @@ def collect(directory: Path) -> Collection:
             reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             skipped.append(Skipped(name, reason))
     runs.sort(key=lambda run: (run.result.rank, run.path))
-    stray = []
+    stray: list[tuple[PurePosixPath, Picture]] = []
     for name, picture in pictures.items():
         owner = _owner(name, runs)
         if owner is not None and owner.tables and name.stem in {"table", "tables"}:
@@ -123,8 +123,10 @@ def _parse(path: Path) -> Any:
 
 
 def _owner(picture: PurePosixPath, runs: list[Run]) -> Run | None:
-    """The result that a picture belongs to: in its folder, or in the nearest one above; of several the one whose name
-    the picture or its folder begins with, else the first."""
+    """The result that a picture belongs to: in its folder, or in the nearest one above that has any.
+
+    Of several it is the one whose name the picture or its folder begins with, else the first.
+    """
     for folder in picture.parents:
         here = [run for run in runs if run.path.parent == folder]
         if here:

@@ -16,6 +16,7 @@ from .collect import Collection, Run, Skipped
 from .pictures import CAPTIONS, Picture
 from .readers import NOT_RECORDED
 
+_LONG = 18  # characters from which a cell may take several lines
 _TALL = 24  # rows from which a table scrolls in its box
 # 12, -0.5, 1.2e-05, 3.94x, 89.5 %, >= 1.95x, 2 (6.3)
 _NUMBER = re.compile(r"([<>]=? ?)?[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?( ?(x|%|ms|ns|us|s))?( \([^()]*\))?")
@@ -42,7 +43,7 @@ def page(found: Collection) -> str:
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="generator" content="octavo {escape(octavo.__version__)}">
-<title>{escape(found.name)} – octavo report</title>
+<title>{escape(found.name)} - octavo report</title>
 <link rel="icon" href="data:,">
 <style>
 {style}</style>
@@ -69,7 +70,8 @@ def _titles(runs: Sequence[Run]) -> list[str]:
     """The titles, told apart by their folders where several are the same."""
     counts = Counter(run.result.title for run in runs)
     return [
-        run.result.title if counts[run.result.title] == 1 else f"{run.result.title} ({_place(run.path)})" for run in runs
+        run.result.title if counts[run.result.title] == 1 else f"{run.result.title} ({_place(run.path)})"
+        for run in runs
     ]
 
 
@@ -98,7 +100,7 @@ def _contents(titles: Sequence[str], found: Collection) -> str:
 
 
 def _entry(anchor: str, title: str, small: str) -> str:
-    return f'<li><a href="#{anchor}">{escape(title)}</a><small>{escape(small)}</small></li>\n'
+    return f'<li><a href="#{anchor}">{escape(title)}</a><small>{escape(small).replace("/", "/<wbr>")}</small></li>\n'
 
 
 def _section(anchor: str, title: str, body: str) -> str:
@@ -126,6 +128,8 @@ def _facts(facts: Sequence[tuple[str, str]]) -> str:
     def value(name: str, text: str) -> str:
         if text == NOT_RECORDED:
             return f'<dd class="none">{text}</dd>'
+        if name == "Commit":  # abbreviated as git does; "-dirty" stays
+            text = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28}\b", r"\1", text)
         return f"<dd><code>{escape(text)}</code></dd>" if name in {"Command", "Commit"} else f"<dd>{escape(text)}</dd>"
 
     rows = "".join(f"<div><dt>{escape(name)}</dt>{value(name, text)}</div>\n" for name, text in facts)
@@ -155,7 +159,7 @@ def _table(anchor: str, table: Table) -> str:
     columns = list(zip(*table.rows, strict=True)) if table.rows else [()] * len(table.columns)
     kinds = [_alignment(cells) for cells in columns]
     head = "".join(
-        f'<th scope="col"{kind}>{escape(name)}</th>' if name else f'<td{kind}></td>'
+        f'<th scope="col"{kind}>{escape(name)}</th>' if name else f"<td{kind}></td>"
         for name, kind in zip(table.columns, kinds, strict=True)
     )
     rows = "".join(_row(row, kinds) for row in table.rows)
@@ -174,9 +178,11 @@ def _table(anchor: str, table: Table) -> str:
 
 
 def _alignment(cells: Sequence[str]) -> str:
-    """Numbers end at the right, below each other; everything else begins at the left."""
+    """Numbers end at the right, below each other; everything else begins at the left, long texts in several lines."""
     filled = [cell for cell in cells if cell not in {"", "-"}]
-    return ' class="number"' if filled and all(_NUMBER.fullmatch(cell) for cell in filled) else ""
+    if filled and all(_NUMBER.fullmatch(cell) for cell in filled):
+        return ' class="number"'
+    return ' class="text"' if max(map(len, cells), default=0) > _LONG else ""
 
 
 def _row(row: Sequence[str], kinds: Sequence[str]) -> str:
@@ -191,5 +197,7 @@ def _cell(text: str, kind: str) -> str:
 
 
 def _skipped(skipped: Sequence[Skipped]) -> str:
-    lines = "".join(f"<li><code>{escape(each.path.as_posix())}</code>: {escape(each.reason)}</li>\n" for each in skipped)
+    lines = "".join(
+        f"<li><code>{escape(each.path.as_posix())}</code>: {escape(each.reason)}</li>\n" for each in skipped
+    )
     return f'<ul class="skipped">\n{lines}</ul>\n'

@@ -5,6 +5,7 @@ The commands write their tables with the figures. The benchmarks write figures, 
 
 from __future__ import annotations
 
+import datetime
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,11 +60,17 @@ def _facts(content: Content) -> list[tuple[str, str]]:
     cores = machine.get("cores") or context.get("num_cpus")
     threads = machine.get("threads") or context.get("threads")
     isa = machine.get("instruction_set") or info.get("instruction_set") or context.get("instruction_set")
-    count = f"{threads} of {_count(cores, 'core')}" if threads and cores else _count(cores, "core") if cores else ""
+    count = (
+        f"{_count(threads, 'thread')}, {_count(cores, 'core')}"
+        if threads and cores
+        else _count(cores, "core")
+        if cores
+        else ""
+    )
     found = {
         "Command": content.get("command") or machine.get("command") or context.get("executable"),
         "Machine": ", ".join(str(part) for part in (processor, count, isa) if part),
-        "Date": machine.get("date") or context.get("date"),
+        "Date": _date(machine.get("date") or context.get("date")),
         "Commit": content.get("commit") or machine.get("commit"),
         "Seed": next((each["seed"] for each in (content, settings, options, machine) if each.get("seed") is not None),
                      None),
@@ -91,6 +98,15 @@ def _details(content: Content) -> list[tuple[str, str]]:
         "Measured in": f"{seconds:.0f} s" if isinstance(seconds, float | int) else None,
     }
     return [(name, str(value)) for name, value in found.items() if value]
+
+
+def _date(value: Any) -> Any:
+    """A time as a reader has it: 2026-11-21 04:42 UTC."""
+    try:
+        time = datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return value
+    return value if time.tzinfo is None else f"{time.astimezone(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
 def _count(number: Any, noun: str) -> str:
@@ -160,9 +176,9 @@ def _linear_tables(content: Content) -> list[Table]:
         if found:
             lowest, at = min(found, key=lambda pair: pair[0])
             values = [ratio for ratio, _ in found]
-            where = f"{at['k']} x {at['n']}, {at['m']} rows, {at['outliers']} outlier columns"
-            cells = (lowest, statistics.median(values), max(values))
-            summary.append([peer, str(len(values)), *(f"{value:.2f}x" for value in cells), where])
+            where = f"{at['k']} x {at['n']}, {_count(at['m'], 'row')}, {_count(at['outliers'], 'outlier column')}"
+            spread = (lowest, statistics.median(values), max(values))
+            summary.append([peer, str(len(values)), *(f"{value:.2f}x" for value in spread), where])
     reasons = sorted({f"{name}: {why}" for case in cases for name, why in case.get("left_out", {}).items()})
     left_out = " Left out: " + "; ".join(reasons) + "." if reasons else ""
     rows = []
@@ -218,7 +234,10 @@ def _target_tables(content: Content) -> list[Table]:
 def _overhead_tables(content: Content) -> list[Table]:
     shape = content["shape"]
     rows = [
-        [row["name"], *("-" if row[key] is None else f"{row[key]:.0f}" for key in ("min_ns", "median_ns", "over_core_ns"))]
+        [
+            row["name"],
+            *("-" if row[key] is None else f"{row[key]:.0f}" for key in ("min_ns", "median_ns", "over_core_ns")),
+        ]
         for row in content["rows"]
     ]
     title = f"A call on {shape['m']} x {shape['k']} by {shape['k']} x {shape['n']}, ns"
@@ -272,7 +291,7 @@ _KINDS = (
     _Kind("bench/linear.py", [("cases", list), ("machine", dict)], 2,
           lambda _: "The linear layer against its peers", _linear_tables),
     _Kind("bench/targets.py", [("lines", list), ("machine", dict)], 3,
-          lambda _: "How fast it is meant to be", _target_tables),
+          lambda _: "Speed against its targets", _target_tables),
     _Kind("bench/call_overhead.py", [("rows", list), ("shape", dict)], 4,
           lambda _: "What calling costs", _overhead_tables),
     _Kind("google-benchmark", [("benchmarks", list), ("context", dict)], 5,
