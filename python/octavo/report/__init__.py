@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from octavo.measuring.output import write_atomically
+
+if TYPE_CHECKING:
+    from .collect import Collection
 
 __all__ = ["write"]
 
@@ -57,11 +61,9 @@ def write(directory: str | Path, output: str | Path | None = None) -> Path:
     return _write(collect(Path(directory)), Path(output) if output is not None else Path(directory) / "report.html")
 
 
-def _write(found: object, output: Path) -> Path:
-    from .collect import Collection
+def _write(found: Collection, output: Path) -> Path:
     from .page import page
 
-    assert isinstance(found, Collection)
     text = page(found)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, lambda path: path.write_text(text, encoding="utf-8"))
