@@ -48,7 +48,6 @@ def public_names() -> dict[str, list[str]]:
 def on_files(files: Any, config: Any) -> Any:
     """Add the plots of bench/results and the report of all that is there."""
     from mkdocs.structure.files import File
-
     from octavo import report
 
     for path in sorted(RESULTS.rglob("*.png")):
@@ -73,7 +72,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _commands() -> str:
     """Every command of `octavo`: what it does, how it is called, its options."""
-    os.environ["COLUMNS"] = "100"  # of usages, on every machine
+    os.environ["COLUMNS"] = "82"  # of usages, on every machine
     from octavo.cli import _parser
 
     (subparsers,) = (each for each in _parser()._actions if isinstance(each, argparse._SubParsersAction))
@@ -89,12 +88,12 @@ def _command(name: str, parser: argparse.ArgumentParser, summary: str) -> str:
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        value = formatter._format_args(action, action.metavar or (action.dest.upper() if action.option_strings else action.dest))
+        value = formatter._format_args(action, action.dest.upper() if action.option_strings else action.dest)
         shown = f"{', '.join(action.option_strings)} {value}".strip()
         text = formatter._expand_help(action) if action.help else ""
         rows.append(f"| {_code(shown)} | {_escaped(text)} |")
     if rows:
-        lines += ["| argument | |", "|---|---|", *rows, ""]
+        lines += ["| argument | what it is |", "|---|---|", *rows, ""]
     return "\n".join(lines)
 
 
@@ -110,11 +109,23 @@ def _escaped(text: str) -> str:
 # --- what must hold ---------------------------------------------------------------------------------------------------
 
 
+# By tag the attribute with the address of what the browser gets without being asked.
+_FETCHED = {
+    "audio": "src",
+    "embed": "src",
+    "iframe": "src",
+    "img": "src",
+    "link": "href",
+    "object": "data",
+    "script": "src",
+    "source": "src",
+    "use": "href",
+    "video": "src",
+}
+
+
 class _Page(HTMLParser):
     """The anchors of a page, and what a browser would fetch to show it."""
-
-    FETCHED = {"link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src",
-               "audio": "src", "object": "data", "embed": "src", "use": "href"}  # fmt: skip
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -127,8 +138,8 @@ class _Page(HTMLParser):
         named = {name: value or "" for name, value in attrs}
         if "id" in named:
             self.anchors.add(named["id"])
-        if tag in self.FETCHED and self.FETCHED[tag] in named:
-            self.fetched.append(named[self.FETCHED[tag]])
+        if _FETCHED.get(tag) in named:
+            self.fetched.append(named[_FETCHED[tag]])
 
 
 def on_post_build(config: Any) -> None:
@@ -147,6 +158,8 @@ def faults(site: Path) -> Iterator[str]:
         for address in page.fetched:
             if re.match(r"(?:[a-z]+:)?//", address):
                 yield f"{path.relative_to(site)}: fetches {address}"
+        if path.parent.name == "reference" and "<blockquote>" in path.read_text(encoding="utf-8"):
+            yield f"{path.relative_to(site)}: shows an example as a quotation"
     for path in sorted(site.rglob("*.css")):
         for address in re.findall(r"(?:url\(|@import)\s*[\"']?((?:https?:)?//[^\"')\s]+)", path.read_text("utf-8")):
             yield f"{path.relative_to(site)}: fetches {address}"

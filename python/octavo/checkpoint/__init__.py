@@ -18,7 +18,7 @@ layers that were left); all other files that are no weights copied.
 | ``.zeropoint`` | float32, as scale | scheme "zeropoint" only |
 | ``.outlier_columns`` | int32 ``[r]`` | ascending; calibrated layers only |
 | ``.outlier_weight`` | ``[n, r]`` | original values of those columns, in the source's dtype |
-| ``._extra_state`` | uint8 | JSON: ``format_version`` 1, ``scheme``, ``granularity``, ``threshold``, ``outliers``, ``path`` |
+| ``._extra_state`` | uint8 | JSON: ``format_version`` 1, and the options that the metadata has |
 | ``.bias`` | as in the source | where the layer has one |
 
 Everything else (embeddings, norms, the output head) is copied as it was.
