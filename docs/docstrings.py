@@ -27,10 +27,15 @@ class Docstrings(griffe.Extension):  # type: ignore[misc]
         if obj.docstring:
             obj.docstring.value = shown(obj.docstring.value)
 
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Rewrite the package's own docstring: Griffe does not call the package an object."""
+        self.on_object(obj=pkg)
+
 
 def shown(docstring: str) -> str:
     """The docstring with examples as code, public names as links, and lists of attributes that Griffe understands."""
     text = _EXAMPLE.sub(lambda match: _fenced(match[0]), docstring)
+    text = re.sub(r"(^ *|: )>(?==)", r"\1\\>", text, flags=re.MULTILINE)  # ">= 0" begins no quotation
     text = re.sub(r"(?<!`)`(octavo\.[\w.]+)`(?!`)", lambda match: _linked(match[1]), text)
     # "a, b: what they are": Griffe takes what follows a space for a type.
     return re.sub(
