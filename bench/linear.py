@@ -38,7 +38,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import matplotlib as mpl
 import torch
-from contenders import OCTAVO, SEED, Contender, Problem, check, contenders, prepare, problem
+from contenders import OCTAVO, Contender, Problem, check, contenders, prepare, problem
 from measure import Evict, Others, Timing, machine, set_threads, take_turns, write
 from tqdm import tqdm
 
@@ -72,7 +72,7 @@ def main(words: Sequence[str] | None = None) -> int:
     evict = Evict(args.cold, args.threads) if args.cold else None
     chosen = contenders(compile_torchao=args.compile_torchao)
     cases = [Case(*shape, outliers, args.threads) for shape in shapes(args) for outliers in args.outliers]
-    facts = machine(args.threads) | {"cold_mebibytes": args.cold, "seconds": args.seconds, "seed": SEED}
+    facts = machine(args.threads) | {"cold_mebibytes": args.cold, "seconds": args.seconds}
     others = Others()
     with torch.no_grad(), tqdm(total=len(cases), unit="case", file=sys.stderr, disable=None) as bar:
         for k, n in dict.fromkeys((case.k, case.n) for case in cases):

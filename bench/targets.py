@@ -36,7 +36,6 @@ from contenders import (
     BITSANDBYTES_PLAIN,
     FLOAT32,
     OCTAVO,
-    SEED,
     check,
     contenders,
     prepare,
@@ -120,7 +119,7 @@ def main(words: Sequence[str] | None = None, shapes: Sequence[Shape] = SHAPES) -
     """Measure, print the table, write it as Markdown and JSON. Returns 0, also where targets are missed."""
     args = arguments(words)
     set_threads(1)
-    facts = machine(1) | {"seed": SEED}
+    facts = machine(1)
     others = Others()
     roofs = [roof(args.binaries)]
     measured = []

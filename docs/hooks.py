@@ -73,9 +73,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def _commands() -> str:
     """Every command of `octavo`: what it does, how it is called, its options."""
     os.environ["COLUMNS"] = "82"  # of usages, on every machine
-    from octavo.cli import _parser
+    from octavo.cli import make_parser
 
-    (subparsers,) = (each for each in _parser()._actions if isinstance(each, argparse._SubParsersAction))
+    (subparsers,) = (each for each in make_parser()._actions if isinstance(each, argparse._SubParsersAction))
     summaries = {each.dest: each.help or "" for each in subparsers._choices_actions}
     return "\n".join(_command(name, parser, summaries[name]) for name, parser in subparsers.choices.items())
 

@@ -11,7 +11,7 @@ from typing import Any
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
-    args = _parser().parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command and of all its subcommands."""
     import octavo
     from octavo import analysis, demo, plan, report
     from octavo import eval as evaluation

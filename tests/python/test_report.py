@@ -152,6 +152,20 @@ def test_a_picture_goes_with_the_nearest_result(tmp_path: Path) -> None:
     }
 
 
+def test_a_result_can_name_its_pictures(tmp_path: Path) -> None:
+    put(tmp_path / "analyze.json", result(plots=["emergence.png"], seed=None))
+    put(tmp_path / "eval.json", result(plots=["perplexity.png"], seed={"training": 0, "task": 3}))
+    for name in ("perplexity.png", "analyze/emergence.png"):
+        put(tmp_path / name, png())
+    runs = {run.path.name: run for run in collect(tmp_path).runs}
+    assert {name: [path.name for path, _ in run.pictures] for name, run in runs.items()} == {
+        "analyze.json": ["emergence.png"],
+        "eval.json": ["perplexity.png"],
+    }
+    assert dict(runs["analyze.json"].result.facts)["Seed"] == "nothing is drawn"
+    assert dict(runs["eval.json"].result.facts)["Seed"] == "training: 0, task: 3"
+
+
 def test_pictures_without_a_result(tmp_path: Path) -> None:
     put(tmp_path / "loss.png", png())
     assert "Other pictures" in report.write(tmp_path).read_text()
@@ -181,9 +195,20 @@ def test_all_results_of_the_repository_are_read() -> None:
     assert targets.title == f"{verdicts.count('pass')} of {len(verdicts)} targets met"
 
 
-def test_readers_of_training_and_google_benchmark() -> None:
+def test_readers_of_the_other_kinds() -> None:
     training = {"perplexity": {"model": 12.5}, "parameters": 1000, "heldout_windows": 3}
     assert read(training, PurePosixPath("training.json")).tables[0].rows == [["model", "12.500000"]]
+    spread = {"first": 1.0, "last": 2.0, "highest": 3.0, "mib_per_1000_requests": 0.25}
+    load = {
+        "requests": {"whole": 5},
+        "latency_ms": {"whole": {"p50": 10.4, "p99": 20.6}},
+        "memory_mib": {"resident": spread},
+        "limit_mib_per_1000_requests": 1.0,
+        "clients": 2, "batch": 8, "seconds": 3.2, "requests_per_second": 1.5, "tokens_per_second": 9.0, "model": "m",
+    }  # fmt: skip
+    times, memory = read(load, PurePosixPath("serve.json")).tables
+    assert times.rows == [["whole", "10", "21"]]
+    assert memory.rows == [["resident", "1.00", "2.00", "3.00", "0.25"]]
     google = {
         "context": {"executable": "build/bench_gemm", "date": "2026-11-21T11:23:12+00:00"},
         "benchmarks": [{"name": "int8/k:1", "real_time": 1234.5, "time_unit": "us", "iterations": 3, "GOPS": 2.5}],

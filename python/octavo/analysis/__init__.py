@@ -108,7 +108,6 @@ def run(model: Path, text: Path, settings: Settings, *, threads: int = 1, show_p
             "threshold": settings.threshold,
             "min_layers": settings.min_layers,
             "min_positions": settings.min_positions,
-            "seed": modules.SEED,
         },
         causal=loaded.causal,
         features=features,

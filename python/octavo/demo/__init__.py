@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -188,7 +189,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
             timings.append(timing.measure(timed, batch, seconds=settings.seconds_per_batch_size))
 
     report = reports.Report(
-        machine=machine.facts(threads),
+        machine=machine.facts(threads) | {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])},
         settings={
             "package": model.PACKAGE,
             "package_version": model.VERSION,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import shlex
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,8 @@ def set_threads(threads: int) -> None:
 
 
 def facts(threads: int) -> dict[str, Any]:
-    """Command, machine, versions and date."""
+    """Machine, versions and date."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "cpu": cpu_model(),
         "cores": available_cores(),
         "threads": threads,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from octavo.torch import Int8Linear
 
-SEED = 0  # of what is drawn at random; reports name it
+SEED = 0  # of the features that are drawn
 
 
 def copy_modules(model: nn.Module) -> nn.Module:

@@ -125,11 +125,15 @@ def _parse(path: Path) -> Any:
 def _owner(picture: PurePosixPath, runs: list[Run]) -> Run | None:
     """The result that a picture belongs to: in its folder, or in the nearest one above that has any.
 
-    Of several it is the one whose name the picture or its folder begins with, else the first.
+    Of several it is the one that names the picture, else the one whose name the picture or its folder begins with, else
+    the first.
     """
     for folder in picture.parents:
         here = [run for run in runs if run.path.parent == folder]
         if here:
+            claimed = next((run for run in here if picture.parent == folder and picture.name in run.result.plots), None)
+            if claimed is not None:
+                return claimed
             names = (picture.stem, picture.relative_to(folder).parts[0])
             named = [run for run in here if any(name.startswith(run.path.stem) for name in names)]
             return max(named, key=lambda run: len(run.path.stem), default=here[0])

@@ -19,12 +19,16 @@ _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by PNG's color type
 CAPTIONS = {
     "perplexity": "Log-likelihood that each scheme loses against float32, with twice the standard error.",
     "quality": "Distance from float32, by scheme: as the model is, and with systematic outliers.",
+    "embeddings": "Distance of the embeddings from float32's, by scheme.",
+    "accuracy": "Accuracy on the task, by scheme.",
     "outliers": "Outlier columns of each layer, and how far they stand out from all other features.",
     "emergence": "At what share of the positions features are outlying, layer by layer.",
     "magnitudes": "The largest magnitude of every feature of the hidden states, a dot for each layer.",
     "columns": "Columns that reach the threshold, by layer and linear input.",
     "ablation": "What zeroing the largest outlier features does, against as many random ones.",
     "timing": "Time of a batch in int8, float32 and bfloat16.",
+    "peers": "int8 layers of other libraries beside octavo's: what they cost in accuracy, and how long they take.",
+    "serve": "Memory of the server while it is under load.",
     "linear": "How many times as fast octavo is, by rows of X; above 1 octavo is faster.",
 }
 

@@ -28,6 +28,7 @@ class Result:
     details: list[tuple[str, str]]
     sentences: list[str]
     tables: list[Table]
+    plots: list[str]  # names of the pictures that it says are its own
 
 
 def read(content: Any, name: PurePosixPath) -> Result:
@@ -45,7 +46,8 @@ def read(content: Any, name: PurePosixPath) -> Result:
     own = content.get("title")
     title = own if isinstance(own, str) and own else title or name.stem.replace("_", " ")
     sentences = [line for line in _list(content.get("conclusions")) if isinstance(line, str)]
-    return Result(kind.rank, title, _facts(content), _details(content), sentences, tables)
+    plots = [name for name in _list(content.get("plots")) if isinstance(name, str)]
+    return Result(kind.rank, title, _facts(content), _details(content), sentences, tables, plots)
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------
@@ -72,9 +74,8 @@ def _facts(content: Content) -> list[tuple[str, str]]:
         "Machine": ", ".join(str(part) for part in (processor, count, isa) if part),
         "Date": _date(machine.get("date") or context.get("date")),
         "Commit": content.get("commit") or machine.get("commit"),
-        "Seed": next((each["seed"] for each in (content, settings, options, machine) if each.get("seed") is not None),
-                     None),
-    }  # fmt: skip
+        "Seed": next((_seed(each["seed"]) for each in (content, settings, options, machine) if "seed" in each), None),
+    }
     return [(name, NOT_RECORDED if value in (None, "") else str(value)) for name, value in found.items()]
 
 
@@ -85,7 +86,7 @@ def _details(content: Content) -> list[tuple[str, str]]:
     versions = [f"{name} {packages[name]}" for name in names if packages.get(name)]
     versions += [f"Python {machine['python']}"] if machine.get("python") else []
     environment = [f"{name}={value}" for name, value in _dict(machine.get("environment")).items() if value]
-    busy = machine.get("cores_taken_by_others")
+    busy = machine.get("cores_taken_by_others", content.get("other_programs_cores"))
     settings = {**_dict(content.get("settings")), **_dict(content.get("setting")), **_dict(content.get("shape"))}
     listed = [f"{name.replace('_', ' ')}: {value}" for name, value in settings.items() if _is_plain(value)]
     seconds = content.get("seconds")
@@ -98,6 +99,13 @@ def _details(content: Content) -> list[tuple[str, str]]:
         "Measured in": f"{seconds:.0f} s" if isinstance(seconds, float | int) else None,
     }
     return [(name, str(value)) for name, value in found.items() if value]
+
+
+def _seed(value: Any) -> str:
+    """A seed, those of several things, or null where a result is written that draws nothing."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {seed}" for name, seed in value.items())
+    return "nothing is drawn" if value is None else str(value)
 
 
 def _date(value: Any) -> Any:
@@ -228,7 +236,7 @@ def _target_tables(content: Content) -> list[Table]:
     ]
 
 
-# --- bench/call_overhead.py, bench/train_lm.py, the C++ benchmarks ----------------------------------------------------
+# --- bench/call_overhead.py, load tests of the server, bench/train_lm.py, the C++ benchmarks --------------------------
 
 
 def _overhead_tables(content: Content) -> list[Table]:
@@ -243,6 +251,26 @@ def _overhead_tables(content: Content) -> list[Table]:
     title = f"A call on {shape['m']} x {shape['k']} by {shape['k']} x {shape['n']}, ns"
     note = "Over the core: the lowest time less that of the same call in C++."
     return [Table(title, ["call", "lowest", "median", "over the core"], rows, note)]
+
+
+def _serve_tables(content: Content) -> list[Table]:
+    latencies = content["latency_ms"]
+    columns = list(dict.fromkeys(key for spread in latencies.values() for key in spread))
+    rows = [[name, *(f"{spread[key]:.0f}" for key in columns)] for name, spread in latencies.items()]
+    sent = ", ".join(f"{count} {name}" for name, count in content["requests"].items())
+    note = (
+        f"{content['clients']} clients for {content['seconds']:.0f} s, batches of up to {content['batch']}; {sent}; "
+        f"{content['requests_per_second']:.1f} requests and {content['tokens_per_second']:.0f} tokens a second. "
+        f"Model: {content['model']}."
+    )
+    memory = content["memory_mib"]
+    figures = ("first", "last", "highest", "mib_per_1000_requests")
+    held = [[name, *(f"{spread[key]:.2f}" for key in figures)] for name, spread in memory.items()]
+    grown = f"A server that leaks grows with the requests; allowed are {content['limit_mib_per_1000_requests']:g} MiB."
+    return [
+        Table("Time of a request, ms", ["request", *columns], rows, note),
+        Table("Memory, MiB", ["memory", "first", "last", "highest", "per 1000 requests"], held, grown),
+    ]
 
 
 def _training_tables(content: Content) -> list[Table]:
@@ -294,6 +322,8 @@ _KINDS = (
           lambda _: "Speed against its targets", _target_tables),
     _Kind("bench/call_overhead.py", [("rows", list), ("shape", dict)], 4,
           lambda _: "What calling costs", _overhead_tables),
+    _Kind("the load test of the server", [("latency_ms", dict), ("requests", dict)], 4,
+          lambda _: "The server under load", _serve_tables),
     _Kind("google-benchmark", [("benchmarks", list), ("context", dict)], 5,
           lambda content: PurePosixPath(str(content["context"].get("executable", ""))).name, _google_tables),
 )  # fmt: skip
