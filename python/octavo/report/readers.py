@@ -41,7 +41,7 @@ def read(content: Any, name: PurePosixPath) -> Result:
     try:
         tables = kind.tables(content)
         title = kind.title(content)
-    except (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, AttributeError, ZeroDivisionError, StopIteration) as error:
         raise ValueError(f"not as {kind.what} writes it: {type(error).__name__}: {error}") from error
     own = content.get("title")
     title = own if isinstance(own, str) and own else title or name.stem.replace("_", " ")
@@ -58,7 +58,7 @@ def _facts(content: Content) -> list[tuple[str, str]]:
     machine, settings, options = (_dict(content.get(key)) for key in ("machine", "settings", "options"))
     context = _dict(content.get("context"))  # of google-benchmark
     info = _dict(_dict(machine.get("octavo_info")).get("cpu"))
-    processor = str(machine.get("cpu") or context.get("host_name") or NOT_RECORDED)
+    processor = str(machine.get("gpu") or machine.get("cpu") or context.get("host_name") or NOT_RECORDED)
     cores = machine.get("cores") or context.get("num_cpus")
     threads = machine.get("threads") or context.get("threads")
     isa = machine.get("instruction_set") or info.get("instruction_set") or context.get("instruction_set")
@@ -83,7 +83,7 @@ def _details(content: Content) -> list[tuple[str, str]]:
     machine = _dict(content.get("machine"))
     packages = _dict(machine.get("packages")) or machine
     names = ("octavo", "torch", "transformers", "numpy", "bitsandbytes", "torchao")
-    versions = [f"{name} {packages[name]}" for name in names if packages.get(name)]
+    versions = [f"{name} {packages[name]}" for name in names if isinstance(packages.get(name), str)]
     versions += [f"Python {machine['python']}"] if machine.get("python") else []
     environment = [f"{name}={value}" for name, value in _dict(machine.get("environment")).items() if value]
     busy = machine.get("cores_taken_by_others", content.get("other_programs_cores"))
@@ -169,15 +169,17 @@ def _title_of_command(content: Content) -> str:
     return f"Outlier features of {model}" if model and "features" in content else ""
 
 
-# --- bench/linear.py --------------------------------------------------------------------------------------------------
+# --- bench/linear.py, bench/gpu.py ------------------------------------------------------------------------------------
 
-_OCTAVO = "octavo int8"
+_OCTAVO = ("octavo int8", "octavo")  # with its defaults, as bench/linear.py and bench/gpu.py name it
 
 
 def _linear_tables(content: Content) -> list[Table]:
     cases = content["cases"]
-    peers = [name for name in dict.fromkeys(name for case in cases for name in case["times"]) if name != _OCTAVO]
-    ratios = [{peer: _ratio(case["times"], peer) for peer in peers} for case in cases]
+    names = list(dict.fromkeys(name for case in cases for name in case["times"]))
+    octavo = next(name for name in _OCTAVO if name in names)
+    peers = [name for name in names if name != octavo]
+    ratios = [{peer: _ratio(case["times"], peer, octavo) for peer in peers} for case in cases]
     summary = []
     for peer in peers:
         found = [(ratio, case) for of_case, case in zip(ratios, cases, strict=True) if (ratio := of_case[peer])]
@@ -191,10 +193,10 @@ def _linear_tables(content: Content) -> list[Table]:
     left_out = " Left out: " + "; ".join(reasons) + "." if reasons else ""
     rows = []
     for case, of_case in zip(cases, ratios, strict=True):
-        own = case["times"].get(_OCTAVO)
+        own = case["times"].get(octavo)
         cells = [f"{ratio:.2f}x" if (ratio := of_case[peer]) else "-" for peer in peers]
         shape = [f"{case['k']} x {case['n']}", str(case["m"]), str(case["outliers"])]
-        rows.append([*shape, f"{own['median']:.3f}" if own else "-", *cells])
+        rows.append([*shape, f"{_median(own):.3f}" if own else "-", *cells])
     return [
         Table(
             "Time of each peer over octavo's", ["peer", "cases", "lowest", "median", "highest", "lowest at"], summary,
@@ -208,10 +210,13 @@ def _linear_tables(content: Content) -> list[Table]:
     ]  # fmt: skip
 
 
-def _ratio(times: Content, peer: str) -> float | None:
-    if peer not in times or _OCTAVO not in times:
-        return None
-    return float(times[peer]["median"]) / float(times[_OCTAVO]["median"])
+def _ratio(times: Content, peer: str, octavo: str) -> float | None:
+    return _median(times[peer]) / _median(times[octavo]) if peer in times and octavo in times else None
+
+
+def _median(spread: Any) -> float:
+    """Of bench/linear.py's {median, lower, upper} and bench/gpu.py's [lower, median, upper]."""
+    return float(spread["median"] if isinstance(spread, dict) else spread[1])
 
 
 # --- bench/targets.py -------------------------------------------------------------------------------------------------
@@ -316,6 +321,8 @@ _KINDS = (
     _Kind("octavo", [("tables", list)], 0, _title_of_command, _own_tables),
     _Kind("bench/train_lm.py", [("perplexity", dict), ("parameters", int)], 1,
           lambda _: "A language model from the documentation", _training_tables),
+    _Kind("bench/gpu.py", [("cases", list), ("ceilings", dict), ("machine", dict)], 2,
+          lambda _: "The linear layer against its peers, on a GPU", _linear_tables),
     _Kind("bench/linear.py", [("cases", list), ("machine", dict)], 2,
           lambda _: "The linear layer against its peers", _linear_tables),
     _Kind("bench/targets.py", [("lines", list), ("machine", dict)], 3,
