@@ -4,6 +4,7 @@
     python3 dev.py demo     build, install and run the demo
     python3 dev.py test     build, install and run all tests, C++ and Python
     python3 dev.py check    formatting, lint and type checks
+    python3 dev.py docs     the documentation, with the report of bench/results, into build/site
 
 Needs Python >= 3.10 and a C++20 compiler (tested: Python 3.11, GCC 12, Clang 14); uses nothing else of the
 system and installs nothing outside this folder: packages go to .venv, builds to build/. Running a command again is
@@ -30,18 +31,19 @@ PYTHON = BIN / "python"
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 MACHINE_CODE = ROOT / ".ci" / "machine_code.py"
 CPP_FOLDERS = ("cpp", "bindings", "tests/cpp", "examples", "bench")
-PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "dev.py")
+PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "docs/hooks.py", "docs/docstrings.py", "dev.py")
 
 
 def main() -> int:
     """Run the chosen command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,test,check}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,test,check,docs}")
     commands.add_parser("demo", help="build, install and run the demo", add_help=False).set_defaults(run=demo)
     commands.add_parser("test", help="build, install and run all tests").set_defaults(run=test)
     check_parser = commands.add_parser("check", help="formatting, lint and type checks")
     check_parser.add_argument("--fix", action="store_true", help="reformat instead of complaining")
     check_parser.set_defaults(run=check)
+    commands.add_parser("docs", help="build the documentation, warnings as errors").set_defaults(run=docs)
     args, rest = parser.parse_known_args()
     if rest and args.command != "demo":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -134,6 +136,16 @@ def check(args: argparse.Namespace) -> None:
         print("bench/ is left out: it was not built, for want of google-benchmark (Debian, Ubuntu: libbenchmark-dev)")
     translation_units = [source for source in sources if source.startswith(tuple(checked)) and source.endswith(".cpp")]
     run(PYTHON, ROOT / ".ci" / "tidy.py", ROOT / "build" / "release", *translation_units)
+
+
+def docs(_: argparse.Namespace) -> None:
+    """The site, into build/site. It fails on any warning, broken link, or public name that the reference lacks."""
+    prepare()
+    install("docs")
+    step("Documentation")
+    os.environ["NO_MKDOCS_2_WARNING"] = "1"  # a notice about other versions, meant for whoever chooses them
+    run(PYTHON, "-m", "mkdocs", "build", "--strict", "--quiet")
+    print(f"{ROOT / 'build' / 'site' / 'index.html'}")
 
 
 def prepare() -> None:

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -44,6 +45,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 M, K, N = 1, 64, 16
+SEED = 0
 POLICIES: tuple[Outliers, ...] = ("none", "columns")
 
 
@@ -73,7 +75,15 @@ def main() -> int:
         row["over_core_ns"] = round(row["min_ns"] - cores[row["policy"]], 1) if over else None
     print(table(rows))
     if options.json is not None:
-        report = {"machine": machine(), "shape": {"m": M, "k": K, "n": N}, "options": vars(options), "rows": rows}
+        command = shlex.join(["bench/call_overhead.py", *sys.argv[1:]])
+        report = {
+            "command": command,
+            "seed": SEED,
+            "machine": machine(),
+            "shape": {"m": M, "k": K, "n": N},
+            "options": vars(options),
+            "rows": rows,
+        }
         beside = options.json.with_name(options.json.name + ".part")
         beside.write_text(json.dumps(report, indent=1, default=str) + "\n")
         beside.replace(options.json)
@@ -82,7 +92,7 @@ def main() -> int:
 
 def contenders(core: Path | None) -> dict[str, Callable[[int], float]]:
     """For each contender a function of a number of calls that returns the ns that one took."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(SEED)
     x = torch.rand(M, K, generator=generator)
     dense = nn.Linear(K, N)
     weight, bias, out = dense.weight.detach(), dense.bias.detach(), torch.empty(M, N)

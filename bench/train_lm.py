@@ -82,6 +82,7 @@ def run(setting: Setting, output: Path, threads: int, roots: Sequence[Path] | No
     report = finish(setting, output)
     report |= {
         "setting": asdict(setting),
+        "seed": SEED,
         "corpus": json.loads((output / "corpus.json").read_text()),
         "machine": machine(threads),
         "losses": losses,

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command and of all its subcommands."""
     import octavo
-    from octavo import analysis, bench, completion, demo, plan
+    from octavo import analysis, bench, completion, demo, plan, report
     from octavo import eval as evaluation
     from octavo.checkpoint import commands as checkpoint
 
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("eval", evaluation.add_arguments, evaluation.main,
          "perplexity of a language model by every scheme of the paper"),
         ("analyze", analysis.add_arguments, analysis.main, "find the outlier features of a model, and what they carry"),
+        ("report", report.add_arguments, report.main, "collect results into one HTML page"),
         ("plan", plan.add_arguments, plan.main, "say whether a model fits on given GPUs in int8 and in 16 bit"),
         ("bench", bench.add_arguments, bench.main,
          "time int8 layers against 16 and 32 bit, at given shapes or those of a model"),

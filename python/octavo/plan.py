@@ -19,6 +19,8 @@ from octavo._sizes import format_size, parse_size, positive
 from octavo.architectures import cache_per_token, layer_of, tensors_of
 from octavo.checkpoint.layers import LayerChoice
 
+__all__ = ["Footprint", "Plan", "plan"]
+
 _GIB = 2**30
 DEFAULT_RESERVE = _GIB // 2  # per GPU: its context, the libraries' workspace, activations of small batches
 

@@ -18,6 +18,8 @@ from octavo.measuring import options
 if TYPE_CHECKING:
     from .report import Report
 
+__all__ = ["Settings", "run"]
+
 
 @dataclass(frozen=True)
 class Settings:

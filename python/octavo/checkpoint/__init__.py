@@ -12,18 +12,15 @@ for weights); all other files that are no weights copied.
 
 **Tensors.** An int8 layer has exactly the state dict of `octavo.torch.Int8Linear`:
 
-====================== ==================== =============================================================
-``<layer>.weight``      int8 ``[n, k]``      codes, row-major: out features by in features, also for
-                                             layers that GPT-2 keeps as ``[in, out]``
-``.scale``              float32 ``[n]``      ``weight ~ (codes + zeropoint) * scale``; ``[1]`` for
-                                             granularity "tensor" and "row"
-``.zeropoint``          float32, as scale    scheme "zeropoint" only
-``.outlier_columns``    int32 ``[r]``        ascending; calibrated layers only
-``.outlier_weight``     ``[n, r]``           original values of those columns, in the source's dtype
-``._extra_state``       uint8                JSON: ``format_version`` 1, ``scheme``, ``granularity``,
-                                             ``threshold``, ``outliers``, ``path``
-``.bias``               as in the source     where the layer has one
-====================== ==================== =============================================================
+| tensor | dtype and shape | |
+|---|---|---|
+| ``<layer>.weight`` | int8 ``[n, k]`` | codes, row by row: out by in features, also where GPT-2 has ``[in, out]`` |
+| ``.scale`` | float32 ``[n]`` | ``weight ~ (codes + zeropoint) * scale``; ``[1]`` for granularity "tensor" and "row" |
+| ``.zeropoint`` | float32, as scale | scheme "zeropoint" only |
+| ``.outlier_columns`` | int32 ``[r]`` | ascending; calibrated layers only |
+| ``.outlier_weight`` | ``[n, r]`` | original values of those columns, in the source's dtype |
+| ``._extra_state`` | uint8 | JSON: ``format_version`` 1, and the options that the metadata has |
+| ``.bias`` | as in the source | where the layer has one |
 
 Everything else (embeddings, norms, the output head) is copied as it was.
 

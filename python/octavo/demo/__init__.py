@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
         import torch
 
         from octavo.measuring import machine
-        from octavo.measuring.modules import linear_layers, random_features
+        from octavo.measuring.modules import SEED, linear_layers, random_features
         from octavo.measuring.schemes import THRESHOLD
         from octavo.measuring.systematic import FEATURES
 
@@ -188,7 +189,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
             timings.append(timing.measure(timed, batch, seconds=settings.seconds_per_batch_size))
 
     report = reports.Report(
-        machine=machine.facts(threads),
+        machine=machine.facts(threads) | {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])},
         settings={
             "package": model.PACKAGE,
             "package_version": model.VERSION,
@@ -199,6 +200,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
             "tokens": sum(int(batch.real.sum()) for batch in batches),
             "threshold": THRESHOLD,
             "random_draws": settings.draws,
+            "seed": SEED,
         },
         memory=memory,
         natural=natural,
