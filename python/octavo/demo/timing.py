@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from octavo.measuring.timing import Spread, take_turns
+from octavo.measuring.timing import Spread, spread, take_turns
 
 from .errors import WrongResultError
 from .model import Batch, embed_batch
@@ -54,9 +54,11 @@ def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_r
     """Times the models in turns, for about `seconds` and at least `min_rounds` rounds."""
     check(models, batch)  # and every model is warm
     calls = {name: partial(_forward, model, batch) for name, model in models.items()}
-    times, rounds = take_turns(calls, seconds=seconds, min_rounds=min_rounds)
+    times = take_turns(calls, seconds=seconds, min_rounds=min_rounds)
     tokens = int(batch.real.shape[1])
-    return Timing(len(batch.indices), tokens, rounds, times)
+    return Timing(
+        len(batch.indices), tokens, len(times["octavo int8"]), {name: spread(values) for name, values in times.items()}
+    )
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +15,10 @@ from torch import nn
 from octavo.measuring import language, machine, schemes
 from octavo.measuring.language import Language, Window
 from octavo.measuring.progress import Progress
-from octavo.measuring.timing import Spread, take_turns
+from octavo.measuring.timing import spread, take_turns
 
 from . import Settings, embeddings, perplexity, tasks, variants
-from .report import Report
+from .report import Report, Timed
 from .variants import Variant
 
 # What a package that is installed but does not run here may raise.
@@ -46,8 +47,7 @@ def run(
         left_out |= missing
     shown = {scheme.key for scheme in wanted} | {peer.key for peer in peers}
     measured = _Measured(loaded, windows, questions)
-    times: dict[str, Spread] = {}
-    rounds = 0
+    times: list[Timed] = []
     timing = 10 * settings.seconds if settings.peers else 0.0
     with Progress(measured.units * (len(found) + len(peers)) + timing, show=show_progress) as progress:
         for variant in (*found, *peers):
@@ -60,7 +60,7 @@ def run(
         if settings.peers:
             with progress.step("timing", timing):
                 running = [peer for peer in peers if peer.name not in left_out]
-                times, rounds = _times(loaded.model, running, windows[0], settings.seconds)
+                times = _times(loaded.model, running, windows[0], settings.seconds)
     return Report(
         command=command,
         machine=machine.facts(threads),
@@ -86,7 +86,6 @@ def run(
         left_out=left_out,
         times=times,
         timed_tokens=windows[0].ids.shape[1],
-        timing_rounds=rounds,
         seconds=time.perf_counter() - start,
     )
 
@@ -169,14 +168,22 @@ class _Measured:
 
 
 @torch.inference_mode()
-def _times(model: nn.Module, peers: Sequence[Variant], window: Window, seconds: float) -> tuple[dict[str, Spread], int]:
-    """Of the whole model on a window, by name: octavo as it is by default, float32 and the peers, in turns."""
+def _times(model: nn.Module, peers: Sequence[Variant], window: Window, seconds: float) -> list[Timed]:
+    """Of the whole model on a window, in turns: octavo as it is by default, float32 and the peers."""
+    own = schemes.LLM_INT8
     models = {
-        f"octavo, {schemes.LLM_INT8.name}": schemes.convert(model, schemes.LLM_INT8, path="auto"),
-        schemes.FLOAT32.name: model,
-        **{peer.name: peer.make() for peer in peers},
+        (own.key, f"octavo, {own.name}"): schemes.convert(model, own, path="auto"),
+        (schemes.FLOAT32.key, schemes.FLOAT32.name): model,
+        **{(peer.key, peer.name): peer.make() for peer in peers},
     }
-    calls = {name: partial(one, **window.inputs) for name, one in models.items()}
+    calls = {key: partial(models[key, name], **window.inputs) for key, name in models}
     for call in calls.values():
         call()  # warm
-    return take_turns(calls, seconds=seconds)
+    times = take_turns(calls, seconds=seconds)
+    ratios = {
+        key: [time / octavo for time, octavo in zip(values, times[own.key], strict=True)]
+        for key, values in times.items()
+    }
+    return [
+        Timed(key, name, spread(times[key]), statistics.median(ratios[key]), len(times[key])) for key, name in models
+    ]

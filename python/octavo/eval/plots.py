@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from octavo.measuring.drawing import BLUE, GRAY, VERMILION, draw_tables, quiet, save_all
 
+from .perplexity import Result
 from .report import Report, tables
 
 
@@ -105,42 +106,33 @@ def draw_peers(report: Report) -> Figure:
     """Time, memory and loss of octavo's layers and its peers'."""
     figure: Figure = plt.figure(figsize=(12, 1.5 + 0.5 * len(report.times)))
     left, middle, right = figure.subplots(1, 3, sharey=True)
-    rows = list(report.times)
-    for place, name in enumerate(rows):
-        time = report.times[name]
+    rows = {row.key: row for row in report.rows}
+    for place, timed in enumerate(report.times):
+        color = BLUE if place == 0 else GRAY
+        time = timed.milliseconds
         spread = [[time.median - time.lower_quartile], [time.upper_quartile - time.median]]
-        left.barh(place, time.median, xerr=spread, color=BLUE if place == 0 else GRAY, capsize=3)
-        _label(left, place, time.median, f"{time.median:.1f}")
-        found = _row(report, name)
-        if found is not None:
-            size, loss, error = found
-            middle.barh(place, size, color=BLUE if place == 0 else GRAY)
+        left.barh(place, time.median, xerr=spread, color=color, capsize=3)
+        _label(left, place, time.upper_quartile, f"{time.median:.1f}")
+        row = rows.get(timed.key)
+        if row is not None:
+            size = row.linear_bytes / (1 << 20)
+            middle.barh(place, size, color=color)
             _label(middle, place, size, f"{size:.2f}")
-            bar = 0.0 if math.isnan(error) else 2 * error
-            right.errorbar(loss, place, xerr=bar, fmt="o", color=BLUE if place == 0 else GRAY, capsize=3)
-    left.set_yticks(range(len(rows)), rows)
+            loss = -row.difference if isinstance(row, Result) else 1 - row.mean_cosine
+            bar = 0.0 if math.isnan(row.standard_error) else 2 * row.standard_error
+            right.errorbar(loss, place, xerr=bar, fmt="o", color=color, capsize=3)
+    left.set_yticks(range(len(report.times)), [timed.name for timed in report.times])
     left.invert_yaxis()
-    left.set_xlabel(f"ms for a window of {report.timed_tokens} tokens (quartiles)")
+    left.set_xlabel(f"ms for {report.timed_tokens} tokens (bars: quartiles)")
     middle.set_xlabel("MiB of the linear layers")
     right.set_xlabel("nats lost per token" if report.causal else "1 - mean cosine")
     right.axvline(0, color="black", linewidth=1)
     for axis in (left, middle, right):
+        axis.margins(x=0.15)
         quiet(axis, "x")
     figure.tight_layout()
     return figure
 
 
 def _label(axis: Axes, place: int, value: float, text: str) -> None:
-    axis.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-
-
-def _row(report: Report, name: str) -> tuple[float, float, float] | None:
-    """MiB, loss and its error of the row of a name in the timing table."""
-    own = name.removeprefix("octavo, ")
-    for result in report.results:
-        if result.name == own:
-            return result.linear_bytes / (1 << 20), -result.difference, result.standard_error
-    for found in report.similarities:
-        if found.name == own:
-            return found.linear_bytes / (1 << 20), 1 - found.mean_cosine, found.standard_error
-    return None
+    axis.annotate(text, (value, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)

@@ -20,6 +20,17 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
+class Timed:
+    """Times of the whole model on one window, with the linear layers of a row."""
+
+    key: str
+    name: str
+    milliseconds: Spread
+    ratio: float  # to octavo's, the median over the rounds: both of a round meet the same load of the machine
+    rounds: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that was measured in one run."""
 
@@ -33,10 +44,14 @@ class Report:
     similarities: list[Similarity]  # of an encoder
     accuracies: list[Accuracy]  # with a task
     left_out: dict[str, str]  # name -> reason
-    times: dict[str, Spread]  # with peers: of the whole model on one window, in milliseconds; octavo's first
+    times: list[Timed]  # with peers; octavo's first
     timed_tokens: int
-    timing_rounds: int
     seconds: float
+
+    @property
+    def rows(self) -> Sequence[Result | Similarity]:
+        """Of the first table."""
+        return self.results or self.similarities
 
 
 def tables(report: Report) -> list[Table]:
@@ -146,19 +161,20 @@ def _accuracy_table(report: Report) -> Table:
 
 
 def _timing_table(report: Report) -> Table:
-    own = next(iter(report.times.values()))
+    rounds = report.times[0].rounds
     return Table(
-        f"Time of the whole model on a window of {report.timed_tokens} tokens, {report.timing_rounds} rounds in turns",
+        f"Time of the whole model on a window of {report.timed_tokens} tokens, {rounds} rounds in turns",
         ["linear layers", "median, ms", "quartiles, ms", "times octavo's"],
         [
             [
-                name,
-                f"{time.median:.2f}",
-                f"{time.lower_quartile:.2f} to {time.upper_quartile:.2f}",
-                f"{time.median / own.median:.2f}",
+                timed.name,
+                f"{timed.milliseconds.median:.2f}",
+                f"{timed.milliseconds.lower_quartile:.2f} to {timed.milliseconds.upper_quartile:.2f}",
+                f"{timed.ratio:.2f}",
             ]
-            for name, time in report.times.items()
+            for timed in report.times
         ],
+        "Times octavo's: the median over rounds. "
         "Everything but the linear layers is float32 in each; bitsandbytes' layers compute in float16.",
     )
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from octavo.torch import Int8Linear
 
+SEED = 0  # of the features that are drawn
+
 
 def copy_modules(model: nn.Module) -> nn.Module:
     """A copy whose modules can be replaced without touching `model`. The tensors are shared: never write to them."""
@@ -64,7 +66,7 @@ def zeroing(features: Sequence[int]) -> Callable[..., Any]:
     return lambda module, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])
 
 
-def random_features(count: int, width: int, excluded: Sequence[int], draws: int, seed: int = 0) -> list[list[int]]:
+def random_features(count: int, width: int, excluded: Sequence[int], draws: int, seed: int = SEED) -> list[list[int]]:
     """`draws` choices of `count` features of `width`, none excluded; the same for the same seed."""
     generator = random.Random(seed)
     others = sorted(set(range(width)) - set(excluded))

@@ -19,8 +19,8 @@ class Spread:
 
 def take_turns(
     calls: Mapping[str, Callable[[], object]], *, seconds: float, min_rounds: int = 4
-) -> tuple[dict[str, Spread], int]:
-    """Time each call once in every round, for about `seconds` and at least `min_rounds` rounds; and how many."""
+) -> dict[str, list[float]]:
+    """Milliseconds of each call in every round, for about `seconds` and at least `min_rounds` rounds."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < min_rounds or time.perf_counter() < end:
@@ -29,10 +29,11 @@ def take_turns(
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
         rounds += 1
-    return {name: _spread(values) for name, values in times.items()}, rounds
+    return times
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles."""
     if len(values) < 2:
         return Spread(values[0], values[0], values[0])
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
