@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
     args = make_parser().parse_args(arguments)
+    # What reports say they were made with.
+    args.command_line = shlex.join(["octavo", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         return int(args.run(args))
     except KeyboardInterrupt:

@@ -8,9 +8,8 @@ The operation is also registered as ``torch.ops.octavo.linear``, to be compiled,
 
 from __future__ import annotations
 
-import fnmatch
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,16 +18,15 @@ from tqdm import tqdm
 
 import octavo
 from octavo import _core, _torch_layout
+from octavo._layers import CALIBRATED, DEFAULT_SKIP, linears, replace, run_batches
+from octavo._smoothing import smooth_
 from octavo._types import Granularity, Outliers, Path, Scheme
 from octavo.weight import Int8Weight
 
-__all__ = ["Int8Linear", "calibrate_", "quantize_"]
+__all__ = ["Int8Linear", "calibrate_", "quantize_", "smooth_"]
 
 _FORMAT_VERSION = 1
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Where `calibrate_` leaves a layer's columns for `quantize_`.
-_CALIBRATED = "octavo_outlier_columns"
-_DEFAULT_SKIP = ("*lm_head",)
 
 # --- the operation ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +192,7 @@ class Int8Linear(nn.Module):
             outlier_columns: input features whose original weights are kept; default: those `calibrate_` recorded.
         """
         if outlier_columns is None:
-            outlier_columns = getattr(linear, _CALIBRATED, None)
+            outlier_columns = getattr(linear, CALIBRATED, None)
         weight = octavo.quantize_weight(
             linear.weight, scheme=scheme, granularity=granularity, outlier_columns=outlier_columns
         )
@@ -433,7 +431,7 @@ def quantize_(
     threshold: float = 6.0,
     outliers: Outliers = "columns",
     path: Path = "auto",
-    skip: Sequence[str] = _DEFAULT_SKIP,
+    skip: Sequence[str] = DEFAULT_SKIP,
     progress: bool = True,
 ) -> nn.Module:
     """Replace every `torch.nn.Linear` of `model` by an `Int8Linear`, in place, one after the other.
@@ -462,10 +460,10 @@ def quantize_(
             "quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)"
         )
     Int8Linear(1, 1, scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
-    _check_layers(_linears(model, skip), outliers)
+    _check_layers(linears(model, skip), outliers)
 
     # By name only: nothing here may hold on to a weight that has been converted.
-    for sharers in tqdm(_by_weight(_linears(model, skip)), desc="quantize", unit="weight", disable=not progress):
+    for sharers in tqdm(_by_weight(linears(model, skip)), desc="quantize", unit="weight", disable=not progress):
         first: Int8Linear | None = None
         for names in sharers:
             layer = model.get_submodule(names[0])
@@ -485,7 +483,7 @@ def quantize_(
                 )
                 replacement.weight = first.weight
             for name in names:
-                _replace(model, name, replacement)
+                replace(model, name, replacement)
         del layer
     return model
 
@@ -496,7 +494,7 @@ def calibrate_(
     *,
     threshold: float = 6.0,
     min_fraction: float = 0.06,
-    skip: Sequence[str] = _DEFAULT_SKIP,
+    skip: Sequence[str] = DEFAULT_SKIP,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Find the systematic outlier columns of each linear layer, for `quantize_` to keep in 16 bit.
@@ -524,12 +522,12 @@ def calibrate_(
     """
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ValueError("calibrate_: model: expected the 16/32-bit model, got one that quantize_ has converted")
-    layers = dict(_linears(model, skip))
+    layers = dict(linears(model, skip))
     columns = systematic_columns(
         model, layers, batches, threshold=threshold, min_fraction=min_fraction, progress=progress
     )
     for name, own in columns.items():
-        setattr(layers[name], _CALIBRATED, own)
+        setattr(layers[name], CALIBRATED, own)
     return columns
 
 
@@ -562,22 +560,11 @@ def systematic_columns(
 
     modules = {id(layer): layer for layer in layers.values()}.values()
     handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in modules]
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
-            for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, (tuple, list)):
-                    model(*batch)
-                else:
-                    model(batch)
+        run_batches(model, batches, doing="calibrate", progress=progress)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in was_training.items():
-            module.training = training
     if not counts:
         raise ValueError("calibrate_: batches: expected at least one that reaches a linear layer, got none")
 
@@ -589,38 +576,12 @@ def systematic_columns(
     return columns
 
 
-def _linears(model: nn.Module, skip: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that `quantize_` replaces, by qualified name; shared ones under each of their names."""
-    if isinstance(skip, str):
-        raise TypeError("skip: expected a sequence of patterns, got a string")
-    used_elsewhere = {
-        id(parameter)
-        for module in model.modules()
-        if type(module) is not nn.Linear
-        for parameter in module.parameters(recurse=False)
-    }
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) is not nn.Linear or id(module.weight) in used_elsewhere:
-            continue
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
-            yield name, module
-
-
 def _by_weight(layers: Iterable[tuple[str, nn.Linear]]) -> list[list[list[str]]]:
     """The names of linear layers: for each weight, for each layer that uses it, the names of that layer."""
     weights: dict[int, dict[int, list[str]]] = {}
     for name, layer in layers:
         weights.setdefault(id(layer.weight), {}).setdefault(id(layer), []).append(name)
     return [list(users.values()) for users in weights.values()]
-
-
-def _replace(model: nn.Module, name: str, replacement: Int8Linear) -> None:
-    """Put `replacement` where `model` has the layer of that qualified name."""
-    parent_name, _, child = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    setattr(parent, child, replacement)
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # its fused path would read the codes as if they were weights
 
 
 def _check_layers(layers: Iterable[tuple[str, nn.Linear]], outliers: Outliers) -> None:
@@ -633,7 +594,7 @@ def _check_layers(layers: Iterable[tuple[str, nn.Linear]], outliers: Outliers) -
             raise ValueError(f"quantize_: {name}.weight: expected a tensor with memory, got one on the meta device")
         if not torch.isfinite(weight).all():
             raise ValueError(f"quantize_: {name}.weight: expected finite values, got NaN or Inf")
-        if outliers == "static" and not hasattr(layer, _CALIBRATED):
+        if outliers == "static" and not hasattr(layer, CALIBRATED):
             raise ValueError(
                 f"quantize_: {name}: expected a calibrated layer for outliers='static' (run calibrate_ first), got none"
             )

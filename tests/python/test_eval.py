@@ -15,11 +15,11 @@ torch = pytest.importorskip("torch", reason="octavo eval runs PyTorch models, an
 transformers = pytest.importorskip("transformers", reason="octavo eval loads models with transformers, not installed")
 pytest.importorskip("matplotlib", reason="octavo eval plots with matplotlib, which is not installed")
 
-from octavo.eval import perplexity  # noqa: E402
+from octavo.eval import order, perplexity, tasks, variants  # noqa: E402
 from octavo.measuring import language, modules, schemes  # noqa: E402
 from octavo.measuring.progress import Progress  # noqa: E402
 from octavo.torch import Int8Linear  # noqa: E402
-from tiny_models import tiny_opt, write_language_model  # noqa: E402
+from tiny_models import tiny_model, tiny_opt, write_language_model  # noqa: E402
 from torch import nn  # noqa: E402
 
 
@@ -182,11 +182,11 @@ class TestComparison:
         assert found.tokens == 4
 
     def test_chosen_schemes(self) -> None:
-        assert [scheme.key for scheme in perplexity.chosen(["kept-static", "absmax"])] == ["absmax", "kept-static"]
-        assert len(perplexity.chosen(None)) == 13
-        assert len({scheme.key for scheme in perplexity.SCHEMES}) == 13
+        assert [scheme.key for scheme in variants.chosen(["kept-static", "absmax"])] == ["absmax", "kept-static"]
+        assert len(variants.chosen(None)) == 15
+        assert len({scheme.key for scheme in variants.SCHEMES}) == 15
         with pytest.raises(ValueError, match=r"--schemes: expected some of float32, absmax, .*; got int4"):
-            perplexity.chosen(["int4"])
+            variants.chosen(["int4"])
 
 
 class TestCommand:
@@ -200,7 +200,7 @@ class TestCommand:
         assert "float32" in captured.err  # the progress bar
         written = json.loads((tmp_path / "new" / "e.json").read_text())
         results: dict[str, dict[str, Any]] = {result["key"]: result for result in written["results"]}
-        assert list(results) == [scheme.key for scheme in perplexity.SCHEMES]
+        assert list(results) == [scheme.key for scheme in variants.SCHEMES]
         for result in results.values():
             assert result["name"] in captured.out
             assert f"{result['perplexity']:.4f}" in captured.out
@@ -213,6 +213,7 @@ class TestCommand:
         # With an outlier among them, the other features are left few of the 8 bits; kept weights are the best.
         assert lost["llm-int8"] < lost["absmax-vector"]
         assert lost["kept-columns"] < lost["llm-int8"]
+        assert lost["smoothquant"] < lost["absmax-vector"]
         assert results["float32"]["linear_bytes"] > 3 * results["llm-int8"]["linear_bytes"]
         assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["perplexity.png", "table.png"]
         for path in (tmp_path / "p").iterdir():
@@ -236,7 +237,8 @@ class TestCommand:
         write_language_model(tmp_path, model)
         (tmp_path / "text.txt").write_text("w1 w2")
         for model_folder, more, message in (
-            (tmp_path, [], "expected a causal language model in config.json's architectures, got ['BertModel']"),
+            (tmp_path, ["--stride", "2"], "--stride: expected a causal language model in config.json's architectures"),
+            (tmp_path, ["--task", "t"], "--task: expected a causal language model in config.json's architectures"),
             (folder, ["--schemes", "int4"], "got int4"),
             (folder, ["--window", "64"], "expected more than the 8 windows of the calibration, got 4"),
             (folder, ["--calibration", folder / "none"], "none"),
@@ -258,3 +260,256 @@ def test_scores_see_the_windows_alone(folder: Path) -> None:
         together = perplexity.score(converted, windows[:3], progress, "")
         alone = perplexity.score(converted, windows[1:2], progress, "")
     assert together.log_likelihoods[1] == alone.log_likelihoods[0]
+
+
+def write_task(folder: Path, count: int = 6) -> Path:
+    """Questions of five words in front, and of one or two words to choose from."""
+    lines = []
+    for number in range(count):
+        prompt = " ".join(f"w{(number + place) % 16}" for place in range(5))
+        lines.append({"prompt": prompt, "choices": [f" w{number}", f" w{number + 1} w3", " w9"], "answer": number % 3})
+    path = folder / "task.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "\n")
+    return path
+
+
+class TestTasks:
+    def test_answers_by_hand(self, folder: Path, tmp_path: Path) -> None:
+        """Summed log-likelihoods of the choice after the prompt, from the logits themselves."""
+        loaded = language.load(folder)
+        questions = tasks.read(write_task(tmp_path), loaded)
+        assert [len(question.choices) for question in questions] == [3] * 6
+        with Progress(1, show=False) as progress:
+            found = tasks.answers(loaded.model, questions, progress, "")
+        for number, answer in enumerate(found):
+            context = [(number + place) % 16 for place in range(5)]
+            sums = []
+            for choice in ([number], [number + 1, 3], [9]):
+                with torch.no_grad():
+                    likelihood = loaded.model(torch.tensor([context + choice])).logits[0].log_softmax(-1)
+                sums.append(sum(float(likelihood[4 + place, token]) for place, token in enumerate(choice)))
+            assert answer == sums.index(max(sums))
+        assert len(set(found)) > 1
+
+    def test_accuracy_by_hand(self) -> None:
+        questions = [tasks.Question([], answer) for answer in (0, 0, 1, 2)]
+        variant = variants.Variant("a", "A", lambda: nn.Identity(), lambda model: 0)
+        found = tasks.compare(variant, [0, 0, 1, 0], [0, 1, 1, 2], questions)
+        assert found.accuracy == 0.75
+        assert found.standard_error == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+        assert found.difference == 0  # one gained, one lost
+        assert found.difference_error == pytest.approx(math.sqrt((2 / 3) / 4))
+        assert found.changed == 2
+
+    def test_long_prompts_lose_their_beginning(self, folder: Path, tmp_path: Path) -> None:
+        loaded = language.load(folder)
+        line = {"prompt": " ".join(["w1"] * 80) + "  ", "choices": [" w2 w3", "w4"], "answer": 0}
+        (tmp_path / "t").write_text(json.dumps(line))
+        question = tasks.read(tmp_path / "t", loaded)[0]
+        assert [window.ids.shape[1] for window in question.choices] == [64, 64]
+        assert [window.scored for window in question.choices] == [2, 1]
+        assert question.choices[0].ids[0, -2:].tolist() == [2, 3]
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("{", r"t:2: expected a JSON object, got"),
+            ("[]", r"t:2: expected an object with prompt, choices and answer, got \[\]"),
+            ('{"prompt": " ", "choices": ["a", "b"], "answer": 0}', "prompt: expected text, got ' '"),
+            ('{"prompt": "a", "choices": ["b"], "answer": 0}', "choices: expected a list of at least two texts"),
+            ('{"prompt": "a", "choices": ["b", " "], "answer": 0}', "choices: expected a list of at least two texts"),
+            ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer: expected the place of a choice, 0 to 1"),
+            ('{"prompt": "a", "choices": ["b", "c"], "answer": true}', "answer: expected the place of a choice"),
+            ("", "expected at least one question, got none"),
+        ],
+    )
+    def test_wrong_files(self, folder: Path, tmp_path: Path, line: str, message: str) -> None:
+        (tmp_path / "t").write_text("\n" + line)
+        with pytest.raises(ValueError, match=message):
+            tasks.read(tmp_path / "t", language.load(folder))
+
+
+class TestOrder:
+    @staticmethod
+    def _result(key: str, *sums: float) -> perplexity.Result:
+        scores = perplexity.Scores([10, 10, 10], list(sums), 0.5)
+        reference = perplexity.Scores([10, 10, 10], [0.0, 0.0, 0.0], 0.5)
+        variant = variants.Variant(key, key, lambda: nn.Identity(), lambda model: 0)
+        return perplexity.compare(variant, scores, reference, 0)
+
+    def test_met_and_not_met(self) -> None:
+        """Losses of .3 and .2, told apart; of .2 and .19 +- .02; and of .0001 and .0003."""
+        found = order.checks(
+            [
+                self._result("float32", 0, 0, 0),
+                self._result("absmax", -3.0, -3.1, -2.9),
+                self._result("absmax-row", -2.0, -2.1, -1.9),
+                self._result("absmax-vector", -1.5, -2.3, -1.9),
+                self._result("zeropoint-vector", -1.7, -2.2, -2.0),
+                self._result("llm-int8", -0.001, -0.001, -0.001),
+                self._result("llm-int8-zeropoint", -0.003, -0.003, -0.003),
+            ]
+        )
+        assert [(check.left, check.right, check.met) for check in found] == [
+            ("absmax", "absmax-row", True),
+            ("absmax-row", "absmax-vector", True),
+            ("absmax-vector", "zeropoint-vector", False),
+            ("zeropoint-vector", "llm-int8", True),
+            ("llm-int8", "float32", True),
+            ("llm-int8-zeropoint", "float32", False),
+        ]
+        assert found[0].difference == pytest.approx(0.1)
+        assert found[0].standard_error == pytest.approx(0, abs=1e-9)
+        assert found[4].difference == pytest.approx(1e-4)
+
+    def test_no_less(self) -> None:
+        worse = self._result("absmax-vector", -2.5, -2.6, -2.4)
+        (check,) = order.checks([self._result("absmax-row", -2.0, -2.1, -1.9), worse])
+        assert not check.met
+
+    def test_not_finite_is_not_met(self) -> None:
+        (check,) = order.checks([self._result("llm-int8", math.nan, 0, 0), self._result("float32", 0, 0, 0)])
+        assert not check.met
+
+
+class TestPeers:
+    def test_both_in_the_table_with_times(self, folder: Path, tmp_path: Path) -> None:
+        pytest.importorskip("bitsandbytes", reason="a peer that is compared, bitsandbytes, is not installed")
+        pytest.importorskip("torchao", reason="a peer that is compared, torchao, is not installed")
+        settings = evaluation.Settings(
+            ["llm-int8", "absmax-vector"], window=16, limit=4, peers=True, seconds=0, task=write_task(tmp_path)
+        )
+        found = evaluation.run(folder, folder / "text.txt", settings, show_progress=False, command="the command")
+        assert found.left_out == {}
+        rows = {row.key: row for row in found.results}
+        assert list(rows) == ["absmax-vector", "llm-int8", "bitsandbytes", "torchao"]
+        assert all(math.isfinite(row.difference) and row.difference != 0 for row in rows.values())
+        held = {key: row.linear_bytes for key, row in rows.items()}
+        codes = 2 * 12 * 64 * 64
+        for key in rows:
+            assert codes < held[key] < 1.2 * codes, key
+        assert [timed.key for timed in found.times] == ["llm-int8", "float32", "bitsandbytes", "torchao"]
+        assert found.times[0].ratio == 1
+        assert all(timed.milliseconds.median > 0 and timed.rounds == 4 for timed in found.times)
+        assert [row.key for row in found.accuracies] == list(rows)
+
+    def test_their_layers_are_what_they_are_called(self) -> None:
+        """bitsandbytes has outlier columns, as LLM.int8(), and torchao none, as vector-wise; both have the bias."""
+        from octavo.measuring import peers
+
+        torch.manual_seed(0)
+        linear = nn.Linear(64, 48).requires_grad_(False)
+        linear.weight.copy_(linear.weight.half())
+        linear.bias.copy_(linear.bias.half() + 8)
+        x = torch.randn(20, 64)
+        x[:, 5] += 60
+        error = {}
+        with torch.inference_mode():
+            for outliers in ("columns", "none"):
+                own = Int8Linear.from_linear(linear, outliers=outliers, path="int8")
+                error[outliers] = float((own(x) - linear(x)).norm())
+            for peer in peers.PEERS:
+                pytest.importorskip(peer.package, reason=f"a peer that is compared, {peer.package}, is not installed")
+                model = peers.convert(nn.Sequential(linear), peer)
+                error[peer.key] = float((model(x) - linear(x)).norm())
+                assert type(linear) is nn.Linear
+        assert error["columns"] < error["none"] / 2
+        assert error["bitsandbytes"] == pytest.approx(error["columns"], rel=0.3)
+        assert error["torchao"] == pytest.approx(error["none"], rel=0.3)
+
+    def test_what_is_not_installed_is_said(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from octavo.eval import report
+        from octavo.measuring import peers
+
+        def broken(linear: nn.Linear) -> nn.Module:
+            raise RuntimeError("no such kernel\nhere")
+
+        monkeypatch.setattr(
+            variants,
+            "PEERS",
+            (
+                peers.Peer("a", "A", "octavo-no-such-package", broken, lambda module: 0),
+                peers.Peer("b", "B", "numpy", broken, lambda module: 0),
+            ),
+        )
+        settings = evaluation.Settings(["float32"], window=16, limit=2, peers=True, seconds=0)
+        found = evaluation.run(folder, folder / "text.txt", settings, show_progress=False)
+        reasons = list(found.left_out.values())
+        assert reasons == ["octavo-no-such-package is not installed", "RuntimeError: no such kernel"]
+        printed = report.text(found)
+        assert "Left out: A: octavo-no-such-package is not installed." in printed
+        assert "left out" in printed
+
+
+class TestSmoothQuant:
+    def test_a_model_that_cannot_be_smoothed(self, tmp_path: Path) -> None:
+        """Left out with the reason by default; where it was asked for, an error."""
+        torch.manual_seed(0)
+        model = tiny_opt(layers=1, width=16)
+        config = model.config
+        config.do_layer_norm_before = False
+        write_language_model(tmp_path, transformers.OPTForCausalLM(config))
+        (tmp_path / "text.txt").write_text(" ".join(f"w{number % 16}" for number in range(100)))
+        settings = evaluation.Settings(window=16, limit=2, calibration_windows=2)
+        found = evaluation.run(tmp_path, tmp_path / "text.txt", settings, show_progress=False)
+        assert len(found.results) == 13
+        assert list(found.left_out) == [schemes.SMOOTH_VECTOR.name, schemes.SMOOTH_LLM_INT8.name]
+        assert all("also goes into" in reason for reason in found.left_out.values())
+        with pytest.raises(ValueError, match="smooth_: model: expected LayerNorms or RMSNorms"):
+            evaluation.run(
+                tmp_path,
+                tmp_path / "text.txt",
+                evaluation.Settings(["smoothquant"], window=16, calibration_windows=2),
+                show_progress=False,
+            )
+
+
+class TestEncoder:
+    def test_the_whole(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model = tiny_model("BertForMaskedLM").bert
+        model.config.architectures = ["BertModel"]
+        for layer in model.encoder.layer:
+            layer.output.LayerNorm.weight[3] = 40.0  # an outlier feature
+        write_language_model(tmp_path, model)
+        lines = [" ".join(f"w{(7 * line + step * step) % 16}" for step in range(line % 5 + 3)) for line in range(24)]
+        (tmp_path / "text.txt").write_text("\n\n".join(lines))
+        words = ["eval", tmp_path, "--text", tmp_path / "text.txt", "--calibration-windows", 4]
+        words += ["--json", tmp_path / "e.json", "--plots", tmp_path / "p", "--threads", 1]
+        assert cli.main([str(word) for word in words]) == 0
+        captured = capsys.readouterr()
+        written = json.loads((tmp_path / "e.json").read_text())
+        assert written["command"] == "octavo " + " ".join(map(str, words))
+        assert written["plots"] == ["embeddings.png", "table.png"]
+        assert written["windows"] == 20
+        rows: dict[str, dict[str, Any]] = {row["key"]: row for row in written["similarities"]}
+        assert list(rows) == [scheme.key for scheme in variants.SCHEMES]
+        for row in rows.values():
+            assert f"{row['mean_cosine']:.6f}" in captured.out
+            assert row["mean_cosine"] == pytest.approx(sum(row["cosines"]) / 20)
+            assert row["min_cosine"] == pytest.approx(min(row["cosines"]))
+        assert rows["float32"]["mean_cosine"] == pytest.approx(1, abs=1e-12)
+        assert rows["float32"]["neighbors_kept"] == 20
+        assert 1 / 7 < rows["float32"]["top_probability"] < 1
+        lost = {key: 1 - row["mean_cosine"] for key, row in rows.items()}
+        assert lost["llm-int8"] < lost["absmax-vector"] < lost["absmax"]
+        # Divided in front of the layers: the residual takes what these normalizations put out, too.
+        assert lost["smoothquant"] < lost["absmax-vector"]
+
+    def test_embeddings_are_those_of_transformers(self, tmp_path: Path) -> None:
+        from octavo.eval import embeddings
+
+        model = tiny_model("BertForMaskedLM").bert
+        model.config.architectures = ["BertModel"]
+        write_language_model(tmp_path, model)
+        (tmp_path / "text.txt").write_text("w1 w2 w3\n\n  \nw4 w5\n")
+        loaded = language.load(tmp_path)
+        passages = embeddings.read_passages(loaded, tmp_path / "text.txt", None)
+        assert [passage.ids.tolist() for passage in passages] == [[[1, 2, 3]], [[4, 5]]]
+        with Progress(1, show=False) as progress:
+            found = embeddings.embed(loaded.model, passages, progress, "")
+        with torch.no_grad():
+            hidden = model(torch.tensor([[4, 5]])).last_hidden_state[0].double().mean(0)
+        torch.testing.assert_close(found.embeddings[1], hidden / hidden.norm(), atol=1e-6, rtol=0)
+        (tmp_path / "text.txt").write_text("w1\n")
+        with pytest.raises(ValueError, match="expected at least two lines of text, got 1"):
+            embeddings.read_passages(loaded, tmp_path / "text.txt", None)

@@ -140,6 +140,8 @@ def imports(path: Path, *, top_level_only: bool = False) -> Iterator[str]:
 FRAMEWORKS = {"torch", "jax", "jaxlib", "cupy", "transformers"}
 # Modules that a user imports for one framework, or that are tools: they may need it at import.
 OF_FRAMEWORKS = {
+    "_layers",
+    "_smoothing",
     "_torch_layout",
     "distributed",
     "torch",

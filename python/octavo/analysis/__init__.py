@@ -58,16 +58,21 @@ def main(args: argparse.Namespace) -> int:
 
     threads = args.threads or machine.available_cores()
     machine.set_threads(threads)
-    report = run(args.model, args.text, settings, threads=threads, show_progress=not args.quiet)
-    put_out(reports.text(report), reports.content(report), args.json)
+    report = run(
+        args.model, args.text, settings, threads=threads, show_progress=not args.quiet, command=args.command_line
+    )
+    plots: list[Path] = []
     if args.plots:
         from .plots import write_all
 
-        write_all(report, args.plots)
+        plots = write_all(report, args.plots)
+    put_out(reports.text(report), reports.content(report, plots), args.json)
     return 0
 
 
-def run(model: Path, text: Path, settings: Settings, *, threads: int = 1, show_progress: bool = True) -> Report:
+def run(
+    model: Path, text: Path, settings: Settings, *, threads: int = 1, show_progress: bool = True, command: str = ""
+) -> Report:
     """Measure everything. Raises ValueError and OSError for a model or text that cannot be used."""
     from octavo.measuring import language, machine, modules
     from octavo.measuring.progress import Progress
@@ -97,6 +102,7 @@ def run(model: Path, text: Path, settings: Settings, *, threads: int = 1, show_p
                 drawn.append(zero.run("without random features", chosen))
 
     return reports.Report(
+        command=command,
         machine=machine.facts(threads),
         settings={
             "model": str(model),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from octavo.measuring.modules import SEED
 from octavo.measuring.output import Table, as_text
 
 from .ablation import Ablation
@@ -19,6 +21,7 @@ _LISTED = 12  # columns that a cell names; JSON has all
 class Report:
     """Everything that was measured in one run."""
 
+    command: str
     machine: dict[str, Any]
     settings: dict[str, Any]
     causal: bool
@@ -50,9 +53,16 @@ def text(report: Report) -> str:
     return "\n\n".join([head, *map(as_text, tables(report)), f"Measured in {report.seconds:.0f} s."])
 
 
-def content(report: Report) -> dict[str, Any]:
-    """Everything, tables included, for JSON."""
-    return {"format": 1, **asdict(report), "tables": [asdict(table) for table in tables(report)]}
+def content(report: Report, plots: Sequence[Path] = ()) -> dict[str, Any]:
+    """Everything, tables and the plots' names included, for JSON."""
+    return {
+        "format": 1,
+        "title": f"octavo analyze: {Path(report.settings['model']).name}",
+        **asdict(report),
+        "seed": SEED,
+        "tables": [asdict(table) for table in tables(report)],
+        "plots": [path.name for path in plots],
+    }
 
 
 def _model_table(report: Report) -> Table:

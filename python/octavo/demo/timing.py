@@ -7,28 +7,19 @@ is checked against float32's before anything is timed.
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+
+from octavo.measuring.timing import Spread, spread, take_turns
 
 from .errors import WrongResultError
 from .model import Batch, embed_batch
 
 BATCH_SIZES = (1, 16, 64)
 MIN_COSINE = 0.99  # a model that is wrong has no speed
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Milliseconds per batch over the rounds."""
-
-    median: float
-    lower_quartile: float
-    upper_quartile: float
 
 
 @dataclass(frozen=True)
@@ -62,25 +53,14 @@ def check(models: dict[str, nn.Module], batch: Batch) -> None:
 def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_rounds: int = 4) -> Timing:
     """Times the models in turns, for about `seconds` and at least `min_rounds` rounds."""
     check(models, batch)  # and every model is warm
-    times: dict[str, list[float]] = {name: [] for name in models}
-    rounds, end = 0, time.perf_counter() + seconds
-    while rounds < min_rounds or time.perf_counter() < end:
-        for name, model in models.items():
-            times[name].append(_milliseconds(model, batch))
-        rounds += 1
+    calls = {name: partial(_forward, model, batch) for name, model in models.items()}
+    times = take_turns(calls, seconds=seconds, min_rounds=min_rounds)
     tokens = int(batch.real.shape[1])
-    return Timing(len(batch.indices), tokens, rounds, {name: _spread(values) for name, values in times.items()})
+    return Timing(
+        len(batch.indices), tokens, len(times["octavo int8"]), {name: spread(values) for name, values in times.items()}
+    )
 
 
 @torch.inference_mode()
-def _milliseconds(model: nn.Module, batch: Batch) -> float:
-    start = time.perf_counter()
+def _forward(model: nn.Module, batch: Batch) -> None:
     model(**batch.inputs)
-    return (time.perf_counter() - start) * 1e3
-
-
-def _spread(values: Sequence[float]) -> Spread:
-    if len(values) < 2:
-        return Spread(values[0], values[0], values[0])
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, lower, upper)

@@ -1,14 +1,14 @@
-"""`octavo eval`: perplexity of a causal language model by every scheme of the paper's Table 1.
+"""`octavo eval`: what the schemes of the paper's Table 1 cost a model, and SmoothQuant and peers beside them.
 
-And what the 16-bit outlier weights are worth: dequantized against kept, chosen by call, by row or once. Each scheme
-sees the same windows, one in each call, so that the columns that are outlying in one have no part in another; the
-difference from float32 is paired window by window.
+A causal language model's perplexity on a text, and its accuracy on a task file; an encoder's embeddings. And what the
+16-bit outlier weights are worth: dequantized against kept, chosen by call, by row or once. Each scheme sees the same
+windows, one in each call, so that the columns that are outlying in one have no part in another; the difference from
+float32 is paired window by window.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,13 @@ class Settings:
     window: int | None = None
     stride: int | None = None
     limit: int | None = None
-    calibration: Path | None = None  # text for the kept columns; None: the first windows, which are then not scored
+    # Text for kept columns and SmoothQuant; None: the first windows, which are then not scored.
+    calibration: Path | None = None
     calibration_windows: int = 8
+    task: Path | None = None
+    questions: int | None = None
+    peers: bool = False
+    seconds: float = 5.0  # of timing the peers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +51,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="text that outlier columns to be kept in 16 bit are found with; default: the first windows of --text, "
-        "which are then left out of the evaluation",
+        help="text that outlier columns to be kept in 16 bit, and SmoothQuant's scales, are found with; default: the "
+        "first windows of --text, which are then left out of the evaluation",
     )
     parser.add_argument(
         "--calibration-windows", type=positive, default=8, metavar="N", help="how many; default: %(default)s"
+    )
+    parser.add_argument(
+        "--task",
+        type=Path,
+        metavar="FILE",
+        help="zero-shot accuracy, too, on questions of one JSON object in each line: "
+        '{"prompt": "...", "choices": [" ...", " ..."], "answer": 0}',
+    )
+    parser.add_argument("--questions", type=positive, metavar="N", help="only the first N of the task; default: all")
+    parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="bitsandbytes and torchao in the same table where they are installed, and how long each takes",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, metavar="X", help="of timing the peers; default: %(default)g"
     )
 
 
@@ -64,72 +85,40 @@ def main(args: argparse.Namespace) -> int:
 
     threads = args.threads or machine.available_cores()
     machine.set_threads(threads)
-    settings = Settings(args.schemes, args.window, args.stride, args.limit, args.calibration, args.calibration_windows)
-    report = run(args.model, args.text, settings, threads=threads, show_progress=not args.quiet)
-    put_out(reports.text(report), reports.content(report), args.json)
+    settings = Settings(
+        args.schemes,
+        args.window,
+        args.stride,
+        args.limit,
+        args.calibration,
+        args.calibration_windows,
+        args.task,
+        args.questions,
+        args.peers,
+        args.seconds,
+    )
+    report = run(
+        args.model, args.text, settings, threads=threads, show_progress=not args.quiet, command=args.command_line
+    )
+    plots: list[Path] = []
     if args.plots:
         from .plots import write_all
 
-        write_all(report, args.plots)
+        plots = write_all(report, args.plots)
+    put_out(reports.text(report), reports.content(report, plots), args.json)
     return 0
 
 
-def run(model: Path, text: Path, settings: Settings, *, threads: int = 1, show_progress: bool = True) -> Report:
-    """Measure every scheme. Raises ValueError and OSError for a model or text that cannot be used."""
-    from octavo.measuring import language, machine, schemes
-    from octavo.measuring.modules import linear_bytes
-    from octavo.measuring.progress import Progress
+def run(
+    model: Path,
+    text: Path,
+    settings: Settings,
+    *,
+    threads: int = 1,
+    show_progress: bool = True,
+    command: str = "",
+) -> Report:
+    """Measure every scheme. Raises ValueError and OSError for a model, text or task that cannot be used."""
+    from . import measurement
 
-    from . import perplexity
-    from . import report as reports
-
-    start = time.perf_counter()
-    chosen = perplexity.chosen(settings.schemes)
-    loaded = language.load(model)
-    if not loaded.causal:
-        found = loaded.model.config.architectures
-        raise ValueError(f"{model}: expected a causal language model in config.json's architectures, got {found}")
-    windows = language.read_windows(loaded, text, settings.window, settings.stride)
-    calibration: list[language.Window] = []
-    if any(scheme.kept for scheme in chosen):
-        count = settings.calibration_windows
-        if settings.calibration is not None:
-            calibration = language.read_windows(loaded, settings.calibration, settings.window, limit=count)
-        else:
-            calibration, windows = perplexity.set_aside(windows, count)
-            if not windows:
-                raise ValueError(
-                    f"{text}: expected more than the {count} windows of the calibration, got {len(calibration)} "
-                    "(give --calibration FILE, or fewer --calibration-windows)"
-                )
-    windows = windows[: settings.limit]
-
-    results = []
-    units = len(windows) * len({schemes.FLOAT32, *chosen}) + len(calibration)
-    with Progress(units, show=show_progress) as progress:
-        with progress.step("calibrating", len(calibration)):
-            ready = schemes.calibrated(loaded.model, [w.inputs for w in calibration]) if calibration else loaded.model
-        reference = perplexity.score(loaded.model, windows, progress, schemes.FLOAT32.name)
-        for scheme in chosen:
-            converted = schemes.convert(ready if scheme.kept else loaded.model, scheme)
-            known = scheme == schemes.FLOAT32
-            found = reference if known else perplexity.score(converted, windows, progress, scheme.name)
-            results.append(perplexity.compare(scheme, found, reference, linear_bytes(converted)))
-    return reports.Report(
-        machine=machine.facts(threads),
-        settings={
-            "model": str(model),
-            "architecture": type(loaded.model).__name__,
-            "parameters": loaded.model.num_parameters(),
-            "text": str(text),
-            "calibration": str(settings.calibration or text),
-            "calibration_windows": len(calibration),
-            "window": max(window.ids.shape[1] for window in windows),
-            "stride": settings.stride,
-            "threshold": schemes.THRESHOLD,
-        },
-        windows=len(windows),
-        tokens=sum(window.scored for window in windows),
-        results=results,
-        seconds=time.perf_counter() - start,
-    )
+    return measurement.run(model, text, settings, threads=threads, show_progress=show_progress, command=command)

@@ -11,10 +11,8 @@ from torch import nn
 
 from octavo.measuring.language import Window, log_likelihoods
 from octavo.measuring.progress import Progress
-from octavo.measuring.schemes import KEPT_COLUMNS, KEPT_ROWS, KEPT_STATIC, ROWS, TABLE_1, Scheme
 
-# Table 1; then what the 16-bit outlier weights are worth, and what the choice of outlier columns.
-SCHEMES = (*TABLE_1, ROWS, KEPT_COLUMNS, KEPT_ROWS, KEPT_STATIC)
+from .variants import Variant
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,6 @@ class Result:
     scores: Scores
 
 
-def chosen(keys: Sequence[str] | None) -> list[Scheme]:
-    """The schemes of these names, in the table's order; all for None.
-
-    Raises ValueError for a name that there is not.
-    """
-    known = [scheme.key for scheme in SCHEMES]
-    for key in keys or []:
-        if key not in known:
-            raise ValueError(f"--schemes: expected some of {', '.join(known)}; got {key}")
-    return [scheme for scheme in SCHEMES if keys is None or scheme.key in keys]
-
-
 def set_aside(windows: Sequence[Window], count: int) -> tuple[list[Window], list[Window]]:
     """The first `count` windows, and those after them that share no token with them."""
     end = max((window.begin + window.ids.shape[1] for window in windows[:count]), default=0)
@@ -71,14 +57,14 @@ def score(model: nn.Module, windows: Sequence[Window], progress: Progress, doing
     return Scores(tokens, sums, top / sum(tokens))
 
 
-def compare(scheme: Scheme, found: Scores, reference: Scores, linear_bytes: int) -> Result:
-    """A scheme's row from its scores and float32's of the same windows."""
+def compare(variant: Variant, found: Scores, reference: Scores, linear_bytes: int) -> Result:
+    """A variant's row from its scores and float32's of the same windows."""
     count = sum(found.tokens)
     mean = math.fsum(found.log_likelihoods) / count
     difference, error = paired_difference(found, reference)
     perplexity = math.exp(-mean) if -mean < 700 else math.inf
     return Result(
-        scheme.key, scheme.name, perplexity, mean, difference, error, found.top_probability, linear_bytes, found
+        variant.key, variant.name, perplexity, mean, difference, error, found.top_probability, linear_bytes, found
     )
 
 

@@ -3,46 +3,136 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from octavo.measuring.drawing import BLUE, GRAY, VERMILION, draw_tables, quiet, save_all
 
-from .report import Report, table
+from .perplexity import Result
+from .report import Report, tables
 
 
 def write_all(report: Report, directory: Path) -> list[Path]:
     """Draws every picture into `directory`; returns their paths."""
-    figures = {"perplexity.png": partial(draw_perplexity, report), "table.png": partial(draw_tables, [table(report)])}
-    return save_all(figures, directory)
+    figures: dict[str, Callable[[], Figure]] = {}
+    if report.causal:
+        figures["perplexity.png"] = partial(draw_perplexity, report)
+    else:
+        figures["embeddings.png"] = partial(draw_embeddings, report)
+    if report.accuracies:
+        figures["accuracy.png"] = partial(draw_accuracy, report)
+    if report.times:
+        figures["peers.png"] = partial(draw_peers, report)
+    return save_all({**figures, "table.png": partial(draw_tables, tables(report))}, directory)
 
 
 def draw_perplexity(report: Report) -> Figure:
     """What each scheme costs in log-likelihood per token, with twice the standard error."""
-    figure: Figure = plt.figure(figsize=(9, 1.6 + 0.36 * len(report.results)))
-    axis = figure.subplots()
+    names = [f"{result.name}  ({result.perplexity:.5g})" for result in report.results]
     losses = [-result.difference for result in report.results]
-    errors = [2 * result.standard_error for result in report.results if result.standard_error > 0]
-    for place, (result, loss) in enumerate(zip(report.results, losses, strict=True)):
+    errors = [result.standard_error for result in report.results]
+    return _losses(
+        names,
+        losses,
+        errors,
+        "log-likelihood lost per token, nats (bars: twice the standard error; gray: within them)",
+        "Against float32 (in brackets: perplexity)",
+    )
+
+
+def draw_embeddings(report: Report) -> Figure:
+    """How far each scheme's embeddings are from float32's."""
+    names = [f"{found.name}  (lowest cosine {found.min_cosine:.4f})" for found in report.similarities]
+    losses = [1 - found.mean_cosine for found in report.similarities]
+    errors = [found.standard_error for found in report.similarities]
+    return _losses(names, losses, errors, "1 - mean cosine (bars: twice the standard error)", "Against float32")
+
+
+def draw_accuracy(report: Report) -> Figure:
+    """Questions answered rightly, with twice the standard error of the difference from float32."""
+    names = [f"{found.name}  ({100 * found.accuracy:.1f} %)" for found in report.accuracies]
+    losses = [-100 * found.difference for found in report.accuracies]
+    errors = [100 * found.difference_error for found in report.accuracies]
+    return _losses(
+        names,
+        losses,
+        errors,
+        "accuracy lost, percentage points (bars: twice the standard error; gray: within them)",
+        "Zero-shot accuracy against float32 (in brackets: accuracy)",
+        scale="linear",
+    )
+
+
+def _losses(
+    names: Sequence[str],
+    losses: Sequence[float],
+    errors: Sequence[float],
+    label: str,
+    title: str,
+    scale: str = "symlog",
+) -> Figure:
+    """A row for each, its loss and twice the standard error."""
+    figure: Figure = plt.figure(figsize=(9, 1.6 + 0.36 * len(names)))
+    axis = figure.subplots()
+    for place, (loss, error) in enumerate(zip(losses, errors, strict=True)):
         if not math.isfinite(loss):
             axis.annotate("not finite", (0, place), color=VERMILION, va="center")
             continue
-        error = 0.0 if math.isnan(result.standard_error) else 2 * result.standard_error
+        bar = 0.0 if math.isnan(error) else 2 * error
         # Told apart by sign where it can be.
-        color, marker = (GRAY, "o") if abs(loss) <= error else (VERMILION, "D") if loss > 0 else (BLUE, "s")
-        axis.errorbar(loss, place, xerr=error, fmt=marker, color=color, capsize=3, markersize=6)
+        color, marker = (GRAY, "o") if abs(loss) <= bar else (VERMILION, "D") if loss > 0 else (BLUE, "s")
+        axis.errorbar(loss, place, xerr=bar, fmt=marker, color=color, capsize=3, markersize=6)
     axis.axvline(0, color="black", linewidth=1)
-    # Linear where differences drown in their errors, logarithmic where they do not.
-    axis.set_xscale("symlog", linthresh=max(min(errors, default=1e-3), 1e-6))
+    if scale == "symlog":
+        # Linear where differences drown in their errors, logarithmic where they do not.
+        known = [2 * error for error in errors if error > 0]
+        axis.set_xscale("symlog", linthresh=max(min(known, default=1e-3), 1e-6))
     axis.margins(x=0.08)
-    names = [f"{result.name}  ({result.perplexity:.5g})" for result in report.results]
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.set_xlabel("log-likelihood lost per token, nats (bars: twice the standard error; gray: within them)")
-    axis.set_title("Against float32 (in brackets: perplexity)")
+    axis.set_xlabel(label)
+    axis.set_title(title)
     quiet(axis, "both")
     figure.tight_layout()
     return figure
+
+
+def draw_peers(report: Report) -> Figure:
+    """Time, memory and loss of octavo's layers and its peers'."""
+    figure: Figure = plt.figure(figsize=(12, 1.5 + 0.5 * len(report.times)))
+    left, middle, right = figure.subplots(1, 3, sharey=True)
+    rows = {row.key: row for row in report.rows}
+    for place, timed in enumerate(report.times):
+        color = BLUE if place == 0 else GRAY
+        time = timed.milliseconds
+        spread = [[time.median - time.lower_quartile], [time.upper_quartile - time.median]]
+        left.barh(place, time.median, xerr=spread, color=color, capsize=3)
+        _label(left, place, time.upper_quartile, f"{time.median:.1f}")
+        row = rows.get(timed.key)
+        if row is not None:
+            size = row.linear_bytes / (1 << 20)
+            middle.barh(place, size, color=color)
+            _label(middle, place, size, f"{size:.2f}")
+            loss = -row.difference if isinstance(row, Result) else 1 - row.mean_cosine
+            bar = 0.0 if math.isnan(row.standard_error) else 2 * row.standard_error
+            right.errorbar(loss, place, xerr=bar, fmt="o", color=color, capsize=3)
+    left.set_yticks(range(len(report.times)), [timed.name for timed in report.times])
+    left.invert_yaxis()
+    left.set_xlabel(f"ms for {report.timed_tokens} tokens (bars: quartiles)")
+    middle.set_xlabel("MiB of the linear layers")
+    right.set_xlabel("nats lost per token" if report.causal else "1 - mean cosine")
+    right.axvline(0, color="black", linewidth=1)
+    for axis in (left, middle, right):
+        axis.margins(x=0.15)
+        quiet(axis, "x")
+    figure.tight_layout()
+    return figure
+
+
+def _label(axis: Axes, place: int, value: float, text: str) -> None:
+    axis.annotate(text, (value, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)

@@ -27,6 +27,25 @@ class Language:
     tokenizer: Any
     causal: bool
 
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model takes at once, where its config says so."""
+        config = self.model.config
+        found: int | None = getattr(config, "max_position_embeddings", None)
+        # RoBERTa's positions begin after the padding index.
+        return found - 2 if found and config.model_type in ("roberta", "xlm-roberta", "camembert") else found
+
+    def window(self, tokens: int | None) -> int:
+        """`tokens`, or by default what the model takes, at most 512.
+
+        Raises ValueError for more than it takes, and below 2.
+        """
+        most = self.positions
+        window = tokens or min(_LONGEST, most or _LONGEST)
+        if window < 2 or (most is not None and window > most):
+            raise ValueError(f"window: expected 2 to {most or 'any number of'} tokens, got {window}")
+        return window
+
 
 @dataclass(frozen=True)
 class Window:
@@ -110,11 +129,8 @@ def read_windows(
         ValueError: a text that is not UTF-8 or too short, `window` above what the model takes or below 2, `stride`
             above `window`.
     """
-    most = _positions(language.model)
-    window = window or min(_LONGEST, most or _LONGEST)
+    window = language.window(window)
     stride = stride or window
-    if window < 2 or (most is not None and window > most):
-        raise ValueError(f"window: expected 2 to {most or 'any number of'} tokens, got {window}")
     if stride > window:
         raise ValueError(f"stride: expected at most the window's {window} tokens, got {stride}")
     try:
@@ -159,10 +175,3 @@ def log_likelihoods(model: Any, window: Window) -> tuple[Tensor, Tensor]:
     likelihood = logits.log_softmax(-1)
     own = likelihood.gather(1, window.ids[0, window.first :, None])[:, 0]
     return own.double(), likelihood.amax(-1).double().exp()
-
-
-def _positions(model: Any) -> int | None:
-    """The most tokens that the model takes at once, where its config says so."""
-    found = getattr(model.config, "max_position_embeddings", None)
-    # RoBERTa's positions begin after the padding index.
-    return found - 2 if found and model.config.model_type in ("roberta", "xlm-roberta", "camembert") else found

@@ -25,6 +25,7 @@ class Scheme:
     granularity: _types.Granularity = "vector"
     outliers: _types.Outliers = "none"
     kept: bool = False  # keep the 16-bit weights of the columns that a calibration pass finds
+    smooth: bool = False  # SmoothQuant (arXiv 2211.10438), from the same calibration pass
 
 
 TABLE_1 = (
@@ -51,6 +52,11 @@ KEPT_STATIC = Scheme(
     "kept-static", "absmax LLM.int8(), kept 16-bit, static columns", "absmax", "vector", "static", kept=True
 )
 
+SMOOTH_VECTOR = Scheme("smoothquant", "SmoothQuant, absmax vector-wise", "absmax", "vector", smooth=True)
+SMOOTH_LLM_INT8 = Scheme(
+    "smoothquant-llm-int8", "SmoothQuant, absmax LLM.int8()", "absmax", "vector", "columns", smooth=True
+)
+
 
 def calibrated(model: nn.Module, inputs: Sequence[Mapping[str, Tensor]]) -> nn.Module:
     """A copy of the float32 `model` that knows its systematic outlier columns, for conversion to keep.
@@ -62,11 +68,22 @@ def calibrated(model: nn.Module, inputs: Sequence[Mapping[str, Tensor]]) -> nn.M
     return model
 
 
+def smoothed(model: nn.Module, inputs: Sequence[Mapping[str, Tensor]], *, insert: bool = False) -> nn.Module:
+    """A copy of the float32 `model` that computes the same function with smoothed inputs of its linear layers.
+
+    `inputs`: as in `calibrated`; `insert`: as in octavo.torch.smooth_. Raises ValueError where nothing can be smoothed.
+    """
+    model = copy_modules(model)
+    octavo.torch.smooth_(model, inputs, insert=insert, skip=_skip(model), progress=False)
+    return model
+
+
 def convert(model: nn.Module, scheme: Scheme, path: _types.Path = "int8") -> nn.Module:
     """A copy of the float32 `model` whose linear layers run as `scheme` says; `model` is left as it is.
 
     Weights are rounded to float16 first: LLM.int8() starts from 16-bit weights, and kept ones are to be 16-bit.
-    Where `scheme.kept`, the model must be a `calibrated` one, and otherwise must not. The output head is not converted.
+    Where `scheme.kept`, the model must be a `calibrated` one, and otherwise must not; where `scheme.smooth`, a
+    `smoothed` one. The output head is not converted.
     """
     if scheme.scheme is None:
         return model

@@ -1,0 +1,409 @@
+"""SmoothQuant (arXiv 2211.10438): the magnitude of outlier features moved from activations into weights.
+
+What a normalization puts out is divided, feature by feature, and the linear layers that take it are multiplied: the
+function stays, and what is left to be quantized is easier to quantize.
+
+Which layers take what is seen while the calibration batches run, not known by name: it holds for every architecture,
+and a use that the batches do not show is none that they were calibrated for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from octavo._layers import CALIBRATED, DEFAULT_SKIP, linears, replace, run_batches
+
+_PROBED = 4  # rows of a normalization's input that its formula is recognized on
+_LISTED = 3  # reasons that an error gives
+
+
+def smooth_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    alpha: float = 0.5,
+    pairs: Mapping[str, Sequence[str]] | None = None,
+    insert: bool = False,
+    skip: Sequence[str] = DEFAULT_SKIP,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """SmoothQuant: divide what normalizations put out, multiply the linear layers that take it, in place.
+
+    For the input X of the linear layers W (all that take the same X), feature by feature (arXiv 2211.10438, Eq. 4)::
+
+        s_j = max|X_j| ** alpha / max|W_j| ** (1 - alpha),  X_j / s_j,  W_j * s_j
+
+    X / s goes into the gain and bias of the LayerNorm or RMSNorm (also one whose gain is 1 + weight, as Gemma's), so
+    the model keeps its modules, its parameters' shapes and its speed, and can be saved. Its function stays, up to one
+    rounding of each changed parameter to its dtype. It comes before `calibrate_` and `quantize_`, whose outlier columns
+    it changes. Both ``nn.Linear`` and the ``Conv1D`` of Transformers are smoothed.
+
+    Left as they are: normalizations whose output goes anywhere but into linear layers, as the residual of models that
+    normalize after each block (BERT), a router or stacked experts, or the model's result; a linear layer that takes
+    other inputs, too; weights that several layers share; what `skip` names.
+
+    Args:
+        batches: as in `calibrate_`.
+        alpha: in [0, 1]: how much of the difficulty moves into the weights. The paper takes 0.5 for most models.
+        pairs: normalization -> the linear layers that take its output, by qualified name; default: all that can be
+            smoothed. They are checked against what the batches show.
+        insert: where the output goes elsewhere, too, divide in front of each linear layer: it becomes
+            ``nn.Sequential(InputScale, linear)``, and one more pass over its input is made in each call.
+        skip: as in `quantize_`.
+        progress: show a progress bar.
+
+    Returns:
+        Qualified name of the normalization -> s, float32 ``[k]``. A feature that is zero in X or in W has s = 1.
+
+    The parameters are new ones; those the model had are not written to.
+
+    Raises (before anything is changed):
+        ValueError: `alpha` outside [0, 1]; no batches; nothing to be smoothed, or a pair that cannot be: the message
+            says why; NaN or Inf in X or W; a parameter that would overflow its dtype.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"smooth_: alpha: expected a number in [0, 1], got {alpha}")
+    if any(hasattr(type(module), "int8_weight") for module in model.modules()):
+        raise ValueError("smooth_: model: expected the 16/32-bit model, got one that quantize_ has converted")
+    layers = dict(linears(model, skip, _kinds()))
+    if not layers:
+        raise ValueError("smooth_: model: expected linear layers, got none")
+    seen = _watch(model, layers, batches, pairs, progress)
+    shared = _shared_parameters(model)
+    chosen: list[_Norm] = []
+    reasons: dict[str, str] = {}
+    for norm in seen:
+        if norm.layers and norm.largest is not None and not torch.isfinite(norm.largest).all():
+            raise ValueError(f"smooth_: {norm.name}: expected finite values, got NaN or Inf in its output")
+        reason = norm.obstacle(shared, insert)
+        if reason:
+            reasons[norm.name] = reason
+        else:
+            chosen.append(norm)
+    if pairs is not None:
+        _check_pairs(pairs, seen, reasons)
+    if not chosen:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_LISTED])
+        raise ValueError(
+            "smooth_: model: expected LayerNorms or RMSNorms whose output only linear layers take, got none in "
+            f"{type(model).__name__}" + (f" ({listed}{'; ...' if len(reasons) > _LISTED else ''})" if listed else "")
+        )
+    changes = [_Change.of(norm, alpha) for norm in chosen]
+    for norm, change in zip(chosen, changes, strict=True):
+        change.apply(model, norm)
+    return {norm.name: change.scale.float() for norm, change in zip(chosen, changes, strict=True)}
+
+
+class InputScale(nn.Module):
+    """``x * factor``, feature by feature: what `smooth_` puts in front of a linear layer with ``insert=True``."""
+
+    factor: Tensor
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., k]`` -> ``[..., k]``."""
+        return x * self.factor
+
+
+# --- what the batches show --------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Layer:
+    """A linear layer and the normalizations whose output it has taken; None: something else."""
+
+    name: str
+    module: Any
+    inputs: set[_Norm | None] = field(default_factory=set)
+
+    @property
+    def columns(self) -> Tensor:
+        """The weight as [n, k]."""
+        weight: Tensor = self.module.weight.detach()
+        return weight if isinstance(self.module, nn.Linear) else weight.T
+
+
+@dataclass(eq=False)
+class _Norm:
+    """A normalization and what became of its output."""
+
+    name: str
+    module: Any
+    largest: Tensor | None = None  # magnitude of its output, float32 [k]
+    probe: Tensor | None = None  # rows of its input
+    layers: dict[int, _Layer] = field(default_factory=dict)
+    elsewhere: str = ""  # the first use that is not in a linear layer's input
+    formula: str = ""  # "weight" or "1 + weight": its gain
+
+    def obstacle(self, shared: set[int], insert: bool) -> str:
+        """Why it cannot be smoothed; "" where it can."""
+        if self.largest is None:
+            return "no batch reaches it"
+        if not self.layers:
+            return f"its output goes into no linear layer{self.elsewhere and f' but into {self.elsewhere}'}"
+        for layer in self.layers.values():
+            if layer.inputs != {self}:
+                return f"{layer.name} takes other inputs, too"
+            if id(layer.module.weight) in shared:
+                return f"the weight of {layer.name} is shared"
+        if insert and self.elsewhere:
+            return ""
+        if self.elsewhere:
+            return f"its output also goes into {self.elsewhere}"
+        if any(id(parameter) in shared for parameter in self.module.parameters(recurse=False)):
+            return "its parameters are shared"
+        self.formula = self._formula()
+        return "" if self.formula else f"{type(self.module).__name__} is no LayerNorm or RMSNorm with a gain"
+
+    def _formula(self) -> str:
+        """How the gain follows from the parameter `weight`, tried out; "" where it is neither way."""
+        module, x = self.module, self.probe
+        parameters = dict(module.named_parameters())
+        weight = parameters.get("weight")
+        if x is None or weight is None or weight.dim() != 1 or not parameters.keys() <= {"weight", "bias"}:
+            return ""
+        bare = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+
+        def output(gain: Tensor) -> Tensor:
+            found: Tensor = torch.func.functional_call(module, {**bare, "weight": gain}, (x,))
+            return found.float()
+
+        zero, one = output(bare["weight"]), output(torch.ones_like(weight))
+        tolerance = 4 * torch.finfo(weight.dtype).eps
+        actual = output(weight)
+        if not one.any() or not torch.isfinite(one).all():
+            return ""
+        if not zero.any() and torch.allclose(actual, one * weight.float(), rtol=tolerance, atol=1e-6):
+            return "weight"
+        if torch.allclose(one, 2 * zero, rtol=tolerance, atol=1e-6) and torch.allclose(
+            actual, zero * (1 + weight.float()), rtol=2 * tolerance, atol=1e-6
+        ):
+            return "1 + weight"
+        return ""
+
+
+def _kinds() -> tuple[type[nn.Module], ...]:
+    """Classes of linear layers. Transformers is not imported for its Conv1D: a model that has one has imported it."""
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return (nn.Linear, transformers.Conv1D) if transformers is not None else (nn.Linear,)
+
+
+class _Uses(TorchDispatchMode):
+    """Sees which operations read the outputs of normalizations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sources: dict[int, _Norm] = {}  # by the address of what it put out
+        self.alive: list[Tensor] = []  # else another tensor might get that address
+        self.layer = 0  # > 0: inside of a linear layer
+
+    def source(self, x: Any) -> _Norm | None:
+        """The normalization in whose output's memory `x` lies."""
+        return self.sources.get(_address(x)) if isinstance(x, Tensor) else None
+
+    def put_out(self, norm: _Norm, x: Tensor) -> None:
+        """`x` is what `norm` returned."""
+        self.sources[_address(x)] = norm
+        self.alive.append(x)
+
+    def end_of_batch(self, result: Any) -> None:
+        """What the model returns is used by its caller."""
+        for leaf in tree_leaves(result):
+            norm = self.source(leaf)
+            if norm is not None:
+                norm.elsewhere = norm.elsewhere or "the model's result"
+        self.sources.clear()
+        self.alive.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.layer:
+            views = {_address(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+            for leaf in tree_leaves((args, kwargs)):
+                norm = self.source(leaf)
+                # A view is not a use yet; an operation that writes to it is.
+                if norm is not None and (func._schema.is_mutable or _address(leaf) not in views):
+                    norm.elsewhere = norm.elsewhere or str(func)
+        return result
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _watch(
+    model: nn.Module,
+    layers: Mapping[str, Any],
+    batches: Iterable[Any],
+    pairs: Mapping[str, Sequence[str]] | None,
+    progress: bool,
+) -> list[_Norm]:
+    """Run the batches; returns the normalizations (those of `pairs`, or all), in the model's order."""
+    uses = _Uses()
+    known: dict[int, _Layer] = {}
+    for name, module in layers.items():
+        known.setdefault(id(module), _Layer(name, module))
+    norms = _named_norms(model, pairs) if pairs is not None else _all_norms(model)
+    handles = []
+
+    def leave_norm(norm: _Norm) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+                return
+            x = args[0].detach()
+            norm.probe = x.reshape(-1, x.shape[-1])[:_PROBED].clone() if x.dim() else None
+            largest = output.detach().reshape(-1, output.shape[-1]).float().abs().amax(0)
+            norm.largest = largest if norm.largest is None else torch.maximum(norm.largest, largest)
+            uses.put_out(norm, output)
+
+        return hook
+
+    def enter_layer(layer: _Layer) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            norm = uses.source(x)
+            if norm is not None and not _whole_rows(x, norm):
+                norm.elsewhere = norm.elsewhere or f"a part of the input of {layer.name}"
+            layer.inputs.add(norm)
+            if norm is not None:
+                norm.layers[id(module)] = layer
+            uses.layer += 1
+
+        return hook
+
+    def leave_layer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        uses.layer -= 1
+
+    try:
+        for norm in norms:
+            handles.append(norm.module.register_forward_hook(leave_norm(norm)))
+        for layer in known.values():
+            handles.append(layer.module.register_forward_pre_hook(enter_layer(layer), with_kwargs=True))
+            handles.append(layer.module.register_forward_hook(leave_layer))
+        handles.append(model.register_forward_hook(lambda module, args, output: uses.end_of_batch(output)))
+        with uses:
+            run_batches(model, batches, doing="smooth", progress=progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not any(layer.inputs for layer in known.values()):
+        raise ValueError("smooth_: batches: expected at least one that reaches a linear layer, got none")
+    return norms
+
+
+def _whole_rows(x: Tensor, norm: _Norm) -> bool:
+    """Whether the last dimension of `x` is the normalization's features, in their order."""
+    assert norm.largest is not None
+    width = norm.largest.shape[0]
+    return (
+        x.shape[-1] == width
+        and x.stride(-1) == 1
+        and x.storage_offset() % width == 0
+        and all(stride % width == 0 for stride in x.stride()[:-1])
+    )
+
+
+def _all_norms(model: nn.Module) -> list[_Norm]:
+    """The modules that call themselves a norm and have no parts; their formula is tried out later."""
+    return [
+        _Norm(name, module)
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and not any(module.children())
+    ]
+
+
+def _named_norms(model: nn.Module, pairs: Mapping[str, Sequence[str]]) -> list[_Norm]:
+    modules = dict(model.named_modules())
+    for name in (*pairs, *(layer for layers in pairs.values() for layer in layers)):
+        if name not in modules:
+            raise ValueError(f"smooth_: pairs: expected qualified names of the model's modules, got {name!r}")
+    return [_Norm(name, modules[name]) for name in pairs]
+
+
+def _check_pairs(pairs: Mapping[str, Sequence[str]], seen: Sequence[_Norm], reasons: Mapping[str, str]) -> None:
+    for norm in seen:
+        if norm.name in reasons:
+            raise ValueError(f"smooth_: pairs: {norm.name} cannot be smoothed: {reasons[norm.name]}")
+        taking = {layer.name for layer in norm.layers.values()}
+        if taking != set(pairs[norm.name]):
+            raise ValueError(
+                f"smooth_: pairs: {norm.name}: expected the layers that take its output, {sorted(taking)}, "
+                f"got {sorted(pairs[norm.name])}"
+            )
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """The parameters that more than one module holds."""
+    counted: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in {id(parameter) for parameter in module.parameters(recurse=False)}:
+            counted[parameter] = counted.get(parameter, 0) + 1
+    return {parameter for parameter, count in counted.items() if count > 1}
+
+
+# --- the change -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Change:
+    """New parameters, all made before any is put in place."""
+
+    scale: Tensor  # float64 [k]
+    norm: dict[str, Tensor]  # by parameter; empty where the division is inserted
+    weights: list[Tensor]
+
+    @classmethod
+    def of(cls, norm: _Norm, alpha: float) -> _Change:
+        """In float64, rounded once."""
+        assert norm.largest is not None
+        x = norm.largest.double()
+        columns = [layer.columns for layer in norm.layers.values()]
+        w = torch.stack([column.abs().amax(0) for column in columns]).amax(0).double()
+        if not torch.isfinite(w).all():
+            names = ", ".join(layer.name for layer in norm.layers.values())
+            raise ValueError(f"smooth_: {names}: expected finite weights, got NaN or Inf")
+        nonzero = (x > 0) & (w > 0)
+        scale = torch.where(nonzero, x**alpha / w.clamp_min(torch.finfo(w.dtype).tiny) ** (1 - alpha), 1.0)
+        changed = {}
+        if not norm.elsewhere:
+            own = dict(norm.module.named_parameters())
+            for name, parameter in own.items():
+                value = parameter.detach().double()
+                one = 1.0 if name == "weight" and norm.formula == "1 + weight" else 0.0
+                changed[name] = _rounded((value + one) / scale - one, parameter, f"{norm.name}.{name}")
+        weights = []
+        for layer in norm.layers.values():
+            value = layer.module.weight.detach().double()
+            by_column = scale if isinstance(layer.module, nn.Linear) else scale[:, None]
+            weights.append(_rounded(value * by_column, layer.module.weight, f"{layer.name}.weight"))
+        return cls(scale, changed, weights)
+
+    def apply(self, model: nn.Module, norm: _Norm) -> None:
+        """Put the parameters in place."""
+        for name, value in self.norm.items():
+            setattr(norm.module, name, nn.Parameter(value, getattr(norm.module, name).requires_grad))
+        for layer, weight in zip(norm.layers.values(), self.weights, strict=True):
+            layer.module.weight = nn.Parameter(weight, layer.module.weight.requires_grad)
+            if hasattr(layer.module, CALIBRATED):  # columns of what it took before
+                delattr(layer.module, CALIBRATED)
+            if not self.norm:
+                factor = self.scale.reciprocal().to(weight.dtype)
+                replace(model, layer.name, nn.Sequential(InputScale(factor), layer.module))
+
+
+def _rounded(value: Tensor, parameter: Tensor, name: str) -> Tensor:
+    rounded = value.to(parameter.dtype)
+    if not torch.isfinite(rounded).all():
+        raise ValueError(f"smooth_: {name}: expected values that {parameter.dtype} holds, got larger ones")
+    return rounded

@@ -1,0 +1,65 @@
+"""Whether what was measured is in the paper's order: said of each pair of rows with its error, never assumed.
+
+A loss is what a scheme takes from float32's log-likelihood per token. Two losses differ where they do by more than
+twice the standard error of their difference, paired over the windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .perplexity import Result, paired_difference
+
+TOLERANCE = 2e-4  # of the log-likelihood per token: what decomposition may cost
+
+
+@dataclass(frozen=True)
+class Check:
+    """A claim about two rows, and whether it is met."""
+
+    claim: str
+    left: str  # keys of the rows
+    right: str
+    difference: float  # of the losses, left - right
+    standard_error: float
+    wanted: str
+    met: bool
+
+
+# Of the losses of two rows; "near": the left one is within TOLERANCE of float32's.
+CLAIMS = (
+    ("absmax loses more than row-wise", "absmax", "absmax-row", "more"),
+    ("row-wise loses no less than vector-wise", "absmax-row", "absmax-vector", "no less"),
+    ("vector-wise loses more than zeropoint vector-wise", "absmax-vector", "zeropoint-vector", "more"),
+    ("zeropoint vector-wise loses more than decomposition", "zeropoint-vector", "llm-int8", "more"),
+    ("decomposition is as good as float32", "llm-int8", "float32", "near"),
+    ("decomposition of zeropoint is as good as float32", "llm-int8-zeropoint", "float32", "near"),
+    ("decomposition with kept weights is as good as float32", "kept-columns", "float32", "near"),
+    ("dequantized outlier weights lose more than kept ones", "llm-int8", "kept-columns", "more"),
+)
+
+
+def checks(results: Sequence[Result]) -> list[Check]:
+    """The claims about rows that are there."""
+    rows: Mapping[str, Result] = {result.key: result for result in results}
+    return [
+        _check(claim, rows[left], rows[right], wanted)
+        for claim, left, right, wanted in CLAIMS
+        if left in rows and right in rows
+    ]
+
+
+def _check(claim: str, left: Result, right: Result, wanted: str) -> Check:
+    gain, error = paired_difference(left.scores, right.scores)
+    difference = -gain
+    if wanted == "near":
+        return Check(
+            claim, left.key, right.key, difference, error, f"within {TOLERANCE:g}", abs(difference) <= TOLERANCE
+        )
+    # Where the error is not known (one window) or the loss not finite, nothing is met but what is obvious.
+    margin = 0.0 if math.isnan(error) else 2 * error
+    if wanted == "more":
+        return Check(claim, left.key, right.key, difference, error, "> 2 standard errors", difference > margin)
+    return Check(claim, left.key, right.key, difference, error, ">= -2 standard errors", difference >= -margin)
