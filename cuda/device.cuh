@@ -105,21 +105,40 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
-// An element of a vector whose dtype is known only when the kernel runs (a bias, a kept outlier weight).
+// Elements whose dtype is known only when the kernel runs, where few are read: not worth a kernel for each dtype.
+__device__ inline float read_float(const void* data, DType dtype, std::int64_t offset) {
+    switch (dtype) {
+        case DType::f16: return to_float(static_cast<const __half*>(data)[offset]);
+        case DType::bf16: return to_float(static_cast<const __nv_bfloat16*>(data)[offset]);
+        default: return static_cast<const float*>(data)[offset];
+    }
+}
+
+// A vector of them; null where it is absent.
 struct FloatSpan {
     const void* data = nullptr;
     DType dtype = DType::f32;
     std::int64_t stride = 1;
 
     __device__ bool present() const { return data != nullptr; }
-    __device__ float operator[](std::int64_t index) const {
-        switch (dtype) {
-            case DType::f16: return to_float(static_cast<const __half*>(data)[index * stride]);
-            case DType::bf16: return to_float(static_cast<const __nv_bfloat16*>(data)[index * stride]);
-            default: return static_cast<const float*>(data)[index * stride];
-        }
+    __device__ float operator[](std::int64_t index) const { return read_float(data, dtype, index * stride); }
+};
+
+// A matrix of them.
+struct FloatView {
+    const void* data = nullptr;
+    DType dtype = DType::f32;
+    std::int64_t row_stride = 0;
+    std::int64_t col_stride = 1;
+
+    __device__ float operator()(std::int64_t row, std::int64_t col) const {
+        return read_float(data, dtype, row * row_stride + col * col_stride);
     }
 };
+
+inline FloatView float_view_of(const ConstMatrix& matrix) {
+    return {matrix.data, matrix.dtype, matrix.row_stride, matrix.col_stride};
+}
 
 inline FloatSpan float_span_of(const ConstVector& vector) {
     if (!vector.present) return {};

@@ -24,21 +24,19 @@ constexpr int per_half = 4;              // columns of a lane
 constexpr int mine = halves * per_half;  // all its columns
 constexpr int chunk = 16;                // outlier columns at a time
 
-template <class X, class Y>
+template <class Y>
 struct Arguments {
     const std::int32_t* acc;  // [parts, m, n]
     std::int64_t parts;
-    View<const X> x;
+    FloatView x;
+    std::int64_t depth;  // k
     CodedX coded;
     View<const std::int8_t> codes;
     Span<const float> scale_w;
     Span<const float> zeropoint_w;
     Span<const std::int32_t> code_sums;
     Span<const std::int32_t> kept_columns;
-    const void* kept_weight;  // [n, r]
-    DType kept_dtype;
-    std::int64_t kept_row_stride;
-    std::int64_t kept_col_stride;
+    FloatView kept_weight;  // [n, r]
     FloatSpan bias;
     ColumnList outliers;
     bool per_element;
@@ -74,9 +72,9 @@ struct Chunk {
     std::uint8_t is_outlier[zeropoint ? chunk : 1][zeropoint ? tile_rows : 1];
 };
 
-template <int tile_rows, bool zeropoint, class X, class Y>
-__device__ void load_chunk(const Arguments<X, Y>& a, std::int64_t begin, int count, std::int64_t row0,
-                           std::int64_t col0, Chunk<tile_rows, zeropoint>& shared) {
+template <int tile_rows, bool zeropoint, class Y>
+__device__ void load_chunk(const Arguments<Y>& a, std::int64_t begin, int count, std::int64_t row0, std::int64_t col0,
+                           Chunk<tile_rows, zeropoint>& shared) {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread < count) {
         const std::int32_t column = a.outliers.columns[begin + thread];
@@ -93,8 +91,7 @@ __device__ void load_chunk(const Arguments<X, Y>& a, std::int64_t begin, int cou
             const std::int8_t code = *a.codes.at(j, shared.column[o]);
             if constexpr (zeropoint) shared.code[o][c] = code;
             if (shared.place[o] >= 0) {
-                weight = FloatSpan{a.kept_weight, a.kept_dtype,
-                                   1}[j * a.kept_row_stride + shared.place[o] * a.kept_col_stride];
+                weight = a.kept_weight(j, shared.place[o]);
             } else {
                 const float shift = a.zeropoint_w.present() ? a.zeropoint_w.of_group(j) : 0.0F;
                 weight = (static_cast<float>(code) + shift) * a.scale_w.of_group(j);
@@ -106,7 +103,7 @@ __device__ void load_chunk(const Arguments<X, Y>& a, std::int64_t begin, int cou
         const int o = e / tile_rows;
         const int r = e % tile_rows;
         const std::int64_t i = row0 + r;
-        const float x = i < a.out.rows ? to_float(*a.x.at(i, shared.column[o])) : 0.0F;
+        const float x = i < a.out.rows ? a.x(i, shared.column[o]) : 0.0F;
         const bool is_outlier = !a.per_element || !(fabsf(x) < a.threshold);
         shared.x[o][r] = is_outlier ? x : 0.0F;
         if constexpr (zeropoint) shared.is_outlier[o][r] = is_outlier ? 1 : 0;
@@ -115,8 +112,8 @@ __device__ void load_chunk(const Arguments<X, Y>& a, std::int64_t begin, int cou
 }
 
 // The exact sum of the products of codes, of all parts of k.
-template <class X, class Y>
-__device__ void load_sums(const Arguments<X, Y>& a, std::int64_t i, std::int64_t j, int count,
+template <class Y>
+__device__ void load_sums(const Arguments<Y>& a, std::int64_t i, std::int64_t j, int count,
                           std::int64_t (&sums)[per_half]) {
 #pragma unroll
     for (int c = 0; c < per_half; ++c) sums[c] = 0;
@@ -137,8 +134,8 @@ __device__ void load_sums(const Arguments<X, Y>& a, std::int64_t i, std::int64_t
 
 // acc * (scale_x * scale_w), with the other terms of Eq. 4-5 where there are zeropoints. Those are large and cancel, so
 // they are added as float64, where they are exact unless zeropoints are beyond 2^20.
-template <bool zeropoint, class X, class Y>
-__device__ float scaled(const Arguments<X, Y>& a, std::int64_t acc, std::int64_t i, std::int64_t j, int row_outliers,
+template <bool zeropoint, class Y>
+__device__ float scaled(const Arguments<Y>& a, std::int64_t acc, std::int64_t i, std::int64_t j, int row_outliers,
                         std::int32_t outlier_codes) {
     const std::int64_t group = a.coded.groups == 1 ? 0 : i;
     const float scale_x = a.coded.scale[group];
@@ -146,14 +143,14 @@ __device__ float scaled(const Arguments<X, Y>& a, std::int64_t acc, std::int64_t
     if constexpr (!zeropoint) return static_cast<float>(acc) * (scale_x * scale_w);
     const double zx = a.coded.zeropoint[group];
     const double zw = a.zeropoint_w.of_group(j);
-    const auto depth = static_cast<double>(a.x.cols - row_outliers);
+    const auto depth = static_cast<double>(a.depth - row_outliers);
     const auto sum_w = static_cast<double>(a.code_sums[j] - outlier_codes);
     const double sum = static_cast<double>(acc) + zw * a.coded.sums[i] + zx * sum_w + depth * zx * zw;
     return static_cast<float>(sum * (static_cast<double>(scale_x) * static_cast<double>(scale_w)));
 }
 
-template <int rows_per_warp, bool zeropoint, class X, class Y>
-__global__ void __launch_bounds__(threads) epilogue_kernel(const Arguments<X, Y> a) {
+template <int rows_per_warp, bool zeropoint, class Y>
+__global__ void __launch_bounds__(threads, 2) epilogue_kernel(const Arguments<Y> a) {
     constexpr int tile_rows = warps * rows_per_warp;
     __shared__ Chunk<tile_rows, zeropoint> shared;
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
@@ -241,42 +238,39 @@ void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, 
                    cudaStream_t stream) {
     const bool wide = out.cols % per_half == 0 && rows_are_aligned(out, per_half * size_of(out.dtype));
     const std::int64_t col_tiles = blocks_for(out.cols, tile_cols);
-    with_float(x.dtype, [&]<class X>(Type<X>) {
-        with_float(out.dtype, [&]<class Y>(Type<Y>) {
-            const auto& kept = weight.outlier_weight;
-            const Arguments<X, Y> arguments{acc,
-                                            product_parts(x.cols),
-                                            view_of<X>(x),
-                                            coded,
-                                            view_of<std::int8_t>(weight.codes),
-                                            span_of<float>(weight.scale),
-                                            span_of<float>(weight.zeropoint),
-                                            span_of<std::int32_t>(weight.code_sums),
-                                            span_of<std::int32_t>(weight.outlier_columns),
-                                            kept.data,
-                                            kept.dtype,
-                                            kept.row_stride,
-                                            kept.col_stride,
-                                            float_span_of(bias),
-                                            outliers,
-                                            per_element,
-                                            threshold,
-                                            view_of<Y>(out),
-                                            wide};
-            const auto start = [&](auto kernel, int rows_per_warp) {
-                const std::int64_t row_tiles = blocks_for(out.rows, std::int64_t{warps} * rows_per_warp);
-                launch(kernel, {static_cast<unsigned>(col_tiles * row_tiles), threads}, stream, arguments);
-            };
-            // Few rows make few tiles of many rows: then smaller ones fill the device better.
-            const bool few = out.rows <= 2 * warps;
-            if (weight.scheme == Scheme::zeropoint) {
-                start(epilogue_kernel<1, true, X, Y>, 1);
-            } else if (few) {
-                start(epilogue_kernel<1, false, X, Y>, 1);
-            } else {
-                start(epilogue_kernel<4, false, X, Y>, 4);
-            }
-        });
+    with_float(out.dtype, [&]<class Y>(Type<Y>) {
+        const Arguments<Y> arguments{
+            .acc = acc,
+            .parts = product_parts(x.cols),
+            .x = float_view_of(x),
+            .depth = x.cols,
+            .coded = coded,
+            .codes = view_of<std::int8_t>(weight.codes),
+            .scale_w = span_of<float>(weight.scale),
+            .zeropoint_w = span_of<float>(weight.zeropoint),
+            .code_sums = span_of<std::int32_t>(weight.code_sums),
+            .kept_columns = span_of<std::int32_t>(weight.outlier_columns),
+            .kept_weight = float_view_of(weight.outlier_weight),
+            .bias = float_span_of(bias),
+            .outliers = outliers,
+            .per_element = per_element,
+            .threshold = threshold,
+            .out = view_of<Y>(out),
+            .wide = wide,
+        };
+        const auto start = [&](auto kernel, int rows_per_warp) {
+            const std::int64_t row_tiles = blocks_for(out.rows, std::int64_t{warps} * rows_per_warp);
+            launch(kernel, {static_cast<unsigned>(col_tiles * row_tiles), threads}, stream, arguments);
+        };
+        // Few rows make few tiles of many rows: then smaller ones fill the device better.
+        const bool few = out.rows <= 2 * warps;
+        if (weight.scheme == Scheme::zeropoint) {
+            start(epilogue_kernel<1, true, Y>, 1);
+        } else if (few) {
+            start(epilogue_kernel<1, false, Y>, 1);
+        } else {
+            start(epilogue_kernel<4, false, Y>, 4);
+        }
     });
 }
 

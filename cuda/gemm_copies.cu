@@ -1,4 +1,5 @@
-// Passes around the int8 product: operands copied to aligned rows before it, the parts of a deep product added after it.
+// Passes around the int8 product: operands copied to aligned rows before it, the parts of a deep product added after
+// it.
 #include "device.cuh"
 #include "gemm.hpp"
 

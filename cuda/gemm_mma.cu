@@ -2,25 +2,26 @@
 //
 //   sum[i, j] = sum_k a[i, k] * b[j, k]
 //
-// exact in int32, then handed to an epilogue: stored, or scaled and rounded to the output (paper Eq. 8 without outliers).
+// exact in int32, then handed to an epilogue: stored, or scaled and rounded to the output (paper Eq. 8 without
+// outliers).
 //
 // A block computes a tile of the output. It walks along k in slices of 64 bytes, brought to shared memory a few slices
 // ahead (cp.async), so that their way from memory is hidden. Each warp owns a part of the tile, 64 x 64 or 32 x 32, as
 // fragments of 16 x 8 in registers; for every 32 of k it reads the fragments of a and b (ldmatrix), one step ahead of
 // the products that use them.
 //
-// Why 64 x 64 per warp: on an A100 a multiprocessor multiplies 2048 pairs a clock and moves 128 bytes a clock from or to
-// shared memory. A slice of 128 x 128 takes 512 clocks of products; four warps then read 4 * 8 KB (256 clocks) and the
-// copies write 16 KB (128 clocks): 75 % of what shared memory can do. 256 x 128 with eight warps needs 69 % and three
-// quarters of the reads of global memory; 64 x 64 in warps of 32 x 32 is bound by shared memory, at two thirds of the
-// peak, but makes four times as many blocks. Before sm_80 a multiprocessor multiplies half as many pairs a clock, and the
-// copies take registers: 64 x 32 per warp.
+// Why 64 x 64 per warp: on an A100 a multiprocessor multiplies 2048 pairs a clock and moves 128 bytes a clock from or
+// to shared memory. A slice of 128 x 128 takes 512 clocks of products; four warps then read 4 * 8 KB (256 clocks) and
+// the copies write 16 KB (128 clocks): 75 % of what shared memory can do. 256 x 128 with eight warps needs 69 % and
+// three quarters of the reads of global memory; 64 x 64 in warps of 32 x 32 is bound by shared memory, at two thirds of
+// the peak, but makes four times as many blocks. Before sm_80 a multiprocessor multiplies half as many pairs a clock,
+// and the copies take registers: 64 x 32 per warp.
 //
 // Shared memory has no bank conflicts: the four 16-byte chunks of a row are permuted by the number of the row
 // (`chunk_of_a`, `chunk_of_b`), such that the eight rows of a matrix that ldmatrix reads lie in different banks.
 //
-// The columns of two neighbouring fragments of b are interleaved, so that a lane holds four columns side by side: rows of
-// int32 are then stored 16 bytes at a time, rows of 16-bit results 8 (32 bytes per row and access: a whole sector).
+// The columns of two neighbouring fragments of b are interleaved, so that a lane holds four columns side by side: rows
+// of int32 are then stored 16 bytes at a time, rows of 16-bit results 8 (32 bytes per row and access: a whole sector).
 #include <algorithm>
 #include <type_traits>
 
@@ -33,13 +34,13 @@
 namespace octavo::cuda {
 namespace {
 
-constexpr int slice = 64;                      // of k, in shared memory
-constexpr int step = 32;                       // of k, in registers
+constexpr int slice = 64;  // of k, in shared memory
+constexpr int step = 32;   // of k, in registers
 constexpr int steps = slice / step;
-constexpr int chunk = 16;                      // bytes of one copy
-constexpr int chunks = slice / chunk;          // of a row of a slice
-constexpr int together = 4;                    // columns that a lane holds side by side
-constexpr int bundle = 4 * together;           // columns that a row of lanes holds: two fragments
+constexpr int chunk = 16;              // bytes of one copy
+constexpr int chunks = slice / chunk;  // of a row of a slice
+constexpr int together = 4;            // columns that a lane holds side by side
+constexpr int bundle = 4 * together;   // columns that a row of lanes holds: two fragments
 
 template <int rows_, int cols_, int warp_rows_, int warp_cols_, int resident_>
 struct Tile {
@@ -89,8 +90,9 @@ struct Share {
     }
 };
 
-// Copies the slice from column `begin` on, without waiting. Zeros stand for what is not in the operand, from column `end`
-// on too. `source` is the thread's first chunk of the first slice, `rows` how many rows of the operand are in the tile.
+// Copies the slice from column `begin` on, without waiting. Zeros stand for what is not in the operand, from column
+// `end` on too. `source` is the thread's first chunk of the first slice, `rows` how many rows of the operand are in the
+// tile.
 template <class Share>
 __device__ void copy_slice(const std::int8_t* source, std::int64_t row_stride, int rows, std::int64_t begin,
                            std::int64_t end, std::int8_t* target) {
@@ -174,8 +176,7 @@ __device__ void read_fragments(const std::int8_t* shared, int s, const Place<Til
     // Matrices of b: both 16 bytes of one fragment, then of its neighbour. Column 2q + e of fragment f of the two is
     // column 4q + 2f + e of the tile.
     const int row_b = place.col + row_of_matrix / 2 * together + matrix / 2 * 2 + row_of_matrix % 2;
-    const std::int8_t* const b =
-        shared + (Tile::rows + row_b) * slice + chunk_of_b(row_b, 2 * s + matrix % 2) * chunk;
+    const std::int8_t* const b = shared + (Tile::rows + row_b) * slice + chunk_of_b(row_b, 2 * s + matrix % 2) * chunk;
 #pragma unroll
     for (int t = 0; t < Tile::col_fragments; t += 2) {
         std::uint32_t pair[4];
@@ -217,10 +218,8 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
     const auto rows_of = [](std::int64_t rows, int most) { return rows < most ? static_cast<int>(rows) : most; };
     const int rows_a = rows_of(a.rows - job.row0, Tile::rows);
     const int rows_b = rows_of(b.rows - job.col0, Tile::cols);
-    const std::int8_t* const source_a =
-        a.data + (job.row0 + ShareA::first()) * a.row_stride + ShareA::index() * chunk;
-    const std::int8_t* const source_b =
-        b.data + (job.col0 + ShareB::first()) * b.row_stride + ShareB::index() * chunk;
+    const std::int8_t* const source_a = a.data + (job.row0 + ShareA::first()) * a.row_stride + ShareA::index() * chunk;
+    const std::int8_t* const source_b = b.data + (job.col0 + ShareB::first()) * b.row_stride + ShareB::index() * chunk;
     const auto copy = [&](std::int64_t begin, int stage) {
         std::int8_t* const target = shared + stage * Tile::stage_bytes;
         if (begin < job.end) {
@@ -237,8 +236,8 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
     __syncthreads();
     Fragments<Tile> fragments[2];
     read_fragments(shared, 0, place, fragments[0]);
-    int stage = 0;       // of the slice that is being multiplied
-    int free = ahead;    // of the slice before it, which all threads have read
+    int stage = 0;     // of the slice that is being multiplied
+    int free = ahead;  // of the slice before it, which all threads have read
     for (std::int64_t begin = job.begin; begin < job.end; begin += slice) {
         const int next = stage + 1 == Tile::stages ? 0 : stage + 1;
 #pragma unroll
@@ -339,8 +338,8 @@ struct AddSums {
     }
 };
 
-// Scales the sums, adds the bias and rounds. The sums of products of outliers, 0 here, are added as epilogue.cu does, so
-// that both give the same bits.
+// Scales the sums, adds the bias and rounds. The sums of products of outliers, 0 here, are added as epilogue.cu does,
+// so that both give the same bits.
 template <class T>
 struct StoreScaled {
     Span<const float> scale_a;
@@ -435,7 +434,8 @@ constexpr bool is_used = true;
 // Block x % tiles in the order of `job_of`; y: which `depth` columns of k.
 template <class Tile>
 __device__ Job job_of(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t depth) {
-    // Tiles of eight rows of tiles are computed together, so that blocks that run at a time read the same rows of a and b.
+    // Tiles of eight rows of tiles are computed together, so that blocks that run at a time read the same rows of a and
+    // b.
     constexpr std::int64_t group = 8;
     const std::int64_t rows = (m + Tile::rows - 1) / Tile::rows;
     const std::int64_t cols = (n + Tile::cols - 1) / Tile::cols;
@@ -558,8 +558,9 @@ void mma_multiply(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream)
     const std::int64_t parts = parts_for(a.rows, b.rows, a.cols);
     if (size == Size::small && parts > 1 && is_contiguous(out)) {
         const AddSums add{view_of<std::int32_t>(out)};
-        check(cudaMemsetAsync(out.data, 0, static_cast<std::size_t>(out.rows * out.cols) * sizeof(std::int32_t), stream),
-              "cudaMemsetAsync");
+        check(
+            cudaMemsetAsync(out.data, 0, static_cast<std::size_t>(out.rows * out.cols) * sizeof(std::int32_t), stream),
+            "cudaMemsetAsync");
         switch (copy) {
             case Copy::async: return start<Small, Copy::async>(a, b, parts, add, stream);
             case Copy::wide: return start<Small, Copy::wide>(a, b, parts, add, stream);

@@ -1,5 +1,5 @@
-// PTX instructions that CUDA C++ has no word for, each behind a small function. In tests the same functions run on the CPU
-// (tests/simt/ptx.hpp). What an older architecture lacks is made of what it has, with the same result.
+// PTX instructions that CUDA C++ has no word for, each behind a small function. In tests the same functions run on the
+// CPU (tests/simt/ptx.hpp). What an older architecture lacks is made of what it has, with the same result.
 #pragma once
 
 #include <cstdint>
@@ -52,8 +52,8 @@ __device__ void copy_async_wait() {
 
 // --- matrices in the registers of a warp ----------------------------------------------------------------------------
 
-// Reads four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8, a multiple of 16, and
-// receives bytes 4 * (l % 4) .. + 3 of row l / 4 of each.
+// Reads four matrices of 8 rows of 16 bytes. Lane l gives the address of row l % 8 of matrix l / 8, a multiple of 16,
+// and receives bytes 4 * (l % 4) .. + 3 of row l / 4 of each.
 __device__ inline void load_matrices(std::uint32_t (&registers)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
@@ -102,9 +102,10 @@ __device__ inline std::uint64_t read_once_policy() {
 // `copy_async_16` of data that is read once.
 __device__ inline void copy_async_16_once(void* target, const void* source, int bytes, std::uint64_t policy) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(target)),
-                 "l"(source), "r"(bytes), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(target)),
+        "l"(source), "r"(bytes), "l"(policy)
+        : "memory");
 #else
     static_cast<void>(policy);
     copy_async_16(target, source, bytes);
@@ -127,7 +128,8 @@ __device__ inline uint4 load_16_once(const void* source, std::uint64_t policy) {
     return value;
 }
 
-// Four bytes of the eight of `low` (0 to 3) and `high` (4 to 7): hexadecimal digit i of `selector` says which is byte i.
+// Four bytes of the eight of `low` (0 to 3) and `high` (4 to 7): hexadecimal digit i of `selector` says which is byte
+// i.
 __device__ inline std::uint32_t select_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
     return __byte_perm(low, high, selector);
 }
@@ -149,8 +151,8 @@ __device__ inline std::uint32_t in_register(std::uint32_t constant) {
 
 // sums[16, 8] += a[16, 16] * b[8, 16]^T  of f16 or of bf16, products exact, sums float32.
 //
-// With g = lane / 4 and q = lane % 4, a register of a or b holds 2 elements of a row, from a column on, the first in its
-// low half:
+// With g = lane / 4 and q = lane % 4, a register of a or b holds 2 elements of a row, from a column on, the first in
+// its low half:
 //   a      rows g, g + 8, g, g + 8; columns 2q, 2q, 2q + 8, 2q + 8
 //   b      row g; columns 2q, 2q + 8
 //   sums   row g, columns 2q and 2q + 1; row g + 8, the same

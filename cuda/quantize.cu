@@ -129,7 +129,8 @@ template <class T>
 class Coding<T, Scheme::zeropoint> {
 public:
     Coding() = default;
-    __device__ explicit Coding(const Bounds& bounds) : min_(from_ordered(~bounds.low)), max_(from_ordered(bounds.high)) {
+    __device__ explicit Coding(const Bounds& bounds)
+        : min_(from_ordered(~bounds.low)), max_(from_ordered(bounds.high)) {
         if (bounds.low == 0 && bounds.high == 0) {
             min_ = max_ = 0.0F;  // no values: the scale of a group of zeros
             return;
@@ -470,8 +471,8 @@ __global__ void __launch_bounds__(most_threads) quantize_kernel(View<const Bits<
 constexpr int sum_threads = 256;
 
 template <bool wide>
-__global__ void __launch_bounds__(sum_threads) sum_codes_kernel(View<const std::int8_t> codes,
-                                                                Span<std::int32_t> code_sums) {
+__global__ void __launch_bounds__(sum_threads)
+    sum_codes_kernel(View<const std::int8_t> codes, Span<std::int32_t> code_sums) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const std::int64_t row = blockIdx.x * std::int64_t{sum_threads / warp_size} + threadIdx.x / warp_size;
     if (row >= codes.rows) return;
@@ -522,8 +523,8 @@ void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& te
     const Grid grid{static_cast<unsigned>(blocks), teams.threads};
     with_float(x.dtype, [&]<class T>(Type<T>) {
         const auto start = [&]<Scheme s>(std::integral_constant<Scheme, s>) {
-            launch(wide ? quantize_kernel<T, s, true> : quantize_kernel<T, s, false>, grid, stream,
-                   view_of<Bits<T>>(x), task);
+            launch(wide ? quantize_kernel<T, s, true> : quantize_kernel<T, s, false>, grid, stream, view_of<Bits<T>>(x),
+                   task);
         };
         switch (scheme) {
             case Scheme::absmax: return start(std::integral_constant<Scheme, Scheme::absmax>{});

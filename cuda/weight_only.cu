@@ -2,9 +2,9 @@
 //
 //   y[i, j] = scale[j] * sum_k x[i, k] * (codes[j, k] + zeropoint[j]) + bias[j]
 //
-// Its bound is reading the n * k bytes of codes once. A block of 8 warps owns some output features for a tile of rows of
-// X, and the whole depth k: `splits` warps share a feature, each takes its part of the depth, and their float32 sums are
-// added in shared memory in the order of the warps. So nothing passes between blocks, and no sum depends on timing.
+// Its bound is reading the n * k bytes of codes once. A block of 8 warps owns some output features for a tile of rows
+// of X, and the whole depth k: `splits` warps share a feature, each takes its part of the depth, and their float32 sums
+// are added in shared memory in the order of the warps. So nothing passes between blocks, and no sum depends on timing.
 // Splitting within the block is enough to fill the machine from some thousand features on: 32 of them make a block.
 //
 // Two ways, chosen by what they cost per code. An H200 can issue 6 to 7 instructions per lane in the time in which one
@@ -20,9 +20,9 @@
 // rows do not begin at multiples of 16 bytes.
 //
 // The zeropoint is split into a near part, an integer small enough that code + near is exact in what the products are
-// made of, and the rest, which multiplies the sum of a row of X. The rest is 0 unless a weight's range is far from zero;
-// and then it has the sign of every code + near, so that the two sums do not cancel (a fraction, which `quantize_weight`
-// never makes, is as harmless: it is at most 1/2).
+// made of, and the rest, which multiplies the sum of a row of X. The rest is 0 unless a weight's range is far from
+// zero; and then it has the sign of every code + near, so that the two sums do not cancel (a fraction, which
+// `quantize_weight` never makes, is as harmless: it is at most 1/2).
 #include <algorithm>
 
 #include "device.cuh"
@@ -117,8 +117,8 @@ __device__ void sum_rows(const View<const X>& x, std::int64_t first, int rows, f
 
 // --- dot products ---------------------------------------------------------------------------------------------------
 
-// A warp does `rows` rows of X times 4 features. Its lanes take 16 codes of the depth each, next to each other, with two
-// such steps of all features on their way (4 KiB per warp) while one is computed.
+// A warp does `rows` rows of X times 4 features. Its lanes take 16 codes of the depth each, next to each other, with
+// two such steps of all features on their way (4 KiB per warp) while one is computed.
 
 constexpr int dot_features = 4;
 constexpr int dot_steps = 2;
@@ -315,14 +315,15 @@ __global__ void __launch_bounds__(threads) strided_dot_kernel(Layer<X> layer) {
 
 // --- tensor cores ---------------------------------------------------------------------------------------------------
 
-// A warp does 32 features times `8 * tiles` rows of X, by products of 16 features * 8 rows * 16 of the depth. Per step it
-// takes 64 of the depth: lane 4g + q loads 16 codes of features g, g + 8, g + 16, g + 24, from 16q on. A product's lane
-// wants columns 2q, 2q + 1, 2q + 8, 2q + 9 of its rows; it is given codes 16q + 4s to 16q + 4s + 3 instead, in the s-th
-// product of four, and X is read in the same order: a sum over k may take k in any order.
+// A warp does 32 features times `8 * tiles` rows of X, by products of 16 features * 8 rows * 16 of the depth. Per step
+// it takes 64 of the depth: lane 4g + q loads 16 codes of features g, g + 8, g + 16, g + 24, from 16q on. A product's
+// lane wants columns 2q, 2q + 1, 2q + 8, 2q + 9 of its rows; it is given codes 16q + 4s to 16q + 4s + 3 instead, in the
+// s-th product of four, and X is read in the same order: a sum over k may take k in any order.
 //
-// Codes and X pass through a ring in shared memory, filled by asynchronous copies: what is on its way needs no registers.
-// Codes are read back by the lane that copied them, 16 bytes at a place of its own. Three stages, 48 KiB of codes, are on
-// their way while one is computed: with one block to a multiprocessor 6 MB, where 4.8 TB/s times 0.8 us are 4.
+// Codes and X pass through a ring in shared memory, filled by asynchronous copies: what is on its way needs no
+// registers. Codes are read back by the lane that copied them, 16 bytes at a place of its own. Three stages, 48 KiB of
+// codes, are on their way while one is computed: with one block to a multiprocessor 6 MB, where 4.8 TB/s times 0.8 us
+// are 4.
 
 constexpr int mma_depth = 64;
 constexpr int mma_features = 32;
@@ -330,7 +331,8 @@ constexpr int mma_loads = 4;  // of 16 codes, per lane and step
 constexpr int stages = 4;
 constexpr int partial_pitch = mma_features + 4;  // a warp's stores of sums then fall into 32 banks
 
-// code + near is exact in f16 and bf16 for these: at most 256 in magnitude. At the ends no code + near changes its sign.
+// code + near is exact in f16 and bf16 for these: at most 256 in magnitude. At the ends no code + near changes its
+// sign.
 constexpr float mma_near_low = -128.0F;
 constexpr float mma_near_high = 129.0F;
 
@@ -372,13 +374,15 @@ public:
     }
 
 private:
-    __device__ std::uint32_t pair(std::uint32_t bits) const { return bits_of(__hsub2(make_pair<__half2>(bits), offset_)); }
+    __device__ std::uint32_t pair(std::uint32_t bits) const {
+        return bits_of(__hsub2(make_pair<__half2>(bits), offset_));
+    }
 
     __half2 offset_;
 };
 
-// A bf16 has 7 bits below its exponent. 0x4300 + (the low 7 bits of a code) is 128 + them; 0x4300 + (its sign bit) is 128,
-// or 256 for a negative code, which is the low bits less 128.
+// A bf16 has 7 bits below its exponent. 0x4300 + (the low 7 bits of a code) is 128 + them; 0x4300 + (its sign bit) is
+// 128, or 256 for a negative code, which is the low bits less 128.
 template <>
 class PairsOf<__nv_bfloat16> {
 public:

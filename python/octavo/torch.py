@@ -9,7 +9,7 @@ The operation is also registered as ``torch.ops.octavo.linear``, to be compiled,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch

@@ -394,7 +394,7 @@ class TestPeers:
         assert [row.key for row in found.accuracies] == list(rows)
 
     def test_their_layers_are_what_they_are_called(self) -> None:
-        """bitsandbytes has outlier columns, as LLM.int8(), and torchao none, as vector-wise; both have the bias."""
+        """The package bitsandbytes has outlier columns, as LLM.int8(), and torchao none, as vector-wise; both have the bias."""
         from octavo.measuring import peers
 
         torch.manual_seed(0)

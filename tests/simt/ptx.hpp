@@ -1,6 +1,9 @@
 // The functions of cuda/ptx.cuh on the CPU: exact, over the registers of a warp.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -11,7 +14,8 @@ namespace octavo::cuda {
 
 inline void copy_async_16(void* target, const void* source, int bytes) {
     // NOLINTNEXTLINE(cppcoreguidelines-pro-type-reinterpret-cast): the hardware faults on these
-    if (((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source)) & 15U) != 0) std::abort();
+    if (((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source)) & 15U) != 0)
+        std::abort();
     simt::defer_copy(target, source, bytes);
 }
 inline void copy_async_commit() { simt::copy_commit(); }
@@ -60,12 +64,86 @@ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint32_t (&a)[4]
                     std::int32_t sum = 0;
                     for (int h = 0; h < 32; ++h) sum += whole_a[row][h] * whole_b[col][h];
                     auto& total = static_cast<std::int32_t*>(lanes[lane].out)[r];
-                    total = static_cast<std::int32_t>(static_cast<std::uint32_t>(total) +
-                                                      static_cast<std::uint32_t>(sum));
+                    total =
+                        static_cast<std::int32_t>(static_cast<std::uint32_t>(total) + static_cast<std::uint32_t>(sum));
                 }
             }
         },
         simt::Loc::current());
+}
+
+// --- 16-bit products
+// --------------------------------------------------------------------------------------------------
+
+inline std::uint64_t read_once_policy() { return 0; }
+inline void copy_async_16_once(void* target, const void* source, int bytes, std::uint64_t /*policy*/) {
+    copy_async_16(target, source, bytes);
+}
+
+inline uint4 load_16_once(const void* source, std::uint64_t /*policy*/) {
+    // NOLINTNEXTLINE(cppcoreguidelines-pro-type-reinterpret-cast): the hardware faults on these
+    if ((reinterpret_cast<std::uintptr_t>(source) & 15U) != 0) std::abort();
+    return *static_cast<const uint4*>(source);
+}
+
+inline std::uint32_t select_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+    const std::uint64_t bytes = std::uint64_t{high} << 32U | low;
+    std::uint32_t result = 0;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned which = selector >> (4 * i) & 7U;
+        result |= static_cast<std::uint32_t>(bytes >> (8 * which) & 0xFFU) << (8 * i);
+    }
+    return result;
+}
+
+inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask, std::uint32_t bits) {
+    return (value & mask) | bits;
+}
+inline std::uint32_t in_register(std::uint32_t constant) { return constant; }
+
+// Sums are rounded after each product here; the order and the precision of the hardware's sums are its own.
+template <class T>
+void multiply_add_16(const char* what, float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    struct Operands {
+        std::uint32_t a[4];
+        std::uint32_t b[2];
+        float sums[4];
+    };
+    Operands mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {sums[0], sums[1], sums[2], sums[3]}};
+    simt::whole_warp_collective(
+        what, {&mine, sums, 0},
+        [](simt::Lane* lanes, unsigned) {
+            T whole_a[16][16];
+            T whole_b[8][16];
+            for (int lane = 0; lane < 32; ++lane) {
+                const auto& from = *static_cast<const Operands*>(lanes[lane].in);
+                for (int r = 0; r < 4; ++r) {
+                    std::memcpy(static_cast<void*>(&whole_a[lane / 4 + 8 * (r % 2)][lane % 4 * 2 + 8 * (r / 2)]),
+                                &from.a[r], 4);
+                }
+                for (int r = 0; r < 2; ++r) {
+                    std::memcpy(static_cast<void*>(&whole_b[lane / 4][lane % 4 * 2 + 8 * r]), &from.b[r], 4);
+                }
+            }
+            for (int lane = 0; lane < 32; ++lane) {
+                for (int r = 0; r < 4; ++r) {
+                    const int row = lane / 4 + 8 * (r / 2);
+                    const int col = lane % 4 * 2 + r % 2;
+                    float sum = static_cast<const Operands*>(lanes[lane].in)->sums[r];
+                    for (int k = 0; k < 16; ++k) {
+                        sum += static_cast<float>(whole_a[row][k]) * static_cast<float>(whole_b[col][k]);
+                    }
+                    static_cast<float*>(lanes[lane].out)[r] = sum;
+                }
+            }
+        },
+        simt::Loc::current());
+}
+inline void multiply_add_f16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    multiply_add_16<__half>("multiply_add_f16", sums, a, b);
+}
+inline void multiply_add_bf16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    multiply_add_16<__nv_bfloat16>("multiply_add_bf16", sums, a, b);
 }
 
 }  // namespace octavo::cuda
