@@ -10,6 +10,7 @@
 #include "arrays.hpp"
 #include "calls.hpp"
 #include "check.hpp"
+#include "device.hpp"
 #include "octavo/linear.hpp"
 #include "reference.hpp"
 
@@ -76,8 +77,10 @@ private:
     Granularity granularity_;
 };
 
-Array linear(const Array& x, const Weight& weight, const std::optional<Array>& bias, const LinearOptions& options,
-             DType dtype, Layout layout = Layout::contiguous) {
+// `auto` is the int8 path here, on every device: what it is on a GPU, `auto_picks_by_shape` tests.
+Array linear(const Array& x, const Weight& weight, const std::optional<Array>& bias, LinearOptions options, DType dtype,
+             Layout layout = Layout::contiguous) {
+    if (options.path == Path::auto_) options.path = Path::int8;
     Array out(dtype, x.matrix().rows, weight.view().codes.rows, layout);
     octavo::linear(x.matrix(), weight.view(), vector_of(bias), out.matrix(), options);
     return out;
@@ -436,6 +439,7 @@ TEST(argument_errors) {
                                            std::pair{std::vector<std::int32_t>{1, 1}, "got 1 after 1"},
                                            std::pair{std::vector<std::int32_t>{0, 3}, "0 to 2, got 3 after 0"},
                                            std::pair{std::vector<std::int32_t>{-1, 0}, "got -1 after -1"}}) {
+        if (test_device().kind != octavo::DeviceKind::cpu) break;  // checked where they can be read without waiting
         const Array list = int32_array(columns);
         CHECK_THROWS(call(changed(plain, [&](auto& view) { view.outlier_columns = list.vector(); })), value, message);
         CHECK_THROWS(
@@ -443,6 +447,22 @@ TEST(argument_errors) {
             value, "load: weight.outlier_columns: expected ascending columns of the weight");
     }
     octavo::check_weight(plain.view(), "load");
+}
+
+// On the CPU `auto` is the int8 path; on a GPU the weight-only path up to 64 rows.
+TEST(auto_picks_by_shape) {
+    Random random(101);
+    const Weight weight({DType::f32, random_normal(random, 5, 40)}, Scheme::absmax, Granularity::vector);
+    for (const std::int64_t m : {1, 64, 65}) {
+        const Array x(DType::f32, random_normal(random, m, 40));
+        Array out(DType::f32, m, 5);
+        octavo::linear(x.matrix(), weight.view(), octavo::absent_vector, out.matrix());
+        const bool few = test_device().kind == octavo::DeviceKind::cuda && m <= 64;
+        const LinearOptions expected{.path = few ? Path::weight_only : Path::int8};
+        const LinearOptions other{.path = few ? Path::int8 : Path::weight_only};
+        check_values("auto", out, linear(x, weight, std::nullopt, expected, DType::f32).values());
+        CHECK(out.get(0, 0) != linear(x, weight, std::nullopt, other, DType::f32).get(0, 0));
+    }
 }
 
 // `out` may not lie in any input.
@@ -464,7 +484,7 @@ TEST(overlap) {
     };
     for (const auto& [data, name] : inputs) {
         // NOLINTNEXTLINE(cppcoreguidelines-pro-type-const-cast): refused before anything is written
-        const octavo::Matrix out{const_cast<void*>(data), DType::f16, {}, 2, 4, 4, 1};
+        const octavo::Matrix out{const_cast<void*>(data), DType::f16, test_device(), 2, 4, 4, 1};
         CHECK_THROWS(octavo::linear(x.matrix(), view, bias.vector(), out), value,
                      std::string("linear: out: expected memory apart from ") + name + ",");
     }
