@@ -45,7 +45,9 @@ def main() -> int:
     check_parser.add_argument("--fix", action="store_true", help="reformat instead of complaining")
     check_parser.set_defaults(run=check)
     commands.add_parser("docs", help="build the documentation, warnings as errors").set_defaults(run=docs)
-    commands.add_parser("evidence", help="a small language model and the paper's tables of it").set_defaults(run=evidence)
+    commands.add_parser("evidence", help="a small language model and the paper's tables of it").set_defaults(
+        run=evidence
+    )
     args, rest = parser.parse_known_args()
     if rest and args.command != "demo":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -128,7 +128,13 @@ def draw_worth(report: Report) -> Figure:
         values = np.array([100 * error if error > 0 else np.nan for error in errors])  # none on a logarithm
         color, face = (BLUE, "none") if keeps else (VERMILION, None)
         axis.plot(
-            values, places, markers[outliers], color=color, markerfacecolor=face, markersize=6, label=POLICY_NAMES[policy]
+            values,
+            places,
+            markers[outliers],
+            color=color,
+            markerfacecolor=face,
+            markersize=6,
+            label=POLICY_NAMES[policy],
         )
     axis.axhline(0.5, color="black", linewidth=0.8)
     axis.set_xscale("log")
