@@ -46,7 +46,7 @@ def draw_emergence(report: Report) -> Figure:
         left.plot(layers, values, marker + "-", color=color, label=label, markersize=size, linewidth=size / 3)
     left.set_ylabel(f"positions with magnitude >= {report.settings['threshold']:g}, %")
     left.set_title("The outlier features" if report.features else "No feature is outlying systematically")
-    left.set_ylim(-2, 102)
+    left.set_ylim(-4, 106)
     if report.features:
         left.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     minimum = report.settings["min_positions"]
