@@ -175,6 +175,7 @@ def pip(*requirements: str) -> None:
         "install",
         "--quiet",
         "--disable-pip-version-check",
+        "--no-compile",  # of torch and transformers little is ever imported; Python compiles that when it is
         "-c",
         CONSTRAINTS,
         *requirements,
