@@ -374,10 +374,10 @@ TEST(cublaslt_or_ours) {
             continue;
         }
         cuda::int8_matmul(a.matrix(), b.matrix(), out.matrix, nullptr);
-        out.check(a, b);
         CHECK_EQ(counted().launches, cublaslt_works() ? 0 : 1);
         CHECK_EQ(counted().host_functions, cublaslt_works() ? 1 : 0);
         CHECK_EQ(counted().synchronizations, 0);
+        out.check(a, b);
     }
     const std::string status = cuda::cublaslt_status();
     const char* const expected = mode_is("missing")       ? "not found (none for the emulated GPU)"
@@ -398,11 +398,12 @@ TEST(captured) {
     const Codes d(random, 24, 66, Order::contiguous);
     const Sums first(20, 24, 24, 1);
     const Sums second(20, 24, 24, 1);
+    const Codes deep(random, 1, cuda::part_depth + 1, Order::contiguous);
+    const Sums third(1, 1, 1, 1);
     must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
     cuda::int8_matmul(a.matrix(), b.matrix(), first.matrix, stream);
     cuda::int8_matmul(c.matrix(), d.matrix(), second.matrix, stream);
-    const Codes deep(random, 1, cuda::part_depth + 1, Order::contiguous);
-    CHECK_THROWS(cuda::int8_matmul(deep.matrix(), deep.matrix(), Sums(1, 1, 1, 1).matrix, stream), device,
+    CHECK_THROWS(cuda::int8_matmul(deep.matrix(), deep.matrix(), third.matrix, stream), device,
                  "int8_matmul: expected a stream that is not being captured");
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
