@@ -1,9 +1,9 @@
 """Check a wheel with the CUDA backend on a machine without a GPU: cuda_wheel.py WHEEL.
 
 The wheel holds two shared objects: the extension, which knows nothing of CUDA, and the backend, which shows one
-function, brings the CUDA runtime along, and finds cuBLASLt in NVIDIA's package beside octavo's. Imported, octavo says what
-is missing: a driver, and, with a stand-in for libcuda.so.1 (cuda_driver.c), a device, or a newer driver. Then the machine
-code is checked (cuda_machine_code.py).
+function, brings the CUDA runtime along, and finds cuBLASLt in NVIDIA's package beside octavo's. Imported, octavo says
+what is missing: a driver, and, with a stand-in for libcuda.so.1 (cuda_driver.c), a device, or a newer driver. Then the
+machine code is checked (cuda_machine_code.py).
 """
 
 from __future__ import annotations
