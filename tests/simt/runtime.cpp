@@ -42,6 +42,7 @@ struct CUgraphExec_st {
 struct CUstream_st {
     std::shared_ptr<CUgraph_st> capture;  // where it is being captured
     bool invalid = false;                 // the capture, by a call that it does not allow
+    int device = 0;
 };
 struct CUevent_st {};
 struct CUmemPoolHandle_st {
@@ -303,6 +304,7 @@ cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size
     if (const cudaError_t status = check_launch(call.kernel, grid, block, shared); status != cudaSuccess) {
         return result(status);
     }
+    if (runtime().streams.contains(stream) && stream->device != device) return result(cudaErrorInvalidResourceHandle);
     return result(enqueue(stream, [=, call = std::move(call)] {
         ++runtime().counted.launches;
         run_kernel(grid, block, shared, call);
@@ -561,6 +563,7 @@ cudaError_t cudaMemset(void* target, int value, size_t size) { return cudaMemset
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
     SIMT_LOCKED;
     *stream = new CUstream_st;
+    (*stream)->device = simt::device;
     simt::runtime().streams.insert(*stream);
     return cudaSuccess;
 }
@@ -600,7 +603,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
     SIMT_LOCKED;
-    return simt::result(simt::enqueue(stream, [=] { function(data); }));
+    return simt::result(simt::enqueue(stream, [=] {
+        ++simt::runtime().counted.host_functions;
+        function(data);
+    }));
 }
 
 // Graphs.
