@@ -153,6 +153,7 @@ def _gpus_needed(sizes: Sequence[int], capacity: int) -> int | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `octavo plan`."""
+    parser.epilog = "Exit status: 0 where the model fits in int8, else 1."
     parser.add_argument("config", type=Path, help="a config.json, or the folder of a model")
     parser.add_argument(
         "--gpu-memory",
