@@ -581,6 +581,9 @@ class TestInspect:
         summary = checkpoint.inspect(write_model(tmp_path / "m", {"fc.weight": tensor((8, 8))}))
         assert (summary.layers, summary.bytes, summary.ratio) == ([], 256, 0.5)
         assert "format 16/32 bit" in summary.as_table()
+        checked = checkpoint.inspect(tmp_path / "m", verify=True).as_table()
+        assert "cannot be told" in checked
+        assert "correct" not in checked
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_architectures_that_are_not_listed() -> None:
     found = plan({**mixtral, "num_key_value_heads": 8}, gpu_memory=80 * GIB, gpus=2)
     assert found.parameters == 46_702_792_704  # as published with Mixtral-8x7B
     assert found.int8.cache == 32 * 4 * 1024 * 2048
-    # Experts are int8, however Transformers keeps them: 8 of gate, up and down. Embedding, head, routers, norms are not.
+    # Experts are int8, however Transformers keeps them; embedding, head, routers and norms are not.
     rows = 32 * (4096 + 1024 + 1024 + 4096 + 8 * (14336 + 14336 + 4096))
     others = 2 * 32000 * 4096 + 32 * (8 * 4096 + 2 * 4096) + 4096
     assert found.int8.weights == found.parameters - others + 4 * rows + 2 * others
@@ -336,7 +336,10 @@ class TestCommand:
         assert message in error
         assert error.count("\n") == 1
 
-    @pytest.mark.parametrize("arguments", [[], ["--gpu-memory", "much"], ["--gpu-memory", "1GB", "--gpus", "0"]])
+    @pytest.mark.parametrize(
+        "arguments",
+        [[], ["--gpu-memory", "much"], ["--gpu-memory", "24"], ["--gpu-memory", "1GB", "--gpus", "0"]],
+    )
     def test_wrong_arguments(self, tmp_path: Path, arguments: list[str]) -> None:
         with pytest.raises(SystemExit) as exit_info:
             cli.main(["plan", str(tmp_path), *arguments])
