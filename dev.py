@@ -31,6 +31,7 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 MACHINE_CODE = ROOT / ".ci" / "machine_code.py"
+CUDA_WHEEL = ROOT / ".ci" / "cuda_wheel.py"
 CPP_FOLDERS = ("cpp", "bindings", "tests/cpp", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "docs/hooks.py", "docs/docstrings.py", "dev.py")
 
@@ -140,6 +141,31 @@ def check(args: argparse.Namespace) -> None:
         print("bench/ is left out: it was not built, for want of google-benchmark (Debian, Ubuntu: libbenchmark-dev)")
     translation_units = [source for source in sources if source.startswith(tuple(checked)) and source.endswith(".cpp")]
     run(PYTHON, ROOT / ".ci" / "tidy.py", ROOT / "build" / "release", *translation_units)
+    check_cuda()
+
+
+def check_cuda() -> None:
+    """The wheel with the CUDA backend, built for every architecture with nothing but packages of PyPI; what it holds.
+
+    Here and not among the tests, because it is about code that no machine without a GPU can run, and takes a compiler
+    of 100 MB and minutes: whoever runs the tests need not wait for it.
+    """
+    step("CUDA backend, for every architecture")
+    if platform.system() != "Linux" or platform.machine() not in {"x86_64", "aarch64"}:
+        print(f"left out: NVIDIA has no compiler for {platform.system()} on {platform.machine()}")
+        return
+    # The compiler comes as packages: another one that this machine has is not to be found.
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        os.environ.pop(name, None)
+    wheels = ROOT / "build" / "cuda-wheel"
+    shutil.rmtree(wheels, ignore_errors=True)
+    os.environ.update(OCTAVO_CUDA="1", OCTAVO_WERROR="ON")
+    try:
+        run(PYTHON, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "-w", wheels, ".")
+    finally:
+        del os.environ["OCTAVO_CUDA"], os.environ["OCTAVO_WERROR"]
+    pip("nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
+    run(PYTHON, CUDA_WHEEL, *wheels.glob("*.whl"))
 
 
 def docs(_: argparse.Namespace) -> None:
@@ -195,6 +221,7 @@ def pip(*requirements: str) -> None:
         "install",
         "--quiet",
         "--disable-pip-version-check",
+        "--no-compile",  # of torch and transformers little is ever imported; Python compiles that when it is
         "-c",
         CONSTRAINTS,
         *requirements,
