@@ -95,7 +95,7 @@ def _losses(
     if scale == "symlog":
         # Linear where differences drown in their errors, logarithmic where they do not.
         # A power of ten, so that no tick stands in the linear part.
-        known = max(min((2 * error for error in errors if error > 0), default=1e-3), 1e-6)
+        known = max(min((2 * error for error in errors if error > 1e-9), default=1e-3), 1e-6)
         axis.set_xscale("symlog", linthresh=10.0 ** math.ceil(math.log10(known)))
     axis.margins(x=0.08)
     axis.set_yticks(range(len(names)), names)
