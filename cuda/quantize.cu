@@ -6,7 +6,7 @@
 //
 // A team of threads, a block or, for short rows, a warp, has a row: it reads the row, finds its range, and makes codes
 // of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 32768 (float32:
-// 16384) columns are read once (half of that where a thread needs more registers, see `most_threads`); longer ones a
+// 16384) columns are read once (fewer where a thread needs more registers, see `most_threads`); longer ones a
 // second time, from the caches. Which columns are left out is the same for all rows of a team and stays in a register
 // too. Where there are rows enough to fill the device, a thread has all four accesses, and a block several rows one
 // after another; where there are few, a row has as many threads as can have one access each. A row is never split over
@@ -29,10 +29,11 @@
 namespace octavo::cuda {
 namespace {
 
-// Threads of a block, at most. float64 numbers, the addresses of elements that lie apart, and Turing's instructions
+// Threads of a block, at most. The addresses of elements that lie apart, float64 numbers, and Turing's instructions
 // need more registers than the 64 that a thread of 1024 can have.
 constexpr int most_threads(Scheme scheme, bool wide, int architecture) {
-    return scheme == Scheme::absmax && wide && architecture >= 80 ? 1024 : 512;
+    if (!wide) return 256;
+    return scheme == Scheme::absmax && architecture >= 80 ? 1024 : 512;
 }
 #ifdef __CUDA_ARCH__
 constexpr int compiled_for = __CUDA_ARCH__ / 10;
