@@ -134,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"memory: {name} grows by {slope:.2f} MiB for 1000 requests; expected at most {args.limit}"
             )
     report = summary(outcome) | {
+        "command": " ".join(["bench/serve_load.py", *(sys.argv[1:] if arguments is None else arguments)]),
         "limit_mib_per_1000_requests": args.limit,
         "clients": args.clients,
         "batch": args.batch,

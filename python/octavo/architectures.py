@@ -293,8 +293,31 @@ def _asked_tensors(config: Config) -> Tensors:
         raise ValueError(f"config: expected an architecture of transformers, got {architecture}")
     with torch.device("meta"):
         model = model_class.from_config(known) if architecture.startswith("Auto") else model_class(known)
+    transposed = _stacked_experts(model)
     for name, parameter in model.named_parameters():
-        yield name, tuple(parameter.shape)
+        if name in transposed:  # each expert's weight by itself, as what it becomes in int8
+            experts, projection = name.rsplit(".", 1)
+            count, *shape = parameter.shape
+            n, k = reversed(shape) if transposed[name] else shape
+            for expert in range(count):
+                yield f"{experts}.{expert}.{projection}.weight", (n, k)
+        else:
+            yield name, tuple(parameter.shape)
+
+
+def _stacked_experts(model: Any) -> dict[str, bool]:
+    """The parameters that stack the weights of experts and that octavo converts -> whether as ``[in, out]``."""
+    try:
+        from octavo.transformers.experts import PROJECTIONS, is_convertible
+    except ImportError:  # a Transformers that does not stack experts yet
+        return {}
+    return {
+        f"{name}.{projection}": module.is_transposed
+        for name, module in model.named_modules()
+        if is_convertible(module)
+        for projection in PROJECTIONS
+        if hasattr(module, projection)
+    }
 
 
 def _asked_cache(config: Config) -> dict[str, int]:

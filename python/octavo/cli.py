@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+    """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.
+
+    141 where whoever reads the output has gone (``octavo inspect MODEL | head``): as a shell has it for other programs.
+    """
     args = make_parser().parse_args(arguments)
     # What reports say they were made with.
     args.command_line = shlex.join(["octavo", *(sys.argv[1:] if arguments is None else arguments)])
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("octavo: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Else the interpreter complains once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"octavo {args.command}: {error}", file=sys.stderr)
+        # Functions put their name first, which here the command already is.
+        print(f"octavo {args.command}: {str(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
         return 1
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and where to read on, in the place of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     from octavo import eval as evaluation
     from octavo.checkpoint import commands as checkpoint
 
-    parser = argparse.ArgumentParser(prog="octavo", description="LLM.int8() as a native library.")
+    parser = _Parser(prog="octavo", description="LLM.int8() as a native library.")
     parser.add_argument("--version", action="version", version=f"octavo {octavo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 

@@ -72,7 +72,7 @@ class Plan:
     def as_text(self) -> str:
         """For people."""
         lines = [
-            f"{self.model_type}, {self.parameters / 1e9:.2f} billion parameters, on {self.gpus} x "
+            f"{self.model_type}, {_in_words(self.parameters)} parameters, on {self.gpus} x "
             f"{format_size(self.gpu_memory)} ({format_size(self.reserve)} of each kept free), batch {self.batch}, "
             f"context {self.context}",
             f"{'':8}{'weights':>14}{'cache':>14}{'total':>14}  fits  GPUs needed",
@@ -83,6 +83,10 @@ class Plan:
             lines.append(f"{name:8}{sizes}  {'yes' if footprint.fits else 'no':4}  {needed}")
         lines.append(f"weights in 16 bit take {self.ratio:.2f} times as much")
         return "\n".join(lines)
+
+
+def _in_words(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"
 
 
 def plan(
@@ -153,10 +157,11 @@ def _gpus_needed(sizes: Sequence[int], capacity: int) -> int | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `octavo plan`."""
+    parser.epilog = "Exit status: 0 where the model fits in int8, else 1."
     parser.add_argument("config", type=Path, help="a config.json, or the folder of a model")
     parser.add_argument(
         "--gpu-memory",
-        type=parse_size,
+        type=_gpu_memory,
         required=True,
         metavar="SIZE",
         help="of each GPU, such as 24GB (24 * 2^30 bytes)",
@@ -172,6 +177,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each GPU, for its context, workspace and activations; default: 0.5GB",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _gpu_memory(text: str) -> int:
+    size = parse_size(text)
+    if size < 2**20:
+        raise argparse.ArgumentTypeError(f"expected a size such as 24GB, got {text!r}, which is {size} bytes")
+    return size
 
 
 def main(args: argparse.Namespace) -> int:

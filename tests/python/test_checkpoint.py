@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,20 @@ class TestWeights:
             assert report.layers == 9
             files.append((output / "model.safetensors").read_bytes())
         assert files[0] == files[1]
+
+    def test_jobs_work_at_the_same_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each tensor waits for two others: with fewer than three jobs at work none would ever be done."""
+        from octavo.checkpoint import convert as module
+
+        convert_tensor, meeting = module.convert_tensor, threading.Barrier(3)
+
+        def together(*arguments: Any) -> dict[str, str]:
+            meeting.wait(timeout=60)
+            return convert_tensor(*arguments)
+
+        monkeypatch.setattr(module, "convert_tensor", together)
+        state = {f"layers.{i}.fc.weight": tensor((8, 8), torch.float16, i) for i in range(6)}
+        assert convert(write_model(tmp_path / "m", state), jobs=3)[1].layers == 6
 
     def test_threads_are_as_before(self, tmp_path: Path) -> None:
         before = octavo.get_num_threads()
@@ -346,6 +361,44 @@ class TestFiles:
         quantized = {key.removesuffix(".scale") for key in got if key.endswith(".scale")}
         assert quantized == {FC, "model.layers.0.out", "view", "parameter", "transposed"}
 
+    def test_pytorch_shards(self, tmp_path: Path) -> None:
+        """pytorch_model.bin.index.json and its files; a shard that is not there is named with its tensor."""
+        model = tmp_path / "m"
+        model.mkdir()
+        state = state_dict()
+        weight_map = {}
+        for number, names in enumerate((sorted(state)[::2], sorted(state)[1::2]), start=1):
+            file = f"pytorch_model-{number:05}-of-00002.bin"
+            torch.save({name: state[name] for name in names}, model / file)
+            weight_map.update(dict.fromkeys(names, file))
+        (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (model / "config.json").write_text(json.dumps({"model_type": "tiny", "vocab_size": 50}))
+        got = stored(convert(model)[0])
+        expected = stored(convert(write_model(tmp_path / "whole", state))[0])
+        assert got.keys() == expected.keys()
+        for name in got:
+            same(got[name], expected[name])
+        (model / weight_map["lm_head.weight"]).unlink()
+        with pytest.raises(
+            FileNotFoundError, match=r"\.bin: [\w.]+: expected the shard that pytorch_model\.bin\.index"
+        ):
+            checkpoint.quantize(model, tmp_path / "out", progress=False)
+
+    def test_a_folder_of_links(self, tmp_path: Path) -> None:
+        """Hugging Face's cache: names that link to files named after their content."""
+        whole, links, blobs = write_model(tmp_path / "whole"), tmp_path / "links", tmp_path / "blobs"
+        links.mkdir()
+        blobs.mkdir()
+        for number, path in enumerate(sorted(whole.iterdir())):
+            (blobs / f"{number:064x}").write_bytes(path.read_bytes())
+            (links / path.name).symlink_to(Path("..") / "blobs" / f"{number:064x}")
+        output = convert(links)[0]
+        assert not any(path.is_symlink() for path in output.iterdir())
+        expected = convert(whole)[0]
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == {
+            path.name: path.read_bytes() for path in expected.iterdir()
+        }
+
     def test_ties_stay(self, tmp_path: Path) -> None:
         embedding, shared = tensor((50, 16), torch.float16, 1), tensor((16, 16), torch.float16, 2)
         state = {
@@ -528,6 +581,9 @@ class TestInspect:
         summary = checkpoint.inspect(write_model(tmp_path / "m", {"fc.weight": tensor((8, 8))}))
         assert (summary.layers, summary.bytes, summary.ratio) == ([], 256, 0.5)
         assert "format 16/32 bit" in summary.as_table()
+        checked = checkpoint.inspect(tmp_path / "m", verify=True).as_table()
+        assert "cannot be told" in checked
+        assert "correct" not in checked
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -106,3 +106,37 @@ def test_theirs_loads_what_is_written(tmp_path: Path) -> None:
     expected = octavo.quantize_weight(state["model.layers.0.fc.weight"])
     assert torch.equal(loaded["model.layers.0.fc.weight"].codes, expected.codes)
     assert torch.equal(loaded["model.layers.0.fc.weight"].scale, expected.scale)
+
+
+def test_transformers_with_bitsandbytes(tmp_path: Path) -> None:
+    """Whole models, both ways: what Transformers writes with bitsandbytes is read, what is written loads there."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=99, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, word_embed_proj_dim=64,
+    )  # fmt: skip
+    original = transformers.OPTForCausalLM(config).to(torch.float16).eval()
+    original.save_pretrained(tmp_path / "m")
+    theirs = transformers.OPTForCausalLM.from_pretrained(
+        tmp_path / "m", quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = checkpoint.load(tmp_path / "theirs")
+    layers = {name: weight for name, weight in loaded.items() if isinstance(weight, octavo.Int8Weight)}
+    assert len(layers) == 12
+    weights = original.state_dict()
+    for name, weight in layers.items():
+        full = name if name in weights else f"model.{name}"
+        expected = octavo.quantize_weight(weights[full])
+        assert (weight.codes.int() - expected.codes.int()).abs().max() <= 1
+        assert torch.equal(weight.scale, expected.scale)
+
+    checkpoint.quantize(tmp_path / "m", tmp_path / "ours", format="bitsandbytes", progress=False)
+    ours = transformers.OPTForCausalLM.from_pretrained(tmp_path / "ours", device_map="cpu")
+    assert sum(type(module) is bitsandbytes.nn.Linear8bitLt for module in ours.modules()) == 12
+    ids = torch.randint(3, 99, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact, found = original(ids).logits.float(), ours(ids).logits.float()
+    assert 0 < (found - exact).norm() < 0.04 * exact.norm()

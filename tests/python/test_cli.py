@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import octavo
 import pytest
 from octavo import checkpoint, cli
 from octavo._sizes import format_size, parse_size
@@ -140,7 +142,10 @@ def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as exit_info:
         run("quantize", *arguments)
     assert exit_info.value.code == 2
-    assert "octavo quantize: error: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("octavo quantize: error: ")
+    assert error.endswith("(see octavo quantize --help)\n")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -173,6 +178,40 @@ assert cli.main(["plan", {str(tmp_path)!r}, "--gpu-memory", "1GB"]) == 0
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == octavo.info()
+    assert run("info") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"version: {octavo.__version__}" in lines
+    assert f"  instruction_set: {octavo.info()['cpu']['instruction_set']}" in lines
+
+
+def test_an_interrupted_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "inspect", interrupted)
+    assert run("inspect", "m") == 130
+    assert capsys.readouterr().err == "octavo: interrupted\n"
+
+
+def test_a_name_is_not_said_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("quantize", write_model(tmp_path / "m"), tmp_path / "int8", "--quiet") == 0
+    assert run("quantize", tmp_path / "int8", tmp_path / "again") == 1
+    assert capsys.readouterr().err.startswith("octavo quantize: model: expected a 16/32-bit model, got one that octavo")
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    """As in `octavo inspect MODEL | head`: no message, and the exit status that shells have for it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "octavo.cli", "inspect", str(write_model(tmp_path / "m"))]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_sizes() -> None:

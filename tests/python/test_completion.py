@@ -6,6 +6,7 @@ after a line with tabs is what the shell made of them. fish tells its completion
 
 from __future__ import annotations
 
+import functools
 import os
 import pty
 import re
@@ -22,7 +23,7 @@ pytest.importorskip("shtab", reason="octavo completion makes its scripts with sh
 
 from octavo import cli, completion
 
-COMMANDS = ["analyze", "bench", "completion", "demo", "eval", "info", "inspect", "plan", "quantize"]
+COMMANDS = ["analyze", "bench", "completion", "demo", "eval", "info", "inspect", "plan", "quantize", "report"]
 TIMEOUT = 60  # seconds, on a machine that does other things too
 
 # What is typed, and the arguments that arrive.
@@ -50,15 +51,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@functools.cache
+def printed(shell: str) -> str:
+    """The script as a user gets it."""
+    command = [sys.executable, "-m", "octavo.cli", "completion", shell]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def script(folder: Path, shell: str) -> Path:
-    """The script as a user gets it, in a file as the shell wants it to be named."""
-    result = subprocess.run(
-        [sys.executable, "-m", "octavo.cli", "completion", shell], capture_output=True, text=True, check=True
-    )
+    """The script, in a file as the shell wants it to be named."""
     scripts = folder.with_name(folder.name + "-scripts")
     scripts.mkdir(exist_ok=True)
     path = scripts / {"bash": "octavo", "zsh": "_octavo", "fish": "octavo.fish"}[shell]
-    path.write_text(result.stdout)
+    path.write_text(printed(shell))
     return path
 
 

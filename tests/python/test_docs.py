@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -94,3 +95,23 @@ def test_faults_of_a_site_are_seen(hooks: ModuleType, tmp_path: Path) -> None:
     page.write_text(whole)
     (tmp_path / "a.css").write_text("@import 'https://host/font.css'; a { background: url(data:,) }")
     assert len(list(hooks.faults(tmp_path))) == 1
+
+
+def test_the_guide_has_the_figures_of_the_load_test() -> None:
+    """Those of bench/results/serve, which another run replaces."""
+    page = (ROOT / "docs" / "guide" / "serving.md").read_text(encoding="utf-8")
+    report = json.loads((ROOT / "bench" / "results" / "serve" / "serve.json").read_text(encoding="utf-8"))
+    kinds, latency, memory = report["requests"], report["latency_ms"], report["memory_mib"]["private"]
+    whole, first = latency["whole"], latency["first token of a stream"]
+    for figure in (
+        f"{sum(kinds.values())} in {report['seconds']:.0f} s: {kinds['whole']} whole, {kinds['stream']} streams, "
+        f"{kinds['hang up']} that hang up, {kinds['wrong']} wrong",
+        f"none; {report['tokens_compared']:,} tokens compared",
+        f"median {whole['p50']:.0f} ms, 99 % within {whole['p99']:.0f} ms",
+        f"median {first['p50']:.0f} ms, 99 % within {first['p99']:.0f} ms",
+        f"{memory['first']:.1f} to {memory['last']:.1f} MiB: {memory['mib_per_1000_requests']:.2f} MiB for 1000",
+        report["machine"]["cpu"],
+        report["machine"]["date"],
+    ):
+        assert figure in page, figure
+    assert report["faults"] == []

@@ -194,6 +194,23 @@ def test_architectures_that_are_not_listed() -> None:
     found = plan({**mixtral, "num_key_value_heads": 8}, gpu_memory=80 * GIB, gpus=2)
     assert found.parameters == 46_702_792_704  # as published with Mixtral-8x7B
     assert found.int8.cache == 32 * 4 * 1024 * 2048
+    # Experts are int8, however Transformers keeps them; embedding, head, routers and norms are not.
+    rows = 32 * (4096 + 1024 + 1024 + 4096 + 8 * (14336 + 14336 + 4096))
+    others = 2 * 32000 * 4096 + 32 * (8 * 4096 + 2 * 4096) + 4096
+    assert found.int8.weights == found.parameters - others + 4 * rows + 2 * others
+    assert found.ratio > 1.97
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_transposed_experts_are_int8() -> None:
+    """gpt-oss keeps [experts, in, out], with biases."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 10}
+    oss = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "num_local_experts": 4, **sizes}
+    tensors = dict(tensors_of({**oss, "num_attention_heads": 4, "num_key_value_heads": 2}))
+    experts = "model.layers.0.mlp.experts"
+    assert [tensors[f"{experts}.{i}.gate_up_proj.weight"] for i in range(4)] == [(192, 64)] * 4
+    assert [tensors[f"{experts}.{i}.down_proj.weight"] for i in range(4)] == [(64, 96)] * 4
+    assert tensors[f"{experts}.down_proj_bias"] == (4, 64)
 
 
 def test_without_transformers_the_listed_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +336,10 @@ class TestCommand:
         assert message in error
         assert error.count("\n") == 1
 
-    @pytest.mark.parametrize("arguments", [[], ["--gpu-memory", "much"], ["--gpu-memory", "1GB", "--gpus", "0"]])
+    @pytest.mark.parametrize(
+        "arguments",
+        [[], ["--gpu-memory", "much"], ["--gpu-memory", "24"], ["--gpu-memory", "1GB", "--gpus", "0"]],
+    )
     def test_wrong_arguments(self, tmp_path: Path, arguments: list[str]) -> None:
         with pytest.raises(SystemExit) as exit_info:
             cli.main(["plan", str(tmp_path), *arguments])

@@ -86,9 +86,14 @@ class Summary:
             f"other tensors  {self.other_tensors:6}  {_mib(self.other_bytes):>12} MiB",
             *self._experts(),
             f"all                    {_mib(self.bytes):>12} MiB, 16 bit would take {self.ratio:.2f} times as much",
-            f"checksums      {self.checksums:6}  {'all correct' if self.verified else 'not compared (--verify does)'}",
+            f"checksums      {self.checksums:6}  {self._compared()}",
         ]
         return "\n".join(lines).strip()
+
+    def _compared(self) -> str:
+        if not self.checksums:
+            return "in these files, so that damage to data cannot be told"
+        return "all correct" if self.verified else "not compared (--verify does)"
 
     def _experts(self) -> list[str]:
         if not self.expert_tensors:

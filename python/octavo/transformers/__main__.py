@@ -1,6 +1,6 @@
 """Transformers' own command line, for int8 models too: ``python -m octavo.transformers serve MODEL``.
 
-``transformers serve MODEL`` itself does not import octavo, and takes codes for weights. Nothing else is different.
+``transformers serve MODEL`` itself does not import octavo, so it refuses them. Nothing else is different.
 """
 
 from transformers.cli.transformers import main
