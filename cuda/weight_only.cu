@@ -216,8 +216,22 @@ __device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>
     layer.finish(place.first_row + i, feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
 }
 
+// Whether `mma_kernel` is launched on the architecture that is being compiled for: older ones lack its instructions.
+constexpr int first_mma_architecture = 80;
+#ifdef __CUDA_ARCH__
+template <class X>
+constexpr bool has_mma = __CUDA_ARCH__ / 10 >= first_mma_architecture;
+#else
+template <class X>
+constexpr bool has_mma = true;
+#endif
+
+// Blocks of `dot_kernel` that a multiprocessor is to have room for. On Turing four rows of float32 need more registers.
 template <class X, int rows>
-__global__ void __launch_bounds__(threads, 2) dot_kernel(Layer<X> layer) {
+constexpr int dot_resident = has_mma<X> || sizeof(X) * rows < 16 ? 2 : 1;
+
+template <class X, int rows>
+__global__ void __launch_bounds__(threads, dot_resident<X, rows>) dot_kernel(Layer<X> layer) {
     const DotPlace<rows, dot_features> place(layer);
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
@@ -413,16 +427,6 @@ __device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], cons
                              __nv_bfloat16 /*x*/) {
     multiply_add_bf16(sums, a, b);
 }
-
-// Where there are no such instructions for both dtypes the kernel is never launched, and has no code.
-constexpr int first_mma_architecture = 80;
-#ifdef __CUDA_ARCH__
-template <class X>
-constexpr bool has_mma = __CUDA_ARCH__ / 10 >= first_mma_architecture;
-#else
-template <class X>
-constexpr bool has_mma = true;
-#endif
 
 template <class X, int tiles>
 __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<X> layer) {
