@@ -375,6 +375,20 @@ TEST(memory_of_a_device_without_a_backend) {
     CHECK_THROWS(octavo::sum_codes(codes, sums), device, "sum_codes: CUDA: ");
 }
 
+// Refused before any device is asked for.
+TEST(memory_that_a_gpu_cannot_read) {
+    alignas(4) std::uint16_t memory[4] = {};
+    const octavo::Device cuda{octavo::DeviceKind::cuda, 0};
+    const octavo::Matrix codes{.data = memory, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
+    const octavo::Vector sums{.data = memory + 1, .dtype = DType::i32, .device = cuda, .size = 1};
+    CHECK_THROWS(octavo::sum_codes(codes, sums), value,
+                 "sum_codes: code_sums: expected memory aligned to 4 bytes on cuda:0, got an address 2 beyond");
+    const octavo::Matrix x{.data = reinterpret_cast<std::byte*>(memory) + 1, .dtype = DType::f16, .device = cuda,
+                           .rows = 1, .cols = 1};
+    CHECK_THROWS(octavo::find_outliers(x, 6.0F, sums, sums), value,
+                 "find_outliers: x: expected memory aligned to 2 bytes on cuda:0, got an address 1 beyond");
+}
+
 // Depths beyond 2^24, where sums of codes no longer fit int32, are refused before memory is touched.
 TEST(depth_limit) {
     std::int32_t memory = 0;
