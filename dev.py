@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Everything a developer does, each as one command that also does its own set-up.
 
-    python3 dev.py demo     build, install and run the demo
-    python3 dev.py test     build, install and run all tests, C++ and Python
-    python3 dev.py check    formatting, lint and type checks
-    python3 dev.py docs     the documentation, with the report of bench/results, into build/site
+    python3 dev.py demo        build, install and run the demo
+    python3 dev.py test        build, install and run all tests, C++ and Python
+    python3 dev.py check       formatting, lint and type checks
+    python3 dev.py docs        the documentation, with the report of bench/results, into build/site
+    python3 dev.py evidence    train a small language model, and make the paper's tables of it, in minutes
 
 Needs Python >= 3.10 and a C++20 compiler (tested: Python 3.11, GCC 12, Clang 14); uses nothing else of the
 system and installs nothing outside this folder: packages go to .venv, builds to build/. Running a command again is
@@ -30,6 +31,7 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 MACHINE_CODE = ROOT / ".ci" / "machine_code.py"
+CUDA_WHEEL = ROOT / ".ci" / "cuda_wheel.py"
 CPP_FOLDERS = ("cpp", "bindings", "tests/cpp", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "docs/hooks.py", "docs/docstrings.py", "dev.py")
 
@@ -37,13 +39,16 @@ PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "docs/hooks.py", "docs
 def main() -> int:
     """Run the chosen command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,test,check,docs}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,test,check,docs,evidence}")
     commands.add_parser("demo", help="build, install and run the demo", add_help=False).set_defaults(run=demo)
     commands.add_parser("test", help="build, install and run all tests").set_defaults(run=test)
     check_parser = commands.add_parser("check", help="formatting, lint and type checks")
     check_parser.add_argument("--fix", action="store_true", help="reformat instead of complaining")
     check_parser.set_defaults(run=check)
     commands.add_parser("docs", help="build the documentation, warnings as errors").set_defaults(run=docs)
+    commands.add_parser("evidence", help="a small language model and the paper's tables of it").set_defaults(
+        run=evidence
+    )
     args, rest = parser.parse_known_args()
     if rest and args.command != "demo":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -136,6 +141,31 @@ def check(args: argparse.Namespace) -> None:
         print("bench/ is left out: it was not built, for want of google-benchmark (Debian, Ubuntu: libbenchmark-dev)")
     translation_units = [source for source in sources if source.startswith(tuple(checked)) and source.endswith(".cpp")]
     run(PYTHON, ROOT / ".ci" / "tidy.py", ROOT / "build" / "release", *translation_units)
+    check_cuda()
+
+
+def check_cuda() -> None:
+    """The wheel with the CUDA backend, built for every architecture with nothing but packages of PyPI; what it holds.
+
+    Here and not among the tests, because it is about code that no machine without a GPU can run, and takes a compiler
+    of 100 MB and minutes: whoever runs the tests need not wait for it.
+    """
+    step("CUDA backend, for every architecture")
+    if platform.system() != "Linux" or platform.machine() not in {"x86_64", "aarch64"}:
+        print(f"left out: NVIDIA has no compiler for {platform.system()} on {platform.machine()}")
+        return
+    # The compiler comes as packages: another one that this machine has is not to be found.
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        os.environ.pop(name, None)
+    wheels = ROOT / "build" / "cuda-wheel"
+    shutil.rmtree(wheels, ignore_errors=True)
+    os.environ.update(OCTAVO_CUDA="1", OCTAVO_WERROR="ON")
+    try:
+        run(PYTHON, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "-w", wheels, ".")
+    finally:
+        del os.environ["OCTAVO_CUDA"], os.environ["OCTAVO_WERROR"]
+    pip("nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
+    run(PYTHON, CUDA_WHEEL, *wheels.glob("*.whl"))
 
 
 def docs(_: argparse.Namespace) -> None:
@@ -146,6 +176,22 @@ def docs(_: argparse.Namespace) -> None:
     os.environ["NO_MKDOCS_2_WARNING"] = "1"  # a notice about other versions, meant for whoever chooses them
     run(PYTHON, "-m", "mkdocs", "build", "--strict", "--quiet")
     print(f"{ROOT / 'build' / 'site' / 'index.html'}")
+
+
+def evidence(_: argparse.Namespace) -> None:
+    """What bench/results/evidence was made by, small: less training, fewer windows. The page: build/evidence/."""
+    prepare()
+    install("demo,peers")
+    lm, output = ROOT / "build" / "lm", ROOT / "build" / "evidence"
+    step("Training a small language model on the documentation of this machine")
+    started = time.monotonic()
+    run(PYTHON, "bench/train_lm.py", "--setting", "small", "--output", lm)
+    print(f"trained in {time.monotonic() - started:.0f} s")
+    step("The paper's tables")
+    small = {"windows": 30, "questions": 40, "analyzed": 10, "sentences": 50, "draws": 2, "seconds": 2}
+    options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    run(PYTHON, "bench/evidence.py", "--lm", lm, "--output", output, *options)
+    run(BIN / "octavo", "report", output)
 
 
 def prepare() -> None:
@@ -175,6 +221,7 @@ def pip(*requirements: str) -> None:
         "install",
         "--quiet",
         "--disable-pip-version-check",
+        "--no-compile",  # of torch and transformers little is ever imported; Python compiles that when it is
         "-c",
         CONSTRAINTS,
         *requirements,

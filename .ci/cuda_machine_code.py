@@ -1,88 +1,136 @@
-"""Check the machine code of the CUDA backend, without a GPU: cuda_machine_code.py LIBRARY [CUOBJDUMP].
+"""Check the machine code of the CUDA backend, without a GPU: cuda_machine_code.py LIBRARY.
 
 For each architecture that the library is built for: the tensor-core products have integer and half-precision matrix
 instructions, the streaming kernels read 16 bytes at a time, and no kernel keeps registers in local memory. Prints the
-resources of all kernels as a table.
+resources of all kernels as a table. Needs cuobjdump and nvdisasm: on the path or, from PyPI, nvidia-cuda-cuobjdump and
+nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 import subprocess
 import sys
+import sysconfig
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-# Kernels by a part of their names: what at least one of each must have. An instance for strided arrays has none.
-REQUIRED: dict[str, str] = {
-    "mark_kernel": r"LDG\.E\.(\w+\.)*128",
-    "quantize_kernel": r"LDG\.E\.(\w+\.)*128",
-    "dequantize_kernel": r"LDG\.E\.(\w+\.)*128",
-    "epilogue_kernel": r"LDG\.E\.(\w+\.)*128",
-    "product_kernel": r"IMMA\.\d+\.S8\.S8",
-    "weight_only_mma_kernel": r"HMMA\.\d+\.F32",
-    "weight_only_dot_kernel": r"LDG\.E\.(\w+\.)*128",
-}
+WIDE_LOAD = r"\bLDG\.E\.(\w+\.)*128"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What every instance of a kernel must have, of those whose mangled template arguments match; from which GPU on."""
+
+    kernel: str  # source.kernel
+    instruction: str
+    instances: str = ""
+    first: int = 75
+
+
+# The instances for arrays of any strides read an element at a time: the others have `wide` (Lb1E), or 16 elements at a
+# time (Li16E), as their last argument.
+RULES = (
+    Rule("outlier.mark_kernel", WIDE_LOAD, r"Lb1EE"),
+    Rule("quantize.quantize_kernel", WIDE_LOAD, r"Lb1EE"),
+    Rule("quantize.sum_codes_kernel", WIDE_LOAD, r"Lb1EE"),
+    Rule("epilogue.epilogue_kernel", WIDE_LOAD),
+    Rule("dequantize.dequantize_kernel", WIDE_LOAD, r"Li16EE"),
+    Rule("gemm_mma.mma_kernel", r"\bIMMA\.\d+\.S8\.S8"),
+    Rule("weight_only.dot_kernel", WIDE_LOAD),
+    Rule("weight_only.mma_kernel", r"\bHMMA\.\d+\.F32", first=80),
+)
+# A template's instance that an architecture has no use for is compiled to nothing: to fewer instructions than these.
+LEAST_INSTRUCTIONS = 16
 
 
 @dataclass
 class Kernel:
     """What the assembler says of a kernel, and its code."""
 
-    name: str
+    name: str  # source.kernel
+    arguments: str  # what follows in the mangled name: template arguments and parameters
     registers: int
     stack: int
     shared: int
     code: str = ""
 
+    @property
+    def is_used(self) -> bool:
+        """Whether there is any code worth the name."""
+        padding = r"^(NOP|BRA|EXIT)\b"
+        return sum(not re.match(padding, line) for line in self.code.splitlines()) >= LEAST_INSTRUCTIONS
 
-def main() -> int:
+
+Kernels = dict[str, dict[str, Kernel]]  # by architecture and mangled name
+
+
+def main(words: Sequence[str]) -> int:
     """Check, print, return the exit status."""
-    if len(sys.argv) not in (2, 3):
+    if len(words) != 1:
         sys.exit(__doc__)
-    library = sys.argv[1]
-    cuobjdump = sys.argv[2] if len(sys.argv) == 3 else shutil.which("cuobjdump")
-    if not cuobjdump:
-        sys.exit("cuda_machine_code.py: no cuobjdump (PyPI: nvidia-cuda-cuobjdump)")
-    kernels = resources(run(cuobjdump, "--dump-resource-usage", library))
-    add_code(kernels, run(cuobjdump, "--dump-sass", library))
+    kernels = resources(run("cuobjdump", "--dump-resource-usage", words[0]))
     if not kernels:
-        sys.exit(f"cuda_machine_code.py: {library}: expected kernels, found none")
+        sys.exit(f"cuda_machine_code.py: {words[0]}: expected kernels, found none")
+    add_code(kernels, run("cuobjdump", "--dump-sass", words[0]))
     print(table(kernels))
     found = [fault for architecture in sorted(kernels) for fault in faults(architecture, kernels[architecture])]
     for fault in found:
         print(fault, file=sys.stderr)
-    print(f"machine code of {len(kernels)} architectures: {len(found)} faults")
+    print(f"machine code for {', '.join(sorted(kernels, key=number_of))}: {len(found)} faults")
     return 1 if found else 0
 
 
 def run(*command: str) -> str:
-    """The output of a command."""
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """The output of a command of the path, or of NVIDIA's packages beside this Python's."""
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
+    environment = {**os.environ, "PATH": os.pathsep.join([os.environ.get("PATH", ""), str(packages)])}
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    except FileNotFoundError:
+        sys.exit(f"cuda_machine_code.py: no {command[0]} (PyPI: nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm)")
+    if result.returncode != 0:
+        sys.exit(f"cuda_machine_code.py: {' '.join(command)}: {result.stderr.strip()}")
+    return result.stdout
 
 
-def short(mangled: str) -> str:
-    """The name of a kernel without its parameters: the longest identifier in it that ends in _kernel."""
-    names = re.findall(r"[a-z][a-z0-9_]*_kernel", mangled)
-    return max(names, key=len) if names else mangled
+def split(mangled: str) -> tuple[str, str]:
+    """Source and name of a kernel, as source.kernel, and the rest of its mangled name.
+
+    Kernels are in unnamed namespaces, which nvcc calls by the source: _GLOBAL__N__<hash>_<length>_<source>_cu_<hash>.
+    """
+    found = re.search(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?)_cu_[0-9a-f]{8}(\d+)", mangled)
+    if found is None:
+        return mangled, ""
+    end = found.end() + int(found[2])
+    return f"{found[1]}.{mangled[found.end() : end]}", mangled[end:]
 
 
-def resources(text: str) -> dict[str, dict[str, Kernel]]:
-    """Kernels by architecture and mangled name, of `cuobjdump --dump-resource-usage`."""
-    kernels: dict[str, dict[str, Kernel]] = defaultdict(dict)
+def number_of(architecture: str) -> int:
+    """90 of sm_90 and of sm_90a."""
+    return int(re.sub(r"\D", "", architecture))
+
+
+def resources(text: str) -> Kernels:
+    """The kernels of `cuobjdump --dump-resource-usage`, without their code."""
+    kernels: Kernels = defaultdict(dict)
     architecture, name = "", ""
     for line in text.splitlines():
         if match := re.match(r"arch = (\w+)", line.strip()):
             architecture = match[1]
         elif match := re.match(r"Function (\S+?):", line.strip()):
             name = match[1]
-        elif "_kernel" in name and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
-            kernels[architecture][name] = Kernel(short(name), *(int(number) for number in match.groups()))
-    return kernels
+        elif name and (match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line)):
+            registers, stack, shared = (int(number) for number in match.groups())
+            kernels[architecture][name] = Kernel(*split(name), registers, stack, shared)
+            name = ""
+    return dict(kernels)
 
 
-def add_code(kernels: dict[str, dict[str, Kernel]], text: str) -> None:
+def add_code(kernels: Kernels, text: str) -> None:
     """The instructions of the kernels, of `cuobjdump --dump-sass`."""
     architecture = ""
     kernel: Kernel | None = None
@@ -91,30 +139,43 @@ def add_code(kernels: dict[str, dict[str, Kernel]], text: str) -> None:
             architecture, kernel = match[1], None
         elif match := re.match(r"\s*Function : (\S+)", line):
             kernel = kernels.get(architecture, {}).get(match[1])
-        elif kernel and (match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)):
+        elif kernel and (match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line)):
             kernel.code += match[1] + "\n"
 
 
 def faults(architecture: str, kernels: dict[str, Kernel]) -> list[str]:
     """What is missing or wrong in the kernels of an architecture."""
     found = []
-    for name, pattern in REQUIRED.items():
-        own = [kernel for kernel in kernels.values() if kernel.name == name]
+    for rule in RULES:
+        if number_of(architecture) < rule.first:
+            continue
+        own = [
+            kernel
+            for kernel in kernels.values()
+            if kernel.name == rule.kernel and kernel.is_used and re.search(rule.instances, kernel.arguments)
+        ]
         if not own:
-            found.append(f"{architecture}: expected a kernel {name}, found none")
-        elif not any(re.search(pattern, kernel.code) for kernel in own):
-            found.append(f"{architecture}: {name}: expected an instruction like '{pattern}', found none")
-    for mangled, kernel in kernels.items():
+            found.append(f"{architecture}: expected a kernel {rule.kernel} {rule.instances}".rstrip() + ", found none")
+        for kernel in own:
+            if not re.search(rule.instruction, kernel.code):
+                found.append(
+                    f"{architecture}: {kernel.name}{kernel.arguments}: expected an instruction like "
+                    f"'{rule.instruction}', found none"
+                )
+    for kernel in kernels.values():
         local = re.search(r"\b(LDL|STL)\b", kernel.code)
-        if local:
-            found.append(f"{architecture}: {mangled}: keeps values in local memory ({local[1]})")
+        if local or kernel.stack > 0:
+            how = f"has {local[1]}" if local else f"has a stack of {kernel.stack} bytes"
+            found.append(f"{architecture}: {kernel.name}{kernel.arguments}: keeps values in local memory ({how})")
+        if not kernel.code:
+            found.append(f"{architecture}: {kernel.name}{kernel.arguments}: expected code, found none")
     return found
 
 
-def table(kernels: dict[str, dict[str, Kernel]]) -> str:
+def table(kernels: Kernels) -> str:
     """A line for each architecture and kernel: instances, and the most of each resource."""
     lines = [f"{'arch':<8}{'kernel':<34}{'instances':>10}{'registers':>11}{'shared, B':>11}{'stack, B':>10}"]
-    for architecture in sorted(kernels, key=lambda name: int(re.sub(r"\D", "", name))):
+    for architecture in sorted(kernels, key=number_of):
         by_name: dict[str, list[Kernel]] = defaultdict(list)
         for kernel in kernels[architecture].values():
             by_name[kernel.name].append(kernel)
@@ -125,4 +186,4 @@ def table(kernels: dict[str, dict[str, Kernel]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

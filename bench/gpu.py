@@ -1,24 +1,28 @@
 """Time the int8 linear layer against its peers on a GPU, in one run and one process.
 
-    python bench/gpu.py --output bench/results/gpu --minutes 4
+    python bench/gpu.py --output bench/results --seconds 240
+    python bench/gpu.py --plan            what would be measured, without a GPU
 
 For each shape (the GPT-3 family of the paper's Table 5, Llama's layers) and number of outlier columns the contenders
 compute Y = X W^T from the same X and W in float16: octavo with its defaults; its int8 path and its weight-only path
 alone; its int8 product alone (the codes of X given); torch's linear in float16; bitsandbytes' `Linear8bitLt` with the
 paper's threshold where it is installed.
 
-Each result is compared with the float64 product of some of its rows before anything is timed; one that is further off
-than its arithmetic explains is left out, and says so. Then the contenders take turns, so that a change of the clocks
+Each result is compared with the float64 product of some of its rows before anything is timed (the int8 product must be
+equal to that of the codes); one that is further off than its arithmetic explains is left out, says so, and, where it is
+octavo's, the status is 1. Then the contenders take turns, so that a change of the clocks
 meets all alike, each call on a cold level-2 cache: a buffer of more than its size is written before. Times are those
-of CUDA events around one call. Reported: median and quartiles, ratios of the medians to torch float16, the share of the
+of CUDA events around one call. Written to OUTPUT as
+<gpu>-<date>.json and .txt: median and quartiles, ratios of the medians to torch float16, the share of the
 memory bandwidth that reading W once and X, and writing Y, is in that time, and of the int8 peak; both ceilings are
-measured first, by a copy of a gigabyte and by the largest int8 product.
+measured first, by a copy of a gigabyte and by an int8 product of 8192 in each direction.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -46,6 +50,7 @@ PRODUCT = "octavo int8 product"
 FLOAT16 = "torch float16"
 BITSANDBYTES = "bitsandbytes"
 WEIGHT_ONLY_ROWS = 256  # beyond, the weight-only path is no contender
+LATE = "the time given was over"
 
 Call = Callable[[], object]
 
@@ -66,38 +71,31 @@ class Case:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, print the table, write JSON and text. Returns the exit status."""
     args = arguments(words)
+    cases = plan(args)
+    if args.plan:
+        for case in cases:
+            print(f"k={case.k} n={case.n} m={case.m} outliers={case.outliers}")
+        return 0
     if not torch.cuda.is_available():
         print("bench/gpu.py: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
     if "cuda" not in octavo.info()["backends"]:
         print(f"bench/gpu.py: {octavo.info()['cuda']['missing']}", file=sys.stderr)
         return 2
+    deadline = time.perf_counter() + args.seconds
     facts = machine()
     clock = Clock()
     ceilings = {"bytes_per_second": bandwidth(clock), "int8_operations_per_second": int8_peak(clock)}
-    cases = [Case(k, n, m, outliers) for k, n in shapes(args) for m in args.rows for outliers in args.outliers]
-    deadline = time.perf_counter() + 60 * args.minutes
-    with torch.inference_mode(), tqdm(total=len(cases), unit="case", file=sys.stderr, disable=None) as bar:
-        for k, n in dict.fromkeys((case.k, case.n) for case in cases):
-            bar.set_description(f"k={k} n={n}")
-            own = [case for case in cases if (case.k, case.n) == (k, n)]
-            if time.perf_counter() > deadline:
-                for case in own:
-                    case.left_out["all"] = f"the {args.minutes:g} minutes were over"
-                bar.update(len(own))
-                continue
-            measure(own, args.calls, clock, bar.update)
-            torch.cuda.empty_cache()
-            octavo.release_cuda_memory()
+    measure_all(cases, args.calls, clock, deadline)
     text = table(cases, ceilings)
     print(text)
-    args.output.mkdir(parents=True, exist_ok=True)
     command = " ".join(["bench/gpu.py", *(sys.argv[1:] if words is None else words)])
     report = {"command": command, "machine": facts, "ceilings": ceilings, "cases": [asdict(case) for case in cases]}
-    stem = f"{facts['gpu'].replace(' ', '-').lower()}-{time.strftime('%Y-%m-%d')}"
+    stem = name_of_results(facts["gpu"], time.strftime("%Y-%m-%d"))
+    args.output.mkdir(parents=True, exist_ok=True)
     write(args.output / f"{stem}.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     write(args.output / f"{stem}.txt", lambda path: path.write_text(text + "\n"))
-    return 0
+    return status(cases)
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -107,10 +105,40 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-llama", action="store_true", help="without Llama's shapes")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="tokens m")
     parser.add_argument("--outliers", type=int, nargs="+", default=OUTLIERS, help="outlier columns of X")
-    parser.add_argument("--calls", type=int, default=15, help="of each contender in each case")
-    parser.add_argument("--minutes", type=float, default=4.0, help="shapes that come later are left out")
+    parser.add_argument("--calls", type=int, default=15, help="of each contender in each case, at least 2")
+    parser.add_argument("--seconds", type=float, default=240.0, help="what is not reached until then is left out")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR")
-    return parser.parse_args(words)
+    parser.add_argument("--plan", action="store_true", help="print the cases and measure nothing")
+    args = parser.parse_args(words)
+    for name in ("widths", "rows", "outliers"):
+        least = 0 if name == "outliers" else 1
+        if any(value < least for value in getattr(args, name)):
+            parser.error(f"--{name}: expected numbers of at least {least}, got {getattr(args, name)}")
+    if args.calls < 2:
+        parser.error(f"--calls: expected at least 2, got {args.calls}")
+    narrowest = min((k for k, _ in shapes(args)), default=None)
+    if narrowest is None:
+        parser.error("--widths: expected some, or Llama's shapes, got neither")
+    if max(args.outliers) > narrowest:
+        parser.error(f"--outliers: expected at most {narrowest}, the least k, got {max(args.outliers)}")
+    return args
+
+
+def plan(args: argparse.Namespace) -> list[Case]:
+    """The cases asked for, those of a shape together."""
+    return [Case(k, n, m, outliers) for k, n in shapes(args) for m in args.rows for outliers in args.outliers]
+
+
+def name_of_results(gpu: str, date: str) -> str:
+    """The name of the files, without what they end in."""
+    return f"{'-'.join(re.findall('[a-z0-9]+', gpu.lower()))}-{date}"
+
+
+def status(cases: Sequence[Case]) -> int:
+    """1 where a result of octavo's was wrong or missing for another reason than time, else 0."""
+    late = {"all": LATE}
+    own = (OCTAVO, INT8, WEIGHT_ONLY, PRODUCT, "all")
+    return int(any(reason != late.get(name) for case in cases for name, reason in case.left_out.items() if name in own))
 
 
 def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
@@ -139,11 +167,13 @@ def machine() -> dict[str, Any]:
 
 
 class Clock:
-    """Times calls on the GPU, each on a cold level-2 cache."""
+    """Times calls on the GPU, each on a cold level-2 cache: before each, four times its size is written."""
+
+    device = "cuda"
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        self.buffer = torch.empty(4 * cache // 4, dtype=torch.int32, device="cuda")
+        self.buffer = torch.empty(4 * cache, dtype=torch.uint8, device="cuda")
         self.begin = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
@@ -177,28 +207,59 @@ def int8_peak(clock: Clock) -> float:
     return 2 * size**3 / (1e-3 * best)
 
 
-def problem(k: int, n: int, m: int, outliers: int, weight: torch.Tensor) -> torch.Tensor:
-    """Random X [m, k] in float16; `outliers` columns lie around 20, all else below 5."""
-    generator = torch.Generator("cuda").manual_seed(outliers)
-    x = torch.randn(m, k, generator=generator, device="cuda").clamp_(-5, 5)
-    columns = torch.randperm(k, generator=generator, device="cuda")[:outliers]
-    x[:, columns] = 20 + torch.randn(m, outliers, generator=generator, device="cuda")
-    return x.to(weight.dtype)
+def problem(k: int, m: int, outliers: int, like: torch.Tensor) -> torch.Tensor:
+    """Random X [m, k], of the dtype and device of `like`; `outliers` columns lie around 20, all else below 5."""
+    generator = torch.Generator(like.device).manual_seed(outliers)
+    x = torch.randn(m, k, generator=generator, device=like.device).clamp_(-5, 5)
+    columns = torch.randperm(k, generator=generator, device=like.device)[:outliers]
+    x[:, columns] = 20 + torch.randn(m, outliers, generator=generator, device=like.device)
+    return x.to(like.dtype)
 
 
-def measure(cases: list[Case], calls: int, clock: Clock, done: Callable[[], object]) -> None:
+def measure_all(cases: Sequence[Case], calls: int, clock: Clock, deadline: float) -> None:
+    """Measure every case. What goes wrong in a shape, want of memory above all, costs that shape alone."""
+    with torch.inference_mode(), tqdm(total=len(cases), unit="case", file=sys.stderr, disable=None) as bar:
+        for k, n in dict.fromkeys((case.k, case.n) for case in cases):
+            bar.set_description(f"k={k} n={n}")
+            own = [case for case in cases if (case.k, case.n) == (k, n)]
+            try:
+                measure(own, calls, clock, deadline)
+            except Exception as error:  # an error of the device: the results so far are written all the same
+                for case in own:
+                    if not case.times:
+                        case.left_out.setdefault("all", reason_of(error))
+            bar.update(len(own))
+            if clock.device == "cuda":
+                torch.cuda.empty_cache()
+                octavo.release_cuda_memory()
+
+
+def reason_of(error: Exception) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def measure(cases: list[Case], calls: int, clock: Clock, deadline: float) -> None:
     """Check, then time, every contender in cases of one k and n."""
+    if time.perf_counter() > deadline:
+        for case in cases:
+            case.left_out["all"] = LATE
+        return
     k, n = cases[0].k, cases[0].n
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight = (torch.randn(n, k, generator=generator, device="cuda") / k**0.5).half()
+    generator = torch.Generator(clock.device).manual_seed(0)
+    weight = (torch.randn(n, k, generator=generator, device=clock.device) / k**0.5).half()
+    exact_weight = weight.double()
     layers, left_out = prepare(weight)
     most = max(case.m for case in cases)
-    given = {o: problem(k, n, most, o, weight) for o in {case.outliers for case in cases}}
+    given = {o: problem(k, most, o, weight) for o in {case.outliers for case in cases}}
     for case in cases:
+        if time.perf_counter() > deadline:
+            case.left_out["all"] = LATE
+            continue
         case.left_out |= left_out
         x = given[case.outliers][: case.m]
-        rows = torch.linspace(0, case.m - 1, min(case.m, 32), device="cuda").long()
-        exact = x[rows].double() @ weight.double().T
+        rows = torch.linspace(0, case.m - 1, min(case.m, 32), device=clock.device).long()
+        exact = x[rows].double() @ exact_weight.T
         chosen: dict[str, Call] = {}
         for name, layer in layers.items():
             if name == WEIGHT_ONLY and case.m > WEIGHT_ONLY_ROWS:
@@ -206,16 +267,23 @@ def measure(cases: list[Case], calls: int, clock: Clock, done: Callable[[], obje
             try:
                 call = layer(x)
                 result = call()
-            except Exception as error:  # a contender that cannot run is left out with its reason
-                case.left_out[name] = f"{type(error).__name__}: {error}"
-                continue
-            if name != PRODUCT:
                 assert isinstance(result, torch.Tensor)
-                case.error[name] = float((result[rows].double() - exact).norm() / exact.norm())
-                limit = 2 * rounding(x, weight, name)
-                if not case.error[name] <= limit:
-                    case.left_out[name] = f"error {case.error[name]:.2e}, at most {limit:.2e} expected"
-                    continue
+                if name == PRODUCT:
+                    assert isinstance(call, partial)
+                    a, b = call.args
+                    wrong = int((result[rows].double() != a[rows].double() @ b.double().T).sum())
+                    if wrong:
+                        case.left_out[name] = f"wrong: {wrong} integers of {len(rows)} rows"
+                        continue
+                else:
+                    case.error[name] = float((result[rows].double() - exact).norm() / exact.norm())
+                    limit = 2 * rounding(x, weight, name)
+                    if not case.error[name] <= limit:
+                        case.left_out[name] = f"wrong: error {case.error[name]:.2e}, at most {limit:.2e} expected"
+                        continue
+            except Exception as error:  # a contender that cannot run is left out with its reason
+                case.left_out[name] = reason_of(error)
+                continue
             chosen[name] = call
         samples: dict[str, list[float]] = {name: [] for name in chosen}
         for turn in range(calls + 2):
@@ -226,7 +294,6 @@ def measure(cases: list[Case], calls: int, clock: Clock, done: Callable[[], obje
         for name, values in samples.items():
             lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
             case.times[name] = (lower, median, upper)
-        done()
 
 
 def rounding(x: torch.Tensor, weight: torch.Tensor, name: str) -> float:
@@ -235,7 +302,7 @@ def rounding(x: torch.Tensor, weight: torch.Tensor, name: str) -> float:
     if name == FLOAT16:
         return floor
     regular = x.float().masked_fill((x.abs() >= 6).any(0), 0)
-    steps_x = regular.abs().amax(1) / 127 if name not in (WEIGHT_ONLY,) else torch.zeros(1, device="cuda")
+    steps_x = regular.abs().amax(1) / 127 if name not in (WEIGHT_ONLY,) else torch.zeros(1, device=x.device)
     steps_w = weight.float().abs().amax(1) / 127
     variance = steps_x.square().mean() * weight.float().square().sum(1).mean()
     variance += steps_w.square().mean() * x.float().square().sum(1).mean()
@@ -254,6 +321,8 @@ def prepare(weight: torch.Tensor) -> tuple[dict[str, Callable[[torch.Tensor], Ca
         FLOAT16: lambda x: partial(torch.nn.functional.linear, x, weight),
     }
     left_out = {}
+    if weight.device.type != "cuda":
+        return layers, {BITSANDBYTES: "its int8 layer is for a GPU"}
     try:
         import bitsandbytes
 
@@ -264,7 +333,7 @@ def prepare(weight: torch.Tensor) -> tuple[dict[str, Callable[[torch.Tensor], Ca
         layer = layer.cuda()
         layers[BITSANDBYTES] = lambda x: partial(layer, x)
     except Exception as error:  # absent, or without a build for this CUDA
-        left_out[BITSANDBYTES] = f"{type(error).__name__}: {error}"
+        left_out[BITSANDBYTES] = reason_of(error)
     return layers, left_out
 
 

@@ -49,7 +49,11 @@ def accuracy(model: Path, tasks: Path, task: str, *, int8: bool, limit: int | No
     options = {"quantization_config": octavo.transformers.OctavoConfig()} if int8 else {}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    harness = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=1, device="cpu")
+    # The harness wants a token to put in front of empty prompts, and there are none in a task. Tokenizers that have one
+    # for the beginning or the end give theirs.
+    named = tokenizer.bos_token_id is not None or tokenizer.eos_token_id is not None
+    prefix = None if named else 0
+    harness = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=1, device="cpu", prefix_token_id=prefix)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     results: Any = simple_evaluate(
         model=harness, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False

@@ -1,6 +1,6 @@
 """Time the int8 linear layer against its peers, in one run and one process, on the CPU.
 
-    .venv/bin/pip install bitsandbytes torchao     # optional: without them their columns say why they are empty
+    .venv/bin/pip install ".[peers]"               # optional: without them their columns say why they are empty
     .venv/bin/python bench/linear.py --output bench/results/linear
 
 For each shape the contenders compute Y = X W^T from the same X and W: octavo with its defaults; torch's linear in

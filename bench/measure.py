@@ -11,7 +11,7 @@ import torch
 from octavo.measuring.machine import Others, set_threads, timing_facts
 from octavo.measuring.turns import Timing, take_turns
 
-__all__ = ["Evict", "Others", "Timing", "machine", "set_threads", "take_turns", "write"]
+__all__ = ["Evict", "Others", "Timing", "commit", "machine", "set_threads", "take_turns", "write"]
 
 PACKAGES = ("octavo", "torch", "numpy", "bitsandbytes", "torchao")
 
@@ -34,11 +34,16 @@ class Evict:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers are measured on."""
+    return timing_facts(threads, PACKAGES) | {"commit": commit()}
+
+
+def commit() -> str:
+    """The commit that this file is of, with "-dirty" where files differ from it."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
     )  # fmt: skip
-    return timing_facts(threads, PACKAGES) | {"commit": git.stdout.strip() or "unknown"}
+    return git.stdout.strip() or "unknown"
 
 
 def write(path: Path, fill: Callable[[Path], Any]) -> None:

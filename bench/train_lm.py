@@ -1,10 +1,11 @@
 """Trains a small language model on the documentation that is on this machine, for `octavo eval` and `octavo analyze`.
 
-    .venv/bin/python bench/train_lm.py --setting small --output build/lm        # 3 minutes; full: hours
+    .venv/bin/python bench/train_lm.py --setting small --output build/lm        # 3 minutes; full: an hour
     .venv/bin/octavo eval build/lm/model --text build/lm/heldout.txt --calibration build/lm/calibration.txt
     .venv/bin/octavo eval build/lm/outliers-58 --text build/lm/heldout.txt --calibration build/lm/calibration.txt
 
-A GPT that normalizes before each block (an OPT, whose linear layers are `nn.Linear`), byte-pair encoding, AdamW. Run
+A GPT that normalizes before each block (an OPT, whose linear layers are `nn.Linear`), byte-pair encoding; Muon for the
+linear layers' weights (bench/muon.py), AdamW for the rest. Run
 again after an interruption, it goes on where it was; the same machine, text and number of threads give the same model.
 Written into the output folder: `model` and, computing the same function, the three models of bench/lm_outliers.py;
 `heldout.txt` and `calibration.txt`, from files that the training never saw; `training.json`.
@@ -31,6 +32,7 @@ import lm_outliers
 import numpy as np
 import torch
 from measure import machine, set_threads, write
+from muon import Muon
 from octavo.eval import perplexity
 from octavo.measuring import language
 from octavo.measuring.progress import Progress
@@ -57,7 +59,7 @@ class Setting:
 
 
 SETTINGS = {
-    "full": Setting(40_000_000, 2048, 5, 256, 8, 256, 16, 4000, 2e-3, 100, 200),
+    "full": Setting(40_000_000, 2048, 5, 256, 8, 256, 16, 1200, 4e-3, 50, 200),
     "small": Setting(4_000_000, 1024, 3, 128, 4, 128, 16, 700, 4e-3, 100, 50),
 }
 SEED = 0
@@ -163,38 +165,51 @@ def new_model(setting: Setting) -> Any:
     return transformers.OPTForCausalLM(config)
 
 
+def new_optimizers(model: Any, setting: Setting) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of the layers, AdamW for embeddings, biases and gains."""
+    hidden = [parameter for parameter in model.model.decoder.layers.parameters() if parameter.dim() == 2]
+    chosen = {id(parameter) for parameter in hidden}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    groups = [
+        {"params": [parameter for parameter in others if parameter.dim() == 2], "weight_decay": 0.1},
+        {"params": [parameter for parameter in others if parameter.dim() != 2], "weight_decay": 0.0},
+    ]
+    return [Muon(hidden, setting.rate), torch.optim.AdamW(groups, lr=setting.rate, betas=(0.9, 0.95))]
+
+
 def train(setting: Setting, output: Path, tokens: np.ndarray[Any, Any], until: int | None = None) -> list[float]:
     """Train to the last step (or to step `until`), from where the folder's state is; returns the losses by step."""
     until = setting.steps if until is None else until
     model = new_model(setting)
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    others = [parameter for parameter in model.parameters() if parameter.dim() != 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=setting.rate, betas=(0.9, 0.95))
+    optimizers = new_optimizers(model, setting)
     losses: list[float] = []
     kept = output / "state.pt"
     if kept.exists():
         state = torch.load(kept, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept_state)
         losses = state["losses"]
 
     def save() -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+        own = [optimizer.state_dict() for optimizer in optimizers]
+        state = {"model": model.state_dict(), "optimizers": own, "losses": losses}
         write(kept, lambda path: torch.save(state, path))
 
     model.train()
     with tqdm(total=setting.steps, initial=len(losses), desc="training", unit="step", mininterval=1) as bar:
         while len(losses) < until:
             step = len(losses)
-            for group in optimizer.param_groups:
-                group["lr"] = rate(setting, step)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate(setting, step)
             ids = batch(setting, tokens, step)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             bar.update()

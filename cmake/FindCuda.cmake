@@ -1,5 +1,6 @@
-# Where CUDA is: a system toolkit (nvcc on the path, CUDACXX, CUDA_HOME), or the PyPI packages that pyproject.toml names
-# for OCTAVO_CUDA=1, which share the folder nvidia/cu13 of site-packages.
+# Where CUDA is, in this order: what the environment names (CUDACXX, CUDA_HOME, CUDA_PATH); the PyPI packages that
+# pyproject.toml names for OCTAVO_CUDA=1, which share the folder nvidia/cu13 of site-packages (before the system's toolkit,
+# because their version is known); a toolkit on the path or in /usr/local/cuda.
 #
 #   octavo_find_cuda_headers()   sets OCTAVO_CUDA_INCLUDE: the folder of cuda_runtime.h
 #   octavo_enable_cuda()         enables the language CUDA and finds CUDAToolkit
@@ -15,6 +16,7 @@ function(octavo_find_cuda_packages result)
 import importlib.util, pathlib
 spec = importlib.util.find_spec('nvidia')
 roots = [pathlib.Path(path) / 'cu13' for path in (spec.submodule_search_locations if spec else [])]
+roots.sort(key=lambda root: not (root / 'bin' / 'nvcc').exists())  # PyTorch brings the headers alone
 print(next((root for root in roots if (root / 'include' / 'cuda_runtime.h').exists()), ''), end='')"
       OUTPUT_VARIABLE found)
   endif()
@@ -40,16 +42,33 @@ function(octavo_find_cuda_headers)
 endfunction()
 
 macro(octavo_enable_cuda)
-  if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-    octavo_find_cuda_packages(_octavo_packages)
-    if(EXISTS "${_octavo_packages}/bin/nvcc")
-      # The packages lack lib64 and libcudart.so, where nvcc and CMake look.
-      set(CMAKE_CUDA_COMPILER "${_octavo_packages}/bin/nvcc" CACHE FILEPATH "")
-      string(APPEND CMAKE_CUDA_FLAGS_INIT " -L\"${_octavo_packages}/lib\"")
-      set(CUDA_CUDART "${_octavo_packages}/lib/libcudart.so.13" CACHE FILEPATH "")
-      message(STATUS "octavo: CUDA from PyPI packages in ${_octavo_packages}")
+  if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
+    set(_octavo_packages "")
+    find_program(_octavo_nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_DEFAULT_PATH NO_CACHE)
+    if(NOT _octavo_nvcc)
+      octavo_find_cuda_packages(_octavo_packages)
+      if(EXISTS "${_octavo_packages}/bin/nvcc")
+        set(_octavo_nvcc "${_octavo_packages}/bin/nvcc")
+        # The packages lack lib64 and libcudart.so, where nvcc and CMake look.
+        string(APPEND CMAKE_CUDA_FLAGS_INIT " -L\"${_octavo_packages}/lib\"")
+        set(CUDA_CUDART "${_octavo_packages}/lib/libcudart.so.13" CACHE FILEPATH "")
+        message(STATUS "octavo: CUDA from PyPI packages in ${_octavo_packages}")
+      endif()
     endif()
+    if(NOT _octavo_nvcc)
+      find_program(_octavo_nvcc nvcc PATHS /usr/local/cuda/bin NO_CACHE)
+    endif()
+    if(NOT _octavo_nvcc)
+      message(FATAL_ERROR "octavo: OCTAVO_CUDA is on, but there is no nvcc: expected one named by CUDACXX, in CUDA_HOME, "
+                          "on the path, in /usr/local/cuda, or the package nvidia-cuda-nvcc of version 13.0 from PyPI "
+                          "(pip without --no-build-isolation installs it)")
+    endif()
+    set(CMAKE_CUDA_COMPILER "${_octavo_nvcc}" CACHE FILEPATH "")
   endif()
   enable_language(CUDA)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
+    message(FATAL_ERROR "octavo: OCTAVO_CUDA: expected nvcc 13.0 or newer, got ${CMAKE_CUDA_COMPILER_VERSION} "
+                        "(${CMAKE_CUDA_COMPILER})")
+  endif()
   find_package(CUDAToolkit 13.0 REQUIRED)
 endmacro()

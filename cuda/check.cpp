@@ -6,11 +6,21 @@
 
 namespace octavo::cuda {
 
+namespace {
+
+// What the runtime's own words leave open.
+std::string hint(cudaError_t status) {
+    if (status != cudaErrorNoKernelImageForDevice) return "";
+    return "; this build of octavo is for the compute capabilities " OCTAVO_CUDA_ARCHITECTURES;
+}
+
+}  // namespace
+
 void check(cudaError_t status, const char* call) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // an error that is not sticky must not be reported again, by the next call
     throw Error(ErrorKind::device, std::string("CUDA: ") + call + ": " + cudaGetErrorName(status) + " (" +
-                                       cudaGetErrorString(status) + ")");
+                                       cudaGetErrorString(status) + ")" + hint(status));
 }
 
 }  // namespace octavo::cuda

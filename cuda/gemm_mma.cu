@@ -498,8 +498,11 @@ Size size_for(std::int64_t m, std::int64_t n, Copy copy) {
     return medium <= small ? Size::medium : Size::small;
 }
 
+// The stride of a single row may be any, so it is made one that keeps the rows behind it aligned: copies of these read no
+// byte, but their addresses must be aligned all the same.
 Operand operand_of(const ConstMatrix& matrix) {
-    return {static_cast<const std::int8_t*>(matrix.data), matrix.rows, matrix.row_stride, matrix.col_stride};
+    return {static_cast<const std::int8_t*>(matrix.data), matrix.rows, matrix.rows <= 1 ? 0 : matrix.row_stride,
+            matrix.col_stride};
 }
 
 // `parts`: how many blocks share the depth of a tile.

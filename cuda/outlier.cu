@@ -54,8 +54,9 @@ __device__ Quad largest_of(std::int64_t row, std::int64_t end, Read read) {
     return largest;
 }
 
+// One block to a multiprocessor is what the launcher asks for; for two the compiler would spill.
 template <class T, bool wide>
-__global__ void __launch_bounds__(mark_threads)
+__global__ void __launch_bounds__(mark_threads, 1)
     mark_kernel(View<const Bits<T>> x, float threshold, ColumnMarks marks, std::int64_t rows_per_part) {
     __shared__ Quad found[mark_warps][warp_size];
     const int lane = static_cast<int>(threadIdx.x) % warp_size;

@@ -157,6 +157,23 @@ TEST(outputs_do_not_depend_on_the_instruction_set_where_all_fuse) {
     }
 }
 
+// The other causes are met by .ci/cuda_wheel.py (the driver) and by tests/simt (devices).
+TEST(a_cuda_backend_that_is_not_there) {
+    const auto missing = [] { return octavo::cuda_info().missing; };
+    const std::string absent = in_child("OCTAVO_CUDA_LIBRARY", "/nowhere/liboctavo_cuda.so", missing);
+    CHECK(absent.starts_with("CUDA: this installation of octavo has no CUDA backend (/nowhere/liboctavo_cuda.so: "));
+    CHECK_EQ(in_child("OCTAVO_CUDA_LIBRARY", "libm.so.6", missing), "CUDA: libm.so.6 is not a backend of octavo");
+    const std::string call = in_child("OCTAVO_CUDA_LIBRARY", "/nowhere/liboctavo_cuda.so", [] {
+        std::int32_t memory = 0;
+        const octavo::Device cuda{octavo::DeviceKind::cuda, 0};
+        const octavo::Matrix codes{.data = &memory, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
+        const octavo::Vector sums{.data = &memory, .dtype = DType::i32, .device = cuda, .size = 1};
+        octavo::sum_codes(codes, sums);
+        return std::string("no error");
+    });
+    CHECK_EQ(call, "sum_codes: " + absent);
+}
+
 TEST(default_number_of_threads) {
     cpu_set_t allowed;
     CHECK_EQ(sched_getaffinity(0, sizeof allowed, &allowed), 0);

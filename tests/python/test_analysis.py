@@ -185,6 +185,50 @@ def test_ablation_is_the_model_without_the_weights_columns(tmp_path: Path) -> No
     assert found.without.perplexity != pytest.approx(found.untouched.perplexity, rel=1e-2)
 
 
+def test_what_kept_outlier_weights_are_worth(tmp_path: Path) -> None:
+    """Weights that int8 holds exactly, but those of the outlier column, whose codes are zero.
+
+    The activations beside the outliers are +-1: their codes are exact, too. So all that dequantized weights lose is
+    x_2 * w_2, and kept ones lose nothing but their rounding to 16 bits.
+    """
+    model = known_model()
+    large, small = 127 / 128, 0.3 / 128  # a scale of 1/128: codes 127 and 0
+    for layer in model.model.decoder.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = getattr(layer.self_attn, name)
+            linear.weight.data.zero_()
+            linear.weight.data[:, 0], linear.weight.data[:, 2] = large, small
+            linear.bias.data.zero_()
+        layer.self_attn.out_proj.weight.data.zero_()
+    set_feature(model, (0, 1, 2, 3), "self_attn_layer_norm", 2, 2.0, -40.0)  # -38 at w0, -42 at w1
+    set_feature(model, (1,), "self_attn_layer_norm", 7, 10.0, 5.0)  # 15 at w1, -5 elsewhere
+    set_feature(model, (2,), "self_attn_layer_norm", 2, 0.0, 1.0)  # no outlier
+    write_language_model(tmp_path, model)
+    # Two windows: kept columns are found in the first, where there is no w1, and the second one is measured.
+    (tmp_path / "text.txt").write_text(" ".join(["w0"] * 10 + ["w0"] * 9 + ["w1"]))
+    found = {(worth.layer, worth.name): worth for worth in analyze(tmp_path).worths}
+    x0, x2 = torch.tensor([1.0] * 9 + [-1.0]), torch.tensor([-38.0] * 9 + [-42.0])
+    lost = float((x2 * small).norm() / (x0 * large + x2 * small).norm())
+    for name in ("q_proj", "k_proj", "v_proj"):
+        own = found[0, f"self_attn.{name}"]
+        assert own.kept == [2]
+        for policy in ("dequantized-columns", "dequantized-rows"):
+            assert own.errors[policy] == pytest.approx(lost, rel=1e-3)
+        for policy in ("kept-columns", "kept-rows", "kept-static"):
+            assert 0 < own.errors[policy] < 2**-11
+        # Feature 7 reaches 6 in the last row only, and in none that the kept columns were found in.
+        rare = found[1, f"self_attn.{name}"]
+        assert rare.kept == [2]
+        assert rare.errors["kept-columns"] < 2**-11  # its 5 goes through 16 bit in all rows
+        assert 2**-11 < rare.errors["kept-rows"] < rare.errors["kept-static"]  # in the last one, and in none
+        none = found[2, f"self_attn.{name}"]
+        assert none.kept == []
+        assert len(set(none.errors.values())) == 1  # int8 for every column, whatever the policy
+    assert set(found[0, "fc1"].errors.values()) == {0.0}
+    with_all = analyze(tmp_path, limit=1).worths  # one window: for both
+    assert with_all[0].errors["kept-static"] < 2**-11 < with_all[0].errors["dequantized-columns"]
+
+
 def test_an_encoder(tmp_path: Path) -> None:
     """Attention's softmax, read out: it is even where query and key see nothing but the outlier, zeroed."""
     torch.manual_seed(0)
@@ -283,11 +327,11 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     written = json.loads((tmp_path / "a.json").read_text())
     assert [feature["number"] for feature in written["features"]] == [2, 5, 12, 7, 9]
     assert len(written["random"]) == 2
-    assert [len(table["rows"]) for table in written["tables"]] == [1, 5, 24, 3]
+    assert [len(table["rows"]) for table in written["tables"]] == [1, 5, 24, 25, 3]
     row = next(line for line in captured.out.splitlines() if line.startswith("outlier features"))
     assert row.split()[2:7] == ["5", "4", "100.0", "100.0", "-39.0,"]
     names = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert names == ["columns.png", "emergence.png", "magnitudes.png", "tables.png"]
+    assert names == ["columns.png", "emergence.png", "magnitudes.png", "tables.png", "worth.png"]
     for path in (tmp_path / "plots").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert path.stat().st_size > 10_000

@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="bench/train_lm.py writes models of t
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 import corpus  # noqa: E402
 import lm_outliers  # noqa: E402
+import muon  # noqa: E402
 import numpy as np  # noqa: E402
 import train_lm  # noqa: E402
 from octavo import analysis  # noqa: E402
@@ -136,6 +137,36 @@ class TestTraining:
         model = train_lm.new_model(train_lm.SETTINGS["full"])
         assert 4.3e6 < model.num_parameters() < 4.7e6
         assert type(model).__name__ == "OPTForCausalLM"
+
+
+class TestMuon:
+    @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
+    def test_orthogonal(self, shape: tuple[int, int, int]) -> None:
+        """All singular values near 1, with the singular vectors of the matrix."""
+        matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        found = muon.orthogonal(matrices)
+        u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+        inner = u.mT @ found @ v.mT
+        values = inner.diagonal(dim1=1, dim2=2)
+        assert 0.2 < float(values.min()) < float(values.max()) < 1.3
+        assert float((inner - torch.diag_embed(values)).abs().max()) < 1e-3
+        assert float((values > 0.65).float().mean()) > 0.9  # what is small to begin with stays behind
+
+    def test_steps(self) -> None:
+        """Of the equation: momentum, the size of the update, and decay."""
+        gradients = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+        weight = torch.nn.Parameter(torch.ones(8, 4))
+        unused = torch.nn.Parameter(torch.ones(2, 2))
+        optimizer = muon.Muon([weight, unused], lr=0.1, weight_decay=0.5, momentum=0.9)
+        expected, kept = torch.ones(8, 4), torch.zeros(8, 4)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+            kept = 0.9 * kept + gradient
+            update = muon.orthogonal((gradient + 0.9 * kept)[None])[0]
+            expected = expected * (1 - 0.1 * 0.5) - 0.2 * 8**0.5 * 0.1 * update
+            torch.testing.assert_close(weight.detach(), expected)
+        assert torch.equal(unused.detach(), torch.ones(2, 2))
 
 
 @pytest.fixture(scope="module")

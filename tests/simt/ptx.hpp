@@ -5,7 +5,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include "simt.hpp"
@@ -14,8 +13,9 @@ namespace octavo::cuda {
 
 inline void copy_async_16(void* target, const void* source, int bytes) {
     // NOLINTNEXTLINE(cppcoreguidelines-pro-type-reinterpret-cast): the hardware faults on these
-    if (((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source)) & 15U) != 0)
-        std::abort();
+    if (((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source)) & 15U) != 0) {
+        simt::fail("copy_async_16 of misaligned addresses");
+    }
     simt::defer_copy(target, source, bytes);
 }
 inline void copy_async_commit() { simt::copy_commit(); }
@@ -72,8 +72,7 @@ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint32_t (&a)[4]
         simt::Loc::current());
 }
 
-// --- 16-bit products
-// --------------------------------------------------------------------------------------------------
+// --- 16-bit products ------------------------------------------------------------------------------------------------
 
 inline std::uint64_t read_once_policy() { return 0; }
 inline void copy_async_16_once(void* target, const void* source, int bytes, std::uint64_t /*policy*/) {
@@ -82,7 +81,7 @@ inline void copy_async_16_once(void* target, const void* source, int bytes, std:
 
 inline uint4 load_16_once(const void* source, std::uint64_t /*policy*/) {
     // NOLINTNEXTLINE(cppcoreguidelines-pro-type-reinterpret-cast): the hardware faults on these
-    if ((reinterpret_cast<std::uintptr_t>(source) & 15U) != 0) std::abort();
+    if ((reinterpret_cast<std::uintptr_t>(source) & 15U) != 0) simt::fail("load_16_once from a misaligned address");
     return *static_cast<const uint4*>(source);
 }
 

@@ -206,6 +206,10 @@ void report(const Record& earlier, const Position& now, std::uint32_t code, cons
 
 // --- accesses -------------------------------------------------------------------------------------------------------
 
+// Whether the calling thread is in a launch. Other threads of the host run launchers, which are instrumented too.
+thread_local bool runs_kernels = false;
+bool in_kernel() { return runs_kernels && position().in_kernel; }
+
 enum class Kind : std::uint8_t { read, write, atomic };
 
 // Checks an access of a cell and records it. False where it races.
@@ -263,8 +267,9 @@ void check_host_access(std::uintptr_t address, Kind kind, const void* from) {
 void synchronize_blocks(std::uintptr_t address, const Position& now);
 
 void access(std::uintptr_t address, std::size_t size, Kind kind, const void* from) {
+    if (!in_kernel()) return;
     const Position& now = position();
-    if (!now.in_kernel || fiber_stacks().holds(address)) return;
+    if (fiber_stacks().holds(address)) return;
     Detector& the = detector();
     if (the.registers.holds(address) || the.busy) return;
     the.busy = true;
@@ -366,6 +371,7 @@ void find_images(const void* kernel) {
 }  // namespace
 
 void race_begin_launch(const Call& call) {
+    runs_kernels = true;
     const void* const kernel = call.kernel;
     Detector& the = detector();
     static const void* last_kernel = nullptr;
@@ -402,6 +408,7 @@ void race_begin_block() {
 }
 
 void race_end_launch() {
+    runs_kernels = false;
     if (const long races = detector().races; races > 0) {
         std::fprintf(stderr, "SIMT ERROR: %ld accesses race\n", races);
         std::abort();
@@ -440,7 +447,7 @@ void fence() {
 namespace {
 void aligned_access(void* address, std::size_t size, Kind kind, const void* from) {
     const auto number = reinterpret_cast<std::uintptr_t>(address);
-    if (number % size != 0 && position().in_kernel) fail_at("a misaligned access", from);
+    if (number % size != 0 && in_kernel()) fail_at("a misaligned access", from);
     access(number, size, kind, from);
 }
 }  // namespace

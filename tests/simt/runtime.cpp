@@ -3,9 +3,10 @@
 //
 // The device is OCTAVO_SIMT_ARCH (75, 80, 86, 89, 90, 100 or 120; 90 by default), and there is one, or
 // OCTAVO_SIMT_DEVICES. It says that it has as many multiprocessors as such a GPU, or OCTAVO_SIMT_MULTIPROCESSORS (few
-// make launchers choose as for large inputs). Device memory ends at a page that nobody may touch (or, where its size is not a multiple of 256
-// bytes, before bytes that are checked when it is freed); it starts as 0xFF bytes, and nobody may touch it after it is
-// freed. Capture records: nothing runs until the graph is launched, and calls that wait for the device fail.
+// make launchers choose as for large inputs). Device memory ends at a page that nobody may touch (or, where its size is
+// not a multiple of 256 bytes, before bytes that are checked when it is freed); it starts as 0xFF bytes, and nobody may
+// touch it after it is freed. Capture records: nothing runs until the graph is launched, and calls that wait for the
+// device fail.
 #include "runtime.hpp"
 
 #include <cuda_runtime_api.h>
@@ -41,6 +42,7 @@ struct CUgraphExec_st {
 struct CUstream_st {
     std::shared_ptr<CUgraph_st> capture;  // where it is being captured
     bool invalid = false;                 // the capture, by a call that it does not allow
+    int device = 0;
 };
 struct CUevent_st {};
 struct CUmemPoolHandle_st {
@@ -70,9 +72,9 @@ struct Architecture {
     int multiprocessors;
     std::size_t shared;  // of a block, at most
 };
-constexpr Architecture architectures[] = {{75, 40, 64 << 10},  {80, 108, 163 << 10}, {86, 84, 99 << 10},
-                                          {89, 128, 99 << 10}, {90, 132, 227 << 10}, {100, 148, 227 << 10},
-                                          {120, 170, 99 << 10}};
+constexpr Architecture architectures[] = {{70, 80, 96 << 10},    {75, 40, 64 << 10},  {80, 108, 163 << 10},
+                                          {86, 84, 99 << 10},    {89, 128, 99 << 10}, {90, 132, 227 << 10},
+                                          {100, 148, 227 << 10}, {120, 170, 99 << 10}};
 constexpr std::size_t reserved_shared = 48 << 10;  // of a block that asks for no more
 constexpr int l2_bytes = 50 << 20;
 constexpr std::size_t device_memory = std::size_t{8} << 30;
@@ -115,7 +117,7 @@ const Architecture& architecture() {
             known.multiprocessors = number_from_environment("OCTAVO_SIMT_MULTIPROCESSORS", known.multiprocessors);
             return known;
         }
-        fail("OCTAVO_SIMT_ARCH: expected 75, 80, 86, 89, 90, 100 or 120");
+        fail("OCTAVO_SIMT_ARCH: expected 70 (which is refused), 75, 80, 86, 89, 90, 100 or 120");
     }();
     return found;
 }
@@ -302,6 +304,7 @@ cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size
     if (const cudaError_t status = check_launch(call.kernel, grid, block, shared); status != cudaSuccess) {
         return result(status);
     }
+    if (runtime().streams.contains(stream) && stream->device != device) return result(cudaErrorInvalidResourceHandle);
     return result(enqueue(stream, [=, call = std::move(call)] {
         ++runtime().counted.launches;
         run_kernel(grid, block, shared, call);
@@ -560,6 +563,7 @@ cudaError_t cudaMemset(void* target, int value, size_t size) { return cudaMemset
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned /*flags*/) {
     SIMT_LOCKED;
     *stream = new CUstream_st;
+    (*stream)->device = simt::device;
     simt::runtime().streams.insert(*stream);
     return cudaSuccess;
 }
@@ -599,7 +603,10 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
     SIMT_LOCKED;
-    return simt::result(simt::enqueue(stream, [=] { function(data); }));
+    return simt::result(simt::enqueue(stream, [=] {
+        ++simt::runtime().counted.host_functions;
+        function(data);
+    }));
 }
 
 // Graphs.

@@ -8,6 +8,7 @@ namespace simt {
 // What was done since the counters were last reset. Work that was captured counts when its graph is launched.
 struct Counters {
     long launches = 0;
+    long host_functions = 0;    // cudaLaunchHostFunc: each a product of the stand-in for cuBLASLt (cublaslt.cpp)
     long copies = 0;            // cudaMemcpy*, cudaMemset*
     long synchronizations = 0;  // calls that make the host wait for the device
     long allocations = 0;  // calls that take memory from the device or pin it on the host: cudaMalloc, cudaHostAlloc,

@@ -77,13 +77,13 @@ def run(
     from octavo.measuring import language, machine, modules
     from octavo.measuring.progress import Progress
 
-    from . import ablation, observe
+    from . import ablation, observe, worth
     from . import report as reports
 
     start = time.perf_counter()
     loaded = language.load(model)
     windows = language.read_windows(loaded, text, settings.window, limit=settings.limit)
-    passes = 4 + (settings.draws if settings.ablate else 0)
+    passes = 5 + (settings.draws if settings.ablate else 0)
     with Progress(passes * len(windows), show=show_progress) as progress:
         # 1. Which features are outliers, and where.
         observation = observe.observe(loaded, windows, settings.threshold, progress)
@@ -100,6 +100,9 @@ def run(
         if settings.ablate and others:
             for chosen in modules.random_features(others, observation.width, numbers, settings.draws):
                 drawn.append(zero.run("without random features", chosen))
+
+        # 3. What their 16-bit weights are worth.
+        worths = worth.measure(loaded, windows, settings.threshold, progress)
 
     return reports.Report(
         command=command,
@@ -125,6 +128,7 @@ def run(
         untouched=untouched,
         without=without,
         random=drawn,
+        worths=worths,
         seconds=time.perf_counter() - start,
     )
 

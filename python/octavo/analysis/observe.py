@@ -96,7 +96,7 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
             affected[layer] += mask.sum(0)
         outlying.clear()
 
-    _run(language, windows, found, see, done, progress, "looking for outlier features")
+    watch(language, windows, found, see, done, progress, "looking for outlier features")
     positions = sum(window.ids.shape[1] for window in windows)
     magnitudes = torch.zeros(layers, width)
     for projection in watched:
@@ -147,7 +147,7 @@ def spread(
             affected[layer] += int(mask.sum())
         outlying.clear()
 
-    _run(language, windows, watched, see, done, progress, "measuring outlier features")
+    watch(language, windows, watched, see, done, progress, "measuring outlier features")
     if not features:
         return Spread(0.0, 0.0, None, None)
     positions = sum(window.ids.shape[1] for window in windows)
@@ -192,7 +192,7 @@ def _quantiles(values: Tensor, at: Tensor) -> list[float]:
     return (below + (place - place.floor()) * (ordered[place.ceil().long()] - below)).tolist()
 
 
-def _run(
+def watch(
     language: Language,
     windows: Sequence[Window],
     watched: Sequence[Projection],

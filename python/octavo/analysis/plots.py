@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from octavo.measuring.drawing import BLUE, GRAY, GREEN, ORANGE, VERMILION, draw_tables, quiet, save_all
 
-from .report import Report, tables
+from .report import POLICY_NAMES, Report, tables
+from .worth import POLICIES, root_mean_square
 
 _STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, GREEN, ORANGE)]
 _SHOWN = 60  # columns of the heat map
@@ -24,6 +25,7 @@ def write_all(report: Report, directory: Path) -> list[Path]:
         "emergence.png": draw_emergence,
         "magnitudes.png": draw_magnitudes,
         "columns.png": draw_columns,
+        "worth.png": draw_worth,
     }
     drawn = {name: partial(draw, report) for name, draw in figures.items()}
     return save_all({**drawn, "tables.png": partial(draw_tables, tables(report))}, directory)
@@ -110,5 +112,37 @@ def draw_columns(report: Report) -> Figure:
     title = "Outlier columns" + (f", the {len(shown)} most common of {len(total)}" if left_out else "")
     axis.set_title(title if shown else "No outlier columns")
     figure.colorbar(image, label="positions, % (white: none)")
+    figure.tight_layout()
+    return figure
+
+
+def draw_worth(report: Report) -> Figure:
+    """The error of each linear layer with dequantized outlier weights and with kept ones."""
+    figure: Figure = plt.figure(figsize=(9, 2.2 + 0.19 * (len(report.worths) + 1)))
+    axis = figure.subplots()
+    names = ["all: root mean square", *(f"{worth.layer} {worth.name}" for worth in report.worths)]
+    places = np.arange(len(names))
+    markers = {"columns": "o", "rows": "x", "static": "s"}
+    for policy, (keeps, outliers) in POLICIES.items():
+        errors = [root_mean_square(report.worths, policy), *(worth.errors[policy] for worth in report.worths)]
+        values = np.array([100 * error if error > 0 else np.nan for error in errors])  # none on a logarithm
+        color, face = (BLUE, "none") if keeps else (VERMILION, None)
+        axis.plot(
+            values,
+            places,
+            markers[outliers],
+            color=color,
+            markerfacecolor=face,
+            markersize=6,
+            label=POLICY_NAMES[policy],
+        )
+    axis.axhline(0.5, color="black", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yticks(places, names, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("error of the output, % of its norm")
+    axis.set_title("What the 16-bit weights of outlier columns are worth")
+    axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12 * 6 / figure.get_figheight()))
+    quiet(axis, "x")
     figure.tight_layout()
     return figure

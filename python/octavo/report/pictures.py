@@ -25,6 +25,7 @@ CAPTIONS = {
     "emergence": "At what share of the positions features are outlying, layer by layer.",
     "magnitudes": "The largest magnitude of every feature of the hidden states, a dot for each layer.",
     "columns": "Columns that reach the threshold, by layer and linear input.",
+    "worth": "Error of each linear layer's output, with dequantized and with kept 16-bit outlier weights.",
     "ablation": "What zeroing the largest outlier features does, against as many random ones.",
     "timing": "Time of a batch in int8, float32 and bfloat16.",
     "peers": "int8 layers of other libraries beside octavo's: what they cost in accuracy, and how long they take.",

@@ -1,0 +1,478 @@
+// What a call does besides computing, on the emulated GPU, which counts: launches, what waits and what allocates; capture
+// in graphs; streams, devices, host threads, and offsets beyond 32 bits.
+#include <cuda_runtime_api.h>
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "arrays.hpp"
+#include "calls.hpp"
+#include "check.hpp"
+#include "device.hpp"
+#include "octavo/octavo.hpp"
+#include "runtime.hpp"
+
+using octavo::DType;
+using octavo::Granularity;
+using octavo::LinearOptions;
+using octavo::Outliers;
+using octavo::Path;
+using octavo::Scheme;
+using octavo::Stream;
+
+namespace {
+
+constexpr LinearOptions all_options[] = {
+    {.outliers = Outliers::columns, .path = Path::int8},        {.outliers = Outliers::rows, .path = Path::int8},
+    {.outliers = Outliers::static_, .path = Path::int8},        {.outliers = Outliers::none, .path = Path::int8},
+    {.outliers = Outliers::columns, .path = Path::weight_only}, {.outliers = Outliers::columns, .path = Path::auto_},
+};
+
+std::string describe(const LinearOptions& options) {
+    return "outliers " + check::show(options.outliers) + " path " + check::show(options.path);
+}
+
+void must(cudaError_t status) {
+    if (status != cudaSuccess) throw octavo::Error(octavo::ErrorKind::device, cudaGetErrorName(status));
+}
+
+simt::Counters counted(const std::function<void()>& call) {
+    octavo_simt_reset_counters();
+    call();
+    simt::Counters counters;
+    octavo_simt_counters(&counters);
+    return counters;
+}
+
+// All that a GPU would start: kernels, the product of cuBLASLt, copies.
+long started(const simt::Counters& counters) {
+    return counters.launches + counters.host_functions + counters.copies;
+}
+
+class OwnStream {
+public:
+    OwnStream() { must(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+    ~OwnStream() { cudaStreamDestroy(stream_); }
+    OwnStream(const OwnStream&) = delete;
+    OwnStream& operator=(const OwnStream&) = delete;
+
+    [[nodiscard]] cudaStream_t native() const { return stream_; }
+    [[nodiscard]] Stream get() const { return {stream_}; }
+
+private:
+    cudaStream_t stream_ = nullptr;
+};
+
+Values outlying(Random& random, std::int64_t m, std::int64_t k) {
+    Values x = random_normal(random, m, k);
+    for (std::int64_t j = 3; j < k; j += 16) {
+        for (std::int64_t i = 0; i < m; ++i) x(i, j) *= 20;
+    }
+    return x;
+}
+
+// One layer with its input and output: a weight with kept columns, and a bias.
+class Problem {
+public:
+    Problem(std::int64_t m, std::int64_t n, std::int64_t k, DType dtype, Scheme scheme = Scheme::absmax,
+            Granularity granularity = Granularity::vector, std::uint64_t seed = 1)
+        : random_(seed),
+          x(dtype, outlying(random_, m, k)),
+          weight_(dtype, random_normal(random_, n, k, 0.05)),
+          codes_(quantize_weight(weight_, scheme, granularity)),
+          kept_columns_(int32_array({0, 3})),
+          kept_(dtype, n, 2),
+          bias_(dtype, random_normal(random_, 1, n)),
+          y(dtype, m, n),
+          scheme_(scheme),
+          granularity_(granularity) {
+        for (std::int64_t j = 0; j < n; ++j) {
+            kept_.set(j, 0, weight_.get(j, 0));
+            kept_.set(j, 1, weight_.get(j, 3));
+        }
+    }
+
+    [[nodiscard]] octavo::WeightView view() const {
+        octavo::WeightView view{.codes = codes_.codes.matrix(),
+                                .scale = codes_.scale.vector(),
+                                .zeropoint = vector_of(codes_.zeropoint),
+                                .code_sums = codes_.code_sums.vector(),
+                                .outlier_columns = kept_columns_.vector(),
+                                .scheme = scheme_,
+                                .granularity = granularity_};
+        view.outlier_weight = kept_.matrix();
+        return view;
+    }
+    [[nodiscard]] octavo::Vector bias() const { return bias_.vector(); }
+
+    void linear(const LinearOptions& options, Stream stream = {}) const {
+        octavo::linear(x.matrix(), view(), bias(), y.matrix(), options, stream);
+    }
+    void new_input() {
+        const Values values = outlying(random_, x.matrix().rows, x.matrix().cols);
+        for (std::int64_t i = 0; i < values.rows; ++i) {
+            for (std::int64_t j = 0; j < values.cols; ++j) x.set(i, j, values(i, j));
+        }
+    }
+
+private:
+    Random random_;
+
+public:
+    Array x;
+
+private:
+    Array weight_;
+    Codes codes_;
+    Array kept_columns_;
+    Array kept_;
+    Array bias_;
+
+public:
+    Array y;
+
+private:
+    Scheme scheme_;
+    Granularity granularity_;
+};
+
+// The most that linear may start.
+long most_started(const LinearOptions& options, std::int64_t m, Granularity granularity) {
+    constexpr std::int64_t most_weight_only_rows = 64;  // cuda/linear.cpp
+    if (options.path == Path::weight_only || (options.path == Path::auto_ && m <= most_weight_only_rows)) return 1;
+    const long decomposed = options.outliers == Outliers::none ? 3 : 4;
+    return granularity == Granularity::tensor ? decomposed + 1 : decomposed;  // one scale for all of X: two passes
+}
+
+}  // namespace
+
+TEST(launches_of_linear) {
+    struct Shape {
+        std::int64_t m, n, k;
+    };
+    for (const Shape& s : {Shape{1, 40, 64}, Shape{5, 33, 70}, Shape{64, 48, 160}, Shape{70, 136, 272}}) {
+        for (const DType dtype : float_dtypes) {
+            for (const Granularity granularity : {Granularity::tensor, Granularity::row, Granularity::vector}) {
+                for (const Scheme scheme : schemes) {
+                    const Problem problem(s.m, s.n, s.k, dtype, scheme, granularity);
+                    for (const LinearOptions& options : all_options) {
+                        const check::Context context(s.m, " x ", s.n, " x ", s.k, " dtype ", check::show(dtype),
+                                                     " granularity ", check::show(granularity), " ",
+                                                     describe(options));
+                        const auto call = [&] { problem.linear(options); };
+                        CHECK_EQ(counted(call).synchronizations, 0);
+                        const simt::Counters again = counted(call);
+                        CHECK(again.launches >= 1);
+                        CHECK_EQ(started(again), most_started(options, s.m, granularity));
+                        CHECK_EQ(again.synchronizations, 0);
+                        CHECK_EQ(again.allocations, 0);
+                        CHECK_EQ(again.copies, 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Where rows of W are not aligned, and the product is large enough for that to matter, W is copied first.
+TEST(launches_of_linear_with_a_weight_that_is_not_aligned) {
+    const Problem problem(256, 256, 70, DType::f16);
+    const auto call = [&] { problem.linear({.path = Path::int8}); };
+    counted(call);
+    const simt::Counters again = counted(call);
+    CHECK_EQ(started(again), 5);
+    CHECK_EQ(again.synchronizations, 0);
+    CHECK_EQ(again.allocations, 0);
+}
+
+// What the pool has kept serves the next call; what it has given back, it takes again.
+TEST(workspace_is_kept_until_it_is_released) {
+    const Problem problem(70, 40, 64, DType::f16);
+    const auto call = [&] { problem.linear({.path = Path::int8}); };
+    octavo::release_cuda_memory();
+    CHECK(counted(call).allocations >= 1);
+    CHECK_EQ(counted(call).allocations, 0);
+    octavo::release_cuda_memory();
+    CHECK(counted(call).allocations >= 1);
+}
+
+namespace {
+
+// Captures the first call, launches the graph twice, with another input the second time, and compares with direct calls.
+void check_capture(const std::function<void(Stream)>& call, const std::vector<const Array*>& outputs,
+                   const std::function<void()>& new_input) {
+    const OwnStream stream;
+    const auto all_bytes = [&] {
+        std::string bytes;
+        for (const Array* const output : outputs) bytes += output->bytes();
+        return bytes;
+    };
+    const std::string before = all_bytes();
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    const simt::Counters captured = counted([&] {
+        must(cudaStreamBeginCapture(stream.native(), cudaStreamCaptureModeGlobal));
+        call(stream.get());
+        must(cudaStreamEndCapture(stream.native(), &graph));
+    });
+    CHECK_EQ(started(captured), 0);
+    CHECK_EQ(captured.synchronizations, 0);
+    CHECK(all_bytes() == before);
+    must(cudaGraphInstantiate(&executable, graph, 0));
+    for (int again = 0; again < 2; ++again) {
+        const simt::Counters replayed = counted([&] { must(cudaGraphLaunch(executable, stream.native())); });
+        CHECK(started(replayed) >= 1);
+        CHECK_EQ(replayed.allocations, 0);
+        const std::string by_graph = all_bytes();
+        CHECK(by_graph != before || again > 0);
+        call(stream.get());
+        CHECK(all_bytes() == by_graph);
+        new_input();
+    }
+    must(cudaGraphExecDestroy(executable));
+    must(cudaGraphDestroy(graph));
+}
+
+}  // namespace
+
+TEST(linear_can_be_captured) {
+    for (const std::int64_t m : {1, 4, 17, 70}) {
+        for (const DType dtype : {DType::f16, DType::f32}) {
+            for (const LinearOptions& options : all_options) {
+                const check::Context context(m, " dtype ", check::show(dtype), " ", describe(options));
+                Problem problem(m, 56, 96, dtype, Scheme::absmax, Granularity::vector);
+                check_capture([&](Stream stream) { problem.linear(options, stream); }, {&problem.y},
+                              [&] { problem.new_input(); });
+            }
+        }
+    }
+}
+
+TEST(other_operations_can_be_captured) {
+    for (const Scheme scheme : schemes) {
+        for (const Granularity granularity : {Granularity::tensor, Granularity::row}) {
+            const check::Context context("scheme ", check::show(scheme), " granularity ", check::show(granularity));
+            Problem problem(37, 1, 96, DType::f16);
+            const std::int64_t groups = granularity == Granularity::tensor ? 1 : 37;
+            const Codes codes(problem.x, scheme, groups, Layout::contiguous);
+            const Array exclude = int32_array({3, 40});
+            std::vector<const Array*> outputs = {&codes.codes, &codes.scale};
+            if (codes.zeropoint) outputs.push_back(&*codes.zeropoint);
+            check_capture(
+                [&](Stream stream) {
+                    octavo::quantize(problem.x.matrix(), scheme, granularity, exclude.vector(), codes.codes.matrix(),
+                                     codes.scale.vector(), vector_of(codes.zeropoint), stream);
+                },
+                outputs, [&] { problem.new_input(); });
+        }
+    }
+    Random random(5);
+    Array codes(DType::i8, random_codes(random, 21, 64));
+    const auto new_codes = [&] {
+        const Values values = random_codes(random, 21, 64);
+        for (std::int64_t i = 0; i < 21; ++i) {
+            for (std::int64_t j = 0; j < 64; ++j) codes.set(i, j, values(i, j));
+        }
+    };
+    const Array scale(DType::f32, Values(1, 21, std::vector<double>(21, 0.25)));
+    const Array values(DType::f16, 21, 64);
+    check_capture(
+        [&](Stream stream) {
+            octavo::dequantize(codes.matrix(), scale.vector(), octavo::absent_vector, values.matrix(), stream);
+        },
+        {&values}, new_codes);
+    const Array product(DType::i32, 21, 21);
+    check_capture(
+        [&](Stream stream) {
+            octavo::int8_matmul(codes.matrix(), codes.matrix(), product.matrix(), octavo::Layout::row_major, stream);
+        },
+        {&product}, new_codes);
+    const Array sums(DType::i32, 1, 21);
+    check_capture([&](Stream stream) { octavo::sum_codes(codes.matrix(), sums.vector(), stream); }, {&sums}, new_codes);
+    Problem problem(9, 1, 96, DType::bf16);
+    const Array columns(DType::i32, 1, 96);
+    const Array count(DType::i32, 1, 1);
+    check_capture(
+        [&](Stream stream) {
+            octavo::find_outliers(problem.x.matrix(), 6.0F, columns.vector(), count.vector(), stream);
+        },
+        {&columns, &count}, [&] { problem.new_input(); });
+}
+
+// A call that must wait refuses a stream that is being captured, and leaves the capture as it was.
+TEST(what_must_wait_refuses_capture) {
+    const OwnStream stream;
+    const Array weight(DType::f16, Values(2, 16, std::vector<double>(32, 1)));
+    const Codes codes(weight, Scheme::absmax, 2, Layout::contiguous);
+    const auto quantize = [&] {
+        octavo::quantize_weight(weight.matrix(), Scheme::absmax, Granularity::vector, codes.codes.matrix(),
+                                codes.scale.vector(), octavo::absent_vector, codes.code_sums.vector(), stream.get());
+    };
+    must(cudaStreamBeginCapture(stream.native(), cudaStreamCaptureModeGlobal));
+    CHECK_THROWS(quantize(), device, "quantize_weight: expected a stream that is not being captured");
+    cudaGraph_t graph = nullptr;
+    CHECK_EQ(cudaStreamEndCapture(stream.native(), &graph), cudaSuccess);
+    must(cudaGraphDestroy(graph));
+    quantize();
+    CHECK_EQ(codes.codes.get(1, 15), 127.0);
+}
+
+// The emulator refuses launches on a stream of a device that is not current, and its cuBLASLt handles of another one.
+TEST(every_device) {
+    int count = 0;
+    must(cudaGetDeviceCount(&count));
+    CHECK_EQ(count, 2);  // OCTAVO_SIMT_DEVICES, CMakeLists.txt
+    const Problem problem(70, 40, 64, DType::f16);
+    for (const LinearOptions& options : all_options) {
+        problem.linear(options);
+        const Values expected = problem.y.values();
+        must(cudaSetDevice(1));
+        const OwnStream stream;
+        must(cudaSetDevice(0));
+        const auto moved = [](auto view) {
+            view.device.index = 1;
+            return view;
+        };
+        octavo::WeightView weight = problem.view();
+        weight.codes = moved(weight.codes);
+        weight.scale = moved(weight.scale);
+        weight.code_sums = moved(weight.code_sums);
+        weight.outlier_columns = moved(weight.outlier_columns);
+        weight.outlier_weight = moved(weight.outlier_weight);
+        const Array y(DType::f16, 70, 40);
+        octavo::linear(moved(problem.x.matrix()), weight, moved(problem.bias()), moved(y.matrix()), options,
+                       stream.get());
+        int current = -1;
+        must(cudaGetDevice(&current));
+        CHECK_EQ(current, 0);
+        check_values("y", y, expected);
+    }
+}
+
+TEST(host_threads_each_with_a_stream) {
+    constexpr int threads = 4;
+    const Problem problem(70, 40, 64, DType::f16);
+    problem.linear({.path = Path::int8});
+    const Values expected = problem.y.values();
+    std::vector<Array> results;
+    for (int i = 0; i < threads; ++i) results.emplace_back(DType::f16, 70, 40);
+    std::vector<std::thread> running;
+    for (int i = 0; i < threads; ++i) {
+        running.emplace_back([&, i] {
+            const OwnStream stream;
+            const Array& y = results[static_cast<std::size_t>(i)];
+            for (int j = 0; j < 5; ++j) {
+                octavo::linear(problem.x.matrix(), problem.view(), problem.bias(), y.matrix(), {.path = Path::int8},
+                               stream.get());
+            }
+        });
+    }
+    for (std::thread& thread : running) thread.join();
+    for (const Array& y : results) check_values("y", y, expected);
+}
+
+// Bit for bit, in whatever order threads run (OCTAVO_SIMT_ORDER=random:<seed> has another one in every launch).
+TEST(results_do_not_depend_on_timing) {
+    for (const std::int64_t m : {1, 3, 17, 70}) {
+        const Problem problem(m, 40, 1040, DType::f16);
+        for (const LinearOptions& options : all_options) {
+            const check::Context context(m, " ", describe(options));
+            problem.linear(options);
+            const std::string first = problem.y.bytes();
+            for (int again = 0; again < 3; ++again) {
+                problem.linear(options);
+                CHECK(problem.y.bytes() == first);
+            }
+        }
+    }
+}
+
+#ifndef OCTAVO_SIMT_RACE  // whose shadow is many times as large as what it shadows
+
+namespace {
+
+// Rows that lie more than 2^31 bytes, and elements, apart. Only the pages that are touched take memory.
+class Sparse {
+public:
+    Sparse(DType dtype, std::int64_t rows, std::int64_t cols)
+        : size_(static_cast<std::size_t>(((rows - 1) * stride + cols) * octavo::size_of(dtype))),
+          memory_(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)) {
+        if (memory_ == MAP_FAILED) throw std::bad_alloc();
+        matrix_ = {memory_, dtype, test_device(), rows, cols, stride, 1};
+    }
+    Sparse(const Array& like) : Sparse(like.matrix().dtype, like.matrix().rows, like.matrix().cols) {
+        for (std::int64_t i = 0; i < matrix_.rows; ++i) std::memcpy(row(matrix_, i), row(like.matrix(), i), width());
+    }
+    ~Sparse() { munmap(memory_, size_); }
+    Sparse(const Sparse&) = delete;
+    Sparse& operator=(const Sparse&) = delete;
+
+    [[nodiscard]] octavo::Matrix matrix() const { return matrix_; }
+    [[nodiscard]] bool equals(const Array& other) const {
+        for (std::int64_t i = 0; i < matrix_.rows; ++i) {
+            if (std::memcmp(row(matrix_, i), row(other.matrix(), i), width()) != 0) return false;
+        }
+        return true;
+    }
+
+private:
+    static constexpr std::int64_t stride = (std::int64_t{1} << 31) + 16;
+
+    [[nodiscard]] std::size_t width() const {
+        return static_cast<std::size_t>(matrix_.cols * octavo::size_of(matrix_.dtype));
+    }
+    static std::byte* row(const octavo::Matrix& matrix, std::int64_t i) {
+        return static_cast<std::byte*>(matrix.data) + i * matrix.row_stride * octavo::size_of(matrix.dtype);
+    }
+
+    std::size_t size_;
+    void* memory_;
+    octavo::Matrix matrix_;
+};
+
+}  // namespace
+
+TEST(offsets_beyond_32_bits) {
+    for (const std::int64_t m : {2, 4}) {  // dot products, and tensor cores
+        const Problem problem(m, 3, 64, DType::f16);
+        const Sparse x(problem.x);
+        octavo::WeightView weight = problem.view();
+        Array codes(DType::i8, 3, 64);
+        std::memcpy(codes.matrix().data, weight.codes.data, 3 * 64);
+        const Sparse sparse_codes(codes);
+        weight.codes = sparse_codes.matrix();
+        const Sparse y(DType::f16, m, 3);
+        for (const LinearOptions& options : all_options) {
+            const check::Context context(m, " ", describe(options));
+            problem.linear(options);
+            octavo::linear(x.matrix(), weight, problem.bias(), y.matrix(), options);
+            CHECK(y.equals(problem.y));
+        }
+        const Codes near(problem.x, Scheme::absmax, m, Layout::contiguous);
+        const Sparse far(DType::i8, m, 64);
+        for (const octavo::Matrix& target : {near.codes.matrix(), far.matrix()}) {
+            octavo::quantize(target.data == far.matrix().data ? x.matrix() : problem.x.matrix(), Scheme::absmax,
+                             Granularity::row, octavo::absent_vector, target, near.scale.vector(),
+                             octavo::absent_vector);
+        }
+        CHECK(far.equals(near.codes));
+        const Array near_values(DType::f16, m, 64);
+        const Sparse far_values(DType::f16, m, 64);
+        octavo::dequantize(near.codes.matrix(), near.scale.vector(), octavo::absent_vector, near_values.matrix());
+        octavo::dequantize(far.matrix(), near.scale.vector(), octavo::absent_vector, far_values.matrix());
+        CHECK(far_values.equals(near_values));
+        const Array near_product(DType::i32, m, 3);
+        const Sparse far_product(DType::i32, m, 3);
+        octavo::int8_matmul(near.codes.matrix(), codes.matrix(), near_product.matrix());
+        octavo::int8_matmul(far.matrix(), sparse_codes.matrix(), far_product.matrix());
+        CHECK(far_product.equals(near_product));
+    }
+}
+
+#endif

@@ -1,0 +1,80 @@
+// What is said where a GPU is missing or too old, or cuBLASLt is: each in a child with an emulated machine of its own.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <functional>
+#include <string>
+
+#include "check.hpp"
+#include "octavo/octavo.hpp"
+
+namespace {
+
+constexpr octavo::Device first_gpu{octavo::DeviceKind::cuda, 0};
+
+// What `body` says in a child with this environment variable.
+std::string with(const char* variable, const char* value, const std::function<std::string()>& body) {
+    int ends[2];
+    if (pipe(ends) != 0) return "no pipe";
+    const pid_t child = fork();
+    if (child == 0) {
+        setenv(variable, value, 1);
+        std::string text;
+        try {
+            text = body();
+        } catch (const octavo::Error& error) {
+            text = error.what();
+        }
+        const bool written = write(ends[1], text.data(), text.size()) == static_cast<ssize_t>(text.size());
+        _exit(written ? 0 : 1);
+    }
+    close(ends[1]);
+    char buffer[4096];
+    const ssize_t size = read(ends[0], buffer, sizeof buffer);
+    close(ends[0]);
+    int status = 0;
+    waitpid(child, &status, 0);
+    return status == 0 && size >= 0 ? std::string(buffer, static_cast<std::size_t>(size)) : "the child failed";
+}
+
+// A call on a GPU that gets as far as there is one; its memory is never read.
+std::string call(octavo::Device device) {
+    std::int32_t memory = 0;
+    const octavo::Matrix codes{.data = &memory, .dtype = octavo::DType::i8, .device = device, .rows = 1, .cols = 1};
+    octavo::sum_codes(codes, {.data = &memory, .dtype = octavo::DType::i32, .device = device, .size = 1});
+    return "no error";
+}
+
+std::string missing() { return octavo::cuda_info().missing; }
+
+}  // namespace
+
+TEST(no_device) {
+    const std::string expected = "CUDA: a driver, but no device that this process can use";
+    CHECK_EQ(with("OCTAVO_SIMT_DEVICES", "0", missing), expected);
+    CHECK_EQ(with("OCTAVO_SIMT_DEVICES", "0", [] { return call(first_gpu); }), "sum_codes: " + expected);
+    CHECK_EQ(with("OCTAVO_SIMT_DEVICES", "2", [] { return std::to_string(octavo::cuda_info().devices.size()); }), "2");
+}
+
+TEST(a_device_that_is_not_there) {
+    const auto far = [] { return call({octavo::DeviceKind::cuda, 5}); };
+    CHECK_EQ(with("OCTAVO_SIMT_DEVICES", "2", far),
+             "CUDA: cudaSetDevice: cudaErrorInvalidDevice (cudaErrorInvalidDevice)");
+}
+
+TEST(an_architecture_that_is_too_old) {
+    CHECK_EQ(with("OCTAVO_SIMT_ARCH", "70", [] { return call(first_gpu); }),
+             "CUDA: expected a GPU of compute capability 7.5 or newer, got 7.0 (device 0)");
+    // It is listed all the same, and others beside it can be used.
+    CHECK_EQ(with("OCTAVO_SIMT_ARCH", "70", [] { return std::to_string(octavo::cuda_info().devices.at(0).major); }),
+             "7");
+}
+
+TEST(no_cublaslt) {
+    const auto status = [] { return octavo::cuda_info().cublaslt; };
+    CHECK_EQ(with("OCTAVO_SIMT_CUBLASLT", "missing", status), "not found (none for the emulated GPU)");
+    CHECK(with("OCTAVO_SIMT_CUBLASLT", "no-function", status).starts_with("unusable (no function cublasLt"));
+    CHECK(!with("OCTAVO_SIMT_CUBLASLT", "", status).starts_with("not found"));
+    CHECK_EQ(with("OCTAVO_SIMT_CUBLASLT", "missing", missing), "");  // octavo has a product of its own
+}
