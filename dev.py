@@ -78,7 +78,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def test(_: argparse.Namespace) -> None:
-    """C++ tests (release, sanitized, emulated GPU, Arm), examples, then the Python tests against the installed wheel."""
+    """C++ tests (release, sanitized, emulated GPU, Arm), examples; the Python tests against the installed wheel."""
     prepare()
     for preset in ("release", "cpu-debug"):
         step(f"C++ tests, preset {preset}")
