@@ -78,7 +78,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def test(_: argparse.Namespace) -> None:
-    """C++ tests in release, sanitized, emulated GPU and Arm builds, examples, Python tests against the installed wheel."""
+    """C++ tests (release, sanitized, emulated GPU, Arm), examples; the Python tests against the installed wheel."""
     prepare()
     for preset in ("release", "cpu-debug"):
         step(f"C++ tests, preset {preset}")
@@ -107,7 +107,7 @@ def test(_: argparse.Namespace) -> None:
 
 
 def test_emulated_gpu() -> bool:
-    """The CUDA backend on the emulated GPU of tests/simt. The builds are those of release and cpu-debug, with more in them.
+    """The CUDA backend on the emulated GPU of tests/simt, in the builds of release and cpu-debug.
 
     False where it cannot be built.
     """
