@@ -48,7 +48,7 @@ def column_indices(function: str, name: str, columns: Columns, count: int) -> np
     if hasattr(columns, "detach"):  # torch
         columns = columns.detach().cpu()
     elif type(columns).__module__ == "cupy":
-        columns = columns.get()
+        columns = columns.get()  # type: ignore[union-attr]
     array = np.asarray(columns)
     if array.ndim != 1:
         raise ValueError(f"{function}: {name}: expected an array of rank 1, got rank {array.ndim}")

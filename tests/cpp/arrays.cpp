@@ -81,7 +81,8 @@ Array::Array(DType dtype, std::int64_t rows, std::int64_t cols, Layout layout) {
     const Placement placement = place(layout, rows, cols);
     const std::int64_t item = octavo::size_of(dtype);
     // By one byte in CPU memory; a GPU wants elements aligned, so by one of these.
-    const std::size_t slack = placement.slack * (test_device().kind == octavo::DeviceKind::cpu ? 1U : static_cast<std::size_t>(item));
+    const std::size_t slack =
+        placement.slack * (test_device().kind == octavo::DeviceKind::cpu ? 1U : static_cast<std::size_t>(item));
     memory_ = std::make_shared<GuardedMemory>(static_cast<std::size_t>(placement.span * item), slack);
     matrix_ = {memory_->data() + placement.origin * item,
                dtype,

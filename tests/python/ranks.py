@@ -16,9 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=30)  # of a rank that waits for one that failed
-START_TIMEOUT = 180  # seconds until all ranks have imported torch and met, on a machine that does other things too
-CHECK_TIMEOUT = 90  # seconds for one check
+# On a machine that does other things too, where one rank may be far behind another. A fault is seen sooner than that.
+START_TIMEOUT = 300  # seconds until all ranks have imported torch and met
+CHECK_TIMEOUT = 400  # seconds for one check
+COLLECTIVE_TIMEOUT = timedelta(seconds=300)  # of a rank that waits for another
 
 
 class Ranks:

@@ -45,7 +45,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 # Each child is a fork of a process that has only imported octavo; it kills itself before its n-th system call that

@@ -718,6 +718,6 @@ def test_layer_sharding_over_gpus(tmp_path: Any) -> None:
 def test_the_example_under_torchrun() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     example = Path(__file__).resolve().parents[2] / "examples" / "torch_distributed.py"
-    run = subprocess.run([*command, str(example)], capture_output=True, text=True, timeout=180, check=False)
+    run = subprocess.run([*command, str(example)], capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr
     assert "2 processes" in run.stdout
