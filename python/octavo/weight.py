@@ -72,7 +72,8 @@ class Int8Weight:
         if shape is None:
             n, k = codes.shape
             shape = (int(n), int(k))
-            if pack and str(getattr(codes.device, "type", "cpu")) == "cpu":  # NumPy's device is the string itself
+            device = codes.device  # of PyTorch it has a type, of NumPy it is the string "cpu", of CuPy neither
+            if pack and str(getattr(device, "type", device)) == "cpu":
                 codes = _core.pack(codes)
                 self._native = native(codes, shape, self.code_sums)
                 self.is_packed = True
