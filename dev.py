@@ -32,6 +32,10 @@ PYTHON = BIN / "python"
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 MACHINE_CODE = ROOT / ".ci" / "machine_code.py"
 CUDA_WHEEL = ROOT / ".ci" / "cuda_wheel.py"
+# Of CUDA, tests/simt needs the headers only. They are those of pyproject.toml's compiler.
+CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
+# The files of tests/python with tests that run on every backend.
+EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "threads", "weight")
 CPP_FOLDERS = ("cpp", "bindings", "tests/cpp", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "docs/hooks.py", "docs/docstrings.py", "dev.py")
 
@@ -74,20 +78,50 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def test(_: argparse.Namespace) -> None:
-    """C++ tests in release, sanitized and Arm builds, examples, then the Python tests against the installed wheel."""
+    """C++ tests (release, sanitized, emulated GPU, Arm), examples; the Python tests against the installed wheel."""
     prepare()
     for preset in ("release", "cpu-debug"):
         step(f"C++ tests, preset {preset}")
         run(BIN / "cmake", "--preset", preset)
         run(BIN / "cmake", "--build", "--preset", preset)
         run(BIN / "ctest", "--preset", preset)
+    emulated = test_emulated_gpu()
     test_arm()
     install("test")
     step("Python tests")
     run(PYTHON, "-m", "pytest", "tests/python", "-q", "-rs")
+    if emulated:
+        step("Python tests on the emulated GPU")
+        # A stand-in for CuPy, whose device is that GPU; few generated cases, because it is slow.
+        run(
+            PYTHON,
+            *("-m", "pytest", "-q", "-rs", "-k", "cupy"),
+            *(f"tests/python/test_{name}.py" for name in EMULATED_FILES),
+            PYTHONPATH="tests/simt/python",
+            OCTAVO_CUDA_LIBRARY=str(ROOT / "build" / "release" / "tests" / "simt" / "liboctavo_cuda_simt.so"),
+            OCTAVO_TEST_EXAMPLES="4",
+        )
     step("Python examples")
     for example in sorted((ROOT / "examples").glob("*.py")):
         run(PYTHON, example)
+
+
+def test_emulated_gpu() -> bool:
+    """The CUDA backend on the emulated GPU of tests/simt, in the builds of release and cpu-debug.
+
+    False where it cannot be built.
+    """
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        step("C++ tests on the emulated GPU")
+        print(f"left out: tests/simt needs Linux on x86_64, this is {platform.system()} on {platform.machine()}")
+        return False
+    pip(*CUDA_HEADERS)
+    for preset in ("simt", "simt-asan"):
+        step(f"C++ tests on the emulated GPU, preset {preset}")
+        run(BIN / "cmake", "--preset", preset)
+        run(BIN / "cmake", "--build", "--preset", preset)
+        run(BIN / "ctest", "--preset", preset, "--parallel", str(os.cpu_count() or 1))
+    return True
 
 
 def test_arm() -> None:
@@ -232,10 +266,13 @@ def step(title: str) -> None:
     print(f"\n=== {title}", flush=True)
 
 
-def run(*command: str | Path) -> None:
-    """Run a command of this folder, showing what it prints. Raises CalledProcessError where it fails."""
+def run(*command: str | Path, **variables: str) -> None:
+    """Run a command of this folder, with more in its environment, showing what it prints.
+
+    Raises CalledProcessError where it fails.
+    """
     # The tools of .venv come first: ninja, for one, is found by CMake on the path.
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", **variables}
     words: Sequence[str] = [str(word) for word in command]
     subprocess.run(words, cwd=ROOT, env=environment, check=True)
 

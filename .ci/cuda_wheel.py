@@ -68,7 +68,8 @@ def linkage(package: Path) -> list[str]:
         if runpath != expected:
             found.append(f"{name}: expected the runpath {expected}, got {runpath}")
     symbols = output("nm", "--dynamic", "--defined-only", "--format=posix", str(package / BACKEND))
-    shown = [line.split()[0] for line in symbols.splitlines()]
+    # Weak symbols (V, W) are type information of exceptions and the standard library's templates, the same everywhere.
+    shown = [name for name, kind, *_ in (line.split() for line in symbols.splitlines()) if kind not in "VWu"]
     if shown != ["octavo_cuda_backend"]:
         found.append(f"{BACKEND}: expected to show octavo_cuda_backend alone, got {shown[:10]}")
     return found

@@ -11,7 +11,7 @@ does to the rescaled models is there by construction: claims about it rest on Mi
 
 Written for each model into a folder of its own: eval.json and analyze.json, their tables as Markdown, and plots; beside
 them evidence.json and evidence.md: one row for each scheme, one column for each model; and whether the paper's order of
-schemes is met, model by model. Under 15 minutes on one core for the full language model.
+schemes is met, model by model.
 """
 
 from __future__ import annotations

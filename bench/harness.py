@@ -56,7 +56,7 @@ def accuracy(model: Path, tasks: Path, task: str, *, int8: bool, limit: int | No
     harness = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=1, device="cpu", prefix_token_id=prefix)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     results: Any = simple_evaluate(
-        model=harness, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
+        model=harness, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=100, log_samples=False
     )
     found: dict[str, Any] = results["results"][task]
     return found

@@ -101,7 +101,7 @@ Shape per_row(const Array& x) {
 Vector flat_output(const Array& array) {
     std::int64_t size = 1;
     for (const auto extent : array.shape()) size *= extent;
-    return {.data = array.mutable_matrix().data, .dtype = array.dtype(), .size = size};
+    return {.data = array.mutable_matrix().data, .dtype = array.dtype(), .device = array.device(), .size = size};
 }
 
 std::string text_of(const Shape& shape) {

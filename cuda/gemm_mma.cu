@@ -119,23 +119,49 @@ __device__ std::uint32_t gather(const std::int8_t* source, std::int64_t stride, 
     return word;
 }
 
-template <class Share, bool wide>
+// A chunk of a row, from `source` on, of which `count` codes are in the operand.
+__device__ Chunk gather_chunk(const std::int8_t* source, std::int64_t stride, std::int64_t count) {
+    Chunk chunk_of_row;
+#pragma unroll
+    for (int w = 0; w < chunk / 4; ++w) chunk_of_row[w] = gather(source + 4 * w * stride, stride, count - 4 * w);
+    return chunk_of_row;
+}
+
+// Where a thread's chunk of a row begins, and how many codes of the operand there are from there on.
+template <class Share>
+struct Source {
+    const std::int8_t* data;
+    std::int64_t count;
+
+    __device__ Source(const Operand& operand, std::int64_t row0, std::int64_t begin, std::int64_t end, int i) {
+        const std::int64_t col = begin + Share::index() * chunk;
+        const std::int64_t row = row0 + Share::first() + i * Share::pitch;
+        count = row < operand.rows ? end - col : 0;
+        data = operand.data + row * operand.row_stride + col * operand.col_stride;
+    }
+};
+
+// Rows that are aligned.
+template <class Share>
 __device__ void fetch_slice(const Operand& operand, std::int64_t row0, std::int64_t begin, std::int64_t end,
                             Chunk (&values)[Share::count]) {
-    const std::int64_t col = begin + Share::index() * chunk;
 #pragma unroll
     for (int i = 0; i < Share::count; ++i) {
-        const std::int64_t row = row0 + Share::first() + i * Share::pitch;
-        const std::int64_t count = row < operand.rows ? end - col : 0;
-        const std::int8_t* const source = operand.data + row * operand.row_stride + col * operand.col_stride;
-        if (wide && count >= chunk) {
-            values[i] = load<chunk / 4>(reinterpret_cast<const std::uint32_t*>(source));
-            continue;
-        }
-#pragma unroll
-        for (int w = 0; w < chunk / 4; ++w) {
-            values[i][w] = gather(source + 4 * w * operand.col_stride, operand.col_stride, count - 4 * w);
-        }
+        const Source<Share> source(operand, row0, begin, end, i);
+        values[i] = source.count >= chunk ? load<chunk / 4>(reinterpret_cast<const std::uint32_t*>(source.data))
+                                          : gather_chunk(source.data, operand.col_stride, source.count);
+    }
+}
+
+// Any rows, a chunk at a time: all of a thread's codes and their addresses would take more registers than there are.
+template <class Share>
+__device__ void copy_bytes(const Operand& operand, std::int64_t row0, std::int64_t begin, std::int64_t end,
+                           std::int8_t* target) {
+#pragma unroll 1
+    for (int i = 0; i < Share::count; ++i) {
+        const Source<Share> source(operand, row0, begin, end, i);
+        store(reinterpret_cast<std::uint32_t*>(target + i * Share::pitch * slice),
+              gather_chunk(source.data, operand.col_stride, source.count));
     }
 }
 
@@ -259,7 +285,7 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
     }
 }
 
-// Slices come by way of registers, one ahead.
+// Slices come by way of registers, one ahead; byte by byte, when they are needed.
 template <class Tile, bool wide>
 __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
                                  Sums<Tile>& sums) {
@@ -269,17 +295,25 @@ __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& 
     Chunk from_a[ShareA::count];
     Chunk from_b[ShareB::count];
     const auto fetch = [&](std::int64_t begin) {
-        fetch_slice<ShareA, wide>(a, job.row0, begin, job.end, from_a);
-        fetch_slice<ShareB, wide>(b, job.col0, begin, job.end, from_b);
+        if constexpr (wide) {
+            fetch_slice<ShareA>(a, job.row0, begin, job.end, from_a);
+            fetch_slice<ShareB>(b, job.col0, begin, job.end, from_b);
+        }
     };
-    const auto put = [&](int stage) {
-        std::int8_t* const target = shared + stage * Tile::stage_bytes;
-        put_slice<ShareA>(from_a, target + ShareA::offset());
-        put_slice<ShareB>(from_b, target + Tile::rows * slice + ShareB::offset());
+    const auto put = [&](std::int64_t begin, int stage) {
+        std::int8_t* const target_a = shared + stage * Tile::stage_bytes + ShareA::offset();
+        std::int8_t* const target_b = shared + stage * Tile::stage_bytes + Tile::rows * slice + ShareB::offset();
+        if constexpr (wide) {
+            put_slice<ShareA>(from_a, target_a);
+            put_slice<ShareB>(from_b, target_b);
+        } else {
+            copy_bytes<ShareA>(a, job.row0, begin, job.end, target_a);
+            copy_bytes<ShareB>(b, job.col0, begin, job.end, target_b);
+        }
     };
     if (job.begin >= job.end) return;
     fetch(job.begin);
-    put(0);
+    put(job.begin, 0);
     __syncthreads();
     int stage = 0;
     for (std::int64_t begin = job.begin; begin < job.end; begin += slice) {
@@ -292,7 +326,7 @@ __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& 
             multiply_fragments(fragments, sums);
         }
         stage = 1 - stage;
-        if (more) put(stage);
+        if (more) put(begin + slice, stage);
         __syncthreads();
     }
 }
@@ -498,8 +532,8 @@ Size size_for(std::int64_t m, std::int64_t n, Copy copy) {
     return medium <= small ? Size::medium : Size::small;
 }
 
-// The stride of a single row may be any, so it is made one that keeps the rows behind it aligned: copies of these read no
-// byte, but their addresses must be aligned all the same.
+// The stride of a single row may be any, so it is made one that keeps the rows behind it aligned: copies of these read
+// no byte, but their addresses must be aligned all the same.
 Operand operand_of(const ConstMatrix& matrix) {
     return {static_cast<const std::int8_t*>(matrix.data), matrix.rows, matrix.rows <= 1 ? 0 : matrix.row_stride,
             matrix.col_stride};

@@ -6,11 +6,12 @@
 //
 // A team of threads, a block or, for short rows, a warp, has a row: it reads the row, finds its range, and makes codes
 // of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 32768 (float32:
-// 16384) columns are read once; longer ones a second time, from the caches. Which columns are left out is the same for
-// all rows of a team and stays in a register too. Where there are rows enough to fill the device, a thread has all
-// four accesses, and a block several rows one after another; where there are few, a row has as many threads as can have
-// one access each. A row is never split over blocks: each would have to read all of it for its range, and one block
-// of 1024 threads reads 64 KiB in less time than a launch takes.
+// 16384) columns are read once (fewer where a thread needs more registers, see `most_threads`); longer ones a
+// second time, from the caches. Which columns are left out is the same for all rows of a team and stays in a register
+// too. Where there are rows enough to fill the device, a thread has all four accesses, and a block several rows one
+// after another; where there are few, a row has as many threads as can have one access each. A row is never split over
+// blocks: each would have to read all of it for its range, and one block of 1024 threads reads 64 KiB in less time than
+// a launch takes.
 //
 // With one scale for the whole matrix the range comes first, in a launch of its own: each block writes the range of its
 // rows, and those are combined by every block of the second launch.
@@ -28,7 +29,17 @@
 namespace octavo::cuda {
 namespace {
 
-constexpr int most_threads = 1024;
+// Threads of a block, at most. The addresses of elements that lie apart, float64 numbers, and Turing's instructions
+// need more registers than the 64 that a thread of 1024 can have.
+constexpr int most_threads(Scheme scheme, bool wide, int architecture) {
+    if (!wide) return 256;
+    return scheme == Scheme::absmax && architecture >= 80 ? 1024 : 512;
+}
+#ifdef __CUDA_ARCH__
+constexpr int compiled_for = __CUDA_ARCH__ / 10;
+#else
+constexpr int compiled_for = 0;  // only the device's code depends on it
+#endif
 constexpr int accesses = 4;
 
 // --- ranges ---------------------------------------------------------------------------------------------------------
@@ -302,8 +313,10 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
         for (int access = 0; access < accesses; ++access) {
             const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
             if (column >= x.cols || column + elements <= x.cols) continue;
-            for (int e = 0; e < static_cast<int>(x.cols - column); ++e) {
-                put_element<T>(held.quads[access], e, source[column + e]);
+            const auto rest = static_cast<int>(x.cols - column);
+#pragma unroll
+            for (int e = 0; e < elements - 1; ++e) {
+                if (e < rest) put_element<T>(held.quads[access], e, source[column + e]);
             }
         }
     }
@@ -392,7 +405,8 @@ __device__ void write_group(const Task& task, std::int64_t group, const Coding<T
 }
 
 template <class T, Scheme scheme, bool wide>
-__global__ void __launch_bounds__(most_threads) quantize_kernel(View<const Bits<T>> x, Task task) {
+__global__ void __launch_bounds__(most_threads(scheme, wide, compiled_for), 1)
+    quantize_kernel(View<const Bits<T>> x, Task task) {
     // Two of each, used in turn: whoever writes one again has passed the barrier of the other, after all have read it.
     __shared__ Bounds partial_bounds[2][warp_size];
     __shared__ std::int32_t partial_sums[2][warp_size];
@@ -443,12 +457,10 @@ __global__ void __launch_bounds__(most_threads) quantize_kernel(View<const Bits<
             if (team.rank == 0) write_group(task, row, coding);
         }
         std::int32_t sum = 0;
-        coding.encode([&](auto code) {
-            for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-                if (chunks > 1 || task.step == Step::encode) read(row, chunk);
-                sum += write_codes<T, scheme, wide>(team, chunk, row, task, held, code);
-            }
-        });
+        for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+            if (chunks > 1 || task.step == Step::encode) read(row, chunk);
+            coding.encode([&](auto code) { sum += write_codes<T, scheme, wide>(team, chunk, row, task, held, code); });
+        }
         if (!task.code_sums.present()) continue;
         const auto add = [](std::int32_t a, std::int32_t b) { return a + b; };
         sum = reduce_warp(sum, add);
@@ -502,17 +514,18 @@ struct Teams {
     std::int64_t blocks;
 };
 
-Teams teams_for(std::int64_t rows, std::int64_t width, std::int64_t elements) {
+Teams teams_for(std::int64_t rows, std::int64_t width, std::int64_t elements, std::int64_t most_threads) {
     const std::int64_t multiprocessors = device_facts().multiprocessors;
     const std::int64_t reads = blocks_for(width, elements);
     const bool few = rows <= 2 * multiprocessors;
-    const std::int64_t threads =
-        std::clamp<std::int64_t>(blocks_for(blocks_for(reads, few ? 1 : accesses), warp_size), 1, 32) * warp_size;
+    const std::int64_t threads = std::clamp<std::int64_t>(blocks_for(blocks_for(reads, few ? 1 : accesses), warp_size),
+                                                          1, most_threads / warp_size) *
+                                 warp_size;
     const bool of_warps = threads == warp_size;
     constexpr std::int64_t warps_of_block = 8;
     const std::int64_t of_block = of_warps ? warps_of_block * warp_size : threads;
     const std::int64_t wanted = of_warps ? blocks_for(rows, warps_of_block) : rows;
-    // As many as are resident at 64 registers a thread, so that each reads the marks once.
+    // As many as are resident at the registers that a thread has then, so that each reads the marks once.
     const std::int64_t most = multiprocessors * (most_threads / of_block);
     return {static_cast<unsigned>(of_block), of_warps, std::clamp<std::int64_t>(wanted, 1, most)};
 }
@@ -538,7 +551,7 @@ void quantize_rows(const ConstMatrix& x, Scheme scheme, Granularity granularity,
                    const Vector& code_sums, unsigned long long* first_not_finite, cudaStream_t stream) {
     const std::int64_t elements = 16 / size_of(x.dtype);
     const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
-    const Teams teams = teams_for(x.rows, width, elements);
+    const Teams teams = teams_for(x.rows, width, elements, most_threads(scheme, wide, device_facts().architecture));
     Task task{.per_element = exclusion.per_element,
               .threshold = exclusion.threshold,
               .marks = exclusion.marks,

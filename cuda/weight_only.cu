@@ -216,8 +216,22 @@ __device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>
     layer.finish(place.first_row + i, feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
 }
 
+// Whether `mma_kernel` is launched on the architecture that is being compiled for: older ones lack its instructions.
+constexpr int first_mma_architecture = 80;
+#ifdef __CUDA_ARCH__
+template <class X>
+constexpr bool has_mma = __CUDA_ARCH__ / 10 >= first_mma_architecture;
+#else
+template <class X>
+constexpr bool has_mma = true;
+#endif
+
+// Blocks of `dot_kernel` that a multiprocessor is to have room for. On Turing four rows of float32 need more registers.
 template <class X, int rows>
-__global__ void __launch_bounds__(threads, 2) dot_kernel(Layer<X> layer) {
+constexpr int dot_resident = has_mma<X> || sizeof(X) * rows < 16 ? 2 : 1;
+
+template <class X, int rows>
+__global__ void __launch_bounds__(threads, dot_resident<X, rows>) dot_kernel(Layer<X> layer) {
     const DotPlace<rows, dot_features> place(layer);
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
@@ -416,6 +430,7 @@ __device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], cons
 
 template <class X, int tiles>
 __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<X> layer) {
+    if constexpr (!has_mma<X>) return;
     using Place = Stage<tiles>;
     constexpr int rows = Place::rows;
     OCTAVO_DYNAMIC_SHARED(unsigned char, ring);
@@ -645,15 +660,14 @@ bool launch_mma(const Layer<X>& layer, cudaStream_t stream) {
 
 void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, cudaStream_t stream) {
     constexpr std::int64_t most_dot_rows = 2;
-    constexpr int first_mma_architecture = 80;
     const std::int64_t m = out.rows;
     if (m == 0 || out.cols == 0) return;
     const bool wide = x.cols % codes_per_load == 0 && rows_are_aligned(weight.codes, 16) && rows_are_aligned(x, 16);
     with_float(x.dtype, [&]<class X>(Type<X>) {
         const Layer<X> layer = layer_of<X>(x, weight, bias, out);
         if constexpr (sizeof(X) == 2) {
-            const bool has_mma = device_facts().architecture >= first_mma_architecture;
-            if (wide && has_mma && m > most_dot_rows && launch_mma(layer, stream)) return;
+            const bool by_mma = device_facts().architecture >= first_mma_architecture;
+            if (wide && by_mma && m > most_dot_rows && launch_mma(layer, stream)) return;
         }
         if (!wide) return launch_dot<strided_rows, 1>(strided_dot_kernel<X>, layer, 4 * warp_size, stream);
         if (m == 1) return launch_dot<X, 1>(layer, stream);

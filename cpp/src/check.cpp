@@ -60,6 +60,16 @@ void is_view(const Argument& argument, const ConstVector& vector) {
     }
 }
 
+// A GPU faults on elements that are not aligned.
+void is_aligned(const Argument& argument, const void* data, DType dtype, Device device) {
+    if (device.kind == DeviceKind::cpu) return;
+    const auto item = static_cast<std::uintptr_t>(size_of(dtype));
+    const std::uintptr_t excess = reinterpret_cast<std::uintptr_t>(data) % item;
+    if (excess == 0) return;
+    fail(ErrorKind::value, argument, "memory aligned to " + std::to_string(item) + " bytes on " + to_string(device),
+         "an address " + std::to_string(excess) + " beyond");
+}
+
 void is_float(const Argument& argument, DType dtype) {
     if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) return;
     fail(ErrorKind::type, argument, "dtype float32, float16 or bfloat16", name_of(dtype));
@@ -92,21 +102,25 @@ std::string shape_of(const ConstMatrix& matrix) {
 void is_float(const Argument& argument, const ConstMatrix& matrix) {
     is_view(argument, matrix);
     is_float(argument, matrix.dtype);
+    is_aligned(argument, matrix.data, matrix.dtype, matrix.device);
 }
 
 void is_float(const Argument& argument, const ConstVector& vector) {
     is_view(argument, vector);
     is_float(argument, vector.dtype);
+    is_aligned(argument, vector.data, vector.dtype, vector.device);
 }
 
 void is_dtype(const Argument& argument, const ConstMatrix& matrix, DType expected) {
     is_view(argument, matrix);
     is_dtype(argument, matrix.dtype, expected);
+    is_aligned(argument, matrix.data, matrix.dtype, matrix.device);
 }
 
 void is_dtype(const Argument& argument, const ConstVector& vector, DType expected) {
     is_view(argument, vector);
     is_dtype(argument, vector.dtype, expected);
+    is_aligned(argument, vector.data, vector.dtype, vector.device);
 }
 
 void on_device(const Argument& argument, Device device, Device expected) {

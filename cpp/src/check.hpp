@@ -20,7 +20,7 @@ struct Argument {
 [[nodiscard]] std::string to_string(Device device);
 [[nodiscard]] std::string shape_of(const ConstMatrix& matrix);
 
-// A view (extents >= 0, memory where it has elements) of float32, float16 or bfloat16.
+// A view (extents >= 0, memory where it has elements, aligned to these on a GPU) of float32, float16 or bfloat16.
 void is_float(const Argument& argument, const ConstMatrix& matrix);
 void is_float(const Argument& argument, const ConstVector& vector);
 

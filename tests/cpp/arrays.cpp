@@ -25,7 +25,7 @@ struct Placement {
     std::int64_t col_stride;
     std::int64_t origin;  // of element (0, 0), in elements
     std::int64_t span;    // elements from the first to the last
-    std::size_t slack;    // bytes behind it
+    std::size_t slack;    // steps behind it
 };
 
 Placement place(Layout layout, std::int64_t rows, std::int64_t cols) {
@@ -80,7 +80,10 @@ double rounded(DType dtype, double value) {
 Array::Array(DType dtype, std::int64_t rows, std::int64_t cols, Layout layout) {
     const Placement placement = place(layout, rows, cols);
     const std::int64_t item = octavo::size_of(dtype);
-    memory_ = std::make_shared<GuardedMemory>(static_cast<std::size_t>(placement.span * item), placement.slack);
+    // By one byte in CPU memory; a GPU wants elements aligned, so by one of these.
+    const std::size_t slack =
+        placement.slack * (test_device().kind == octavo::DeviceKind::cpu ? 1U : static_cast<std::size_t>(item));
+    memory_ = std::make_shared<GuardedMemory>(static_cast<std::size_t>(placement.span * item), slack);
     matrix_ = {memory_->data() + placement.origin * item,
                dtype,
                test_device(),

@@ -243,6 +243,28 @@ TEST(matches_the_reference_over_many_tiles) {
     }
 }
 
+// The ways in which a GPU multiplies few rows: dot products, and matrix instructions for tiles of 8 to 64 rows, each
+// with the depth shared by 1 to 8 warps; rows of 16 codes and others.
+TEST(weight_only_of_few_rows) {
+    Random random(94);
+    struct Shape {
+        std::int64_t n, k;
+    };
+    for (const Shape s : {Shape{5, 16}, Shape{33, 240}, Shape{9, 1040}, Shape{300, 64}}) {
+        for (const std::int64_t m : {1, 2, 3, 4, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65}) {
+            for (const DType dtype : float_dtypes) {
+                const Array x(dtype, activations(random, m, s.k));
+                const Array w(dtype, random_normal(random, s.n, s.k, 0.05));
+                const Array bias(dtype, random_normal(random, 1, s.n));
+                const Scheme scheme = m % 2 == 0 ? Scheme::absmax : Scheme::zeropoint;
+                const Weight weight(w, scheme, Granularity::vector);
+                const check::Context context(m, " x ", s.n, " x ", s.k, " ", name_of(dtype));
+                check_linear(x, weight, bias, {.path = Path::weight_only}, dtype);
+            }
+        }
+    }
+}
+
 // Sums of products that need 64 bits.
 TEST(deep) {
     constexpr std::int64_t k = 200000;

@@ -375,6 +375,43 @@ TEST(memory_of_a_device_without_a_backend) {
     CHECK_THROWS(octavo::sum_codes(codes, sums), device, "sum_codes: CUDA: ");
 }
 
+// Rows that a GPU's threads read once, several times, or from unaligned memory; and more rows than it has teams.
+TEST(rows_of_every_length) {
+    struct Shape {
+        std::int64_t m, k;
+    };
+    Random random(87);
+    for (const Shape shape : {Shape{1, 2048}, Shape{2, 8200}, Shape{1, 33000}, Shape{1, 40008}, Shape{700, 24}}) {
+        for (const DType dtype : float_dtypes) {
+            const Values values = random_normal(random, shape.m, shape.k);
+            for (const Layout layout : {Layout::contiguous, Layout::unaligned}) {
+                const Array x(dtype, values, layout);
+                for (const Scheme scheme : schemes) {
+                    for (const Granularity granularity : {Granularity::tensor, Granularity::row}) {
+                        const check::Context context(shape.m, " x ", shape.k, " ", name_of(dtype));
+                        const auto expected = reference::quantize(x.values(), scheme, granularity == Granularity::row);
+                        check_codes(quantize(x, scheme, granularity), expected);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Refused before any device is asked for.
+TEST(memory_that_a_gpu_cannot_read) {
+    alignas(4) std::uint16_t memory[4] = {};
+    const octavo::Device cuda{octavo::DeviceKind::cuda, 0};
+    const octavo::Matrix codes{.data = memory, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
+    const octavo::Vector sums{.data = memory + 1, .dtype = DType::i32, .device = cuda, .size = 1};
+    CHECK_THROWS(octavo::sum_codes(codes, sums), value,
+                 "sum_codes: code_sums: expected memory aligned to 4 bytes on cuda:0, got an address 2 beyond");
+    const octavo::Matrix x{
+        .data = reinterpret_cast<std::byte*>(memory) + 1, .dtype = DType::f16, .device = cuda, .rows = 1, .cols = 1};
+    CHECK_THROWS(octavo::find_outliers(x, 6.0F, sums, sums), value,
+                 "find_outliers: x: expected memory aligned to 2 bytes on cuda:0, got an address 1 beyond");
+}
+
 // Depths beyond 2^24, where sums of codes no longer fit int32, are refused before memory is touched.
 TEST(depth_limit) {
     std::int32_t memory = 0;

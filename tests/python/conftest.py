@@ -17,7 +17,7 @@ settings.register_profile(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=40,
+    max_examples=int(os.environ.get("OCTAVO_TEST_EXAMPLES", "40")),  # fewer on the emulated GPU (dev.py)
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("octavo")

@@ -306,7 +306,9 @@ class TestTasks:
         line = {"prompt": " ".join(["w1"] * 80) + "  ", "choices": [" w2 w3", "w4"], "answer": 0}
         (tmp_path / "t").write_text(json.dumps(line))
         question = tasks.read(tmp_path / "t", loaded)[0]
-        assert [window.ids.shape[1] for window in question.choices] == [64, 64]
+        assert [window.ids.shape[1] for window in question.choices] == [65, 65]  # the model is given all but the last
+        with Progress(1, show=False) as progress:
+            assert tasks.answers(loaded.model, [question], progress, "")[0] in (0, 1)
         assert [window.scored for window in question.choices] == [2, 1]
         assert question.choices[0].ids[0, -2:].tolist() == [2, 3]
 

@@ -153,7 +153,8 @@ lt::Status get_heuristic(lt::Handle /*handle*/, lt::MatmulDesc desc, lt::Layout 
     if (const lt::Status status = check_product(desc, a, b, c, d); status != lt::success) return status;
     std::uint64_t least = 256;  // what the library assumes of pointers, unless it is told otherwise
     if (preference->alignment.size() == 4) {
-        for (const auto& [operand, alignment] : preference->alignment) least = std::min<std::uint64_t>(least, alignment);
+        for (const auto& [operand, alignment] : preference->alignment)
+            least = std::min<std::uint64_t>(least, alignment);
     }
     results[0] = {};
     results[0].algorithm.data[0] = genuine;
@@ -207,8 +208,8 @@ lt::Status matmul(lt::Handle handle, lt::MatmulDesc desc, const void* alpha, con
     static std::deque<std::function<void()>> all;  // kept: a graph that holds one may be launched at any time
     const std::scoped_lock lock(mutex);
     all.emplace_back(work);
-    const cudaError_t status = cudaLaunchHostFunc(
-        stream, [](void* one) { (*static_cast<std::function<void()>*>(one))(); }, &all.back());
+    const cudaError_t status =
+        cudaLaunchHostFunc(stream, [](void* one) { (*static_cast<std::function<void()>*>(one))(); }, &all.back());
     return status == cudaSuccess ? lt::success : execution_failed;
 }
 

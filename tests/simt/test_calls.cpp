@@ -1,5 +1,5 @@
-// What a call does besides computing, on the emulated GPU, which counts: launches, what waits and what allocates; capture
-// in graphs; streams, devices, host threads, and offsets beyond 32 bits.
+// What a call does besides computing, on the emulated GPU, which counts: launches, what waits and what allocates;
+// capture in graphs; streams, devices, host threads, and offsets beyond 32 bits.
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
 
@@ -51,9 +51,7 @@ simt::Counters counted(const std::function<void()>& call) {
 }
 
 // All that a GPU would start: kernels, the product of cuBLASLt, copies.
-long started(const simt::Counters& counters) {
-    return counters.launches + counters.host_functions + counters.copies;
-}
+long started(const simt::Counters& counters) { return counters.launches + counters.host_functions + counters.copies; }
 
 class OwnStream {
 public:
@@ -163,8 +161,7 @@ TEST(launches_of_linear) {
                     const Problem problem(s.m, s.n, s.k, dtype, scheme, granularity);
                     for (const LinearOptions& options : all_options) {
                         const check::Context context(s.m, " x ", s.n, " x ", s.k, " dtype ", check::show(dtype),
-                                                     " granularity ", check::show(granularity), " ",
-                                                     describe(options));
+                                                     " granularity ", check::show(granularity), " ", describe(options));
                         const auto call = [&] { problem.linear(options); };
                         CHECK_EQ(counted(call).synchronizations, 0);
                         const simt::Counters again = counted(call);
@@ -204,7 +201,8 @@ TEST(workspace_is_kept_until_it_is_released) {
 
 namespace {
 
-// Captures the first call, launches the graph twice, with another input the second time, and compares with direct calls.
+// Captures the first call, launches the graph twice, with another input the second time, and compares with direct
+// calls.
 void check_capture(const std::function<void(Stream)>& call, const std::vector<const Array*>& outputs,
                    const std::function<void()>& new_input) {
     const OwnStream stream;

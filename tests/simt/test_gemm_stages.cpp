@@ -76,14 +76,15 @@ std::int64_t round_up(std::int64_t value, std::int64_t to) { return (value + to 
 class Codes {
 public:
     Codes(Random& random, std::int64_t rows, std::int64_t cols, Order order)
-        : row_stride_(order == Order::column_major ? 1 : order == Order::padded ? round_up(cols, 16) + 16 : cols),
+        : row_stride_(order == Order::column_major ? 1
+                      : order == Order::padded     ? round_up(cols, 16) + 16
+                                                   : cols),
           col_stride_(order == Order::column_major ? rows : 1),
           offset_(order == Order::shifted ? 1 : 0),
           rows_(rows),
           cols_(cols),
-          memory_(std::max<std::int64_t>(1, rows * cols == 0 ? 0
-                                                              : offset_ + (rows - 1) * row_stride_ +
-                                                                    (cols - 1) * col_stride_ + 1)) {
+          memory_(std::max<std::int64_t>(
+              1, rows * cols == 0 ? 0 : offset_ + (rows - 1) * row_stride_ + (cols - 1) * col_stride_ + 1)) {
         std::vector<std::int8_t> all = memory_.read();
         for (std::int8_t& code : all) code = static_cast<std::int8_t>(random.integer(-128, 127));
         memory_.write(all);
@@ -97,8 +98,8 @@ public:
     }
 
     [[nodiscard]] ConstMatrix matrix() const {
-        return {memory_.data() + offset_, DType::i8, {octavo::DeviceKind::cuda, 0}, rows_, cols_, row_stride_,
-                col_stride_};
+        return {
+            memory_.data() + offset_, DType::i8, {octavo::DeviceKind::cuda, 0}, rows_, cols_, row_stride_, col_stride_};
     }
     [[nodiscard]] const std::int8_t* row(std::int64_t i) const { return values_.data() + i * cols_; }
 
@@ -183,8 +184,14 @@ TEST(strides_of_the_output) {
     Random random(2);
     const Codes a(random, 37, 96, Order::contiguous);
     const Codes b(random, 44, 96, Order::contiguous);
-    for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>{44, 1}, {48, 1}, {45, 1}, {1, 37}, {1, 40},
-                                     {1, 39}, {100, 2}, {3, 120}}) {
+    for (const auto& [rows, cols] : {std::pair<std::int64_t, std::int64_t>{44, 1},
+                                     {48, 1},
+                                     {45, 1},
+                                     {1, 37},
+                                     {1, 40},
+                                     {1, 39},
+                                     {100, 2},
+                                     {3, 120}}) {
         const check::Context context("strides ", rows, ", ", cols);
         const Sums ours(37, 44, rows, cols);
         cuda::mma_multiply(a.matrix(), b.matrix(), ours.matrix, nullptr);
@@ -309,11 +316,10 @@ TEST(scaled) {
                 const Memory<float> y(s.m * s.n);
                 const Memory<std::uint16_t> half(s.m * s.n);
                 const auto run = [&](void* out, DType dtype) {
-                    cuda::mma_multiply_scaled(a.matrix(), b.matrix(),
-                                              vector(device_a, static_cast<std::int64_t>(scale_a.size())),
-                                              vector(device_b, static_cast<std::int64_t>(scale_b.size())),
-                                              vector(device_bias, s.n, !one_scale),
-                                              {out, dtype, device, s.m, s.n, s.n, 1}, nullptr);
+                    cuda::mma_multiply_scaled(
+                        a.matrix(), b.matrix(), vector(device_a, static_cast<std::int64_t>(scale_a.size())),
+                        vector(device_b, static_cast<std::int64_t>(scale_b.size())),
+                        vector(device_bias, s.n, !one_scale), {out, dtype, device, s.m, s.n, s.n, 1}, nullptr);
                 };
                 run(y.data(), DType::f32);
                 run(half.data(), DType::bf16);

@@ -47,7 +47,8 @@ struct Stream {
 };
 
 // A non-owning strided matrix `[rows, cols]`. Strides count elements and may be zero or negative; `data` points at
-// element (0, 0) and needs no alignment. `Data` is `void` for outputs and `const void` for inputs.
+// element (0, 0) and needs no alignment in CPU memory; on a GPU it is aligned to its elements. `Data` is `void` for
+// outputs and `const void` for inputs.
 template <class Data>
 struct BasicMatrix {
     Data* data = nullptr;

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from octavo.measuring.drawing import BLUE, GRAY, GREEN, ORANGE, VERMILION, draw_tables, quiet, save_all
 
@@ -45,7 +46,7 @@ def draw_emergence(report: Report) -> Figure:
         left.plot(layers, values, marker + "-", color=color, label=label, markersize=size, linewidth=size / 3)
     left.set_ylabel(f"positions with magnitude >= {report.settings['threshold']:g}, %")
     left.set_title("The outlier features" if report.features else "No feature is outlying systematically")
-    left.set_ylim(-2, 102)
+    left.set_ylim(-4, 106)
     if report.features:
         left.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     minimum = report.settings["min_positions"]
@@ -53,10 +54,13 @@ def draw_emergence(report: Report) -> Figure:
     right.bar(layers, (share >= max(minimum, 1e-12)).sum(1), color=BLUE, label=f"at {minimum:.0%} of positions")
     right.set_ylabel("features")
     right.set_title("Features of the hidden states that are outlying")
+    right.set_ylim(0, max(1.0, 1.05 * float((share > 0).sum(1).max())))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     for axis in (left, right):
         axis.set_xlabel("layer")
         axis.set_xticks(list(layers))
+        axis.set_xlim(-0.5, len(share) - 0.5)
         quiet(axis, "y")
     figure.tight_layout()
     return figure

@@ -158,10 +158,7 @@ def _worth_table(report: Report) -> Table:
                 sum(len(worth.kept) for worth in report.worths),
                 lambda policy: root_mean_square(report.worths, policy),
             ),
-            *(
-                row(f"{worth.layer} {worth.name}", len(worth.kept), lambda policy, own=worth: own.errors[policy])
-                for worth in report.worths
-            ),
+            *(row(f"{worth.layer} {worth.name}", len(worth.kept), worth.errors.__getitem__) for worth in report.worths),
         ],
         "On the inputs that the float32 model gives them. Outlier columns are those of a window; by row: each row's; "
         "static: the kept ones, found at 6 % of positions in the first half of the windows and measured on the others.",

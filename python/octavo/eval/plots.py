@@ -33,16 +33,20 @@ def write_all(report: Report, directory: Path) -> list[Path]:
 
 def draw_perplexity(report: Report) -> Figure:
     """What each scheme costs in log-likelihood per token, with twice the standard error."""
-    names = [f"{result.name}  ({result.perplexity:.5g})" for result in report.results]
+    names = [f"{result.name}  ({_perplexity(result.perplexity)})" for result in report.results]
     losses = [-result.difference for result in report.results]
     errors = [result.standard_error for result in report.results]
     return _losses(
         names,
         losses,
         errors,
-        "log-likelihood lost per token, nats (bars: twice the standard error; gray: within them)",
+        "log-likelihood lost per token, nats\n(bars: twice the standard error; gray: within them)",
         "Against float32 (in brackets: perplexity)",
     )
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e5 else f"{value:.3g}"
 
 
 def draw_embeddings(report: Report) -> Figure:
@@ -62,7 +66,7 @@ def draw_accuracy(report: Report) -> Figure:
         names,
         losses,
         errors,
-        "accuracy lost, percentage points (bars: twice the standard error; gray: within them)",
+        "accuracy lost, percentage points\n(bars: twice the standard error; gray: within them)",
         "Zero-shot accuracy against float32 (in brackets: accuracy)",
         scale="linear",
     )
@@ -90,8 +94,9 @@ def _losses(
     axis.axvline(0, color="black", linewidth=1)
     if scale == "symlog":
         # Linear where differences drown in their errors, logarithmic where they do not.
-        known = [2 * error for error in errors if error > 0]
-        axis.set_xscale("symlog", linthresh=max(min(known, default=1e-3), 1e-6))
+        # A power of ten, so that no tick stands in the linear part.
+        known = max(min((2 * error for error in errors if error > 1e-9), default=1e-3), 1e-6)
+        axis.set_xscale("symlog", linthresh=10.0 ** math.ceil(math.log10(known)))
     axis.margins(x=0.08)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
@@ -127,6 +132,8 @@ def draw_peers(report: Report) -> Figure:
     middle.set_xlabel("MiB of the linear layers")
     right.set_xlabel("nats lost per token" if report.causal else "1 - mean cosine")
     right.axvline(0, color="black", linewidth=1)
+    right.ticklabel_format(axis="x", style="sci", scilimits=(-3, 3), useMathText=True)
+    right.locator_params(axis="x", nbins=5)
     for axis in (left, middle, right):
         axis.margins(x=0.15)
         quiet(axis, "x")

@@ -95,9 +95,9 @@ def _window(where: str, prompt: str, choice: str, language: Language) -> Window:
 
     whole, context = tokens(bare + choice), len(tokens(bare))
     most = language.positions
-    if most is not None and len(whole) > most:
-        context -= len(whole) - most
-        whole = whole[-most:]
+    if most is not None and len(whole) > most + 1:  # the last token is predicted only
+        context -= len(whole) - (most + 1)
+        whole = whole[-(most + 1) :]
     if not 1 <= context < len(whole):
         raise ValueError(f"{where}: expected tokens of the prompt and of the choice {choice!r}, got none of one")
     return Window(torch.tensor([whole]), context, 0)

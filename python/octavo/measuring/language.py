@@ -169,9 +169,10 @@ def cut(tokens: Sequence[int], window: int, stride: int) -> list[Window]:
 def log_likelihoods(model: Any, window: Window) -> tuple[Tensor, Tensor]:
     """Of each scored token of a causal model: its log-likelihood, and the likeliest token's probability.
 
-    Both float64 [scored]; natural logarithms.
+    Both float64 [scored]; natural logarithms. The model is not given the last token, which predicts none.
     """
-    logits = model(**window.inputs).logits[0, window.first - 1 : -1].float()  # [scored, vocabulary]
+    inputs = {name: tensor[:, :-1] for name, tensor in window.inputs.items()}
+    logits = model(**inputs).logits[0, window.first - 1 :].float()  # [scored, vocabulary]
     likelihood = logits.log_softmax(-1)
     own = likelihood.gather(1, window.ids[0, window.first :, None])[:, 0]
     return own.double(), likelihood.amax(-1).double().exp()

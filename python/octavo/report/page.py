@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -144,7 +145,11 @@ def _ordered(pictures: Sequence[tuple[PurePosixPath, Picture]]) -> list[tuple[Pu
 
 def _picture(named: tuple[PurePosixPath, Picture]) -> str:
     path, picture = named
-    size = f' width="{picture.size[0]}" height="{picture.size[1]}"' if picture.size else ""
+    size = ""
+    if picture.size:
+        # Plots have 130 pixels to the inch: blown up, the letters of a narrow one would be larger than the page's.
+        widest = math.ceil(0.8 * picture.size[0])
+        size = f' width="{picture.size[0]}" height="{picture.size[1]}" style="--widest: {widest}px"'
     light = " on-light" if picture.on_light else ""
     return f"""<figure class="picture{light}">
 <div class="scroll" tabindex="0" role="group" aria-label="{escape(picture.caption)}">
