@@ -197,7 +197,8 @@ def _choose(logits: Tensor, job: Job) -> int:
         return int(logits.argmax())
     probabilities = (logits / job.sampling.temperature).softmax(-1)
     if job.sampling.top_p < 1:
-        ordered, index = probabilities.sort(descending=True)
+        # Stable: of tokens that are equally likely the first one leads, as in `argmax`.
+        ordered, index = probabilities.sort(descending=True, stable=True)
         ordered[ordered.cumsum(-1) - ordered >= job.sampling.top_p] = 0  # the likeliest one always stays
         return int(index[torch.multinomial(ordered, 1, generator=job.random)])
     return int(torch.multinomial(probabilities, 1, generator=job.random))
