@@ -5,11 +5,11 @@
 //               q = clip(rint(nd * x) - zp, -127, 127)                                 scale = 1 / nd
 //
 // A team of threads, a block or, for short rows, a warp, has a row: it reads the row, finds its range, and makes codes
-// of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 32768 (float32:
-// 16384) columns are read once (fewer where a thread needs more registers, see `most_threads`); longer ones a
-// second time, from the caches. Which columns are left out is the same for all rows of a team and stays in a register
-// too. Where there are rows enough to fill the device, a thread has all four accesses, and a block several rows one
-// after another; where there are few, a row has as many threads as can have one access each. A row is never split over
+// of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 32768 columns
+// (float32: 8192; fewer where a thread needs more registers, see `most_threads`) are read once; longer ones a second
+// time, from the caches. Which columns are left out is the same for all rows of a team and stays in a register too.
+// Where there are rows enough to fill the device, a thread has all four accesses, and a block several rows one after
+// another; where there are few, a row has as many threads as can have one access each. A row is never split over
 // blocks: each would have to read all of it for its range, and one block of 1024 threads reads 64 KiB in less time than
 // a launch takes.
 //
@@ -29,11 +29,11 @@
 namespace octavo::cuda {
 namespace {
 
-// Threads of a block, at most. The addresses of elements that lie apart, float64 numbers, and Turing's instructions
-// need more registers than the 64 that a thread of 1024 can have.
-constexpr int most_threads(Scheme scheme, bool wide, int architecture) {
+// Threads of a block, at most. The addresses of elements that lie apart, divisions (float32 elements, see `Coding`),
+// float64 numbers, and Turing's instructions need more registers than the 64 that a thread of 1024 can have.
+constexpr int most_threads(std::int64_t size_of_element, Scheme scheme, bool wide, int architecture) {
     if (!wide) return 256;
-    return scheme == Scheme::absmax && architecture >= 80 ? 1024 : 512;
+    return size_of_element == 2 && scheme == Scheme::absmax && architecture >= 80 ? 1024 : 512;
 }
 #ifdef __CUDA_ARCH__
 constexpr int compiled_for = __CUDA_ARCH__ / 10;
@@ -405,7 +405,7 @@ __device__ void write_group(const Task& task, std::int64_t group, const Coding<T
 }
 
 template <class T, Scheme scheme, bool wide>
-__global__ void __launch_bounds__(most_threads(scheme, wide, compiled_for), 1)
+__global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled_for), 1)
     quantize_kernel(View<const Bits<T>> x, Task task) {
     // Two of each, used in turn: whoever writes one again has passed the barrier of the other, after all have read it.
     __shared__ Bounds partial_bounds[2][warp_size];
@@ -551,7 +551,8 @@ void quantize_rows(const ConstMatrix& x, Scheme scheme, Granularity granularity,
                    const Vector& code_sums, unsigned long long* first_not_finite, cudaStream_t stream) {
     const std::int64_t elements = 16 / size_of(x.dtype);
     const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
-    const Teams teams = teams_for(x.rows, width, elements, most_threads(scheme, wide, device_facts().architecture));
+    const int threads = most_threads(size_of(x.dtype), scheme, wide, device_facts().architecture);
+    const Teams teams = teams_for(x.rows, width, elements, threads);
     Task task{.per_element = exclusion.per_element,
               .threshold = exclusion.threshold,
               .marks = exclusion.marks,
