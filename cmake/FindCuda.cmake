@@ -42,6 +42,10 @@ function(octavo_find_cuda_headers)
 endfunction()
 
 macro(octavo_enable_cuda)
+  if(CMAKE_VERSION VERSION_LESS 3.26)
+    message(FATAL_ERROR "octavo: OCTAVO_CUDA: expected CMake 3.26 or newer, which knows nvcc's C++20, got "
+                        "${CMAKE_VERSION} (pip install cmake)")
+  endif()
   if(NOT CMAKE_CUDA_COMPILER AND "$ENV{CUDACXX}" STREQUAL "")
     set(_octavo_packages "")
     find_program(_octavo_nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_DEFAULT_PATH NO_CACHE)
