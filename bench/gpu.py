@@ -184,7 +184,8 @@ class Clock:
         call()
         self.end.record()
         self.end.synchronize()
-        return self.begin.elapsed_time(self.end)
+        elapsed: float = self.begin.elapsed_time(self.end)
+        return elapsed
 
     def best(self, call: Call, calls: int = 10) -> float:
         """The shortest of some calls, after two to warm up."""

@@ -3,9 +3,9 @@
     M' = beta * M + G,   W' = W * (1 - rate * decay) - 0.2 * sqrt(max(rows, columns)) * rate * U V^T,
     where G + beta * M' = U S V^T
 
-The factor gives the update the root mean square that AdamW's has (Liu 2025, arXiv 2502.16982), so both take one learning
-rate. torch.optim.Muon iterates in bfloat16, which a processor without instructions for it emulates; this one does in
-float32, for all weights of one shape at a time.
+The factor gives the update the root mean square that AdamW's has (Liu 2025, arXiv 2502.16982), so both take one
+learning rate. torch.optim.Muon iterates in bfloat16, which a processor without instructions for it emulates; this one
+does in float32, for all weights of one shape at a time.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _STEPS = 5
 class Muon(torch.optim.Optimizer):
     """The optimizer. `params`: matrices. lr: learning rate; momentum: beta."""
 
-    def __init__(
-        self, params: Iterable[Any], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
-    ) -> None:
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -39,24 +37,25 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in shapes.items():
-                updates = orthogonal(torch.stack([self._momentum(own, group["momentum"]) for own in parameters]))
+                updates = orthogonal(torch.stack([self._direction(own, group["momentum"]) for own in parameters]))
                 size = 0.2 * max(shape) ** 0.5 * group["lr"]
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
         return loss
 
-    def _momentum(self, parameter: Tensor, beta: float) -> Tensor:
-        """The direction before it is made orthogonal (Nesterov's)."""
-        state = self.state[parameter]
-        kept = state.setdefault("momentum", torch.zeros_like(parameter))
-        kept.mul_(beta).add_(parameter.grad)
-        return parameter.grad.add(kept, alpha=beta)
+    def _direction(self, parameter: Tensor, beta: float) -> Tensor:
+        """G + beta * M', before it is made orthogonal (Nesterov's momentum)."""
+        gradient = parameter.grad
+        assert gradient is not None, "step takes those that have one"
+        kept: Tensor = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+        kept.mul_(beta).add_(gradient)
+        return gradient.add(kept, alpha=beta)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """U V^T of each matrix U S V^T, nearly: singular values between 0.7 and 1.2. float32 [count, rows, columns]."""
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
+    x: Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = _QUINTIC
     for _ in range(_STEPS):

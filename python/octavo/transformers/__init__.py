@@ -19,8 +19,8 @@ modules that Transformers keeps in float32 for the dtype asked for, biases of ex
 computes something of its own (Llama 4; a warning names them), layers that the checkpoint has no weights for.
 
 **Loading int8.** The file decides which layers are int8, with which options; it may come from `save_pretrained` or from
-``octavo quantize`` (`octavo.checkpoint`). Transformers reads it, so its checksums are not compared here: ``octavo inspect
---verify`` does that.
+``octavo quantize`` (`octavo.checkpoint`). Transformers reads it, so its checksums are not compared here: ``octavo
+inspect --verify`` does that.
 
 **Memory.** While a 16-bit model is converted: the int8 model, one weight of the 16-bit one (where a model stacks its
 experts, those of one layer) and its codes. Transformers maps the files; the pages of them that have been read count as
