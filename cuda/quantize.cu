@@ -5,12 +5,12 @@
 //               q = clip(rint(nd * x) - zp, -127, 127)                                 scale = 1 / nd
 //
 // A team of threads, a block or, for short rows, a warp, has a row: it reads the row, finds its range, and makes codes
-// of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 32768 columns
+// of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 24576 columns
 // (float32: 8192; fewer where a thread needs more registers, see `most_threads`) are read once; longer ones a second
 // time, from the caches. Which columns are left out is the same for all rows of a team and stays in a register too.
 // Where there are rows enough to fill the device, a thread has all four accesses, and a block several rows one after
 // another; where there are few, a row has as many threads as can have one access each. A row is never split over
-// blocks: each would have to read all of it for its range, and one block of 1024 threads reads 64 KiB in less time than
+// blocks: each would have to read all of it for its range, and one block of 768 threads reads 48 KiB in less time than
 // a launch takes.
 //
 // With one scale for the whole matrix the range comes first, in a launch of its own: each block writes the range of its
@@ -30,10 +30,10 @@ namespace octavo::cuda {
 namespace {
 
 // Threads of a block, at most. The addresses of elements that lie apart, divisions (float32 elements, see `Coding`),
-// float64 numbers, and Turing's instructions need more registers than the 64 that a thread of 1024 can have.
+// float64 numbers, and Turing's instructions need more registers than the 80 that a thread of 768 can have.
 constexpr int most_threads(std::int64_t size_of_element, Scheme scheme, bool wide, int architecture) {
     if (!wide) return 256;
-    return size_of_element == 2 && scheme == Scheme::absmax && architecture >= 80 ? 1024 : 512;
+    return size_of_element == 2 && scheme == Scheme::absmax && architecture >= 80 ? 768 : 512;
 }
 #ifdef __CUDA_ARCH__
 constexpr int compiled_for = __CUDA_ARCH__ / 10;
