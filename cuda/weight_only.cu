@@ -305,8 +305,9 @@ __global__ void __launch_bounds__(threads, dot_resident<X, rows>) dot_kernel(Lay
 // Any strides and any k: an element at a time.
 constexpr int strided_rows = 4;
 
+// Four blocks to a multiprocessor: left to itself the compiler spills, to have more of them.
 template <class X>
-__global__ void __launch_bounds__(threads) strided_dot_kernel(Layer<X> layer) {
+__global__ void __launch_bounds__(threads, 4) strided_dot_kernel(Layer<X> layer) {
     const DotPlace<strided_rows, 1> place(layer);
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
     const std::int64_t feature = smaller(place.first_feature, layer.codes.rows - 1);
