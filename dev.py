@@ -36,7 +36,7 @@ CUDA_WHEEL = ROOT / ".ci" / "cuda_wheel.py"
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
 # The files of tests/python with tests that run on every backend.
 EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "threads", "weight")
-CPP_FOLDERS = ("cpp", "bindings", "tests/cpp", "examples", "bench")
+CPP_FOLDERS = ("cpp", "cuda", "bindings", "tests/cpp", "tests/simt", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "docs/hooks.py", "docs/docstrings.py", "dev.py")
 
 
@@ -152,7 +152,7 @@ def check(args: argparse.Namespace) -> None:
         str(path.relative_to(ROOT))
         for folder in CPP_FOLDERS
         for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in {".c", ".h", ".cpp", ".hpp"}
+        if path.suffix in {".c", ".h", ".cpp", ".hpp", ".cu", ".cuh"}
     ]
     step("clang-format")
     run(BIN / "clang-format", *(["-i"] if args.fix else ["--dry-run", "-Werror"]), *sources)

@@ -1,5 +1,6 @@
-// The part of cuBLASLt's C interface that gemm_cublaslt.cpp uses, so that building needs none of the 400 MB of the library.
-// The same in cuBLASLt 12 and 13; tests/simt/test_cublaslt_api.cpp compares it with cublasLt.h where there is one.
+// The part of cuBLASLt's C interface that gemm_cublaslt.cpp uses, so that building needs none of the 400 MB of the
+// library. The same in cuBLASLt 12 and 13; tests/simt/test_cublaslt_api.cpp compares it with cublasLt.h where there is
+// one.
 #pragma once
 
 #include <cuda_runtime_api.h>

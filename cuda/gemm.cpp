@@ -1,7 +1,8 @@
 // Which int8 product is used, what is done about operands that it cannot read well, and products too deep for int32.
 //
-// cuBLASLt where it takes the operands as they are, else our own (gemm_mma.cu), which takes any. Ours reads operands that
-// are not aligned byte by byte; where a product is large, and so reads them many times, copies of them are aligned first.
+// cuBLASLt where it takes the operands as they are, else our own (gemm_mma.cu), which takes any. Ours reads operands
+// that are not aligned byte by byte; where a product is large, and so reads them many times, copies of them are aligned
+// first.
 #include "gemm.hpp"
 
 #include <algorithm>
@@ -20,8 +21,8 @@ namespace {
 // What rows of copies are multiples of.
 constexpr std::int64_t copy_alignment = 16;
 
-// Whether copies are worth two more launches: where every operand is read by at least this many rows or columns of blocks,
-// a few more bytes read and written once replace loads of single bytes that are repeated.
+// Whether copies are worth two more launches: where every operand is read by at least this many rows or columns of
+// blocks, a few more bytes read and written once replace loads of single bytes that are repeated.
 bool copies_pay(std::int64_t m, std::int64_t n, std::int64_t k) {
     constexpr std::int64_t least_size = 256;
     constexpr std::int64_t least_depth = 64;
@@ -67,9 +68,9 @@ void product(const ConstMatrix& a, const ConstMatrix& b, const Matrix& out, cuda
     // Columns that are contiguous are rows of the transposed product.
     if (out.col_stride != 1 && out.row_stride == 1 && out.cols > 1) {
         const ConstMatrix turned = transposed(out);
-        return product(b, a,
-                       {out.data, out.dtype, out.device, turned.rows, turned.cols, turned.row_stride, turned.col_stride},
-                       stream);
+        return product(
+            b, a, {out.data, out.dtype, out.device, turned.rows, turned.cols, turned.row_stride, turned.col_stride},
+            stream);
     }
     if (by_cublaslt(a, b, out, stream)) return;
     if (reads_wide(a, b) || !copies_pay(out.rows, out.cols, a.cols)) return mma_multiply(a, b, out, stream);

@@ -19,8 +19,8 @@ bool reads_wide(const ConstMatrix& a, const ConstMatrix& b);
 //   out   [m, n] i32, any strides
 void mma_multiply(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream);
 
-// out[i, j] = float(sum_k a[i, k] * b[j, k]) * (scale_a[i] * scale_b[j]) + bias[j], in float32, rounded once: the 4-byte
-// sums never reach memory.
+// out[i, j] = float(sum_k a[i, k] * b[j, k]) * (scale_a[i] * scale_b[j]) + bias[j], in float32, rounded once: the
+// 4-byte sums never reach memory.
 //   scale_a, scale_b  f32 [m], [n], or [1] for all
 //   bias              f32, f16 or bf16 [n], or absent
 //   out               [m, n] f32, f16 or bf16, any strides
@@ -35,8 +35,8 @@ void copy_aligned(ConstMatrix codes, std::int8_t* copy, std::int64_t width, cuda
 // What `sum_parts` leaves in `overflow` where all sums fit.
 inline constexpr unsigned long long no_overflow = ~0ULL;
 
-// out[i, j] = sum_p acc[p, i, j], in 64 bits. `overflow` (on the device) receives i * n + j of the first sum that does not
-// fit int32, else no_overflow.
+// out[i, j] = sum_p acc[p, i, j], in 64 bits. `overflow` (on the device) receives i * n + j of the first sum that does
+// not fit int32, else no_overflow.
 //   acc  [parts, m, n], contiguous
 //   out  [m, n] i32, any strides
 void sum_parts(const std::int32_t* acc, std::int64_t parts, Matrix out, unsigned long long* overflow,

@@ -58,8 +58,8 @@ std::string own_folder() {
     return slash == std::string::npos ? "." : path.substr(0, slash);
 }
 
-// In this order: the copy that the process has (PyTorch's), one that the loader finds (our RUNPATH, the system's), one of
-// NVIDIA's packages beside octavo's.
+// In this order: the copy that the process has (PyTorch's), one that the loader finds (our RUNPATH, the system's), one
+// of NVIDIA's packages beside octavo's.
 void* open_library(std::string& error) {
     constexpr int flags = RTLD_LAZY | RTLD_LOCAL;
     constexpr std::array names = {"libcublasLt.so.13", "libcublasLt.so.12"};
@@ -219,8 +219,8 @@ struct Key {
     friend auto operator<=>(const Key&, const Key&) = default;
 };
 
-// How to multiply: the row-major out = a b^T is, in cuBLASLt's column-major words, out^T = b a^T, with b^T and a^T as they
-// lie.
+// How to multiply: the row-major out = a b^T is, in cuBLASLt's column-major words, out^T = b a^T, with b^T and a^T as
+// they lie.
 struct Plan {
     Desc desc;
     Layout a;  // of what cuBLASLt calls so: our b
@@ -286,7 +286,8 @@ private:
     std::map<Key, Entries::iterator> places_;
 };
 
-// A handle for each device, null where the library refuses to make one. Never destroyed: the driver may be gone by then.
+// A handle for each device, null where the library refuses to make one. Never destroyed: the driver may be gone by
+// then.
 lt::Handle handle_of(int device) {
     constexpr std::size_t most_devices = 64;
     struct Entry {
@@ -336,10 +337,10 @@ bool cublaslt_multiply(const ConstMatrix& a, const ConstMatrix& b, const Matrix&
     workspace.allocate();
     const std::int32_t one = 1;
     const std::int32_t zero = 0;
-    const lt::Status status = found.functions.Matmul(
-        handle, plan->desc.get(), &one, b.data, plan->a.get(), a.data, plan->b.get(), &zero, out.data, plan->out.get(),
-        out.data, plan->out.get(), &plan->algorithm, plan->workspace > 0 ? workspace.at(scratch) : nullptr,
-        plan->workspace, stream);
+    const lt::Status status =
+        found.functions.Matmul(handle, plan->desc.get(), &one, b.data, plan->a.get(), a.data, plan->b.get(), &zero,
+                               out.data, plan->out.get(), out.data, plan->out.get(), &plan->algorithm,
+                               plan->workspace > 0 ? workspace.at(scratch) : nullptr, plan->workspace, stream);
     if (status == lt::not_supported || status == lt::invalid_value || status == lt::arch_mismatch) {
         plan->usable = false;  // the heuristic was wrong: not tried again
         return false;
