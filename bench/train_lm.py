@@ -1,6 +1,6 @@
 """Trains a small language model on the documentation that is on this machine, for `octavo eval` and `octavo analyze`.
 
-    .venv/bin/python bench/train_lm.py --setting small --output build/lm        # 3 minutes; full: an hour
+    .venv/bin/python bench/train_lm.py --setting small --output build/lm        # some minutes; full: an hour and more
     .venv/bin/octavo eval build/lm/model --text build/lm/heldout.txt --calibration build/lm/calibration.txt
     .venv/bin/octavo eval build/lm/outliers-58 --text build/lm/heldout.txt --calibration build/lm/calibration.txt
 
@@ -60,7 +60,7 @@ class Setting:
 
 SETTINGS = {
     "full": Setting(40_000_000, 2048, 5, 256, 8, 256, 16, 1200, 4e-3, 50, 200),
-    "small": Setting(4_000_000, 1024, 3, 128, 4, 128, 16, 700, 4e-3, 100, 50),
+    "small": Setting(4_000_000, 1024, 3, 128, 4, 128, 16, 400, 4e-3, 100, 50),
 }
 SEED = 0
 
