@@ -19,7 +19,7 @@ public:
         return driver;
     }
 
-    void* allocate(std::size_t size) const {
+    [[nodiscard]] void* allocate(std::size_t size) const {
         void* memory = nullptr;
         constexpr unsigned portable_and_mapped = 3;
         check(allocate_(&memory, size == 0 ? 1 : size, portable_and_mapped), "cuMemHostAlloc");

@@ -15,8 +15,8 @@
 class GuardedMemory {
 public:
     // `size` bytes, of which the last one lies `slack` bytes before the guard page. All bytes start as `filler`.
-    explicit GuardedMemory(std::size_t size, std::size_t slack = 0) : size_(size) {
-        pinned_ = static_cast<std::byte*>(allocate_pinned(size + slack));
+    explicit GuardedMemory(std::size_t size, std::size_t slack = 0)
+        : pinned_(static_cast<std::byte*>(allocate_pinned(size + slack))), size_(size) {
         if (pinned_ != nullptr) {
             data_ = pinned_;
             std::memset(data_, filler, size);
@@ -49,7 +49,7 @@ public:
     static constexpr int filler = 0xA5;
 
 private:
-    std::byte* pinned_ = nullptr;
+    std::byte* pinned_;  // null where the tests run on the CPU or the emulated GPU
     std::byte* base_ = nullptr;
     std::byte* data_ = nullptr;
     std::size_t size_;

@@ -477,7 +477,7 @@ TEST(auto_picks_by_shape) {
     const Weight weight({DType::f32, random_normal(random, 5, 40)}, Scheme::absmax, Granularity::vector);
     for (const std::int64_t m : {1, 64, 65}) {
         const Array x(DType::f32, random_normal(random, m, 40));
-        Array out(DType::f32, m, 5);
+        const Array out(DType::f32, m, 5);
         octavo::linear(x.matrix(), weight.view(), octavo::absent_vector, out.matrix());
         const bool few = test_device().kind == octavo::DeviceKind::cuda && m <= 64;
         const LinearOptions expected{.path = few ? Path::weight_only : Path::int8};
