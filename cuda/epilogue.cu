@@ -149,8 +149,9 @@ __device__ float scaled(const Arguments<Y>& a, std::int64_t acc, std::int64_t i,
     return static_cast<float>(sum * (static_cast<double>(scale_x) * static_cast<double>(scale_w)));
 }
 
+// Two blocks to a multiprocessor; for sm_120 the compiler needs some more than the 128 registers that leaves a thread.
 template <int rows_per_warp, bool zeropoint, class Y>
-__global__ void __launch_bounds__(threads, 2) epilogue_kernel(const Arguments<Y> a) {
+__global__ void __launch_bounds__(threads, compiled_for < 120 ? 2 : 1) epilogue_kernel(const Arguments<Y> a) {
     constexpr int tile_rows = warps * rows_per_warp;
     __shared__ Chunk<tile_rows, zeropoint> shared;
     const int lane = static_cast<int>(threadIdx.x) % warp_size;

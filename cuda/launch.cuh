@@ -31,6 +31,13 @@ namespace octavo::cuda {
 constexpr int warp_size = 32;
 constexpr unsigned whole_warp = 0xFFFFFFFFU;
 
+// What this code is compiled for, as DeviceFacts::architecture; 0 for the host, whose code never depends on it.
+#ifdef __CUDA_ARCH__
+constexpr int compiled_for = __CUDA_ARCH__ / 10;
+#else
+constexpr int compiled_for = 0;
+#endif
+
 // What a launch is made of. `shared` is the dynamic shared memory of a block, in bytes.
 struct Grid {
     dim3 blocks;

@@ -35,11 +35,6 @@ constexpr int most_threads(std::int64_t size_of_element, Scheme scheme, bool wid
     if (!wide) return 256;
     return size_of_element == 2 && scheme == Scheme::absmax && architecture >= 80 ? 768 : 512;
 }
-#ifdef __CUDA_ARCH__
-constexpr int compiled_for = __CUDA_ARCH__ / 10;
-#else
-constexpr int compiled_for = 0;  // only the device's code depends on it
-#endif
 constexpr int accesses = 4;
 
 // --- ranges ---------------------------------------------------------------------------------------------------------
