@@ -218,17 +218,12 @@ __device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>
 
 // Whether `mma_kernel` is launched on the architecture that is being compiled for: older ones lack its instructions.
 constexpr int first_mma_architecture = 80;
-#ifdef __CUDA_ARCH__
 template <class X>
-constexpr bool has_mma = __CUDA_ARCH__ / 10 >= first_mma_architecture;
-#else
-template <class X>
-constexpr bool has_mma = true;
-#endif
+constexpr bool has_mma = compiled_for == 0 || compiled_for >= first_mma_architecture;
 
-// Blocks of `dot_kernel` that a multiprocessor is to have room for. On Turing four rows of float32 need more registers.
+// Blocks of `dot_kernel` that a multiprocessor is to have room for. Four rows need more registers on sm_75 and sm_120.
 template <class X, int rows>
-constexpr int dot_resident = has_mma<X> || sizeof(X) * rows < 16 ? 2 : 1;
+constexpr int dot_resident = rows < 4 || (has_mma<X> && compiled_for < 120) ? 2 : 1;
 
 template <class X, int rows>
 __global__ void __launch_bounds__(threads, dot_resident<X, rows>) dot_kernel(Layer<X> layer) {
@@ -305,9 +300,9 @@ __global__ void __launch_bounds__(threads, dot_resident<X, rows>) dot_kernel(Lay
 // Any strides and any k: an element at a time.
 constexpr int strided_rows = 4;
 
-// Four blocks to a multiprocessor: left to itself the compiler spills, to have more of them.
+// Three blocks to a multiprocessor: left to itself the compiler spills, to have more of them.
 template <class X>
-__global__ void __launch_bounds__(threads, 4) strided_dot_kernel(Layer<X> layer) {
+__global__ void __launch_bounds__(threads, 3) strided_dot_kernel(Layer<X> layer) {
     const DotPlace<strided_rows, 1> place(layer);
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
     const std::int64_t feature = smaller(place.first_feature, layer.codes.rows - 1);
