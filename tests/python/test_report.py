@@ -285,7 +285,7 @@ def test_a_folder_without_results_is_an_error(tmp_path: Path, capsys: pytest.Cap
     put(tmp_path / ".hidden" / "eval.json", result())
     assert cli.main(["report", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert "octavo report: report: directory: expected JSON of octavo's commands" in error
+    assert "octavo report: directory: expected JSON of octavo's commands" in error
     assert "config.json: no result" in error
     assert not (tmp_path / "report.html").exists()
     assert cli.main(["report", str(tmp_path / "gone")]) == 1
