@@ -18,9 +18,10 @@ __device__ inline std::uint32_t marked_word(const ColumnMarks& marks, std::int64
 // Writes the marked columns of `k` in ascending order, and how many there are. All threads of one block must take part,
 // in whole warps.
 //
-// A thread has one word at a time; the places of its columns are a running sum over the words before it.
-__device__ inline void list_marked(const ColumnMarks& marks, std::int64_t k, Span<std::int32_t> columns,
-                                   Span<std::int32_t> count) {
+// A thread has one word at a time; the places of its columns are a running sum over the words before it. Static, so
+// that its shared variable is each kernel file's own, which the emulated GPU can put a red zone around.
+__device__ static inline void list_marked(const ColumnMarks& marks, std::int64_t k, Span<std::int32_t> columns,
+                                          Span<std::int32_t> count) {
     __shared__ std::int32_t warp_totals[warp_size];
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
