@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -13,6 +14,9 @@ import tolerances
 from hypothesis import given
 from hypothesis import strategies as st
 from support import KINDS, MAX, NUMPY, TORCH, VIEWS, Backend, Typed, equal, make, names, seeds, sizes, unchanged, views
+
+# What is said here of outliers holds for this path, which "auto" is on the CPU, but not on a GPU for few rows.
+linear = functools.partial(octavo.linear, path="int8")
 
 F = np.float32
 INF, NAN = np.inf, np.nan
@@ -38,7 +42,7 @@ def check(
     oracle = ref.quantize_weight(w, scheme=scheme, granularity=granularity, outlier_columns=kept)
     native_bias = None if bias is None else typed.array(bias)
     with unchanged(backend, native, native_bias, weight.codes, weight.scale, weight.outlier_weight):
-        y = octavo.linear(native, weight, native_bias, **options)
+        y = linear(native, weight, native_bias, **options)
     assert backend.dtype_name(y) == typed.dtype
     options = {k: v for k, v in options.items() if v != "auto"}
     expected = ref.linear(x, oracle, bias, scheme=scheme, granularity=granularity, **options)
@@ -108,7 +112,7 @@ def test_literal(backend: Backend, case: str) -> None:
     for bias in (None, [100, -0.5]):
         b = None if bias is None else np.array(bias, F)[: len(w)]
         given_bias = None if b is None else backend.array(b)
-        y = octavo.linear(backend.array(np.array(x, F)), weight, given_bias, **options)
+        y = linear(backend.array(np.array(x, F)), weight, given_bias, **options)
         equal(backend.host(y), np.array(expected, F) + (0 if b is None else b))
 
 
@@ -118,7 +122,7 @@ def test_bfloat16_above_65504() -> None:
         if backend.missing:
             continue
         ones = Typed(backend, dtype).array(np.full((1, 8), 127))
-        y = octavo.linear(ones, octavo.quantize_weight(ones), outliers="none")
+        y = linear(ones, octavo.quantize_weight(ones), outliers="none")
         assert backend.host(y).tolist() == [[expected]]
 
 
@@ -136,7 +140,7 @@ def test_float16_output_is_rounded_once(backend: Backend) -> None:
         granularity="vector",
     )
     bias = backend.array(np.array([0.5], F), "float16")
-    y = octavo.linear(x, weight, bias, threshold=1000.0)
+    y = linear(x, weight, bias, threshold=1000.0)
     assert backend.host(y).tolist() == [[4086]]
 
 
@@ -246,7 +250,7 @@ def test_mixed_dtypes(mixed: tuple[str, str, str]) -> None:
     x, w, b = make("outliers", (5, 33), of_x), make("normal", (11, 33), of_w), make("normal", (11,), of_bias)
     weight = octavo.quantize_weight(backend.array(w, of_w), outlier_columns=[1, 5])
     oracle = ref.quantize_weight(w, outlier_columns=[1, 5])
-    y = octavo.linear(backend.array(x, of_x), weight, backend.array(b, of_bias))
+    y = linear(backend.array(x, of_x), weight, backend.array(b, of_bias))
     assert backend.dtype_name(y) == of_x
     tolerances.check_output(backend.host(y), ref.linear(x, oracle, b), of_x)
 
@@ -257,19 +261,19 @@ def test_auto_is_int8_on_the_cpu(typed: Typed) -> None:
     for m in (1, 4, 130):
         x = typed.array(make("outliers", (m, 64), typed.dtype))
         weight = octavo.quantize_weight(typed.array(make("normal", (32, 64), typed.dtype)))
-        a, b = (typed.host(octavo.linear(x, weight, path=path)) for path in ("auto", "int8"))
+        a, b = (typed.host(linear(x, weight, path=path)) for path in ("auto", "int8"))
         equal(a, b)
-        equal(typed.host(octavo.linear(x, weight)), b)
+        equal(typed.host(linear(x, weight)), b)
 
 
 def test_weight_only_ignores_outliers_threshold_and_kept_columns(typed: Typed) -> None:
     x = typed.array(make("outliers", (5, 64), typed.dtype))
     w = typed.array(make("normal", (32, 64), typed.dtype))
-    plain = typed.host(octavo.linear(x, octavo.quantize_weight(w), path="weight_only"))
+    plain = typed.host(linear(x, octavo.quantize_weight(w), path="weight_only"))
     kept = octavo.quantize_weight(w, outlier_columns=[1, 2, 3])
     for outliers in ref.OUTLIERS:
         for threshold in (0.0, 6.0, INF):
-            y = octavo.linear(x, kept, outliers=outliers, threshold=threshold, path="weight_only")
+            y = linear(x, kept, outliers=outliers, threshold=threshold, path="weight_only")
             equal(typed.host(y), plain)
 
 
@@ -355,7 +359,7 @@ def test_infinities_of_both_signs_are_nan(typed: Typed) -> None:
     x = make("normal", (3, 20), typed.dtype)
     x[1, 3], x[1, 9] = INF, -INF
     w = np.abs(make("normal", (5, 20), typed.dtype)) + 1
-    y = typed.host(octavo.linear(typed.array(x), octavo.quantize_weight(typed.array(typed.round(w)))))
+    y = typed.host(linear(typed.array(x), octavo.quantize_weight(typed.array(typed.round(w)))))
     assert np.isnan(y[1]).all()
     assert np.isfinite(y[[0, 2]]).all()
 
@@ -422,21 +426,21 @@ def test_batch_invariance(typed: Typed, outliers: str, path: str, granularity: s
     w = typed.array(make("normal", (45, 131), typed.dtype))
     weight = octavo.quantize_weight(w, scheme=scheme, granularity=granularity, outlier_columns=[4, 99])
     bias = typed.array(make("normal", (45,), typed.dtype))
-    whole = typed.host(octavo.linear(typed.array(x), weight, bias, outliers=outliers, path=path))
+    whole = typed.host(linear(typed.array(x), weight, bias, outliers=outliers, path=path))
     for start, stop in ((0, 1), (3, 5), (7, 8), (10, 26), (36, 37)):
-        part = octavo.linear(typed.array(x[start:stop]), weight, bias, outliers=outliers, path=path)
+        part = linear(typed.array(x[start:stop]), weight, bias, outliers=outliers, path=path)
         equal(typed.host(part), whole[start:stop])
     x[1:] = typed.round(np.roll(x[1:], 5, axis=0) * F(0.5))
-    equal(typed.host(octavo.linear(typed.array(x), weight, bias, outliers=outliers, path=path))[0], whole[0])
+    equal(typed.host(linear(typed.array(x), weight, bias, outliers=outliers, path=path))[0], whole[0])
 
 
 def test_columns_depend_on_the_batch(typed: Typed) -> None:
     """So the test above can fail: under "columns" another row's outlier changes the result."""
     x = np.clip(make("normal", (2, 64), typed.dtype), -5, 5)
     weight = octavo.quantize_weight(typed.array(make("normal", (32, 64), typed.dtype)))
-    alone = typed.host(octavo.linear(typed.array(x[:1]), weight))
+    alone = typed.host(linear(typed.array(x[:1]), weight))
     x[1, np.abs(x[0]).argmax()] = 100
-    together = typed.host(octavo.linear(typed.array(x), weight))[:1]
+    together = typed.host(linear(typed.array(x), weight))[:1]
     assert not np.array_equal(alone, together)
 
 
@@ -447,8 +451,8 @@ def test_powers_of_two_scale_the_output(backend: Backend, exponent: int, outlier
     x, w = make("outliers", (9, 65), "float32"), make("normal", (17, 65), "float32")
     weight = octavo.quantize_weight(backend.array(w), outlier_columns=[3])
     factor = F(2.0**exponent)
-    a = octavo.linear(backend.array(x), weight, outliers=outliers, threshold=6.0)
-    b = octavo.linear(backend.array(x * factor), weight, outliers=outliers, threshold=6.0 * float(factor))
+    a = linear(backend.array(x), weight, outliers=outliers, threshold=6.0)
+    b = linear(backend.array(x * factor), weight, outliers=outliers, threshold=6.0 * float(factor))
     equal(backend.host(a) * factor, backend.host(b))
 
 
@@ -456,7 +460,7 @@ def test_powers_of_two_scale_the_output(backend: Backend, exponent: int, outlier
 def test_leading_axes_are_rows(typed: Typed, shape: tuple[int, ...]) -> None:
     x, w = make("outliers", shape, typed.dtype), make("normal", (7, 33), typed.dtype)
     y = check(typed, x, w)
-    flat = octavo.linear(typed.array(x.reshape(-1, 33)), octavo.quantize_weight(typed.array(w)))
+    flat = linear(typed.array(x.reshape(-1, 33)), octavo.quantize_weight(typed.array(w)))
     equal(typed.host(y).reshape(-1, 7), typed.host(flat))
 
 
@@ -474,8 +478,14 @@ def test_views_equal_contiguous(typed: Typed, view: str, path: str) -> None:
         for outliers in ref.OUTLIERS:
             strided = VIEWS[view](typed.backend, x), VIEWS[view](typed.backend, bias)
             with unchanged(typed.backend, *strided):
-                got = octavo.linear(strided[0], weight, strided[1], outliers=outliers, path=path)
-            equal(typed.host(got), typed.host(octavo.linear(x, weight, bias, outliers=outliers, path=path)))
+                got = linear(strided[0], weight, strided[1], outliers=outliers, path=path)
+            expected = linear(x, weight, bias, outliers=outliers, path=path)
+            if path == "weight_only" and typed.backend.device == "cuda":
+                # Operands that cannot be read 16 bytes at a time have a kernel of their own: another order of sums.
+                oracle = ref.linear(typed.host(x), typed.backend.weight(weight), typed.host(bias), path=path)
+                tolerances.check_output(typed.host(got), oracle, typed.dtype)
+                continue
+            equal(typed.host(got), typed.host(expected))
 
 
 @pytest.mark.parametrize("view", ["contiguous", *VIEWS])
@@ -490,7 +500,7 @@ def test_out(typed: Typed, view: str) -> None:
             out = typed.backend.array(np.zeros((6, 10), F), dtype)
             if view != "contiguous":
                 out = VIEWS[view](typed.backend, out)
-            assert octavo.linear(typed.array(x), weight, out=out, path=path) is out
+            assert linear(typed.array(x), weight, out=out, path=path) is out
             got = typed.backend.host(out)
             expected = ref.linear(x, ref.quantize_weight(w), path=path)
             tolerances.check_output(got, expected, dtype)
@@ -502,9 +512,9 @@ def test_out(typed: Typed, view: str) -> None:
 def test_repeated_calls_are_equal(typed: Typed) -> None:
     x, w = make("outliers", (65, 129), typed.dtype), make("normal", (67, 129), typed.dtype)
     weight = octavo.quantize_weight(typed.array(w))
-    first = typed.host(octavo.linear(typed.array(x), weight))
+    first = typed.host(linear(typed.array(x), weight))
     for _ in range(5):
-        equal(typed.host(octavo.linear(typed.array(x), weight)), first)
+        equal(typed.host(linear(typed.array(x), weight)), first)
 
 
 def test_a_weight_of_another_framework() -> None:
@@ -516,7 +526,7 @@ def test_a_weight_of_another_framework() -> None:
     for of_x, of_w in ((NUMPY, TORCH), (TORCH, NUMPY)):
         weight = octavo.quantize_weight(of_w.array(w))
         try:
-            y = octavo.linear(of_x.array(x), weight)
+            y = linear(of_x.array(x), weight)
         except TypeError as error:
             names(error, "linear: weight")
         else:
