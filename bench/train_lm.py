@@ -5,8 +5,8 @@
     .venv/bin/octavo eval build/lm/outliers-58 --text build/lm/heldout.txt --calibration build/lm/calibration.txt
 
 A GPT that normalizes before each block (an OPT, whose linear layers are `nn.Linear`), byte-pair encoding; Muon for the
-linear layers' weights (bench/muon.py), AdamW for the rest. Run again after an interruption, it goes on where it was; the
-same machine, text and number of threads give the same model.
+linear layers' weights (bench/muon.py), AdamW for the rest. Run again after an interruption, it goes on where it was;
+the same machine, text and number of threads give the same model.
 Written into the output folder: `model` and, computing the same function, the three models of bench/lm_outliers.py;
 `heldout.txt` and `calibration.txt`, from files that the training never saw; `training.json`.
 """
