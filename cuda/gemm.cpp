@@ -1,8 +1,8 @@
 // Which int8 product is used, what is done about operands that it cannot read well, and products too deep for int32.
 //
-// cuBLASLt where it takes the operands as they are, else our own (gemm_mma.cu), which takes any. Ours reads operands
-// that are not aligned byte by byte; where a product is large, and so reads them many times, copies of them are aligned
-// first.
+// cuBLASLt where it takes the operands as they are, else our own (gemm_mma.cu), which takes any. Ours is slower where
+// operands are not aligned. So where a product is large, and reads them many times, copies of them are aligned first:
+// not in `multiply`, whose callers count launches.
 #include "gemm.hpp"
 
 #include <algorithm>
@@ -64,16 +64,20 @@ private:
     Workspace::Part<std::int8_t> copy_;
 };
 
-void product(const ConstMatrix& a, const ConstMatrix& b, const Matrix& out, cudaStream_t stream) {
+enum class Copies : std::uint8_t { none, where_they_pay };
+
+void product(const ConstMatrix& a, const ConstMatrix& b, const Matrix& out, Copies copies, cudaStream_t stream) {
     // Columns that are contiguous are rows of the transposed product.
     if (out.col_stride != 1 && out.row_stride == 1 && out.cols > 1) {
         const ConstMatrix turned = transposed(out);
         return product(
             b, a, {out.data, out.dtype, out.device, turned.rows, turned.cols, turned.row_stride, turned.col_stride},
-            stream);
+            copies, stream);
     }
     if (by_cublaslt(a, b, out, stream)) return;
-    if (reads_wide(a, b) || !copies_pay(out.rows, out.cols, a.cols)) return mma_multiply(a, b, out, stream);
+    if (copies == Copies::none || reads_wide(a, b) || !copies_pay(out.rows, out.cols, a.cols)) {
+        return mma_multiply(a, b, out, stream);
+    }
     Workspace workspace(stream);
     const Aligned aligned_a(a, workspace);
     const Aligned aligned_b(b, workspace);
@@ -116,13 +120,13 @@ void multiply(ConstMatrix a, ConstMatrix b, std::int32_t* acc, cudaStream_t stre
         const std::int64_t begin = part * part_depth;
         const std::int64_t depth = std::min(part_depth, a.cols - begin);
         product(columns_of(a, begin, depth), columns_of(b, begin, depth),
-                {acc + part * m * n, DType::i32, a.device, m, n, n, 1}, stream);
+                {acc + part * m * n, DType::i32, a.device, m, n, n, 1}, Copies::none, stream);
     }
 }
 
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream) {
     const std::int64_t parts = product_parts(a.cols);
-    if (parts == 1) return product(a, b, out, stream);
+    if (parts == 1) return product(a, b, out, Copies::where_they_pay, stream);
     refuse_capture(stream, "int8_matmul");
     const std::int64_t size = out.rows * out.cols;
     Workspace workspace(stream);

@@ -11,7 +11,8 @@ namespace octavo::cuda {
 
 // --- gemm_mma.cu ----------------------------------------------------------------------------------------------------
 
-// Whether the product reads these operands 16 bytes at a time; others it reads byte by byte.
+// Whether the product reads these operands 16 bytes at a time. Contiguous rows that are not aligned take it five words
+// for that, and codes that lie apart are read byte by byte.
 bool reads_wide(const ConstMatrix& a, const ConstMatrix& b);
 
 // out[i, j] = sum_k a[i, k] * b[j, k], exact.

@@ -106,7 +106,15 @@ __device__ void copy_slice(const std::int8_t* source, std::int64_t row_stride, i
     }
 }
 
-// The same by way of registers: where there is no cp.async, or rows are not aligned.
+// How slices come to shared memory.
+enum class Copy : std::uint8_t {
+    async,    // rows aligned to 16 bytes: without waiting, where there is cp.async
+    wide,     // such rows where there is not: 16 bytes at a time by way of registers
+    shifted,  // contiguous rows that begin anywhere: the words that hold 16 bytes of one, shifted to their places
+    bytes     // codes that lie apart: one by one
+};
+
+// A chunk by way of registers.
 using Chunk = Pack<std::uint32_t, chunk / 4>;
 
 // `count` codes, at most 4, as a register; zeros behind them.
@@ -141,15 +149,47 @@ struct Source {
     }
 };
 
-// Rows that are aligned.
-template <class Share>
+// How many bytes before an address its word begins.
+__device__ unsigned place_in_word(const std::int8_t* address) {
+    return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(address) % 4);
+}
+
+// Whether a whole chunk of a row can be read as words. Where they are shifted, the first begins before the chunk and the
+// last ends behind it: neither may leave the operand.
+template <Copy copy, class Share>
+__device__ bool reads_words(const Operand& operand, const Source<Share>& source) {
+    if constexpr (copy != Copy::shifted) return source.count >= chunk;
+    const unsigned before = place_in_word(source.data);
+    return source.data - before >= operand.data && source.count >= chunk + static_cast<int>((4 - before) % 4);
+}
+
+template <Copy copy>
+__device__ Chunk load_chunk(const std::int8_t* source) {
+    if constexpr (copy != Copy::shifted) return load<chunk / 4>(reinterpret_cast<const std::uint32_t*>(source));
+    const unsigned before = place_in_word(source);
+    const auto* const words = reinterpret_cast<const std::uint32_t*>(source - before);
+    const unsigned selector = 0x3210U + 0x1111U * before;
+    Chunk chunk_of_row;
+    std::uint32_t word = words[0];
+#pragma unroll
+    for (int w = 0; w < chunk / 4; ++w) {
+        const bool is_needed = w + 1 < chunk / 4 || before != 0;
+        const std::uint32_t next = is_needed ? words[w + 1] : 0;
+        chunk_of_row[w] = select_bytes(word, next, selector);
+        word = next;
+    }
+    return chunk_of_row;
+}
+
+// Contiguous rows.
+template <Copy copy, class Share>
 __device__ void fetch_slice(const Operand& operand, std::int64_t row0, std::int64_t begin, std::int64_t end,
                             Chunk (&values)[Share::count]) {
 #pragma unroll
     for (int i = 0; i < Share::count; ++i) {
         const Source<Share> source(operand, row0, begin, end, i);
-        values[i] = source.count >= chunk ? load<chunk / 4>(reinterpret_cast<const std::uint32_t*>(source.data))
-                                          : gather_chunk(source.data, operand.col_stride, source.count);
+        values[i] = reads_words<copy>(operand, source) ? load_chunk<copy>(source.data)
+                                                       : gather_chunk(source.data, 1, source.count);
     }
 }
 
@@ -286,7 +326,7 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
 }
 
 // Slices come by way of registers, one ahead; byte by byte, when they are needed.
-template <class Tile, bool wide>
+template <class Tile, Copy copy>
 __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
                                  Sums<Tile>& sums) {
     using ShareA = Share<Tile::rows, Tile::threads, false>;
@@ -295,15 +335,15 @@ __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& 
     Chunk from_a[ShareA::count];
     Chunk from_b[ShareB::count];
     const auto fetch = [&](std::int64_t begin) {
-        if constexpr (wide) {
-            fetch_slice<ShareA>(a, job.row0, begin, job.end, from_a);
-            fetch_slice<ShareB>(b, job.col0, begin, job.end, from_b);
+        if constexpr (copy != Copy::bytes) {
+            fetch_slice<copy, ShareA>(a, job.row0, begin, job.end, from_a);
+            fetch_slice<copy, ShareB>(b, job.col0, begin, job.end, from_b);
         }
     };
     const auto put = [&](std::int64_t begin, int stage) {
         std::int8_t* const target_a = shared + stage * Tile::stage_bytes + ShareA::offset();
         std::int8_t* const target_b = shared + stage * Tile::stage_bytes + Tile::rows * slice + ShareB::offset();
-        if constexpr (wide) {
+        if constexpr (copy != Copy::bytes) {
             put_slice<ShareA>(from_a, target_a);
             put_slice<ShareB>(from_b, target_b);
         } else {
@@ -452,9 +492,7 @@ __device__ void finish_tile(const Sums<Tile>& sums, const Job& job, std::int64_t
 
 // --- kernel ---------------------------------------------------------------------------------------------------------
 
-// How slices come to shared memory: without waiting, 16 bytes at a time by way of registers, or byte by byte.
 constexpr int first_with_async_copies = 80;
-enum class Copy : std::uint8_t { async, wide, bytes };
 
 // Whether `copy_for` can choose it on the architecture that is being compiled for.
 #ifdef __CUDA_ARCH__
@@ -491,7 +529,7 @@ __global__ void __launch_bounds__(Tile::threads, copy == Copy::async ? Tile::res
         if constexpr (copy == Copy::async) {
             sum_async<Tile>(a, b, job, shared, sums);
         } else {
-            sum_by_registers<Tile, copy == Copy::wide>(a, b, job, shared, sums);
+            sum_by_registers<Tile, copy>(a, b, job, shared, sums);
         }
         finish_tile<Tile>(sums, job, a.rows, b.rows, epilogue);
     }
@@ -501,7 +539,8 @@ __global__ void __launch_bounds__(Tile::threads, copy == Copy::async ? Tile::res
 
 // How slices get to shared memory, by what operands and device allow.
 Copy copy_for(const ConstMatrix& a, const ConstMatrix& b) {
-    if (!reads_wide(a, b)) return Copy::bytes;
+    if (!rows_are_aligned(a, 1) || !rows_are_aligned(b, 1)) return Copy::bytes;
+    if (!reads_wide(a, b)) return Copy::shifted;
     return device_facts().architecture >= first_with_async_copies ? Copy::async : Copy::wide;
 }
 
@@ -601,6 +640,7 @@ void mma_multiply(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream)
         switch (copy) {
             case Copy::async: return start<Small, Copy::async>(a, b, parts, add, stream);
             case Copy::wide: return start<Small, Copy::wide>(a, b, parts, add, stream);
+            case Copy::shifted: return start<Small, Copy::shifted>(a, b, parts, add, stream);
             case Copy::bytes: return start<Small, Copy::bytes>(a, b, parts, add, stream);
         }
     }
@@ -608,6 +648,7 @@ void mma_multiply(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream)
     switch (copy) {
         case Copy::async: return start<Copy::async>(a, b, size, store, stream);
         case Copy::wide: return start<Copy::wide>(a, b, size, store, stream);
+        case Copy::shifted: return start<Copy::shifted>(a, b, size, store, stream);
         case Copy::bytes: return start<Small, Copy::bytes>(a, b, 1, store, stream);
     }
 }
@@ -622,6 +663,7 @@ void mma_multiply_scaled(ConstMatrix a, ConstMatrix b, ConstVector scale_a, Cons
         switch (copy) {
             case Copy::async: return start<Copy::async>(a, b, size, store, stream);
             case Copy::wide: return start<Copy::wide>(a, b, size, store, stream);
+            case Copy::shifted: return start<Copy::shifted>(a, b, size, store, stream);
             case Copy::bytes: return start<Small, Copy::bytes>(a, b, 1, store, stream);
         }
     });

@@ -1,6 +1,6 @@
 // LLM.int8() on the GPU (paper Figure 2). The host enqueues four launches and never waits:
 //
-//   1. mark the outlier columns of X
+//   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns)
 //   2. quantize the rest of X row by row; list the marked columns
 //   3. int8 product
 //   4. scales, outlier columns times 16-bit weights, bias
@@ -29,7 +29,8 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     const bool finds_outliers = options.outliers == Outliers::columns || options.outliers == Outliers::rows;
     const bool has_outliers = options.outliers != Outliers::none && k > 0;
     const auto granularity = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row;
-    const std::int64_t groups = granularity == Granularity::tensor ? 1 : m;
+    const bool one_scale = granularity == Granularity::tensor;
+    const std::int64_t groups = one_scale ? 1 : m;
 
     Workspace workspace(stream);
     const auto codes = workspace.reserve<std::int8_t>(m * width);
@@ -44,8 +45,10 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     Workspace::Part<std::uint32_t> words;
     Workspace::Part<std::int32_t> columns;
     Workspace::Part<std::int32_t> count;
+    Workspace::Part<Range> ranges;
     if (has_outliers) {
-        marks.parts = finds_outliers ? mark_parts(x) : 1;
+        marks.parts = finds_outliers || one_scale ? mark_parts(x) : 1;
+        if (one_scale) ranges = workspace.reserve<Range>(marks.parts * k);
         words = workspace.reserve<std::uint32_t>(marks.parts * words_for(k));
         columns = workspace.reserve<std::int32_t>(k);
         count = workspace.reserve<std::int32_t>(1);
@@ -56,14 +59,21 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     marks.words = workspace.at(words);
     const ColumnList list{workspace.at(columns), workspace.at(count)};
     if (has_outliers) {
-        if (finds_outliers) {
+        if (one_scale) {
+            find_column_ranges(x, weight.scheme, options.outliers, options.threshold, weight.outlier_columns, marks,
+                               workspace.at(ranges), stream);
+        } else if (finds_outliers) {
             mark_outliers(x, options.threshold, marks, stream);
         } else {
             mark_listed(weight.outlier_columns, k, marks, stream);
         }
     }
     const bool per_element = options.outliers == Outliers::rows;
-    const Exclusion exclusion{.marks = marks, .per_element = per_element, .threshold = options.threshold, .list = list};
+    const Exclusion exclusion{.marks = marks,
+                              .per_element = per_element,
+                              .threshold = options.threshold,
+                              .list = list,
+                              .ranges = workspace.at(ranges)};
     const Matrix x_codes{workspace.at(codes), DType::i8, x.device, m, k, width, 1};
     quantize_rows(
         x, weight.scheme, granularity, exclusion, x_codes, width,

@@ -38,6 +38,21 @@ void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStr
 
 void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, cudaStream_t stream);
 
+// --- column_ranges.cu -----------------------------------------------------------------------------------------------
+
+// The range of some values. Both numbers are largest patterns, 0 where there are no values.
+//   absmax      high: the largest magnitude, in the dtype of x; low unused
+//   zeropoint   high: the greatest value, low: the least one, as ordered patterns of float32 (ranges.cuh)
+struct Range {
+    std::uint32_t high = 0;
+    std::uint32_t low = 0;
+};
+
+// Mark the columns that `outliers` sets apart, those `listed` for `static_`, and find the range of each column in each
+// part of the rows, into `ranges` [marks.parts, k]; for `rows` that of its elements with |x| < threshold.
+void find_column_ranges(ConstMatrix x, Scheme scheme, Outliers outliers, float threshold, ConstVector listed,
+                        ColumnMarks marks, Range* ranges, cudaStream_t stream);
+
 // --- quantize.cu ----------------------------------------------------------------------------------------------------
 
 // What takes no part in the quantization of X, and has code 0.
@@ -45,7 +60,8 @@ struct Exclusion {
     ColumnMarks marks;         // these columns; under `per_element` only listed, not excluded
     bool per_element = false;  // instead, in each row its own elements with not (|x| < threshold)
     float threshold = 0.0F;
-    ColumnList list{};  // where not null: receives the marked columns
+    ColumnList list{};              // where not null: receives the marked columns
+    const Range* ranges = nullptr;  // where not null: what `find_column_ranges` made of X, for granularity `tensor`
 };
 
 // octavo::quantize with what is excluded on the device. Rows of codes have `width` >= k columns, of which those from k

@@ -14,7 +14,8 @@
 // a launch takes.
 //
 // With one scale for the whole matrix the range comes first, in a launch of its own: each block writes the range of its
-// rows, and those are combined by every block of the second launch.
+// rows, and those are combined by every block of the second launch. Where outlier columns had to be found before, their
+// launch has found the ranges of columns too (column_ranges.cu).
 #include <algorithm>
 #include <limits>
 #include <string>
@@ -25,6 +26,7 @@
 #include "memory.hpp"
 #include "octavo/error.hpp"
 #include "operations.hpp"
+#include "ranges.cuh"
 
 namespace octavo::cuda {
 namespace {
@@ -39,42 +41,23 @@ constexpr int accesses = 4;
 
 // --- ranges ---------------------------------------------------------------------------------------------------------
 
-// The range of some values. Both numbers are largest patterns, 0 where there are no values.
-//   absmax      high: the largest magnitude, in the dtype of x; low unused
-//   zeropoint   high: the greatest value, low: the least one, as ordered patterns of float32
-struct Bounds {
-    std::uint32_t high = 0;
-    std::uint32_t low = 0;
-};
-
-__device__ inline void widen(std::uint32_t& bound, std::uint32_t other) { bound = bound > other ? bound : other; }
-
-// Unsigned numbers in the order of floats: NaN and Inf lie beyond all others, at the end of their sign.
-__device__ inline std::uint32_t ordered(float value) {
-    const std::uint32_t bits = __float_as_uint(value);
-    return bits ^ ((bits & 0x80000000U) != 0 ? 0xFFFFFFFFU : 0x80000000U);
-}
-__device__ inline float from_ordered(std::uint32_t order) {
-    return __uint_as_float(order ^ ((order & 0x80000000U) != 0 ? 0x80000000U : 0xFFFFFFFFU));
-}
-
 template <Scheme scheme>
-__device__ Bounds bounds_of_warp(Bounds bounds) {
-    bounds.high = max_of_warp(bounds.high);
-    if constexpr (scheme == Scheme::zeropoint) bounds.low = max_of_warp(bounds.low);
-    return bounds;
+__device__ Range range_of_warp(Range range) {
+    range.high = max_of_warp(range.high);
+    if constexpr (scheme == Scheme::zeropoint) range.low = max_of_warp(range.low);
+    return range;
 }
 
 // All threads of the block must take part. `partial` is shared memory for one value per warp.
 template <Scheme scheme>
-__device__ Bounds bounds_of_block(Bounds bounds, Bounds* partial) {
+__device__ Range range_of_block(Range range, Range* partial) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
     const int warps = static_cast<int>(blockDim.x) / warp_size;
-    bounds = bounds_of_warp<scheme>(bounds);
-    if (lane == 0) partial[warp] = bounds;
+    range = range_of_warp<scheme>(range);
+    if (lane == 0) partial[warp] = range;
     __syncthreads();
-    return bounds_of_warp<scheme>(partial[lane < warps ? lane : 0]);
+    return range_of_warp<scheme>(partial[lane < warps ? lane : 0]);
 }
 
 // --- coding ---------------------------------------------------------------------------------------------------------
@@ -92,7 +75,7 @@ template <class T>
 class Coding<T, Scheme::absmax> {
 public:
     Coding() = default;
-    __device__ explicit Coding(const Bounds& bounds) : absmax_(number_of<T>(bounds.high)) {
+    __device__ explicit Coding(const Range& range) : absmax_(number_of<T>(range.high)) {
         if (!is_finite(absmax_) || absmax_ == 0.0F) return;
         // Where no step overflows, nor loses bits of what is not 0 anyway.
         const bool can_correct = sizeof(T) == 2 && absmax_ >= 0x1p-100F && absmax_ <= 0x1p100F;
@@ -135,9 +118,9 @@ template <class T>
 class Coding<T, Scheme::zeropoint> {
 public:
     Coding() = default;
-    __device__ explicit Coding(const Bounds& bounds)
-        : min_(from_ordered(~bounds.low)), max_(from_ordered(bounds.high)) {
-        if (bounds.low == 0 && bounds.high == 0) {
+    __device__ explicit Coding(const Range& range)
+        : min_(from_ordered(~range.low)), max_(from_ordered(range.high)) {
+        if (range.low == 0 && range.high == 0) {
             min_ = max_ = 0.0F;  // no values: the scale of a group of zeros
             return;
         }
@@ -203,7 +186,7 @@ private:
 enum class Step : std::uint8_t {
     rows,    // a range and a scale for each row, and its codes
     range,   // ranges of the rows of each block, to `partial`
-    encode,  // codes by the range that `partial` holds
+    encode,  // codes by the range of all rows, from `partial` or `column_ranges`
 };
 
 struct Task {
@@ -218,8 +201,9 @@ struct Task {
     Span<float> scale;
     Span<float> zeropoint;
     Span<std::int32_t> code_sums;
-    Bounds* partial = nullptr;
+    Range* partial = nullptr;
     std::int64_t partials = 0;
+    const Range* column_ranges = nullptr;  // [marks.parts, k]
     unsigned long long* first_not_finite = nullptr;  // where not null: receives the least row that is not finite
 };
 
@@ -334,7 +318,7 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
 }
 
 template <class T, Scheme scheme>
-__device__ void widen(Bounds& bounds, const Held& held) {
+__device__ void take_in(Range& range, const Held& held) {
     constexpr int elements = per_access<T>;
     if constexpr (scheme == Scheme::absmax) {
         std::uint32_t largest = 0;
@@ -343,14 +327,12 @@ __device__ void widen(Bounds& bounds, const Held& held) {
 #pragma unroll
             for (int w = 0; w < 4; ++w) largest = max_magnitudes<T>(largest, held.quads[access][w]);
         }
-        widen(bounds.high, max_of_word<T>(largest));
+        widen(range.high, max_of_word<T>(largest));
     } else {
 #pragma unroll
         for (int i = 0; i < accesses * elements; ++i) {
             if ((held.left_out >> i & 1U) != 0) continue;
-            const std::uint32_t order = ordered(element<T>(held.quads[i / elements], i % elements));
-            widen(bounds.high, order);
-            widen(bounds.low, ~order);
+            widen<T, scheme>(range, static_cast<Bits<T>>(element_bits<T>(held.quads[i / elements], i % elements)));
         }
     }
 }
@@ -390,6 +372,24 @@ __device__ std::int32_t write_codes(const Team& team, std::int64_t chunk, std::i
     return sum;
 }
 
+// A thread's part of what is known of the whole matrix: ranges of blocks of rows, or those of columns in parts of the
+// rows, of which the ones that are excluded now do not count.
+__device__ inline Range range_of_matrix(const Task& task, std::int64_t k, int thread, int threads) {
+    Range range;
+    if (task.column_ranges == nullptr) {
+        for (std::int64_t i = thread; i < task.partials; i += threads) widen(range, task.partial[i]);
+        return range;
+    }
+    for (std::int64_t column = thread; column < k; column += threads) {
+        const std::uint32_t word = task.per_element ? 0 : marked_word(task.marks, words_for(k), column / 32);
+        if ((word >> (column % 32) & 1U) != 0) continue;
+        for (std::int64_t part = 0; part < task.marks.parts; ++part) {
+            widen(range, task.column_ranges[part * k + column]);
+        }
+    }
+    return range;
+}
+
 template <class T, Scheme scheme>
 __device__ void write_group(const Task& task, std::int64_t group, const Coding<T, scheme>& coding) {
     task.scale[group] = coding.scale();
@@ -403,7 +403,7 @@ template <class T, Scheme scheme, bool wide>
 __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled_for), 1)
     quantize_kernel(View<const Bits<T>> x, Task task) {
     // Two of each, used in turn: whoever writes one again has passed the barrier of the other, after all have read it.
-    __shared__ Bounds partial_bounds[2][warp_size];
+    __shared__ Range partial_ranges[2][warp_size];
     __shared__ std::int32_t partial_sums[2][warp_size];
     const bool lists = task.list.columns != nullptr;
     if (lists && blockIdx.x == 0) {
@@ -427,28 +427,25 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
         read_row<T, wide>(team, chunk, x, row, task, held);
     };
 
-    Bounds bounds;
+    Range range;
     Coding<T, scheme> coding;
     if (task.step == Step::encode) {
-        for (std::int64_t i = thread; i < task.partials; i += threads) {
-            widen(bounds.high, task.partial[i].high);
-            widen(bounds.low, task.partial[i].low);
-        }
-        coding = Coding<T, scheme>(bounds_of_block<scheme>(bounds, partial_bounds[0]));
+        range = range_of_matrix(task, x.cols, thread, threads);
+        coding = Coding<T, scheme>(range_of_block<scheme>(range, partial_ranges[0]));
         if (block == 0 && thread == 0) write_group(task, 0, coding);
     }
     int turn = 1;
     for (std::int64_t row = team.first_row; row < x.rows; row += team.row_step, turn ^= 1) {
         if (task.step != Step::encode) {
-            if (task.step == Step::rows) bounds = Bounds{};
+            if (task.step == Step::rows) range = Range{};
             for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
                 read(row, chunk);
-                widen<T, scheme>(bounds, held);
+                take_in<T, scheme>(range, held);
             }
             if (task.step == Step::range) continue;
-            bounds = task.rows_of_warps ? bounds_of_warp<scheme>(bounds)
-                                        : bounds_of_block<scheme>(bounds, partial_bounds[turn]);
-            coding = Coding<T, scheme>(bounds);
+            range = task.rows_of_warps ? range_of_warp<scheme>(range)
+                                        : range_of_block<scheme>(range, partial_ranges[turn]);
+            coding = Coding<T, scheme>(range);
             if (team.rank == 0) write_group(task, row, coding);
         }
         std::int32_t sum = 0;
@@ -469,8 +466,8 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
         if (team.rank == 0) task.code_sums[row] = sum;
     }
     if (task.step == Step::range) {
-        bounds = bounds_of_block<scheme>(bounds, partial_bounds[0]);
-        if (thread == 0) task.partial[block] = bounds;
+        range = range_of_block<scheme>(range, partial_ranges[0]);
+        if (thread == 0) task.partial[block] = range;
     }
 }
 
@@ -563,13 +560,17 @@ void quantize_rows(const ConstMatrix& x, Scheme scheme, Granularity granularity,
         return;
     }
     Workspace workspace(stream);
-    const auto partial = workspace.reserve<Bounds>(teams.blocks);
-    workspace.allocate();
-    task.partial = workspace.at(partial);
-    task.partials = teams.blocks;
-    task.list = {};
-    task.step = Step::range;
-    launch_step(x, scheme, wide, teams, task, stream);
+    if (exclusion.ranges != nullptr) {
+        task.column_ranges = exclusion.ranges;
+    } else {
+        const auto partial = workspace.reserve<Range>(teams.blocks);
+        workspace.allocate();
+        task.partial = workspace.at(partial);
+        task.partials = teams.blocks;
+        task.list = {};
+        task.step = Step::range;
+        launch_step(x, scheme, wide, teams, task, stream);
+    }
     task.list = exclusion.list;
     task.step = Step::encode;
     launch_step(x, scheme, wide, teams, task, stream);
