@@ -35,8 +35,7 @@ CUDA_WHEEL = ROOT / ".ci" / "cuda_wheel.py"
 # Of CUDA, tests/simt needs the headers only. They are those of pyproject.toml's compiler.
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
 # The files of tests/python with tests that run on every backend.
-# Not yet among them: errors and weight, of which 4 tests take CuPy's arrays for NumPy's.
-EMULATED_FILES = ("dequantize", "gemm", "linear", "outlier", "quantize", "threads")
+EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "threads", "weight")
 CPP_FOLDERS = ("cpp", "cuda", "bindings", "tests/cpp", "tests/simt", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", "docs/hooks.py", "docs/docstrings.py", "dev.py")
 

@@ -84,6 +84,17 @@ class Backend:
             return self.device_array(native)
         return _torch().from_numpy(native).to(self.device) if self.framework == "torch" else native
 
+    def as_strided(self, array: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        """A view of the array's memory, with strides in elements."""
+        if self.framework == "torch":
+            return array.as_strided(shape, strides)
+        tricks = np.lib.stride_tricks
+        if self.framework == "cupy":
+            import cupy
+
+            tricks = cupy.lib.stride_tricks
+        return tricks.as_strided(array, shape, tuple(array.itemsize * stride for stride in strides))
+
     def broadcast(self, array: Any, shape: tuple[int, ...]) -> Any:
         """A view with strides of zero."""
         if self.framework == "torch":

@@ -229,7 +229,7 @@ def test_nbytes_counts_what_is_held(typed: Typed) -> None:
 
 def test_device_and_repr(typed: Typed) -> None:
     weight = octavo.quantize_weight(typed.array(make("normal", (4, 6), typed.dtype)))
-    assert str(weight.device).startswith(typed.backend.device)
+    assert typed.backend.device in str(weight.device).lower()  # CuPy's is <CUDA Device 0>
     assert "Int8Weight" in repr(weight)
     assert "vector" in repr(weight)
     assert "absmax" in repr(weight)

@@ -97,6 +97,12 @@ class ndarray:  # noqa: N801 - CuPy's name
     def astype(self, *args: Any, **options: Any) -> ndarray:
         return ndarray(self._host.astype(*args, **options))
 
+    def sum(self) -> ndarray:
+        return ndarray(np.asarray(self._host.sum()))
+
+    def __int__(self) -> int:
+        return int(self._host)
+
     def to_device(self, device: Any) -> ndarray:
         return self
 
@@ -141,6 +147,10 @@ def broadcast_to(array: ndarray, shape: Any) -> ndarray:
     return ndarray(np.broadcast_to(array._host, shape))
 
 
+def _as_strided(array: ndarray, shape: Any, strides: Any) -> ndarray:
+    return ndarray(np.lib.stride_tricks.as_strided(array._host, shape, strides))
+
+
 def asnumpy(array: ndarray) -> np.ndarray[Any, Any]:
     return array.get()
 
@@ -149,6 +159,7 @@ def get_current_stream(device_id: int | None = None) -> _Stream:
     return _Stream()
 
 
+lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))
 cuda = types.SimpleNamespace(
     Device=Device,
     get_current_stream=get_current_stream,
