@@ -171,7 +171,8 @@ def loss_table(evaluated: dict[str, eval_report.Report]) -> Table:
         for result in report.results:
             names[result.key] = result.name
             error = f"{result.standard_error:.5f}"
-            cells.setdefault(result.key, {})[model] = f"{-result.difference:+.5f} ± {error}"
+            loss = 0 - result.difference  # not -difference, whose zero is -0
+            cells.setdefault(result.key, {})[model] = f"{loss:+.5f} ± {error}"
         for found in report.similarities:
             names[found.key] = found.name
             error = f"{found.standard_error:.6f}"
@@ -219,7 +220,7 @@ def peers_table(evaluated: dict[str, eval_report.Report]) -> Table:
         known: dict[str, Any] = {row.key: row for row in report.rows}
         for timed in report.times:
             row = known[timed.key]
-            loss = -row.difference if report.causal else 1 - row.mean_cosine
+            loss = 0 - row.difference if report.causal else 1 - row.mean_cosine
             rows.append(
                 [
                     f"{model}: {timed.name}",

@@ -183,8 +183,8 @@ class TestComparison:
 
     def test_chosen_schemes(self) -> None:
         assert [scheme.key for scheme in variants.chosen(["kept-static", "absmax"])] == ["absmax", "kept-static"]
-        assert len(variants.chosen(None)) == 15
-        assert len({scheme.key for scheme in variants.SCHEMES}) == 15
+        assert len(variants.chosen(None)) == 16
+        assert len({scheme.key for scheme in variants.SCHEMES}) == 16
         with pytest.raises(ValueError, match=r"--schemes: expected some of float32, absmax, .*; got int4"):
             variants.chosen(["int4"])
 
@@ -454,7 +454,7 @@ class TestSmoothQuant:
         (tmp_path / "text.txt").write_text(" ".join(f"w{number % 16}" for number in range(100)))
         settings = evaluation.Settings(window=16, limit=2, calibration_windows=2)
         found = evaluation.run(tmp_path, tmp_path / "text.txt", settings, show_progress=False)
-        assert len(found.results) == 13
+        assert len(found.results) == sum(not scheme.smooth for scheme in variants.SCHEMES)
         assert list(found.left_out) == [schemes.SMOOTH_VECTOR.name, schemes.SMOOTH_LLM_INT8.name]
         assert all("also goes into" in reason for reason in found.left_out.values())
         with pytest.raises(ValueError, match="smooth_: model: expected LayerNorms or RMSNorms"):

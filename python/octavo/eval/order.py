@@ -44,6 +44,7 @@ CLAIMS = (
     ("decomposition is as good as float32", "llm-int8", "float32", "near"),
     ("decomposition of zeropoint is as good as float32", "llm-int8-zeropoint", "float32", "near"),
     ("decomposition with kept weights is as good as float32", "kept-columns", "float32", "near"),
+    ("decomposition of zeropoint with kept weights is as good as float32", "kept-zeropoint", "float32", "near"),
     ("dequantized outlier weights lose more than kept ones", "llm-int8", "kept-columns", "more"),
 )
 

@@ -15,6 +15,7 @@ from octavo.measuring.schemes import (
     KEPT_COLUMNS,
     KEPT_ROWS,
     KEPT_STATIC,
+    KEPT_ZEROPOINT,
     ROWS,
     SMOOTH_LLM_INT8,
     SMOOTH_VECTOR,
@@ -23,7 +24,7 @@ from octavo.measuring.schemes import (
 )
 
 # Table 1; then what the 16-bit outlier weights are worth, and what the choice of outlier columns; then SmoothQuant.
-SCHEMES = (*TABLE_1, ROWS, KEPT_COLUMNS, KEPT_ROWS, KEPT_STATIC, SMOOTH_VECTOR, SMOOTH_LLM_INT8)
+SCHEMES = (*TABLE_1, ROWS, KEPT_COLUMNS, KEPT_ZEROPOINT, KEPT_ROWS, KEPT_STATIC, SMOOTH_VECTOR, SMOOTH_LLM_INT8)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,9 @@ ROWS = Scheme("llm-int8-rows", "absmax LLM.int8(), outliers row by row", "absmax
 KEPT_COLUMNS = Scheme(
     "kept-columns", "absmax LLM.int8(), kept 16-bit outlier weights", "absmax", "vector", "columns", kept=True
 )
+KEPT_ZEROPOINT = Scheme(
+    "kept-zeropoint", "zeropoint LLM.int8(), kept 16-bit outlier weights", "zeropoint", "vector", "columns", kept=True
+)
 KEPT_ROWS = Scheme("kept-rows", "absmax LLM.int8(), kept 16-bit, row by row", "absmax", "vector", "rows", kept=True)
 KEPT_STATIC = Scheme(
     "kept-static", "absmax LLM.int8(), kept 16-bit, static columns", "absmax", "vector", "static", kept=True
