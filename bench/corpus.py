@@ -2,8 +2,10 @@
 
 Docstrings of Python files, .rst and .txt files, and what Debian keeps in /usr/share/doc, compressed or not. Files come
 in the order of the SHA-256 of their paths below their root and are read until there is enough; the same hash says of
-each file whether it is for training, held out, or for calibration. A text that was seen before is left out, so no text
-is in two parts. The same machine gives the same corpus; another one, where other versions are installed, another.
+each file whether it is for training, held out, or for calibration. A text that was seen before is left out, and so is a
+paragraph of the calibration or held-out texts that training has, too: packages copy each other's docstrings, and a model
+that has learned one by heart says nothing of new text. The same machine gives the same corpus; another one, where other
+versions are installed, another.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import ast
 import gzip
 import hashlib
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -18,8 +21,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+VERSION = 2  # another one where the same files give another corpus
 SHORTEST = 400  # characters of a text
 LONGEST = 100_000  # of each text: one that is longer is cut, so that no file makes up the corpus alone
+SHORTEST_PARAGRAPH = 40  # characters of one that is looked for in other parts: headings and signatures may be anywhere
+_BREAK = re.compile(r"\n\s*\n")  # between paragraphs
 # Not prose, or the same in every package.
 _NO_PROSE = ("license", "licence", "copying", "copyright", "notice", "changelog", "record", "sources", "top_level",
              "requirements", "entry_points", "cmakelists", "authors", "installed-files")  # fmt: skip
@@ -51,7 +57,7 @@ def default_roots() -> list[Path]:
 def load(characters: int, roots: Iterable[Path] | None = None) -> Corpus:
     """Texts of `characters` in all (fewer where the machine has fewer): 92 % train, 6 % held out, 2 % calibration.
 
-    Raises ValueError where a part stays empty.
+    Of the latter two without the paragraphs that are in the parts before them. Raises ValueError where a part stays empty.
     """
     parts: dict[str, list[str]] = {"train": [], "heldout": [], "calibration": []}
     seen: set[bytes] = set()
@@ -69,10 +75,29 @@ def load(characters: int, roots: Iterable[Path] | None = None) -> Corpus:
             bar.update(len(text))
             if total >= characters:
                 break
+    known = _paragraphs(parts["train"])
+    parts["calibration"] = _without(known, parts["calibration"])
+    parts["heldout"] = _without(known | _paragraphs(parts["calibration"]), parts["heldout"])
     for name, texts in parts.items():
         if not texts:
             raise ValueError(f"corpus: expected text for {name}, got none in {total} characters of documentation")
     return Corpus(**parts)
+
+
+def _paragraphs(texts: Iterable[str]) -> set[str]:
+    return {key for text in texts for paragraph in _BREAK.split(text) if (key := _key(paragraph))}
+
+
+def _key(paragraph: str) -> str:
+    """What is the same of a paragraph however it is wrapped and indented; "" of one that is too short to matter."""
+    words = " ".join(paragraph.split())
+    return words if len(words) >= SHORTEST_PARAGRAPH else ""
+
+
+def _without(known: set[str], texts: Iterable[str]) -> list[str]:
+    """The texts without the paragraphs in `known`; those that become too short are left out."""
+    kept = ("\n\n".join(p for p in _BREAK.split(text) if _key(p) not in known) for text in texts)
+    return [text for text in kept if len(text) >= SHORTEST]
 
 
 def read(path: Path) -> str:
@@ -97,13 +122,14 @@ def _ordered(roots: Iterable[Path]) -> Iterator[tuple[bytes, Path]]:
     found = []
     for root in roots:
         for path in root.rglob("*"):
-            if _wanted(path) and path.is_file():
-                name = path.relative_to(root).as_posix()
-                found.append((hashlib.sha256(name.encode()).digest(), path))
+            below = path.relative_to(root)
+            if _wanted(below) and path.is_file():
+                found.append((hashlib.sha256(below.as_posix().encode()).digest(), path))
     yield from sorted(found)
 
 
 def _wanted(path: Path) -> bool:
+    """Of a path below its root: what a folder above it is called says nothing."""
     name = path.name.lower()
     if name.startswith(_NO_PROSE) or path.parent.name.endswith((".dist-info", ".egg-info")):
         return False

@@ -4,7 +4,7 @@
     .venv/bin/octavo eval build/lm/model --text build/lm/heldout.txt --task build/lm/task/last_word.jsonl
 
 The prompt is a paragraph up to the last word of one of its sentences; the wrong words are the last words of other
-sentences, so how common a word is gives nothing away. The same text and seed make the same task. Written: the questions
+sentences, drawn sentence by sentence: as often common ones as the right word is, so that gives nothing away. The same text and seed make the same task. Written: the questions
 as `octavo eval --task` reads them, and the description of a task that the EleutherAI harness (`lm_eval`) reads, which
 bench/harness.py runs.
 """
@@ -88,13 +88,17 @@ def questions(text: str, count: int, seed: int) -> list[Question]:
     """At most `count` questions, one from a paragraph, drawn from all."""
     draw = random.Random(seed)
     found = list(dict.fromkeys(_sentences(text)))
-    words = sorted({word for _, word in found})
-    if len(words) < CHOICES:
+    words = [word for _, word in found]
+    if len(set(words)) < CHOICES:
         return []
     draw.shuffle(found)
     made = []
     for prompt, word in found[:count]:
-        choices = [word, *draw.sample([other for other in words if other != word], CHOICES - 1)]
+        choices = [word]
+        while len(choices) < CHOICES:
+            other = draw.choice(words)
+            if other not in choices:
+                choices.append(other)
         draw.shuffle(choices)
         made.append(Question(prompt, [f" {choice}" for choice in choices], choices.index(word)))
     return made

@@ -102,14 +102,16 @@ def run(setting: Setting, output: Path, threads: int, roots: Sequence[Path] | No
 def prepare(setting: Setting, output: Path, roots: Sequence[Path] | None = None) -> np.ndarray[Any, Any]:
     """The training tokens, uint16. Made once and kept in `output`, so that a resumed training sees the same text.
 
-    Raises ValueError where `output` belongs to another setting.
+    Raises ValueError where `output` belongs to another setting, or its text was chosen in another way.
     """
     output.mkdir(parents=True, exist_ok=True)
     about = output / "corpus.json"
     if about.exists():
         kept = json.loads(about.read_text())
-        if kept["setting"] != asdict(setting):
-            raise ValueError(f"{output}: expected a folder of this setting, got one of {kept['setting']}")
+        wanted = {"setting": asdict(setting), "version": corpus.VERSION}
+        got = {name: kept.get(name) for name in wanted}
+        if got != wanted:
+            raise ValueError(f"{output}: expected a folder of this setting and corpus, {wanted}; got one of {got}")
         tokens: np.ndarray[Any, Any] = np.load(output / "tokens.npy")
         return tokens
     texts = corpus.load(setting.characters, roots)
@@ -122,7 +124,7 @@ def prepare(setting: Setting, output: Path, roots: Sequence[Path] | None = None)
     (output / "tokens.npy.part").replace(output / "tokens.npy")
     for name, part in (("heldout", texts.heldout), ("calibration", texts.calibration)):
         write(output / f"{name}.txt", partial(Path.write_text, data="\n\n".join(part), encoding="utf-8"))
-    facts = {"setting": asdict(setting), "files": texts.files, "train_tokens": len(tokens)}
+    facts = {"setting": asdict(setting), "version": corpus.VERSION, "files": texts.files, "train_tokens": len(tokens)}
     write(about, lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))  # last: now the folder is whole
     return tokens
 

@@ -67,6 +67,16 @@ class TestTask:
             assert question.choices[question.answer] == f" {NOUNS[number]}"
         assert len({question.answer for question in found}) > 1
 
+    def test_how_common_a_word_is_gives_nothing_away(self) -> None:
+        """Endings as uneven as a text's: choosing the most common word is right about every fourth time."""
+        words = [first + second for first in ("word", "term", "name", "kind") for second in "abcdefghij"]
+        endings = [word for rank, word in enumerate(words, 2) for _ in range(400 // rank)]
+        text = "\n\n".join(f"Sentence {number} of this text ends in {word}." for number, word in enumerate(endings))
+        found = lm_task.questions(text, 10**6, 0)
+        assert len(found) == len(endings)
+        right = sum(max(q.choices, key=lambda choice: endings.count(choice[1:])) == q.choices[q.answer] for q in found)
+        assert 0.2 < right / len(found) < 0.32
+
     def test_the_context_is_the_same_paragraph(self) -> None:
         block = SENTENCE.format(1, "list") + SENTENCE.format(2, "table")
         others = "\n\n".join(SENTENCE.format(number, noun) for number, noun in enumerate(NOUNS, 10))

@@ -66,6 +66,30 @@ class TestCorpus:
         found = corpus.load(10**9, [*roots, tmp_path])
         assert sum(found.files.values()) == 200
 
+    def test_a_paragraph_of_training_is_not_held_out(self, roots: list[Path], tmp_path: Path) -> None:
+        """Wrapped and indented in another way, too; the rest of such a text stays."""
+        copied = "This paragraph is in the documentation of more than one package, word for word."
+        wrapped = copied.replace(" more ", "\n    more ")
+        own = []
+        for root, paragraph in zip(roots, (copied, wrapped), strict=True):
+            own.append(tmp_path / root.name)
+            for path in root.rglob("*.txt"):
+                target = own[-1] / path.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(f"{path.read_text()}\n \n  {paragraph}\n")
+        without, found = corpus.load(10**9, roots), corpus.load(10**9, own)
+        assert all(copied in " ".join(text.split()) for text in found.train)
+        for part in ("heldout", "calibration"):
+            texts = [[" ".join(text.split()) for text in getattr(each, part)] for each in (without, found)]
+            assert texts[0] == texts[1]
+
+    def test_a_folder_above_the_root_may_have_any_name(self, tmp_path: Path) -> None:
+        for number in range(100):
+            path = tmp_path / "tests" / f"{number}.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(document(number))
+        assert sum(corpus.load(10**9, [tmp_path / "tests"]).files.values()) == 100
+
     def test_what_is_read(self, tmp_path: Path) -> None:
         (tmp_path / "m.py").write_text('"""Module."""\nx = 1\n\n\ndef f():\n    """Function."""\n    return "no"\n')
         (tmp_path / "README.gz").write_bytes(gzip.compress(b"packed"))
@@ -107,7 +131,7 @@ class TestTraining:
 
     def test_another_setting_is_refused(self, roots: list[Path], tmp_path: Path) -> None:
         train_lm.prepare(TINY, tmp_path, roots)
-        with pytest.raises(ValueError, match="expected a folder of this setting"):
+        with pytest.raises(ValueError, match="expected a folder of this setting and corpus"):
             train_lm.prepare(replace(TINY, width=32), tmp_path, roots)
 
     def test_learning_rate(self) -> None:
