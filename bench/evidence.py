@@ -205,12 +205,13 @@ def order_table(evaluated: dict[str, eval_report.Report]) -> Table:
             for claim, *_ in order.CLAIMS
         ],
         "In brackets: the difference of the two losses, nats per token, and its paired standard error. Met: more than "
-        f"two standard errors; no less: not below minus two; as good: within {order.TOLERANCE:g}.",
+        f"two standard errors; no less: not below minus two; as good: within {order.TOLERANCE:g} with two standard errors "
+        "added, not met with them taken away, and undecided in between.",
     )
 
 
 def _verdict(check: order.Check) -> str:
-    return f"{'met' if check.met else 'not met'} ({check.difference:+.5f} ± {check.standard_error:.5f})"
+    return f"{check.verdict} ({check.difference:+.5f} ± {check.standard_error:.5f})"
 
 
 def peers_table(evaluated: dict[str, eval_report.Report]) -> Table:

@@ -352,13 +352,13 @@ class TestOrder:
                 self._result("llm-int8-zeropoint", -0.003, -0.003, -0.003),
             ]
         )
-        assert [(check.left, check.right, check.met) for check in found] == [
-            ("absmax", "absmax-row", True),
-            ("absmax-row", "absmax-vector", True),
-            ("absmax-vector", "zeropoint-vector", False),
-            ("zeropoint-vector", "llm-int8", True),
-            ("llm-int8", "float32", True),
-            ("llm-int8-zeropoint", "float32", False),
+        assert [(check.left, check.right, check.verdict) for check in found] == [
+            ("absmax", "absmax-row", "met"),
+            ("absmax-row", "absmax-vector", "met"),
+            ("absmax-vector", "zeropoint-vector", "not met"),
+            ("zeropoint-vector", "llm-int8", "met"),
+            ("llm-int8", "float32", "met"),
+            ("llm-int8-zeropoint", "float32", "not met"),
         ]
         assert found[0].difference == pytest.approx(0.1)
         assert found[0].standard_error == pytest.approx(0, abs=1e-9)
@@ -367,11 +367,27 @@ class TestOrder:
     def test_no_less(self) -> None:
         worse = self._result("absmax-vector", -2.5, -2.6, -2.4)
         (check,) = order.checks([self._result("absmax-row", -2.0, -2.1, -1.9), worse])
-        assert not check.met
+        assert check.verdict == "not met"
+
+    def test_too_little_text_to_tell(self) -> None:
+        """A loss of .0001, or of .0003, that is as often .0012 less or more."""
+        for loss in (-0.001, -0.003):
+            rows = [self._result("llm-int8", loss, loss - 0.012, loss + 0.012), self._result("float32", 0, 0, 0)]
+            assert [check.verdict for check in order.checks(rows)] == ["undecided"]
+
+    def test_one_window_tells_nothing(self) -> None:
+        def result(key: str, total: float) -> perplexity.Result:
+            variant = variants.Variant(key, key, lambda: nn.Identity(), lambda model: 0)
+            return perplexity.compare(
+                variant, perplexity.Scores([10], [total], 0.5), perplexity.Scores([10], [0.0], 0.5), 0
+            )
+
+        rows = [result("float32", 0), result("absmax", -3.0), result("absmax-row", -2.0), result("llm-int8", 0.0)]
+        assert [check.verdict for check in order.checks(rows)] == ["not met", "undecided"]
 
     def test_not_finite_is_not_met(self) -> None:
         (check,) = order.checks([self._result("llm-int8", math.nan, 0, 0), self._result("float32", 0, 0, 0)])
-        assert not check.met
+        assert check.verdict == "not met"
 
 
 class TestPeers:

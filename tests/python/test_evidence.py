@@ -155,12 +155,13 @@ def test_the_whole(lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             difference = (right - left) / sum(scores["float32"]["tokens"])
             assert check["difference"] == pytest.approx(difference, abs=1e-9)
             margin = 2 * check["standard_error"]
+            near = "met" if abs(difference) + margin <= 2e-4 else "undecided"
             wanted = {
-                "within 0.0002": abs(difference) <= 2e-4,
-                "> 2 standard errors": difference > margin,
-                ">= -2 standard errors": difference >= -margin,
+                "within 0.0002, with 2 standard errors": near if abs(difference) - margin <= 2e-4 else "not met",
+                "> 2 standard errors": "met" if difference > margin else "not met",
+                ">= -2 standard errors": "met" if difference >= -margin else "not met",
             }[check["wanted"]]
-            assert check["met"] == wanted
+            assert check["verdict"] == wanted
     # The rescaled models have the outlier features that were put in.
     analyzed = json.loads((tmp_path / "out" / "outliers-58" / "analyze.json").read_text())
     assert len(analyzed["features"]) >= 6

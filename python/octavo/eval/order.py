@@ -1,7 +1,9 @@
 """Whether what was measured is in the paper's order: said of each pair of rows with its error, never assumed.
 
 A loss is what a scheme takes from float32's log-likelihood per token. Two losses differ where they do by more than
-twice the standard error of their difference, paired over the windows.
+twice the standard error of their difference, paired over the windows; one is within a bound where it is so with twice
+the standard error added, and not within it where it is not with twice the standard error taken away. In between,
+the text was too short to tell.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .perplexity import Result, paired_difference
 
 TOLERANCE = 2e-4  # of the log-likelihood per token: what decomposition may cost
+
+
+Verdict = Literal["met", "not met", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Check:
     difference: float  # of the losses, left - right
     standard_error: float
     wanted: str
-    met: bool
+    verdict: Verdict
 
 
 # Of the losses of two rows; "near": the left one is within TOLERANCE of float32's. The paper multiplies outlier columns
@@ -62,12 +68,17 @@ def checks(results: Sequence[Result]) -> list[Check]:
 def _check(claim: str, left: Result, right: Result, wanted: str) -> Check:
     gain, error = paired_difference(left.scores, right.scores)
     difference = -gain
+    # One window has no error: then nothing is known but what is infinitely so.
+    margin = math.inf if math.isnan(error) else 2 * error
+
+    def check(verdict: Verdict, said: str) -> Check:
+        return Check(claim, left.key, right.key, difference, error, said, verdict)
+
     if wanted == "near":
-        return Check(
-            claim, left.key, right.key, difference, error, f"within {TOLERANCE:g}", abs(difference) <= TOLERANCE
-        )
-    # Where the error is not known (one window) or the loss not finite, nothing is met but what is obvious.
-    margin = 0.0 if math.isnan(error) else 2 * error
+        said = f"within {TOLERANCE:g}, with 2 standard errors"
+        if abs(difference) + margin <= TOLERANCE:
+            return check("met", said)
+        return check("undecided" if abs(difference) - margin <= TOLERANCE else "not met", said)
     if wanted == "more":
-        return Check(claim, left.key, right.key, difference, error, "> 2 standard errors", difference > margin)
-    return Check(claim, left.key, right.key, difference, error, ">= -2 standard errors", difference >= -margin)
+        return check("met" if difference > margin else "not met", "> 2 standard errors")
+    return check("met" if difference >= -margin else "not met", ">= -2 standard errors")

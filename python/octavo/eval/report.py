@@ -189,7 +189,7 @@ def _order_table(checks: Sequence[order.Check]) -> Table:
                 f"{check.difference:+.6f}",
                 _error(check.standard_error, 6),
                 check.wanted,
-                "met" if check.met else "not met",
+                check.verdict,
             ]
             for check in checks
         ],
