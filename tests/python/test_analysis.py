@@ -167,7 +167,9 @@ def test_ablation_is_the_model_without_the_weights_columns(tmp_path: Path) -> No
     found = analyze(tmp_path, ablate=True, draws=2)
     assert found.without is not None
     assert {2, 6} <= set(found.without.features)
-    assert [set(draw.features) & set(found.without.features) for draw in found.random] == [set(), set()]
+    ever = {feature for layer in found.by_layer for feature, share in enumerate(layer) if share > 0}
+    assert ever >= set(found.without.features)
+    assert [set(draw.features) & ever for draw in found.random] == [set(), set()]
     assert [len(draw.features) for draw in found.random] == [len(found.without.features)] * 2
 
     loaded = language.load(tmp_path)
@@ -351,6 +353,18 @@ def test_failures_are_one_line(folder: Path, more: list[str], message: str, caps
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == f"octavo analyze: {message}\n"
+
+
+def test_random_features_are_outlying_nowhere(tmp_path: Path) -> None:
+    """What is outlying in one layer is no outlier feature where half of the layers are asked for, nor is it drawn."""
+    model = known_model()
+    for feature in range(WIDTH - 2):
+        set_feature(model, (0, 1, 2, 3) if feature < 2 else (1,), "final_layer_norm", feature, 1.0, 20.0)
+    write_language_model(tmp_path, model)
+    (tmp_path / "text.txt").write_text(" ".join(WORDS))
+    found = analyze(tmp_path, ablate=True, draws=3, min_layers=0.5)
+    assert [feature.number for feature in found.features] == [0, 1]
+    assert [ablation.features for ablation in found.random] == [[WIDTH - 2, WIDTH - 1]] * 3
 
 
 def test_more_outlier_features_than_others(tmp_path: Path) -> None:

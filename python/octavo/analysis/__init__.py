@@ -96,9 +96,10 @@ def run(
         untouched = zero.run("as it is", [])
         without = zero.run("without the outlier features", numbers) if numbers else None
         drawn = []
-        others = min(len(numbers), observation.width - len(numbers))  # as many, where there are as many
+        excluded = observe.ever_outlying(observation)  # more than the outlier features: those in a few layers, too
+        others = min(len(numbers), observation.width - len(excluded))  # as many, where there are as many
         if settings.ablate and others:
-            for chosen in modules.random_features(others, observation.width, numbers, settings.draws):
+            for chosen in modules.random_features(others, observation.width, excluded, settings.draws):
                 drawn.append(zero.run("without random features", chosen))
 
         # 3. What their 16-bit weights are worth.

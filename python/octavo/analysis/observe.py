@@ -105,6 +105,12 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
     return Observation(positions, affected.double() / positions, magnitudes, positive, negative, columns)
 
 
+def ever_outlying(seen: Observation) -> list[int]:
+    """The features that are outlying at some position of some layer, ascending."""
+    found: list[int] = (seen.share > 0).any(0).nonzero().flatten().tolist()
+    return found
+
+
 def outlier_features(seen: Observation, min_layers: float, min_positions: float) -> list[Feature]:
     """The features that are outlying in enough layers and at enough positions, the most common first."""
     layers = (seen.share > 0).double().mean(0)

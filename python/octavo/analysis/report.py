@@ -177,7 +177,10 @@ def _ablation_table(report: Report) -> Table:
         "What zeroing features in front of query, key and value does",
         ["set to zero", measure, "change", "top-1", "change"],
         rows,
-        "" if report.features else "There are no outlier features to be zeroed.",
+        "The feed-forward sees them as before, also those that are outlying there. Random: of those that are outlying "
+        "nowhere."
+        if report.features
+        else "There are no outlier features to be zeroed.",
     )
 
 

@@ -161,7 +161,7 @@ def _measure(settings: Settings, progress: Progress, start: float) -> Report:
     with progress.step("zeroing the largest outlier features"):
         without = outliers.ablate(minilm.model, batches, largest, reference)
     drawn = []
-    for features in random_features(len(largest), model.HIDDEN, largest, settings.draws):
+    for features in random_features(len(largest), model.HIDDEN, outliers.ever_outlying(observed), settings.draws):
         with progress.step("zeroing random features"):
             drawn.append(outliers.ablate(minilm.model, batches, features, reference))
 

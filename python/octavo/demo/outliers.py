@@ -102,6 +102,12 @@ def largest_features(observed: Observed, count: int) -> list[int]:
     return torch.stack(over_layers).amax(0).topk(count).indices.tolist()
 
 
+def ever_outlying(observed: Observed) -> list[int]:
+    """The hidden state's features that are outlier columns in front of any layer's attention or feed-forward."""
+    inputs = (ATTENTION_INPUT, FEED_FORWARD_INPUT)
+    return sorted({column for (_, name), own in observed.items() if name in inputs for column in own.outliers})
+
+
 def ablate(model: nn.Module, batches: Sequence[Batch], features: Sequence[int], reference: Tensor) -> Ablation:
     """Zeroes features of all layers' attention input; `reference`: the untouched embeddings [count, 384]."""
     consumers = [linear_at(layer, path) for layer in layers(model) for path in ATTENTION_CONSUMERS]
