@@ -28,6 +28,7 @@ SENTENCE = "This is the documentation of number {} and it says what the function
 TINY = train_lm.Setting(200_000, 300, 1, 32, 2, 16, 4, 20, 1e-2, 20, 4)
 FEW = evidence.Settings(
     windows=3,
+    close_windows=2,
     questions=3,
     analyzed=2,
     sentences=4,
@@ -119,7 +120,9 @@ def test_the_whole(lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "evidence" in captured.err  # the progress bar
     written = json.loads((tmp_path / "out" / "evidence.json").read_text())
     models = [*evidence.LANGUAGE_MODELS, evidence.MINILM]
-    loss, claims, peers = written["tables"]
+    loss, close, claims, peers = written["tables"]
+    assert close["columns"] == ["scheme", *evidence.LANGUAGE_MODELS]
+    assert "LLM.int8(), kept" in close["rows"][-1][0]
     assert loss["columns"] == ["scheme", *models]
     assert [row[0] for row in loss["rows"]][: len(variants.SCHEMES)] == [scheme.name for scheme in variants.SCHEMES]
     assert claims["columns"] == ["claim", *evidence.LANGUAGE_MODELS]
@@ -151,8 +154,9 @@ def test_the_whole(lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         found = json.loads((tmp_path / "out" / model / "eval.json").read_text())
         scores = {row["key"]: row["scores"] for row in found["results"]}
         for check in checks:
-            left, right = (math.fsum(scores[check[side]]["log_likelihoods"]) for side in ("left", "right"))
-            difference = (right - left) / sum(scores["float32"]["tokens"])
+            read = FEW.close_windows if check["right"] == "float32" else FEW.windows
+            left, right = (math.fsum(scores[check[side]]["log_likelihoods"][:read]) for side in ("left", "right"))
+            difference = (right - left) / sum(scores["float32"]["tokens"][:read])
             assert check["difference"] == pytest.approx(difference, abs=1e-9)
             margin = 2 * check["standard_error"]
             near = "met" if abs(difference) + margin <= 2e-4 else "undecided"
