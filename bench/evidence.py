@@ -147,8 +147,8 @@ def _minilm(folder: Path, settings: Settings) -> tuple[Evaluate, Analyze]:
     """The same for MiniLM, on the demo's sentences."""
     sentences = data.load(settings.sentences, settings.calibration_sentences)
     text, calibration = folder / "sentences.txt", folder / "calibration.txt"
-    text.write_text("\n".join(sentences.evaluation) + "\n", encoding="utf-8")
-    calibration.write_text("\n".join(sentences.calibration) + "\n", encoding="utf-8")
+    _write_text(text, "\n".join(sentences.evaluation) + "\n")
+    _write_text(calibration, "\n".join(sentences.calibration) + "\n")
     chosen = evaluation.Settings(
         calibration=calibration,
         calibration_windows=settings.calibration_sentences,

@@ -172,7 +172,7 @@ def plot(cases: list[Case], names: list[str], facts: dict[str, Any], path: Path)
     figure.suptitle(f"Linear layer, {outliers} outlier columns: {facts['cpu']}, {facts['instruction_set']}, "
                     f"{facts['threads']} thread(s){caches}")  # fmt: skip
     figure.tight_layout()
-    figure.savefig(path, dpi=130, bbox_inches="tight", format="png")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
 
 

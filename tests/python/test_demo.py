@@ -18,7 +18,7 @@ for package in demo.NEEDED:
 
 import torch  # noqa: E402
 from octavo.demo import model, outliers, report, schemes, systematic, timing  # noqa: E402
-from octavo.measuring import modules, output  # noqa: E402
+from octavo.measuring import modules, output, turns  # noqa: E402
 from octavo.measuring import systematic as rescaling  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -255,11 +255,11 @@ class TestTiming:
         batch = minilm.batch(SENTENCES.evaluation, [0, 1])
         converted = schemes.convert(minilm.model, schemes.LLM_INT8)
         models = timing.variants(minilm.model, converted)
-        timed = timing.measure(models, batch, seconds=0, min_rounds=2)
+        timed = timing.measure(models, batch, seconds=0, least=2)
         assert list(timed.times) == ["octavo int8", "torch float32", "torch bfloat16"]
         assert timed.batch == 2
-        assert timed.rounds == 2
-        assert all(0 < s.lower_quartile <= s.median <= s.upper_quartile for s in timed.times.values())
+        assert [spread.calls for spread in timed.times.values()] == [2, 2, 2]
+        assert all(0 < s.lower <= s.median <= s.upper for s in timed.times.values())
         model.layers(converted)[-1].get_submodule("output").dense = nn.Linear(1536, 384)  # not the trained one
         with pytest.raises(errors.WrongResultError, match=r"octavo int8: expected a cosine of at least 0\.99"):
             timing.measure(models, batch, seconds=0)
@@ -339,8 +339,8 @@ class TestRun:
         assert "lowers the minimum cosine" in line
         assert "from 0.9900 to 0.5000" in line
         assert "lowers the neighbors kept from 12 to 3 of 12" in line
-        slow, fast = timing.Spread(30.0, 29.0, 31.0), timing.Spread(10.0, 9.0, 11.0)
-        timed = timing.Timing(1, 8, 5, {"octavo int8": slow, "torch float32": fast})
+        slow, fast = turns.Spread(30.0, 29.0, 31.0, 5), turns.Spread(10.0, 9.0, 11.0, 5)
+        timed = timing.Timing(1, 8, {"octavo int8": slow, "torch float32": fast})
         assert "3.00 times as slow as torch float32" in report._about_timing(timed)
 
 

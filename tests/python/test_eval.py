@@ -392,7 +392,7 @@ class TestPeers:
             assert codes < held[key] < 1.2 * codes, key
         assert [timed.key for timed in found.times] == ["llm-int8", "float32", "bitsandbytes", "torchao"]
         assert found.times[0].ratio == 1
-        assert all(timed.milliseconds.median > 0 and timed.rounds == 4 for timed in found.times)
+        assert all(timed.milliseconds.median > 0 and timed.milliseconds.calls == 4 for timed in found.times)
         assert [row.key for row in found.accuracies] == list(rows)
 
     def test_their_layers_are_what_they_are_called(self) -> None:

@@ -200,7 +200,7 @@ def _timing_table(timings: Sequence[timing.Timing]) -> Table:
                 f"{timed.batch} x {timed.tokens} tokens",
                 *(f"{timed.times[name].median:.1f}" for name in names),
                 *(f"{timed.times[name].median / own:.2f}x" for name in names[1:]),
-                str(timed.rounds),
+                str(timed.times[names[0]].calls),
             ]
         )
     return Table(

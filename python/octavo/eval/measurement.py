@@ -15,7 +15,7 @@ from torch import nn
 from octavo.measuring import language, machine, schemes
 from octavo.measuring.language import Language, Window
 from octavo.measuring.progress import Progress
-from octavo.measuring.timing import spread, take_turns
+from octavo.measuring.turns import spread, take_turns
 
 from . import Settings, embeddings, perplexity, tasks, variants
 from .report import Report, Timed
@@ -179,11 +179,9 @@ def _times(model: nn.Module, peers: Sequence[Variant], window: Window, seconds: 
     calls = {key: partial(models[key, name], **window.inputs) for key, name in models}
     for call in calls.values():
         call()  # warm
-    times = take_turns(calls, seconds=seconds)
+    times = take_turns(calls, seconds, least=4)
     ratios = {
         key: [time / octavo for time, octavo in zip(values, times[own.key], strict=True)]
         for key, values in times.items()
     }
-    return [
-        Timed(key, name, spread(times[key]), statistics.median(ratios[key]), len(times[key])) for key, name in models
-    ]
+    return [Timed(key, name, spread(times[key]), statistics.median(ratios[key])) for key, name in models]

@@ -115,9 +115,9 @@ def draw_peers(report: Report) -> Figure:
     for place, timed in enumerate(report.times):
         color = BLUE if place == 0 else GRAY
         time = timed.milliseconds
-        spread = [[time.median - time.lower_quartile], [time.upper_quartile - time.median]]
+        spread = [[time.median - time.lower], [time.upper - time.median]]
         left.barh(place, time.median, xerr=spread, color=color, capsize=3)
-        _label(left, place, time.upper_quartile, f"{time.median:.1f}")
+        _label(left, place, time.upper, f"{time.median:.1f}")
         row = rows.get(timed.key)
         if row is not None:
             size = row.linear_bytes / (1 << 20)

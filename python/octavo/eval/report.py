@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.measuring.output import Table, as_text
-from octavo.measuring.timing import Spread
+from octavo.measuring.turns import Spread
 
 from . import order
 from .embeddings import Similarity
@@ -27,7 +27,6 @@ class Timed:
     name: str
     milliseconds: Spread
     ratio: float  # to octavo's, the median over the rounds: both of a round meet the same load of the machine
-    rounds: int
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def _accuracy_table(report: Report) -> Table:
 
 
 def _timing_table(report: Report) -> Table:
-    rounds = report.times[0].rounds
+    rounds = report.times[0].milliseconds.calls
     return Table(
         f"Time of the whole model on a window of {report.timed_tokens} tokens, {rounds} rounds in turns",
         ["linear layers", "median, ms", "quartiles, ms", "times octavo's"],
@@ -169,7 +168,7 @@ def _timing_table(report: Report) -> Table:
             [
                 timed.name,
                 f"{timed.milliseconds.median:.2f}",
-                f"{timed.milliseconds.lower_quartile:.2f} to {timed.milliseconds.upper_quartile:.2f}",
+                f"{timed.milliseconds.lower:.2f} to {timed.milliseconds.upper:.2f}",
                 f"{timed.ratio:.2f}",
             ]
             for timed in report.times

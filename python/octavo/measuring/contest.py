@@ -15,7 +15,7 @@ from functools import cached_property, partial
 import torch
 from torch.nn import functional
 
-from octavo.measuring.turns import Clock, Timing, on_the_wall, take_turns
+from octavo.measuring.turns import Clock, Spread, on_the_wall, spreads, take_turns
 from octavo.torch import Int8Linear
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
@@ -177,7 +177,7 @@ class Case:
     m: int
     outliers: int
     threads: int = 1
-    times: dict[str, Timing] = field(default_factory=dict)
+    times: dict[str, Spread] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -210,7 +210,7 @@ def measure(
                 continue
             calls[name] = partial(layer, part.x.to(chosen[name].dtype))
         if calls:
-            case.times = take_turns(calls, seconds, before or (lambda name: None), clock=clock)
+            case.times = spreads(take_turns(calls, seconds, before or (lambda name: None), clock=clock))
         done()
 
 
