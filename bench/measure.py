@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from octavo.measuring.machine import Others, set_threads, timing_facts
+from octavo.measuring.machine import Others, facts, set_threads, taken
 from octavo.measuring.output import write_atomically as write
 from octavo.measuring.turns import Spread, spreads, take_turns
 
-__all__ = ["Evict", "Others", "Spread", "commit", "machine", "set_threads", "spreads", "take_turns", "write"]
+__all__ = ["Evict", "Others", "Spread", "commit", "machine", "set_threads", "spreads", "take_turns", "taken", "write"]
 
 PACKAGES = ("octavo", "torch", "numpy", "bitsandbytes", "torchao")
 
@@ -34,7 +34,7 @@ class Evict:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers are measured on."""
-    return timing_facts(threads, PACKAGES) | {"commit": commit()}
+    return facts(threads, PACKAGES) | {"commit": commit()}
 
 
 def commit() -> str:

@@ -41,7 +41,7 @@ from contenders import (
     prepare,
     problem,
 )
-from measure import Others, Spread, machine, set_threads, spreads, take_turns, write
+from measure import Others, Spread, machine, set_threads, spreads, take_turns, taken, write
 from tqdm import tqdm
 
 OUTLIERS = 6
@@ -309,11 +309,6 @@ def counter(report: dict[str, Any], name: str, key: str) -> float | None:
 def absent(reports: list[dict[str, Any]]) -> str:
     """Why C++ benchmarks gave no number."""
     return next((report["absent"] for report in reports if "absent" in report), "no such benchmark in the report")
-
-
-def taken(cores: float | None) -> str:
-    """How busy the machine was with other things."""
-    return "other programs' use unknown" if cores is None else f"other programs took {cores:.2f} cores"
 
 
 def markdown(lines: list[Line], facts: dict[str, Any], roofs: list[dict[str, Any]]) -> str:

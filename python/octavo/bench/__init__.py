@@ -136,7 +136,7 @@ def run(settings: Settings, *, show_progress: bool = True) -> Report:
 
     _check_device(settings.device)
     chosen = layers(settings.dtypes)
-    facts = machine.timing_facts(settings.threads, PACKAGES) | {"device": settings.device}
+    facts = machine.facts(settings.threads, PACKAGES) | {"device": settings.device}
     if settings.device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     clock = turns.on_the_gpu if settings.device == "cuda" else turns.on_the_wall
