@@ -41,6 +41,7 @@ import octavo
 import octavo.torch
 import torch
 from octavo._types import Outliers
+from octavo.measuring.output import write_atomically
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,9 +85,7 @@ def main() -> int:
             "options": vars(options),
             "rows": rows,
         }
-        beside = options.json.with_name(options.json.name + ".part")
-        beside.write_text(json.dumps(report, indent=1, default=str) + "\n")
-        beside.replace(options.json)
+        write_atomically(options.json, lambda path: path.write_text(json.dumps(report, indent=1, default=str) + "\n"))
     return 0
 
 

@@ -8,7 +8,6 @@ import octavo
 import torch
 from octavo.measuring.contest import (
     OCTAVO,
-    THRESHOLD,
     Contender,
     Layer,
     Problem,
@@ -20,6 +19,7 @@ from octavo.measuring.contest import (
     torch_linear,
     within,
 )
+from octavo.measuring.schemes import THRESHOLD
 
 __all__ = ["OCTAVO", "THRESHOLD", "Contender", "Layer", "Problem", "check", "contenders", "prepare", "problem"]
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
@@ -28,8 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+from octavo.measuring.options import wait_passively
+
+wait_passively()
 
 import lm_outliers
 import lm_task
@@ -43,6 +43,8 @@ from octavo.demo import model as minilm
 from octavo.eval import order, variants
 from octavo.eval import plots as eval_plots
 from octavo.eval import report as eval_report
+from octavo.measuring import modules
+from octavo.measuring.drawing import save_all
 from octavo.measuring.output import Table, as_text, to_json
 from tqdm import tqdm
 
@@ -88,6 +90,7 @@ def run(lm: Path, output: Path, settings: Settings, threads: int, command: str, 
     for name in (*LANGUAGE_MODELS, "heldout.txt", "calibration.txt", "training.json"):
         if not (lm / name).exists():
             raise ValueError(f"{lm}: expected what bench/train_lm.py writes, {name} among it, got none")
+    training = json.loads((lm / "training.json").read_text())
     started = time.perf_counter()
     set_threads(threads)
     output.mkdir(parents=True, exist_ok=True)
@@ -123,10 +126,10 @@ def run(lm: Path, output: Path, settings: Settings, threads: int, command: str, 
     content = {
         "title": "Evidence: the paper's tables",
         "command": command,
-        "seed": {"training": 0, "task": lm_task.SEED, "random features": 0},
+        "seed": {"training": training["seed"], "task": lm_task.SEED, "random features": modules.SEED},
         "machine": machine(threads),
         "settings": asdict(settings),
-        "training": json.loads((lm / "training.json").read_text())["setting"],
+        "training": training["setting"],
         "seconds": time.perf_counter() - started,
         "checks": {name: [asdict(check) for check in found] for name, found in checks.items()},
         "tables": [asdict(table) for table in tables],
@@ -163,8 +166,8 @@ def _minilm(folder: Path, settings: Settings) -> tuple[Evaluate, Analyze]:
     """The same for MiniLM, on the demo's sentences."""
     sentences = data.load(settings.sentences, settings.calibration_sentences)
     text, calibration = folder / "sentences.txt", folder / "calibration.txt"
-    text.write_text("\n".join(sentences.evaluation) + "\n", encoding="utf-8")
-    calibration.write_text("\n".join(sentences.calibration) + "\n", encoding="utf-8")
+    _write_text(text, "\n".join(sentences.evaluation) + "\n")
+    _write_text(calibration, "\n".join(sentences.calibration) + "\n")
     chosen = evaluation.Settings(
         calibration=calibration,
         calibration_windows=settings.calibration_sentences,
@@ -268,7 +271,7 @@ def peers_table(evaluated: dict[str, eval_report.Report]) -> Table:
                     f"{timed.ratio:.2f}",
                 ]
             )
-        rows += [[f"{model}: {name}", "left out", "", "", "", ""] for name in report.left_out]
+        rows += [[f"{model}: {name}", "left out", "", "", "", ""] for name in (*report.left_out, *report.untimed)]
     return Table(
         "octavo and its peers on the same model and text",
         ["model: linear layers", "loss", "standard error", "MiB", "ms", "times octavo's"],
@@ -283,21 +286,24 @@ def peers_table(evaluated: dict[str, eval_report.Report]) -> Table:
 
 def _write_eval(report: eval_report.Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    content = eval_report.content(report, eval_plots.write_all(report, folder))
+    figures = eval_plots.figures(report)
+    content = eval_report.content(report, figures)
     _write_text(folder / "eval.json", to_json(content) + "\n")
     _write_markdown(folder / "eval.md", content["title"], eval_report.tables(report), content)
+    save_all(figures, folder)
 
 
 def _write_analysis(report: analysis_report.Report, folder: Path) -> None:
     (folder / "analyze").mkdir(parents=True, exist_ok=True)
-    content = analysis_report.content(report, analysis_plots.write_all(report, folder / "analyze"))
+    figures = analysis_plots.figures(report)
+    content = analysis_report.content(report, figures)
     _write_text(folder / "analyze.json", to_json(content) + "\n")
     _write_markdown(folder / "analyze.md", content["title"], analysis_report.tables(report), content)
+    save_all(figures, folder / "analyze")
 
 
 def _write_markdown(path: Path, title: str, tables: Sequence[Table], content: dict[str, Any]) -> None:
-    facts = content["machine"]
-    packages = facts.get("packages", facts)
+    facts, packages = content["machine"], content["machine"]["packages"]
     head = [
         f"# {title}",
         f"`{content['command']}`; {facts['cpu']}, {facts['threads']} of {facts['cores']} cores; octavo "

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -32,9 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Threads that spin while they wait take time from those that work. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+from octavo.measuring.options import wait_passively
+
+wait_passively()
 
 import matplotlib as mpl
 import torch
@@ -172,7 +171,7 @@ def plot(cases: list[Case], names: list[str], facts: dict[str, Any], path: Path)
     figure.suptitle(f"Linear layer, {outliers} outlier columns: {facts['cpu']}, {facts['instruction_set']}, "
                     f"{facts['threads']} thread(s){caches}")  # fmt: skip
     figure.tight_layout()
-    figure.savefig(path, dpi=130, bbox_inches="tight", format="png")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -11,14 +11,13 @@ the new biases have use for, so it says nothing about what such a feature carrie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
+from octavo.measuring import systematic
 from octavo.measuring.language import Window
-from octavo.measuring.modules import copy_modules, hooked
-from octavo.measuring.systematic import DiagonalShift, Size, folded, rescaling_to
-from torch import Tensor, nn
+from octavo.measuring.modules import copy_modules
+from octavo.measuring.systematic import DiagonalShift, Features, Size, folded, rescaling_to
+from torch import nn
 
 # The paper's 6.7B and 13B models have one-sided outliers (Table 4). What a two-sided one of that size does is worth
 # knowing too: zeropoint quantization has no advantage there.
@@ -35,45 +34,22 @@ BLOCKS = {
 }
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What a LayerNorm puts out over all positions, each float32 [width]."""
-
-    largest: Tensor  # magnitude
-    mean: Tensor
-    deviation: Tensor
-
-
-def observe(model: Any, windows: Sequence[Window]) -> dict[tuple[int, str], Seen]:
-    """By layer and LayerNorm."""
-    inputs: dict[tuple[int, str], list[Tensor]] = {}
-
-    def hook(key: tuple[int, str]) -> Any:
-        return lambda module, args: inputs.setdefault(key, []).append(args[0].reshape(-1, args[0].shape[-1]))
-
-    consumers = [
-        (layer.get_submodule(paths[0]), hook((index, norm)))
+def observe(model: Any, windows: Sequence[Window]) -> dict[tuple[int, str], Features]:
+    """What each LayerNorm puts out, by layer and LayerNorm."""
+    consumers = {
+        (index, norm): layer.get_submodule(paths[0])
         for index, layer in enumerate(model.model.decoder.layers)
         for norm, paths in BLOCKS.items()
-    ]
-    with hooked(consumers), torch.inference_mode():
-        for window in windows:
-            model(**window.inputs)
-    found = {}
-    for key, parts in inputs.items():
-        x = torch.cat(parts)
-        deviation, mean = torch.std_mean(x, 0, correction=0)
-        found[key] = Seen(x.abs().amax(0), mean, deviation)
-    return found
+    }
+    return systematic.observe(model, [window.inputs for window in windows], consumers)
 
 
-def largest_features(seen: dict[tuple[int, str], Seen], count: int) -> list[int]:
+def largest_features(seen: dict[tuple[int, str], Features], count: int) -> list[int]:
     """The features of the largest magnitude in any layer, the largest first: where outliers would grow."""
-    found: list[int] = torch.stack([own.largest for own in seen.values()]).amax(0).topk(count).indices.tolist()
-    return found
+    return systematic.largest_features(seen.values(), count)
 
 
-def with_outliers(model: Any, features: Sequence[int], size: Size, seen: dict[tuple[int, str], Seen]) -> Any:
+def with_outliers(model: Any, features: Sequence[int], size: Size, seen: dict[tuple[int, str], Features]) -> Any:
     """A copy of an OPT that computes the same function, with outliers in the given features.
 
     `seen` says what mean and deviation the features have as they are. Raises ValueError for a model that does not

@@ -1,17 +1,17 @@
-"""How the benchmarks measure, beyond what `octavo.measuring` has: cold caches, the commit, files."""
+"""How the benchmarks measure, beyond what `octavo.measuring` has: cold caches, and the commit."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from octavo.measuring.machine import Others, set_threads, timing_facts
-from octavo.measuring.turns import Timing, take_turns
+from octavo.measuring.machine import Others, facts, set_threads, taken
+from octavo.measuring.output import write_atomically as write
+from octavo.measuring.turns import Spread, spreads, take_turns
 
-__all__ = ["Evict", "Others", "Timing", "commit", "machine", "set_threads", "take_turns", "write"]
+__all__ = ["Evict", "Others", "Spread", "commit", "machine", "set_threads", "spreads", "take_turns", "taken", "write"]
 
 PACKAGES = ("octavo", "torch", "numpy", "bitsandbytes", "torchao")
 
@@ -34,7 +34,7 @@ class Evict:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers are measured on."""
-    return timing_facts(threads, PACKAGES) | {"commit": commit()}
+    return facts(threads, PACKAGES) | {"commit": commit()}
 
 
 def commit() -> str:
@@ -44,10 +44,3 @@ def commit() -> str:
         capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
     )  # fmt: skip
     return git.stdout.strip() or "unknown"
-
-
-def write(path: Path, fill: Callable[[Path], Any]) -> None:
-    """Write beside and rename, so that no half-written file is left under the name."""
-    beside = path.with_name(path.name + ".part")
-    fill(beside)
-    beside.replace(path)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the quintic that moves every singular value towards 1, from anywhere between 0 and 1, in five steps.
+# Of the quintic that moves singular values towards 1, fast rather than exactly: five steps take 0.002 to 1 to between
+# 0.68 and 1.21. A step makes 3.4 times as much of one near 0, so that what is below 0.001 stays behind.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
@@ -53,7 +54,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """U V^T of each matrix U S V^T, nearly: singular values between 0.7 and 1.2. float32 [count, rows, columns]."""
+    """U V^T of each matrix U S V^T, nearly. float32 [count, rows, columns].
+
+    Singular values of at least 0.002 of the matrix's norm become 0.68 to 1.21; smaller ones stay below.
+    """
     tall = matrices.shape[1] > matrices.shape[2]
     x: Tensor = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -24,9 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Threads that spin while they wait take time from those that work. Read when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+from octavo.measuring.options import wait_passively
+
+wait_passively()
 
 import octavo
 import torch
@@ -41,7 +41,7 @@ from contenders import (
     prepare,
     problem,
 )
-from measure import Others, Timing, machine, set_threads, take_turns, write
+from measure import Others, Spread, machine, set_threads, spreads, take_turns, taken, write
 from tqdm import tqdm
 
 OUTLIERS = 6
@@ -103,9 +103,9 @@ class Measured:
     """The times of one shape by contender and number of outlier columns ("octavo int8, 0")."""
 
     shape: Shape
-    times: dict[str, Timing]
+    times: dict[str, Spread]
     left_out: dict[str, str]
-    scaling: dict[str, Timing]  # of octavo, "1 thread" and "2 threads"; empty where not measured
+    scaling: dict[str, Spread]  # of octavo, "1 thread" and "2 threads"; empty where not measured
     others: float | None = None  # cores that other programs took while `scaling` was measured
 
     def ratio(self, peer: str, own: str) -> float | None:
@@ -180,8 +180,8 @@ def measure(shape: Shape, seconds: float) -> Measured:
                 left_out[f"{name}, {outliers}"] = why
             else:
                 calls[f"{name}, {outliers}"] = partial(layer, part.x.to(chosen[name].dtype))
-    times = take_turns(calls, seconds) if calls else {}
-    scaling: dict[str, Timing] = {}
+    times = spreads(take_turns(calls, seconds)) if calls else {}
+    scaling: dict[str, Spread] = {}
     busy: float | None = None
     own = calls.get(f"{OCTAVO}, {OUTLIERS}")
     if shape.m == 512 and own and (os.cpu_count() or 1) >= 2:
@@ -193,7 +193,7 @@ def measure(shape: Shape, seconds: float) -> Measured:
             own()
 
         others = Others()
-        scaling = take_turns(dict.fromkeys(threads, own), seconds / 4, ready)
+        scaling = spreads(take_turns(dict.fromkeys(threads, own), seconds / 4, ready))
         busy = others.cores()
         octavo.set_num_threads(1)
     return Measured(shape, times, left_out, scaling, busy)
@@ -309,11 +309,6 @@ def counter(report: dict[str, Any], name: str, key: str) -> float | None:
 def absent(reports: list[dict[str, Any]]) -> str:
     """Why C++ benchmarks gave no number."""
     return next((report["absent"] for report in reports if "absent" in report), "no such benchmark in the report")
-
-
-def taken(cores: float | None) -> str:
-    """How busy the machine was with other things."""
-    return "other programs' use unknown" if cores is None else f"other programs took {cores:.2f} cores"
 
 
 def markdown(lines: list[Line], facts: dict[str, Any], roofs: list[dict[str, Any]]) -> str:

@@ -119,9 +119,7 @@ def prepare(setting: Setting, output: Path, roots: Sequence[Path] | None = None)
     tokenizer.save_pretrained(output / "model")
     encoded = tokenizer.backend_tokenizer.encode_batch([text + "\n\n" for text in texts.train])
     tokens = np.concatenate([np.array(part.ids, np.uint16) for part in encoded])
-    with (output / "tokens.npy.part").open("wb") as file:
-        np.save(file, tokens)
-    (output / "tokens.npy.part").replace(output / "tokens.npy")
+    write(output / "tokens.npy", partial(np.save, arr=tokens))
     for name, part in (("heldout", texts.heldout), ("calibration", texts.calibration)):
         write(output / f"{name}.txt", partial(Path.write_text, data="\n\n".join(part), encoding="utf-8"))
     facts = {"setting": asdict(setting), "version": corpus.VERSION, "files": texts.files, "train_tokens": len(tokens)}

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "python" / "octavo"
@@ -72,12 +73,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _commands() -> str:
     """Every command of `octavo`: what it does, how it is called, its options."""
-    os.environ["COLUMNS"] = "82"  # of usages, on every machine
     from octavo.cli import make_parser
 
     (subparsers,) = (each for each in make_parser()._actions if isinstance(each, argparse._SubParsersAction))
     summaries = {each.dest: each.help or "" for each in subparsers._choices_actions}
-    return "\n".join(_command(name, parser, summaries[name]) for name, parser in subparsers.choices.items())
+    with mock.patch.dict(os.environ, COLUMNS="82"):  # of usages, on every machine
+        return "\n".join(_command(name, parser, summaries[name]) for name, parser in subparsers.choices.items())
 
 
 def _command(name: str, parser: argparse.ArgumentParser, summary: str) -> str:

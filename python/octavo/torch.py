@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import octavo
 from octavo import _core, _torch_layout
-from octavo._layers import CALIBRATED, DEFAULT_SKIP, linears, replace, run_batches
+from octavo._layers import CALIBRATED, DEFAULT_SKIP, MIN_FRACTION, linears, replace, run_batches
 from octavo._smoothing import smooth_
 from octavo._types import Granularity, Outliers, Path, Scheme
 from octavo.weight import Int8Weight
@@ -493,7 +493,7 @@ def calibrate_(
     batches: Iterable[Any],
     *,
     threshold: float = 6.0,
-    min_fraction: float = 0.06,
+    min_fraction: float = MIN_FRACTION,
     skip: Sequence[str] = DEFAULT_SKIP,
     progress: bool = True,
 ) -> dict[str, Tensor]:

@@ -15,9 +15,9 @@ transformers = pytest.importorskip(
 )
 pytest.importorskip("matplotlib", reason="octavo analyze plots with matplotlib, which is not installed")
 
-from octavo.analysis import blocks, report  # noqa: E402
+from octavo.analysis import blocks, plots, report  # noqa: E402
 from octavo.measuring import language  # noqa: E402
-from tiny_models import tiny_opt, write_language_model  # noqa: E402
+from tiny_models import tiny_model, tiny_opt, write_language_model  # noqa: E402
 
 WIDTH = 16
 # Twenty words in windows of ten: w1 at 5 of 20 positions, w2 at 1, else w0.
@@ -149,6 +149,32 @@ def test_values_that_are_not_finite_are_outlying(tmp_path: Path) -> None:
     write_language_model(tmp_path, model)
     (tmp_path / "text.txt").write_text(" ".join(WORDS))
     assert 3 in [feature.number for feature in analyze(tmp_path).features]
+
+
+def test_a_picture_that_fails_loses_no_results(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(report: Any) -> Any:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(plots, "draw_emergence", fails)
+    words = ["analyze", folder, "--text", folder / "text.txt", "--window", 10, "--threads", 1, "--quiet"]
+    words += ["--json", tmp_path / "a.json", "--plots", tmp_path / "p"]
+    assert cli.main([str(word) for word in words]) == 1
+    assert capsys.readouterr().err == "octavo analyze: no font\n"
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert [feature["number"] for feature in written["features"]] == [2, 5, 12, 7, 9]
+    assert written["plots"] == ["emergence.png", "magnitudes.png", "columns.png", "worth.png", "tables.png"]
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_language_model(tmp_path, tiny_model("T5ForConditionalGeneration"))
+    (tmp_path / "text.txt").write_text(" ".join(WORDS))
+    assert cli.main(["analyze", str(tmp_path), "--text", str(tmp_path / "text.txt"), "--quiet"]) == 1
+    assert capsys.readouterr().err == (
+        f"octavo analyze: {tmp_path}: expected a causal language model or an encoder, got an encoder-decoder, "
+        "T5ForConditionalGeneration\n"
+    )
 
 
 def test_ablation_is_the_model_without_the_weights_columns(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import linear  # noqa: E402
 import measure  # noqa: E402
 import octavo  # noqa: E402
 import targets  # noqa: E402
+from octavo.measuring import machine as measuring  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +36,8 @@ def _threads_as_before() -> Any:
     torch.set_num_threads(before[1])
 
 
-def timing(median: float) -> measure.Timing:
-    return measure.Timing(median, median, median, 3)
+def timing(median: float) -> measure.Spread:
+    return measure.Spread(median, median, median, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -132,10 +133,15 @@ def test_int_mm_is_left_out_where_its_integers_saturate(monkeypatch: pytest.Monk
 def test_contenders_take_turns() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in ("a", "b")}
-    times = measure.take_turns(calls, 0, lambda name: order.append(f"before {name}"), least=4)
+    samples = measure.take_turns(calls, 0, lambda name: order.append(f"before {name}"), least=4)
     assert order == ["before a", "a", "before b", "b"] * 4
-    assert {name: found.calls for name, found in times.items()} == {"a": 4, "b": 4}
-    assert all(0 <= t.lower <= t.median <= t.upper for t in times.values())
+    assert {name: len(values) for name, values in samples.items()} == {"a": 4, "b": 4}
+    assert all(value >= 0 for values in samples.values() for value in values)
+
+
+def test_the_spread_of_times() -> None:
+    found = measure.spreads({"a": [5.0, 1.0, 2.0, 4.0, 3.0], "b": [1.0, 2.0]})
+    assert found == {"a": measure.Spread(3.0, 2.0, 4.0, 5), "b": measure.Spread(1.5, 1.25, 1.75, 2)}
 
 
 def test_the_facts_name_the_variables_that_change_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +151,7 @@ def test_the_facts_name_the_variables_that_change_the_machine(monkeypatch: pytes
     assert facts["environment"]["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_BF16"
     assert facts["environment"]["OCTAVO_CPU_ISA"] is None
     assert facts["threads"] == 2
+    assert facts["cores"] == measuring.available_cores()
     assert facts["packages"]["octavo"] == octavo.__version__
     json.dumps(facts)
 
@@ -164,7 +171,8 @@ def test_what_other_programs_use_does_not_count_this_one() -> None:
         process.kill()
     assert alone is not None
     assert disturbed is not None
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count()  # /proc/stat counts all of them, also those that this process may not run on
+    assert cores is not None
     assert 0 <= alone < cores
     assert 0.2 < disturbed <= cores + 0.1
 
@@ -213,7 +221,7 @@ def test_linear_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], cold: l
     assert report["machine"]["cold_mebibytes"] == (1 if cold else None)
     assert (tmp_path / "linear.txt").read_text().strip() in capsys.readouterr().out
     assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob("*.part"))
+    assert {path.name for path in tmp_path.iterdir()} == {"linear.json", "linear.txt", "linear.png"}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def test_the_table_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_totals_count_every_layer() -> None:
     def case(k: int, n: int, own: float, peer: float | None) -> contest.Case:
         times = {"octavo int8": own, **({} if peer is None else {"torch bfloat16": peer})}
-        return contest.Case(k, n, 4, 0, times={name: turns.Timing(t, t, t, 3) for name, t in times.items()})
+        return contest.Case(k, n, 4, 0, times={name: turns.Spread(t, t, t, 3) for name, t in times.items()})
 
     settings = bench.Settings({(8, 8): 3, (8, 16): 2}, Path("model"), rows=(4,))
     names = ["octavo int8", "torch bfloat16"]

@@ -224,8 +224,11 @@ def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(gpu, "bandwidth", lambda clock: 1e12)
     monkeypatch.setattr(gpu, "int8_peak", lambda clock: 1e13)
     words = ["--no-llama", "--widths", "64", "--rows", "1", "--outliers", "0", "--seconds", "600"]
+    before = time.strftime("%Y-%m-%d")
     assert gpu.main([*words, "--output", str(tmp_path)]) == 0
-    stem = f"a-gpu-{time.strftime('%Y-%m-%d')}"
+    dates = {before, time.strftime("%Y-%m-%d")}  # two, where it ran into another day
+    (stem,) = {path.stem for path in tmp_path.iterdir()}
+    assert stem in {f"a-gpu-{date}" for date in dates}
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{stem}.json", f"{stem}.txt"]
     report = json.loads((tmp_path / f"{stem}.json").read_text())
     assert report["machine"] == {"gpu": "A GPU"}

@@ -6,6 +6,8 @@ import argparse
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ for package in demo.NEEDED:
 
 import torch  # noqa: E402
 from octavo.demo import model, outliers, report, schemes, systematic, timing  # noqa: E402
-from octavo.measuring import modules, output  # noqa: E402
+from octavo.measuring import modules, output, progress, turns  # noqa: E402
 from octavo.measuring import systematic as rescaling  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -176,6 +178,13 @@ class TestOutliers:
         assert seen.mean[4] == pytest.approx((50 - 20 + 1) / 3)
         assert outliers.largest_features({(0, outliers.ATTENTION_INPUT): seen}, 2) == [4, 2]
 
+    def test_values_that_are_not_finite_are_outlying(self) -> None:
+        batch, transformer = _hand_made()
+        batch.inputs["x"][0, 1, 6], batch.inputs["x"][0, 2, 7] = math.nan, math.inf
+        seen = outliers.observe(transformer, [batch])[0, outliers.ATTENTION_INPUT]
+        assert seen.outliers == [2, 4, 6, 7]
+        assert seen.share[6] == pytest.approx(1 / 3)
+
     def test_zeroing_the_known_outliers(self) -> None:
         batch, transformer = _hand_made()
         reference = model.embed(transformer, [batch])
@@ -255,11 +264,11 @@ class TestTiming:
         batch = minilm.batch(SENTENCES.evaluation, [0, 1])
         converted = schemes.convert(minilm.model, schemes.LLM_INT8)
         models = timing.variants(minilm.model, converted)
-        timed = timing.measure(models, batch, seconds=0, min_rounds=2)
+        timed = timing.measure(models, batch, seconds=0, least=2)
         assert list(timed.times) == ["octavo int8", "torch float32", "torch bfloat16"]
         assert timed.batch == 2
-        assert timed.rounds == 2
-        assert all(0 < s.lower_quartile <= s.median <= s.upper_quartile for s in timed.times.values())
+        assert [spread.calls for spread in timed.times.values()] == [2, 2, 2]
+        assert all(0 < s.lower <= s.median <= s.upper for s in timed.times.values())
         model.layers(converted)[-1].get_submodule("output").dense = nn.Linear(1536, 384)  # not the trained one
         with pytest.raises(errors.WrongResultError, match=r"octavo int8: expected a cosine of at least 0\.99"):
             timing.measure(models, batch, seconds=0)
@@ -276,19 +285,40 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[report.Report, 
         seconds_per_batch_size=0.0,
         threads=torch.get_num_threads(),
     )
-    return demo.run(settings, directory, show_progress=False), directory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "Progress", Counted)
+        return demo.run(settings, directory, show_progress=False), directory
+
+
+class Counted(progress.Progress):
+    """Adds up the units that were done; the last one made is `last`."""
+
+    last: Counted
+
+    def __init__(self, total: float, *, show: bool = True) -> None:
+        super().__init__(total, show=show)
+        self.total, self.done = total, 0.0
+        Counted.last = self
+
+    @contextmanager
+    def step(self, doing: str, units: float = 1.0) -> Iterator[None]:
+        with super().step(doing, units):
+            yield
+        self.done += units
 
 
 class TestRun:
+    def test_the_progress_bar_ends_where_its_end_was_said_to_be(self, small_run: tuple[report.Report, Path]) -> None:
+        assert Counted.last.done == pytest.approx(Counted.last.total)
+
     def test_json(self, small_run: tuple[report.Report, Path]) -> None:
         found, directory = small_run
         written = json.loads((directory / "report.json").read_text())
         assert written == json.loads(report.as_json(found))
         assert [row["name"] for row in written["natural"]] == [s.name for s in (*schemes.TABLE_1, *schemes.KEPT)]
         assert written["settings"]["sentences"] == 10
-        assert {"cpu", "cores", "threads", "python", "torch", "octavo", "transformers", "date"} <= set(
-            written["machine"]
-        )
+        assert {"cpu", "cores", "threads", "python", "load", "date"} <= set(written["machine"])
+        assert {"torch", "octavo", "transformers"} <= set(written["machine"]["packages"])
         assert [len(table["rows"]) for table in written["tables"]] == [4, 11, 6, 3, 11, 11, 2]
 
     def test_values_are_sane(self, small_run: tuple[report.Report, Path]) -> None:
@@ -339,8 +369,8 @@ class TestRun:
         assert "lowers the minimum cosine" in line
         assert "from 0.9900 to 0.5000" in line
         assert "lowers the neighbors kept from 12 to 3 of 12" in line
-        slow, fast = timing.Spread(30.0, 29.0, 31.0), timing.Spread(10.0, 9.0, 11.0)
-        timed = timing.Timing(1, 8, 5, {"octavo int8": slow, "torch float32": fast})
+        slow, fast = turns.Spread(30.0, 29.0, 31.0, 5), turns.Spread(10.0, 9.0, 11.0, 5)
+        timed = timing.Timing(1, 8, {"octavo int8": slow, "torch float32": fast})
         assert "3.00 times as slow as torch float32" in report._about_timing(timed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ torch = pytest.importorskip("torch", reason="octavo eval runs PyTorch models, an
 transformers = pytest.importorskip("transformers", reason="octavo eval loads models with transformers, not installed")
 pytest.importorskip("matplotlib", reason="octavo eval plots with matplotlib, which is not installed")
 
-from octavo.eval import order, perplexity, tasks, variants  # noqa: E402
-from octavo.measuring import language, modules, schemes  # noqa: E402
+from octavo.eval import order, perplexity, plots, report, tasks, variants  # noqa: E402
+from octavo.measuring import language, modules, peers, schemes  # noqa: E402
 from octavo.measuring.progress import Progress  # noqa: E402
 from octavo.torch import Int8Linear  # noqa: E402
 from tiny_models import tiny_model, tiny_opt, write_language_model  # noqa: E402
@@ -131,6 +132,12 @@ class TestModel:
             torch.testing.assert_close(loaded.model(ids).logits, model(ids).logits)
         assert sum(1 for _ in modules.linear_layers(loaded.model)) == 4
 
+    def test_an_encoder_decoder_is_refused(self, tmp_path: Path) -> None:
+        write_language_model(tmp_path, tiny_model("T5ForConditionalGeneration"))
+        message = "expected a causal language model or an encoder, got an encoder-decoder, T5ForConditionalGeneration"
+        with pytest.raises(ValueError, match=message):
+            language.load(tmp_path)
+
     def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"expected a Hugging Face folder with config\.json"):
             language.load(tmp_path)
@@ -219,6 +226,22 @@ class TestCommand:
         for path in (tmp_path / "p").iterdir():
             assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
             assert path.stat().st_size > 10_000
+
+    def test_a_picture_that_fails_loses_no_results(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fails(report: Any) -> Any:
+            raise RuntimeError("no font")
+
+        monkeypatch.setattr(plots, "draw_perplexity", fails)
+        words = ["--schemes", "float32", "--window", 16, "--limit", 2, "--quiet"]
+        assert self._run(folder, *words, "--json", tmp_path / "e.json", "--plots", tmp_path / "p") == 1
+        captured = capsys.readouterr()
+        assert captured.err == "octavo eval: no font\n"
+        assert "30 tokens in 2 windows" in captured.out
+        written = json.loads((tmp_path / "e.json").read_text())
+        assert written["plots"] == ["perplexity.png", "table.png"]
+        assert [row["key"] for row in written["results"]] == ["float32"]
 
     def test_a_text_to_calibrate_with(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         text = folder / "text.txt"
@@ -408,13 +431,15 @@ class TestPeers:
             assert codes < held[key] < 1.2 * codes, key
         assert [timed.key for timed in found.times] == ["llm-int8", "float32", "bitsandbytes", "torchao"]
         assert found.times[0].ratio == 1
-        assert all(timed.milliseconds.median > 0 and timed.rounds == 4 for timed in found.times)
+        assert all(timed.milliseconds.median > 0 and timed.milliseconds.calls == 15 for timed in found.times)
         assert [row.key for row in found.accuracies] == list(rows)
+        assert {"bitsandbytes", "torchao"} <= set(found.machine["packages"])
+        others = found.machine["cores_taken_by_others"]
+        said = "other programs' use unknown" if others is None else f"other programs took {others:.2f} cores"
+        assert f"Meanwhile {said}." in report.text(found)
 
     def test_their_layers_are_what_they_are_called(self) -> None:
         """Outlier columns in bitsandbytes, as LLM.int8(), and none in torchao, as vector-wise; a bias in both."""
-        from octavo.measuring import peers
-
         torch.manual_seed(0)
         linear = nn.Linear(64, 48).requires_grad_(False)
         linear.weight.copy_(linear.weight.half())
@@ -435,10 +460,53 @@ class TestPeers:
         assert error["bitsandbytes"] == pytest.approx(error["columns"], rel=0.3)
         assert error["torchao"] == pytest.approx(error["none"], rel=0.3)
 
-    def test_what_is_not_installed_is_said(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from octavo.eval import report
-        from octavo.measuring import peers
+    def _one_peer(self, monkeypatch: pytest.MonkeyPatch, make: Callable[[nn.Linear], nn.Module]) -> None:
+        """A peer of a package that is installed, whose layers are what `make` makes."""
+        peer = peers.Peer("peer", "Peer", "numpy", make, lambda module: 1)
+        monkeypatch.setattr(variants, "PEERS", (peer,))
 
+    def test_a_peer_that_fails_on_the_task_has_no_row(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is left out, and not a row as well."""
+        self._one_peer(monkeypatch, lambda linear: linear)
+        answers = tasks.answers
+
+        def failing(model: nn.Module, questions: Any, progress: Progress, doing: str) -> list[int]:
+            if doing.startswith("Peer"):
+                raise OSError("a library is missing")
+            return answers(model, questions, progress, doing)
+
+        monkeypatch.setattr(tasks, "answers", failing)
+        settings = evaluation.Settings(
+            ["float32"], window=16, limit=2, peers=True, seconds=0, task=write_task(tmp_path)
+        )
+        found = evaluation.run(folder, folder / "text.txt", settings, show_progress=False)
+        assert list(found.left_out.values()) == ["OSError: a library is missing"]
+        assert [row.key for row in found.results] == [row.key for row in found.accuracies] == ["float32"]
+        assert [timed.key for timed in found.times] == ["llm-int8", "float32"]
+
+    def test_a_peer_that_cannot_be_timed_keeps_its_row(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made: list[nn.Linear] = []
+
+        def once(linear: nn.Linear) -> nn.Module:
+            if len(made) == 12:  # two layers of six: this is the second time
+                raise RuntimeError("no memory")
+            made.append(linear)
+            return linear
+
+        self._one_peer(monkeypatch, once)
+        settings = evaluation.Settings(["float32"], window=16, limit=2, peers=True, seconds=0)
+        found = evaluation.run(folder, folder / "text.txt", settings, show_progress=False)
+        assert found.left_out == {}
+        assert [row.key for row in found.results] == ["float32", "peer"]
+        assert [timed.key for timed in found.times] == ["llm-int8", "float32"]
+        assert list(found.untimed.values()) == ["RuntimeError: no memory"]
+        (table,) = (each for each in report.tables(found) if each.title.startswith("Time of"))
+        assert table.rows[-1] == [next(iter(found.untimed)), "left out", "", ""]
+        assert "RuntimeError: no memory" in table.note
+
+    def test_what_is_not_installed_is_said(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(linear: nn.Linear) -> nn.Module:
             raise RuntimeError("no such kernel\nhere")
 

@@ -127,7 +127,7 @@ class TestTraining:
         assert train_lm.train(TINY, tmp_path / "two", kept) == losses
         one, two = (language.load(tmp_path / name / "model").model.state_dict() for name in ("one", "two"))
         assert all(torch.equal(one[name], two[name]) for name in one)
-        assert not any(path.name.endswith(".part") for path in tmp_path.rglob("*"))
+        assert not any(path.name.startswith(".") for path in tmp_path.rglob("*"))  # nothing half written
 
     def test_another_setting_is_refused(self, roots: list[Path], tmp_path: Path) -> None:
         train_lm.prepare(TINY, tmp_path, roots)

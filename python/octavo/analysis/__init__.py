@@ -56,17 +56,21 @@ def main(args: argparse.Namespace) -> int:
 
     from . import report as reports
 
+    if args.plots:
+        # Now, not after minutes of work: what cannot be imported must not cost the measurement.
+        from octavo.measuring.drawing import save_all
+
+        from . import plots
+
     threads = args.threads or machine.available_cores()
     machine.set_threads(threads)
     report = run(
         args.model, args.text, settings, threads=threads, show_progress=not args.quiet, command=args.command_line
     )
-    plots: list[Path] = []
-    if args.plots:
-        from .plots import write_all
-
-        plots = write_all(report, args.plots)
-    put_out(reports.text(report), reports.content(report, plots), args.json)
+    drawn = plots.figures(report) if args.plots else {}
+    put_out(reports.text(report), reports.content(report, drawn), args.json)
+    if drawn:
+        save_all(drawn, args.plots)
     return 0
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from octavo.measuring.language import Language, Window
 from octavo.measuring.modules import hooked
 from octavo.measuring.progress import Progress
+from octavo.measuring.systematic import outlying as is_outlying
 
 from .blocks import HIDDEN_STATES, Projection, projections
 
@@ -83,7 +84,7 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
     outlying: dict[int, Tensor] = {}  # by layer: bool [positions, width] of the window being run
 
     def see(projection: Projection, x: Tensor) -> None:
-        mask = _outlying(x, threshold)
+        mask = is_outlying(x, threshold)
         largest[projection] = torch.maximum(largest[projection], x.abs().amax(0))
         counts[projection] += mask.sum(0)
         if projection in watched:
@@ -143,7 +144,7 @@ def spread(
         if not features:
             return
         x = x[:, index]
-        mask = _outlying(x, threshold)
+        mask = is_outlying(x, threshold)
         values.append(x[mask[:, 0], 0])
         here = mask.any(1)
         outlying[projection.layer] = outlying[projection.layer] | here if projection.layer in outlying else here
@@ -177,11 +178,6 @@ def _hidden_states(found: Sequence[Projection], width: int) -> list[Projection]:
         if projection.takes in HIDDEN_STATES and projection.module.in_features == width
     }
     return list(first.values())
-
-
-def _outlying(x: Tensor, threshold: float) -> Tensor:
-    """As in octavo.find_outliers: NaN and Inf are outlying."""
-    return ~(x.abs() < threshold)
 
 
 def _columns(projection: Projection, largest: Tensor, counts: Tensor, positions: int) -> Columns:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from octavo.measuring.drawing import BLUE, GRAY, GREEN, ORANGE, VERMILION, draw_tables, quiet, save_all
+from octavo.measuring.drawing import BLUE, GRAY, GREEN, ORANGE, VERMILION, draw_tables, quiet
 
 from .report import POLICY_NAMES, Report, tables
 from .worth import POLICIES, root_mean_square
@@ -20,16 +20,15 @@ _STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, G
 _SHOWN = 60  # columns of the heat map
 
 
-def write_all(report: Report, directory: Path) -> list[Path]:
-    """Draws every picture into `directory`; returns their paths."""
-    figures = {
-        "emergence.png": draw_emergence,
-        "magnitudes.png": draw_magnitudes,
-        "columns.png": draw_columns,
-        "worth.png": draw_worth,
+def figures(report: Report) -> dict[str, Callable[[], Figure]]:
+    """What draws each picture, by the name of its file."""
+    return {
+        "emergence.png": partial(draw_emergence, report),
+        "magnitudes.png": partial(draw_magnitudes, report),
+        "columns.png": partial(draw_columns, report),
+        "worth.png": partial(draw_worth, report),
+        "tables.png": partial(draw_tables, tables(report)),
     }
-    drawn = {name: partial(draw, report) for name, draw in figures.items()}
-    return save_all({**drawn, "tables.png": partial(draw_tables, tables(report))}, directory)
 
 
 def draw_emergence(report: Report) -> Figure:

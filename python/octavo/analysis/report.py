@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from octavo._layers import MIN_FRACTION
 from octavo.measuring.modules import SEED
 from octavo.measuring.output import Table, as_text
 
@@ -55,7 +56,7 @@ def text(report: Report) -> str:
     return "\n\n".join([head, *map(as_text, tables(report)), f"Measured in {report.seconds:.0f} s."])
 
 
-def content(report: Report, plots: Sequence[Path] = ()) -> dict[str, Any]:
+def content(report: Report, plots: Iterable[str] = ()) -> dict[str, Any]:
     """Everything, tables and the plots' names included, for JSON."""
     return {
         "format": 1,
@@ -63,7 +64,7 @@ def content(report: Report, plots: Sequence[Path] = ()) -> dict[str, Any]:
         **asdict(report),
         "seed": SEED,
         "tables": [asdict(table) for table in tables(report)],
-        "plots": [path.name for path in plots],
+        "plots": list(plots),
     }
 
 
@@ -161,7 +162,8 @@ def _worth_table(report: Report) -> Table:
             *(row(f"{worth.layer} {worth.name}", len(worth.kept), worth.errors.__getitem__) for worth in report.worths),
         ],
         "On the inputs that the float32 model gives them. Outlier columns are those of a window; by row: each row's; "
-        "static: the kept ones, found at 6 % of positions in the first half of the windows and measured on the others.",
+        f"static: the kept ones, found at {100 * MIN_FRACTION:g} % of positions in the first half of the windows and "
+        "measured on the others.",
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from octavo._layers import MIN_FRACTION
 from octavo._types import Outliers
 from octavo.measuring.language import Language, Window
 from octavo.measuring.progress import Progress
@@ -20,8 +21,6 @@ from octavo.torch import Int8Linear, systematic_columns
 
 from .blocks import Projection, projections
 from .observe import watch
-
-MIN_FRACTION = 0.06  # as octavo.torch.calibrate_ has it: of positions, from which on a column is kept
 
 # Key -> whether the 16-bit weights are kept, and how outlier columns are chosen. Static columns are the kept ones.
 POLICIES: Mapping[str, tuple[bool, Outliers]] = {

@@ -136,7 +136,7 @@ def run(settings: Settings, *, show_progress: bool = True) -> Report:
 
     _check_device(settings.device)
     chosen = layers(settings.dtypes)
-    facts = machine.timing_facts(settings.threads, PACKAGES) | {"device": settings.device}
+    facts = machine.facts(settings.threads, PACKAGES) | {"device": settings.device}
     if settings.device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     clock = turns.on_the_gpu if settings.device == "cuda" else turns.on_the_wall
@@ -157,17 +157,18 @@ def layers(dtypes: Sequence[str]) -> dict[str, Contender]:
     import torch
 
     from octavo.measuring import contest
+    from octavo.measuring.schemes import THRESHOLD
 
     # Y is rounded once; X and W are exact in every dtype. What is left is the order of float32 sums.
     rounding = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5}
     dtype: torch.dtype = getattr(torch, dtypes[0])
-    of_int8 = contest.within(contest.THRESHOLD)
+    of_int8 = contest.within(THRESHOLD)
     found = {contest.OCTAVO: contest.Contender(contest.octavo_layer(dtype), dtype, of_int8)}
     for name in dtypes:
         dtype = getattr(torch, name)
         found[f"torch {name}"] = contest.Contender(contest.torch_linear(dtype), dtype, contest.at_most(rounding[name]))
     if not missing_packages(("bitsandbytes",)):
-        layer = contest.bitsandbytes_linear(contest.THRESHOLD)
+        layer = contest.bitsandbytes_linear(THRESHOLD)
         found["bitsandbytes"] = contest.Contender(layer, torch.float16, of_int8)
     return found
 

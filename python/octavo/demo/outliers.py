@@ -7,14 +7,15 @@ to zero in front of query, key and value of every layer, and, for comparison, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from octavo.measuring import systematic
 from octavo.measuring.modules import hooked, top_probability, zeroing
-from octavo.measuring.schemes import THRESHOLD
+from octavo.measuring.systematic import Features
 
 from .model import Batch, layers, pool
 from .schemes import Quality, quality
@@ -28,21 +29,6 @@ INPUTS = {
     "feed-forward hidden": "output.dense",
 }
 ATTENTION_CONSUMERS = ("attention.self.query", "attention.self.key", "attention.self.value")
-
-
-@dataclass(frozen=True)
-class Features:
-    """The features of one linear input over all real tokens, each [k]."""
-
-    largest: Tensor  # the largest magnitude
-    share: Tensor  # the share of tokens at which the magnitude is 6 or more
-    mean: Tensor
-    deviation: Tensor  # the standard deviation
-
-    @property
-    def outliers(self) -> list[int]:
-        """The outlier columns at threshold 6, ascending."""
-        return (self.largest >= THRESHOLD).nonzero().flatten().tolist()
 
 
 Observed = dict[tuple[int, str], Features]  # by layer and the input's name
@@ -64,42 +50,23 @@ def linear_at(layer: nn.Module, path: str) -> nn.Module:
     return module[-1] if isinstance(module, nn.Sequential) else module
 
 
-def run_watched(model: nn.Module, batches: Sequence[Batch], see: Callable[[int, str, Tensor], None]) -> None:
-    """Runs the batches; calls see(layer, name, x [tokens, k]) with every linear input, padding left out."""
-    real = torch.empty(0)  # of the batch being run
-
-    def hook(index: int, name: str) -> Callable[..., None]:
-        return lambda module, args: see(index, name, args[0].detach()[real])
-
-    watched = [
-        (linear_at(layer, path), hook(index, name))
+def linear_inputs(model: nn.Module) -> dict[tuple[int, str], nn.Module]:
+    """By layer and the input's name, a linear layer that takes it."""
+    return {
+        (index, name): linear_at(layer, path)
         for index, layer in enumerate(layers(model))
         for name, path in INPUTS.items()
-    ]
-    with hooked(watched), torch.inference_mode():
-        for batch in batches:
-            real = batch.real
-            model(**batch.inputs)
+    }
 
 
 def observe(model: nn.Module, batches: Sequence[Batch]) -> Observed:
     """What the features of every linear input of a float model are like on these batches."""
-    inputs: dict[tuple[int, str], list[Tensor]] = {}
-    run_watched(model, batches, lambda index, name, x: inputs.setdefault((index, name), []).append(x))
-    return {key: _features(torch.cat(parts)) for key, parts in inputs.items()}
-
-
-def _features(x: Tensor) -> Features:
-    """The features of x, float32 [tokens, k]."""
-    size = x.abs()
-    deviation, mean = torch.std_mean(x, 0, correction=0)
-    return Features(size.amax(0), (size >= THRESHOLD).float().mean(0), mean, deviation)
+    return systematic.observe(model, [batch.inputs for batch in batches], linear_inputs(model))
 
 
 def largest_features(observed: Observed, count: int) -> list[int]:
     """The features of the attention input with the largest magnitude in any layer, the largest first."""
-    over_layers = [features.largest for (_, name), features in observed.items() if name == ATTENTION_INPUT]
-    return torch.stack(over_layers).amax(0).topk(count).indices.tolist()
+    return systematic.largest_features((own for (_, name), own in observed.items() if name == ATTENTION_INPUT), count)
 
 
 def ever_outlying(observed: Observed) -> list[int]:

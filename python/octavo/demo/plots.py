@@ -138,11 +138,11 @@ def draw_timing(report: Report) -> Figure:
     for axis, timed in zip(axes[0], report.timings, strict=True):
         for place, spread in enumerate(timed.times.values()):
             axis.bar(place, spread.median, 0.7, color=colors[place], hatch=hatches[place], edgecolor="white")
-            below, above = spread.median - spread.lower_quartile, spread.upper_quartile - spread.median
+            below, above = spread.median - spread.lower, spread.upper - spread.median
             axis.errorbar(place, spread.median, [[below], [above]], color="black", capsize=4, linewidth=1)
             axis.annotate(
                 f"{spread.median:.1f}",
-                (place, spread.upper_quartile),
+                (place, spread.upper),
                 (0, 4),
                 textcoords="offset points",
                 ha="center",

@@ -200,7 +200,7 @@ def _timing_table(timings: Sequence[timing.Timing]) -> Table:
                 f"{timed.batch} x {timed.tokens} tokens",
                 *(f"{timed.times[name].median:.1f}" for name in names),
                 *(f"{timed.times[name].median / own:.2f}x" for name in names[1:]),
-                str(timed.rounds),
+                str(timed.times[names[0]].calls),
             ]
         )
     return Table(
@@ -299,10 +299,10 @@ def _mean(ablations: Sequence[Ablation], value: Callable[[Ablation], float]) -> 
 
 def text(report: Report) -> str:
     """The whole report for a terminal."""
-    machine = report.machine
+    machine, packages = report.machine, report.machine["packages"]
     head = (
-        f"octavo {machine['octavo']} on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores; "
-        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}\n"
+        f"octavo {packages['octavo']} on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores; "
+        f"Python {machine['python']}, torch {packages['torch']}, transformers {packages['transformers']}\n"
         f"MiniLM ({report.settings['package']} {report.settings['package_version']}), "
         f"{report.settings['sentences']} sentences of Python's documentation, "
         f"{report.settings['tokens']} tokens"

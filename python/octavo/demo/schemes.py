@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from octavo.measuring import schemes
 from octavo.measuring.modules import linear_bytes
+from octavo.measuring.neighbors import nearest
 from octavo.measuring.schemes import FLOAT32, KEPT_COLUMNS, KEPT_STATIC, LLM_INT8, TABLE_1, VECTOR_WISE, Scheme, convert
 
 from .model import Batch, embed
@@ -32,7 +32,6 @@ __all__ = [
     "calibrated",
     "convert",
     "evaluate",
-    "nearest",
     "quality",
     "row",
 ]
@@ -77,9 +76,3 @@ def quality(embeddings: Tensor, reference: Tensor) -> Quality:
     cosine = nn.functional.cosine_similarity(embeddings.double(), reference.double(), dim=1)
     kept = int((nearest(embeddings) == nearest(reference)).sum())
     return Quality(float(cosine.mean()), float(cosine.min()), kept)
-
-
-def nearest(embeddings: Tensor) -> Tensor:
-    """The index of each row's nearest other row by cosine, int64 [count]."""
-    unit = nn.functional.normalize(embeddings.double(), dim=1)
-    return (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(1)

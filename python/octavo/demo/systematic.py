@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.measuring.modules import copy_modules
-from octavo.measuring.systematic import Size, folded, rescaling_to
+from octavo.measuring.systematic import Size, folded, rescaling_to, watch
 
 from .model import Batch, layers
 from .outliers import (
@@ -26,7 +26,7 @@ from .outliers import (
     FEED_FORWARD_INPUT,
     Observed,
     linear_at,
-    run_watched,
+    linear_inputs,
 )
 
 CONSUMERS = {ATTENTION_INPUT: ATTENTION_CONSUMERS, FEED_FORWARD_INPUT: ("intermediate.dense",)}
@@ -63,11 +63,9 @@ def measure(model: nn.Module, batches: Sequence[Batch], features: Sequence[int])
     """What the features are like where the rescaled linear layers take them."""
     seen: list[Tensor] = []
 
-    def see(index: int, name: str, x: Tensor) -> None:
-        if name in CONSUMERS:
-            seen.append(x[:, list(features)].flatten())
-
-    run_watched(model, batches, see)
+    watched = {(index, name): module for (index, name), module in linear_inputs(model).items() if name in CONSUMERS}
+    inputs = [batch.inputs for batch in batches]
+    watch(model, inputs, watched, lambda key, x: seen.append(x[:, list(features)].flatten()))
     values = torch.cat(seen)
     quartiles = torch.quantile(values.double(), torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     return Measured(quartiles.tolist(), float((values < 0).double().mean()))

@@ -13,12 +13,11 @@ from functools import partial
 import torch
 from torch import nn
 
-from octavo.measuring.timing import Spread, spread, take_turns
+from octavo.measuring.turns import Spread, spreads, take_turns
 
 from .errors import WrongResultError
 from .model import Batch, embed_batch
 
-BATCH_SIZES = (1, 16, 64)
 MIN_COSINE = 0.99  # a model that is wrong has no speed
 
 
@@ -28,7 +27,6 @@ class Timing:
 
     batch: int
     tokens: int  # the longest sentence's, to which the others are padded
-    rounds: int
     times: dict[str, Spread]
 
 
@@ -50,15 +48,12 @@ def check(models: dict[str, nn.Module], batch: Batch) -> None:
             raise WrongResultError(f"{name}: expected a cosine of at least {MIN_COSINE} with float32, got {cosine:.4f}")
 
 
-def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, min_rounds: int = 4) -> Timing:
-    """Times the models in turns, for about `seconds` and at least `min_rounds` rounds."""
+def measure(models: dict[str, nn.Module], batch: Batch, *, seconds: float, least: int = 4) -> Timing:
+    """Times the models in turns, for about `seconds` and for at least `least` rounds."""
     check(models, batch)  # and every model is warm
     calls = {name: partial(_forward, model, batch) for name, model in models.items()}
-    times = take_turns(calls, seconds=seconds, min_rounds=min_rounds)
-    tokens = int(batch.real.shape[1])
-    return Timing(
-        len(batch.indices), tokens, len(times["octavo int8"]), {name: spread(values) for name, values in times.items()}
-    )
+    samples = take_turns(calls, seconds, least=least)
+    return Timing(len(batch.indices), int(batch.real.shape[1]), spreads(samples))
 
 
 @torch.inference_mode()

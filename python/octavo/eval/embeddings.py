@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from octavo.measuring.language import Language, Window
 from octavo.measuring.modules import top_probability
+from octavo.measuring.neighbors import nearest
 from octavo.measuring.progress import Progress
 
 from .variants import Variant
@@ -91,8 +92,3 @@ def compare(variant: Variant, found: Embedded, reference: Embedded, linear_bytes
         linear_bytes,
         cosines.tolist(),
     )
-
-
-def nearest(unit: Tensor) -> Tensor:
-    """The index of each row's nearest other row, of rows of length 1."""
-    return (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ from torch import nn
 
 from octavo.measuring import language, machine, schemes
 from octavo.measuring.language import Language, Window
+from octavo.measuring.peers import BROKEN, PEERS, reason
 from octavo.measuring.progress import Progress
-from octavo.measuring.timing import spread, take_turns
+from octavo.measuring.turns import spread, take_turns
 
 from . import Settings, embeddings, perplexity, tasks, variants
 from .report import Report, Timed
 from .variants import Variant
 
-# What a package that is installed but does not run here may raise.
-_BROKEN = (ImportError, RuntimeError, NotImplementedError, AttributeError)
+# Of timing the peers. A time's ratio to octavo's is that of one round, and few rounds say little of their median.
+_ROUNDS = 15
 
 
 def run(
@@ -48,22 +49,27 @@ def run(
     shown = {scheme.key for scheme in wanted} | {peer.key for peer in peers}
     measured = _Measured(loaded, windows, questions)
     times: list[Timed] = []
+    untimed: dict[str, str] = {}
+    packages = tuple(peer.package for peer in PEERS) if settings.peers else ()
+    facts = machine.facts(threads, (*machine.PACKAGES, *packages))
     timing = 10 * settings.seconds if settings.peers else 0.0
     with Progress(measured.units * (len(found) + len(peers)) + timing, show=show_progress) as progress:
         for variant in (*found, *peers):
             try:
                 measured.run(variant, progress, variant.key in shown)
-            except _BROKEN as error:
+            except BROKEN as error:
                 if variant not in peers:
                     raise
-                left_out[variant.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                left_out[variant.name] = reason(error)
         if settings.peers:
             with progress.step("timing", timing):
                 running = [peer for peer in peers if peer.name not in left_out]
-                times = _times(loaded.model, running, windows[0], settings.seconds)
+                others = machine.Others()
+                times, untimed = _times(loaded.model, running, windows[0], settings.seconds)
+                facts["cores_taken_by_others"] = others.cores()
     return Report(
         command=command,
-        machine=machine.facts(threads),
+        machine=facts,
         settings={
             "model": str(model),
             "architecture": type(loaded.model).__name__,
@@ -85,6 +91,7 @@ def run(
         accuracies=measured.accuracies,
         left_out=left_out,
         times=times,
+        untimed=untimed,
         timed_tokens=windows[0].ids.shape[1],
         seconds=time.perf_counter() - start,
     )
@@ -92,10 +99,8 @@ def run(
 
 def _load(model: Path, settings: Settings) -> Language:
     loaded = language.load(model)
-    found = loaded.model.config.architectures
-    if loaded.model.config.is_encoder_decoder:
-        raise ValueError(f"{model}: expected a causal language model or an encoder, got {found}")
     if not loaded.causal:
+        found = loaded.model.config.architectures
         for option, value in (("--task", settings.task), ("--stride", settings.stride)):
             if value is not None:
                 raise ValueError(
@@ -146,44 +151,60 @@ class _Measured:
         return len(self._windows) + sum(map(tasks.units, self._questions))
 
     def run(self, variant: Variant, progress: Progress, shown: bool) -> None:
-        """Make the variant, run everything, compare with float32."""
+        """Make the variant, run everything, compare with float32.
+
+        Rows are added when everything has run: a variant that fails on the way has none.
+        """
         converted = variant.make()
+        found: perplexity.Scores | embeddings.Embedded
         if self._loaded.causal:
-            scores = perplexity.score(converted, self._windows, progress, variant.name)
-            self._reference = self._reference or scores
-            if shown:
-                held = variant.held(converted)
-                self.results.append(perplexity.compare(variant, scores, self._reference, held))
+            found = perplexity.score(converted, self._windows, progress, variant.name)
         else:
-            embedded = embeddings.embed(converted, self._windows, progress, variant.name)
-            self._reference = self._reference or embedded
-            if shown:
-                held = variant.held(converted)
-                self.similarities.append(embeddings.compare(variant, embedded, self._reference, held))
+            found = embeddings.embed(converted, self._windows, progress, variant.name)
+        answers: list[int] = []
         if self._questions:
             answers = tasks.answers(converted, self._questions, progress, f"{variant.name}: task")
-            self._answers = self._answers or answers
-            if shown:
-                self.accuracies.append(tasks.compare(variant, answers, self._answers, self._questions))
+        held = variant.held(converted)
+        self._reference = self._reference or found
+        self._answers = self._answers or answers
+        if not shown:
+            return
+        if isinstance(found, perplexity.Scores):
+            self.results.append(perplexity.compare(variant, found, self._reference, held))
+        else:
+            self.similarities.append(embeddings.compare(variant, found, self._reference, held))
+        if self._questions:
+            self.accuracies.append(tasks.compare(variant, answers, self._answers, self._questions))
 
 
 @torch.inference_mode()
-def _times(model: nn.Module, peers: Sequence[Variant], window: Window, seconds: float) -> list[Timed]:
-    """Of the whole model on a window, in turns: octavo as it is by default, float32 and the peers."""
+def _times(
+    model: nn.Module, peers: Sequence[Variant], window: Window, seconds: float
+) -> tuple[list[Timed], dict[str, str]]:
+    """Of the whole model on a window, in turns: octavo as it is by default, float32 and the peers.
+
+    And why a peer is not timed, by name.
+    """
     own = schemes.LLM_INT8
-    models = {
-        (own.key, f"octavo, {own.name}"): schemes.convert(model, own, path="auto"),
-        (schemes.FLOAT32.key, schemes.FLOAT32.name): model,
-        **{(peer.key, peer.name): peer.make() for peer in peers},
+    names = {own.key: f"octavo, {own.name}", schemes.FLOAT32.key: schemes.FLOAT32.name}
+    calls: dict[str, Callable[[], object]] = {
+        own.key: partial(schemes.convert(model, own, path="auto"), **window.inputs),
+        schemes.FLOAT32.key: partial(model, **window.inputs),
     }
-    calls = {key: partial(models[key, name], **window.inputs) for key, name in models}
     for call in calls.values():
         call()  # warm
-    times = take_turns(calls, seconds=seconds)
+    untimed = {}
+    for peer in peers:
+        try:
+            call = partial(peer.make(), **window.inputs)
+            call()
+        except BROKEN as error:
+            untimed[peer.name] = reason(error)
+            continue
+        names[peer.key], calls[peer.key] = peer.name, call
+    times = take_turns(calls, seconds, least=_ROUNDS)
     ratios = {
         key: [time / octavo for time, octavo in zip(values, times[own.key], strict=True)]
         for key, values in times.items()
     }
-    return [
-        Timed(key, name, spread(times[key]), statistics.median(ratios[key]), len(times[key])) for key, name in models
-    ]
+    return [Timed(key, names[key], spread(times[key]), statistics.median(ratios[key])) for key in times], untimed

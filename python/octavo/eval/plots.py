@@ -5,30 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from octavo.measuring.drawing import BLUE, GRAY, VERMILION, draw_tables, quiet, save_all
+from octavo.measuring.drawing import BLUE, GRAY, VERMILION, draw_tables, quiet
 
 from .perplexity import Result
 from .report import Report, tables
 
 
-def write_all(report: Report, directory: Path) -> list[Path]:
-    """Draws every picture into `directory`; returns their paths."""
-    figures: dict[str, Callable[[], Figure]] = {}
+def figures(report: Report) -> dict[str, Callable[[], Figure]]:
+    """What draws each picture, by the name of its file."""
+    found: dict[str, Callable[[], Figure]] = {}
     if report.causal:
-        figures["perplexity.png"] = partial(draw_perplexity, report)
+        found["perplexity.png"] = partial(draw_perplexity, report)
     else:
-        figures["embeddings.png"] = partial(draw_embeddings, report)
+        found["embeddings.png"] = partial(draw_embeddings, report)
     if report.accuracies:
-        figures["accuracy.png"] = partial(draw_accuracy, report)
+        found["accuracy.png"] = partial(draw_accuracy, report)
     if report.times:
-        figures["peers.png"] = partial(draw_peers, report)
-    return save_all({**figures, "table.png": partial(draw_tables, tables(report))}, directory)
+        found["peers.png"] = partial(draw_peers, report)
+    return {**found, "table.png": partial(draw_tables, tables(report))}
 
 
 def draw_perplexity(report: Report) -> Figure:
@@ -115,9 +114,9 @@ def draw_peers(report: Report) -> Figure:
     for place, timed in enumerate(report.times):
         color = BLUE if place == 0 else GRAY
         time = timed.milliseconds
-        spread = [[time.median - time.lower_quartile], [time.upper_quartile - time.median]]
+        spread = [[time.median - time.lower], [time.upper - time.median]]
         left.barh(place, time.median, xerr=spread, color=color, capsize=3)
-        _label(left, place, time.upper_quartile, f"{time.median:.1f}")
+        _label(left, place, time.upper, f"{time.median:.1f}")
         row = rows.get(timed.key)
         if row is not None:
             size = row.linear_bytes / (1 << 20)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from octavo.measuring.machine import taken
 from octavo.measuring.output import Table, as_text
-from octavo.measuring.timing import Spread
+from octavo.measuring.turns import Spread
 
 from . import order
 from .embeddings import Similarity
@@ -27,7 +28,6 @@ class Timed:
     name: str
     milliseconds: Spread
     ratio: float  # to octavo's, the median over the rounds: both of a round meet the same load of the machine
-    rounds: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Report:
     accuracies: list[Accuracy]  # with a task
     left_out: dict[str, str]  # name -> reason
     times: list[Timed]  # with peers; octavo's first
+    untimed: dict[str, str]  # name -> reason, of peers that have a row but no time
     timed_tokens: int
     seconds: float
 
@@ -69,17 +70,17 @@ def tables(report: Report) -> list[Table]:
 
 def text(report: Report) -> str:
     """The whole report for a terminal."""
-    settings, machine = report.settings, report.machine
+    settings, machine, packages = report.settings, report.machine, report.machine["packages"]
     head = (
         f"{settings['model']}: {settings['architecture']}, {settings['parameters'] / 1e6:.4g} million parameters; "
         f"{settings['text']}\n"
-        f"octavo {machine['octavo']} on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores, "
-        f"torch {machine['torch']}"
+        f"octavo {packages['octavo']} on {machine['cpu']}, {machine['threads']} of {machine['cores']} cores, "
+        f"torch {packages['torch']}"
     )
     return "\n\n".join([head, *map(as_text, tables(report)), f"Measured in {report.seconds:.0f} s."])
 
 
-def content(report: Report, plots: Sequence[Path] = ()) -> dict[str, Any]:
+def content(report: Report, plots: Iterable[str] = ()) -> dict[str, Any]:
     """Everything, tables and the plots' names included, for JSON."""
     return {
         "format": 1,
@@ -88,7 +89,7 @@ def content(report: Report, plots: Sequence[Path] = ()) -> dict[str, Any]:
         "seed": None,  # nothing is drawn
         "checks": [asdict(check) for check in order.checks(report.results)],
         "tables": [asdict(table) for table in tables(report)],
-        "plots": [path.name for path in plots],
+        "plots": list(plots),
     }
 
 
@@ -109,7 +110,7 @@ def _perplexity_table(report: Report) -> Table:
         ]
         + [[name, "", "left out", "", "", ""] for name in report.left_out],
         "Difference of the log-likelihood (nats) from float32's, negative is worse; its standard error is paired over "
-        "windows. MiB: linear layers." + _reasons(report),
+        "windows. MiB: linear layers." + _reasons(report.left_out),
     )
 
 
@@ -133,12 +134,12 @@ def _similarity_table(report: Report) -> Table:
         + [[name, "", "left out", "", "", "", "", ""] for name in report.left_out],
         "Neighbors: passages whose nearest other one is the same. Top-1: mean of the largest softmax probability of "
         "attention. MiB: linear layers. SmoothQuant divides in front of layers where a residual takes their input, too."
-        + _reasons(report),
+        + _reasons(report.left_out),
     )
 
 
-def _reasons(report: Report) -> str:
-    return "".join(f" Left out: {name}: {reason}." for name, reason in report.left_out.items())
+def _reasons(left_out: Mapping[str, str]) -> str:
+    return "".join(f" Left out: {name}: {reason}." for name, reason in left_out.items())
 
 
 def _accuracy_table(report: Report) -> Table:
@@ -161,7 +162,7 @@ def _accuracy_table(report: Report) -> Table:
 
 
 def _timing_table(report: Report) -> Table:
-    rounds = report.times[0].rounds
+    rounds = report.times[0].milliseconds.calls
     return Table(
         f"Time of the whole model on a window of {report.timed_tokens} tokens, {rounds} rounds in turns",
         ["linear layers", "median, ms", "quartiles, ms", "times octavo's"],
@@ -169,13 +170,15 @@ def _timing_table(report: Report) -> Table:
             [
                 timed.name,
                 f"{timed.milliseconds.median:.2f}",
-                f"{timed.milliseconds.lower_quartile:.2f} to {timed.milliseconds.upper_quartile:.2f}",
+                f"{timed.milliseconds.lower:.2f} to {timed.milliseconds.upper:.2f}",
                 f"{timed.ratio:.2f}",
             ]
             for timed in report.times
-        ],
+        ]
+        + [[name, "left out", "", ""] for name in report.untimed],
         "Times octavo's: the median over rounds. "
-        "Everything but the linear layers is float32 in each; bitsandbytes' layers compute in float16.",
+        "Everything but the linear layers is float32 in each; bitsandbytes' layers compute in float16. "
+        f"Meanwhile {taken(report.machine['cores_taken_by_others'])}." + _reasons(report.untimed),
     )
 
 

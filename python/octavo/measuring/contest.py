@@ -15,13 +15,13 @@ from functools import cached_property, partial
 import torch
 from torch.nn import functional
 
-from octavo.measuring.turns import Clock, Timing, on_the_wall, take_turns
+from octavo.measuring.peers import BROKEN, reason
+from octavo.measuring.turns import Clock, Spread, on_the_wall, spreads, take_turns
 from octavo.torch import Int8Linear
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 
 OCTAVO = "octavo int8"  # what the others are compared with
-THRESHOLD = 6.0
 
 
 @dataclass
@@ -144,7 +144,7 @@ def prepare(chosen: Mapping[str, Contender], weight: torch.Tensor) -> tuple[dict
     for name, contender in chosen.items():
         try:
             layers[name] = contender.prepare(weight)
-        except (ImportError, OSError, RuntimeError, NotImplementedError, AttributeError) as problem:
+        except BROKEN as problem:
             left_out[name] = reason(problem)
     return layers, left_out
 
@@ -155,7 +155,7 @@ def check(contender: Contender, layer: Layer, given: Problem) -> tuple[float, st
     try:
         contender.verify(layer, x)
         y = layer(x)
-    except (RuntimeError, NotImplementedError, AttributeError) as problem:
+    except BROKEN as problem:
         return math.nan, reason(problem)
     if y.dtype != contender.dtype:
         return math.nan, f"wrong: the result is {y.dtype}, expected {contender.dtype}"
@@ -177,7 +177,7 @@ class Case:
     m: int
     outliers: int
     threads: int = 1
-    times: dict[str, Timing] = field(default_factory=dict)
+    times: dict[str, Spread] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -210,7 +210,7 @@ def measure(
                 continue
             calls[name] = partial(layer, part.x.to(chosen[name].dtype))
         if calls:
-            case.times = take_turns(calls, seconds, before or (lambda name: None), clock=clock)
+            case.times = spreads(take_turns(calls, seconds, before or (lambda name: None), clock=clock))
         done()
 
 
@@ -219,8 +219,3 @@ def ratio(case: Case, name: str) -> float | None:
     if name not in case.times or OCTAVO not in case.times:
         return None
     return case.times[name].median / case.times[OCTAVO].median
-
-
-def reason(problem: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(problem).__name__}: {problem}".splitlines()[0]

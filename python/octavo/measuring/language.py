@@ -73,7 +73,7 @@ def load(path: Path) -> Language:
     become ``nn.Linear`` of the same function, for octavo to convert.
 
     Raises:
-        ValueError: no such folder, no config in it, or no linear layers in the model.
+        ValueError: no such folder, no config in it, an encoder-decoder, or no linear layers in the model.
         OSError: weights or tokenizer that transformers cannot read.
     """
     if not (path / "config.json").is_file():
@@ -88,6 +88,11 @@ def load(path: Path) -> Language:
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         causal = any(name.endswith(_CAUSAL) for name in config.architectures or [])
+        if config.is_encoder_decoder and not causal:
+            raise ValueError(
+                f"{path}: expected a causal language model or an encoder, got an encoder-decoder, "
+                f"{', '.join(config.architectures or [config.model_type])}"
+            )
         if causal:
             model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         else:  # eager attention is the kind whose softmax can be read out

@@ -17,6 +17,7 @@ import octavo
 
 # What makes a machine another one: set before Python starts, they bound octavo's and torch's instruction sets.
 VARIABLES = ("OCTAVO_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+PACKAGES = ("octavo", "torch", "transformers", "numpy")  # of what runs models
 
 
 def available_cores() -> int:
@@ -32,37 +33,23 @@ def set_threads(threads: int) -> None:
     octavo.set_num_threads(threads)
 
 
-def facts(threads: int) -> dict[str, Any]:
-    """Machine, versions and date."""
-    return {
-        "cpu": cpu_model(),
-        "cores": available_cores(),
-        "threads": threads,
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "octavo": octavo.__version__,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "octavo_info": octavo.info(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def timing_facts(threads: int, packages: Sequence[str]) -> dict[str, Any]:
-    """What times have to be read with: also caches, load, instruction sets, and the versions of who took part."""
+def facts(threads: int, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Machine, load, instruction sets, environment, date, and the versions of the packages that took part."""
+    info = octavo.info()
     return {
         "cpu": cpu_model(),
         "caches": caches(),
-        "cores": os.cpu_count(),
+        "cores": available_cores(),
         "threads": threads,
         "load": os.getloadavg(),
-        "instruction_set": octavo.info()["cpu"]["instruction_set"],
+        "instruction_set": info["cpu"]["instruction_set"],
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in packages},
-        "date": time.strftime("%Y-%m-%d"),
+        "octavo_info": info,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
@@ -89,6 +76,11 @@ def caches() -> dict[str, str]:
         if _read(folder / "type").strip() != "Instruction":
             sizes[f"L{_read(folder / 'level').strip()}"] = _read(folder / "size").strip()
     return sizes
+
+
+def taken(cores: float | None) -> str:
+    """What `Others.cores` found, in words."""
+    return "other programs' use unknown" if cores is None else f"other programs took {cores:.2f} cores"
 
 
 class Others:

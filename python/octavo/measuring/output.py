@@ -66,7 +66,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def put_out(text: str, content: Any, json_path: Path | None) -> None:
-    """Print a report's text, and write its content as JSON where a path is given."""
-    print(text)
+    """Write a report's content as JSON where a path is given, and print its text: who reads that may be gone."""
     if json_path:
         write_atomically(json_path, lambda path: path.write_text(to_json(content) + "\n"))
+    print(text)

@@ -19,6 +19,14 @@ from octavo._layers import replace
 from .modules import copy_modules, linear_layers
 from .schemes import THRESHOLD
 
+# What a package that is not installed, or that is and does not run here, may raise.
+BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
+
+
+def reason(problem: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]
+
 
 @dataclass(frozen=True)
 class Peer:

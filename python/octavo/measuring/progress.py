@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar over `total` units of work; one unit is about as long as embedding the sentences once."""
+    """A bar over `total` units of work. What a unit is, who makes the bar says: units should take about as long."""
 
     def __init__(self, total: float, *, show: bool = True) -> None:
         self._bar = tqdm(

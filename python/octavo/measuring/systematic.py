@@ -1,18 +1,87 @@
-"""Rescaling features so that a few become outliers of a wanted size, and the model computes the same function.
+"""Systematic outlier features: those that a model has, and rescaling some to a wanted size.
 
-z = x*d + s takes the place of x, and the layers that take it get W' = W/d and bias' = bias - W' s, so that
-W' z + bias' = W x + bias.
+The rescaled model computes the same function: z = x*d + s takes the place of x, and the layers that take it get
+W' = W/d and bias' = bias - W' s, so that W' z + bias' = W x + bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .modules import hooked
+from .schemes import THRESHOLD
+
 FEATURES = 6  # as many as the paper counts in its 6.7B model
+
+_Key = TypeVar("_Key")
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one linear input over all tokens, each float32 [k]."""
+
+    largest: Tensor  # magnitude
+    share: Tensor  # of tokens at which the feature is outlying
+    mean: Tensor
+    deviation: Tensor  # the standard deviation
+
+    @property
+    def outliers(self) -> list[int]:
+        """The outlier columns, ascending."""
+        found: list[int] = self.share.nonzero().flatten().tolist()
+        return found
+
+
+def outlying(x: Tensor, threshold: float = THRESHOLD) -> Tensor:
+    """Bool, as x: as in octavo.find_outliers, NaN and Inf are outlying."""
+    return ~(x.abs() < threshold)
+
+
+def watch(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    watched: Mapping[_Key, nn.Module],
+    see: Callable[[_Key, Tensor], None],
+) -> None:
+    """Runs the batches; calls see(key, x [tokens, k]) with every input of the watched modules, padding left out.
+
+    `batches`: the model's keyword arguments, with an ``attention_mask``.
+    """
+    real = torch.empty(0)  # of the batch being run: bool [tokens]
+
+    def hook(key: _Key) -> Callable[..., None]:
+        return lambda module, args: see(key, args[0].detach().reshape(-1, args[0].shape[-1])[real])
+
+    with hooked((module, hook(key)) for key, module in watched.items()), torch.inference_mode():
+        for batch in batches:
+            real = batch["attention_mask"].bool().flatten()
+            model(**batch)
+
+
+def observe(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], watched: Mapping[_Key, nn.Module]
+) -> dict[_Key, Features]:
+    """What the features of the inputs of the watched modules of a float model are like; `batches` as in `watch`."""
+    inputs: dict[_Key, list[Tensor]] = {}
+    watch(model, batches, watched, lambda key, x: inputs.setdefault(key, []).append(x))
+    return {key: features_of(torch.cat(parts)) for key, parts in inputs.items()}
+
+
+def features_of(x: Tensor) -> Features:
+    """The features of x, float32 [tokens, k]."""
+    deviation, mean = torch.std_mean(x, 0, correction=0)
+    return Features(x.abs().amax(0), outlying(x).float().mean(0), mean, deviation)
+
+
+def largest_features(seen: Iterable[Features], count: int) -> list[int]:
+    """The features of the largest magnitude in any of the inputs, the largest first: where outliers would grow."""
+    found: list[int] = torch.stack([own.largest for own in seen]).amax(0).topk(count).indices.tolist()
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
-"""Timing calls against each other: in turns, so that whatever else the machine does falls on all of them alike."""
+"""Times of calls that take turns, so that whatever else the machine does falls on all of them alike."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Clock = Callable[[Callable[[], object]], float]
 
 
-@dataclass
-class Timing:
+@dataclass(frozen=True)
+class Spread:
     """Milliseconds of a call: median and quartiles over `calls` calls."""
 
     median: float
@@ -46,22 +46,28 @@ def take_turns(
     before: Callable[[str], object] = lambda name: None,
     least: int = 3,
     clock: Clock = on_the_wall,
-) -> dict[str, Timing]:
-    """Time `calls`, one call of each after the other, so that a change of the machine's speed meets all alike.
+) -> dict[str, list[float]]:
+    """Milliseconds of each of `calls` in every round, one call of each after the other.
 
-    `before` is given the name of the call that comes next and is not timed. Goes on for `seconds`, and until there are
-    `least` (>= 2) times of each.
+    `before` is given the name of the call that comes next and is not timed. Goes on for `seconds`, and for at least
+    `least` rounds.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    turns = 0
-    while turns < least or time.perf_counter() < end:
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < least or time.perf_counter() < end:
         for name, call in calls.items():
             before(name)
             samples[name].append(clock(call))
-        turns += 1
-    timings = {}
-    for name, values in samples.items():
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-        timings[name] = Timing(median, lower, upper, turns)
-    return timings
+        rounds += 1
+    return samples
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least two."""
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, lower, upper, len(values))
+
+
+def spreads(samples: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
+    """Of each call of `take_turns`."""
+    return {name: spread(values) for name, values in samples.items()}

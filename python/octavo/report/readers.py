@@ -160,13 +160,8 @@ def _cell(value: Any) -> str:
 
 
 def _title_of_command(content: Content) -> str:
-    settings = _dict(content.get("settings"))
-    model = PurePosixPath(str(settings.get("model", ""))).name
-    if "package" in settings:
-        return "MiniLM in int8"
-    if model and "results" in content:
-        return f"Perplexity of {model}, by scheme"
-    return f"Outlier features of {model}" if model and "features" in content else ""
+    """Of `octavo demo`; the others write one themselves."""
+    return "MiniLM in int8" if "package" in _dict(content.get("settings")) else ""
 
 
 # --- bench/linear.py, bench/gpu.py ------------------------------------------------------------------------------------
