@@ -2,10 +2,10 @@
 
 Docstrings of Python files, .rst and .txt files, and what Debian keeps in /usr/share/doc, compressed or not. Files come
 in the order of the SHA-256 of their paths below their root and are read until there is enough; the same hash says of
-each file whether it is for training, held out, or for calibration. A text that was seen before is left out, and so is a
-paragraph of the calibration or held-out texts that training has, too: packages copy each other's docstrings, and a model
-that has learned one by heart says nothing of new text. The same machine gives the same corpus; another one, where other
-versions are installed, another.
+each file whether it is for training, held out, or for calibration. A text that was seen before is left out, and so is
+a paragraph of the calibration or held-out texts that training has, too: packages copy each other's docstrings, and a
+model that has learned one by heart says nothing of new text. The same machine gives the same corpus; another one, where
+other versions are installed, another.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def default_roots() -> list[Path]:
 def load(characters: int, roots: Iterable[Path] | None = None) -> Corpus:
     """Texts of `characters` in all (fewer where the machine has fewer): 92 % train, 6 % held out, 2 % calibration.
 
-    Of the latter two without the paragraphs that are in the parts before them. Raises ValueError where a part stays empty.
+    Of the latter two without the paragraphs that training has, of held-out texts without those of calibration. Raises
+    ValueError where a part stays empty.
     """
     parts: dict[str, list[str]] = {"train": [], "heldout": [], "calibration": []}
     seen: set[bytes] = set()

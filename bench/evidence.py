@@ -100,7 +100,9 @@ def run(lm: Path, output: Path, settings: Settings, threads: int, command: str, 
     models = {name: _language_model(lm, name, task, settings) for name in LANGUAGE_MODELS}
     models[MINILM] = _minilm(inputs, settings)
     close: dict[str, eval_report.Report] = {}
-    with tqdm(total=2 * len(models) + len(LANGUAGE_MODELS), desc="evidence", unit="report", disable=not show_progress) as bar:
+    with tqdm(
+        total=2 * len(models) + len(LANGUAGE_MODELS), desc="evidence", unit="report", disable=not show_progress
+    ) as bar:
         for name, (evaluate, analyze) in models.items():
             bar.set_postfix_str(f"{name}: eval")
             evaluated[name] = evaluate(threads=threads, show_progress=show_progress, command=command)
@@ -244,8 +246,8 @@ def order_table(found: dict[str, list[order.Check]]) -> Table:
             for claim, *_ in order.CLAIMS
         ],
         "In brackets: the difference of the two losses, nats per token, and its paired standard error. Met: more than "
-        f"two standard errors; no less: not below minus two; as good: within {order.TOLERANCE:g} with two standard errors "
-        "added, not met with them taken away, and undecided in between.",
+        f"two standard errors; no less: not below minus two; as good: within {order.TOLERANCE:g} with two standard "
+        "errors added, not met with them taken away, and undecided in between.",
     )
 
 

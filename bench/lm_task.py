@@ -4,9 +4,9 @@
     .venv/bin/octavo eval build/lm/model --text build/lm/heldout.txt --task build/lm/task/last_word.jsonl
 
 The prompt is a paragraph up to the last word of one of its sentences; the wrong words are the last words of other
-sentences, drawn sentence by sentence: as often common ones as the right word is, so that gives nothing away. The same text and seed make the same task. Written: the questions
-as `octavo eval --task` reads them, and the description of a task that the EleutherAI harness (`lm_eval`) reads, which
-bench/harness.py runs.
+sentences, drawn sentence by sentence: as often common ones as the right word is, so that gives nothing away. The same
+text and seed make the same task. Written: the questions as `octavo eval --task` reads them, and the description of a
+task that the EleutherAI harness (`lm_eval`) reads, which bench/harness.py runs.
 """
 
 from __future__ import annotations
