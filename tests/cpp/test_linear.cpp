@@ -374,6 +374,23 @@ TEST(batch_invariance) {
     }
 }
 
+// So many that each thread has several groups of rows where they share one scale.
+TEST(many_rows_with_one_scale) {
+    Random random(101);
+    for (const DType dtype : {DType::f16, DType::f32}) {
+        const Array x(dtype, activations(random, 1100, 44));
+        const Array w(dtype, random_normal(random, 3, 44, 0.05));
+        for (const Scheme scheme : schemes) {
+            const Weight weight(w, scheme, Granularity::tensor, kept_columns(44));
+            for (const LinearOptions& options : all_options) {
+                if (options.path == Path::weight_only) continue;
+                const check::Context context(describe(weight, options));
+                check_linear(x, weight, std::nullopt, options, dtype);
+            }
+        }
+    }
+}
+
 TEST(non_finite_values) {
     Random random(99);
     const Array w(DType::f32, random_normal(random, 4, 12, 0.05));
