@@ -1,9 +1,9 @@
 """Check the machine code of the CUDA backend, without a GPU: cuda_machine_code.py LIBRARY.
 
 For each architecture that the library is built for: the tensor-core products have integer and half-precision matrix
-instructions, the streaming kernels read 16 bytes at a time, and no kernel keeps registers in local memory. Prints the
-resources of all kernels as a table. Needs cuobjdump and nvdisasm: on the path or, from PyPI, nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm.
+instructions and, from sm_80 on, copy 16 bytes at a time without waiting; the streaming kernels read as much at a time;
+no kernel keeps registers in local memory. Prints the resources of all kernels as a table. Needs cuobjdump and nvdisasm:
+on the path or, from PyPI, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WIDE_LOAD = r"\bLDG\.E\.(\w+\.)*128"
+WIDE_STORE = r"\bSTG\.E\.(\w+\.)*128"
+WIDE_COPY = r"\bLDGSTS\.E\.(\w+\.)*128"  # to shared memory, from sm_80 on
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,21 @@ class Rule:
 
 
 # The instances for arrays of any strides read an element at a time: the others have `wide` (Lb1E), or 16 elements at a
-# time (Li16E), as their last argument.
+# time (Li16E), as their last argument. SliceCopyE0: of the int8 product, those that copy without waiting.
 RULES = (
     Rule("outlier.mark_kernel", WIDE_LOAD, r"Lb1EE"),
+    Rule("column_ranges.column_ranges_kernel", WIDE_LOAD, r"Lb1EE"),
     Rule("quantize.quantize_kernel", WIDE_LOAD, r"Lb1EE"),
     Rule("quantize.sum_codes_kernel", WIDE_LOAD, r"Lb1EE"),
     Rule("epilogue.epilogue_kernel", WIDE_LOAD),
     Rule("dequantize.dequantize_kernel", WIDE_LOAD, r"Li16EE"),
     Rule("gemm_mma.mma_kernel", r"\bIMMA\.\d+\.S8\.S8"),
+    Rule("gemm_mma.mma_kernel", WIDE_COPY, r"SliceCopyE0E", first=80),
+    Rule("gemm_copies.copy_kernel", WIDE_STORE),
+    Rule("gemm_copies.sum_kernel", r"\b(RED|REDG|ATOMG)\.E\.MIN\.64"),
     Rule("weight_only.dot_kernel", WIDE_LOAD),
     Rule("weight_only.mma_kernel", r"\bHMMA\.\d+\.F32", first=80),
+    Rule("weight_only.mma_kernel", WIDE_COPY, first=80),
 )
 # A template's instance that an architecture has no use for is compiled to nothing: to fewer instructions than these.
 LEAST_INSTRUCTIONS = 16

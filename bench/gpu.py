@@ -10,12 +10,14 @@ paper's threshold where it is installed.
 
 Each result is compared with the float64 product of some of its rows before anything is timed (the int8 product must be
 equal to that of the codes); one that is further off than its arithmetic explains is left out, says so, and, where it is
-octavo's, the status is 1. Then the contenders take turns, so that a change of the clocks
-meets all alike, each call on a cold level-2 cache: a buffer of more than its size is written before. Times are those
-of CUDA events around one call. Written to OUTPUT as
-<gpu>-<date>.json and .txt: median and quartiles, ratios of the medians to torch float16, the share of the
-memory bandwidth that reading W once and X, and writing Y, is in that time, and of the int8 peak; both ceilings are
-measured first, by a copy of a gigabyte and by an int8 product of 8192 in each direction.
+octavo's, the status is 1. Then the contenders take turns, so that a change of the clocks meets all alike, each call on
+a cold level-2 cache: a buffer of more than its size is written before. Times are those of CUDA events around one call.
+First come three cases in which octavo does something else: one scale for all of X, rows that are not aligned, and
+zeropoint.
+
+Written to OUTPUT as <gpu>-<date>.json and .txt, after every shape anew: median and quartiles, ratios of the medians to
+torch float16, the share of the memory bandwidth that reading W once and X, and writing Y, is in that time, and of the
+int8 peak; both ceilings are measured first, by a copy of a gigabyte and by an int8 product of 8192 in each direction.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import octavo
 import torch
@@ -63,9 +65,31 @@ class Case:
     n: int
     m: int
     outliers: int
+    scheme: Literal["absmax", "zeropoint"] = "absmax"
+    granularity: Literal["tensor", "row", "vector"] = "vector"
     times: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> tuple[int, int, str, str]:
+        """What cases must have in common to share a weight."""
+        return self.k, self.n, self.scheme, self.granularity
+
+    @property
+    def variant(self) -> str:
+        """How octavo's weight is not the usual one."""
+        return ", ".join(word for word in (self.scheme, self.granularity) if word not in ("absmax", "vector"))
+
+
+def variants() -> list[Case]:
+    """The cases of another granularity, alignment and scheme."""
+    n, m, outliers = 16384, 256, 6
+    return [
+        Case(4096, n, m, outliers, granularity="tensor"),
+        Case(4098, n, m, outliers),
+        Case(4096, n, m, outliers, scheme="zeropoint"),
+    ]
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -74,7 +98,7 @@ def main(words: Sequence[str] | None = None) -> int:
     cases = plan(args)
     if args.plan:
         for case in cases:
-            print(f"k={case.k} n={case.n} m={case.m} outliers={case.outliers}")
+            print(f"k={case.k} n={case.n} m={case.m} outliers={case.outliers} {case.variant}".rstrip())
         return 0
     if not torch.cuda.is_available():
         print("bench/gpu.py: no GPU: torch.cuda.is_available() is False", file=sys.stderr)
@@ -86,15 +110,18 @@ def main(words: Sequence[str] | None = None) -> int:
     facts = machine()
     clock = Clock()
     ceilings = {"bytes_per_second": bandwidth(clock), "int8_operations_per_second": int8_peak(clock)}
-    measure_all(cases, args.calls, clock, deadline)
-    text = table(cases, ceilings)
-    print(text)
     command = " ".join(["bench/gpu.py", *(sys.argv[1:] if words is None else words)])
-    report = {"command": command, "machine": facts, "ceilings": ceilings, "cases": [asdict(case) for case in cases]}
     stem = name_of_results(facts["gpu"], time.strftime("%Y-%m-%d"))
     args.output.mkdir(parents=True, exist_ok=True)
-    write(args.output / f"{stem}.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
-    write(args.output / f"{stem}.txt", lambda path: path.write_text(text + "\n"))
+
+    def save() -> None:
+        measured = [asdict(case) for case in cases]
+        report = {"command": command, "machine": facts, "ceilings": ceilings, "cases": measured}
+        write(args.output / f"{stem}.json", lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+        write(args.output / f"{stem}.txt", lambda path: path.write_text(table(cases, ceilings) + "\n"))
+
+    measure_all(cases, args.calls, clock, deadline, save)
+    print(table(cases, ceilings))
     return status(cases)
 
 
@@ -103,6 +130,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=int, nargs="*", default=GPT3_WIDTHS, help="w: k x n is w x 4w and 4w x w")
     parser.add_argument("--no-llama", action="store_true", help="without Llama's shapes")
+    parser.add_argument("--no-variants", action="store_true", help="without the three cases of other kinds")
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="tokens m")
     parser.add_argument("--outliers", type=int, nargs="+", default=OUTLIERS, help="outlier columns of X")
     parser.add_argument("--calls", type=int, default=15, help="of each contender in each case, at least 2")
@@ -126,7 +154,8 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> list[Case]:
     """The cases asked for, those of a shape together."""
-    return [Case(k, n, m, outliers) for k, n in shapes(args) for m in args.rows for outliers in args.outliers]
+    regular = [Case(k, n, m, outliers) for k, n in shapes(args) for m in args.rows for outliers in args.outliers]
+    return [*([] if args.no_variants else variants()), *regular]
 
 
 def name_of_results(gpu: str, date: str) -> str:
@@ -217,12 +246,17 @@ def problem(k: int, m: int, outliers: int, like: torch.Tensor) -> torch.Tensor:
     return x.to(like.dtype)
 
 
-def measure_all(cases: Sequence[Case], calls: int, clock: Clock, deadline: float) -> None:
-    """Measure every case. What goes wrong in a shape, want of memory above all, costs that shape alone."""
+def measure_all(
+    cases: Sequence[Case], calls: int, clock: Clock, deadline: float, save: Callable[[], None] = lambda: None
+) -> None:
+    """Measure every case. What goes wrong in a shape, want of memory above all, costs that shape alone.
+
+    `save` is called after each.
+    """
     with torch.inference_mode(), tqdm(total=len(cases), unit="case", file=sys.stderr, disable=None) as bar:
-        for k, n in dict.fromkeys((case.k, case.n) for case in cases):
-            bar.set_description(f"k={k} n={n}")
-            own = [case for case in cases if (case.k, case.n) == (k, n)]
+        for shared in dict.fromkeys(case.shared for case in cases):
+            own = [case for case in cases if case.shared == shared]
+            bar.set_description(f"k={own[0].k} n={own[0].n} {own[0].variant}".rstrip())
             try:
                 measure(own, calls, clock, deadline)
             except Exception as error:  # an error of the device: the results so far are written all the same
@@ -230,6 +264,7 @@ def measure_all(cases: Sequence[Case], calls: int, clock: Clock, deadline: float
                     if not case.times:
                         case.left_out.setdefault("all", reason_of(error))
             bar.update(len(own))
+            save()
             if clock.device == "cuda":
                 torch.cuda.empty_cache()
                 octavo.release_cuda_memory()
@@ -241,7 +276,7 @@ def reason_of(error: Exception) -> str:
 
 
 def measure(cases: list[Case], calls: int, clock: Clock, deadline: float) -> None:
-    """Check, then time, every contender in cases of one k and n."""
+    """Check, then time, every contender in cases that share a weight."""
     if time.perf_counter() > deadline:
         for case in cases:
             case.left_out["all"] = LATE
@@ -250,7 +285,7 @@ def measure(cases: list[Case], calls: int, clock: Clock, deadline: float) -> Non
     generator = torch.Generator(clock.device).manual_seed(0)
     weight = (torch.randn(n, k, generator=generator, device=clock.device) / k**0.5).half()
     exact_weight = weight.double()
-    layers, left_out = prepare(weight)
+    layers, left_out = prepare(weight, cases[0])
     most = max(case.m for case in cases)
     given = {o: problem(k, most, o, weight) for o in {case.outliers for case in cases}}
     for case in cases:
@@ -278,7 +313,7 @@ def measure(cases: list[Case], calls: int, clock: Clock, deadline: float) -> Non
                         continue
                 else:
                     case.error[name] = float((result[rows].double() - exact).norm() / exact.norm())
-                    limit = 2 * rounding(x, weight, name)
+                    limit = 2 * rounding(x, weight, name, case.granularity)
                     if not case.error[name] <= limit:
                         case.left_out[name] = f"wrong: error {case.error[name]:.2e}, at most {limit:.2e} expected"
                         continue
@@ -297,7 +332,7 @@ def measure(cases: list[Case], calls: int, clock: Clock, deadline: float) -> Non
             case.times[name] = (lower, median, upper)
 
 
-def rounding(x: torch.Tensor, weight: torch.Tensor, name: str) -> float:
+def rounding(x: torch.Tensor, weight: torch.Tensor, name: str, granularity: str) -> float:
     """The relative error that rounding to 8 bits (X and W, or W alone) explains; a floor for 16-bit arithmetic."""
     floor = 1e-3
     if name == FLOAT16:
@@ -305,15 +340,17 @@ def rounding(x: torch.Tensor, weight: torch.Tensor, name: str) -> float:
     regular = x.float().masked_fill((x.abs() >= 6).any(0), 0)
     steps_x = regular.abs().amax(1) / 127 if name not in (WEIGHT_ONLY,) else torch.zeros(1, device=x.device)
     steps_w = weight.float().abs().amax(1) / 127
+    if granularity == "tensor":
+        steps_x, steps_w = steps_x.amax(), steps_w.amax()
     variance = steps_x.square().mean() * weight.float().square().sum(1).mean()
     variance += steps_w.square().mean() * x.float().square().sum(1).mean()
     power = x.float().square().sum(1).mean() * weight.float().square().mean()
     return floor + float((variance / 12 / power).sqrt())
 
 
-def prepare(weight: torch.Tensor) -> tuple[dict[str, Callable[[torch.Tensor], Call]], dict[str, str]]:
+def prepare(weight: torch.Tensor, case: Case) -> tuple[dict[str, Callable[[torch.Tensor], Call]], dict[str, str]]:
     """For each contender what makes a call of an X; and why some are left out."""
-    int8 = octavo.quantize_weight(weight)
+    int8 = octavo.quantize_weight(weight, scheme=case.scheme, granularity=case.granularity)
     layers: dict[str, Callable[[torch.Tensor], Call]] = {
         OCTAVO: lambda x: partial(octavo.linear, x, int8),
         INT8: lambda x: partial(octavo.linear, x, int8, path="int8"),
@@ -358,7 +395,7 @@ def table(cases: list[Case], ceilings: dict[str, float]) -> str:
             line += f"{case.times[FLOAT16][1] / case.times[OCTAVO][1]:>13.2f}x"
             line += f"{moved / seconds / ceilings['bytes_per_second']:>11.0%}"
             line += f"{2 * case.m * case.n * case.k / seconds / ceilings['int8_operations_per_second']:>11.0%}"
-        lines.append(line)
+        lines.append(f"{line}  {case.variant}".rstrip())
     for peer in (FLOAT16, BITSANDBYTES):
         ratios = [(c.times[peer][1] / c.times[OCTAVO][1], c) for c in cases if {peer, OCTAVO} <= set(c.times)]
         if ratios:

@@ -118,7 +118,8 @@ else
   note sanitizer "left out: no compute-sanitizer"
 fi
 
-# --- benchmark: what is left, less some for writing -------------------------------------------------------------------
+# --- benchmark: what is left, less some for what is under way and for writing -----------------------------------------
 
-step benchmark 300 "$py" bench/gpu.py --output "$out" --seconds $((limit - SECONDS - 40))
+left=$((limit - SECONDS - 40))
+step benchmark 300 "$py" bench/gpu.py --output "$out" --seconds $((left < 260 ? left : 260))
 cat "$logs/benchmark.log"

@@ -18,50 +18,61 @@ namespace {
 
 cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream.handle); }
 
-// Makes the device current, and refuses one that is too old.
+// Makes the device current, and refuses one that cannot be used; allows what a first call does while it is captured.
 class OnDevice {
 public:
     explicit OnDevice(Device device) : guard_(device.index) { static_cast<void>(cuda::device_facts()); }
 
 private:
     cuda::DeviceGuard guard_;
+    cuda::WhileCapturing while_capturing_;
 };
+
+// Does the work of `function` on a device. What the layers below say of the device begins with "CUDA: ", and does not
+// name the function.
+template <class Body>
+void call(const char* function, Device device, Body&& body) {
+    try {
+        const OnDevice on(device);
+        body();
+    } catch (const Error& error) {
+        const std::string_view message = error.what();
+        if (error.kind() != ErrorKind::device || !message.starts_with("CUDA: ")) throw;
+        throw Error(ErrorKind::device, std::string(function) + ": " + error.what());
+    }
+}
 
 class Cuda final : public CudaBackend {
 public:
     void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes,
                   Vector scale, Vector zeropoint, Stream stream) const override {
-        const OnDevice on(x.device);
-        cuda::quantize(x, scheme, granularity, exclude, codes, scale, zeropoint, native(stream));
+        call("quantize", x.device,
+             [&] { cuda::quantize(x, scheme, granularity, exclude, codes, scale, zeropoint, native(stream)); });
     }
     void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                          Vector zeropoint, Vector code_sums, Stream stream) const override {
-        const OnDevice on(weight.device);
-        cuda::quantize_weight(weight, scheme, granularity, codes, scale, zeropoint, code_sums, native(stream));
+        call("quantize_weight", weight.device, [&] {
+            cuda::quantize_weight(weight, scheme, granularity, codes, scale, zeropoint, code_sums, native(stream));
+        });
     }
     void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const override {
-        const OnDevice on(codes.device);
-        cuda::sum_codes(codes, code_sums, native(stream));
+        call("sum_codes", codes.device, [&] { cuda::sum_codes(codes, code_sums, native(stream)); });
     }
     void pack(ConstMatrix codes, Vector /*packed*/, Stream /*stream*/) const override { no_packing("pack", codes); }
     void unpack(ConstVector /*packed*/, Matrix codes, Stream /*stream*/) const override { no_packing("unpack", codes); }
     void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) const override {
-        const OnDevice on(x.device);
-        cuda::find_outliers(x, threshold, columns, count, native(stream));
+        call("find_outliers", x.device, [&] { cuda::find_outliers(x, threshold, columns, count, native(stream)); });
     }
     void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout /*row-major*/, Stream stream) const override {
-        const OnDevice on(a.device);
-        cuda::int8_matmul(a, b, out, native(stream));
+        call("int8_matmul", a.device, [&] { cuda::int8_matmul(a, b, out, native(stream)); });
     }
     void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
                     Stream stream) const override {
-        const OnDevice on(codes.device);
-        cuda::dequantize(codes, scale, zeropoint, out, native(stream));
+        call("dequantize", codes.device, [&] { cuda::dequantize(codes, scale, zeropoint, out, native(stream)); });
     }
     void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
                 Stream stream) const override {
-        const OnDevice on(x.device);
-        cuda::linear(x, weight, bias, out, options, native(stream));
+        call("linear", x.device, [&] { cuda::linear(x, weight, bias, out, options, native(stream)); });
     }
 
     [[nodiscard]] std::vector<CudaDevice> devices() const override {

@@ -67,15 +67,7 @@ __device__ inline float element(const Quad& quad, int index) {
 }
 
 // The larger of each pair of 16-bit halves.
-__device__ inline std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) {
-#ifdef __CUDA_ARCH__
-    return __vmaxu2(a, b);
-#else
-    const std::uint32_t low = (a & 0xFFFFU) > (b & 0xFFFFU) ? a & 0xFFFFU : b & 0xFFFFU;
-    const std::uint32_t high = (a >> 16) > (b >> 16) ? a >> 16 : b >> 16;
-    return high << 16 | low;
-#endif
-}
+__device__ inline std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
 
 // The larger magnitudes of the elements in a word: `largest` holds magnitudes, `word` numbers.
 template <class T>
@@ -100,7 +92,7 @@ __device__ inline std::uint32_t max_of_word(std::uint32_t word) {
 
 // All 32 lanes must take part; every lane gets the result.
 __device__ inline std::uint32_t max_of_warp(std::uint32_t value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if defined(OCTAVO_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
     return __reduce_max_sync(whole_warp, value);
 #else
     return reduce_warp(value, [](std::uint32_t a, std::uint32_t b) { return a > b ? a : b; });

@@ -11,7 +11,9 @@ namespace {
 // What the runtime's own words leave open.
 std::string hint(cudaError_t status) {
     if (status != cudaErrorNoKernelImageForDevice) return "";
-    return "; this build of octavo is for the compute capabilities " OCTAVO_CUDA_ARCHITECTURES;
+    // 11.0 runs neither the machine code of 10.0 nor the PTX of 12.0.
+    return "; this build of octavo is for the compute capabilities " OCTAVO_CUDA_ARCHITECTURES
+           " (11.0 needs code of its own: 110-real among OCTAVO_CUDA_ARCHITECTURES)";
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What kernels share: typed views, conversions, wide loads and stores, reductions over a warp or a block.
+// What kernels share: typed views, conversions, wide loads and stores, what an outlier is, reductions over a warp.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -66,9 +66,7 @@ Span<T> span_of(const Vector& vector) {
 // --- dispatch -------------------------------------------------------------------------------------------------------
 
 template <class T>
-struct Type {
-    using type = T;
-};
+struct Type {};
 
 // Calls `body(Type<T>{})` with the element type of a floating-point dtype. Throws Error (type) for another.
 template <class Body>
@@ -177,6 +175,11 @@ inline bool rows_are_aligned(const ConstMatrix& matrix, std::int64_t bytes) {
            (matrix.rows <= 1 || matrix.row_stride * item % bytes == 0);
 }
 
+// --- outliers -------------------------------------------------------------------------------------------------------
+
+// NaN and Inf are, too.
+__device__ inline bool is_outlier(float x, float threshold) { return !(fabsf(x) < threshold); }
+
 // --- reductions -----------------------------------------------------------------------------------------------------
 
 // All 32 lanes must take part; every lane gets the result.
@@ -186,20 +189,6 @@ __device__ T reduce_warp(T value, Combine combine) {
         value = combine(value, __shfl_xor_sync(whole_warp, value, distance));
     }
     return value;
-}
-
-// All threads of the block must take part, in whole warps; every thread gets the result. `partial` is shared memory for
-// one value per warp, free for another use after the next barrier.
-template <class T, class Combine>
-__device__ T reduce_block(T value, T* partial, Combine combine) {
-    const int lane = static_cast<int>(threadIdx.x) % warp_size;
-    const int warp = static_cast<int>(threadIdx.x) / warp_size;
-    const int warps = static_cast<int>(blockDim.x) / warp_size;
-    value = reduce_warp(value, combine);
-    if (lane == 0) partial[warp] = value;
-    __syncthreads();
-    value = partial[lane < warps ? lane : 0];
-    return reduce_warp(value, combine);
 }
 
 }  // namespace octavo::cuda

@@ -104,9 +104,9 @@ __device__ void load_chunk(const Arguments<Y>& a, std::int64_t begin, int count,
         const int r = e % tile_rows;
         const std::int64_t i = row0 + r;
         const float x = i < a.out.rows ? a.x(i, shared.column[o]) : 0.0F;
-        const bool is_outlier = !a.per_element || !(fabsf(x) < a.threshold);
-        shared.x[o][r] = is_outlier ? x : 0.0F;
-        if constexpr (zeropoint) shared.is_outlier[o][r] = is_outlier ? 1 : 0;
+        const bool takes_part = !a.per_element || is_outlier(x, a.threshold);
+        shared.x[o][r] = takes_part ? x : 0.0F;
+        if constexpr (zeropoint) shared.is_outlier[o][r] = takes_part ? 1 : 0;
     }
     __syncthreads();
 }

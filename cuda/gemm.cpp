@@ -1,8 +1,8 @@
 // Which int8 product is used, what is done about operands that it cannot read well, and products too deep for int32.
 //
 // cuBLASLt where it takes the operands as they are, else our own (gemm_mma.cu), which takes any. Ours is slower where
-// operands are not aligned. So where a product is large, and reads them many times, copies of them are aligned first:
-// not in `multiply`, whose callers count launches.
+// operands are not aligned. So where a product is large, and reads them many times, aligned copies of them are made
+// first, if the caller allows it: `linear` does not, which promises how few launches it makes.
 #include "gemm.hpp"
 
 #include <algorithm>
@@ -21,8 +21,8 @@ namespace {
 // What rows of copies are multiples of.
 constexpr std::int64_t copy_alignment = 16;
 
-// Whether copies are worth two more launches: where every operand is read by at least this many rows or columns of
-// blocks, a few more bytes read and written once replace loads of single bytes that are repeated.
+// Whether copies are worth two more launches: where the output is so large that blocks read every operand several
+// times, a few more bytes read and written once replace loads that are slower (`SliceCopy`, gemm_mma.cu) and repeated.
 bool copies_pay(std::int64_t m, std::int64_t n, std::int64_t k) {
     constexpr std::int64_t least_size = 256;
     constexpr std::int64_t least_depth = 64;
@@ -63,8 +63,6 @@ private:
     std::int64_t width_ = 0;
     Workspace::Part<std::int8_t> copy_;
 };
-
-enum class Copies : std::uint8_t { none, where_they_pay };
 
 void product(const ConstMatrix& a, const ConstMatrix& b, const Matrix& out, Copies copies, cudaStream_t stream) {
     // Columns that are contiguous are rows of the transposed product.
@@ -113,14 +111,14 @@ ConstMatrix columns_of(const ConstMatrix& matrix, std::int64_t begin, std::int64
 
 }  // namespace
 
-void multiply(ConstMatrix a, ConstMatrix b, std::int32_t* acc, cudaStream_t stream) {
+void multiply(ConstMatrix a, ConstMatrix b, std::int32_t* acc, Copies copies, cudaStream_t stream) {
     const std::int64_t m = a.rows;
     const std::int64_t n = b.rows;
     for (std::int64_t part = 0; part < product_parts(a.cols); ++part) {
         const std::int64_t begin = part * part_depth;
         const std::int64_t depth = std::min(part_depth, a.cols - begin);
         product(columns_of(a, begin, depth), columns_of(b, begin, depth),
-                {acc + part * m * n, DType::i32, a.device, m, n, n, 1}, Copies::none, stream);
+                {acc + part * m * n, DType::i32, a.device, m, n, n, 1}, copies, stream);
     }
 }
 
@@ -133,7 +131,7 @@ void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream) 
     const auto acc = workspace.reserve<std::int32_t>(parts * size);
     const auto overflow = workspace.reserve<unsigned long long>(1);
     workspace.allocate();
-    multiply(a, b, workspace.at(acc), stream);
+    multiply(a, b, workspace.at(acc), Copies::where_they_pay, stream);
     sum_parts(workspace.at(acc), parts, out, workspace.at(overflow), stream);
     unsigned long long place = no_overflow;
     check(cudaMemcpyAsync(&place, workspace.at(overflow), sizeof place, cudaMemcpyDeviceToHost, stream),

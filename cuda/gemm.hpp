@@ -20,14 +20,6 @@ bool reads_wide(const ConstMatrix& a, const ConstMatrix& b);
 //   out   [m, n] i32, any strides
 void mma_multiply(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream);
 
-// out[i, j] = float(sum_k a[i, k] * b[j, k]) * (scale_a[i] * scale_b[j]) + bias[j], in float32, rounded once: the
-// 4-byte sums never reach memory.
-//   scale_a, scale_b  f32 [m], [n], or [1] for all
-//   bias              f32, f16 or bf16 [n], or absent
-//   out               [m, n] f32, f16 or bf16, any strides
-void mma_multiply_scaled(ConstMatrix a, ConstMatrix b, ConstVector scale_a, ConstVector scale_b, ConstVector bias,
-                         Matrix out, cudaStream_t stream);
-
 // --- gemm_copies.cu -------------------------------------------------------------------------------------------------
 
 // Copies codes of any strides to rows of `width` bytes, a multiple of 16, of which those from k on are zeroed.

@@ -136,19 +136,6 @@ void check_lt(lt::Status status, const char* call) {
                                        library().functions.GetStatusString(status) + ")");
 }
 
-// While it lives, calls of this thread that a capture forbids (loading of kernels, allocation) are allowed, although a
-// stream is being captured: they are no part of what is captured.
-class WhileCapturing {
-public:
-    WhileCapturing() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
-    ~WhileCapturing() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    WhileCapturing(const WhileCapturing&) = delete;
-    WhileCapturing& operator=(const WhileCapturing&) = delete;
-
-private:
-    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 // --- descriptors ----------------------------------------------------------------------------------------------------
 
 struct DestroyDesc {
@@ -288,16 +275,22 @@ private:
 
 // A handle for each device, null where the library refuses to make one. Never destroyed: the driver may be gone by
 // then.
+struct DeviceHandle {
+    std::once_flag once;
+    lt::Handle handle = nullptr;
+    std::atomic<lt::Status> status{lt::success};  // of making it; success where that was not tried
+};
+
+std::array<DeviceHandle, most_devices>& handles() {
+    static std::array<DeviceHandle, most_devices>& all = *new std::array<DeviceHandle, most_devices>;
+    return all;
+}
+
 lt::Handle handle_of(int device) {
-    constexpr std::size_t most_devices = 64;
-    struct Entry {
-        std::once_flag once;
-        lt::Handle handle = nullptr;
-    };
-    static std::array<Entry, most_devices>& entries = *new std::array<Entry, most_devices>;
-    Entry& entry = entries.at(static_cast<std::size_t>(device));
+    DeviceHandle& entry = handles().at(static_cast<std::size_t>(device));
     std::call_once(entry.once, [&] {
-        if (library().functions.Create(&entry.handle) != lt::success) entry.handle = nullptr;
+        entry.status = library().functions.Create(&entry.handle);
+        if (entry.status != lt::success) entry.handle = nullptr;
     });
     return entry.handle;
 }
@@ -322,9 +315,7 @@ bool cublaslt_takes(const ConstMatrix& a, const ConstMatrix& b, const Matrix& ou
 bool cublaslt_multiply(const ConstMatrix& a, const ConstMatrix& b, const Matrix& out, cudaStream_t stream) {
     const Library& found = library();
     if (!found.found) return false;
-    const WhileCapturing while_capturing;
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
+    const int device = current_device();
     const lt::Handle handle = handle_of(device);
     if (handle == nullptr) return false;
     static Plans& plans = *new Plans;
@@ -349,6 +340,16 @@ bool cublaslt_multiply(const ConstMatrix& a, const ConstMatrix& b, const Matrix&
     return true;
 }
 
-std::string cublaslt_status() { return library().status; }
+std::string cublaslt_status() {
+    const Library& found = library();
+    std::string text = found.status;
+    for (std::size_t device = 0; device < handles().size(); ++device) {
+        const lt::Status status = handles()[device].status;
+        if (status == lt::success) continue;
+        text += "; no handle for device " + std::to_string(device) + ": status " + std::to_string(status) + " (" +
+                found.functions.GetStatusString(status) + ")";
+    }
+    return text;
+}
 
 }  // namespace octavo::cuda

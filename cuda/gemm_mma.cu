@@ -2,8 +2,7 @@
 //
 //   sum[i, j] = sum_k a[i, k] * b[j, k]
 //
-// exact in int32, then handed to an epilogue: stored, or scaled and rounded to the output (paper Eq. 8 without
-// outliers).
+// exact in int32.
 //
 // A block computes a tile of the output. It walks along k in slices of 64 bytes, brought to shared memory a few slices
 // ahead (cp.async), so that their way from memory is hidden. Each warp owns a part of the tile, 64 x 64 or 32 x 32, as
@@ -21,7 +20,7 @@
 // (`chunk_of_a`, `chunk_of_b`), such that the eight rows of a matrix that ldmatrix reads lie in different banks.
 //
 // The columns of two neighbouring fragments of b are interleaved, so that a lane holds four columns side by side: rows
-// of int32 are then stored 16 bytes at a time, rows of 16-bit results 8 (32 bytes per row and access: a whole sector).
+// of the output are then stored 16 bytes at a time.
 #include <algorithm>
 #include <type_traits>
 
@@ -107,7 +106,7 @@ __device__ void copy_slice(const std::int8_t* source, std::int64_t row_stride, i
 }
 
 // How slices come to shared memory.
-enum class Copy : std::uint8_t {
+enum class SliceCopy : std::uint8_t {
     async,    // rows aligned to 16 bytes: without waiting, where there is cp.async
     wide,     // such rows where there is not: 16 bytes at a time by way of registers
     shifted,  // contiguous rows that begin anywhere: the words that hold 16 bytes of one, shifted to their places
@@ -154,18 +153,18 @@ __device__ unsigned place_in_word(const std::int8_t* address) {
     return static_cast<unsigned>(reinterpret_cast<std::uintptr_t>(address) % 4);
 }
 
-// Whether a whole chunk of a row can be read as words. Where they are shifted, the first begins before the chunk and the
-// last ends behind it: neither may leave the operand.
-template <Copy copy, class Share>
+// Whether a whole chunk of a row can be read as words. Where they are shifted, the first begins before the chunk and
+// the last ends behind it: neither may leave the operand.
+template <SliceCopy copy, class Share>
 __device__ bool reads_words(const Operand& operand, const Source<Share>& source) {
-    if constexpr (copy != Copy::shifted) return source.count >= chunk;
+    if constexpr (copy != SliceCopy::shifted) return source.count >= chunk;
     const unsigned before = place_in_word(source.data);
     return source.data - before >= operand.data && source.count >= chunk + static_cast<int>((4 - before) % 4);
 }
 
-template <Copy copy>
+template <SliceCopy copy>
 __device__ Chunk load_chunk(const std::int8_t* source) {
-    if constexpr (copy != Copy::shifted) return load<chunk / 4>(reinterpret_cast<const std::uint32_t*>(source));
+    if constexpr (copy != SliceCopy::shifted) return load<chunk / 4>(reinterpret_cast<const std::uint32_t*>(source));
     const unsigned before = place_in_word(source);
     const auto* const words = reinterpret_cast<const std::uint32_t*>(source - before);
     const unsigned selector = 0x3210U + 0x1111U * before;
@@ -182,7 +181,7 @@ __device__ Chunk load_chunk(const std::int8_t* source) {
 }
 
 // Contiguous rows.
-template <Copy copy, class Share>
+template <SliceCopy copy, class Share>
 __device__ void fetch_slice(const Operand& operand, std::int64_t row0, std::int64_t begin, std::int64_t end,
                             Chunk (&values)[Share::count]) {
 #pragma unroll
@@ -326,7 +325,7 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
 }
 
 // Slices come by way of registers, one ahead; byte by byte, when they are needed.
-template <class Tile, Copy copy>
+template <class Tile, SliceCopy copy>
 __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
                                  Sums<Tile>& sums) {
     using ShareA = Share<Tile::rows, Tile::threads, false>;
@@ -335,7 +334,7 @@ __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& 
     Chunk from_a[ShareA::count];
     Chunk from_b[ShareB::count];
     const auto fetch = [&](std::int64_t begin) {
-        if constexpr (copy != Copy::bytes) {
+        if constexpr (copy != SliceCopy::bytes) {
             fetch_slice<copy, ShareA>(a, job.row0, begin, job.end, from_a);
             fetch_slice<copy, ShareB>(b, job.col0, begin, job.end, from_b);
         }
@@ -343,7 +342,7 @@ __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& 
     const auto put = [&](std::int64_t begin, int stage) {
         std::int8_t* const target_a = shared + stage * Tile::stage_bytes + ShareA::offset();
         std::int8_t* const target_b = shared + stage * Tile::stage_bytes + Tile::rows * slice + ShareB::offset();
-        if constexpr (copy != Copy::bytes) {
+        if constexpr (copy != SliceCopy::bytes) {
             put_slice<ShareA>(from_a, target_a);
             put_slice<ShareB>(from_b, target_b);
         } else {
@@ -371,21 +370,16 @@ __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& 
     }
 }
 
-// --- epilogues ------------------------------------------------------------------------------------------------------
-//
-// `row` and `columns` say what a row and `together` columns need, each once per lane; `finish` gets the sums of both.
+// --- what becomes of the sums ---------------------------------------------------------------------------------------
 
-struct Nothing {};
-
-// Stores the sums.
+// Stores them.
 struct StoreSums {
     View<std::int32_t> out;
     bool wide;  // whether four columns can be stored at once
 
-    __device__ Nothing row(std::int64_t) const { return {}; }
-    __device__ Nothing columns(std::int64_t, int) const { return {}; }
-    __device__ void finish(std::int64_t i, std::int64_t j, int count, const Pack<std::int32_t, together>& sums, Nothing,
-                           Nothing) const {
+    // Columns j to j + count - 1 of row i.
+    __device__ void operator()(std::int64_t i, std::int64_t j, int count,
+                               const Pack<std::int32_t, together>& sums) const {
         if (wide) {
             store(out.at(i, j), sums);
             return;
@@ -397,14 +391,12 @@ struct StoreSums {
     }
 };
 
-// Adds the sums to what is there: where several blocks share a tile's k. Integers, so their order does not matter.
+// Adds them to what is there: where several blocks share a tile's k. Integers, so their order does not matter.
 struct AddSums {
     View<std::int32_t> out;
 
-    __device__ Nothing row(std::int64_t) const { return {}; }
-    __device__ Nothing columns(std::int64_t, int) const { return {}; }
-    __device__ void finish(std::int64_t i, std::int64_t j, int count, const Pack<std::int32_t, together>& sums, Nothing,
-                           Nothing) const {
+    __device__ void operator()(std::int64_t i, std::int64_t j, int count,
+                               const Pack<std::int32_t, together>& sums) const {
 #pragma unroll
         for (int c = 0; c < together; ++c) {
             if (c < count) atomicAdd(out.at(i, j + c), sums[c]);
@@ -412,79 +404,26 @@ struct AddSums {
     }
 };
 
-// Scales the sums, adds the bias and rounds. The sums of products of outliers, 0 here, are added as epilogue.cu does,
-// so that both give the same bits.
-template <class T>
-struct StoreScaled {
-    Span<const float> scale_a;
-    Span<const float> scale_b;
-    FloatSpan bias;
-    View<T> out;
-    bool wide;
-
-    struct Columns {
-        float scale[together];
-        float bias[together];
-    };
-    __device__ float row(std::int64_t i) const { return scale_a.of_group(i); }
-    __device__ Columns columns(std::int64_t j, int count) const {
-        Columns result;
-#pragma unroll
-        for (int c = 0; c < together; ++c) {
-            result.scale[c] = c < count ? scale_b.of_group(j + c) : 0.0F;
-            result.bias[c] = c < count && bias.present() ? bias[j + c] : 0.0F;
-        }
-        return result;
-    }
-    __device__ void finish(std::int64_t i, std::int64_t j, int count, const Pack<std::int32_t, together>& sums,
-                           float scale, const Columns& columns) const {
-        Pack<T, together> y;
-#pragma unroll
-        for (int c = 0; c < together; ++c) {
-            const float product = fmaf(static_cast<float>(sums[c]), scale * columns.scale[c], 0.0F);
-            y[c] = from_float<T>(product + columns.bias[c]);
-        }
-        if (wide) {
-            store(out.at(i, j), y);
-            return;
-        }
-#pragma unroll
-        for (int c = 0; c < together; ++c) {
-            if (c < count) *out.at(i, j + c) = y[c];
-        }
-    }
-};
-
-template <class Tile, class Epilogue>
+template <class Tile, class Finish>
 __device__ void finish_tile(const Sums<Tile>& sums, const Job& job, std::int64_t m, std::int64_t n,
-                            const Epilogue& epilogue) {
+                            const Finish& finish) {
     const Place<Tile> place;
     const std::int64_t i0 = job.row0 + place.row + place.lane / 4;
     const std::int64_t j0 = job.col0 + place.col + place.lane % 4 * together;
-    decltype(epilogue.row(0)) rows[Tile::row_fragments][2];
-#pragma unroll
-    for (int t = 0; t < Tile::row_fragments; ++t) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const std::int64_t i = i0 + t * 16 + half * 8;
-            if (i < m) rows[t][half] = epilogue.row(i);
-        }
-    }
 #pragma unroll
     for (int u = 0; u < Tile::col_fragments; u += 2) {
         const std::int64_t j = j0 + u / 2 * bundle;
         if (j >= n) continue;
         const int count = n - j < together ? static_cast<int>(n - j) : together;
-        const auto columns = epilogue.columns(j, count);
 #pragma unroll
         for (int t = 0; t < Tile::row_fragments; ++t) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const std::int64_t i = i0 + t * 16 + half * 8;
                 if (i >= m) continue;
-                const Pack<std::int32_t, together> four{{sums[t][u][2 * half], sums[t][u][2 * half + 1],
-                                                         sums[t][u + 1][2 * half], sums[t][u + 1][2 * half + 1]}};
-                epilogue.finish(i, j, count, four, rows[t][half], columns);
+                finish(i, j, count,
+                       {{sums[t][u][2 * half], sums[t][u][2 * half + 1], sums[t][u + 1][2 * half],
+                         sums[t][u + 1][2 * half + 1]}});
             }
         }
     }
@@ -496,10 +435,10 @@ constexpr int first_with_async_copies = 80;
 
 // Whether `copy_for` can choose it on the architecture that is being compiled for.
 #ifdef __CUDA_ARCH__
-template <Copy copy>
-constexpr bool is_used = copy != (__CUDA_ARCH__ / 10 >= first_with_async_copies ? Copy::wide : Copy::async);
+template <SliceCopy copy>
+constexpr bool is_used = copy != (__CUDA_ARCH__ / 10 >= first_with_async_copies ? SliceCopy::wide : SliceCopy::async);
 #else
-template <Copy copy>
+template <SliceCopy copy>
 constexpr bool is_used = true;
 #endif
 
@@ -519,29 +458,29 @@ __device__ Job job_of(std::int64_t m, std::int64_t n, std::int64_t k, std::int64
             k - begin < depth ? k : begin + depth};
 }
 
-template <class Tile, Copy copy, class Epilogue>
-__global__ void __launch_bounds__(Tile::threads, copy == Copy::async ? Tile::resident : 1)
-    mma_kernel(Operand a, Operand b, std::int64_t k, std::int64_t depth, Epilogue epilogue) {
+template <class Tile, SliceCopy copy, class Finish>
+__global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile::resident : 1)
+    mma_kernel(Operand a, Operand b, std::int64_t k, std::int64_t depth, Finish finish) {
     if constexpr (is_used<copy>) {
         OCTAVO_DYNAMIC_SHARED(std::int8_t, shared);
         const Job job = job_of<Tile>(a.rows, b.rows, k, depth);
         Sums<Tile> sums = {};
-        if constexpr (copy == Copy::async) {
+        if constexpr (copy == SliceCopy::async) {
             sum_async<Tile>(a, b, job, shared, sums);
         } else {
             sum_by_registers<Tile, copy>(a, b, job, shared, sums);
         }
-        finish_tile<Tile>(sums, job, a.rows, b.rows, epilogue);
+        finish_tile<Tile>(sums, job, a.rows, b.rows, finish);
     }
 }
 
 // --- launch ---------------------------------------------------------------------------------------------------------
 
 // How slices get to shared memory, by what operands and device allow.
-Copy copy_for(const ConstMatrix& a, const ConstMatrix& b) {
-    if (!rows_are_aligned(a, 1) || !rows_are_aligned(b, 1)) return Copy::bytes;
-    if (!reads_wide(a, b)) return Copy::shifted;
-    return device_facts().architecture >= first_with_async_copies ? Copy::async : Copy::wide;
+SliceCopy copy_for(const ConstMatrix& a, const ConstMatrix& b) {
+    if (!rows_are_aligned(a, 1) || !rows_are_aligned(b, 1)) return SliceCopy::bytes;
+    if (!reads_wide(a, b)) return SliceCopy::shifted;
+    return device_facts().architecture >= first_with_async_copies ? SliceCopy::async : SliceCopy::wide;
 }
 
 enum class Size : std::uint8_t { large, medium, small };
@@ -562,12 +501,13 @@ double clocks(std::int64_t m, std::int64_t n, double rate) {
     return static_cast<double>(of_one * Tile::rows * Tile::cols) / rate;
 }
 
-Size size_for(std::int64_t m, std::int64_t n, Copy copy) {
-    // Byte by byte, reading is what takes time, and large products are not read so (gemm.cpp).
-    if (copy == Copy::bytes) return Size::small;
+Size size_for(std::int64_t m, std::int64_t n, SliceCopy copy) {
+    // Byte by byte, reading is what takes time, whatever the tile. Large products are read so only where there may be
+    // no copies (gemm.cpp).
+    if (copy == SliceCopy::bytes) return Size::small;
     const double medium = clocks<Medium>(m, n, 0.95);
     const double small = clocks<Small>(m, n, 0.6);
-    if (copy == Copy::async && clocks<Large>(m, n, 1.0) <= std::min(medium, small)) return Size::large;
+    if (copy == SliceCopy::async && clocks<Large>(m, n, 1.0) <= std::min(medium, small)) return Size::large;
     return medium <= small ? Size::medium : Size::small;
 }
 
@@ -579,31 +519,33 @@ Operand operand_of(const ConstMatrix& matrix) {
 }
 
 // `parts`: how many blocks share the depth of a tile.
-template <class Tile, Copy copy, class Epilogue>
-void start(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Epilogue& epilogue,
-           cudaStream_t stream) {
+template <class Tile, SliceCopy copy, class Finish>
+void start(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Finish& finish, cudaStream_t stream) {
     static_assert(Tile::row_fragments * Tile::col_fragments * 4 <= 128, "half of a thread's registers");
-    constexpr int stages = copy == Copy::async ? Tile::stages : 2;
+    constexpr int stages = copy == SliceCopy::async ? Tile::stages : 2;
     constexpr std::size_t shared = static_cast<std::size_t>(stages) * Tile::stage_bytes;
-    const auto kernel = mma_kernel<Tile, copy, Epilogue>;
-    if constexpr (shared > std::size_t{48} << 10) allow_shared(kernel, shared);
+    const auto kernel = mma_kernel<Tile, copy, Finish>;
+    if constexpr (shared > std::size_t{48} << 10) {
+        static OncePerDevice set_up;
+        set_up([&] { allow_shared(kernel, shared); });
+    }
     const std::int64_t depth = blocks_for(blocks_for(a.cols, slice), parts) * slice;
     const std::int64_t with_work = depth == 0 ? 1 : blocks_for(a.cols, depth);
     launch(kernel,
            {dim3(static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows)), static_cast<unsigned>(with_work)),
             Tile::threads, shared},
-           stream, operand_of(a), operand_of(b), a.cols, depth, epilogue);
+           stream, operand_of(a), operand_of(b), a.cols, depth, finish);
 }
 
-template <Copy copy, class Epilogue>
-void start(const ConstMatrix& a, const ConstMatrix& b, Size size, const Epilogue& epilogue, cudaStream_t stream) {
-    if constexpr (copy == Copy::async) {
-        if (size == Size::large) return start<Large, copy>(a, b, 1, epilogue, stream);
+template <SliceCopy copy, class Finish>
+void start(const ConstMatrix& a, const ConstMatrix& b, Size size, const Finish& finish, cudaStream_t stream) {
+    if constexpr (copy == SliceCopy::async) {
+        if (size == Size::large) return start<Large, copy>(a, b, 1, finish, stream);
     }
     if (size == Size::medium) {
-        return start<std::conditional_t<copy == Copy::async, Medium, Turing>, copy>(a, b, 1, epilogue, stream);
+        return start<std::conditional_t<copy == SliceCopy::async, Medium, Turing>, copy>(a, b, 1, finish, stream);
     }
-    start<Small, copy>(a, b, 1, epilogue, stream);
+    start<Small, copy>(a, b, 1, finish, stream);
 }
 
 // How many blocks should share the depth of a small tile, so that every multiprocessor has work.
@@ -629,7 +571,7 @@ bool reads_wide(const ConstMatrix& a, const ConstMatrix& b) {
 }
 
 void mma_multiply(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream) {
-    const Copy copy = copy_for(a, b);
+    const SliceCopy copy = copy_for(a, b);
     const Size size = size_for(a.rows, b.rows, copy);
     const std::int64_t parts = parts_for(a.rows, b.rows, a.cols);
     if (size == Size::small && parts > 1 && is_contiguous(out)) {
@@ -638,35 +580,19 @@ void mma_multiply(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream)
             cudaMemsetAsync(out.data, 0, static_cast<std::size_t>(out.rows * out.cols) * sizeof(std::int32_t), stream),
             "cudaMemsetAsync");
         switch (copy) {
-            case Copy::async: return start<Small, Copy::async>(a, b, parts, add, stream);
-            case Copy::wide: return start<Small, Copy::wide>(a, b, parts, add, stream);
-            case Copy::shifted: return start<Small, Copy::shifted>(a, b, parts, add, stream);
-            case Copy::bytes: return start<Small, Copy::bytes>(a, b, parts, add, stream);
+            case SliceCopy::async: return start<Small, SliceCopy::async>(a, b, parts, add, stream);
+            case SliceCopy::wide: return start<Small, SliceCopy::wide>(a, b, parts, add, stream);
+            case SliceCopy::shifted: return start<Small, SliceCopy::shifted>(a, b, parts, add, stream);
+            case SliceCopy::bytes: return start<Small, SliceCopy::bytes>(a, b, parts, add, stream);
         }
     }
     const StoreSums store{view_of<std::int32_t>(out), writes_wide(out)};
     switch (copy) {
-        case Copy::async: return start<Copy::async>(a, b, size, store, stream);
-        case Copy::wide: return start<Copy::wide>(a, b, size, store, stream);
-        case Copy::shifted: return start<Copy::shifted>(a, b, size, store, stream);
-        case Copy::bytes: return start<Small, Copy::bytes>(a, b, 1, store, stream);
+        case SliceCopy::async: return start<SliceCopy::async>(a, b, size, store, stream);
+        case SliceCopy::wide: return start<SliceCopy::wide>(a, b, size, store, stream);
+        case SliceCopy::shifted: return start<SliceCopy::shifted>(a, b, size, store, stream);
+        case SliceCopy::bytes: return start<Small, SliceCopy::bytes>(a, b, 1, store, stream);
     }
-}
-
-void mma_multiply_scaled(ConstMatrix a, ConstMatrix b, ConstVector scale_a, ConstVector scale_b, ConstVector bias,
-                         Matrix out, cudaStream_t stream) {
-    const Copy copy = copy_for(a, b);
-    const Size size = size_for(a.rows, b.rows, copy);
-    with_float(out.dtype, [&]<class T>(Type<T>) {
-        const StoreScaled<T> store{span_of<float>(scale_a), span_of<float>(scale_b), float_span_of(bias),
-                                   view_of<T>(out), writes_wide(out)};
-        switch (copy) {
-            case Copy::async: return start<Copy::async>(a, b, size, store, stream);
-            case Copy::wide: return start<Copy::wide>(a, b, size, store, stream);
-            case Copy::shifted: return start<Copy::shifted>(a, b, size, store, stream);
-            case Copy::bytes: return start<Small, Copy::bytes>(a, b, 1, store, stream);
-        }
-    });
 }
 
 }  // namespace octavo::cuda

@@ -2,7 +2,7 @@
 //
 //   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns)
 //   2. quantize the rest of X row by row; list the marked columns
-//   3. int8 product
+//   3. int8 product (where blocks of our own share its depth, after a memset)
 //   4. scales, outlier columns times 16-bit weights, bias
 //
 // Few rows go by the weight-only product instead, one launch that is bound by reading the weights.
@@ -47,7 +47,7 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     Workspace::Part<std::int32_t> count;
     Workspace::Part<Range> ranges;
     if (has_outliers) {
-        marks.parts = finds_outliers || one_scale ? mark_parts(x) : 1;
+        marks.parts = one_scale ? range_parts(x) : finds_outliers ? mark_parts(x) : 1;
         if (one_scale) ranges = workspace.reserve<Range>(marks.parts * k);
         words = workspace.reserve<std::uint32_t>(marks.parts * words_for(k));
         columns = workspace.reserve<std::int32_t>(k);
@@ -85,7 +85,7 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
          .present = has_zeropoint},
         {.data = workspace.at(sums), .dtype = DType::i32, .device = x.device, .size = m, .present = has_zeropoint},
         stream);
-    multiply(x_codes, weight.codes, workspace.at(acc), stream);
+    multiply(x_codes, weight.codes, workspace.at(acc), Copies::none, stream);
     finish_linear(workspace.at(acc), {workspace.at(scale), workspace.at(zeropoint), workspace.at(sums), groups}, x,
                   weight, bias, list, per_element, options.threshold, out, stream);
 }

@@ -1,6 +1,7 @@
 #include "memory.hpp"
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -11,7 +12,6 @@
 namespace octavo::cuda {
 namespace {
 
-constexpr int most_devices = 64;
 constexpr int oldest_architecture = 75;
 
 // What is kept per device, made at its first use and, as the driver may be gone by then, never destroyed.
@@ -19,21 +19,21 @@ struct DeviceState {
     std::once_flag facts_once;
     DeviceFacts facts;
     std::once_flag pool_once;
-    cudaMemPool_t pool = nullptr;
+    std::atomic<cudaMemPool_t> pool{nullptr};
 };
 
-DeviceState& state_of(int index) {
-    static std::array<DeviceState, most_devices>& states = *new std::array<DeviceState, most_devices>;
+std::array<DeviceState, most_devices>& states() {
+    static std::array<DeviceState, most_devices>& all = *new std::array<DeviceState, most_devices>;
+    return all;
+}
+
+DeviceState& state_of(int index) { return states().at(static_cast<std::size_t>(index)); }
+
+int checked(int index) {
     if (index >= most_devices) {
         throw Error(ErrorKind::device,
                     "CUDA: expected a device below " + std::to_string(most_devices) + ", got " + std::to_string(index));
     }
-    return states[static_cast<std::size_t>(index)];
-}
-
-int current_device() {
-    int index = 0;
-    check(cudaGetDevice(&index), "cudaGetDevice");
     return index;
 }
 
@@ -55,7 +55,6 @@ DeviceFacts read_facts(int index) {
     }
     facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
     facts.shared = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
-    facts.l2 = static_cast<std::size_t>(attribute(cudaDevAttrL2CacheSize, index));
     return facts;
 }
 
@@ -82,6 +81,12 @@ cudaMemPool_t pool_of(int index) {
 
 }  // namespace
 
+int current_device() {
+    int index = 0;
+    check(cudaGetDevice(&index), "cudaGetDevice");
+    return checked(index);
+}
+
 DeviceGuard::DeviceGuard(int index) : outer_(current_device()), changed_(outer_ != index) {
     if (changed_) check(cudaSetDevice(index), "cudaSetDevice");
 }
@@ -107,14 +112,17 @@ Workspace::~Workspace() {
 }
 
 void release_memory() {
-    int count = 0;
-    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
-    for (int index = 0; index < count && index < most_devices; ++index) {
-        DeviceState& state = state_of(index);
-        if (state.pool == nullptr) continue;
-        check(cudaMemPoolTrimTo(state.pool, 0), "cudaMemPoolTrimTo");
+    for (const DeviceState& state : states()) {
+        const cudaMemPool_t pool = state.pool;
+        if (pool != nullptr) check(cudaMemPoolTrimTo(pool, 0), "cudaMemPoolTrimTo");
     }
 }
+
+WhileCapturing::WhileCapturing() {
+    check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+}
+
+WhileCapturing::~WhileCapturing() { cudaThreadExchangeStreamCaptureMode(&mode_); }
 
 void refuse_capture(cudaStream_t stream, const char* function) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

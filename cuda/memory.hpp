@@ -1,12 +1,21 @@
-// Scratch memory of a call, in stream order, and the device it is on.
+// Scratch memory of a call, in stream order, the device it is on, and captures of streams.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
+#include <utility>
 
 namespace octavo::cuda {
+
+// What is kept per device has this many places.
+inline constexpr int most_devices = 64;
+
+// The calling thread's. Throws Error (device) where there are more than `most_devices` before it.
+int current_device();
 
 // While it lives, the calling thread's current device is `index`.
 class DeviceGuard {
@@ -26,11 +35,35 @@ struct DeviceFacts {
     int multiprocessors = 0;
     int architecture = 0;    // 10 * major + minor: 90 for compute capability 9.0
     std::size_t shared = 0;  // bytes of shared memory that a block can have
-    std::size_t l2 = 0;      // bytes of level-2 cache
 };
 
 // Of the current device. Throws Error (device) where its architecture is older than compute capability 7.5.
 const DeviceFacts& device_facts();
+
+// Does something once for each device, with that device current: what sets up a kernel, whatever thread comes first.
+class OncePerDevice {
+public:
+    template <class Body>
+    void operator()(Body&& body) {
+        std::call_once(done_[static_cast<std::size_t>(current_device())], std::forward<Body>(body));
+    }
+
+private:
+    std::array<std::once_flag, most_devices> done_;
+};
+
+// While it lives, calls of this thread that a capture forbids (loading of kernels, making of pools and handles) are
+// allowed, although a stream is being captured: they are no part of what is captured.
+class WhileCapturing {
+public:
+    WhileCapturing();
+    ~WhileCapturing();
+    WhileCapturing(const WhileCapturing&) = delete;
+    WhileCapturing& operator=(const WhileCapturing&) = delete;
+
+private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 // Memory that a call needs between its kernels: reserved part by part, then allocated at once, and given back, all in
 // the order of a stream. It comes from a pool that keeps what is given back, so that after the first call of a shape

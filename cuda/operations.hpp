@@ -48,6 +48,9 @@ struct Range {
     std::uint32_t low = 0;
 };
 
+// The parts of the rows in which `find_column_ranges` marks columns and finds their ranges.
+std::int64_t range_parts(const ConstMatrix& x);
+
 // Mark the columns that `outliers` sets apart, those `listed` for `static_`, and find the range of each column in each
 // part of the rows, into `ranges` [marks.parts, k]; for `rows` that of its elements with |x| < threshold.
 void find_column_ranges(ConstMatrix x, Scheme scheme, Outliers outliers, float threshold, ConstVector listed,
@@ -89,12 +92,16 @@ void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Mat
 inline constexpr std::int64_t part_depth = 131056;
 constexpr std::int64_t product_parts(std::int64_t k) { return k == 0 ? 1 : (k + part_depth - 1) / part_depth; }
 
+// Whether a product may enqueue copies of operands that are not aligned, where that is faster.
+enum class Copies : std::uint8_t { none, where_they_pay };
+
 // acc[p, i, j] = sum over the p-th `part_depth` columns of a[i, k] * b[j, k], exact.
 //
-// cuBLASLt where it takes the operands as they are, else the product of gemm_mma.cu.
+// cuBLASLt where it takes the operands as they are, else the product of gemm_mma.cu, which is one kernel, and a memset
+// before it where blocks share the depth.
 //   a, b  [m, k], [n, k] i8, any strides
 //   acc   [product_parts(k), m, n], contiguous
-void multiply(ConstMatrix a, ConstMatrix b, std::int32_t* acc, cudaStream_t stream);
+void multiply(ConstMatrix a, ConstMatrix b, std::int32_t* acc, Copies copies, cudaStream_t stream);
 
 // Waits for the device where k > part_depth, to report a sum that does not fit int32.
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream);

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(mark_threads, 1)
         magnitude = magnitude > other ? magnitude : other;
     }
     const bool is_column = begin < end && first_column + place < x.cols;
-    const std::uint32_t word = __ballot_sync(whole_warp, is_column && !(number_of<T>(magnitude) < threshold));
+    const std::uint32_t word = __ballot_sync(whole_warp, is_column && is_outlier(number_of<T>(magnitude), threshold));
     const std::int64_t words = words_for(x.cols);
     const std::int64_t target = blockIdx.x * std::int64_t{per_access<T>} + warp;
     if (lane == 0 && target < words) marks.words[blockIdx.y * words + target] = word;

@@ -88,7 +88,7 @@ __device__ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint3
 #endif
 }
 
-// --- 16-bit products in the registers of a warp ----------------------------------------------------------------------
+// --- data that is read once -----------------------------------------------------------------------------------------
 
 // The policy of data that is read once: the level-2 cache gives it up first (sm_80).
 __device__ inline std::uint64_t read_once_policy() {
@@ -128,6 +128,8 @@ __device__ inline uint4 load_16_once(const void* source, std::uint64_t policy) {
     return value;
 }
 
+// --- bits -----------------------------------------------------------------------------------------------------------
+
 // Four bytes of the eight of `low` (0 to 3) and `high` (4 to 7): hexadecimal digit i of `selector` says which is byte
 // i.
 __device__ inline std::uint32_t select_bytes(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
@@ -148,6 +150,8 @@ __device__ inline std::uint32_t in_register(std::uint32_t constant) {
     asm("mov.b32 %0, %1;" : "=r"(result) : "r"(constant));
     return result;
 }
+
+// --- 16-bit products in the registers of a warp ---------------------------------------------------------------------
 
 // sums[16, 8] += a[16, 16] * b[8, 16]^T  of f16 or of bf16, products exact, sums float32.
 //

@@ -118,8 +118,7 @@ template <class T>
 class Coding<T, Scheme::zeropoint> {
 public:
     Coding() = default;
-    __device__ explicit Coding(const Range& range)
-        : min_(from_ordered(~range.low)), max_(from_ordered(range.high)) {
+    __device__ explicit Coding(const Range& range) : min_(from_ordered(~range.low)), max_(from_ordered(range.high)) {
         if (range.low == 0 && range.high == 0) {
             min_ = max_ = 0.0F;  // no values: the scale of a group of zeros
             return;
@@ -203,7 +202,7 @@ struct Task {
     Span<std::int32_t> code_sums;
     Range* partial = nullptr;
     std::int64_t partials = 0;
-    const Range* column_ranges = nullptr;  // [marks.parts, k]
+    const Range* column_ranges = nullptr;            // [marks.parts, k]
     unsigned long long* first_not_finite = nullptr;  // where not null: receives the least row that is not finite
 };
 
@@ -303,7 +302,7 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
 #pragma unroll
         for (int i = 0; i < accesses * elements; ++i) {
             const float value = element<T>(held.quads[i / elements], i % elements);
-            held.left_out |= static_cast<std::uint32_t>(!(fabsf(value) < task.threshold)) << i;
+            held.left_out |= static_cast<std::uint32_t>(is_outlier(value, task.threshold)) << i;
         }
     }
     if (held.left_out == 0) return;
@@ -381,6 +380,7 @@ __device__ inline Range range_of_matrix(const Task& task, std::int64_t k, int th
         return range;
     }
     for (std::int64_t column = thread; column < k; column += threads) {
+        // The lanes of a warp have the columns of one word, which is read once for all of them.
         const std::uint32_t word = task.per_element ? 0 : marked_word(task.marks, words_for(k), column / 32);
         if ((word >> (column % 32) & 1U) != 0) continue;
         for (std::int64_t part = 0; part < task.marks.parts; ++part) {
@@ -443,8 +443,8 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
                 take_in<T, scheme>(range, held);
             }
             if (task.step == Step::range) continue;
-            range = task.rows_of_warps ? range_of_warp<scheme>(range)
-                                        : range_of_block<scheme>(range, partial_ranges[turn]);
+            range =
+                task.rows_of_warps ? range_of_warp<scheme>(range) : range_of_block<scheme>(range, partial_ranges[turn]);
             coding = Coding<T, scheme>(range);
             if (team.rank == 0) write_group(task, row, coding);
         }

@@ -16,8 +16,8 @@
 //                   loads: 1.6 and 2.9 for m up to 8; 2.5 and 3.8 for m = 64, where the products themselves need 614
 //                   TFLOPS to keep up with the memory
 //
-// So the dot product serves up to 2 rows, and what tensor cores do not take: X in float32, sm_75, and operands whose
-// rows do not begin at multiples of 16 bytes.
+// So the dot product serves up to 2 rows, and what tensor cores do not take: X in float32, and sm_75. Operands whose
+// rows do not begin at multiples of 16 bytes are read an element at a time, for dot products too.
 //
 // The zeropoint is split into a near part, an integer small enough that code + near is exact in what the products are
 // made of, and the rest, which multiplies the sum of a row of X. The rest is 0 unless a weight's range is far from
@@ -218,15 +218,14 @@ __device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>
 
 // Whether `mma_kernel` is launched on the architecture that is being compiled for: older ones lack its instructions.
 constexpr int first_mma_architecture = 80;
-template <class X>
 constexpr bool has_mma = compiled_for == 0 || compiled_for >= first_mma_architecture;
 
 // Blocks of `dot_kernel` that a multiprocessor is to have room for. Four rows need more registers on sm_75 and sm_120.
-template <class X, int rows>
-constexpr int dot_resident = rows < 4 || (has_mma<X> && compiled_for < 120) ? 2 : 1;
+template <int rows>
+constexpr int dot_resident = rows < 4 || (has_mma && compiled_for < 120) ? 2 : 1;
 
 template <class X, int rows>
-__global__ void __launch_bounds__(threads, dot_resident<X, rows>) dot_kernel(Layer<X> layer) {
+__global__ void __launch_bounds__(threads, dot_resident<rows>) dot_kernel(Layer<X> layer) {
     const DotPlace<rows, dot_features> place(layer);
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
@@ -354,6 +353,9 @@ struct Stage {
     // 16 more than a row of X: lanes of even and odd g then read from different banks.
     __host__ __device__ static constexpr int pitch(int splits) { return splits * mma_depth * 2 + 16; }
     __host__ __device__ static constexpr int size(int splits) { return codes + rows * pitch(splits); }
+    // Of a block's shared memory: all stages, and what a block needs with the sums of rows of X.
+    static constexpr std::size_t ring(int splits) { return static_cast<std::size_t>(stages) * size(splits); }
+    static constexpr std::size_t needed(int splits) { return ring(splits) + rows * sizeof(float); }
 };
 
 template <class X>
@@ -426,7 +428,7 @@ __device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], cons
 
 template <class X, int tiles>
 __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<X> layer) {
-    if constexpr (!has_mma<X>) return;
+    if constexpr (!has_mma) return;
     using Place = Stage<tiles>;
     constexpr int rows = Place::rows;
     OCTAVO_DYNAMIC_SHARED(unsigned char, ring);
@@ -625,7 +627,7 @@ bool launch_mma(Layer<X> layer, cudaStream_t stream) {
     std::int64_t blocks = 0;
     for (int splits = 1; splits <= warps; splits *= 2) {
         const bool idle = splits > 1 && splits * mma_depth >= layer.codes.cols + mma_depth;
-        if (idle || static_cast<std::size_t>(stages * Place::size(splits)) > facts.shared) break;
+        if (idle || Place::needed(splits) > facts.shared) break;
         const std::int64_t count = row_tiles * blocks_for(layer.codes.rows, warps / splits * mma_features);
         const auto bytes = static_cast<double>(layer.codes.rows + 2 * rows * count);  // per column of both
         const double cost = bytes / std::min(1.0, 1.5 * static_cast<double>(count) / facts.multiprocessors);
@@ -635,11 +637,17 @@ bool launch_mma(Layer<X> layer, cudaStream_t stream) {
         blocks = count;
     }
     if (layer.splits == 0) return false;
-    const auto shared = static_cast<std::size_t>(stages * Place::size(layer.splits));
-    static_assert(stages * Place::size(1) >= static_cast<int>(sizeof(float)) * warps * Place::rows * partial_pitch,
+    static_assert(Place::ring(1) >= sizeof(float) * warps * Place::rows * partial_pitch,
                   "the ring must hold the sums of the warps");
-    allow_shared(mma_kernel<X, tiles>, shared);
-    launch(mma_kernel<X, tiles>, Grid{static_cast<unsigned>(blocks), threads, shared}, stream, layer);
+    // All that any call can need: another thread may be between this and its launch.
+    static OncePerDevice set_up;
+    set_up([&] {
+        int most = 1;
+        while (most < warps && Place::needed(2 * most) <= facts.shared) most *= 2;
+        allow_shared(mma_kernel<X, tiles>, Place::ring(most));
+    });
+    launch(mma_kernel<X, tiles>, Grid{static_cast<unsigned>(blocks), threads, Place::ring(layer.splits)}, stream,
+           layer);
     return true;
 }
 

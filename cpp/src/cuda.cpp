@@ -39,14 +39,15 @@ const CudaBackend* load() {
     return entry(version());
 }
 
+std::atomic<const CudaBackend*> loaded{nullptr};
+
 }  // namespace
 
 const CudaBackend& cuda_backend() {
-    static std::atomic<const CudaBackend*> backend{nullptr};
-    const CudaBackend* known = backend.load(std::memory_order_acquire);
+    const CudaBackend* known = loaded.load(std::memory_order_acquire);
     if (known == nullptr) {
         known = load();  // twice at the same time does no harm
-        backend.store(known, std::memory_order_release);
+        loaded.store(known, std::memory_order_release);
     }
     return *known;
 }
@@ -64,7 +65,8 @@ CudaInfo cuda_info() {
 }
 
 void release_cuda_memory() {
-    if (cuda_info().missing.empty()) cuda_backend().release_memory();
+    const CudaBackend* const known = loaded.load(std::memory_order_acquire);
+    if (known != nullptr) known->release_memory();
 }
 
 }  // namespace octavo

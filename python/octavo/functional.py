@@ -185,11 +185,12 @@ def linear(
         bias: float32, float16 or bfloat16 ``[n]``.
         threshold: magnitude from which an element is an outlier, >= 0. Unused by "static" and "none".
         outliers: what goes through the 16-bit product. "columns": the columns of `find_outliers` (the paper). "rows":
-            each row's own outliers, so that a row's result does not depend on the other rows. "static":
-            ``weight.outlier_columns``, whatever the data. "none": nothing.
+            each row's own outliers, so that with path "int8" a row's result does not depend on the other rows.
+            "static": ``weight.outlier_columns``, whatever the data; nor does it here. "none": nothing.
         path: "int8" is all of the above. "weight_only" leaves X as it is, ``y = scale_w * sum_k x * (codes + zeropoint)
             + bias`` in float32, and ignores `threshold`, `outliers` and kept columns. "auto" is "int8" on the CPU; on
-            CUDA devices it is "weight_only" for up to 64 rows, which is faster there and more accurate, else "int8".
+            CUDA devices it is "weight_only" for up to 64 rows, which is faster there and more accurate, else "int8"; so
+            there a row's result depends on the number of rows, as it does (in how sums are rounded) with "weight_only".
         out: float32, float16 or bfloat16 ``[..., n]`` to write to (any strides, apart from the inputs); default: a new
             array of x's dtype.
 
@@ -238,7 +239,8 @@ def info() -> dict[str, Any]:
         version: str; python: str; platform: str; backends: the names of the usable backends; cpu: a dict of
         ``instruction_set`` (in use), ``instruction_sets`` (that this processor can run, best first), ``threads``;
         cuda: a dict of ``devices`` (each with ``name``, ``compute_capability``, ``multiprocessors``, ``memory`` in
-        bytes) and ``cublaslt`` (its version, or why it is not used), or of ``missing``: what CUDA arrays lack here.
+        bytes) and ``cublaslt`` (its version, or why it is not used; and the devices that calls could not use it on), or
+        of ``missing``: what CUDA arrays lack here.
     """
     cuda = _core.cuda_info()
     return {

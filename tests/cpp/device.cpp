@@ -64,7 +64,7 @@ bool on_cuda() {
     return wanted != nullptr && std::string_view(wanted) == "cuda";
 }
 
-// What the emulated backend exports besides what every one does (tests/simt/simt.hpp).
+// What the emulated backend exports besides what every one does (tests/simt/runtime.hpp).
 struct Emulator {
     void (*announce)(void*, std::size_t) = nullptr;
     void (*withdraw)(void*) = nullptr;

@@ -44,7 +44,8 @@ class FakeClock:
 
 
 def measured(*words: str, deadline: float = NEVER) -> list[gpu.Case]:
-    args = gpu.arguments(["--no-llama", "--widths", "64", "--rows", "1", "5", "--outliers", "0", "3", *words])
+    small = ["--no-llama", "--no-variants", "--widths", "64", "--rows", "1", "5", "--outliers", "0", "3"]
+    args = gpu.arguments([*small, *words])
     cases = gpu.plan(args)
     gpu.measure_all(cases, args.calls, FakeClock(), deadline)
     return cases
@@ -55,7 +56,11 @@ def measured(*words: str, deadline: float = NEVER) -> list[gpu.Case]:
 
 
 def test_the_plan_is_the_whole_one() -> None:
-    cases = gpu.plan(gpu.arguments([]))
+    variants, cases = gpu.plan(gpu.arguments([]))[:3], gpu.plan(gpu.arguments([]))[3:]
+    assert [(case.k, case.scheme, case.granularity, case.outliers) for case in variants] == [
+        (4096, "absmax", "tensor", 6), (4098, "absmax", "vector", 6), (4096, "zeropoint", "vector", 6),
+    ]  # fmt: skip
+    assert all(not case.variant for case in cases)
     shapes = {(case.k, case.n) for case in cases}
     for width in (768, 1024, 2048, 2560, 4096, 5120, 12288):
         assert {(width, 4 * width), (4 * width, width)} <= shapes
@@ -67,9 +72,12 @@ def test_the_plan_is_the_whole_one() -> None:
 
 def test_the_plan_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--plan", "--no-llama", "--widths", "8", "--rows", "2", "--outliers", "0", "6"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"k={k} n={n} m=2 outliers={outliers}" for k, n in ((8, 32), (32, 8)) for outliers in (0, 6)
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "k=4096 n=16384 m=256 outliers=6 tensor", "k=4098 n=16384 m=256 outliers=6",
+        "k=4096 n=16384 m=256 outliers=6 zeropoint",
+    ]  # fmt: skip
+    assert lines[3:] == [f"k={k} n={n} m=2 outliers={outliers}" for k, n in ((8, 32), (32, 8)) for outliers in (0, 6)]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +121,25 @@ def test_contenders_are_checked_and_timed() -> None:
     # Two rounds to warm up, then three: the third, fourth and fifth time that the first contender is called.
     assert cases[0].times[gpu.OCTAVO] == (13.5, 16.0, 18.5)
     assert gpu.status(cases) == 0
+
+
+def test_variants_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with a weight of its own, within the error that its scales explain."""
+    given = []
+    right = octavo.quantize_weight
+
+    def quantize_weight(weight: Any, **words: Any) -> Any:
+        given.append((tuple(weight.shape), words))
+        return right(weight, **words)
+
+    monkeypatch.setattr(octavo, "quantize_weight", quantize_weight)
+    kinds: list[dict[str, Any]] = [{"granularity": "tensor"}, {}, {"scheme": "zeropoint"}]
+    cases = [gpu.Case(64, 48, 70, 6, **kind) for kind in kinds]
+    gpu.measure_all(cases, 2, FakeClock(), NEVER)
+    usual = {"scheme": "absmax", "granularity": "vector"}
+    assert given == [((48, 64), usual | kind) for kind in kinds]
+    assert all(set(case.left_out) == {gpu.BITSANDBYTES} and len(case.times) == 5 for case in cases)
+    assert [case.variant for case in cases] == ["tensor", "", "zeropoint"]
 
 
 def test_the_problem_has_the_outlier_columns_asked_for() -> None:
@@ -170,10 +197,10 @@ def test_what_is_late_is_left_out_and_no_failure() -> None:
 def test_an_error_costs_its_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu.prepare
 
-    def prepare(weight: Any) -> Any:
+    def prepare(weight: Any, case: gpu.Case) -> Any:
         if weight.shape == (256, 64):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return right(weight)
+        return right(weight, case)
 
     monkeypatch.setattr(gpu, "prepare", prepare)
     cases = measured()
@@ -223,7 +250,10 @@ def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(gpu, "Clock", FakeClock)
     monkeypatch.setattr(gpu, "bandwidth", lambda clock: 1e12)
     monkeypatch.setattr(gpu, "int8_peak", lambda clock: 1e13)
-    words = ["--no-llama", "--widths", "64", "--rows", "1", "--outliers", "0", "--seconds", "600"]
+    words = ["--no-llama", "--no-variants", "--widths", "64", "--rows", "1", "--outliers", "0", "--seconds", "600"]
+    saved = []
+    once = gpu.write
+    monkeypatch.setattr(gpu, "write", lambda path, fill: (once(path, fill), saved.append(path.read_text())))
     before = time.strftime("%Y-%m-%d")
     assert gpu.main([*words, "--output", str(tmp_path)]) == 0
     dates = {before, time.strftime("%Y-%m-%d")}  # two, where it ran into another day
@@ -234,6 +264,8 @@ def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert report["machine"] == {"gpu": "A GPU"}
     assert report["command"].startswith("bench/gpu.py --no-llama")
     assert [len(case["times"]) for case in report["cases"]] == [5, 5]
+    # What was measured first is kept, should the rest take too long.
+    assert [len(case["times"]) for case in json.loads(saved[0])["cases"]] == [5, 0]
     assert (tmp_path / f"{stem}.txt").read_text().strip() in capsys.readouterr().out
 
 
@@ -314,7 +346,9 @@ def test_every_step_runs_and_the_summary_says_so(script: Script) -> None:
     assert len({call.split()[2] for call in sanitized}) == len(TOOLS)
     assert all(re.search(r"--error-exitcode 9 build/gpu/cpp/tests/cpp/test_\w+ \w+$", call) for call in sanitized)
     benchmark = next(call for call in calls if "bench/gpu.py" in call)
-    assert re.search(r"--output \S+/out --seconds [34]\d\d$", benchmark)
+    assert re.search(r"--output \S+/out --seconds 260$", benchmark)  # of the 300 that the step may take
+    _, _, calls = script(OCTAVO_GPU_SECONDS="200")
+    assert 0 < int(next(call for call in calls if "bench/gpu.py" in call).split()[-1]) <= 160
 
 
 def test_the_cases_for_the_sanitizer_are_there(script: Script) -> None:

@@ -214,7 +214,7 @@ def test_readers_of_the_other_kinds() -> None:
         "ceilings": {},
         "cases": [
             {"k": 8, "n": 16, "m": 1, "outliers": 6, "times": {"octavo": [1, 2, 3], "torch float16": [4, 5, 6]}},
-            {"k": 8, "n": 16, "m": 8, "outliers": 6, "times": {}, "left_out": {"all": "no time"}},
+            {"k": 8, "n": 16, "m": 8, "outliers": 6, "scheme": "zeropoint", "times": {}, "left_out": {"all": "late"}},
         ],
     }
     found = read(gpu, PurePosixPath("gpu.json"))
@@ -222,8 +222,8 @@ def test_readers_of_the_other_kinds() -> None:
     assert found.tables[0].rows == [
         ["torch float16", "1", "2.50x", "2.50x", "2.50x", "8 x 16, 1 row, 6 outlier columns"]
     ]
-    assert found.tables[1].rows == [["8 x 16", "1", "6", "2.000", "2.50x"], ["8 x 16", "8", "6", "-", "-"]]
-    assert "Left out: all: no time." in found.tables[1].note
+    assert found.tables[1].rows == [["8 x 16", "1", "6", "2.000", "2.50x"], ["8 x 16, zeropoint", "8", "6", "-", "-"]]
+    assert "Left out: all: late." in found.tables[1].note
     google = {
         "context": {"executable": "build/bench_gemm", "date": "2026-11-21T11:23:12+00:00"},
         "benchmarks": [{"name": "int8/k:1", "real_time": 1234.5, "time_unit": "us", "iterations": 3, "GOPS": 2.5}],

@@ -38,7 +38,7 @@ constexpr std::size_t page = 4096;
 constexpr std::size_t stack_size = std::size_t{128} << 10;
 constexpr std::size_t stack_stride = stack_size + 2 * page;  // a guard page below; room above to shift the stack's top
 constexpr std::size_t most_dynamic_shared = std::size_t{256} << 10;
-constexpr std::size_t free_dynamic_shared = std::size_t{48} << 10;  // without cudaFuncSetAttribute
+constexpr std::size_t free_shared = std::size_t{48} << 10;  // static and dynamic, without cudaFuncSetAttribute
 
 enum class State : std::uint8_t { ready, in_warp, in_block, done };
 
@@ -557,9 +557,8 @@ cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t 
         return cudaErrorInvalidConfiguration;
     }
     const auto allowed = dynamic_allowed.find(kernel);
-    if (shared > (allowed == dynamic_allowed.end() ? free_dynamic_shared : allowed->second)) {
-        return cudaErrorInvalidValue;
-    }
+    const bool asked_for = allowed != dynamic_allowed.end() && shared <= allowed->second;
+    if (!asked_for && shared + static_shared(kernel) > free_shared) return cudaErrorInvalidValue;
     return cudaSuccess;
 }
 

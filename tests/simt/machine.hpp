@@ -64,6 +64,9 @@ struct SharedVariable {
 // Of the executable or library that holds `kernel`.
 const std::vector<SharedVariable>& shared_variables(const void* kernel);
 
+// Bytes of those that the kernel declares itself; what functions declare that it calls is not known to be its own.
+std::size_t static_shared(const void* kernel);
+
 // --- race.cpp: nothing of it does anything but in the race build -----------------------------------------------------
 
 void race_begin_launch(const Call& call);

@@ -1,7 +1,7 @@
 // The functions of the CUDA runtime that cuda/ and the tests use, for the emulated GPU. Work is done when it is
 // enqueued.
 //
-// The device is OCTAVO_SIMT_ARCH (75, 80, 86, 89, 90, 100 or 120; 90 by default), and there is one, or
+// The device is OCTAVO_SIMT_ARCH (75, 80, 86, 89, 90, 100, 110 or 120; 90 by default), and there is one, or
 // OCTAVO_SIMT_DEVICES. It says that it has as many multiprocessors as such a GPU, or OCTAVO_SIMT_MULTIPROCESSORS (few
 // make launchers choose as for large inputs). Device memory ends at a page that nobody may touch (or, where its size is
 // not a multiple of 256 bytes, before bytes that are checked when it is freed); it starts as 0xFF bytes, and nobody may
@@ -72,9 +72,10 @@ struct Architecture {
     int multiprocessors;
     std::size_t shared;  // of a block, at most
 };
-constexpr Architecture architectures[] = {{70, 80, 96 << 10},    {75, 40, 64 << 10},  {80, 108, 163 << 10},
-                                          {86, 84, 99 << 10},    {89, 128, 99 << 10}, {90, 132, 227 << 10},
-                                          {100, 148, 227 << 10}, {120, 170, 99 << 10}};
+constexpr Architecture architectures[] = {{70, 80, 96 << 10},    {75, 40, 64 << 10},   {80, 108, 163 << 10},
+                                          {86, 84, 99 << 10},    {89, 128, 99 << 10},  {90, 132, 227 << 10},
+                                          {100, 148, 227 << 10}, {110, 20, 227 << 10}, {120, 170, 99 << 10}};
+constexpr int without_code = 110;                  // unless a build asks for it (CMakeLists.txt)
 constexpr std::size_t reserved_shared = 48 << 10;  // of a block that asks for no more
 constexpr int l2_bytes = 50 << 20;
 constexpr std::size_t device_memory = std::size_t{8} << 30;
@@ -98,6 +99,7 @@ Runtime& runtime() {
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int device = 0;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 cudaError_t result(cudaError_t status) {
     if (status != cudaSuccess) last_error = status;
@@ -117,7 +119,7 @@ const Architecture& architecture() {
             known.multiprocessors = number_from_environment("OCTAVO_SIMT_MULTIPROCESSORS", known.multiprocessors);
             return known;
         }
-        fail("OCTAVO_SIMT_ARCH: expected 70 (which is refused), 75, 80, 86, 89, 90, 100 or 120");
+        fail("OCTAVO_SIMT_ARCH: expected 70 or 110 (which has no code), 75, 80, 86, 89, 90, 100 or 120");
     }();
     return found;
 }
@@ -227,6 +229,9 @@ bool breaks_captures() {
     return true;
 }
 
+// Likewise for those that a thread may make all the same where it says so (cudaThreadExchangeStreamCaptureMode).
+bool is_forbidden() { return capture_mode != cudaStreamCaptureModeRelaxed && breaks_captures(); }
+
 cudaError_t wait_for(cudaStream_t stream) {
     if (!is_stream(stream)) return cudaErrorInvalidResourceHandle;
     if (capture_of(stream) != nullptr || ((stream == nullptr || stream == cudaStreamLegacy) && breaks_captures())) {
@@ -301,6 +306,7 @@ cudaError_t free_in_order(void* memory, cudaStream_t stream) {
 
 cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size_t shared, Call call) {
     const std::scoped_lock lock(machine_mutex());
+    if (architecture().number == without_code) return result(cudaErrorNoKernelImageForDevice);
     if (const cudaError_t status = check_launch(call.kernel, grid, block, shared); status != cudaSuccess) {
         return result(status);
     }
@@ -352,6 +358,7 @@ const char* cudaGetErrorName(cudaError_t error) {
         case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
         case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
         case cudaErrorInvalidPitchValue: return "cudaErrorInvalidPitchValue";
+        case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
         case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
         case cudaErrorNoDevice: return "cudaErrorNoDevice";
         case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
@@ -429,7 +436,7 @@ cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(ve
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
     SIMT_LOCKED;
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // a hint
-    if (value < 0 || static_cast<std::size_t>(value) > simt::architecture().shared) {
+    if (value < 0 || static_cast<std::size_t>(value) + simt::static_shared(kernel) > simt::architecture().shared) {
         return simt::result(cudaErrorInvalidValue);
     }
     simt::allow_dynamic_shared(kernel, static_cast<std::size_t>(value));
@@ -454,20 +461,20 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, 
 
 cudaError_t cudaMalloc(void** memory, size_t size) {
     SIMT_LOCKED;
-    if (simt::breaks_captures()) return simt::result(cudaErrorStreamCaptureUnsupported);
+    if (simt::is_forbidden()) return simt::result(cudaErrorStreamCaptureUnsupported);
     ++simt::runtime().counted.allocations;
     *memory = size == 0 ? nullptr : simt::allocate(size, false, nullptr);
     return simt::result(size > 0 && *memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess);
 }
 cudaError_t cudaFree(void* memory) {
     SIMT_LOCKED;
-    if (simt::breaks_captures()) return simt::result(cudaErrorStreamCaptureUnsupported);
+    if (simt::is_forbidden()) return simt::result(cudaErrorStreamCaptureUnsupported);
     ++simt::runtime().counted.synchronizations;
     return simt::result(simt::free_memory(memory));
 }
 cudaError_t cudaHostAlloc(void** memory, size_t size, unsigned /*flags*/) {
     SIMT_LOCKED;
-    if (simt::breaks_captures()) return simt::result(cudaErrorStreamCaptureUnsupported);
+    if (simt::is_forbidden()) return simt::result(cudaErrorStreamCaptureUnsupported);
     ++simt::runtime().counted.allocations;
     *memory = simt::allocate(size, true, nullptr);
     return simt::result(*memory == nullptr ? cudaErrorMemoryAllocation : cudaSuccess);
@@ -487,7 +494,9 @@ cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream) {
     return simt::result(simt::free_in_order(memory, stream));
 }
 cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps* properties) {
+    SIMT_LOCKED;
     if (pool == nullptr || properties == nullptr) return simt::result(cudaErrorInvalidValue);
+    if (simt::is_forbidden()) return simt::result(cudaErrorStreamCaptureUnsupported);
     *pool = new CUmemPoolHandle_st;
     return cudaSuccess;
 }
@@ -621,8 +630,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode /*
     return cudaSuccess;
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-    thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
-    std::swap(*mode, current);
+    std::swap(*mode, simt::capture_mode);
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {

@@ -119,4 +119,12 @@ const std::vector<SharedVariable>& shared_variables(const void* kernel) {
     return it->second;
 }
 
+std::size_t static_shared(const void* kernel) {
+    std::size_t size = 0;
+    for (const SharedVariable& variable : shared_variables(kernel)) {
+        if (variable.function == kernel) size += variable.range.size();
+    }
+    return size;
+}
+
 }  // namespace simt

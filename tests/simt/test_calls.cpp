@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <new>
 #include <string>
 #include <thread>
@@ -112,6 +113,21 @@ public:
     void linear(const LinearOptions& options, Stream stream = {}) const {
         octavo::linear(x.matrix(), view(), bias(), y.matrix(), options, stream);
     }
+    // Into `out`, all memory taken for that of another device; the emulated GPUs share theirs.
+    void linear_on(std::int32_t device, const LinearOptions& options, octavo::Matrix out, Stream stream) const {
+        const auto moved = [device](auto view) {
+            view.device.index = device;
+            return view;
+        };
+        octavo::WeightView weight = view();
+        weight.codes = moved(weight.codes);
+        weight.scale = moved(weight.scale);
+        weight.zeropoint = moved(weight.zeropoint);
+        weight.code_sums = moved(weight.code_sums);
+        weight.outlier_columns = moved(weight.outlier_columns);
+        weight.outlier_weight = moved(weight.outlier_weight);
+        octavo::linear(moved(x.matrix()), weight, moved(bias()), moved(out), options, stream);
+    }
     void new_input() {
         const Values values = outlying(random_, x.matrix().rows, x.matrix().cols);
         for (std::int64_t i = 0; i < values.rows; ++i) {
@@ -188,6 +204,19 @@ TEST(launches_of_linear_with_a_weight_that_is_not_aligned) {
     CHECK_EQ(again.allocations, 0);
 }
 
+// Few blocks share a depth that is long enough: their sums are zeroed before.
+TEST(launches_of_linear_where_blocks_share_the_depth) {
+    const Problem problem(70, 33, 1030, DType::f16);  // 33 features: not for cuBLASLt
+    const auto call = [&] { problem.linear({.path = Path::int8}); };
+    counted(call);
+    const simt::Counters again = counted(call);
+    CHECK_EQ(again.launches, 4);
+    CHECK_EQ(again.host_functions, 0);
+    CHECK_EQ(again.copies, 1);
+    CHECK_EQ(again.synchronizations, 0);
+    CHECK_EQ(again.allocations, 0);
+}
+
 // What the pool has kept serves the next call; what it has given back, it takes again.
 TEST(workspace_is_kept_until_it_is_released) {
     const Problem problem(70, 40, 64, DType::f16);
@@ -250,6 +279,34 @@ TEST(linear_can_be_captured) {
             }
         }
     }
+}
+
+// The first call of all on a device, whose pool and handle of cuBLASLt are made meanwhile.
+TEST(first_call_can_be_captured) {
+    constexpr int unused = 2;
+    const Problem problem(70, 40, 64, DType::f16);
+    problem.linear({.path = Path::int8});
+    const Values expected = problem.y.values();
+    const Array y(DType::f16, 70, 40);
+    must(cudaSetDevice(unused));
+    {
+        const OwnStream stream;
+        must(cudaStreamBeginCapture(stream.native(), cudaStreamCaptureModeGlobal));
+        problem.linear_on(unused, {.path = Path::int8}, y.matrix(), stream.get());
+        cudaGraph_t graph = nullptr;
+        must(cudaStreamEndCapture(stream.native(), &graph));
+        cudaGraphExec_t executable = nullptr;
+        must(cudaGraphInstantiate(&executable, graph, 0));
+        must(cudaGraphLaunch(executable, stream.native()));
+        check_values("y", y, expected);
+        must(cudaGraphExecDestroy(executable));
+        must(cudaGraphDestroy(graph));
+    }
+    must(cudaSetDevice(0));
+    // What the thread may do during captures is as it was.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+    must(cudaThreadExchangeStreamCaptureMode(&mode));
+    CHECK_EQ(mode, cudaStreamCaptureModeGlobal);
 }
 
 TEST(other_operations_can_be_captured) {
@@ -325,7 +382,7 @@ TEST(what_must_wait_refuses_capture) {
 TEST(every_device) {
     int count = 0;
     must(cudaGetDeviceCount(&count));
-    CHECK_EQ(count, 2);  // OCTAVO_SIMT_DEVICES, CMakeLists.txt
+    CHECK_EQ(count, 3);  // OCTAVO_SIMT_DEVICES, CMakeLists.txt
     const Problem problem(70, 40, 64, DType::f16);
     for (const LinearOptions& options : all_options) {
         problem.linear(options);
@@ -333,19 +390,8 @@ TEST(every_device) {
         must(cudaSetDevice(1));
         const OwnStream stream;
         must(cudaSetDevice(0));
-        const auto moved = [](auto view) {
-            view.device.index = 1;
-            return view;
-        };
-        octavo::WeightView weight = problem.view();
-        weight.codes = moved(weight.codes);
-        weight.scale = moved(weight.scale);
-        weight.code_sums = moved(weight.code_sums);
-        weight.outlier_columns = moved(weight.outlier_columns);
-        weight.outlier_weight = moved(weight.outlier_weight);
         const Array y(DType::f16, 70, 40);
-        octavo::linear(moved(problem.x.matrix()), weight, moved(problem.bias()), moved(y.matrix()), options,
-                       stream.get());
+        problem.linear_on(1, options, y.matrix(), stream.get());
         int current = -1;
         must(cudaGetDevice(&current));
         CHECK_EQ(current, 0);
@@ -373,6 +419,30 @@ TEST(host_threads_each_with_a_stream) {
     }
     for (std::thread& thread : running) thread.join();
     for (const Array& y : results) check_values("y", y, expected);
+}
+
+// Weight-only products of different shapes, which split the depth, and so need shared memory, differently.
+TEST(host_threads_with_different_weights) {
+    struct Shape {
+        std::int64_t n, k;
+    };
+    constexpr Shape shapes[] = {{16, 64}, {40, 512}, {16, 64}, {80, 256}};  // 1, 8, 1 and 4 parts
+    constexpr LinearOptions options{.path = Path::weight_only};
+    std::vector<std::thread> running;
+    std::vector<std::string> errors(std::size(shapes));
+    for (std::size_t i = 0; i < std::size(shapes); ++i) {
+        running.emplace_back([&, i] {
+            const Problem problem(8, shapes[i].n, shapes[i].k, DType::f16);
+            const OwnStream stream;
+            try {
+                for (int again = 0; again < 40; ++again) problem.linear(options, stream.get());
+            } catch (const octavo::Error& error) {
+                errors[i] = error.what();
+            }
+        });
+    }
+    for (std::thread& thread : running) thread.join();
+    for (const std::string& error : errors) CHECK_EQ(error, "");
 }
 
 // Bit for bit, in whatever order threads run (OCTAVO_SIMT_ORDER=random:<seed> has another one in every launch).

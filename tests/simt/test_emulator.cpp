@@ -252,6 +252,8 @@ TEST(conversions_and_bits) {
     CHECK_EQ(__float2int_rn(-1e30F), INT32_MIN);
     CHECK_EQ(__float2int_rn(std::nanf("")), 0);
     CHECK_EQ(__float2int_rz(-3.9F), -3);
+    CHECK_EQ(__vmaxu2(0x00018000U, 0xFFFF7FFFU), 0xFFFF8000U);
+    CHECK_EQ(__vmaxu2(0x80000002U, 0x7FFF0003U), 0x80000003U);
     CHECK_EQ(__clz(0), 32);
     CHECK_EQ(__clz(1), 31);
     CHECK_EQ(__ffs(0), 0);
@@ -301,6 +303,15 @@ __global__ void use_shared(int* out) {
     *out = values[0];
 }
 
+// 32 KiB of shared memory of its own, before any that a launch gives it.
+__global__ void use_both(int* out) {
+    __shared__ int fixed[8192];
+    OCTAVO_DYNAMIC_SHARED(int, values);
+    fixed[gridDim.x] = 1;
+    values[0] = 1;
+    *out = values[0] + fixed[blockDim.x];
+}
+
 cudaError_t try_launch(dim3 grid, dim3 block, std::size_t shared, int* out) {
     return simt::launch(use_shared, grid, block, shared, nullptr, out);
 }
@@ -321,6 +332,23 @@ TEST(refuses_what_hardware_refuses) {
     CHECK_EQ(try_launch(1, 1, large, out.data()), cudaSuccess);
     CHECK_EQ(out[0], 1);
     CHECK_THROWS(octavo::cuda::allow_shared(use_shared, 1 << 20), device, "cudaFuncSetAttribute");
+}
+
+TEST(static_and_dynamic_shared_memory_are_one) {
+    Buffer<int> out(1);
+    const auto with = [&](std::size_t dynamic) {
+        const cudaError_t status = simt::launch(use_both, 1, 1, dynamic, nullptr, out.data());
+        cudaGetLastError();
+        return status;
+    };
+    CHECK_EQ(with(4 << 10), cudaSuccess);
+    CHECK_EQ(out[0], 2);
+    CHECK_EQ(with(20 << 10), cudaErrorInvalidValue);
+    octavo::cuda::allow_shared(use_both, 20 << 10);
+    CHECK_EQ(with(20 << 10), cudaSuccess);
+    constexpr std::size_t most = 227 << 10;  // of sm_90
+    octavo::cuda::allow_shared(use_shared, most);
+    CHECK_THROWS(octavo::cuda::allow_shared(use_both, most), device, "cudaFuncSetAttribute");
 }
 
 simt::Counters counted() {
@@ -403,6 +431,27 @@ TEST(waiting_breaks_a_capture) {
     void* memory = nullptr;
     CHECK_EQ(cudaMalloc(&memory, 16), cudaErrorStreamCaptureUnsupported);
     end();
+    begin();
+    const cudaMemPoolProps properties{};
+    cudaMemPool_t pool = nullptr;
+    CHECK_EQ(cudaMemPoolCreate(&pool, &properties), cudaErrorStreamCaptureUnsupported);
+    end();
+    // What a thread may do that says so; what waits for the captured stream stays forbidden.
+    begin();
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    CHECK_EQ(cudaThreadExchangeStreamCaptureMode(&mode), cudaSuccess);
+    CHECK_EQ(mode, cudaStreamCaptureModeGlobal);
+    CHECK_EQ(cudaMalloc(&memory, 16), cudaSuccess);
+    CHECK_EQ(cudaMemPoolCreate(&pool, &properties), cudaSuccess);
+    cudaGraph_t graph = nullptr;
+    CHECK_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+    CHECK_EQ(cudaGraphDestroy(graph), cudaSuccess);
+    begin();
+    CHECK_EQ(cudaStreamSynchronize(stream), cudaErrorStreamCaptureUnsupported);
+    end();
+    CHECK_EQ(cudaThreadExchangeStreamCaptureMode(&mode), cudaSuccess);
+    CHECK_EQ(cudaFree(memory), cudaSuccess);
+    CHECK_EQ(cudaMemPoolDestroy(pool), cudaSuccess);
     CHECK_EQ(cudaStreamIsCapturing(stream, &status), cudaSuccess);
     CHECK_EQ(status, cudaStreamCaptureStatusNone);
     CHECK_EQ(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal), cudaErrorStreamCaptureUnsupported);

@@ -236,6 +236,57 @@ TEST(copies) {
     }
 }
 
+// Rows that are contiguous and not aligned, in any order, or one row in place of all; and beside an aligned operand.
+TEST(rows_in_any_order) {
+    Random random(10);
+    const std::int64_t k = 150;
+    const Codes shifted(random, 70, k, Order::shifted);
+    const Codes other(random, 36, k, Order::shifted);
+    const Codes aligned(random, 36, k, Order::padded);
+    const auto product = [&](const ConstMatrix& a, const Codes& b, auto row_of_a) {
+        const Sums out(a.rows, 36, 36, 1);
+        cuda::mma_multiply(a, b.matrix(), out.matrix, nullptr);
+        const std::vector<std::int32_t> found = out.memory.read();
+        std::int64_t wrong = 0;
+        for (std::int64_t i = 0; i < a.rows; ++i) {
+            for (std::int64_t j = 0; j < 36; ++j) {
+                const std::int64_t sum = dot(shifted, b, row_of_a(i), j, 0, k);
+                wrong += found[static_cast<std::size_t>(i * 36 + j)] != sum ? 1 : 0;
+            }
+        }
+        CHECK_EQ(wrong, 0);
+    };
+    for (const Codes* const b : {&other, &aligned}) {
+        CHECK(!cuda::reads_wide(shifted.matrix(), b->matrix()));
+        product(shifted.matrix(), *b, [](std::int64_t i) { return i; });
+        ConstMatrix backward = shifted.matrix();
+        backward.data = static_cast<const std::int8_t*>(backward.data) + 69 * backward.row_stride;
+        backward.row_stride = -backward.row_stride;
+        product(backward, *b, [](std::int64_t i) { return 69 - i; });
+        for (const std::int64_t row : {0, 5, 69}) {
+            ConstMatrix repeated = shifted.matrix();
+            repeated.data = static_cast<const std::int8_t*>(repeated.data) + row * repeated.row_stride;
+            repeated.row_stride = 0;
+            product(repeated, *b, [row](std::int64_t) { return row; });
+        }
+    }
+}
+
+// Copies of operands are made where they pay, if they may be.
+TEST(copies_only_where_they_may_be) {
+    if (mode_is("fails")) return;
+    Random random(11);
+    const Codes a(random, 256, 70, Order::shifted);
+    const Codes b(random, 256, 70, Order::shifted);
+    for (const cuda::Copies copies : {cuda::Copies::none, cuda::Copies::where_they_pay}) {
+        const Sums out(256, 256, 256, 1);
+        octavo_simt_reset_counters();
+        cuda::multiply(a.matrix(), b.matrix(), out.memory.data(), copies, nullptr);
+        CHECK_EQ(counted().launches + counted().host_functions, copies == cuda::Copies::none ? 1 : 3);
+        out.check(a, b);
+    }
+}
+
 // Deeper than int32 sums can be: in parts.
 TEST(parts) {
     CHECK_EQ(cuda::product_parts(0), 1);
@@ -248,7 +299,7 @@ TEST(parts) {
         const Codes a(random, 3, k, order);
         const Codes b(random, 4, k, order);
         const Memory<std::int32_t> acc(2 * 12);
-        cuda::multiply(a.matrix(), b.matrix(), acc.data(), nullptr);
+        cuda::multiply(a.matrix(), b.matrix(), acc.data(), cuda::Copies::none, nullptr);
         const std::vector<std::int32_t> found = acc.read();
         for (std::int64_t i = 0; i < 3; ++i) {
             for (std::int64_t j = 0; j < 4; ++j) {
@@ -279,67 +330,6 @@ TEST(first_overflow) {
                  value,
                  "int8_matmul: out: expected sums that fit int32, got " + std::to_string(std::int64_t{127} * 127 * k) +
                      " at row 1, column 270");
-}
-
-TEST(scaled) {
-    Random random(6);
-    const auto floats = [&](std::int64_t count) {
-        std::vector<float> values(static_cast<std::size_t>(count));
-        for (float& value : values) value = static_cast<float>(random.uniform(1e-3, 2e-2));
-        return values;
-    };
-    const octavo::Device device{octavo::DeviceKind::cuda, 0};
-    for (const Shape& s : {Shape{5, 9, 33}, Shape{70, 136, 200}, Shape{300, 131, 64}}) {
-        for (const Order order : orders) {
-            for (const bool one_scale : {false, true}) {
-                const check::Context context(s.m, " x ", s.n, " x ", s.k, ", order ", check::show(order), one_scale);
-                const Codes a(random, s.m, s.k, order);
-                const Codes b(random, s.n, s.k, order);
-                const std::vector<float> scale_a = floats(one_scale ? 1 : s.m);
-                const std::vector<float> scale_b = floats(one_scale ? 1 : s.n);
-                const std::vector<float> bias = floats(s.n);
-                const Memory<float> device_a(static_cast<std::int64_t>(scale_a.size()));
-                const Memory<float> device_b(static_cast<std::int64_t>(scale_b.size()));
-                const Memory<float> device_bias(s.n);
-                device_a.write(scale_a);
-                device_b.write(scale_b);
-                device_bias.write(bias);
-                const auto vector = [&](const Memory<float>& memory, std::int64_t size, bool present = true) {
-                    return ConstVector{memory.data(), DType::f32, device, size, 1, present};
-                };
-                const auto expected = [&](std::int64_t i, std::int64_t j) {
-                    const float scale = scale_a[one_scale ? 0 : static_cast<std::size_t>(i)] *
-                                        scale_b[one_scale ? 0 : static_cast<std::size_t>(j)];
-                    const float product = static_cast<float>(dot(a, b, i, j, 0, s.k)) * scale;
-                    return one_scale ? product : product + bias[static_cast<std::size_t>(j)];
-                };
-                const Memory<float> y(s.m * s.n);
-                const Memory<std::uint16_t> half(s.m * s.n);
-                const auto run = [&](void* out, DType dtype) {
-                    cuda::mma_multiply_scaled(
-                        a.matrix(), b.matrix(), vector(device_a, static_cast<std::int64_t>(scale_a.size())),
-                        vector(device_b, static_cast<std::int64_t>(scale_b.size())),
-                        vector(device_bias, s.n, !one_scale), {out, dtype, device, s.m, s.n, s.n, 1}, nullptr);
-                };
-                run(y.data(), DType::f32);
-                run(half.data(), DType::bf16);
-                const std::vector<float> found = y.read();
-                const std::vector<std::uint16_t> found_half = half.read();
-                std::int64_t wrong = 0;
-                for (std::int64_t i = 0; i < s.m; ++i) {
-                    for (std::int64_t j = 0; j < s.n; ++j) {
-                        const auto place = static_cast<std::size_t>(i * s.n + j);
-                        const float value = expected(i, j);
-                        std::uint32_t bits = 0;
-                        std::memcpy(&bits, &value, sizeof bits);
-                        const std::uint32_t rounded = (bits + 0x7FFFU + (bits >> 16U & 1U)) >> 16U;
-                        wrong += found[place] != value || found_half[place] != rounded ? 1 : 0;
-                    }
-                }
-                CHECK_EQ(wrong, 0);
-            }
-        }
-    }
 }
 
 TEST(what_cublaslt_takes) {
@@ -390,6 +380,7 @@ TEST(cublaslt_or_ours) {
                                  : mode_is("no-function") ? "unusable (no function cublasLtMatmul)"
                                                           : "13.1.2 (";
     CHECK_EQ(status.substr(0, std::strlen(expected)), expected);
+    CHECK_EQ(status.ends_with("; no handle for device 0: status 1 (another status)"), mode_is("no-handle"));
 }
 
 // The first product of a shape, captured: nothing runs until the graph does, which can do so again.

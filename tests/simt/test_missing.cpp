@@ -1,4 +1,5 @@
 // What is said where a GPU is missing or too old, or cuBLASLt is: each in a child with an emulated machine of its own.
+#include <dlfcn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -60,15 +61,44 @@ TEST(no_device) {
 TEST(a_device_that_is_not_there) {
     const auto far = [] { return call({octavo::DeviceKind::cuda, 5}); };
     CHECK_EQ(with("OCTAVO_SIMT_DEVICES", "2", far),
-             "CUDA: cudaSetDevice: cudaErrorInvalidDevice (cudaErrorInvalidDevice)");
+             "sum_codes: CUDA: cudaSetDevice: cudaErrorInvalidDevice (cudaErrorInvalidDevice)");
 }
 
 TEST(an_architecture_that_is_too_old) {
     CHECK_EQ(with("OCTAVO_SIMT_ARCH", "70", [] { return call(first_gpu); }),
-             "CUDA: expected a GPU of compute capability 7.5 or newer, got 7.0 (device 0)");
+             "sum_codes: CUDA: expected a GPU of compute capability 7.5 or newer, got 7.0 (device 0)");
     // It is listed all the same, and others beside it can be used.
     CHECK_EQ(with("OCTAVO_SIMT_ARCH", "70", [] { return std::to_string(octavo::cuda_info().devices.at(0).major); }),
              "7");
+}
+
+// Between 10.0 and 12.0, whose machine code and PTX are of no use to it.
+TEST(an_architecture_that_was_left_out) {
+    const std::string said = with("OCTAVO_SIMT_ARCH", "110", [] { return call(first_gpu); });
+    CHECK(said.starts_with("sum_codes: CUDA: launch: cudaErrorNoKernelImageForDevice ("));
+    CHECK(said.find("; this build of octavo is for the compute capabilities 75 ") != std::string::npos);
+    CHECK(said.ends_with("(11.0 needs code of its own: 110-real among OCTAVO_CUDA_ARCHITECTURES)"));
+}
+
+// To give back what nobody holds is no reason to load anything.
+TEST(releasing_memory_loads_nothing) {
+    const auto is_loaded = [] {
+        void* const library = dlopen(std::getenv("OCTAVO_CUDA_LIBRARY"), RTLD_LAZY | RTLD_NOLOAD);
+        return std::string(library == nullptr ? "not loaded" : "loaded");
+    };
+    CHECK_EQ(with("OCTAVO_SIMT_DEVICES", "1",
+                  [&] {
+                      octavo::release_cuda_memory();
+                      return is_loaded();
+                  }),
+             "not loaded");
+    CHECK_EQ(with("OCTAVO_SIMT_DEVICES", "1",
+                  [&] {
+                      static_cast<void>(octavo::cuda_info());
+                      octavo::release_cuda_memory();
+                      return is_loaded();
+                  }),
+             "loaded");
 }
 
 TEST(no_cublaslt) {

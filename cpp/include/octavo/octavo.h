@@ -2,9 +2,8 @@
 //
 // Conventions
 // - Every operation returns an octavo_status; after anything but `ok`, octavo_last_error() says what was wrong.
-// - Matrices and vectors are views: the memory stays the caller's and is never kept. CPU memory needs no alignment;
-// CUDA
-//   memory is aligned to its elements.
+// - Matrices and vectors are views: the memory stays the caller's and is never kept. CPU memory needs no
+//   alignment; CUDA memory is aligned to its elements.
 // - Inputs are never modified (their `data` is not const only so that one struct serves inputs and outputs).
 // - What is optional is a pointer that may be NULL; every other pointer must not be NULL.
 // - `stream` is the queue the work is ordered on: a cudaStream_t for CUDA memory; NULL (ignored) for CPU memory, where

@@ -52,14 +52,15 @@ struct CudaDevice {
 struct CudaInfo {
     std::string missing;              // why calls on CUDA memory cannot work here; empty: they can
     std::vector<CudaDevice> devices;  // in the order of their indices
-    std::string cublaslt;             // version of the cuBLASLt in use, or why there is none
+    std::string cublaslt;             // version of the cuBLASLt in use, or why there is none; devices that it refused
 };
 
 // Loads the CUDA backend (liboctavo_cuda.so, beside the library that octavo is part of, or where the environment
 // variable OCTAVO_CUDA_LIBRARY says), as the first call on CUDA memory does. Never throws for what is missing.
 [[nodiscard]] CudaInfo cuda_info();
 
-// Give back to the driver the scratch memory that the CUDA backend keeps for further calls, on all devices.
+// Give back to the driver the scratch memory that the CUDA backend keeps for further calls, on all devices. Nothing
+// where it is not loaded. Throws Error (device) where the driver fails.
 void release_cuda_memory();
 
 }  // namespace octavo

@@ -104,8 +104,8 @@ enum class Layout : std::uint8_t {
 // Which elements of X go through the 16-bit product (DESIGN section 2, "outlier policies").
 enum class Outliers : std::uint8_t {
     columns,  // columns of X holding a magnitude >= threshold (or NaN, Inf) anywhere in this call: the paper's rule
-    rows,     // each row's own such elements: a row's result does not depend on the other rows
-    static_,  // the calibrated columns kept with the weight: independent of the data of the call
+    rows,     // each row's own such elements: with Path::int8 a row's result does not depend on the other rows
+    static_,  // the calibrated columns kept with the weight: independent of the data of the call, likewise
     none,     // no decomposition
 };
 
@@ -113,7 +113,8 @@ enum class Outliers : std::uint8_t {
 enum class Path : std::uint8_t {
     auto_,
     int8,         // LLM.int8(): quantize X, int8 product, 16-bit outliers
-    weight_only,  // int8 weights, activations left as they are (W8A16)
+    weight_only,  // int8 weights, activations left as they are (W8A16); on CUDA devices how its sums are rounded
+                  // depends on the number of rows
 };
 
 }  // namespace octavo

@@ -181,7 +181,7 @@ def _linear_tables(content: Content) -> list[Table]:
         if found:
             lowest, at = min(found, key=lambda pair: pair[0])
             values = [ratio for ratio, _ in found]
-            where = f"{at['k']} x {at['n']}, {_count(at['m'], 'row')}, {_count(at['outliers'], 'outlier column')}"
+            where = f"{_shape_of(at)}, {_count(at['m'], 'row')}, {_count(at['outliers'], 'outlier column')}"
             spread = (lowest, statistics.median(values), max(values))
             summary.append([peer, str(len(values)), *(f"{value:.2f}x" for value in spread), where])
     reasons = sorted({f"{name}: {why}" for case in cases for name, why in case.get("left_out", {}).items()})
@@ -190,7 +190,7 @@ def _linear_tables(content: Content) -> list[Table]:
     for case, of_case in zip(cases, ratios, strict=True):
         own = case["times"].get(octavo)
         cells = [f"{ratio:.2f}x" if (ratio := of_case[peer]) else "-" for peer in peers]
-        shape = [f"{case['k']} x {case['n']}", str(case["m"]), str(case["outliers"])]
+        shape = [_shape_of(case), str(case["m"]), str(case["outliers"])]
         rows.append([*shape, f"{_median(own):.3f}" if own else "-", *cells])
     return [
         Table(
@@ -203,6 +203,12 @@ def _linear_tables(content: Content) -> list[Table]:
             "long each peer takes." + left_out,
         ),
     ]  # fmt: skip
+
+
+def _shape_of(case: Content) -> str:
+    """Of W, and how it was quantized where that is not by the defaults (bench/gpu.py)."""
+    kinds = [case.get("scheme", "absmax"), case.get("granularity", "vector")]
+    return ", ".join([f"{case['k']} x {case['n']}", *(kind for kind in kinds if kind not in ("absmax", "vector"))])
 
 
 def _ratio(times: Content, peer: str, octavo: str) -> float | None:

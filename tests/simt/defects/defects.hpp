@@ -12,7 +12,7 @@
 
 namespace defects {
 
-// The builds of the emulator that catch a defect (tests/simt/README.md).
+// The builds of the emulator that catch a defect: as it is, with AddressSanitizer, with race detection.
 enum Build : unsigned { plain = 1, asan = 2, race = 4, every = 7 };
 
 struct Defect {

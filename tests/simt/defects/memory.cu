@@ -9,7 +9,7 @@ using defects::launch_one;
 namespace {
 
 template <bool broken>
-__global__ void max_of_block(const float* in, float* out) {
+__global__ void sum_of_block(const float* in, float* out) {
     __shared__ float parts[8];  // one per warp; the block has fewer
     if (!broken && threadIdx.x < 8) parts[threadIdx.x] = 0.0F;
     __syncthreads();
@@ -25,7 +25,7 @@ __global__ void max_of_block(const float* in, float* out) {
 DEFECT(uninitialized_shared, defects::every) {
     Buffer<float> in(64, 2.0F);
     Buffer<float> out(1);
-    launch_one(broken, max_of_block<true>, max_of_block<false>, {1, 64}, in.data(), out.data());
+    launch_one(broken, sum_of_block<true>, sum_of_block<false>, {1, 64}, in.data(), out.data());
     return out.holds(4.0F);
 }
 
