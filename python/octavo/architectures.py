@@ -31,12 +31,15 @@ def tensors_of(config: Config) -> Tensors:
     """
     list_tensors = _architecture(config)[0]
     try:
-        yield from list_tensors(config)
+        tensors = list(list_tensors(config))
     except KeyError as error:
         raise ValueError(f"config: expected {error} for model_type {config['model_type']}, got none") from error
-    except TypeError as error:  # of arithmetic with null; everything else `_architecture` has refused
-        nulls = ", ".join(name for name in _SIZES if name in config and config[name] is None)
-        raise ValueError(f"config: expected sizes for model_type {config['model_type']}, got null ({nulls})") from error
+    except TypeError as error:  # of arithmetic with null: everything else `_architecture` has refused
+        raise ValueError(f"config: expected sizes for model_type {config['model_type']}, got {error}") from error
+    for name, shape in tensors:
+        if not all(isinstance(extent, int) for extent in shape):
+            raise ValueError(f"config: expected sizes for {name}, got {list(shape)}")
+    yield from tensors
 
 
 def cache_per_token(config: Config) -> dict[str, int]:

@@ -225,7 +225,12 @@ def test_a_model_without_attention_has_no_cache() -> None:
         ({}, "model_type: expected the name of an architecture, got None"),
         ({"model_type": ["opt"]}, r"model_type: expected the name of an architecture, got \['opt'\]"),
         ({**opt(64, 2), "hidden_size": "64"}, "hidden_size: expected a whole number of at least 1, got '64'"),
-        ({**opt(64, 2), "ffn_dim": None}, r"expected sizes for model_type opt, got null \(ffn_dim\)"),
+        (
+            {**opt(64, 2), "ffn_dim": None},
+            r"expected sizes for model\.decoder\.layers\.0\.fc1\.weight, got \[None, 64\]",
+        ),
+        ({**opt(64, 2), "hidden_size": None}, "expected sizes for "),
+        ({**MODELS["Llama-2-7B"], "num_attention_heads": None}, "expected sizes for model_type llama, got unsupported"),
         ({**opt(64, 2), "num_hidden_layers": 2.0}, "num_hidden_layers: expected a whole number of at least 1, got 2.0"),
         (
             {**MODELS["Llama-2-7B"], "num_attention_heads": 0},
