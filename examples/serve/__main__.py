@@ -15,6 +15,7 @@ to look in each token ("rows"), and attention is computed for each text alone. S
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import torch
 import transformers
 import uvicorn
 from engine import Engine
+from octavo._sizes import positive
 
 
 def main() -> None:
@@ -39,14 +41,14 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: this machine only")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--name", help="of the model in requests; default: the folder's")
-    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="texts at once; default: 16")
+    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="texts at once; default: 16")
     parser.add_argument(
-        "--waiting", type=_positive, default=64, metavar="N", help="texts that may wait, others get 429; default: 64"
+        "--waiting", type=positive, default=64, metavar="N", help="texts that may wait, others get 429; default: 64"
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="of the model; default: all cores")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of the model; default: all cores")
     parser.add_argument("--dtype", default="auto", help="of what stays unquantized; default: the checkpoint's")
     parser.add_argument(
-        "--grace", type=_positive, default=60, metavar="SECONDS", help="to finish in after SIGTERM; default: 60"
+        "--grace", type=positive, default=60, metavar="SECONDS", help="to finish in after SIGTERM; default: 60"
     )
     args = parser.parse_args()
     if args.threads:
@@ -57,9 +59,9 @@ def main() -> None:
     try:
         model = loading.load(args.model, args.dtype)
         context = ragged.prepare_(model)
-    except ValueError as problem:
-        parser.error(str(problem))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    except (ImportError, OSError, RuntimeError, ValueError) as problem:  # whatever is wrong with the folder's files
+        parser.error(re.sub(r"\s*\n\s*", " ", str(problem).strip()))
     served = app.Served(
         name=args.name or args.model.resolve().name,
         engine=Engine(model, loading.ends(model), batch=args.batch, waiting=args.waiting),
@@ -71,13 +73,6 @@ def main() -> None:
     uvicorn.run(
         app.create(served), host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=args.grace
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -262,7 +262,12 @@ def check(served: Served, body: Common, prompt: list[int], most: int, parameter:
         raise BadRequestError(f"model: expected {served.name!r}, got {body.model!r}", "model")
     if not prompt:
         raise BadRequestError(f"{parameter}: expected at least one token, got none", parameter)
-    if most < 1 or len(prompt) + most > served.context:
+    if len(prompt) >= served.context:
+        raise BadRequestError(
+            f"{parameter}: expected at most {served.context - 1} tokens, and place for a new one, got {len(prompt)}",
+            parameter,
+        )
+    if len(prompt) + most > served.context:
         raise BadRequestError(
             f"max_tokens: expected at most {served.context} tokens with the prompt's, got {len(prompt)} of the prompt "
             f"and {most} new ones",

@@ -135,17 +135,25 @@ class Engine:
         jobs, texts = zip(*self._running, strict=True)
         try:
             logits = ragged.step(self._model, texts)
-            tokens = [_choose(row, job) for row, job in zip(logits, jobs, strict=True)]
         except Exception:  # of these jobs; the next ones may fare better
             logger.exception("a step over %d texts failed", len(jobs))
             self._running = []
             for job in jobs:
                 _deliver(job, None, "failed")
             return
-        for text, token in zip(texts, tokens, strict=True):
-            text.unread = [token]
-        goes_on = [self._take(job, token) for job, token in zip(jobs, tokens, strict=True)]
+        goes_on = [self._continue(job, text, row) for job, text, row in zip(jobs, texts, logits, strict=True)]
         self._running = list(itertools.compress(self._running, goes_on))
+
+    def _continue(self, job: Job, text: ragged.Text, logits: Tensor) -> bool:
+        """Choose and deliver a text's next token; whether the job goes on."""
+        try:
+            token = _choose(logits, job)
+        except Exception:  # of this job alone
+            logger.exception("no token could be chosen")
+            _deliver(job, None, "failed")
+            return False
+        text.unread = [token]
+        return self._take(job, token)
 
     def _gather(self) -> bool:
         """Choose who takes part in the next step; waits until there is somebody. False: closed, and all is done."""
@@ -183,19 +191,29 @@ class Engine:
         return True
 
 
+def _nobody(token: int | None, finish: Finish | None) -> None:
+    """In the place of `Job.deliver` once all is delivered."""
+
+
 def _deliver(job: Job, token: int | None, finish: Finish | None) -> None:
     try:
         job.deliver(token, finish)
     except Exception:  # whoever asked is gone
         logger.exception("a token could not be delivered")
         job.cancelled = True
+    if finish is not None:
+        # It leads to whoever listens, who holds the job: a cycle would keep both, and their text, until the collector
+        # comes by.
+        job.deliver = _nobody
 
 
 def _choose(logits: Tensor, job: Job) -> int:
     """The next token. logits float32 ``[words]``."""
     if job.random is None:
         return int(logits.argmax())
-    probabilities = (logits / job.sampling.temperature).softmax(-1)
+    # From the highest one down, so that no temperature, however low, makes an infinity of it.
+    temperature = max(job.sampling.temperature, torch.finfo(logits.dtype).tiny)
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)
     if job.sampling.top_p < 1:
         # Stable: of tokens that are equally likely the first one leads, as in `argmax`.
         ordered, index = probabilities.sort(descending=True, stable=True)

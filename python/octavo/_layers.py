@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-DEFAULT_SKIP = ("*lm_head",)
 MIN_FRACTION = 0.06  # of positions, from which on the paper calls an outlier column systematic (section 4)
 # Where `octavo.torch.calibrate_` leaves a layer's columns for `quantize_`.
 CALIBRATED = "octavo_outlier_columns"

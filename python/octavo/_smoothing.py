@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from octavo._layers import CALIBRATED, DEFAULT_SKIP, linears, replace, run_batches
+from octavo._layers import CALIBRATED, linears, replace, run_batches
+from octavo.checkpoint.layers import DEFAULT_SKIP
 
 _PROBED = 4  # rows of a normalization's input that its formula is recognized on
 _LISTED = 3  # reasons that an error gives

@@ -14,19 +14,32 @@ from typing import Any
 Config = Mapping[str, Any]
 Tensors = Iterator[tuple[str, tuple[int, ...]]]
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
+_STACKED_EXPERT = re.compile(r"\.experts\.\d+\.(gate_up_proj|up_proj|down_proj)\.weight$")
+_SIZES = (
+    *("hidden_size", "ffn_dim", "intermediate_size", "word_embed_proj_dim", "vocab_size", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("n_embd", "n_embed", "n_inner", "n_layer", "n_positions"),
+    *("d_model", "d_ff", "d_kv", "num_heads", "num_layers", "num_decoder_layers", "relative_attention_num_buckets"),
+)
 
 
 def tensors_of(config: Config) -> Tensors:
     """Name and shape of every parameter, embedding first, head last.
 
     Raises ValueError for a ``model_type`` that neither `ARCHITECTURES` nor transformers has, and a config that lacks a
-    size.
+    size or has something else in its place.
     """
     list_tensors = _architecture(config)[0]
     try:
-        yield from list_tensors(config)
+        tensors = list(list_tensors(config))
     except KeyError as error:
         raise ValueError(f"config: expected {error} for model_type {config['model_type']}, got none") from error
+    except TypeError as error:  # of arithmetic with null: everything else `_architecture` has refused
+        raise ValueError(f"config: expected sizes for model_type {config['model_type']}, got {error}") from error
+    for name, shape in tensors:
+        if not all(isinstance(extent, int) for extent in shape):
+            raise ValueError(f"config: expected sizes for {name}, got {list(shape)}")
+    yield from tensors
 
 
 def cache_per_token(config: Config) -> dict[str, int]:
@@ -40,8 +53,22 @@ def layer_of(name: str) -> str:
     return match[1] if match else name
 
 
+def is_stacked_expert(name: str) -> bool:
+    """Whether a tensor of `tensors_of` is one expert's weight, which the model keeps in one parameter with others."""
+    return _STACKED_EXPERT.search(name) is not None
+
+
 def _architecture(config: Config) -> tuple[Callable[[Config], Tensors], Callable[[Config], dict[str, int]]]:
-    return ARCHITECTURES.get(config["model_type"], (_asked_tensors, _asked_cache))
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"config: model_type: expected the name of an architecture, got {kind!r}")
+    if kind not in ARCHITECTURES:
+        return _asked_tensors, _asked_cache
+    for name in _SIZES:
+        value = config.get(name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"config: {name}: expected a whole number of at least 1, got {value!r}")
+    return ARCHITECTURES[kind]
 
 
 def _linear(name: str, n: int, k: int, bias: bool = True) -> Tensors:
@@ -219,10 +246,14 @@ def _llama(config: Config) -> Tensors:
         yield from _linear("lm_head", vocab, h, False)
 
 
+_KEY_VALUE_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # where the config does not say
+
+
 def _llama_heads(config: Config) -> tuple[int, int, int]:
     """Heads, heads of keys and values, and the width of one."""
     heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
+    # Of Llama's, and where it is null, as many as there are heads.
+    kv_heads = config.get("num_key_value_heads", _KEY_VALUE_HEADS.get(config["model_type"])) or heads
     default = 128 if config["model_type"] == "qwen3" else config["hidden_size"] // heads
     return heads, kv_heads, config.get("head_dim") or default
 
@@ -326,13 +357,20 @@ def _asked_cache(config: Config) -> dict[str, int]:
     architecture = (known.architectures or ["AutoModelForCausalLM"])[0]
     if not any(word in architecture for word in ("CausalLM", "LMHead", "ConditionalGeneration")):
         return {}
-    text = known.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
     layers = dict.fromkeys(
         layer_of(name) for name, _ in _asked_tensors(config) if "attn" in name or "attention" in name
     )
+    if not layers:  # Mamba
+        return {}
+    text = known.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
+    if not (isinstance(kv_heads, int) and isinstance(width, int) and kv_heads > 0 and width > 0):
+        raise ValueError(
+            "config: expected num_attention_heads and hidden_size, which say how large the cache of model_type "
+            f"{config['model_type']} is, got none"
+        )
     return dict.fromkeys(layers, 4 * kv_heads * width)
 
 
@@ -347,11 +385,15 @@ def _asked_config(config: Config) -> Any:
             "transformers"
         ) from error
     fields = {key: value for key, value in config.items() if key != "model_type"}
-    try:
-        return transformers.AutoConfig.for_model(config["model_type"], **fields)
-    except ValueError as error:
+    if config["model_type"] not in transformers.CONFIG_MAPPING:
         raise ValueError(
             f"config: expected a model_type of {known}, or one that transformers has, got {config['model_type']!r}"
+        )
+    try:
+        return transformers.AutoConfig.for_model(config["model_type"], **fields)
+    except Exception as error:  # each config class checks its fields in its own way
+        raise ValueError(
+            f"config: expected one that transformers takes for model_type {config['model_type']}, got {error}"
         ) from error
 
 

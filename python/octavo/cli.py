@@ -5,16 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+_TRACEBACK = "OCTAVO_TRACEBACK"  # in the environment
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.
 
-    141 where whoever reads the output has gone (``octavo inspect MODEL | head``): as a shell has it for other programs.
+    3 where `octavo plan` finds that a model does not fit. 141 where whoever reads the output has gone
+    (``octavo inspect MODEL | head``): as a shell has it for other programs. A failure is said in one line;
+    ``OCTAVO_TRACEBACK=1`` in the environment shows where it comes from, too.
     """
     args = make_parser().parse_args(arguments)
     # What reports say they were made with.
@@ -29,11 +35,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Else the interpreter complains once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, RuntimeError, ValueError) as error:
-        # Functions put their name first, which here the command already is.
-        print(f"octavo {args.command}: {str(error).removeprefix(f'{args.command}: ')}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get(_TRACEBACK, "0") not in ("", "0"):
+            traceback.print_exc()
+        print(f"octavo {args.command}: {_in_one_line(error, args.command)}", file=sys.stderr)
         return 1
     return status
+
+
+def _in_one_line(error: Exception, command: str) -> str:
+    """What an error says. Of those that octavo does not raise on purpose the type, too, and how to learn more."""
+    text = re.sub(r"\s*\n\s*", " ", str(error).strip())
+    if isinstance(error, (OSError, RuntimeError, ValueError)) and text:
+        return text.removeprefix(f"{command}: ")  # functions put their name first, which here the command already is
+    return f"{type(error).__name__}: {text} ({_TRACEBACK}=1 shows where)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,11 +108,13 @@ def _info(args: argparse.Namespace) -> int:
 
 def _print_fields(fields: dict[str, Any], indent: str = "") -> None:
     for name, value in fields.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {str(index): item for index, item in enumerate(value)}  # CUDA's devices, by their number
         if isinstance(value, dict):
             print(f"{indent}{name}:")
             _print_fields(value, indent + "  ")
         else:
-            print(f"{indent}{name}: {', '.join(value) if isinstance(value, list) else value}")
+            print(f"{indent}{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
 
 
 if __name__ == "__main__":

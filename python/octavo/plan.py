@@ -1,8 +1,10 @@
 """``octavo plan``: does a model fit on given GPUs, in int8 and in 16 bit? Computed from its config.json alone.
 
 The tensors of a model follow from its config; `architectures.tensors_of` lists them. Linear weights take one byte an
-element in int8 and a float32 scale per output feature, everything else two bytes, as `octavo.checkpoint.quantize` makes
-them; in 16 bit everything takes two. The cache of keys and values is in 16 bit. A layer is not split between GPUs.
+element in int8 and a float32 scale per output feature, everything else two bytes, as `octavo.transformers` makes them:
+experts that are stacked in one parameter are among the linear weights (`octavo.checkpoint.quantize` leaves those that a
+file stacks). In 16 bit everything takes two. The cache of keys and values is in 16 bit; other states, as Mamba's, are
+not counted. A layer is not split between GPUs.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from octavo._sizes import format_size, parse_size, positive
-from octavo.architectures import cache_per_token, layer_of, tensors_of
+from octavo.architectures import cache_per_token, is_stacked_expert, layer_of, tensors_of
 from octavo.checkpoint.layers import LayerChoice
 
 __all__ = ["Footprint", "Plan", "plan"]
 
 _GIB = 2**30
 DEFAULT_RESERVE = _GIB // 2  # per GPU: its context, the libraries' workspace, activations of small batches
+
+DOES_NOT_FIT = 3  # the exit status: 1 is a failure's, 2 that of wrong arguments
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Plan:
     Attributes:
         model_type: of the config.
         parameters: how many.
+        stacked_experts: weights of single experts among them, counted in int8, that a parameter of the model stacks.
         gpus, gpu_memory, reserve, batch, context: what was asked; bytes.
         int8, bits16: the model in int8 and in 16 bit.
         ratio: of the weights in 16 bit to those in int8.
@@ -56,6 +61,7 @@ class Plan:
 
     model_type: str
     parameters: int
+    stacked_experts: int
     gpus: int
     gpu_memory: int
     reserve: int
@@ -82,6 +88,11 @@ class Plan:
             needed = "a layer is too large" if footprint.gpus_needed is None else footprint.gpus_needed
             lines.append(f"{name:8}{sizes}  {'yes' if footprint.fits else 'no':4}  {needed}")
         lines.append(f"weights in 16 bit take {self.ratio:.2f} times as much")
+        if self.stacked_experts:
+            lines.append(
+                f"{self.stacked_experts} weights of experts count as int8, as from_pretrained makes them; octavo "
+                "quantize leaves those that a file stacks"
+            )
         return "\n".join(lines)
 
 
@@ -132,6 +143,7 @@ def plan(
     return Plan(
         str(config["model_type"]),
         sum(math.prod(shape) for shape in tensors.values()),
+        sum(is_stacked_expert(name) for name in tensors),
         gpus,
         gpu_memory,
         reserve,
@@ -157,7 +169,7 @@ def _gpus_needed(sizes: Sequence[int], capacity: int) -> int | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `octavo plan`."""
-    parser.epilog = "Exit status: 0 where the model fits in int8, else 1."
+    parser.epilog = f"Exit status: 0 where the model fits in int8, {DOES_NOT_FIT} where it does not, 1 for a failure."
     parser.add_argument("config", type=Path, help="a config.json, or the folder of a model")
     parser.add_argument(
         "--gpu-memory",
@@ -187,7 +199,7 @@ def _gpu_memory(text: str) -> int:
 
 
 def main(args: argparse.Namespace) -> int:
-    """`octavo plan`. Returns 0 where the model fits in int8, else 1."""
+    """`octavo plan`. Returns 0 where the model fits in int8, else `DOES_NOT_FIT`."""
     found = plan(
         read_config(args.config),
         gpu_memory=args.gpu_memory,
@@ -197,7 +209,7 @@ def main(args: argparse.Namespace) -> int:
         reserve=args.reserve,
     )
     print(found.as_json() if args.json else found.as_text())
-    return 0 if found.int8.fits else 1
+    return 0 if found.int8.fits else DOES_NOT_FIT
 
 
 def read_config(path: Path) -> dict[str, Any]:

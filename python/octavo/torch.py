@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import octavo
 from octavo import _core, _torch_layout
-from octavo._layers import CALIBRATED, DEFAULT_SKIP, MIN_FRACTION, linears, replace, run_batches
+from octavo._layers import CALIBRATED, MIN_FRACTION, linears, replace, run_batches
 from octavo._smoothing import smooth_
 from octavo._types import Granularity, Outliers, Path, Scheme
+from octavo.checkpoint.layers import DEFAULT_SKIP
 from octavo.weight import Int8Weight
 
 __all__ = ["Int8Linear", "calibrate_", "quantize_", "smooth_"]
@@ -437,9 +438,10 @@ def quantize_(
     """Replace every `torch.nn.Linear` of `model` by an `Int8Linear`, in place, one after the other.
 
     The 16/32-bit weight of a layer is released as soon as its int8 form exists. Layers that share a weight go on
-    sharing it. Left as they are: layers whose qualified name matches a pattern of `skip`, subclasses of ``nn.Linear``
-    (their owners read the weight themselves), and layers whose weight is also used by another kind of module (a tied
-    embedding). Columns that `calibrate_` recorded are kept in 16 bit.
+    sharing it. Left as they are: layers whose qualified name matches a pattern of `skip` (by default the output head
+    and the routers of mixtures of experts), subclasses of ``nn.Linear`` (their owners read the weight themselves), and
+    layers whose weight is also used by another kind of module (a tied embedding). Columns that `calibrate_` recorded
+    are kept in 16 bit.
 
     Args:
         scheme, granularity: see `octavo.quantize_weight`.
@@ -539,14 +541,18 @@ def systematic_columns(
     threshold: float,
     min_fraction: float,
     progress: bool,
+    function: str = "calibrate_",
 ) -> dict[str, Tensor]:
-    """What `calibrate_` returns, of the modules `layers` of `model`, by any names; nothing is recorded in them."""
+    """What `calibrate_` returns, of the modules `layers` of `model`, by any names; nothing is recorded in them.
+
+    `function`: whose arguments these are, for its errors.
+    """
     if not threshold >= 0:
-        raise ValueError(f"calibrate_: threshold: expected a number >= 0, got {threshold}")
+        raise ValueError(f"{function}: threshold: expected a number >= 0, got {threshold}")
     if not 0 <= min_fraction <= 1:
-        raise ValueError(f"calibrate_: min_fraction: expected a number in [0, 1], got {min_fraction}")
+        raise ValueError(f"{function}: min_fraction: expected a number in [0, 1], got {min_fraction}")
     if not layers:
-        raise ValueError("calibrate_: model: expected linear layers, got none")
+        raise ValueError(f"{function}: model: expected linear layers, got none")
     counts: dict[nn.Module, Tensor] = {}
     positions: dict[nn.Module, int] = {}
 
@@ -566,7 +572,7 @@ def systematic_columns(
         for handle in handles:
             handle.remove()
     if not counts:
-        raise ValueError("calibrate_: batches: expected at least one that reaches a linear layer, got none")
+        raise ValueError(f"{function}: batches: expected at least one that reaches a linear layer, got none")
 
     columns: dict[str, Tensor] = {}
     for name, layer in layers.items():

@@ -44,6 +44,8 @@ class Ranks:
 
     def run(self, check: Callable[..., None], *args: Any) -> None:
         """``check(mesh, *args)`` in every rank, a function of a module's own; raises what went wrong in any of them."""
+        if not self.alive:
+            raise AssertionError(f"{check.__name__}: the processes have ended: use `pool`, which starts new ones")
         for calls in self._calls:
             calls.put((check, args))
         self._await(check.__name__, CHECK_TIMEOUT)
@@ -74,6 +76,14 @@ class Ranks:
         if failures:
             self.stop()  # a group is of no use after a fault; whoever comes next starts a new one
             raise AssertionError(f"{what}: " + "\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
+
+
+def pool(pools: dict[tuple[int, str], Ranks], size: int, device: str = "cpu") -> Ranks:
+    """Those of `pools`, or new ones where there are none yet or a fault ended them."""
+    key = size, device
+    if key not in pools or not pools[key].alive:
+        pools[key] = Ranks(size, device)
+    return pools[key]
 
 
 def _serve(rank: int, size: int, device: str, store: str, calls: Any, results: Any) -> None:

@@ -23,6 +23,7 @@ import torch
 from octavo import checkpoint
 from octavo.checkpoint.format import Options
 from octavo.checkpoint.layers import LayerChoice
+from octavo.checkpoint.source import open_source
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -305,6 +306,19 @@ class TestFiles:
         assert metadata["format"] == "pt"
         assert metadata["octavo.format_version"] == "1"
         assert (metadata["octavo.scheme"], metadata["octavo.threshold"]) == ("absmax", "5.0")
+
+    def test_earlier_outputs_in_the_folder_are_no_part_of_the_model(self, tmp_path: Path) -> None:
+        model = write_model(tmp_path / "m")
+        (model / "1_Pooling").mkdir()
+        (model / "1_Pooling" / "config.json").write_text('{"pooling": "mean"}')
+        checkpoint.quantize(model, model / "int8", progress=False)
+        (model / "int8" / "onnx").mkdir()
+        (model / "int8" / "onnx" / "notes.txt").touch()
+        (model / "other.partial").mkdir()
+        (model / "other.partial" / ".octavo-journal").touch()
+        (model / "other.partial" / "merges.txt").touch()
+        checkpoint.quantize(model, model / "again", progress=False)
+        assert {path.name for path in (model / "again").iterdir()} == {"config.json", "model.safetensors", "1_Pooling"}
 
     def test_shards(self, tmp_path: Path) -> None:
         """A layer's bias may be in another file than its weight."""
@@ -637,6 +651,44 @@ class TestRefused:
         path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
         self.refuse(path, match)
 
+    @pytest.mark.parametrize("metadata", [["pt"], "pt", {"format": 3}])
+    def test_corrupt_metadata(self, tmp_path: Path, metadata: Any) -> None:
+        header = json.dumps({"__metadata__": metadata}).encode()
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match=r"model\.safetensors: .* __metadata__ as an object of strings"):
+            checkpoint.inspect(path)
+
+    @pytest.mark.parametrize("ties", ["[]", '{"a": 3}', '"a"'])
+    def test_corrupt_ties(self, tmp_path: Path, ties: str) -> None:
+        path = tmp_path / "model.safetensors"
+        safetensors.torch.save_file({"a": torch.zeros(2)}, path, metadata={"octavo.tied": ties})
+        with pytest.raises(ValueError, match=r"model\.safetensors: expected octavo\.tied as a JSON object of names"):
+            checkpoint.inspect(path)
+
+    def test_damaged_pickles_name_the_file(self, tmp_path: Path) -> None:
+        """Whichever byte is wrong, the file is named, or it reads as before."""
+        import zipfile
+
+        path = tmp_path / "model.bin"
+        torch.save({"fc.weight": tensor((3, 2)), "fc.bias": tensor((3,))}, path)
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        pickled = next(name for name in records if name.endswith("data.pkl"))
+        refused = 0
+        for place in range(len(records[pickled])):
+            damaged = bytearray(records[pickled])
+            damaged[place] ^= 0x55
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, content in records.items():
+                    archive.writestr(name, bytes(damaged) if name == pickled else content)
+            try:
+                open_source(path)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ")  # noqa: PT017 - of those that are refused
+                refused += 1
+        assert refused > 50
+
     def test_corrupt_pytorch_files(self, tmp_path: Path) -> None:
         model = tmp_path / "pytorch_model.bin"
         weight = tensor((30, 30), seed=3)
@@ -647,7 +699,13 @@ class TestRefused:
         model.write_bytes(content)
         self.refuse(model, r"pytorch_model\.bin: fc\.weight: expected data with its CRC-32")
         model.write_bytes(content[:-50])
-        self.refuse(model, r"pytorch_model\.bin: expected a PyTorch zip file")
+        self.refuse(
+            model, r"pytorch_model\.bin: expected a PyTorch zip file, got the beginning of one, \d+ bytes .*trunc"
+        )
+        model.write_bytes(b"\x80\x02ctorch")
+        self.refuse(
+            model, r"pytorch_model\.bin: expected a PyTorch zip file, got something else: .*before PyTorch 1\.6"
+        )
 
     def test_pytorch_files_that_are_no_state_dict(self, tmp_path: Path) -> None:
         path = tmp_path / "model.pt"
@@ -699,6 +757,8 @@ class TestRefused:
             ({"format": "gguf"}, "format: expected 'octavo' or 'bitsandbytes'"),
             ({"format": "bitsandbytes", "scheme": "zeropoint"}, "format: expected scheme absmax"),
             ({"jobs": 0}, "jobs: expected at least 1"),
+            ({"memory": 0}, "memory: expected at least 1 byte, got 0"),
+            ({"memory": -5}, "memory: expected at least 1 byte, got -5"),
             ({"include": ["*.nothing"]}, r"include: expected patterns of linear layers, got '\*\.nothing'"),
             (
                 {"outlier_columns": {"lm_head": [1]}},
@@ -725,3 +785,19 @@ class TestRefused:
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
         with pytest.raises(OSError, match=r"expected \d+ bytes of free space, got 10"):
             convert(write_model(tmp_path / "m"))
+
+
+def test_verify_compares_in_any_case(tmp_path: Path) -> None:
+    """`verify=False` is for what is read, not for `Checkpoint.verify`."""
+    output, _ = convert(write_model(tmp_path / "m"))
+    entry = checkpoint.Checkpoint(output).entries[f"{FC}.weight"]
+    with (output / "model.safetensors").open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(b"damage")
+    opened = checkpoint.Checkpoint(output, verify=False)
+    assert opened.checksums == len(opened.entries)
+    opened.weight(FC)
+    with pytest.raises(ValueError, match=rf"{FC}\.weight: expected data with CRC-32"):
+        opened.verify()
+    with pytest.raises(ValueError, match=rf"{FC}\.weight: expected data with CRC-32"):
+        checkpoint.Checkpoint(output).weight(FC)

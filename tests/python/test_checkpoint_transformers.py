@@ -117,11 +117,42 @@ def test_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
     assert again == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("patterns", [["--skip", "*.fc1"], ["--include", "*.fc1"]])
+def test_calibrate_what_is_chosen(tmp_path: Path, patterns: list[str]) -> None:
+    folder = with_tokenizer(tiny_model("OPTForCausalLM"), tmp_path / "m")
+    (tmp_path / "t").write_text("a b c d e f")
+    file = tmp_path / "columns.json"
+    arguments = ["--calibrate", str(tmp_path / "t"), "--quiet", "--threshold", "0.5", "--outlier-columns", str(file)]
+    assert cli.main(["quantize", str(folder), str(tmp_path / "all"), *arguments]) == 0
+    of_all = json.loads(file.read_text())
+    # The file of all layers serves for some, and so does a calibration.
+    assert cli.main(["quantize", str(folder), str(tmp_path / "read"), *arguments, *patterns]) == 0
+    file.unlink()
+    assert cli.main(["quantize", str(folder), str(tmp_path / "found"), *arguments, *patterns]) == 0
+    expected = {layer: own for layer, own in of_all.items() if layer.endswith(".fc1") == (patterns[0] == "--include")}
+    assert json.loads(file.read_text()) == expected
+    assert len(expected) < len(of_all)
+    name = "model.safetensors"
+    assert (tmp_path / "read" / name).read_bytes() == (tmp_path / "found" / name).read_bytes()
+
+
 def test_calibrate_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = with_tokenizer(tiny_model("OPTForCausalLM"), tmp_path / "m")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"empty\.txt: expected text to calibrate with, got none"):
         checkpoint.calibrate(folder, tmp_path / "empty.txt", progress=False)
+    (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt: expected text in UTF-8, got "):
+        checkpoint.calibrate(folder, tmp_path / "latin.txt", progress=False)
+    (tmp_path / "text.txt").write_text("a b c")
+    for options, match in (
+        ({"threshold": -1}, "^calibrate: threshold: expected a number >= 0"),
+        ({"min_fraction": 2}, "^calibrate: min_fraction: expected a number in"),
+        ({"batches": 0}, "^calibrate: batches: expected at least one"),
+        ({"include": ["*.none"]}, r"^calibrate: include: expected patterns of linear layers, got '\*\.none'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            checkpoint.calibrate(folder, tmp_path / "text.txt", progress=False, **options)  # type: ignore[arg-type]
     assert cli.main(["quantize", str(folder), str(tmp_path / "out"), "--calibrate", str(tmp_path / "none.txt")]) == 1
     assert "none.txt" in capsys.readouterr().err
 

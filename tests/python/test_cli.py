@@ -66,7 +66,7 @@ def test_options_reach_the_conversion(
 
     monkeypatch.setattr(commands, "quantize", quantize)
     columns = tmp_path / "columns.json"
-    columns.write_text('{"fc": [3, 1]}')
+    columns.write_text('{"a.fc": [3, 1], "a.gate": [2], "a.out": [1]}')
     words = "--scheme zeropoint --granularity row --threshold 4.5 --outliers static --include *.fc --include *.up "
     words += f"--skip *.gate --outlier-columns {columns} --jobs 3 --memory 2GiB --quiet --json"
     assert run("quantize", "m", "out", *words.split()) == 0
@@ -78,7 +78,7 @@ def test_options_reach_the_conversion(
         "outliers": "static",
         "include": ["*.fc", "*.up"],
         "skip": ["*.gate"],
-        "outlier_columns": {"fc": [3, 1]},
+        "outlier_columns": {"a.fc": [3, 1]},  # the others' are of layers that the patterns leave out
         "format": "octavo",
         "jobs": 3,
         "memory": 2 * 2**30,
@@ -100,6 +100,8 @@ def test_kept_columns_from_a_file(tmp_path: Path) -> None:
         (["quantize", "nothing", "out"], "nothing: expected a checkpoint"),
         (["inspect", "nothing"], "nothing: expected a checkpoint"),
         (["quantize", "m", "full"], "full: expected a folder that is not there yet"),
+        (["quantize", "m", "."], "output: expected the name of a folder to make, got '.'"),
+        (["quantize", "m", ".."], "output: expected the name of a folder to make, got '..'"),
         (["quantize", "m", "out", "--include", "*.none"], "include: expected patterns of linear layers"),
         (["quantize", "m", "out", "--outlier-columns", "none.json"], "none.json"),
         (["quantize", "m", "out", "--outlier-columns", "list.json"], 'list.json: expected {"layer": [column, ...]'),
@@ -134,6 +136,7 @@ def test_failures_are_one_line(
         ["m", "out", "--scheme", "int4"],
         ["m", "out", "--jobs", "0"],
         ["m", "out", "--memory", "lots"],
+        ["m", "out", "--memory", "0"],
         ["m", "out", "--threshold", "-1"],
         ["m", "out", "--threshold", "nan"],
     ],
@@ -187,6 +190,46 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert f"version: {octavo.__version__}" in lines
     assert f"  instruction_set: {octavo.info()['cpu']['instruction_set']}" in lines
+
+
+def test_info_of_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As bindings/module.cpp describes them."""
+    device = {"compute_capability": "9.0", "multiprocessors": 132, "memory": 150_000_000_000}
+    devices = [{"name": f"GPU {i}", **device} for i in range(2)]
+    monkeypatch.setattr(octavo, "info", lambda: {"backends": ["cpu", "cuda"], "cuda": {"devices": devices}})
+    assert run("info") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:5] == ["backends: cpu, cuda", "cuda:", "  devices:", "    0:", "      name: GPU 0"]
+    assert "      memory: 150000000000" in lines
+    assert run("info", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["cuda"]["devices"] == devices
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("inspect: first\n    second\n\nthird"), "first second third"),
+        (TypeError("no\nsuch"), "TypeError: no such (OCTAVO_TRACEBACK=1 shows where)"),
+        (ValueError(), "ValueError:  (OCTAVO_TRACEBACK=1 shows where)"),
+        (KeyError("name"), "KeyError: 'name' (OCTAVO_TRACEBACK=1 shows where)"),
+    ],
+)
+def test_every_failure_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(commands, "inspect", failing)
+    monkeypatch.delenv("OCTAVO_TRACEBACK", raising=False)
+    assert run("inspect", "m") == 1
+    assert capsys.readouterr().err == f"octavo inspect: {line}\n"
+    monkeypatch.setenv("OCTAVO_TRACEBACK", "1")
+    assert run("inspect", "m") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):")
+    assert "in failing" in shown
+    assert shown.endswith(f"octavo inspect: {line}\n")
 
 
 def test_an_interrupted_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ from octavo.distributed import (
     shard_row,
     transformers_plan,
 )
-from ranks import Ranks
+from ranks import Ranks, pool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -85,29 +85,22 @@ def _of(size: int, device: str) -> Any:
 
 @pytest.fixture(params=[_of(2, "cpu"), _of(4, "cpu")])
 def ranks(request: pytest.FixtureRequest, _pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return _pool(_pools, *request.param)
+    return pool(_pools, *request.param)
 
 
 @pytest.fixture(params=[_of(2, "cpu"), _of(4, "cpu"), _of(2, "cuda"), _of(4, "cuda")])
 def ranks_or_gpus(request: pytest.FixtureRequest, _pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return _pool(_pools, *request.param)
+    return pool(_pools, *request.param)
 
 
 @pytest.fixture
 def two(_pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return _pool(_pools, 2, "cpu")
+    return pool(_pools, 2, "cpu")
 
 
 @pytest.fixture
 def four(_pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return _pool(_pools, 4, "cpu")
-
-
-def _pool(pools: dict[tuple[int, str], Ranks], size: int, device: str) -> Ranks:
-    key = size, device
-    if key not in pools or not pools[key].alive:
-        pools[key] = Ranks(size, device)
-    return pools[key]
+    return pool(_pools, 4, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -337,7 +330,6 @@ def _parallelize(mesh: DeviceMesh) -> None:
     ours = {"up": ColwiseInt8Parallel(), "head": ColwiseInt8Parallel(output_layouts=Replicate())}
     ours["down"] = RowwiseInt8Parallel()  # type: ignore[assignment]
     dense = _Mlp()
-    dense.load_state_dict(copy.deepcopy(dense.state_dict()))
     for parameter in dense.parameters():
         dist.broadcast(parameter.detach(), 0)
     torch.testing.assert_close(

@@ -128,6 +128,14 @@ TINY: list[dict[str, Any]] = [
     },
     {**MODELS["Llama-2-7B"], "hidden_size": 64, "num_hidden_layers": 1, "mlp_bias": True},
     {**MODELS["Mistral-7B"], "hidden_size": 64, "num_hidden_layers": 1},
+    # Without what the config classes have defaults for, which differ.
+    *(
+        {"model_type": kind, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 99}
+        | {"num_attention_heads": 32, **more}
+        for kind in ("llama", "mistral", "qwen2", "qwen3")
+        for more in ({}, {"num_key_value_heads": None})
+        if kind != "mistral" or not more  # which takes no null
+    ),
     {**MODELS["Qwen2-7B"], "hidden_size": 56, "num_hidden_layers": 2},
     {**MODELS["Qwen2-7B"], "model_type": "qwen3", "hidden_size": 56, "num_hidden_layers": 2},
     {**MODELS["T5-3B"], "d_model": 64, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3},
@@ -199,6 +207,46 @@ def test_architectures_that_are_not_listed() -> None:
     others = 2 * 32000 * 4096 + 32 * (8 * 4096 + 2 * 4096) + 4096
     assert found.int8.weights == found.parameters - others + 4 * rows + 2 * others
     assert found.ratio > 1.97
+    assert found.stacked_experts == 32 * 8 * 2
+    assert found.as_text().splitlines()[-1].startswith("512 weights of experts count as int8, as from_pretrained")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_a_model_without_attention_has_no_cache() -> None:
+    mamba = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2}
+    found = plan({**mamba, "vocab_size": 99, "state_size": 8}, gpu_memory=GIB)
+    assert found.parameters > 0
+    assert found.int8.cache == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "model_type: expected the name of an architecture, got None"),
+        ({"model_type": ["opt"]}, r"model_type: expected the name of an architecture, got \['opt'\]"),
+        ({**opt(64, 2), "hidden_size": "64"}, "hidden_size: expected a whole number of at least 1, got '64'"),
+        (
+            {**opt(64, 2), "ffn_dim": None},
+            r"expected sizes for model\.decoder\.layers\.0\.fc1\.weight, got \[None, 64\]",
+        ),
+        ({**opt(64, 2), "hidden_size": None}, "expected sizes for "),
+        ({**MODELS["Llama-2-7B"], "num_attention_heads": None}, "expected sizes for model_type llama, got unsupported"),
+        ({**opt(64, 2), "num_hidden_layers": 2.0}, "num_hidden_layers: expected a whole number of at least 1, got 2.0"),
+        (
+            {**MODELS["Llama-2-7B"], "num_attention_heads": 0},
+            "num_attention_heads: expected a whole number of at least",
+        ),
+    ],
+)
+def test_wrong_configs_name_the_field(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"config: {message}"):
+        plan(config, gpu_memory=GIB)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_configs_that_transformers_refuses() -> None:
+    with pytest.raises(ValueError, match="expected one that transformers takes for model_type bert, got "):
+        plan({"model_type": "bert", "hidden_size": "many"}, gpu_memory=GIB)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
@@ -311,7 +359,7 @@ class TestCommand:
 
     def test_does_not_fit(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         arguments = ["plan", self.config(tmp_path, "OPT-66B") + "/config.json", "--gpu-memory", "24GB", "--json"]
-        assert cli.main(arguments) == 1
+        assert cli.main(arguments) == 3
         found = json.loads(capsys.readouterr().out)
         assert (found["int8"]["fits"], found["int8"]["gpus_needed"]) == (False, 3)
 

@@ -339,6 +339,52 @@ def test_device_map(tmp_path: Path, folders: Any, device_map: Any) -> None:
     assert torch.equal(logits(load(tmp_path, device_map=device_map)), expected)
 
 
+@pytest.mark.parametrize("int8", [True, False], ids=["int8", "16 bit"])
+@pytest.mark.parametrize("buffers", [True, False])
+def test_layers_on_the_cpu_beside_a_device(tmp_path: Path, folders: Any, int8: bool, buffers: bool) -> None:
+    """All that has its place on "cpu", where something has another, accelerate takes away: here, to the CPU itself."""
+    original = convert(folders("MixtralForCausalLM"))
+    expected = logits(original)
+    others = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head") if buffers else ("",)
+    places: dict[str, Any] = {**dict.fromkeys(others, torch.device("cpu")), "model.layers.1": "cpu"}
+    if int8:
+        original.save_pretrained(tmp_path / "int8")
+        model = load(tmp_path / "int8", device_map=places, offload_buffers=buffers)
+    else:
+        config = OctavoConfig()
+        model = load(
+            folders("MixtralForCausalLM"), quantization_config=config, device_map=places, offload_buffers=buffers
+        )
+    away = {name for name, layer in int8_layers(model).items() if layer.weight.device.type == "meta"}
+    assert away == {name for name in int8_layers(model) if name.startswith("model.layers.1.")}
+    for _ in range(2):
+        assert torch.equal(logits(model), expected)
+    if buffers:  # of modules within others of another place Transformers does not find what was taken away
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits(load(tmp_path / "saved")), expected)
+
+
+def test_routers_stay_by_every_way(tmp_path: Path) -> None:
+    """quantize_, from_pretrained and octavo quantize leave the same layers."""
+    sizes = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "num_experts": 4}
+    torch.manual_seed(0)
+    config = transformers.Qwen2MoeConfig(
+        **{**LAYERS, "hidden_size": 64}, **KEY_VALUES, **sizes, intermediate_size=96, num_experts_per_tok=2,
+        vocab_size=VOCABULARY,
+    )  # fmt: skip
+    transformers.Qwen2MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    in_place = octavo.torch.quantize_(load(tmp_path / "m"), progress=False)
+    while_loading = convert(tmp_path / "m")
+    checkpoint.quantize(tmp_path / "m", tmp_path / "int8", progress=False)
+    routers = {f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)}
+    for model in (in_place, while_loading, load(tmp_path / "int8")):
+        assert left_layers(model) == routers | {"lm_head"}
+        # (Experts that are stacked are no linear layers: quantize_ leaves them.)
+        own = {name for name in int8_layers(model) if ".experts." not in name}
+        assert len(own) == 2 * (4 + 3)
+        assert not any("gate" in name.replace("gate_proj", "") for name in int8_layers(model) if "gate_up" not in name)
+
+
 def test_compile(folders: Any) -> None:
     model = convert(folders("OPTForCausalLM"))
     expected = logits(model)
@@ -478,6 +524,11 @@ def test_refusals(tmp_path: Path, folders: Any, caplog: pytest.LogCaptureFixture
         convert(folders("OPTForCausalLM"), outliers="static")
     with pytest.raises(ValueError, match="device_map: expected devices for an int8 model, got 'disk'"):
         load(folders("OPTForCausalLM"), quantization_config=OctavoConfig(), device_map={"": "disk"})
+    some = {"": "cpu", "model.decoder.layers.1": "disk"}
+    with pytest.raises(ValueError, match="got 'disk': octavo's layers are not offloaded to it"):
+        load(
+            folders("OPTForCausalLM"), quantization_config=OctavoConfig(), device_map=some, offload_folder=str(tmp_path)
+        )
     with pytest.raises(ValueError, match="scheme"):
         OctavoConfig(scheme="int7")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="threshold"):

@@ -34,7 +34,7 @@ from octavo import checkpoint
 from octavo.distributed import ColumnParallelInt8Linear, RowParallelInt8Linear
 from octavo.torch import Int8Linear
 from octavo.transformers import Int8Experts, OctavoConfig
-from ranks import Ranks
+from ranks import Ranks, pool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -49,11 +49,17 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 gloo", "4 gloo"])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    processes = Ranks(request.param)
-    yield processes
-    processes.stop()
+@pytest.fixture(scope="module")
+def _pools() -> Iterator[dict[tuple[int, str], Ranks]]:
+    pools: dict[tuple[int, str], Ranks] = {}
+    yield pools
+    for ranks in pools.values():
+        ranks.stop()
+
+
+@pytest.fixture(params=[2, 4], ids=["2 gloo", "4 gloo"])
+def ranks(request: pytest.FixtureRequest, _pools: dict[tuple[int, str], Ranks]) -> Ranks:
+    return pool(_pools, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +153,7 @@ def test_a_16_bit_model_is_converted_and_sharded_while_it_is_read(ranks: Ranks, 
     ranks.run(_converted, folders(name))
 
 
-def _int8(mesh: DeviceMesh, folder: Path, original: Path) -> None:
+def _int8(mesh: DeviceMesh, folder: Path) -> None:
     many, one = _load(folder, mesh), _load(folder)
     assert any(isinstance(module, ColumnParallelInt8Linear) for module in many.modules())
     _agrees(mesh, many, one)
@@ -157,7 +163,7 @@ def _int8(mesh: DeviceMesh, folder: Path, original: Path) -> None:
 def test_an_int8_model(ranks: Ranks, folders: Any, tmp_path: Path, name: str) -> None:
     """One that save_pretrained wrote."""
     _load(folders(name), options={"path": "weight_only"}).save_pretrained(tmp_path / "int8")
-    ranks.run(_int8, tmp_path / "int8", folders(name))
+    ranks.run(_int8, tmp_path / "int8")
 
 
 def test_what_octavo_quantize_wrote(ranks: Ranks, folders: Any, tmp_path: Path) -> None:
@@ -167,11 +173,11 @@ def test_what_octavo_quantize_wrote(ranks: Ranks, folders: Any, tmp_path: Path) 
     checkpoint.quantize(
         folders("LlamaForCausalLM"), tmp_path / "int8", outlier_columns=columns, progress=False, **options
     )
-    ranks.run(_int8, tmp_path / "int8", folders("LlamaForCausalLM"))
+    ranks.run(_int8, tmp_path / "int8")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "int8")
     config.quantization_config["modules_to_not_convert"] = ["lm_head"]
     config.save_pretrained(tmp_path / "int8")
-    ranks.run(_int8, tmp_path / "int8", folders("LlamaForCausalLM"))
+    ranks.run(_int8, tmp_path / "int8")
 
 
 def _llm_int8(mesh: DeviceMesh, folder: Path) -> None:

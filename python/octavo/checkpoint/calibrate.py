@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from octavo.checkpoint.layers import LayerChoice
 from octavo.checkpoint.source import open_source
 from octavo.checkpoint.tasks import quantized_layers
 
@@ -26,6 +27,8 @@ def calibrate(
     threshold: float = 6.0,
     min_fraction: float = 0.06,
     batches: int = 32,
+    include: Sequence[str] | None = None,
+    skip: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, list[int]]:
     """Find the outlier columns of a checkpoint's linear layers, for `quantize` to keep in 16 bit.
@@ -36,6 +39,7 @@ def calibrate(
         text: a file of text like what the model will see; up to `batches` times 1024 tokens of it are used.
         threshold, min_fraction: see `octavo.torch.calibrate_`.
         batches: how many, of four sequences of up to 256 tokens; each reads the model once.
+        include, skip: patterns of layer names, as `quantize` will be given.
         progress: show a progress bar.
 
     Returns:
@@ -54,7 +58,8 @@ def calibrate(
         raise RuntimeError(
             f'calibration needs PyTorch, transformers and accelerate: pip install "octavo[transformers]" ({error})'
         ) from error
-    stored = quantized_layers(open_source(model))
+    source = open_source(model)
+    stored = quantized_layers(source, LayerChoice(source.config, include, skip, function="calibrate"))
     config = transformers.AutoConfig.from_pretrained(model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     # The very class that saved the checkpoint: others name its layers otherwise.
@@ -62,7 +67,7 @@ def calibrate(
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
         raise ValueError(f"{model}: expected an architecture of transformers in config.json, got {architecture}")
-    tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
+    tokens = tokenizer(_read_text(Path(text)))["input_ids"]
     if not tokens:
         raise ValueError(f"{text}: expected text to calibrate with, got none")
     length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
@@ -80,9 +85,22 @@ def calibrate(
                 f"({config.model_type})"
             )
         found = systematic_columns(
-            loaded, layers, inputs, threshold=threshold, min_fraction=min_fraction, progress=progress
+            loaded,
+            layers,
+            inputs,
+            threshold=threshold,
+            min_fraction=min_fraction,
+            progress=progress,
+            function="calibrate",
         )
     return {name: own.tolist() for name, own in found.items()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8, got {error}") from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import sys
@@ -50,12 +51,13 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--outlier-columns",
         type=Path,
         metavar="JSON",
-        help="a file of the columns to keep by layer; with --calibrate it is written, or read if it is there",
+        help="a file of the columns to keep by layer; with --calibrate it is written, or read if it is there; those of "
+        "layers that --include and --skip leave out are not used",
     )
     parser.add_argument("--jobs", type=positive, metavar="N", help="tensors at a time; default: threads, at most 8")
     parser.add_argument(
         "--memory",
-        type=parse_size,
+        type=_memory,
         metavar="SIZE",
         help="for all jobs together; default: that of the largest tensor in float32",
     )
@@ -113,6 +115,13 @@ def _threshold(text: str) -> float:
     return value
 
 
+def _memory(text: str) -> int:
+    size = parse_size(text)
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected at least a byte, got {text!r}")
+    return size
+
+
 def _wrong(message: str) -> int:
     print(f"octavo quantize: {message}", file=sys.stderr)
     return _USAGE
@@ -121,13 +130,26 @@ def _wrong(message: str) -> int:
 def _outlier_columns(args: argparse.Namespace) -> dict[str, list[int]]:
     path: Path | None = args.outlier_columns
     if path is not None and (path.exists() or args.calibrate is None):
-        return _read_columns(path)
-    columns = calibrate(args.model, args.calibrate, threshold=args.threshold, progress=not args.quiet)
+        return {layer: own for layer, own in _read_columns(path).items() if _asked_for(layer, args)}
+    columns = calibrate(
+        args.model,
+        args.calibrate,
+        threshold=args.threshold,
+        include=args.include,
+        skip=args.skip,
+        progress=not args.quiet,
+    )
     if path is not None:
         beside = path.with_name(path.name + ".partial")
         beside.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, path)
     return columns
+
+
+def _asked_for(layer: str, args: argparse.Namespace) -> bool:
+    """Whether the patterns given choose a layer: a file of columns may hold those of a run that had none."""
+    included = args.include is None or any(fnmatch.fnmatchcase(layer, pattern) for pattern in args.include)
+    return included and not any(fnmatch.fnmatchcase(layer, pattern) for pattern in args.skip or ())
 
 
 def _read_columns(path: Path) -> dict[str, list[int]]:

@@ -32,8 +32,6 @@ from octavo.checkpoint.source import Source, open_source
 from octavo.checkpoint.tasks import Format, Task, plan_tasks, tied_outputs
 from octavo.checkpoint.writer import Journal, OutputFile
 
-_JOURNAL = ".octavo-journal"
-
 
 @dataclass(frozen=True)
 class Report:
@@ -99,7 +97,8 @@ def quantize(
         Report.
 
     Raises:
-        OSError: files that cannot be read or written, no space, or `output` exists.
+        OSError: files that cannot be read or written, no space, or `output` exists, or ``<output>.partial`` and is
+            none of a conversion.
         ValueError: a file that is truncated or corrupt, a weight with NaN or Inf (both name the tensor), a checkpoint
             that is quantized already or has no linear layers, options that do not exist or fit each other. The partial
             output is removed where this model cannot be converted.
@@ -117,6 +116,11 @@ def quantize(
         jobs = min(8, octavo.get_num_threads())
     if jobs < 1:
         raise ValueError(f"quantize: jobs: expected at least 1, got {jobs}")
+    if memory is not None and memory < 1:
+        raise ValueError(f"quantize: memory: expected at least 1 byte, got {memory}")
+    output = Path(output)
+    if output.name in ("", ".."):
+        raise ValueError(f"quantize: output: expected the name of a folder to make, got {str(output)!r}")
 
     source = open_source(model)
     tasks, left = plan_tasks(source, options, LayerChoice(source.config, include, skip), outlier_columns, format)
@@ -132,7 +136,6 @@ def quantize(
     }
     job = json.loads(json.dumps(job))  # as the journal gives it back
     all_tasks = [task for shard_tasks in tasks for task in shard_tasks]
-    output = Path(output)
     partial = output.with_name(output.name + ".partial")
 
     def report(resumed: int) -> Report:
@@ -148,18 +151,24 @@ def quantize(
         )
 
     files = _output_files(partial, source, tasks, options, format)
-    if (output / _JOURNAL).exists():  # killed after the last rename, before the journal went
-        Journal(output / _JOURNAL, job).close()
-        (output / _JOURNAL).unlink()
+    if (output / names.JOURNAL).exists():  # killed after the last rename, before the journal went
+        Journal(output / names.JOURNAL, job).close()
+        # Whoever made the output may be alive, and about to do the same.
+        (output / names.JOURNAL).unlink(missing_ok=True)
         return report(len(all_tasks))
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise FileExistsError(f"{output}: expected a folder that is not there yet, got one: remove it or name another")
 
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
-        if not (partial / _JOURNAL).exists():
+        if not (partial / names.JOURNAL).exists():
+            if any(partial.iterdir()):
+                raise FileExistsError(
+                    f"{partial}: expected the beginning of a conversion, or nothing, got a folder of other files: "
+                    "remove it or name another output"
+                )
             _check_space(partial, sum(file.nbytes for file in files))
-        journal = Journal(partial / _JOURNAL, job)
+        journal = Journal(partial / names.JOURNAL, job)
         try:
             for file in files:
                 file.open()
@@ -182,7 +191,7 @@ def quantize(
         )
         os.rename(partial, output)
         _sync(output.parent)
-        (output / _JOURNAL).unlink()
+        (output / names.JOURNAL).unlink(missing_ok=True)
     return report(resumed)
 
 
@@ -232,7 +241,8 @@ def _run(
         def convert(task: Task, output: OutputFile) -> int:
             """1 where the task was done already."""
             made = journal.done.get(task.entry.name)
-            if made is not None and all(output.crc32(name) == crc for name, crc in made.items()):
+            complete = made is not None and set(made) == {name for name, _, _ in task.outputs}
+            if made is not None and complete and all(output.crc32(name) == crc for name, crc in made.items()):
                 advance(task.entry.nbytes)
                 return 1
             crc32 = convert_tensor(task, inputs[task.entry.path], output, options, block, advance)

@@ -21,6 +21,8 @@ OUTLIER_COLUMNS, OUTLIER_WEIGHT, EXTRA_STATE = "outlier_columns", "outlier_weigh
 BNB_ABSMAX, BNB_LAYOUT = "SCB", "weight_format"
 BNB_ROW_MAJOR = 0
 
+JOURNAL = ".octavo-journal"  # of an output that is not finished
+
 # Keys of a file's metadata.
 VERSION_KEY, CRC32_KEY, TIED_KEY = "octavo.format_version", "octavo.crc32", "octavo.tied"
 

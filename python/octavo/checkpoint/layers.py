@@ -35,14 +35,21 @@ class LayerChoice:
         config: the content of config.json, empty where there is none.
         include: patterns of layers; given, only these, the output head among them where it is not tied.
         skip: patterns of layers to leave; default `DEFAULT_SKIP`, or nothing where `include` is given.
+        function: whose arguments these are, for its errors.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], include: Sequence[str] | None = None, skip: Sequence[str] | None = None
+        self,
+        config: Mapping[str, Any],
+        include: Sequence[str] | None = None,
+        skip: Sequence[str] | None = None,
+        *,
+        function: str = "quantize",
     ) -> None:
         for name, patterns in (("include", include), ("skip", skip)):
             if isinstance(patterns, str):
-                raise TypeError(f"quantize: {name}: expected a sequence of patterns, got a string")
+                raise TypeError(f"{function}: {name}: expected a sequence of patterns, got a string")
+        self._function = function
         self._config = config
         text = config.get("text_config")
         self._text_config: Mapping[str, Any] = text if isinstance(text, Mapping) else config
@@ -89,8 +96,8 @@ class LayerChoice:
         for pattern in self._include or ():
             if pattern not in self._matched:
                 raise ValueError(
-                    f"quantize: include: expected patterns of linear layers, got {pattern!r}, which matches none (an "
-                    "output head counts where config.json sets tie_word_embeddings to false)"
+                    f"{self._function}: include: expected patterns of linear layers, got {pattern!r}, which matches "
+                    "none (an output head counts where config.json sets tie_word_embeddings to false)"
                 )
 
 

@@ -86,7 +86,8 @@ class Checkpoint:
     Args:
         path: a folder or a file, as `quantize` takes and makes them.
         framework: of the arrays: "torch" or "numpy" (which has no bfloat16).
-        verify: compare each tensor that is read with its CRC-32, where the file has one.
+        verify: compare each tensor that is read with its CRC-32, where the file has one. `Checkpoint.verify` does so
+            in any case.
 
     Raises OSError or ValueError, naming the file and where possible the tensor, for one that is missing, truncated or
     corrupt.
@@ -99,12 +100,12 @@ class Checkpoint:
         self.entries = self.source.entries
         self.layers = int8_layers(self.entries)
         self.framework = framework
+        self._compare = verify
         self.ties: dict[str, str] = {}
         self._crc32: dict[str, int] = {}
         for shard in self.source.shards:
             self.ties.update(_ties(shard))
-            if verify:
-                self._crc32.update(_checksums(shard))
+            self._crc32.update(_checksums(shard))
 
     def tensor(self, name: str) -> Array:
         """One tensor as it is stored. Raises KeyError for an unknown name, ValueError where its checksum differs."""
@@ -164,13 +165,13 @@ class Checkpoint:
 
     @property
     def checksums(self) -> int:
-        """How many tensors have a checksum that reading compares."""
+        """How many tensors have a checksum."""
         return len(self._crc32)
 
     def verify(self) -> int:
         """Read all tensors that have a checksum; returns how many. Raises ValueError naming the first that differs."""
         for name in self._crc32:
-            self._read(self.entries[name])
+            self._read(self.entries[name], compare=True)
         return len(self._crc32)
 
     def _bitsandbytes_weight(self, parts: dict[str, Entry]) -> Int8Weight:
@@ -184,7 +185,8 @@ class Checkpoint:
         codes = self._native(self._read(weight), weight)
         return Int8Weight(codes, self._native(self._read(absmax) / np.float32(127), absmax))
 
-    def _read(self, entry: Entry) -> Any:
+    def _read(self, entry: Entry, *, compare: bool | None = None) -> Any:
+        """A tensor's data, compared with its checksum where there is one and `compare`, or else `verify`, says so."""
         array: Any
         file = os.open(entry.path, os.O_RDONLY)
         try:
@@ -192,7 +194,7 @@ class Checkpoint:
         finally:
             os.close(file)
         expected = self._crc32.get(entry.name)
-        if expected is not None:
+        if expected is not None and (self._compare if compare is None else compare):
             found = zlib.crc32(memoryview(array))
             if found != expected:
                 raise ValueError(
@@ -227,6 +229,8 @@ def _ties(shard: Shard) -> dict[str, str]:
         ties = json.loads(shard.metadata.get(names.TIED_KEY, "{}"))
     except ValueError as error:
         raise ValueError(f"{shard.path}: expected {names.TIED_KEY} as JSON, got {error}: corrupt") from error
+    if not isinstance(ties, dict) or not all(isinstance(first, str) for first in ties.values()):
+        raise ValueError(f"{shard.path}: expected {names.TIED_KEY} as a JSON object of names, got {ties!r}: corrupt")
     for first in ties.values():
         if first not in shard.entries:
             raise ValueError(f"{shard.path}: {names.TIED_KEY}: expected tensors of this file, got {first!r}")

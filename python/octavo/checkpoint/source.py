@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from octavo.checkpoint.format import JOURNAL
 from octavo.checkpoint.tensors import Entry, read_header
 from octavo.checkpoint.torch_file import read_torch_file
 
@@ -132,10 +133,28 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _companions(folder: Path) -> dict[str, Path]:
     found = {}
+    outputs: dict[Path, bool] = {}  # by folder inside of this one, whether it holds an int8 model, begun or finished
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
+        above = [folder / parent for parent in relative.parents if parent.parts]
+        for parent in above:
+            if parent not in outputs:
+                outputs[parent] = _is_output(parent)
+        if any(outputs[parent] for parent in above):
+            continue
         hidden = any(part.startswith(".") for part in relative.parts)
         weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
         if path.is_file() and not hidden and not weights:
             found[str(relative)] = path
     return found
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a conversion made, or is making, this folder: not what belongs to the model that it lies in."""
+    if (folder / JOURNAL).exists():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "quantization_config" in config

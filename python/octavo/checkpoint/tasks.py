@@ -66,7 +66,10 @@ def plan_tasks(
         )
     for layer in columns:
         if layer not in chosen:
-            raise ValueError(f"quantize: outlier_columns: expected layers that are quantized, got {layer!r}")
+            raise ValueError(
+                f"quantize: outlier_columns: expected layers that are quantized, got {layer!r} (include and skip "
+                "choose those)"
+            )
     if options.outliers == "static" and any(task.layer and task.columns is None for task in tasks):
         missing = next(task.layer for task in tasks if task.layer and task.columns is None)
         raise ValueError(
@@ -154,7 +157,11 @@ def tied_outputs(shard: Shard, tasks: list[Task]) -> dict[str, str]:
     return tied
 
 
-def quantized_layers(source: Source) -> set[str]:
-    """The layers that are quantized unless asked otherwise, tied ones under each of their names."""
-    choice = LayerChoice(source.config)
-    return {layer for shard in source.shards for layer in _layers(shard, choice).values() if layer}
+def quantized_layers(source: Source, choice: LayerChoice) -> set[str]:
+    """The layers that are quantized, tied ones under each of their names.
+
+    Raises ValueError for an include pattern that none of them matches.
+    """
+    layers = {layer for shard in source.shards for layer in _layers(shard, choice).values() if layer}
+    choice.check_patterns()
+    return layers

@@ -79,7 +79,9 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_without_repetitions)
-        metadata = header.pop(_METADATA, {})
+        metadata = header.pop(_METADATA, None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError(f"expected {_METADATA} as an object of strings, got something else")
         entries = [_entry(path, name, fields, 8 + length) for name, fields in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: expected a safetensors header, got one that is corrupt: {error}") from error

@@ -80,9 +80,16 @@ def read_torch_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     corrupt, or holding anything but a flat dict of tensors.
     """
     if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            begun = file.read(4) == b"PK\x03\x04"
         raise ValueError(
-            f"{path}: expected a PyTorch zip file, got something else: truncated, or saved before PyTorch 1.6 (load it "
-            "and save it again)"
+            f"{path}: expected a PyTorch zip file, got "
+            + (
+                f"the beginning of one, {path.stat().st_size} bytes without the list of its records, which comes last: "
+                "truncated"
+                if begun
+                else "something else: not of PyTorch, or saved before PyTorch 1.6 (load it and save it again)"
+            )
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -95,8 +102,13 @@ def read_torch_file(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             with archive.open(pickled) as file:
                 state = _Unpickler(file).load()
             return _entries(path, archive, folder, state)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a PyTorch file with a state dict, got {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # damage fails in whatever way its bytes lead to; nothing but `_Unpickler` is called
+        if str(error).startswith(f"{path}: "):
+            raise
+        said = str(error) if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: expected a PyTorch file with a state dict, got {said}") from error
 
 
 def _entries(path: Path, archive: zipfile.ZipFile, folder: str, state: Any) -> tuple[dict[str, Entry], dict[str, str]]:

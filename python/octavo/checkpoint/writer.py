@@ -106,7 +106,7 @@ class Journal:
     """Which tensors are written, so that an interrupted conversion can go on. One JSON value per line.
 
     The first line says which conversion it belongs to; each further one names a tensor of the source and the CRC-32 of
-    what was made of it. A line that a kill cut short does not count.
+    what was made of it. One that a kill cut short, or that is damaged, does not count: the tensor is made again.
 
     Args:
         path: of the journal.
@@ -123,13 +123,13 @@ class Journal:
         if path.exists():
             content = path.read_bytes()
             complete = content[: content.rfind(b"\n") + 1]
-            lines = [json.loads(line) for line in complete.splitlines()]
+            lines = [_parsed(line) for line in complete.split(b"\n")[:-1]]
             if lines and lines[0] != job:
                 raise ValueError(
                     f"{path.parent}: expected the beginning of this conversion, got one with other options or of a "
                     "changed model: remove that folder to start anew, or give the same options again"
                 )
-            self.done = {line["tensor"]: line["crc32"] for line in lines[1:]}
+            self.done = {line["tensor"]: line["crc32"] for line in lines[1:] if _is_done(line)}
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._file, len(complete))
         os.lseek(self._file, 0, os.SEEK_END)
@@ -145,5 +145,22 @@ class Journal:
         os.close(self._file)
 
     def _append(self, value: Any) -> None:
+        line = memoryview(json.dumps(value).encode() + b"\n")
         with self._lock:
-            os.write(self._file, json.dumps(value).encode() + b"\n")
+            while line:
+                line = line[os.write(self._file, line) :]
+
+
+def _parsed(line: bytes) -> Any:
+    """The value of a line, or None where there is none to be read."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _is_done(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("tensor"), str):
+        return False
+    crc32 = value.get("crc32")
+    return isinstance(crc32, dict) and all(isinstance(crc, str) for crc in crc32.values())

@@ -29,7 +29,8 @@ resident until the system takes them back or loading ends. `save_pretrained` mak
 **Compiling.** ``torch.compile(model, fullgraph=True)`` works but for mixtures of experts, whose loop over the experts
 that a batch needs breaks the graph.
 
-**Devices.** ``device_map`` may name what octavo has a backend for; layers cannot be offloaded to disk.
+**Devices.** ``device_map`` may name what octavo has a backend for, and "cpu" beside it: such layers are brought to the
+device for each call (`octavo.distributed.offloadable_`). Layers cannot be offloaded to disk.
 """
 
 from octavo.transformers.config import OctavoConfig

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.core_model_loading import MergeModulelist, WeightConverter
+from transformers.integrations.accelerate import get_device
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
@@ -42,6 +43,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._loaders: list[WeightConverter] = []
         self._parallel: TensorParallel | None = None  # while a model is loaded over several processes
         self._is_parallel = False  # and ever after
+        self._places: dict[str, Any] | None = None  # of modules, where accelerate takes some away between calls
+        self._sums: dict[Int8Linear, Tensor] = {}  # of the codes of such layers
 
     # --- what Transformers asks beforehand ----------------------------------------------------------------------------
 
@@ -56,8 +59,11 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         if any(str(place) == "disk" for place in places):
             raise ValueError(
                 "from_pretrained: device_map: expected devices for an int8 model, got 'disk': octavo's layers are not "
-                "offloaded"
+                "offloaded to it"
             )
+        # accelerate leaves on the CPU what has its place there, unless everything has.
+        offloads = isinstance(device_map, dict) and "cpu" in device_map.values() and len(set(device_map.values())) > 1
+        self._places = device_map if offloads else None
 
     @property
     def quantized_element_size(self) -> float:
@@ -125,6 +131,12 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def _finish(self, parameter: str, layer: Int8Linear) -> None:
         if self._parallel is not None:
             self._parallel.shard(parameter, layer)
+        elif self._places is not None and get_device(self._places, parameter) == "cpu":
+            from octavo.distributed import offloadable_
+
+            offloadable_(layer)
+            layer._complete()
+            self._sums[layer] = layer.code_sums
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         """Whether a parameter of the model, by qualified name, is a weight that is or becomes int8."""
@@ -185,7 +197,11 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         int8 = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
         _detach_from_files(model, keep={id(layer.weight) for layer in int8.values()})
         for layer in int8.values():
-            layer._complete()  # the loader empties buffers that are in no file
+            # The loader empties buffers that are in no file, and accelerate has taken some layers' codes away by now.
+            if layer in self._sums:
+                layer.code_sums = self._sums.pop(layer).to(layer.code_sums.device)
+            else:
+                layer._complete()
         if not int8:
             logger.warning("octavo: the model has no layer that was converted: nothing is int8")
         self.quantization_config.modules_to_not_convert = sorted(name for name, _ in linear)
