@@ -1,9 +1,9 @@
 """Whether what was measured is in the paper's order: said of each pair of rows with its error, never assumed.
 
-A loss is what a scheme takes from float32's log-likelihood per token. Two losses differ where they do by more than
-twice the standard error of their difference, paired over the windows; one is within a bound where it is so with twice
-the standard error added, and not within it where it is not with twice the standard error taken away. In between,
-the text was too short to tell.
+A loss is what a scheme takes from float32's log-likelihood per token, or, of an encoder, 1 - the cosine of an embedding
+with float32's. Two losses differ where they do by more than twice the standard error of their difference, paired over
+the windows or passages; one is within a bound where it is so with twice the standard error added, and not within it
+where it is not with twice the standard error taken away. In between, the text was too short to tell.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .perplexity import Result, paired_difference
+from .embeddings import Similarity
+from .perplexity import Result, Scores, paired_difference
 
 TOLERANCE = 2e-4  # of the log-likelihood per token: what decomposition may cost
 
@@ -55,18 +56,23 @@ CLAIMS = (
 )
 
 
-def checks(results: Sequence[Result]) -> list[Check]:
-    """The claims about rows that are there."""
-    rows: Mapping[str, Result] = {result.key: result for result in results}
+def checks(results: Sequence[Result | Similarity]) -> list[Check]:
+    """The claims about rows that are there. Of an encoder none of closeness: TOLERANCE is one of log-likelihoods."""
+    rows: Mapping[str, Result | Similarity] = {result.key: result for result in results}
     return [
         _check(claim, rows[left], rows[right], wanted)
         for claim, left, right, wanted in CLAIMS
-        if left in rows and right in rows
+        if left in rows and right in rows and not (wanted == "near" and isinstance(rows[left], Similarity))
     ]
 
 
-def _check(claim: str, left: Result, right: Result, wanted: str) -> Check:
-    gain, error = paired_difference(left.scores, right.scores)
+def _scores(row: Result | Similarity) -> Scores:
+    """Of an encoder: the cosines, each of one passage."""
+    return row.scores if isinstance(row, Result) else Scores([1] * len(row.cosines), row.cosines, row.top_probability)
+
+
+def _check(claim: str, left: Result | Similarity, right: Result | Similarity, wanted: str) -> Check:
+    gain, error = paired_difference(_scores(left), _scores(right))
     difference = -gain
     # One window has no error: then nothing is known but what is infinitely so.
     margin = math.inf if math.isnan(error) else 2 * error

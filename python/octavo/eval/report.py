@@ -62,9 +62,9 @@ def tables(report: Report) -> list[Table]:
         found.append(_accuracy_table(report))
     if report.times:
         found.append(_timing_table(report))
-    checks = order.checks(report.results)
+    checks = order.checks(report.rows)
     if checks:
-        found.append(_order_table(checks))
+        found.append(_order_table(checks, report))
     return found
 
 
@@ -87,7 +87,7 @@ def content(report: Report, plots: Iterable[str] = ()) -> dict[str, Any]:
         "title": f"octavo eval: {Path(report.settings['model']).name}",
         **asdict(report),
         "seed": None,  # nothing is drawn
-        "checks": [asdict(check) for check in order.checks(report.results)],
+        "checks": [asdict(check) for check in order.checks(report.rows)],
         "tables": [asdict(table) for table in tables(report)],
         "plots": list(plots),
     }
@@ -182,9 +182,10 @@ def _timing_table(report: Report) -> Table:
     )
 
 
-def _order_table(checks: Sequence[order.Check]) -> Table:
+def _order_table(checks: Sequence[order.Check], report: Report) -> Table:
+    loss, unit = ("losses per token", "window") if report.causal else ("losses, 1 - cosine", "passage")
     return Table(
-        "The paper's order of losses per token",
+        f"The paper's order of {loss}",
         ["claim", "difference", "standard error", "wanted", ""],
         [
             [
@@ -196,7 +197,7 @@ def _order_table(checks: Sequence[order.Check]) -> Table:
             ]
             for check in checks
         ],
-        "Difference: of the two losses, paired over windows.",
+        f"Difference: of the two losses, paired over {unit}s.",
     )
 
 
