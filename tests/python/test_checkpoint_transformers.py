@@ -186,8 +186,8 @@ def test_calibration_from_the_disk_finds_what_calibrate_finds(tmp_path: Path, fi
     }
 
 
-# What is freed goes back at once: what glibc keeps for the next time, by thread and as a heap with holes, differs from run
-# to run by more than what is measured.
+# What is freed goes back at once: what glibc keeps for the next time, by thread and as a heap with holes, differs from
+# run to run by more than what is measured.
 GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 PEAK = """
     import sys
