@@ -132,9 +132,9 @@ def draw_ablation(report: Report) -> Figure:
 
 def draw_timing(report: Report) -> Figure:
     """Milliseconds per batch, one panel per batch size."""
-    figure: Figure = plt.figure(figsize=(3.8 * len(report.timings), 4.2))
+    figure: Figure = plt.figure(figsize=(4.2 * len(report.timings), 4.2))
     axes = figure.subplots(1, len(report.timings), squeeze=False)
-    colors, hatches = (VERMILION, BLUE, GRAY), ("", "//", "..")
+    colors, hatches = (VERMILION, BLUE, VERMILION, GRAY), ("", "//", "xx", "..")
     for axis, timed in zip(axes[0], report.timings, strict=True):
         for place, spread in enumerate(timed.times.values()):
             axis.bar(place, spread.median, 0.7, color=colors[place], hatch=hatches[place], edgecolor="white")
@@ -147,7 +147,9 @@ def draw_timing(report: Report) -> Figure:
                 textcoords="offset points",
                 ha="center",
             )
-        axis.set_xticks(range(len(timed.times)), [name.replace(" ", "\n") for name in timed.times])
+        axis.set_xticks(
+            range(len(timed.times)), [name.replace(", ", "\n").replace(" ", "\n", 1) for name in timed.times]
+        )
         axis.set_title(f"batch of {timed.batch}, {timed.tokens} tokens each")
         axis.margins(y=0.15)
         quiet(axis, "y")

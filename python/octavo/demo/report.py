@@ -192,21 +192,19 @@ def _systematic_table(systematic: Systematic, count: int) -> Table:
 
 def _timing_table(timings: Sequence[timing.Timing]) -> Table:
     names = list(timings[0].times)
-    rows = []
-    for timed in timings:
-        own = timed.times[names[0]].median
-        rows.append(
+    pairs = [(own, other) for own, other in timing.PAIRS.items() if own in names and other in names]
+    return Table(
+        "Time per batch, ms (median)",
+        ["batch", *names, *(f"{own} vs {other}" for own, other in pairs), "rounds"],
+        [
             [
                 f"{timed.batch} x {timed.tokens} tokens",
                 *(f"{timed.times[name].median:.1f}" for name in names),
-                *(f"{timed.times[name].median / own:.2f}x" for name in names[1:]),
+                *(f"{timed.times[other].median / timed.times[own].median:.2f}x" for own, other in pairs),
                 str(timed.times[names[0]].calls),
             ]
-        )
-    return Table(
-        "Time per batch, ms (median)",
-        ["batch", *names, *(f"speed vs {name}" for name in names[1:]), "rounds"],
-        rows,
+            for timed in timings
+        ],
     )
 
 
@@ -220,7 +218,7 @@ def conclusions(report: Report) -> list[str]:
         _about_decomposition(report.natural, report.settings["sentences"], "On the model as it is"),
         _about_ablation(report.ablations),
         *(line for systematic in report.systematic for line in _about_systematic(systematic, report)),
-        *map(_about_timing, report.timings),
+        *(line for timed in report.timings for line in _about_timing(timed)),
     ]
 
 
@@ -272,14 +270,16 @@ def _about_systematic(systematic: Systematic, report: Report) -> list[str]:
     ]
 
 
-def _about_timing(timed: timing.Timing) -> str:
-    (name, own), *others = timed.times.items()
-    against = " and ".join(
-        f"{max(ratio, 1 / ratio):.2f} times as {'fast' if ratio >= 1 else 'slow'} as {other}"
-        for other, spread in others
-        for ratio in [spread.median / own.median]
-    )
-    return f"A batch of {timed.batch} takes {name} {own.median:.1f} ms: {against}."
+def _about_timing(timed: timing.Timing) -> list[str]:
+    found = []
+    for name, other in timing.PAIRS.items():
+        if name in timed.times and other in timed.times:
+            own, ratio = timed.times[name].median, timed.times[other].median / timed.times[name].median
+            found.append(
+                f"A batch of {timed.batch} takes {name} {own:.1f} ms: {max(ratio, 1 / ratio):.2f} times as "
+                f"{'fast' if ratio >= 1 else 'slow'} as {other}."
+            )
+    return found
 
 
 def _moves(before: float, after: float) -> str:

@@ -1,4 +1,4 @@
-"""Time per batch: octavo's int8 model side by side with torch in float32 and in bfloat16.
+"""Time per batch: int8 linear layers in a float32 and in a bfloat16 model, side by side with torch in both.
 
 The models take turns, so that whatever else the machine does falls on all of them alike; each model's answer
 is checked against float32's before anything is timed.
@@ -17,7 +17,10 @@ from octavo.measuring.turns import Spread, spreads, take_turns
 
 from .errors import WrongResultError
 from .model import Batch, embed_batch
+from .schemes import LLM_INT8, convert
 
+# Each of octavo's models with torch's of the same dtype: what is not a linear layer is the same in both.
+PAIRS = {"octavo int8": "torch float32", "octavo int8, rest bfloat16": "torch bfloat16"}
 MIN_COSINE = 0.99  # a model that is wrong has no speed
 
 
@@ -31,12 +34,11 @@ class Timing:
 
 
 def variants(float32: nn.Module, int8: nn.Module) -> dict[str, nn.Module]:
-    """The models to be timed, by name. In octavo's, activations and all but the linear layers are float32."""
-    return {
-        "octavo int8": int8,
-        "torch float32": float32,
-        "torch bfloat16": copy.deepcopy(float32).bfloat16(),
-    }
+    """The models to be timed, by name; `int8`: the float32 model with int8 linear layers."""
+    bfloat16 = copy.deepcopy(float32).bfloat16()
+    models = (int8, float32, convert(bfloat16, LLM_INT8, path="auto"), bfloat16)
+    names = [name for pair in PAIRS.items() for name in pair]
+    return dict(zip(names, models, strict=True))
 
 
 def check(models: dict[str, nn.Module], batch: Batch) -> None:
