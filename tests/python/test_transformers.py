@@ -325,6 +325,18 @@ def test_generation_and_pipeline(tmp_path: Path, folders: Any) -> None:
     assert text.replace(" ", "") == "".join(f"w{i}" for i in tokens[0].tolist())
 
 
+@pytest.mark.parametrize("name", [name for name in SIZES if "Bert" not in name])
+def test_every_architecture_generates(folders: Any, name: str) -> None:
+    """With the cache of its keys and values: the same tokens as without, one by one."""
+    config = OctavoConfig(outliers="rows")  # a token's codes do not depend on which others are in the call
+    model = load(folders(name), quantization_config=config, dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    length = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    tokens = model.generate(ids, **length)
+    assert tokens.shape[1] == 4 + (1 if model.config.is_encoder_decoder else ids.shape[1])
+    assert torch.equal(model.generate(ids, **length, use_cache=False), tokens)
+
+
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, "each"])
 def test_device_map(tmp_path: Path, folders: Any, device_map: Any) -> None:
     folder = folders("OPTForCausalLM")
@@ -394,6 +406,18 @@ def test_compile(folders: Any) -> None:
         found = compiled(input_ids=ids, use_cache=False).logits.float()
     # The compiler may round elsewhere between the layers.
     assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
+def test_compile_of_experts(folders: Any) -> None:
+    """Their loop over the experts that a batch needs breaks the graph; the pieces are compiled."""
+    model = load(folders("MixtralForCausalLM"), quantization_config=OctavoConfig(), dtype=torch.float32)
+    expected = logits(model)
+    ids = torch.randint(3, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(input_ids=ids, use_cache=False).logits.float()
+    assert ((found - expected).norm() / expected.norm()).item() < 0.01
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
