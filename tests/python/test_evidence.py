@@ -158,7 +158,7 @@ def test_the_whole(lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             for row in found["similarities"]
         }
         for check in checks:
-            read = FEW.close_windows if check["right"] == "float32" else FEW.windows
+            read = FEW.close_windows if check["right"] == "float32" else None  # the real run reads more for these
             left, right = (math.fsum(scores[check[side]]["log_likelihoods"][:read]) for side in ("left", "right"))
             difference = (right - left) / sum(scores["float32"]["tokens"][:read])
             assert check["difference"] == pytest.approx(difference, abs=1e-9)
