@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 # The suite runs on shared machines: torch's own threads only get in the way of what is tested.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 from support import BACKENDS, TYPED, Backend, Typed
+
+if TYPE_CHECKING:
+    from ranks import Ranks  # of torch, which not every test has
 
 settings.register_profile(
     "octavo",
@@ -46,3 +50,12 @@ def typed(request: pytest.FixtureRequest) -> Typed:
     """Every backend with every float dtype it has."""
     result: Typed = request.param
     return result
+
+
+@pytest.fixture(scope="module")
+def rank_pools() -> Iterator[dict[tuple[int, str], Ranks]]:
+    """Processes by their number and device, kept for the tests of a module (`ranks.pool` fills it)."""
+    pools: dict[tuple[int, str], Ranks] = {}
+    yield pools
+    for ranks in pools.values():
+        ranks.stop()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,6 @@ SHAPES = ((64, 48), (33, 19), (33, 5), (70, 1))
 FEW = ((33, 19), (5, 6))
 
 
-@pytest.fixture(scope="module")
-def _pools() -> Iterator[dict[tuple[int, str], Ranks]]:
-    pools: dict[tuple[int, str], Ranks] = {}
-    yield pools
-    for ranks in pools.values():
-        ranks.stop()
-
-
 def _gpus(size: int) -> str | None:
     """Why NCCL cannot be tested here, or None."""
     if torch.cuda.device_count() < size:
@@ -84,23 +76,23 @@ def _of(size: int, device: str) -> Any:
 
 
 @pytest.fixture(params=[_of(2, "cpu"), _of(4, "cpu")])
-def ranks(request: pytest.FixtureRequest, _pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return pool(_pools, *request.param)
+def ranks(request: pytest.FixtureRequest, rank_pools: dict[tuple[int, str], Ranks]) -> Ranks:
+    return pool(rank_pools, *request.param)
 
 
 @pytest.fixture(params=[_of(2, "cpu"), _of(4, "cpu"), _of(2, "cuda"), _of(4, "cuda")])
-def ranks_or_gpus(request: pytest.FixtureRequest, _pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return pool(_pools, *request.param)
+def ranks_or_gpus(request: pytest.FixtureRequest, rank_pools: dict[tuple[int, str], Ranks]) -> Ranks:
+    return pool(rank_pools, *request.param)
 
 
 @pytest.fixture
-def two(_pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return pool(_pools, 2, "cpu")
+def two(rank_pools: dict[tuple[int, str], Ranks]) -> Ranks:
+    return pool(rank_pools, 2, "cpu")
 
 
 @pytest.fixture
-def four(_pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return pool(_pools, 4, "cpu")
+def four(rank_pools: dict[tuple[int, str], Ranks]) -> Ranks:
+    return pool(rank_pools, 4, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ import importlib.util
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +48,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def _pools() -> Iterator[dict[tuple[int, str], Ranks]]:
-    pools: dict[tuple[int, str], Ranks] = {}
-    yield pools
-    for ranks in pools.values():
-        ranks.stop()
-
-
 @pytest.fixture(params=[2, 4], ids=["2 gloo", "4 gloo"])
-def ranks(request: pytest.FixtureRequest, _pools: dict[tuple[int, str], Ranks]) -> Ranks:
-    return pool(_pools, request.param)
+def ranks(request: pytest.FixtureRequest, rank_pools: dict[tuple[int, str], Ranks]) -> Ranks:
+    return pool(rank_pools, request.param)
 
 
 @pytest.fixture(scope="module")
