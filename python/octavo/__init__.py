@@ -23,12 +23,14 @@ from octavo.functional import (
     set_num_threads,
 )
 from octavo.functional import version as _version
+from octavo.options import Options
 from octavo.weight import Int8Weight
 
 __version__ = _version()
 
 __all__ = [
     "Int8Weight",
+    "Options",
     "Quantized",
     "__version__",
     "dequantize",
