@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
+LABORATORY = "./bench"  # octavo-bench
 CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 MACHINE_CODE = ROOT / ".ci" / "machine_code.py"
 CUDA_WHEEL = ROOT / ".ci" / "cuda_wheel.py"
@@ -72,7 +73,7 @@ def main() -> int:
 def demo(args: argparse.Namespace) -> None:
     """Install octavo with what the demo needs, and run it; further arguments are the demo's own."""
     prepare()
-    install("demo")
+    install("torch", LABORATORY)
     step("Running the demo: MiniLM in int8")
     run(BIN / "octavo", "demo", *args.rest)
 
@@ -87,9 +88,9 @@ def test(_: argparse.Namespace) -> None:
         run(BIN / "ctest", "--preset", preset)
     emulated = test_emulated_gpu()
     test_arm()
-    install("test")
+    install("test", f"{LABORATORY}[test]")
     step("Python tests")
-    run(PYTHON, "-m", "pytest", "tests/python", "-q", "-rs")
+    run(PYTHON, "-m", "pytest", "-q", "-rs")
     if emulated:
         step("Python tests on the emulated GPU")
         # A stand-in for CuPy, whose device is that GPU; few generated cases, because it is slow.
@@ -147,7 +148,7 @@ def test_arm() -> None:
 def check(args: argparse.Namespace) -> None:
     """The formatters, linters and type checks that pyproject.toml pins, and the machine code of the kernels."""
     prepare()
-    install("dev")
+    install("dev", f"{LABORATORY}[test]")
     sources = [
         str(path.relative_to(ROOT))
         for folder in CPP_FOLDERS
@@ -205,7 +206,7 @@ def check_cuda() -> None:
 def docs(_: argparse.Namespace) -> None:
     """The site, into build/site. It fails on any warning, broken link, or public name that the reference lacks."""
     prepare()
-    install("docs")
+    install("docs", LABORATORY)
     step("Documentation")
     os.environ["NO_MKDOCS_2_WARNING"] = "1"  # a notice about other versions, meant for whoever chooses them
     run(PYTHON, "-m", "mkdocs", "build", "--strict", "--quiet")
@@ -213,9 +214,9 @@ def docs(_: argparse.Namespace) -> None:
 
 
 def evidence(_: argparse.Namespace) -> None:
-    """What bench/results/evidence was made by, small: less training, fewer windows. The page: build/evidence/."""
+    """What bench/results/evidence was made by, small: less training, fewer windows."""
     prepare()
-    install("demo,peers")
+    install("torch", f"{LABORATORY}[peers]")
     lm, output = ROOT / "build" / "lm", ROOT / "build" / "evidence"
     step("Training a small language model on the documentation of this machine")
     started = time.monotonic()
@@ -226,7 +227,6 @@ def evidence(_: argparse.Namespace) -> None:
     small |= {"draws": 2, "seconds": 2}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     run(PYTHON, "bench/evidence.py", "--lm", lm, "--output", output, *options)
-    run(BIN / "octavo", "report", output)
 
 
 def prepare() -> None:
@@ -242,10 +242,10 @@ def prepare() -> None:
     pip("cmake>=3.25", "ninja")
 
 
-def install(extra: str) -> None:
-    """Build the wheel and install it, with an extra of pyproject.toml."""
+def install(extra: str, *others: str) -> None:
+    """Build the wheel and install it, with an extra of pyproject.toml; other packages of this folder with it."""
     step(f"Building and installing octavo[{extra}]")
-    pip(f".[{extra}]")
+    pip(f".[{extra}]", *others)
 
 
 def pip(*requirements: str) -> None:

@@ -8,7 +8,7 @@ turns, each for a short loop, in many rounds, so that a change of the machine's 
 are the fastest round, which other processes disturb least, and the median. Everything runs under
 torch.inference_mode() in one thread. The loop itself (first line of the table) is in every figure of Python's.
 
-The core call alone is the same product through the C++ API, in a loop of a C++ program (bench/core_call.cpp), which is
+The core call alone is the same product through the C++ API, in a loop of a program (bench/cpp/core_call.cpp), which is
 compiled here against the static library that building the wheel leaves in build/, and takes its turns as a process of
 its own. What the column "over core" shows (of the fastest rounds) is thus the whole of Python's share: reading
 arguments, allocating the result, the wrapper, the interpreter's loop, and that the core's code and data are not as
@@ -41,7 +41,7 @@ import octavo
 import octavo.torch
 import torch
 from octavo._types import Outliers
-from octavo.measuring.output import write_atomically
+from octavo_bench.measuring.output import write_atomically
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +158,7 @@ def core_timer(program: Path, policy: str) -> Callable[[int], float]:
 
 @contextmanager
 def core_program(library: Path | None) -> Iterator[Path | None]:
-    """bench/core_call.cpp, compiled; None, with the reason printed, where that cannot be done."""
+    """bench/cpp/core_call.cpp, compiled; None, with the reason printed, where that cannot be done."""
     if library is None:
         found = sorted(ROOT.glob("build/*/liboctavo.a"), key=lambda path: path.stat().st_mtime)
         library = found[-1] if found else None
@@ -169,7 +169,7 @@ def core_program(library: Path | None) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "core_call"
-        source, include = ROOT / "bench" / "core_call.cpp", ROOT / "cpp" / "include"
+        source, include = ROOT / "bench" / "cpp" / "core_call.cpp", ROOT / "cpp" / "include"
         command = [compiler, "-std=c++20", "-O3", f"-I{include}", str(source), str(library), "-pthread", "-o", program]
         result = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
         if result.returncode != 0:

@@ -1,4 +1,4 @@
-"""The ways to compute a linear layer that the benchmarks compare; `octavo.measuring.contest` says how they are held."""
+"""Ways to compute a linear layer, which the benchmarks compare as `octavo_bench.measuring.contest` says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import octavo
 import torch
-from octavo.measuring.contest import (
+from octavo_bench.measuring.contest import (
     OCTAVO,
     Contender,
     Layer,
@@ -19,7 +19,7 @@ from octavo.measuring.contest import (
     torch_linear,
     within,
 )
-from octavo.measuring.schemes import THRESHOLD
+from octavo_bench.measuring.schemes import THRESHOLD
 
 __all__ = ["OCTAVO", "THRESHOLD", "Contender", "Layer", "Problem", "check", "contenders", "prepare", "problem"]
 

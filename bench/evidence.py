@@ -27,25 +27,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from octavo.measuring.options import wait_passively
+from octavo_bench.measuring.options import wait_passively
 
 wait_passively()
 
 import lm_outliers
 import lm_task
 from measure import machine, set_threads, write
-from octavo import analysis
-from octavo import eval as evaluation
-from octavo.analysis import plots as analysis_plots
-from octavo.analysis import report as analysis_report
-from octavo.demo import data
-from octavo.demo import model as minilm
-from octavo.eval import order, variants
-from octavo.eval import plots as eval_plots
-from octavo.eval import report as eval_report
-from octavo.measuring import modules
-from octavo.measuring.drawing import save_all
-from octavo.measuring.output import Table, as_text, to_json
+from octavo_bench import analysis
+from octavo_bench import eval as evaluation
+from octavo_bench.analysis import plots as analysis_plots
+from octavo_bench.analysis import report as analysis_report
+from octavo_bench.demo import data
+from octavo_bench.demo import model as minilm
+from octavo_bench.eval import order, variants
+from octavo_bench.eval import plots as eval_plots
+from octavo_bench.eval import report as eval_report
+from octavo_bench.measuring import modules
+from octavo_bench.measuring.drawing import save_all
+from octavo_bench.measuring.output import Table, as_text, to_json
 from tqdm import tqdm
 
 LANGUAGE_MODELS = ("model", *lm_outliers.SIZES)

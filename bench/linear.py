@@ -31,7 +31,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from octavo.measuring.options import wait_passively
+from octavo_bench.measuring.options import wait_passively
 
 wait_passively()
 
@@ -39,7 +39,7 @@ import matplotlib as mpl
 import torch
 from contenders import OCTAVO, contenders
 from measure import Evict, Others, machine, set_threads, write
-from octavo.measuring.contest import Case, measure, ratio
+from octavo_bench.measuring.contest import Case, measure, ratio
 from tqdm import tqdm
 
 WIDTHS = (768, 1024, 1536, 2048, 2560, 4096, 5120)  # of the GPT-3 family

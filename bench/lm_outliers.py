@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from octavo.measuring import systematic
-from octavo.measuring.language import Window
-from octavo.measuring.modules import copy_modules
-from octavo.measuring.systematic import DiagonalShift, Features, Size, folded, rescaling_to
+from octavo_bench.measuring import systematic
+from octavo_bench.measuring.language import Window
+from octavo_bench.measuring.modules import copy_modules
+from octavo_bench.measuring.systematic import DiagonalShift, Features, Size, folded, rescaling_to
 from torch import nn
 
 # The paper's 6.7B and 13B models have one-sided outliers (Table 4). What a two-sided one of that size does is worth

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from measure import write
-from octavo.demo.data import split_sentences
+from octavo_bench.demo.data import split_sentences
 
 TASK = "last_word"
 CHOICES = 4
@@ -51,7 +51,7 @@ metadata:
 
 @dataclass(frozen=True)
 class Question:
-    """A line of the task file; see octavo.eval.tasks."""
+    """A line of the task file; see octavo_bench.eval.tasks."""
 
     prompt: str
     choices: list[str]

@@ -1,4 +1,4 @@
-"""How the benchmarks measure, beyond what `octavo.measuring` has: cold caches, and the commit."""
+"""How the benchmarks measure, beyond what `octavo_bench.measuring` has: cold caches, and the commit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from octavo.measuring.machine import Others, facts, set_threads, taken
-from octavo.measuring.output import write_atomically as write
-from octavo.measuring.turns import Spread, spreads, take_turns
+from octavo_bench.measuring.machine import Others, facts, set_threads, taken
+from octavo_bench.measuring.output import write_atomically as write
+from octavo_bench.measuring.turns import Spread, spreads, take_turns
 
 __all__ = ["Evict", "Others", "Spread", "commit", "machine", "set_threads", "spreads", "take_turns", "taken", "write"]
 

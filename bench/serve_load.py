@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octavo.measuring.options import wait_passively
+from octavo_bench.measuring.options import wait_passively
 
 wait_passively()
 
@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from measure import Others, machine, set_threads, write
-from octavo.measuring import drawing
+from octavo_bench.measuring import drawing
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from octavo.measuring.options import wait_passively
+from octavo_bench.measuring.options import wait_passively
 
 wait_passively()
 

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 from measure import machine, set_threads, write
 from muon import Muon
-from octavo.eval import perplexity
-from octavo.measuring import language
-from octavo.measuring.progress import Progress
-from octavo.measuring.systematic import FEATURES
+from octavo_bench.eval import perplexity
+from octavo_bench.measuring import language
+from octavo_bench.measuring.progress import Progress
+from octavo_bench.measuring.systematic import FEATURES
 from torch import Tensor
 from tqdm import tqdm
 

@@ -11,7 +11,6 @@ import argparse
 import ast
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -47,17 +46,25 @@ def public_names() -> dict[str, list[str]]:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the plots of bench/results and the report of all that is there."""
+    """Add the plots of bench/results, and a page of all its tables."""
     from mkdocs.structure.files import File
-    from octavo import report
 
     for path in sorted(RESULTS.rglob("*.png")):
         name = f"results/{path.relative_to(RESULTS).as_posix()}"
         files.append(File.generated(config, name, abs_src_path=str(path)))
-    with tempfile.TemporaryDirectory() as folder:
-        page = report.write(RESULTS, Path(folder) / "report.html").read_text(encoding="utf-8")
-    files.append(File.generated(config, "results/report.html", content=page))
+    files.append(File.generated(config, "results/index.md", content=_results()))
     return files
+
+
+def _results() -> str:
+    """The tables of bench/results on one page."""
+    parts = ["# What was measured"]
+    for path in sorted(path for path in RESULTS.rglob("*") if path.suffix in {".md", ".txt"}):
+        text = path.read_text(encoding="utf-8")
+        parts.append(
+            f"## {path.relative_to(RESULTS)}\n\n" + (text if path.suffix == ".md" else f"```text\n{text}\n```")
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

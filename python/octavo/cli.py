@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 _TRACEBACK = "OCTAVO_TRACEBACK"  # in the environment
@@ -22,9 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (``octavo inspect MODEL | head``): as a shell has it for other programs. A failure is said in one line;
     ``OCTAVO_TRACEBACK=1`` in the environment shows where it comes from, too.
     """
-    args = make_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser()
+    if words and words[0] in _ELSEWHERE and not any(e.name == words[0] for e in entry_points(group="octavo.commands")):
+        package = _ELSEWHERE[words[0]]
+        print(f"octavo: {words[0]} is a command of {package}: pip install {package}", file=sys.stderr)
+        return 2
+    args = parser.parse_args(words)
     # What reports say they were made with.
-    args.command_line = shlex.join(["octavo", *(sys.argv[1:] if arguments is None else arguments)])
+    args.command_line = shlex.join(["octavo", *words])
     try:
         status = int(args.run(args))
         sys.stdout.flush()
@@ -58,11 +65,18 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+# Commands of the laboratory, a package of its own.
+_ELSEWHERE = dict.fromkeys(("demo", "eval", "analyze", "bench"), "octavo-bench")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command and of all its subcommands."""
+    """The parser of the command and of all its subcommands.
+
+    Other packages add commands by entry points of the group ``octavo.commands``: functions that add their arguments to
+    the parser given and return what runs the command; the first line of their docstring is the command's help.
+    """
     import octavo
-    from octavo import analysis, bench, completion, demo, plan, report
-    from octavo import eval as evaluation
+    from octavo import plan
     from octavo.checkpoint import commands as checkpoint
 
     parser = _Parser(prog="octavo", description="LLM.int8() as a native library.")
@@ -70,24 +84,22 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     for name, add_arguments, run, text in (
-        ("demo", demo.add_arguments, demo.main, "convert a real sentence transformer to int8 and compare"),
         ("quantize", checkpoint.add_quantize_arguments, checkpoint.run_quantize,
          "convert a checkpoint to int8, in bounded memory"),
         ("inspect", checkpoint.add_inspect_arguments, checkpoint.run_inspect,
          "show what a checkpoint holds and what int8 saves"),
-        ("eval", evaluation.add_arguments, evaluation.main,
-         "perplexity of a language model by every scheme of the paper"),
-        ("analyze", analysis.add_arguments, analysis.main, "find the outlier features of a model, and what they carry"),
-        ("report", report.add_arguments, report.main, "collect results into one HTML page"),
         ("plan", plan.add_arguments, plan.main, "say whether a model fits on given GPUs in int8 and in 16 bit"),
-        ("bench", bench.add_arguments, bench.main,
-         "time int8 layers against 16 and 32 bit, at given shapes or those of a model"),
         ("info", _add_info_arguments, _info, "show the version, backends and instruction set in use"),
-        ("completion", completion.add_arguments, completion.main, "print a script that completes octavo in a shell"),
     ):  # fmt: skip
         subparser = commands.add_parser(name, help=text)
         add_arguments(subparser)
         subparser.set_defaults(run=run)
+
+    for entry in sorted(entry_points(group="octavo.commands"), key=lambda entry: entry.name):
+        register = entry.load()
+        help_line = (register.__doc__ or "").partition("\n")[0]
+        subparser = commands.add_parser(entry.name, help=help_line[:1].lower() + help_line[1:].rstrip("."))
+        subparser.set_defaults(run=register(subparser))
     return parser
 
 
