@@ -14,6 +14,7 @@ Equation numbers are the paper's: (1) absmax, (2-3) zeropoint, (4-5) zeropoint p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -33,6 +34,7 @@ GRANULARITIES: Final = ("tensor", "row", "vector")  # of a product
 OUTLIERS: Final = ("columns", "rows", "static", "none")
 PATHS: Final = ("int8", "weight_only")
 DTYPES: Final = ("float32", "float16", "bfloat16")
+ROTATIONS: Final = (0, 16, 64, 256)
 DEFAULT_THRESHOLD: Final = 6.0
 
 
@@ -78,12 +80,16 @@ class Quantized(NamedTuple):
     zeropoint: Floats | None
 
 
-def _quantize_groups_absmax(x: Floats, keep: Mask) -> Quantized:
-    """Eq. (1): q = rint(127 x / max|x|), with scale = max|x| / 127."""
+def _quantize_groups_absmax(x: Floats, keep: Mask, *, rotated: bool) -> Quantized:
+    """Eq. (1): q = rint(127 x / max|x|), with scale = max|x| / 127. Of rotated x, which has been rounded already:
+    q = rint(x (127 / max|x|)), one division for all."""
     with np.errstate(all="ignore"):
         absmax = np.max(np.abs(x), axis=1, keepdims=True, where=keep, initial=0)
         product = x * F(127)
         q = np.where(np.isfinite(product), product / absmax, (x / absmax) * F(127))
+        inverse = F(127) / absmax
+        if rotated:
+            q = np.where(np.isfinite(inverse), x * inverse, (x / absmax) * F(127))
         q = np.clip(np.rint(q), -127, 127)
         scale = absmax[:, 0] / F(127)
     # A zero group (0/0) has codes 0. A group with NaN or Inf has no codes: 0, and scale NaN.
@@ -104,8 +110,9 @@ def _zeropoint_formula(x: Array, lo: Array, hi: Array, one: Any) -> tuple[Array,
     return np.clip(np.rint(nd * x) - zp, -127, 127), zp, nd, width
 
 
-def _quantize_groups_zeropoint(x: Floats, keep: Mask) -> Quantized:
-    """Eq. (2-3), placed so that [min, max] becomes [-127, 127]."""
+def _quantize_groups_zeropoint(x: Floats, keep: Mask, *, rotated: bool) -> Quantized:
+    """Eq. (2-3), placed so that [min, max] becomes [-127, 127]; the same for rotated x."""
+    del rotated
     used = np.any(keep, axis=1, keepdims=True)
     finite = np.all(np.isfinite(np.where(keep, x, 0)), axis=1, keepdims=True)
     lo = np.min(x, axis=1, keepdims=True, where=keep, initial=np.inf)
@@ -133,6 +140,33 @@ def ideal_absmax_codes(x: Array, absmax: Array) -> Doubles:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Rotation: every block of b consecutive features is multiplied by H, the Sylvester-Hadamard matrix over sqrt(b)
+
+
+def rotated_size(k: int, rotation: int) -> int:
+    """Features after rotation: k, padded with zeros to whole blocks."""
+    return k if rotation == 0 else -(-k // rotation) * rotation
+
+
+def rotate(x: Floats, rotation: int) -> Floats:
+    """H of every block of x [..., k], as float32 [..., rotated_size]: butterflies (u, v) -> (u + v, u - v) of distance
+    1, 2, 4, ..., b / 2 in this order, each rounded once, then the factor 1 / sqrt(b), a power of two.
+    """
+    if rotation == 0:
+        return x
+    padding = rotated_size(x.shape[-1], rotation) - x.shape[-1]
+    x = np.concatenate([x, np.zeros((*x.shape[:-1], padding), np.float32)], axis=-1)
+    distance = 1
+    with np.errstate(all="ignore"):
+        while distance < rotation:
+            pairs = x.reshape(*x.shape[:-1], x.shape[-1] // (2 * distance), 2, distance)
+            u, v = pairs[..., 0, :], pairs[..., 1, :]
+            x = np.stack([u + v, u - v], axis=-2).reshape(x.shape)
+            distance *= 2
+        return x * F(1 / math.sqrt(rotation))
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The operations
 
 
@@ -152,43 +186,88 @@ def quantize(
     *,
     scheme: str = "absmax",
     granularity: str = "row",
+    rotation: int = 0,
     exclude: Sequence[int] | Array | None = None,
 ) -> Quantized:
     """Codes of `x` [..., k]; one scale per tensor ([1]) or per row ([...], and [1] for a rank-1 x).
 
-    `exclude` (columns, or a mask of x's shape) takes elements out of the scale and sets their codes to 0 (Eq. 8).
+    `exclude` (columns, or a mask of x's shape) takes elements out of the scale and sets their codes to 0 (Eq. 8). With
+    `rotation` they become 0 before x is rotated; then all of the rotated x takes part, and there are
+    `rotated_size(k, rotation)` codes in a row.
     """
     x = np.asarray(x, np.float32)
     keep = ~as_mask(exclude, x.shape)
+    if rotation != 0:
+        x = rotate(np.where(keep, x, F(0)), rotation)
+        keep = np.ones(x.shape, bool)
     groups = (1, x.size) if granularity == "tensor" else (int(np.prod(x.shape[:-1])), x.shape[-1])
     formula = {"absmax": _quantize_groups_absmax, "zeropoint": _quantize_groups_zeropoint}[scheme]
-    codes, scale, zeropoint = formula(x.reshape(groups), keep.reshape(groups))
+    codes, scale, zeropoint = formula(x.reshape(groups), keep.reshape(groups), rotated=rotation != 0)
     scale_shape = (1,) if granularity == "tensor" or x.ndim == 1 else x.shape[:-1]
     zeropoint = None if zeropoint is None else zeropoint.reshape(scale_shape)
     return Quantized(codes.reshape(x.shape), scale.reshape(scale_shape), zeropoint)
 
 
-def dequantize(q: Quantized) -> Floats:
-    """(codes + zeropoint) * scale in float32, one rounding per operation."""
-    values = q.codes.astype(np.float32)
+def dequantize(q: Quantized, *, rotation: int = 0, k: int | None = None) -> Floats:
+    """(codes + zeropoint) * scale in float32, one rounding per operation; k columns.
+
+    With `rotation` (H codes + H zeropoint) * scale, as H is its own inverse: H codes is exact, and H zeropoint is
+    sqrt(b) zeropoint in the first feature of each block and 0 in the others.
+    """
+    values = rotate(q.codes.astype(np.float32), rotation)
     per_group = (*q.scale.shape, 1) if q.scale.ndim == q.codes.ndim - 1 else q.scale.shape
     with np.errstate(all="ignore"):
         if q.zeropoint is not None:
-            values = values + q.zeropoint.reshape(per_group)
-        return values * q.scale.reshape(per_group)
+            ones = rotate(np.ones(values.shape[-1:], np.float32), rotation)
+            values = values + q.zeropoint.reshape(per_group) * ones
+        return (values * q.scale.reshape(per_group))[..., :k]
 
 
-def is_outlier(x: Floats, threshold: float) -> Mask:
-    """Elements with not (|x| < threshold): at the threshold and above, NaN and Inf."""
-    with np.errstate(invalid="ignore"):
-        return ~(np.abs(x) < F(threshold))
+def relative_threshold(maxima: Floats, rows: int, relative: float) -> np.float32:
+    """t = relative f(m) med of the column maxima a_j > 0, in float32; infinity where there are none.
+
+    med is their lower median, of the maxima cut to their upper 16 bits; f(m) = sqrt(ln 1024 / ln 2m) for m < 512, else
+    1: what the maximum of few normal values lacks.
+    """
+    positive = np.sort(maxima[maxima > 0])
+    if positive.size == 0:
+        return F(np.inf)
+    median = (positive[(positive.size - 1) // 2 :][:1].view(np.uint32) & 0xFFFF0000).view(np.float32)[0]
+    factor = F(math.sqrt(math.log(1024) / math.log(2 * rows))) if rows < 512 else F(1)
+    with np.errstate(over="ignore"):
+        return F(relative) * factor * median
 
 
-def find_outliers(x: Floats, *, threshold: float = DEFAULT_THRESHOLD) -> npt.NDArray[np.int32]:
-    """O = { j : exists i with not (|x[i, j]| < threshold) }, ascending (section 3.2)."""
+def outliers_among(maxima: Floats, rows: int, *, threshold: float, relative: float | None, cap: float | None) -> Mask:
+    """Which of the column maxima [k] of `rows` rows are outliers, NaN being infinite.
+
+    Absolute: not (a_j < threshold). Relative: a_j > 0 and not (a_j < t), see `relative_threshold`. Of more than
+    floor(cap * k) only the largest (of equal ones the first), and all that are infinite.
+    """
+    a = np.where(np.isnan(maxima), F(np.inf), maxima)
+    if relative is None:
+        found = ~(a < F(threshold))
+    else:
+        found = (a > 0) & ~(a < relative_threshold(a, rows, relative))
+    if cap is not None and found.sum() > (most := math.floor(cap * a.size)):
+        order = np.lexsort((np.arange(a.size), -a))  # the largest first
+        order = order[found[order]]
+        found = np.isinf(a)
+        found[order[:most]] = True
+    return found
+
+
+def find_outliers(
+    x: Floats, *, threshold: float = DEFAULT_THRESHOLD, relative: float | None = None, cap: float | None = None
+) -> npt.NDArray[np.int32]:
+    """O = { j : exists i with not (|x[i, j]| < threshold) }, ascending (section 3.2); or as in `outliers_among`."""
     k = x.shape[-1]
     rows = int(np.prod(x.shape[:-1]))
-    return np.nonzero(is_outlier(x.reshape(rows, k), threshold).any(axis=0))[0].astype(np.int32)
+    if rows == 0:
+        return np.empty(0, np.int32)
+    maxima = np.max(np.abs(x.reshape(rows, k)), axis=0)  # NaN where there is one
+    found = outliers_among(maxima, rows, threshold=threshold, relative=relative, cap=cap)
+    return np.nonzero(found)[0].astype(np.int32)
 
 
 def int8_matmul(a: Array, b: Array) -> npt.NDArray[np.int64]:
@@ -210,17 +289,22 @@ def zeropoint_product(qx: Array, zx: Array, qw: Array, zw: Array) -> npt.NDArray
 
 @dataclass(frozen=True)
 class Weight:
-    """An int8 weight [n, k]: codes, scale [1] or [n], zeropoint alike or None; kept columns in their own dtype."""
+    """An int8 weight [n, k]: codes, scale [1] or [n], zeropoint alike or None; kept columns in their own dtype.
+
+    With `rotation` there are `rotated_size(k, rotation)` codes in a row, and k is given.
+    """
 
     codes: Codes
     scale: Floats
     zeropoint: Floats | None
     outlier_columns: npt.NDArray[np.int32] | None
     outlier_weight: Floats | None
+    rotation: int = 0
+    k: int | None = None
 
     def dequantize(self) -> Floats:
         """The weight from its codes, [n, k] float32. Kept columns are not substituted."""
-        return dequantize(Quantized(self.codes, self.scale, self.zeropoint))
+        return dequantize(Quantized(self.codes, self.scale, self.zeropoint), rotation=self.rotation, k=self.k)
 
     def outlier_path(self) -> Floats:
         """What the outlier columns of x are multiplied with: kept columns where there are, else dequantized codes."""
@@ -235,14 +319,16 @@ def quantize_weight(
     *,
     scheme: str = "absmax",
     granularity: str = "vector",
+    rotation: int = 0,
     outlier_columns: Sequence[int] | Array | None = None,
 ) -> Weight:
     """Codes of `weight` [n, k], made over all k columns. Only "vector" has one scale per output feature."""
     if not np.isfinite(weight).all():
         raise ValueError("quantize_weight: weight: expected finite values")
-    q = quantize(weight, scheme=scheme, granularity="row" if granularity == "vector" else "tensor")
+    groups = "row" if granularity == "vector" else "tensor"
+    q = quantize(weight, scheme=scheme, granularity=groups, rotation=rotation)
     columns = None if outlier_columns is None else np.unique(np.asarray(outlier_columns, np.int32))
-    return Weight(*q, columns, None if columns is None else weight[:, columns])
+    return Weight(*q, columns, None if columns is None else weight[:, columns], rotation, weight.shape[1])
 
 
 class Output(NamedTuple):
@@ -254,13 +340,22 @@ class Output(NamedTuple):
     unscaled: Doubles  # the integer of the int8 term, for scales that underflow
 
 
-def outlier_mask(x: Floats, weight: Weight, *, outliers: str, threshold: float) -> Mask:
+def outlier_mask(
+    x: Floats,
+    weight: Weight,
+    *,
+    outliers: str,
+    threshold: float,
+    relative: float | None = None,
+    cap: float | None = None,
+) -> Mask:
     """The elements of `x` [m, k] that go the 16-bit way."""
     match outliers:
         case "columns":  # Eq. (8): O, a set of columns
-            return as_mask(find_outliers(x, threshold=threshold), x.shape)
-        case "rows":
-            return is_outlier(x, threshold)
+            return as_mask(find_outliers(x, threshold=threshold, relative=relative, cap=cap), x.shape)
+        case "rows":  # every row as a call of its own
+            rows = [as_mask(find_outliers(r, threshold=threshold, relative=relative, cap=cap), r.shape) for r in x]
+            return np.array(rows, bool).reshape(x.shape)
         case "static":
             assert weight.outlier_columns is not None
             return as_mask(weight.outlier_columns, x.shape)
@@ -277,6 +372,8 @@ def linear(
     scheme: str = "absmax",
     granularity: str = "vector",
     threshold: float = DEFAULT_THRESHOLD,
+    relative: float | None = None,
+    cap: float | None = None,
     outliers: str = "columns",
     path: str = "int8",
 ) -> Output:
@@ -284,7 +381,8 @@ def linear(
 
     y[i,j] = s_x[i] s_w[j] sum_{h not in O} (qx[i,h] + zx[i]) (qw[j,h] + zw[j]) + sum_{o in O} x[i,o] w[j,o] + bias[j]
 
-    Eq. (6) is granularity "tensor", Eq. (7) "vector", Eq. (4) the zero points.
+    Eq. (6) is granularity "tensor", Eq. (7) "vector", Eq. (4) the zero points. With a rotated weight qx are the codes of
+    the rotated x (h counts rotated features), whose elements in O were 0 before; the sum over O is as without.
     """
     lead, k, n = x.shape[:-1], x.shape[-1], weight.codes.shape[0]
     x = x.reshape(int(np.prod(lead)), k)
@@ -295,19 +393,20 @@ def linear(
 
     with np.errstate(all="ignore"):
         if path == "weight_only":  # y = s_w sum_h x (qw + zw) + bias
-            x64 = x.astype(np.float64)
+            x64 = rotate(x, weight.rotation).astype(np.float64)
             value = (x64 @ (qw + zw[:, None]).T) * sw + b
             # A kernel may unroll the zero point, as in Eq. (5): its terms are bounded by |qw| + |zw|.
             magnitude = (np.abs(x64) @ (np.abs(qw) + np.abs(zw)[:, None]).T) * sw + np.abs(b)
-            terms, unscaled = k, np.zeros_like(value)
+            terms, unscaled = x64.shape[1], np.zeros_like(value)
         else:
-            mask = outlier_mask(x, weight, outliers=outliers, threshold=threshold)
+            mask = outlier_mask(x, weight, outliers=outliers, threshold=threshold, relative=relative, cap=cap)
             groups = "tensor" if granularity == "tensor" else "row"
-            q = quantize(x, scheme=scheme, granularity=groups, exclude=mask)
+            q = quantize(x, scheme=scheme, granularity=groups, rotation=weight.rotation, exclude=mask)
             zx = np.zeros(1) if q.zeropoint is None else q.zeropoint.astype(np.float64)
             sx = q.scale.astype(np.float64)[:, None]
             # Eq. (4): (A + zp_a)(B + zp_b), over the elements that are not outliers. Same integer as Eq. (5).
-            integer = np.where(mask, 0, q.codes + zx[:, None]) @ (qw + zw[:, None]).T
+            left_out = mask if weight.rotation == 0 else np.zeros(q.codes.shape, bool)
+            integer = np.where(left_out, 0, q.codes + zx[:, None]) @ (qw + zw[:, None]).T
             int8_term = integer * (sx * sw)
             x16 = np.where(mask, x, F(0)).astype(np.float64)
             w16 = weight.outlier_path().astype(np.float64)

@@ -1,4 +1,4 @@
-"""The oracle, tested on its own: hand-computed cases, the claims of DESIGN section 2, and PyTorch's bfloat16."""
+"""The oracle, tested on its own: hand-computed cases, what it claims of codes, and PyTorch's bfloat16."""
 
 from __future__ import annotations
 
@@ -112,19 +112,65 @@ def test_zeropoint_product_unrolls(m: int, k: int, n: int, seed: int) -> None:
     np.testing.assert_array_equal(ref.zeropoint_product(qx, zx, qw, zw), (qx + zx[:, None]) @ (qw + zw[:, None]).T)
 
 
+@pytest.mark.parametrize("rotation", [16, 64, 256])
+def test_rotation_is_its_own_inverse(rotation: int) -> None:
+    """H is symmetric and orthogonal, and its first row is 1 / sqrt(b): integers come back exactly."""
+    x = np.random.default_rng(0).integers(-100, 101, (3, 300)).astype(F)
+    rotated = ref.rotate(x, rotation)
+    assert rotated.shape == (3, ref.rotated_size(300, rotation))
+    np.testing.assert_array_equal(rotated[:, 0], x[:, :rotation].sum(1) / np.sqrt(rotation))
+    back = ref.rotate(rotated, rotation)
+    np.testing.assert_array_equal(back[:, :300], x)
+    assert (back[:, 300:] == 0).all()
+
+
+def test_rotation_of_units() -> None:
+    """Of unit vectors: the columns of Sylvester's matrix, whose entry (i, j) has the sign of the parity of i & j."""
+    index = np.arange(16)
+    parity = np.array([[(int(i & j).bit_count() & 1) for j in index] for i in index])
+    np.testing.assert_array_equal(ref.rotate(np.eye(16, dtype=F), 16), ((1 - 2 * parity) / 4).astype(F))
+
+
+@pytest.mark.parametrize("scheme", ref.SCHEMES)
+def test_dequantizing_rotates_back(scheme: str) -> None:
+    w = make("positive", (5, 70), "float32")
+    rotated = ref.rotate(w, 64)
+    weight = ref.quantize_weight(w, scheme=scheme, rotation=64)
+    assert weight.codes.shape == (5, 128)
+    step = weight.scale[:, None].astype(float)
+    values = weight.dequantize()
+    assert values.shape == w.shape
+    # Codes are off by at most a step (zeropoint), of errors that add up like the rows of H.
+    assert (np.abs(values - w) <= step * 8).all()
+    assert np.sqrt(np.mean((values - w) ** 2)) < step.max()
+    plain = ref.dequantize(ref.Quantized(weight.codes, weight.scale, weight.zeropoint))
+    np.testing.assert_allclose(plain, rotated, atol=step.max())
+
+
+@pytest.mark.parametrize("rotation", [0, 16])
 @pytest.mark.parametrize("outliers", ref.OUTLIERS)
 @pytest.mark.parametrize("granularity", ref.GRANULARITIES)
 @pytest.mark.parametrize("scheme", ref.SCHEMES)
-def test_linear_is_close_to_the_float_product(scheme: str, granularity: str, outliers: str) -> None:
+def test_linear_is_close_to_the_float_product(scheme: str, granularity: str, outliers: str, rotation: int) -> None:
     """An upper bound that no algebra slip passes: each operand is off by at most one step per element."""
     x, w = make("outliers", (17, 65), "float32"), make("normal", (13, 65), "float32")
-    weight = ref.quantize_weight(w, scheme=scheme, granularity=granularity, outlier_columns=[3, 1, 3])
+    weight = ref.quantize_weight(
+        w, scheme=scheme, granularity=granularity, rotation=rotation, outlier_columns=[3, 1, 3]
+    )
     output = ref.linear(x, weight, scheme=scheme, granularity=granularity, outliers=outliers)
     mask = ref.outlier_mask(x, weight, outliers=outliers, threshold=6.0)
-    q = ref.quantize(x, scheme=scheme, granularity="tensor" if granularity == "tensor" else "row", exclude=mask)
+    groups = "tensor" if granularity == "tensor" else "row"
+    q = ref.quantize(x, scheme=scheme, granularity=groups, rotation=rotation, exclude=mask)
     sx, sw = q.scale.astype(float)[:, None], weight.scale.astype(float)[None]
-    error_x, error_w = np.where(mask, 0, sx), np.broadcast_to(sw.T, w.shape)
-    slack = error_x @ np.abs(w).T + np.abs(x) @ error_w.T + error_x @ error_w.T
+    if rotation == 0:
+        error_x, error_w = np.where(mask, 0, sx), np.broadcast_to(sw.T, w.shape)
+        slack = error_x @ np.abs(w).T + np.abs(x) @ error_w.T + error_x @ error_w.T
+    else:  # the int8 product is of the rotated operands; what is not kept of the outliers, rotated back
+        inside, rotated = np.abs(ref.rotate(np.where(mask, F(0), x), rotation)), np.abs(ref.rotate(w, rotation))
+        error_x, error_w = np.broadcast_to(sx, inside.shape), np.broadcast_to(sw.T, rotated.shape)
+        slack = error_x @ rotated.T + inside @ error_w.T + error_x @ error_w.T
+        slack += np.where(mask, np.abs(x), 0).sum(1, keepdims=True) * sw * np.sqrt(rotation)
+        slack += 1e-5 * np.abs(x).sum(1, keepdims=True)  # rotations are rounded to float32
     assert (np.abs(output.value - x.astype(float) @ w.T.astype(float)) <= slack).all()
 
 
