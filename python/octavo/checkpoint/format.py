@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import octavo
 from octavo._types import Granularity, Outliers, Path, Scheme
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # that is written; VERSION as soon as octavo.transformers reads it
 
 # A layer's tensors, after its name and a dot: those of `octavo.torch.Int8Linear.state_dict()`.
 WEIGHT, SCALE, ZEROPOINT = "weight", "scale", "zeropoint"
@@ -113,3 +113,140 @@ def quantization_config(options: Options, left: list[str], *, bitsandbytes: bool
         **asdict(options),
         "modules_to_not_convert": left,
     }
+
+
+# --- version 2 --------------------------------------------------------------------------------------------------------
+# An int8 weight ``<name>`` ("model.layers.0.mlp.up_proj.weight") is stored as the tensors ``<name>.codes``,
+# ``<name>.scale``, ... There is no tensor ``<name>``, so a reader without octavo finds no weight to mistake codes for.
+
+VERSION = 2
+READABLE_VERSIONS = (1, 2)
+
+CODES, OPTIONS = "codes", "options"
+PARTS = (CODES, SCALE, ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT, OPTIONS)
+# The parts of version 1 and of bitsandbytes by the last word of their names, which follows the layer's.
+PARTS_OF_VERSION_1 = {
+    "weight": CODES, "scale": SCALE, "zeropoint": ZEROPOINT, "outlier_columns": OUTLIER_COLUMNS,
+    "outlier_weight": OUTLIER_WEIGHT, "_extra_state": OPTIONS,
+}  # fmt: skip
+ABSMAX, LAYOUT = "absmax", "layout"
+PARTS_OF_BITSANDBYTES = {"weight": CODES, "SCB": ABSMAX, "weight_format": LAYOUT}
+
+
+def encode_options(options: octavo.Options, dtype: str) -> bytes:
+    """The JSON of ``<name>.options``.
+
+    Args:
+        options: of the layer.
+        dtype: of the weight before it was quantized: "float32", "float16" or "bfloat16".
+    """
+    return json.dumps({"format_version": VERSION, "dtype": dtype, **options.to_dict()}).encode()
+
+
+def decode_options(data: bytes, where: str) -> tuple[octavo.Options, str | None]:
+    """What `encode_options` wrote, or version 1, which does not say a dtype (None).
+
+    Raises:
+        ValueError: names `where`; no JSON of octavo's, or a newer version.
+    """
+    try:
+        fields = json.loads(data)
+        version = fields.pop("format_version")
+        dtype = fields.pop("dtype", None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: expected octavo's options as JSON, got {error!r}: corrupt") from error
+    if version not in READABLE_VERSIONS:
+        raise ValueError(f"{where}: expected format_version 1 or 2, got {version!r:.50}: update octavo")
+    if dtype not in (("float32", "float16", "bfloat16") if version == VERSION else (None,)):
+        raise ValueError(f"{where}: expected dtype float32, float16 or bfloat16, got {dtype!r:.50}: corrupt")
+    return octavo.Options.from_dict(fields, where), dtype
+
+
+def disassemble(weight: octavo.Int8Weight, options: octavo.Options, dtype: str) -> dict[str, Any]:
+    """The tensors to store for a weight, by part: arrays of its framework (of NumPy's or PyTorch's)."""
+    parts = {
+        CODES: weight.codes,
+        SCALE: weight.scale,
+        ZEROPOINT: weight.zeropoint,
+        OUTLIER_COLUMNS: weight.outlier_columns,
+        OUTLIER_WEIGHT: weight.outlier_weight,
+    }
+    encoded = np.frombuffer(bytearray(encode_options(options, dtype)), np.uint8)
+    return {name: array for name, array in parts.items() if array is not None} | {
+        OPTIONS: _beside(weight.scale, encoded)
+    }
+
+
+def assemble(parts: Mapping[str, Any], where: str) -> tuple[octavo.Int8Weight, octavo.Options, str | None]:
+    """The weight that is stored in `parts`, its options, and the dtype that it had (None where no part says it).
+
+    Args:
+        parts: by part: those of version 1 or 2, or of bitsandbytes; arrays of one framework.
+        where: the file and the weight, for errors.
+
+    Raises:
+        ValueError: names `where` and the part; one that is missing or unknown, whose shape or dtype does not fit, or
+            whose values cannot be: see `check_values`.
+    """
+    given = dict(parts)
+    try:
+        codes = given.pop(CODES)
+        if ABSMAX in given:
+            options, dtype = octavo.Options(), None
+            layout = given.pop(LAYOUT, None)
+            if layout is not None and int(layout) != BNB_ROW_MAJOR:
+                raise ValueError(
+                    f"{where}: weight_format: expected 0 (row-major codes), got {int(layout)}: load and save the "
+                    "model with a recent bitsandbytes"
+                )
+            given[SCALE] = _beside(codes, _on_host(given.pop(ABSMAX)) / np.float32(127))
+        else:
+            options, dtype = decode_options(bytes(_on_host(given.pop(OPTIONS))), f"{where}: {OPTIONS}")
+        scale = given.pop(SCALE)
+    except KeyError as error:
+        raise ValueError(f"{where}: expected a tensor {error}, got none") from error
+    kept = {name: given.pop(name, None) for name in (ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT)}
+    if given:
+        raise ValueError(f"{where}: expected the tensors of an int8 weight, got {next(iter(given))!r:.50}")
+    check_values({SCALE: scale, **kept}, int(codes.shape[-1]), where)
+    try:
+        weight = octavo.Int8Weight(codes, scale, **kept, scheme=options.scheme, granularity=options.granularity)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    return weight, options, dtype
+
+
+def check_values(parts: Mapping[str, Any], k: int, where: str) -> None:
+    """Raise ValueError, naming `where` and the part, for values that no quantization of a weight ``[n, k]`` gives.
+
+    Scales are finite and not negative, zeropoints integers, outlier columns ascending without repetitions, in [0, k).
+    """
+    expectations: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        SCALE: ("finite numbers >= 0", lambda values: np.isfinite(values) & (values >= 0)),
+        ZEROPOINT: ("integers", lambda values: np.isfinite(values) & (values == np.rint(values))),
+        OUTLIER_COLUMNS: (
+            f"ascending columns in [0, {k})",
+            lambda values: (np.diff(values.astype(np.int64), prepend=-1) > 0) & (values < k),
+        ),
+    }
+    for part, (expected, holds) in expectations.items():
+        if parts.get(part) is None:
+            continue
+        values = _on_host(parts[part])
+        wrong = values.ravel()[~holds(values.ravel())]
+        if len(wrong):
+            raise ValueError(f"{where}: {part}: expected {expected}, got {wrong[0]}: corrupt")
+
+
+def _on_host(array: Any) -> Any:
+    """A small array, as one of NumPy's."""
+    return array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
+
+
+def _beside(array: Any, values: Any) -> Any:
+    """Values of NumPy as an array of the framework and on the device of `array`."""
+    if not hasattr(array, "detach"):
+        return values
+    import torch
+
+    return torch.from_numpy(values).to(array.device)
