@@ -1,17 +1,17 @@
-"""Fixtures and the hypothesis profile. One body of tests runs on every backend; what cannot run says why."""
+"""Fixtures and the hypothesis profile. One body of tests runs on every device that this machine has."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # The suite runs on shared machines: torch's own threads only get in the way of what is tested.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support import BACKENDS, TYPED, Backend, Typed
+from support import ALL_BACKENDS, BACKENDS, TYPED, Backend, Typed
 
 if TYPE_CHECKING:
     from ranks import Ranks  # of torch, which not every test has
@@ -32,22 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.reportchars += "s"  # no skip without its reason in the summary
 
 
-def _param(value: Any, backend: Backend) -> Any:
-    reason = backend.missing
-    marks = [pytest.mark.skip(reason=reason)] if reason else []
-    return pytest.param(value, id=value.name, marks=marks)
+def pytest_report_header() -> list[str]:
+    """The tests have parameters for the devices that are there; here is why the others are not."""
+    return [f"left out: {backend.name}: {backend.missing}" for backend in ALL_BACKENDS if backend.missing]
 
 
-@pytest.fixture(scope="session", params=[_param(b, b) for b in BACKENDS])
+@pytest.fixture(scope="session", params=BACKENDS, ids=lambda backend: backend.name)
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """numpy, torch-cpu, torch-cuda."""
+    """Each framework and device of this machine: numpy, torch-cpu, torch-cuda, cupy-cuda."""
     result: Backend = request.param
     return result
 
 
-@pytest.fixture(scope="session", params=[_param(t, t.backend) for t in TYPED])
+@pytest.fixture(scope="session", params=TYPED, ids=lambda typed: typed.name)
 def typed(request: pytest.FixtureRequest) -> Typed:
-    """Every backend with every float dtype it has."""
+    """Each kernel of this machine: a backend with a float dtype it has."""
     result: Typed = request.param
     return result
 

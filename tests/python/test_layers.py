@@ -1,4 +1,4 @@
-"""The layer rule of DESIGN section 3, by reading #include and import lines.
+"""The layer rule of CONTRIBUTING.md, by reading #include and import lines.
 
 python -> bindings -> cpp/include -> cpp/src -> backend.hpp <- { cpp/src/cpu, cuda }
 """

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import octavo
-import pytest
 import reference as ref
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,32 +38,31 @@ LITERAL: dict[str, tuple[Any, dict[str, Any], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("case", LITERAL)
-def test_literal(typed: Typed, case: str) -> None:
-    x, options, columns = LITERAL[case]
-    got = octavo.find_outliers(typed.array(np.array(x)), **options)
-    equal(typed.host(got), np.array(columns, np.int32))
+def test_literal(typed: Typed) -> None:
+    for case, (x, options, columns) in LITERAL.items():
+        got = octavo.find_outliers(typed.array(np.array(x)), **options)
+        equal(typed.host(got), np.array(columns, np.int32), case)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0), (0,), (2, 0, 3)])
-def test_empty(typed: Typed, shape: tuple[int, ...]) -> None:
+def test_empty(typed: Typed) -> None:
     """No row is an outlier's row, whatever the threshold."""
-    got = octavo.find_outliers(typed.array(np.zeros(shape)), threshold=0.0)
-    equal(typed.host(got), np.zeros(0, np.int32))
+    for shape in ((0, 5), (3, 0), (0, 0), (0,), (2, 0, 3)):
+        got = octavo.find_outliers(typed.array(np.zeros(shape)), threshold=0.0)
+        equal(typed.host(got), np.zeros(0, np.int32))
 
 
-@pytest.mark.parametrize("threshold", [6.0, 1.0, 2.0**-10, 1000.0, 0.75])
-def test_neighbors_of_the_threshold(typed: Typed, threshold: float) -> None:
-    x = around(threshold, typed.dtype)
-    x = np.append(x, [NAN, 0])
-    expected = [j for j, v in enumerate(x) if not abs(v) < threshold]
-    assert 0 < len(expected) < len(x)
-    for rows in (1, 2, 5):
-        for repeat in (1, 7):  # past one vector register
-            wide = np.tile(x, (rows, repeat))
-            got = octavo.find_outliers(typed.array(wide), threshold=threshold)
-            columns = [j + len(x) * r for r in range(repeat) for j in expected]
-            equal(typed.host(got), np.array(columns, np.int32))
+def test_neighbors_of_the_threshold(typed: Typed) -> None:
+    for threshold in (6.0, 1.0, 2.0**-10, 1000.0, 0.75):
+        x = around(threshold, typed.dtype)
+        x = np.append(x, [NAN, 0])
+        expected = [j for j, v in enumerate(x) if not abs(v) < threshold]
+        assert 0 < len(expected) < len(x)
+        for rows in (1, 2, 5):
+            for repeat in (1, 7):  # past one vector register
+                wide = np.tile(x, (rows, repeat))
+                got = octavo.find_outliers(typed.array(wide), threshold=threshold)
+                columns = [j + len(x) * r for r in range(repeat) for j in expected]
+                equal(typed.host(got), np.array(columns, np.int32))
 
 
 def test_every_single_column_is_found(typed: Typed) -> None:
@@ -84,14 +82,12 @@ def test_oracle(typed: Typed, data: st.DataObject, kind: str, m: int, k: int, se
     check(typed, x, threshold=data.draw(st.sampled_from(values)))
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_views_equal_contiguous(typed: Typed, view: str) -> None:
-    if view not in views(typed.backend):
-        pytest.skip(f"{typed.backend.framework} has no negative strides")
-    for shape in ((5, 33), (16, 64), (2, 3, 17)):
-        x = make("outliers", shape, typed.dtype)
-        strided = VIEWS[view](typed.backend, typed.array(x))
-        equal(typed.host(octavo.find_outliers(strided, threshold=2.0)), ref.find_outliers(x, threshold=2.0))
+def test_views_equal_contiguous(typed: Typed) -> None:
+    for view in views(typed.backend):
+        for shape in ((5, 33), (16, 64), (2, 3, 17)):
+            x = make("outliers", shape, typed.dtype)
+            strided = VIEWS[view](typed.backend, typed.array(x))
+            equal(typed.host(octavo.find_outliers(strided, threshold=2.0)), ref.find_outliers(x, threshold=2.0))
 
 
 def test_feeds_exclude_and_outlier_columns(typed: Typed) -> None:
