@@ -32,7 +32,6 @@ struct Name {
 constexpr std::array schemes{Name{"absmax", Scheme::absmax}, Name{"zeropoint", Scheme::zeropoint}};
 constexpr std::array granularities{Name{"tensor", Granularity::tensor}, Name{"row", Granularity::row},
                                    Name{"vector", Granularity::vector}};
-constexpr std::array group_granularities{granularities[0], granularities[1]};
 constexpr std::array outlier_policies{Name{"columns", Outliers::columns}, Name{"rows", Outliers::rows},
                                       Name{"static", Outliers::static_}, Name{"none", Outliers::none}};
 constexpr std::array paths{Name{"auto", Path::auto_}, Name{"int8", Path::int8}, Name{"weight_only", Path::weight_only}};
@@ -69,6 +68,45 @@ float parse_number(py::handle given, Argument argument) {
                              py::repr(given).cast<std::string>());
     }
     return static_cast<float>(value);
+}
+
+// --- options ---------------------------------------------------------------------------------------------------------
+
+// octavo.Options, read and checked once: what a weight is quantized with, and what products are made with.
+class Options {
+public:
+    Options(py::handle scheme, py::handle granularity, py::handle outliers, py::handle threshold, py::handle path)
+        : quantize{.scheme = parse(schemes, scheme, {function, "scheme"}),
+                   .granularity = parse(granularities, granularity, {function, "granularity"})},
+          linear{.threshold = parse_number(threshold, {function, "threshold"}),
+                 .outliers = parse(outlier_policies, outliers, {function, "outliers"}),
+                 .path = parse(paths, path, {function, "path"})} {
+        octavo::check_options(linear, function);
+    }
+
+    QuantizeOptions quantize;
+    LinearOptions linear;
+
+private:
+    static constexpr auto function = "Options";
+};
+
+// An instance of one of this module's classes, as C++. pybind11's cast, which also finds the bases of an object, costs
+// 40 ns; the classes are final and have none. `expected` is what users call it.
+template <class Class>
+const Class& instance_of(py::handle object, Argument argument, const char* expected) {
+    static const py::handle type = py::type::of<Class>().release();
+    const bool is_instance = py::type::handle_of(object).is(type);
+    const Class* const instance =
+        is_instance ? reinterpret_cast<py::detail::instance*>(object.ptr())->get_value_and_holder().value_ptr<Class>()
+                    : nullptr;
+    if (instance != nullptr) return *instance;
+    throw py::type_error(std::string(argument.function) + ": " + argument.name + ": expected an " + expected +
+                         ", got " + (is_instance ? "one without __init__" : Py_TYPE(object.ptr())->tp_name));
+}
+
+const Options& options_of(py::handle object, const char* function) {
+    return instance_of<Options>(object, {function, "options"}, "Options");
 }
 
 // --- arrays ----------------------------------------------------------------------------------------------------------
@@ -193,46 +231,45 @@ private:
 
 // --- operations ------------------------------------------------------------------------------------------------------
 
-py::object quantize_op(py::handle x_object, py::handle scheme_name, py::handle granularity_name, py::handle exclude) {
+py::object quantize_op(py::handle x_object, py::handle options_object, py::handle exclude) {
     constexpr auto function = "quantize";
     Array x(x_object, {function, "x"}, Use::differentiable);
-    const auto scheme = parse(schemes, scheme_name, {function, "scheme"});
-    const auto granularity = parse(group_granularities, granularity_name, {function, "granularity"});
+    const QuantizeOptions& options = options_of(options_object, function).quantize;
     const auto columns = optional_array(exclude, {function, "exclude", "int32"});
     const ConstMatrix source = x.matrix();
-    const Shape groups = granularity == Granularity::tensor ? Shape{1} : per_row(x);
+    const Shape groups = options.granularity == Granularity::tensor ? Shape{1} : per_row(x);
 
     const Array codes(allocate(x, x.shape(), DType::i8), {function, "codes"});
     const Array scale(allocate(x, groups, DType::f32), {function, "scale"});
     std::optional<Array> zeropoint;
-    if (scheme == Scheme::zeropoint)
+    if (options.scheme == Scheme::zeropoint) {
         zeropoint.emplace(allocate(x, groups, DType::f32), Argument{function, "zeropoint"});
+    }
     run(x, work_of(source), [&](Stream stream) {
-        octavo::quantize(source, scheme, granularity, vector_or_absent(columns), codes.mutable_matrix(),
-                         flat_output(scale), zeropoint ? flat_output(*zeropoint) : absent_vector, stream);
+        octavo::quantize(source, options, vector_or_absent(columns), codes.mutable_matrix(), flat_output(scale),
+                         zeropoint ? flat_output(*zeropoint) : absent_vector, stream);
     });
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint));
 }
 
-py::object quantize_weight_op(py::handle weight_object, py::handle scheme_name, py::handle granularity_name) {
+py::object quantize_weight_op(py::handle weight_object, py::handle options_object) {
     constexpr auto function = "quantize_weight";
     Array weight(weight_object, {function, "weight"});
     need_rank(weight, {function, "weight"}, 2);
-    const auto scheme = parse(schemes, scheme_name, {function, "scheme"});
-    const auto granularity = parse(granularities, granularity_name, {function, "granularity"});
+    const QuantizeOptions& options = options_of(options_object, function).quantize;
     const ConstMatrix source = weight.matrix();
-    const Shape groups{granularity == Granularity::vector ? source.rows : 1};
+    const Shape groups{options.granularity == Granularity::vector ? source.rows : 1};
 
     const Array codes(allocate(weight, weight.shape(), DType::i8), {function, "codes"});
     const Array scale(allocate(weight, groups, DType::f32), {function, "scale"});
     const Array code_sums(allocate(weight, {source.rows}, DType::i32), {function, "code_sums"});
     std::optional<Array> zeropoint;
-    if (scheme == Scheme::zeropoint) {
+    if (options.scheme == Scheme::zeropoint) {
         zeropoint.emplace(allocate(weight, groups, DType::f32), Argument{function, "zeropoint"});
     }
     run(weight, work_of(source), [&](Stream stream) {
-        octavo::quantize_weight(source, scheme, granularity, codes.mutable_matrix(), scale.vector(),
-                                vector_or_absent(zeropoint), code_sums.vector(), stream);
+        octavo::quantize_weight(source, options, codes.mutable_matrix(), scale.vector(), vector_or_absent(zeropoint),
+                                code_sums.vector(), stream);
     });
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint), code_sums.object());
 }
@@ -326,7 +363,7 @@ class Weight {
 public:
     Weight(py::handle codes, const std::optional<std::pair<std::int64_t, std::int64_t>>& shape, py::handle scale,
            py::handle zeropoint, py::handle code_sums, py::handle outlier_columns, py::handle outlier_weight,
-           py::handle scheme, py::handle granularity)
+           py::handle options_object)
         : codes_(codes, {function, "codes", "int8"}, Use::keep),
           scale_(scale, {function, "scale", "float32"}, Use::keep),
           zeropoint_(optional_array(zeropoint, {function, "zeropoint", "float32"}, Use::keep)),
@@ -346,8 +383,9 @@ public:
         }
         view_.scale = scale_.vector();
         view_.zeropoint = vector_or_absent(zeropoint_);
-        view_.scheme = parse(schemes, scheme, {function, "scheme"});
-        view_.granularity = parse(granularities, granularity, {function, "granularity"});
+        const QuantizeOptions& options = options_of(options_object, function).quantize;
+        view_.scheme = options.scheme;
+        view_.granularity = options.granularity;
         if (outlier_columns_.has_value() != outlier_weight_.has_value()) {
             throw py::value_error(std::string("Int8Weight: ") +
                                   (outlier_columns_
@@ -384,28 +422,13 @@ private:
     WeightView view_;
 };
 
-// A Python object of the class Weight, as C++. pybind11's cast, which also finds the bases of an object, costs 40 ns;
-// the class is final and has none.
-const Weight& weight_of(py::handle object, Argument argument) {
-    static const py::handle type = py::type::of<Weight>().release();
-    const bool is_weight = py::type::handle_of(object).is(type);
-    const Weight* const weight =
-        is_weight ? reinterpret_cast<py::detail::instance*>(object.ptr())->get_value_and_holder().value_ptr<Weight>()
-                  : nullptr;
-    if (weight != nullptr) return *weight;
-    throw py::type_error(std::string(argument.function) + ": " + argument.name + ": expected an Int8Weight, got " +
-                         (is_weight ? "one without __init__" : Py_TYPE(object.ptr())->tp_name));
-}
-
-py::object linear_op(py::handle x_object, py::handle weight_object, py::handle bias_object, py::handle threshold,
-                     py::handle outliers, py::handle path, py::handle out) {
+py::object linear_op(py::handle x_object, py::handle weight_object, py::handle bias_object, py::handle options_object,
+                     py::handle out) {
     constexpr auto function = "linear";
     Array x(x_object, {function, "x"}, Use::differentiable);
-    const auto& weight = weight_of(weight_object, {function, "weight"});
+    const auto& weight = instance_of<Weight>(weight_object, {function, "weight"}, "Int8Weight");
     const auto bias = optional_array(bias_object, {function, "bias"});
-    const LinearOptions options{.threshold = parse_number(threshold, {function, "threshold"}),
-                                .outliers = parse(outlier_policies, outliers, {function, "outliers"}),
-                                .path = parse(paths, path, {function, "path"})};
+    const LinearOptions& options = options_of(options_object, function).linear;
     const ConstMatrix source = x.matrix();
     const std::int64_t n = weight.view().codes.rows;
     const Output result(out, x, with_last(x, n), x.dtype(), {function, "out"});
@@ -451,23 +474,25 @@ PyMethodDef method(const char* name, const char* signature) {
 
 void define_operations(py::module_& module) {
     static std::array methods{
-        method<quantize_op>("quantize", "quantize($module, x, scheme, granularity, exclude, /)\n--\n\n"),
-        method<quantize_weight_op>("quantize_weight",
-                                   "quantize_weight($module, weight, scheme, granularity, /)\n--\n\n"),
+        method<quantize_op>("quantize", "quantize($module, x, options, exclude, /)\n--\n\n"),
+        method<quantize_weight_op>("quantize_weight", "quantize_weight($module, weight, options, /)\n--\n\n"),
         method<find_outliers_op>("find_outliers", "find_outliers($module, x, threshold, /)\n--\n\n"),
         method<pack_op>("pack", "pack($module, codes, /)\n--\n\n"),
         method<unpack_op>("unpack", "unpack($module, packed, n, k, /)\n--\n\n"),
         method<int8_matmul_op>("int8_matmul", "int8_matmul($module, a, b, out, /)\n--\n\n"),
         method<dequantize_op>("dequantize", "dequantize($module, codes, scale, zeropoint, dtype, /)\n--\n\n"),
-        method<linear_op>("linear", "linear($module, x, weight, bias, threshold, outliers, path, out, /)\n--\n\n"),
+        method<linear_op>("linear", "linear($module, x, weight, bias, options, out, /)\n--\n\n"),
         PyMethodDef{},
     };
     if (PyModule_AddFunctions(module.ptr(), methods.data()) != 0) throw py::error_already_set();
+    py::class_<Options>(module, "Options", py::is_final())
+        .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle>(), py::arg("scheme"),
+             py::arg("granularity"), py::arg("outliers"), py::arg("threshold"), py::arg("path"));
     py::class_<Weight>(module, "Weight", py::is_final())
         .def(py::init<py::handle, const std::optional<std::pair<std::int64_t, std::int64_t>>&, py::handle, py::handle,
-                      py::handle, py::handle, py::handle, py::handle, py::handle>(),
+                      py::handle, py::handle, py::handle, py::handle>(),
              py::arg("codes"), py::arg("shape"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"),
-             py::arg("outlier_columns"), py::arg("outlier_weight"), py::arg("scheme"), py::arg("granularity"))
+             py::arg("outlier_columns"), py::arg("outlier_weight"), py::arg("options"))
         .def_property_readonly("code_sums", &Weight::code_sums);
 }
 

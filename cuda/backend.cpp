@@ -44,16 +44,15 @@ void call(const char* function, Device device, Body&& body) {
 
 class Cuda final : public CudaBackend {
 public:
-    void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes,
-                  Vector scale, Vector zeropoint, Stream stream) const override {
+    void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
+                  Vector zeropoint, Stream stream) const override {
         call("quantize", x.device,
-             [&] { cuda::quantize(x, scheme, granularity, exclude, codes, scale, zeropoint, native(stream)); });
+             [&] { cuda::quantize(x, options, exclude, codes, scale, zeropoint, native(stream)); });
     }
-    void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+    void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
                          Vector zeropoint, Vector code_sums, Stream stream) const override {
-        call("quantize_weight", weight.device, [&] {
-            cuda::quantize_weight(weight, scheme, granularity, codes, scale, zeropoint, code_sums, native(stream));
-        });
+        call("quantize_weight", weight.device,
+             [&] { cuda::quantize_weight(weight, options, codes, scale, zeropoint, code_sums, native(stream)); });
     }
     void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const override {
         call("sum_codes", codes.device, [&] { cuda::sum_codes(codes, code_sums, native(stream)); });

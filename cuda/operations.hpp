@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "octavo/linear.hpp"
+#include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo::cuda {
@@ -72,12 +73,12 @@ struct Exclusion {
 void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream);
 
-void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint, cudaStream_t stream);
 
 // Waits for the device, to report a weight that is not finite; cannot be captured.
-void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
-                     Vector zeropoint, Vector code_sums, cudaStream_t stream);
+void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
+                     Vector code_sums, cudaStream_t stream);
 
 void sum_codes(ConstMatrix codes, Vector code_sums, cudaStream_t stream);
 

@@ -583,7 +583,7 @@ void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const 
     quantize_rows(x, scheme, granularity, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
 }
 
-void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint, cudaStream_t stream) {
     Workspace workspace(stream);
     Exclusion exclusion;
@@ -593,13 +593,14 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
         exclusion.marks = {workspace.at(words), 1};
         mark_listed(exclude, x.cols, exclusion.marks, stream);
     }
-    quantize_rows(x, scheme, granularity, exclusion, codes, x.cols, scale, zeropoint, absent_vector, stream);
+    quantize_rows(x, options.scheme, options.granularity, exclusion, codes, x.cols, scale, zeropoint, absent_vector,
+                  stream);
 }
 
-void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
-                     Vector zeropoint, Vector code_sums, cudaStream_t stream) {
+void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
+                     Vector code_sums, cudaStream_t stream) {
     refuse_capture(stream, "quantize_weight");
-    const bool per_row = granularity == Granularity::vector;
+    const bool per_row = options.granularity == Granularity::vector;
     // A row's number is never as great as this, which bytes of one value make.
     constexpr int filler = 0x7F;
     constexpr unsigned long long none = 0x7F7F7F7F7F7F7F7FULL;
@@ -609,8 +610,8 @@ void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity,
         const auto place = workspace.reserve<unsigned long long>(1);
         workspace.allocate();
         check(cudaMemsetAsync(workspace.at(place), filler, sizeof first, stream), "cudaMemsetAsync");
-        quantize_rows(weight, scheme, per_row ? Granularity::row : Granularity::tensor, {}, codes, weight.cols, scale,
-                      zeropoint, code_sums, workspace.at(place), stream);
+        quantize_rows(weight, options.scheme, per_row ? Granularity::row : Granularity::tensor, {}, codes, weight.cols,
+                      scale, zeropoint, code_sums, workspace.at(place), stream);
         check(cudaMemcpyAsync(&first, workspace.at(place), sizeof first, cudaMemcpyDeviceToHost, stream),
               "cudaMemcpyAsync");
         check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "octavo/linear.hpp"
+#include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo {
@@ -11,9 +12,9 @@ namespace octavo {
 class Backend {
 public:
     virtual ~Backend() = default;
-    virtual void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes,
+    virtual void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes,
                           Vector scale, Vector zeropoint, Stream stream) const = 0;
-    virtual void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+    virtual void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
                                  Vector zeropoint, Vector code_sums, Stream stream) const = 0;
     virtual void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const = 0;
     virtual void pack(ConstMatrix codes, Vector packed, Stream stream) const = 0;

@@ -4,6 +4,11 @@
 #include "check.hpp"
 
 namespace octavo {
+
+void check_options(const LinearOptions& options, const char* function) {
+    check::threshold({function, "threshold"}, options.threshold);
+}
+
 void check_weight(const WeightView& weight, const char* function) {
     const auto& codes = weight.codes;
     const std::int64_t groups = weight.granularity == Granularity::vector ? codes.rows : 1;
@@ -74,7 +79,7 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
     check::is_disjoint({function, "out"}, out, weight.outlier_columns, "weight.outlier_columns");
     check::is_disjoint({function, "out"}, out, weight.outlier_weight, "weight.outlier_weight");
     check::is_disjoint({function, "out"}, out, bias, "bias");
-    check::threshold({function, "threshold"}, options.threshold);
+    check_options(options, function);
     if (options.outliers == Outliers::static_ && options.path != Path::weight_only && !weight.outlier_columns.present) {
         check::fail(ErrorKind::value, {function, "outliers"}, "a weight with calibrated outlier_columns for 'static'",
                     "a weight without");

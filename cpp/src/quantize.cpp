@@ -29,35 +29,34 @@ void check_outputs(const char* function, const ConstMatrix& source, const char* 
 
 }  // namespace
 
-void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint, Stream stream) {
     constexpr auto function = "quantize";
     check::is_float({function, "x"}, x);
-    if (granularity == Granularity::vector) {
+    if (options.granularity == Granularity::vector) {
         check::fail(ErrorKind::value, {function, "granularity"}, "'tensor' or 'row'", "'vector'");
     }
     if (exclude.present) {
         check::is_dtype({function, "exclude"}, exclude, DType::i32);
         check::on_device({function, "exclude"}, exclude.device, x.device);
     }
-    const std::int64_t groups = granularity == Granularity::tensor ? 1 : x.rows;
-    check_outputs(function, x, "x", scheme, groups, codes, scale, zeropoint);
-    backend_for(x.device, function).quantize(x, scheme, granularity, exclude, codes, scale, zeropoint, stream);
+    const std::int64_t groups = options.granularity == Granularity::tensor ? 1 : x.rows;
+    check_outputs(function, x, "x", options.scheme, groups, codes, scale, zeropoint);
+    backend_for(x.device, function).quantize(x, options, exclude, codes, scale, zeropoint, stream);
 }
 
-void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
-                     Vector zeropoint, Vector code_sums, Stream stream) {
+void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
+                     Vector code_sums, Stream stream) {
     constexpr auto function = "quantize_weight";
     check::is_float({function, "weight"}, weight);
     check::depth({function, "weight"}, weight.cols);
-    const std::int64_t groups = granularity == Granularity::vector ? weight.rows : 1;
-    check_outputs(function, weight, "weight", scheme, groups, codes, scale, zeropoint);
+    const std::int64_t groups = options.granularity == Granularity::vector ? weight.rows : 1;
+    check_outputs(function, weight, "weight", options.scheme, groups, codes, scale, zeropoint);
     check::is_dtype({function, "code_sums"}, code_sums, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, weight.rows);
     check::on_device({function, "code_sums"}, code_sums.device, weight.device);
     check::is_writable({function, "code_sums"}, code_sums);
-    backend_for(weight.device, function)
-        .quantize_weight(weight, scheme, granularity, codes, scale, zeropoint, code_sums, stream);
+    backend_for(weight.device, function).quantize_weight(weight, options, codes, scale, zeropoint, code_sums, stream);
 }
 
 void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) {

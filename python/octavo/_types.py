@@ -13,7 +13,8 @@ Array: TypeAlias = Any
 Scheme: TypeAlias = Literal["absmax", "zeropoint"]
 Granularity: TypeAlias = Literal["tensor", "row", "vector"]
 Outliers: TypeAlias = Literal["columns", "rows", "static", "none"]
-Path: TypeAlias = Literal["auto", "int8", "weight_only"]
+ProductPath: TypeAlias = Literal["auto", "int8", "weight_only"]
+Path: TypeAlias = ProductPath
 Columns: TypeAlias = Array | Sequence[int]
 
 

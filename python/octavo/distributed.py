@@ -294,7 +294,7 @@ class RowParallelInt8Linear(_Sharded):
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return self._registered(x.to(torch.float32), None)  # whose result has the dtype of x; codes are the same
         out = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device=x.device)
-        _core.linear(x, self.int8_weight._native, None, self.threshold, self.outliers, self.path, out)
+        _core.linear(x, self.int8_weight._native, None, self._call_options(), out)
         return out
 
 

@@ -20,7 +20,7 @@ from octavo._types import (
     Columns,
     Granularity,
     Outliers,
-    Path,
+    ProductPath,
     Scheme,
     beside,
     column_indices,
@@ -28,6 +28,7 @@ from octavo._types import (
     dtype_name,
     take_columns,
 )
+from octavo.options import DEFAULT, Options, native_options, options_of
 from octavo.weight import Int8Weight
 
 
@@ -75,15 +76,17 @@ def quantize(
     """
     if exclude is not None:
         exclude = beside(x, column_indices("quantize", "exclude", exclude, columns_of(x)))
-    return Quantized(*_core.quantize(x, scheme, granularity, exclude))
+    native = native_options("quantize", None, ("scheme", "granularity"), scheme, granularity)
+    return Quantized(*_core.quantize(x, native, exclude))
 
 
 def quantize_weight(
     weight: Array,
     *,
-    scheme: Scheme = "absmax",
-    granularity: Granularity = "vector",
+    scheme: Scheme = DEFAULT,
+    granularity: Granularity = DEFAULT,
     outlier_columns: Columns | None = None,
+    options: Options | None = None,
 ) -> Int8Weight:
     """Quantize the weight of a linear layer for `linear`.
 
@@ -91,11 +94,12 @@ def quantize_weight(
 
     Args:
         weight: float32, float16 or bfloat16 ``[n, k]``, finite. A tensor that requires grad is read as if detached.
-        scheme: "absmax" or "zeropoint"; `linear` quantizes X the same way.
+        scheme: "absmax" (default) or "zeropoint"; `linear` quantizes X the same way.
         granularity: names the product. "tensor": one scale for W and one for X; "row": one for W and one per row of X;
-            "vector": one per output feature of W and one per row of X.
+            "vector" (default): one per output feature of W and one per row of X.
         outlier_columns: input features whose original weights are kept beside the codes (integers, any order), so that
             the 16-bit product of these columns uses them instead of dequantized codes.
+        options: whose `scheme` and `granularity` to use, instead of single ones.
 
     Raises:
         ValueError: the weight holds NaN or Inf, is not of rank 2, or a column is out of range.
@@ -104,7 +108,8 @@ def quantize_weight(
     kept_weight: Array | None = None
     if outlier_columns is not None:
         indices = column_indices("quantize_weight", "outlier_columns", outlier_columns, columns_of(weight))
-    codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, scheme, granularity)
+    options = options_of("quantize_weight", options, scheme=scheme, granularity=granularity)
+    codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, options._native)
     if outlier_columns is not None:
         kept, kept_weight = take_columns(weight, indices)
     return Int8Weight(
@@ -114,8 +119,8 @@ def quantize_weight(
         outlier_columns=kept,
         outlier_weight=kept_weight,
         code_sums=code_sums,
-        scheme=scheme,
-        granularity=granularity,
+        scheme=options.scheme,
+        granularity=options.granularity,
     )
 
 
@@ -166,9 +171,10 @@ def linear(
     weight: Int8Weight,
     bias: Array | None = None,
     *,
-    threshold: float = 6.0,
-    outliers: Outliers = "columns",
-    path: Path = "auto",
+    threshold: float = DEFAULT,
+    outliers: Outliers = DEFAULT,
+    path: ProductPath = DEFAULT,
+    options: Options | None = None,
     out: Array | None = None,
 ) -> Array:
     """LLM.int8(): a linear layer with int8 weights (Figure 2, Eq. 8).
@@ -183,14 +189,17 @@ def linear(
         x: float32, float16 or bfloat16 ``[..., k]``, rank >= 1.
         weight: from `quantize_weight`, ``[n, k]``.
         bias: float32, float16 or bfloat16 ``[n]``.
-        threshold: magnitude from which an element is an outlier, >= 0. Unused by "static" and "none".
-        outliers: what goes through the 16-bit product. "columns": the columns of `find_outliers` (the paper). "rows":
-            each row's own outliers, so that with path "int8" a row's result does not depend on the other rows.
+        threshold: magnitude from which an element is an outlier, >= 0, by default 6. Unused by "static" and "none".
+        outliers: what goes through the 16-bit product. "columns" (default): the columns of `find_outliers`, as in the
+            paper. "rows": each row's own outliers, so that with path "int8" a row's result does not depend on other rows.
             "static": ``weight.outlier_columns``, whatever the data; nor does it here. "none": nothing.
         path: "int8" is all of the above. "weight_only" leaves X as it is, ``y = scale_w * sum_k x * (codes + zeropoint)
             + bias`` in float32, and ignores `threshold`, `outliers` and kept columns. "auto" is "int8" on the CPU; on
             CUDA devices it is "weight_only" for up to 64 rows, which is faster there and more accurate, else "int8"; so
             there a row's result depends on the number of rows, as it does (in how sums are rounded) with "weight_only".
+            Default: "auto".
+        options: whose `threshold`, `outliers` and `path` to use, instead of single ones. What the weight was quantized
+            with stays the weight's.
         out: float32, float16 or bfloat16 ``[..., n]`` to write to (any strides, apart from the inputs); default: a new
             array of x's dtype.
 
@@ -205,7 +214,8 @@ def linear(
         native = weight._native
     except AttributeError:
         raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}") from None
-    return _core.linear(x, native, bias, threshold, outliers, path, out)
+    chosen = native_options("linear", options, ("threshold", "outliers", "path"), threshold, outliers, path)
+    return _core.linear(x, native, bias, chosen, out)
 
 
 def get_num_threads() -> int:

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_args
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
+from typing import Any
 
-from octavo._types import Granularity, Outliers, Path, Scheme
+from octavo import _core
+from octavo._types import Granularity, Outliers, ProductPath, Scheme
+
+
+class _Default:
+    """Stands for the default of a keyword, so that one that is not given differs from one that is."""
+
+    def __repr__(self) -> str:
+        return "<default>"
+
+
+DEFAULT: Any = _Default()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +46,28 @@ class Options:
     granularity: Granularity = "vector"
     outliers: Outliers = "columns"
     threshold: float = 6.0
-    path: Path = "auto"
+    path: ProductPath = "auto"
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                raise TypeError(f"Options: {name}: expected a string, got {type(value).__name__}")
-            if value not in choices:
-                raise ValueError(f"Options: {name}: expected one of {', '.join(choices)}, got {value!r}")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise TypeError(f"Options: threshold: expected a number, got {type(self.threshold).__name__}")
-        if math.isnan(self.threshold) or self.threshold < 0:
-            raise ValueError(f"Options: threshold: expected a number >= 0, got {self.threshold}")
+        if isinstance(self.threshold, bool):
+            raise TypeError("Options: threshold: expected a number, got bool")
+        _ = self._native  # the core checks the values
         object.__setattr__(self, "threshold", float(self.threshold))
+
+    @cached_property
+    def _native(self) -> _core.Options:
+        """The options as the core takes them, made once."""
+        return _core.Options(**self._values())
+
+    def _values(self) -> dict[str, Any]:
+        return {option.name: getattr(self, option.name) for option in fields(self)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Options.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict[str, Any]:
         """The options by name, as JSON can hold them (an infinite threshold as the string "inf")."""
-        values = asdict(self)
+        values = self._values()
         if math.isinf(self.threshold):
             values["threshold"] = "inf"
         return values
@@ -64,7 +80,7 @@ class Options:
             ValueError: names `where`; a value that octavo does not have, or an option that it does not know, which a
                 newer version may have written.
         """
-        known = {field.name for field in fields(cls)}
+        known = {option.name for option in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"{where}: expected options of octavo, got {', '.join(map(repr, unknown))}: update octavo")
@@ -77,9 +93,35 @@ class Options:
             raise ValueError(f"{where}: {error}") from error
 
 
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "scheme": get_args(Scheme),
-    "granularity": get_args(Granularity),
-    "outliers": get_args(Outliers),
-    "path": get_args(Path),
-}
+def options_of(function: str, options: Options | None, **keywords: Any) -> Options:
+    """The options of a call of `function`: `options`, or else the defaults with the keywords that are not `DEFAULT`.
+
+    Raises:
+        TypeError: both are given, or a value of the wrong kind; ValueError: a value that octavo does not have.
+    """
+    given = {name: value for name, value in keywords.items() if value is not DEFAULT}
+    if options is None:
+        try:
+            return Options(**given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("Options", function, 1)) from None
+    if not isinstance(options, Options):
+        raise TypeError(f"{function}: options: expected octavo.Options, got {type(options).__name__}")
+    if given:
+        raise TypeError(f"{function}: options: expected none beside single options, got both it and {', '.join(given)}")
+    return options
+
+
+@lru_cache(maxsize=256, typed=True)
+def _remembered(function: str, names: tuple[str, ...], *values: Any) -> _core.Options:
+    return options_of(function, None, **dict(zip(names, values, strict=True)))._native
+
+
+def native_options(function: str, options: Options | None, names: tuple[str, ...], *values: Any) -> _core.Options:
+    """`options_of` for the core, with keywords as names and values; remembered, as a small product takes no longer."""
+    if options is None:
+        try:
+            return _remembered(function, names, *values)
+        except TypeError:  # or the value cannot be hashed
+            pass
+    return options_of(function, options, **dict(zip(names, values, strict=True)))._native

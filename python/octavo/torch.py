@@ -22,6 +22,7 @@ from octavo._layers import CALIBRATED, MIN_FRACTION, linears, replace, run_batch
 from octavo._smoothing import smooth_
 from octavo._types import Granularity, Outliers, Path, Scheme
 from octavo.checkpoint.layers import DEFAULT_SKIP
+from octavo.options import native_options
 from octavo.weight import Int8Weight
 
 __all__ = ["Int8Linear", "calibrate_", "quantize_", "smooth_"]
@@ -266,8 +267,12 @@ class Int8Linear(nn.Module):
             weight = self.int8_weight
         # octavo.linear without its keywords.
         return _core.linear(  # type: ignore[no-any-return]
-            input, weight._native, bias, self.threshold, self.outliers, self.path, None
+            input, weight._native, bias, self._call_options(), None
         )
+
+    def _call_options(self) -> _core.Options:
+        names = ("threshold", "outliers", "path")
+        return native_options("linear", None, names, self.threshold, self.outliers, self.path)
 
     def _autocast(self, input: Tensor) -> Tensor:
         """The input in autocast's dtype where autocast is on."""

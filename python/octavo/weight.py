@@ -6,6 +6,7 @@ from typing import Any
 
 from octavo import _core
 from octavo._types import Array, Granularity, Scheme, dtype_name
+from octavo.options import options_of
 
 
 class Int8Weight:
@@ -62,9 +63,11 @@ class Int8Weight:
         shape: tuple[int, int] | None = None,
         pack: bool = True,
     ) -> None:
+        options = options_of("Int8Weight", None, scheme=scheme, granularity=granularity)
+
         def native(codes: Array, shape: tuple[int, int] | None, code_sums: Array | None) -> _core.Weight:
             kept = (outlier_columns, outlier_weight)
-            return _core.Weight(codes, shape, scale, zeropoint, code_sums, *kept, scheme, granularity)
+            return _core.Weight(codes, shape, scale, zeropoint, code_sums, *kept, options._native)
 
         self._native = native(codes, shape, code_sums)
         self.code_sums = self._native.code_sums

@@ -272,11 +272,15 @@ def test_the_core_refuses_what_its_wrapper_would(inputs: Inputs) -> None:
     from octavo import _core
 
     empty = _core.Weight.__new__(_core.Weight)
+    options = octavo.Options()._native
     for weight in (None, 3, inputs.w, inputs.weight, empty):
-        call = lambda w=weight: _core.linear(inputs.x, w, None, 6.0, "none", "auto", None)  # noqa: E731
+        call = lambda w=weight: _core.linear(inputs.x, w, None, options, None)  # noqa: E731
         fails(TypeError, "linear", "weight", call)
+    for wrong in (None, {}, octavo.Options(), inputs.weight._native):
+        call = lambda o=wrong: _core.linear(inputs.x, inputs.weight._native, None, o, None)  # noqa: E731
+        fails(TypeError, "linear", "options", call)
     for arguments in ((), (inputs.x,), (inputs.x,) * 8):
-        with pytest.raises(TypeError, match=f"expected 7 positional arguments, got {len(arguments)}"):
+        with pytest.raises(TypeError, match=f"expected 5 positional arguments, got {len(arguments)}"):
             _core.linear(*arguments)
     with pytest.raises(TypeError):
         _core.find_outliers(inputs.x, threshold=6.0)

@@ -1,6 +1,7 @@
 // LLM.int8(): the linear layer with int8 weights.
 #pragma once
 
+#include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo {
@@ -17,12 +18,6 @@ struct WeightView {
     Scheme scheme = Scheme::absmax;
     Granularity granularity = Granularity::vector;
     Layout layout = Layout::row_major;  // of `codes`; strides are ignored where they are packed
-};
-
-struct LinearOptions {
-    float threshold = 6.0F;  // magnitude from which `columns` and `rows` call an element of X an outlier; >= 0
-    Outliers outliers = Outliers::columns;
-    Path path = Path::auto_;
 };
 
 // y[i, j] = acc[i, j] * (scale_x[i] * scale_w[j]) + sum_{o in O} x[i, o] * w[j, o] + bias[j]        (paper Eq. 8)

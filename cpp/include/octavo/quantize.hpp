@@ -1,6 +1,7 @@
 // Quantization of activations and weights to int8 codes.
 #pragma once
 
+#include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo {
@@ -15,7 +16,7 @@ namespace octavo {
 // (x / absmax) * 127; where max - min or nd (zeropoint) would overflow, the same formulas in float64.
 //
 //   x            [m, k] f32, f16 or bf16, any strides
-//   granularity  `tensor` or `row`
+//   options      granularity `tensor` or `row`
 //   exclude      i32 [r] or absent: columns left out of the scale, whose codes are 0 (outlier columns; any order).
 //                Others than those of x are an error on the CPU and ignored on CUDA devices.
 //   codes        [m, k] i8
@@ -25,8 +26,12 @@ namespace octavo {
 // An empty or all-zero group has scale 0 and codes 0 (zeropoint: scale 1; a constant group m has scale |m| and
 // reproduces m). A group holding NaN or Inf has scale NaN and codes 0, so that whatever it produces is NaN.
 // CPU: returns when done. CUDA: enqueues. Throws Error (type, value, device) naming the argument.
-void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint, Stream stream = {});
+inline void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes,
+                     Vector scale, Vector zeropoint, Stream stream = {}) {
+    quantize(x, {scheme, granularity}, exclude, codes, scale, zeropoint, stream);
+}
 
 // Quantize a weight for `linear`: as `quantize` with one scale per tensor (`tensor`, `row`) or per row (`vector`), and
 // the sums of its codes, which the zeropoint product (Eq. 4-5) and the unsigned dot product instructions need.
@@ -39,8 +44,12 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
 //
 // Throws Error (value) where the weight holds NaN or Inf; the outputs are then unspecified. Returns when done, on CUDA
 // devices too; there it throws Error (device) where the stream is being captured.
-void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
-                     Vector zeropoint, Vector code_sums, Stream stream = {});
+void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
+                     Vector code_sums, Stream stream = {});
+inline void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+                            Vector zeropoint, Vector code_sums, Stream stream = {}) {
+    quantize_weight(weight, {scheme, granularity}, codes, scale, zeropoint, code_sums, stream);
+}
 
 // Sums over k of the codes `[n, k]` of a weight, i32 [n] (for weights that come from a file).
 void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream = {});

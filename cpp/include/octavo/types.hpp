@@ -1,4 +1,4 @@
-// Words shared by every operation: element types, devices, strided views and the names of schemes and policies.
+// Words shared by every operation: element types, devices and strided views.
 #pragma once
 
 #include <cstdint>
@@ -85,36 +85,10 @@ using Vector = BasicVector<void>;
 using ConstVector = BasicVector<const void>;
 inline constexpr Vector absent_vector{.present = false};
 
-// How values map to codes (DESIGN section 2; paper Eq. 1 and Eq. 2-5).
-enum class Scheme : std::uint8_t {
-    absmax,     // x ~ code * scale, scale = absmax / 127
-    zeropoint,  // x ~ (code + zeropoint) * scale, scale = (max - min) / 254
-};
-
-// What shares one scale. It names the product: tensor-wise (one scale for X, one for W), row-wise (one per row of X,
-// one for W), vector-wise (one per row of X and one per output feature, i.e. row, of W).
-enum class Granularity : std::uint8_t { tensor, row, vector };
-
 // How the codes of a weight lie in memory.
 enum class Layout : std::uint8_t {
     row_major,  // a matrix [n, k] of any strides
     packed,     // the order of octavo/pack.hpp; CPU memory only
-};
-
-// Which elements of X go through the 16-bit product (DESIGN section 2, "outlier policies").
-enum class Outliers : std::uint8_t {
-    columns,  // columns of X holding a magnitude >= threshold (or NaN, Inf) anywhere in this call: the paper's rule
-    rows,     // each row's own such elements: with Path::int8 a row's result does not depend on the other rows
-    static_,  // the calibrated columns kept with the weight: independent of the data of the call, likewise
-    none,     // no decomposition
-};
-
-// Which product to use. `auto_` is `int8` on the CPU; on CUDA devices `weight_only` up to 64 rows, else `int8`.
-enum class Path : std::uint8_t {
-    auto_,
-    int8,         // LLM.int8(): quantize X, int8 product, 16-bit outliers
-    weight_only,  // int8 weights, activations left as they are (W8A16); on CUDA devices how its sums are rounded
-                  // depends on the number of rows
 };
 
 }  // namespace octavo

@@ -8,13 +8,13 @@ namespace {
 
 class CpuBackend final : public Backend {
 public:
-    void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes,
-                  Vector scale, Vector zeropoint, Stream /*stream*/) const override {
-        cpu::quantize(x, scheme, granularity, exclude, codes, scale, zeropoint);
+    void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
+                  Vector zeropoint, Stream /*stream*/) const override {
+        cpu::quantize(x, options, exclude, codes, scale, zeropoint);
     }
-    void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
+    void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
                          Vector zeropoint, Vector code_sums, Stream /*stream*/) const override {
-        cpu::quantize_weight(weight, scheme, granularity, codes, scale, zeropoint, code_sums);
+        cpu::quantize_weight(weight, options, codes, scale, zeropoint, code_sums);
     }
     void sum_codes(ConstMatrix codes, Vector code_sums, Stream /*stream*/) const override {
         cpu::sum_codes(codes, code_sums);

@@ -8,10 +8,10 @@
 
 namespace octavo::cpu {
 
-void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint);
-void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
-                     Vector zeropoint, Vector code_sums);
+void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
+                     Vector code_sums);
 void sum_codes(ConstMatrix codes, Vector code_sums);
 void pack(ConstMatrix codes, std::int8_t* packed);
 void unpack(const std::int8_t* packed, Matrix codes);

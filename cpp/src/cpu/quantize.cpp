@@ -163,7 +163,7 @@ void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const 
     });
 }
 
-void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector exclude, Matrix codes, Vector scale,
+void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint) {
     std::vector<std::int32_t> columns;
     for (std::int64_t i = 0; i < exclude.size; ++i) {
@@ -176,14 +176,14 @@ void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, ConstVector
     }
     sort_unique(columns);
     const RowTraits traits{.excluded = [&](std::int64_t) { return std::span<const std::int32_t>(columns); }};
-    quantize_rows(x, scheme, granularity, traits, codes, scale, zeropoint, absent_vector);
+    quantize_rows(x, options.scheme, options.granularity, traits, codes, scale, zeropoint, absent_vector);
 }
 
-void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
-                     Vector zeropoint, Vector code_sums) {
-    const auto groups = granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
+void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
+                     Vector code_sums) {
+    const auto groups = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
     const RowTraits traits{.excluded = [](std::int64_t) { return std::span<const std::int32_t>(); }};
-    quantize_rows(weight, scheme, groups, traits, codes, scale, zeropoint, code_sums);
+    quantize_rows(weight, options.scheme, groups, traits, codes, scale, zeropoint, code_sums);
     for (std::int64_t i = 0; i < scale.size; ++i) {
         if (std::isnan(get<float>(scale, i))) {
             const std::string where = scale.size == 1 ? "" : " in row " + std::to_string(i);

@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 
+#include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo::cpu {
