@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import io
 import itertools
+import json
 import pickle
 import weakref
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def same(a: Tensor | None, b: Tensor | None) -> None:
 
 
 def same_layer(a: ot.Int8Linear, b: ot.Int8Linear, x: Tensor) -> None:
-    for name in ("weight", "scale", "zeropoint", "outlier_columns", "outlier_weight", "bias"):
+    for name in ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "bias"):
         same(getattr(a, name), getattr(b, name))
     for name in ("scheme", "granularity", "threshold", "outliers", "path", "in_features", "out_features"):
         assert getattr(a, name) == getattr(b, name), name
@@ -105,10 +106,11 @@ def test_is_octavo_linear(options: str, dtype: str, bias: bool) -> None:
 def test_attributes() -> None:
     layer = ot.Int8Linear.from_linear(dense(8, 4), outlier_columns=[3, 1])
     assert isinstance(layer.weight, nn.Parameter)
-    assert layer.weight.dtype == torch.int8
+    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer.weight, ot.Int8Tensor)
+    assert (layer.weight.dtype, tuple(layer.weight.shape)) == (torch.float32, (4, 8)), "those of the weight it replaces"
     assert not layer.weight.requires_grad
-    assert tuple(layer.codes.shape) == (4, 8)
-    assert layer.weight.numel() == 16 * 64, "packed"
+    assert (layer.codes.dtype, tuple(layer.codes.shape)) == (torch.int8, (4, 8))
     assert layer.scale.dtype == torch.float32
     assert tuple(layer.scale.shape) == (4,)
     assert layer.zeropoint is None
@@ -124,7 +126,7 @@ def test_attributes() -> None:
     weight = layer.int8_weight
     assert isinstance(weight, octavo.Int8Weight)
     assert weight.shape == (4, 8)
-    assert weight.packed.data_ptr() == layer.weight.data_ptr(), "the codes are held once"
+    assert weight is layer.weight.int8_weight, "the codes are held once"
     assert {name for name, _ in layer.named_parameters()} == {"weight", "bias"}
 
 
@@ -186,7 +188,7 @@ def test_copies(options: str, how: str, tmp_path: Path) -> None:
             "module": through_torch_save,
         }[how](layer)
         same_layer(duplicate, layer, x)
-        assert duplicate.weight.data_ptr() != layer.weight.data_ptr()
+        assert duplicate.int8_weight.packed.data_ptr() != layer.int8_weight.packed.data_ptr()
         return
     state = layer.state_dict()
     if how == "torch.save":
@@ -195,7 +197,9 @@ def test_copies(options: str, how: str, tmp_path: Path) -> None:
     elif how == "safetensors":
         from safetensors.torch import load_file, save_file
 
-        save_file(state, tmp_path / "state")
+        with pytest.raises(RuntimeError):  # not the codes under the weight's name, nor nothing
+            save_file(state, tmp_path / "state")
+        save_file(plain(state), tmp_path / "state")
         state = load_file(tmp_path / "state")
     fresh = ot.Int8Linear(33, 19)
     with torch.no_grad():
@@ -206,6 +210,19 @@ def test_copies(options: str, how: str, tmp_path: Path) -> None:
     same_layer(fresh, layer, x)
 
 
+def plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as a file holds it: the parts of int8 weights in their place."""
+    result = {}
+    for name, value in state.items():
+        parts = (
+            {f".{part}": own for part, own in value.parts().items()}
+            if isinstance(value, ot.Int8Tensor)
+            else {"": value}
+        )
+        result |= {name + part: own for part, own in parts.items()}
+    return result
+
+
 def through_torch_save(module: nn.Module) -> Any:
     buffer = io.BytesIO()
     torch.save(module, buffer)
@@ -214,14 +231,31 @@ def through_torch_save(module: nn.Module) -> Any:
 
 
 def test_state_dict_keys() -> None:
-    """Arrays, the bias and the options; all of them tensors."""
-    plain = ot.Int8Linear.from_linear(dense(8, 4)).state_dict()
-    assert set(plain) == {"weight", "scale", "bias", "_extra_state"}
-    full = ot.Int8Linear.from_linear(dense(8, 4, bias=False), scheme="zeropoint", outlier_columns=[2]).state_dict()
-    assert set(full) == {"weight", "scale", "zeropoint", "outlier_columns", "outlier_weight", "_extra_state"}
-    assert all(isinstance(value, Tensor) for value in full.values())
-    assert full["_extra_state"].dtype == torch.uint8
-    assert b"zeropoint" in bytes(full["_extra_state"].tolist())  # JSON
+    """Those of nn.Linear; in a file there is no `weight` that a reader without octavo could take for one."""
+    state = ot.Int8Linear.from_linear(dense(8, 4), scheme="zeropoint", outlier_columns=[2]).state_dict()
+    assert set(state) == {"weight", "bias"}
+    assert isinstance(state["weight"], ot.Int8Tensor)
+    held = plain(state)
+    names = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "options")
+    assert set(held) == {"bias", *(f"weight.{name}" for name in names)}
+    assert all(type(value) is Tensor for value in held.values())
+    assert b"zeropoint" in bytes(held["weight.options"].tolist())  # JSON
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_state_dicts_of_the_first_version(options: str) -> None:
+    """As octavo's first checkpoint format has a layer: int8 `weight`, its arrays beside it, `_extra_state`."""
+    layer, x = ot.Int8Linear.from_linear(dense(33, 19), **OPTIONS[options]), inputs(33)
+    named = {"format_version": 1, **layer.weight.options.to_dict()}
+    state = {
+        "weight": layer.codes,
+        "bias": layer.bias.detach(),
+        "_extra_state": torch.frombuffer(bytearray(json.dumps(named).encode()), dtype=torch.uint8),
+        **{name: getattr(layer, name) for name in ("scale", "zeropoint", "outlier_columns", "outlier_weight")},
+    }
+    fresh = ot.Int8Linear(33, 19)
+    fresh.load_state_dict({name: value for name, value in state.items() if value is not None}, strict=True)
+    same_layer(fresh, layer, x)
 
 
 def test_loading_replaces_what_was_there() -> None:
@@ -249,7 +283,7 @@ def test_loading_the_wrong_thing_is_refused() -> None:
 def test_casts_keep_the_scales(options: str, cast: str) -> None:
     """A scale of 7 bits would be another weight: .half() and .to(dtype) leave the int8 weight as it is, bit for bit."""
     layer = ot.Int8Linear.from_linear(dense(33, 19), **OPTIONS[options])
-    held = [name for name in ("weight", "scale", "zeropoint") if getattr(layer, name) is not None]
+    held = [name for name in ("codes", "scale", "zeropoint") if getattr(layer, name) is not None]
     before = {name: getattr(layer, name).clone() for name in held}
     model = nn.Sequential(layer)
     moved = model.to(DTYPES[cast.removeprefix("to ")]) if cast.startswith("to ") else getattr(model, cast)()
@@ -284,7 +318,7 @@ def test_in_place_changes_of_the_weight_are_seen() -> None:
         a(x)
         a.load_state_dict(b.state_dict())
         same(a(x), b(x))
-        assert a.weight.data_ptr() != b.weight.data_ptr()
+        assert a.int8_weight.packed.data_ptr() != b.int8_weight.packed.data_ptr()
 
 
 def test_the_codes_are_held_once_wherever_they_move() -> None:
@@ -295,7 +329,7 @@ def test_the_codes_are_held_once_wherever_they_move() -> None:
         for change in (lambda: layer._apply(torch.clone), layer.share_memory, lambda: layer.to(torch.float32)):
             change()
             same(layer(x), expected)
-            assert layer.int8_weight.packed.data_ptr() == layer.weight.data_ptr()
+            assert layer.int8_weight.packed.data_ptr() == layer.weight._codes.data_ptr()
 
 
 # --- autograd
@@ -317,7 +351,7 @@ def test_gradient_of_x_is_that_of_the_dequantized_weight(options: str, dtype: st
     assert x.grad is not None
     assert x.grad.shape == x.shape
     assert x.grad.dtype == x.dtype
-    w = TORCH.weight(layer.int8_weight).dequantize().astype(float)
+    w = TORCH.host(layer.weight.dequantize(torch.float32)).astype(float)  # with the kept columns
     g64 = TORCH.host(g).astype(float)
     expected, magnitude = g64 @ w, np.abs(g64) @ np.abs(w)
     error = np.abs(TORCH.host(x.grad) - expected)
@@ -426,7 +460,7 @@ BLOCKS = {f"blocks.{i}.{fc}" for i in (0, 1) for fc in ("fc1", "fc2")}
 
 def test_quantize_replaces_linears_in_place() -> None:
     model = Model()
-    originals = {name: model.get_submodule(name) for name in BLOCKS}
+    originals = {name: copy.deepcopy(model.get_submodule(name)) for name in BLOCKS}
     x = inputs(24, kind="normal")
     with torch.no_grad():
         exact = model(x)
@@ -503,7 +537,9 @@ def test_memory() -> None:
     """What this is for: about a quarter of float32."""
 
     def size(model: nn.Module) -> int:
-        return sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))
+        layers = [layer for layer in model if isinstance(layer, ot.Int8Linear)]
+        held = sum(layer.int8_weight.nbytes + layer.bias.nbytes for layer in layers)
+        return held or sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))
 
     model = nn.Sequential(dense(512, 1024), dense(1024, 512))
     before = size(model)
@@ -561,17 +597,16 @@ def test_tied_weights_stay_tied(then: str) -> None:
     assert isinstance(model.a, ot.Int8Linear)
     assert isinstance(model.b, ot.Int8Linear)
     assert model.a.weight is model.b.weight, "one parameter"
-    assert model.a.weight.data_ptr() == model.b.weight.data_ptr(), "one memory"
     assert model.c is model.a
     assert not torch.equal(model.a.bias, model.b.bias)
     assert model.lm_head.weight is model.embedding.weight
     assert model.lm_head.weight.dtype == dtype
     with torch.no_grad():
         assert torch.isfinite(model(ids)).all()
-    assert sum(p.numel() for p in model.parameters() if p.dtype == torch.int8) == 32 * 64, "24 x 24, packed, once"
     state = model.state_dict()
-    assert state["a.weight"].shape == (24, 24)
-    assert state["a.weight"].data_ptr() == state["b.weight"].data_ptr(), "one memory in the state dict too"
+    assert state["a.weight"]._codes.data_ptr() == state["b.weight"]._codes.data_ptr(), (
+        "one memory in the state dict too"
+    )
 
 
 def test_weights_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,13 +614,13 @@ def test_weights_are_released_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
     model = nn.Sequential(*(dense(4, 4, seed=seed) for seed in range(5)))
     weights = [weakref.ref(layer.weight) for layer in model]
     alive: list[int] = []
-    convert = ot.Int8Linear.from_linear
+    quantize = ot.Int8Tensor.from_float
 
-    def count(layer: nn.Linear, **options: Any) -> ot.Int8Linear:
+    def count(*args: Any) -> ot.Int8Tensor:
         alive.append(sum(weight() is not None for weight in weights))
-        return convert(layer, **options)
+        return quantize(*args)
 
-    monkeypatch.setattr(ot.Int8Linear, "from_linear", count)
+    monkeypatch.setattr(ot.Int8Tensor, "from_float", count)
     ot.quantize_(model, progress=False)
     assert alive == [5, 4, 3, 2, 1]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from octavo._layers import MIN_FRACTION
+from octavo.torch.convert import MIN_FRACTION
 
 from octavo_bench.measuring.modules import SEED
 from octavo_bench.measuring.output import Table, as_text

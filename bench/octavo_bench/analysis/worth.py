@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from octavo._layers import MIN_FRACTION
+from octavo.torch.convert import MIN_FRACTION
 from octavo._types import Outliers
 from octavo.torch import Int8Linear, systematic_columns
 from torch import Tensor, nn

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from octavo._layers import replace
 from torch import Tensor, nn
 
 from .modules import copy_modules, linear_layers
@@ -47,7 +46,7 @@ def convert(model: nn.Module, peer: Peer) -> nn.Module:
     with _quiet():
         for name, linear in list(linear_layers(model)):
             assert isinstance(linear, nn.Linear)
-            replace(model, name, peer.make(linear).eval())
+            model.set_submodule(name, peer.make(linear).eval())
     return model
 
 

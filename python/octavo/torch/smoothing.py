@@ -9,7 +9,6 @@ and a use that the batches do not show is none that they were calibrated for.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from octavo._layers import CALIBRATED, linears, replace, run_batches
-from octavo.checkpoint.layers import DEFAULT_SKIP
+from octavo.torch.choice import choose_layers
+from octavo.torch.convert import run_batches
+from octavo.torch.layer import CALIBRATED
+from octavo.torch.tensor import Int8Tensor
 
 _PROBED = 4  # rows of a normalization's input that its formula is recognized on
 _LISTED = 3  # reasons that an error gives
@@ -33,7 +34,7 @@ def smooth_(
     alpha: float = 0.5,
     pairs: Mapping[str, Sequence[str]] | None = None,
     insert: bool = False,
-    skip: Sequence[str] = DEFAULT_SKIP,
+    skip: Sequence[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """SmoothQuant: divide what normalizations put out, multiply the linear layers that take it, in place.
@@ -72,9 +73,9 @@ def smooth_(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"smooth_: alpha: expected a number in [0, 1], got {alpha}")
-    if any(hasattr(type(module), "int8_weight") for module in model.modules()):
+    if any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
         raise ValueError("smooth_: model: expected the 16/32-bit model, got one that quantize_ has converted")
-    layers = dict(linears(model, skip, _kinds()))
+    layers = choose_layers(model, skip=skip).layers
     if not layers:
         raise ValueError("smooth_: model: expected linear layers, got none")
     seen = _watch(model, layers, batches, pairs, progress)
@@ -192,12 +193,6 @@ class _Norm:
         ):
             return "1 + weight"
         return ""
-
-
-def _kinds() -> tuple[type[nn.Module], ...]:
-    """Classes of linear layers. Transformers is not imported for its Conv1D: a model that has one has imported it."""
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    return (nn.Linear, transformers.Conv1D) if transformers is not None else (nn.Linear,)
 
 
 class _Uses(TorchDispatchMode):
@@ -400,7 +395,7 @@ class _Change:
                 delattr(layer.module, CALIBRATED)
             if not self.norm:
                 factor = self.scale.reciprocal().to(weight.dtype)
-                replace(model, layer.name, nn.Sequential(InputScale(factor), layer.module))
+                model.set_submodule(layer.name, nn.Sequential(InputScale(factor), layer.module))
 
 
 def _rounded(value: Tensor, parameter: Tensor, name: str) -> Tensor:

@@ -1,0 +1,14 @@
+"""octavo for PyTorch: the weight as a tensor, `Int8Tensor`, and the conversion of whole models in place.
+
+>>> model = calibrate_(model, batches)      # doctest: +SKIP
+>>> quantize_(model)                        # doctest: +SKIP
+
+The operation is ``torch.ops.octavo.linear``, to be compiled, exported and differentiated.
+"""
+
+from octavo.torch.convert import calibrate_, quantize_, systematic_columns
+from octavo.torch.layer import Int8Linear
+from octavo.torch.smoothing import smooth_
+from octavo.torch.tensor import Int8Tensor
+
+__all__ = ["Int8Linear", "Int8Tensor", "calibrate_", "quantize_", "smooth_", "systematic_columns"]

@@ -1,0 +1,140 @@
+"""Which layers of a model become int8: the one decision, for every way to convert a model."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+# Not layers that lose little, but layers that others read: the output head's logits are compared with each other, a
+# router's decide which expert runs.
+HEADS = ("lm_head", "*.lm_head")
+ROUTERS = ("gate", "*.gate", "router", "*.router", "*.router.*", "*.shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose_layers` found.
+
+    Attributes:
+        layers: the layers to convert, by qualified name; a layer under several names is there under each.
+        kept: why each other linear layer stays as it is, by qualified name.
+    """
+
+    layers: dict[str, Any]
+    kept: dict[str, str]
+
+
+def choose_layers(
+    model: nn.Module, *, include: Sequence[str] | None = None, skip: Sequence[str] | None = None
+) -> Choice:
+    """The linear layers of `model` whose weight becomes int8, and why the others' does not.
+
+    Linear layers are ``nn.Linear`` with its subclasses, and the ``Conv1D`` of Transformers. Only the structure of the
+    model is read: it may be on the meta device.
+
+    What stays: by default the output head (``get_output_embeddings()``, or ``lm_head``) and the routers of mixtures of
+    experts. In any case: a weight that another kind of module uses, too (a tied embedding); one that a parametrization
+    computes; layers that the model keeps in float32 for its dtype; what an adapter of PEFT has added; weights that are
+    no floating-point matrix.
+
+    Args:
+        include: patterns of qualified names ("decoder.layers.0.fc1"), as in a shell ("*", "?", "[...]"); given, only
+            layers that one of them matches, the output head and routers too.
+        skip: patterns of layers to leave, in place of the output head and routers.
+    """
+    for name, patterns in (("include", include), ("skip", skip)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{name}: expected a sequence of patterns, got a string")
+    found = [(name, layer) for name, layer in model.named_modules(remove_duplicate=False) if is_linear(layer)]
+    reason = _Reasons(model, include, skip)
+    layers: dict[str, Any] = {}
+    kept: dict[str, str] = {}
+    for name, layer in found:
+        why = reason(name, layer)
+        if why:
+            kept[name] = why
+        else:
+            layers[name] = layer
+    return Choice(layers, kept)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is a Conv1D of Transformers, whose weight is ``[in, out]``."""
+    # Not imported for it: a model that has one has imported it.
+    transformers = sys.modules.get("transformers.pytorch_utils")
+    return transformers is not None and isinstance(module, transformers.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+class _Reasons:
+    """Why a layer stays as it is: "" where it does not."""
+
+    def __init__(self, model: nn.Module, include: Sequence[str] | None, skip: Sequence[str] | None) -> None:
+        self._include = include
+        self._skip = skip
+        self._users: dict[int, str] = {
+            id(parameter): name or type(module).__name__
+            for name, module in model.named_modules()
+            if not is_linear(module)
+            for parameter in module.parameters(recurse=False)
+        }
+        head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
+        self._head = _quietly(head)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self._tied: dict[str, str] = dict(tied) | {source: target for target, source in dict(tied).items()}
+        plan = getattr(model, "_get_dtype_plan", None)
+        float32 = () if plan is None else plan(getattr(model, "dtype"))  # noqa: B009 (of a PreTrainedModel)
+        self._float32 = [re.compile(pattern.replace("*", ".*")) for pattern in float32]
+        self._adapters = [
+            f"{name}." if name else "" for name, module in model.named_modules() if hasattr(module, "base_layer")
+        ]
+
+    def __call__(self, name: str, layer: Any) -> str:
+        weight = layer._parameters.get("weight")
+        if weight is None:
+            return "its weight is computed from other parameters"
+        if type(weight).__name__ == "Int8Tensor":
+            return "its weight is int8 already"
+        if weight.dim() != 2 or not weight.is_floating_point():
+            return f"its weight is {weight.dtype} of {weight.dim()} dimensions"
+        user = self._users.get(id(weight)) or self._tied.get(f"{name}.weight")
+        if user:
+            return f"its weight is also that of {user}"
+        if any(name.startswith(above) and not f"{name}.".startswith(f"{above}base_layer.") for above in self._adapters):
+            return "it belongs to an adapter"
+        if any(pattern.search(f"{name}.weight") for pattern in self._float32):
+            return "the model keeps it in float32"
+        return self._by_name(name, layer, weight)
+
+    def _by_name(self, name: str, layer: Any, weight: Tensor) -> str:
+        if self._skip is not None and _matches(name, self._skip):
+            return "skipped"
+        if self._include is not None:
+            return "" if _matches(name, self._include) else "not included"
+        if self._skip is not None:
+            return ""
+        if layer is self._head or _matches(name, HEADS):
+            return "it is the output head"
+        return "it is a router" if _matches(name, ROUTERS) else ""
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _quietly(head: Callable[[], Any]) -> Any:
+    """The output head; None of a model that has none and says so by an exception."""
+    try:
+        return head()
+    except (NotImplementedError, AttributeError):
+        return None

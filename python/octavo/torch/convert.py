@@ -1,0 +1,219 @@
+"""The conversion of whole models in place: `calibrate_`, then `quantize_`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from octavo._types import Granularity, Outliers, ProductPath, Scheme
+from octavo.options import Options
+from octavo.torch.choice import choose_layers
+from octavo.torch.layer import CALIBRATED, Int8Linear, watch_loading
+from octavo.torch.tensor import Int8Tensor
+
+MIN_FRACTION = 0.06  # of positions, from which on the paper calls an outlier column systematic (section 4)
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    scheme: Scheme = "absmax",
+    granularity: Granularity = "vector",
+    threshold: float = 6.0,
+    outliers: Outliers = "columns",
+    path: ProductPath = "auto",
+    skip: Sequence[str] | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Make the weight of every linear layer of `model` an `Int8Tensor`, in place, one after the other.
+
+    The layers stay what they are, with their class, hooks and attributes (``nn.Linear`` becomes its subclass
+    `Int8Linear`). The 16/32-bit weight of a layer is released as soon as its int8 form exists. Layers that share a
+    weight go on sharing it. Which layers stay as they are: see `octavo.torch.choice.choose_layers`. Columns that
+    `calibrate_` recorded are kept in 16 bit.
+
+    Args:
+        scheme, granularity: see `octavo.quantize_weight`.
+        threshold, outliers, path: see `octavo.linear`.
+        skip: patterns as in a shell ("*", "?", "[...]") of qualified names ("decoder.layers.0.fc1"); default: the
+            output head and the routers of mixtures of experts.
+        progress: show a progress bar.
+
+    Returns:
+        model.
+
+    Raises (before anything is replaced):
+        ValueError: a weight with NaN or Inf, or without memory (meta device); "static" and a layer that was not
+            calibrated; `model` is itself an ``nn.Linear`` (use `Int8Linear.from_linear`).
+        TypeError: a weight of another dtype than float32, float16 and bfloat16.
+    """
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)"
+        )
+    options = Options(scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
+    layers = choose_layers(model, skip=skip).layers
+    _check_layers(layers, outliers)
+
+    # By identity only: nothing here may hold on to a weight that has been converted.
+    sharers: dict[int, dict[int, Any]] = {}
+    for layer in layers.values():
+        sharers.setdefault(id(layer.weight), {})[id(layer)] = layer
+    for users in tqdm(sharers.values(), desc="quantize", unit="weight", disable=not progress):
+        first, *others = users.values()
+        convert_(first, options)
+        for layer in others:
+            hold(layer, first.weight)
+    return model
+
+
+def convert_(layer: Any, options: Options) -> None:
+    """Make the weight of one linear layer an Int8Tensor."""
+    columns = getattr(layer, CALIBRATED, None)
+    if isinstance(layer, nn.Linear):
+        weight = Int8Tensor.from_float(layer.weight, options, columns)
+    else:  # Conv1D, which has [in, out]
+        weight = Int8Tensor.from_float(layer.weight.t(), options, columns).t()  # type: ignore[assignment]
+    hold(layer, nn.Parameter(weight, requires_grad=False))
+
+
+def hold(layer: Any, weight: nn.Parameter) -> None:
+    """Give a linear layer its int8 weight."""
+    layer.weight = weight
+    if type(layer) is nn.Linear:
+        layer.__class__ = Int8Linear
+    watch_loading(layer)
+
+
+def calibrate_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    threshold: float = 6.0,
+    min_fraction: float = MIN_FRACTION,
+    skip: Sequence[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """Find the systematic outlier columns of each linear layer, for `quantize_` to keep in 16 bit.
+
+    Runs `batches` through the 16/32-bit model (it needs the original weights, so it comes before `quantize_`) and
+    records, layer by layer, the input features whose magnitude is >= `threshold` at a fraction of at least
+    `min_fraction` of all positions. The paper calls outliers systematic from 6 % of positions on (section 4).
+
+    Args:
+        batches: each a tensor (``model(batch)``), a tuple or list (``model(*batch)``), or a mapping
+            (``model(**batch)``).
+        threshold: as in `octavo.linear`.
+        min_fraction: in [0, 1]; 0 records every column that was ever an outlier.
+        skip: as in `quantize_`.
+        progress: show a progress bar.
+
+    Returns:
+        Qualified name -> int32 ``[r]``, ascending, for every layer that the batches reached.
+
+    The model is run in eval mode without autograd; its mode and parameters are left as they were.
+
+    Raises:
+        ValueError: `threshold` < 0 or `min_fraction` outside [0, 1], no batches, no linear layers, or layers that are
+            quantized already.
+    """
+    if any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
+        raise ValueError("calibrate_: model: expected the 16/32-bit model, got one that quantize_ has converted")
+    layers = choose_layers(model, skip=skip).layers
+    columns = systematic_columns(
+        model, layers, batches, threshold=threshold, min_fraction=min_fraction, progress=progress
+    )
+    for name, own in columns.items():
+        setattr(layers[name], CALIBRATED, own)
+    return columns
+
+
+def systematic_columns(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    threshold: float,
+    min_fraction: float,
+    progress: bool,
+    function: str = "calibrate_",
+) -> dict[str, Tensor]:
+    """What `calibrate_` returns, of the modules `layers` of `model`, by any names; nothing is recorded in them.
+
+    `function`: whose arguments these are, for its errors.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"{function}: threshold: expected a number >= 0, got {threshold}")
+    if not 0 <= min_fraction <= 1:
+        raise ValueError(f"{function}: min_fraction: expected a number in [0, 1], got {min_fraction}")
+    if not layers:
+        raise ValueError(f"{function}: model: expected linear layers, got none")
+    counts: dict[nn.Module, Tensor] = {}
+    positions: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        rows = x.detach().reshape(-1, x.shape[-1])
+        # As in find_outliers: compared in float32, and NaN and Inf count.
+        found = (~(rows.float().abs() < threshold)).sum(0)
+        counts[module] = counts[module] + found if module in counts else found
+        positions[module] = positions.get(module, 0) + rows.shape[0]
+
+    modules = {id(layer): layer for layer in layers.values()}.values()
+    handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in modules]
+    try:
+        run_batches(model, batches, doing="calibrate", progress=progress)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not counts:
+        raise ValueError(f"{function}: batches: expected at least one that reaches a linear layer, got none")
+
+    columns: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if layer in counts:
+            systematic = (counts[layer] > 0) & (counts[layer] >= min_fraction * positions[layer])
+            columns[name] = systematic.nonzero().flatten().to(torch.int32).cpu()
+    return columns
+
+
+def run_batches(model: nn.Module, batches: Iterable[Any], *, doing: str, progress: bool) -> None:
+    """Run each batch in eval mode without autograd; the modules' modes are left as they were.
+
+    A tensor is given as ``model(batch)``, a tuple or list as ``model(*batch)``, a mapping as ``model(**batch)``.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in tqdm(batches, desc=doing, unit="batch", disable=not progress):
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                elif isinstance(batch, (tuple, list)):
+                    model(*batch)
+                else:
+                    model(batch)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def _check_layers(layers: Mapping[str, Any], outliers: Outliers) -> None:
+    """Raise now what would stop the conversion of a layer."""
+    for name, layer in layers.items():
+        weight = layer.weight
+        if weight.dtype not in _FLOAT_DTYPES:
+            raise TypeError(f"quantize_: {name}.weight: expected float32, float16 or bfloat16, got {weight.dtype}")
+        if weight.device.type == "meta":
+            raise ValueError(f"quantize_: {name}.weight: expected a tensor with memory, got one on the meta device")
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"quantize_: {name}.weight: expected finite values, got NaN or Inf")
+        if outliers == "static" and not hasattr(layer, CALIBRATED):
+            raise ValueError(
+                f"quantize_: {name}: expected a calibrated layer for outliers='static' (run calibrate_ first), got none"
+            )

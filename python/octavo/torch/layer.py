@@ -1,0 +1,250 @@
+"""`Int8Linear`: ``nn.Linear`` with an int8 weight, and what a state dict brings to a layer that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from octavo import _core
+from octavo._types import Granularity, Outliers, ProductPath, Scheme
+from octavo.checkpoint import format as names
+from octavo.options import Options
+from octavo.torch import operation
+from octavo.torch.tensor import Int8Tensor
+from octavo.weight import Int8Weight
+
+# Where `calibrate_` leaves a layer's columns for `quantize_`.
+CALIBRATED = "octavo_outlier_columns"
+
+
+def _option(name: str) -> Any:
+    """A property of the layer: an option of its weight."""
+
+    def set_option(self: Int8Linear, value: Any) -> None:
+        self.weight.options = replace(self.weight.options, **{name: value})
+
+    return property(lambda self: getattr(self.weight.options, name), set_option)
+
+
+def _array(name: str) -> Any:
+    """A property of the layer: an array of its weight."""
+    return property(lambda self: getattr(self.weight.int8_weight, name))
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer with an int8 weight: LLM.int8() in place of `torch.nn.Linear`. See `octavo.linear`.
+
+    `quantize_` makes it of every ``nn.Linear``. It is one in every respect, its `weight` being an `Int8Tensor`; what it
+    adds is speed: where nothing but the product is asked for, it calls octavo past PyTorch's dispatcher.
+
+    Args:
+        in_features: k.
+        out_features: n.
+        bias: whether the layer has one.
+        scheme, granularity: see `octavo.quantize_weight`.
+        threshold, outliers, path: see `octavo.linear`.
+        device: of all tensors.
+        dtype: of the weight, as which it shows itself, and of the bias.
+
+    Attributes:
+        weight: Parameter, an `Int8Tensor` ``[n, k]``.
+        bias: Parameter ``[n]`` or None.
+        scheme, granularity, threshold, outliers, path: the options of `weight`; the last three may be set.
+        int8_weight: the weight as `octavo.linear` takes it.
+        codes, scale, zeropoint, outlier_columns, outlier_weight: its arrays.
+
+    A new layer is all zeros, to be filled by ``load_state_dict``. That also takes the state dict of a ``nn.Linear``,
+    and quantizes its weight, and one of the first version of the format (``weight`` int8, ``scale``, ..., ``_extra_state``).
+    Gradients flow to x (through the dequantized weight) and to the bias.
+    """
+
+    scheme: Scheme = _option("scheme")
+    granularity: Granularity = _option("granularity")
+    threshold: float = _option("threshold")
+    outliers: Outliers = _option("outliers")
+    path: ProductPath = _option("path")
+    codes: Tensor = _array("codes")
+    scale: Tensor = _array("scale")
+    zeropoint: Tensor | None = _array("zeropoint")
+    outlier_columns: Tensor | None = _array("outlier_columns")
+    outlier_weight: Tensor | None = _array("outlier_weight")
+    code_sums: Tensor = _array("code_sums")
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scheme: Scheme = "absmax",
+        granularity: Granularity = "vector",
+        threshold: float = 6.0,
+        outliers: Outliers = "columns",
+        path: ProductPath = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        options = Options(scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
+        weight = Int8Tensor.from_float(torch.zeros(out_features, in_features, dtype=dtype), options)
+        self._become(weight, nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None)
+        if device is not None:
+            self.to(device)
+
+    def _become(self, weight: Int8Tensor, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
+        watch_loading(self)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        scheme: Scheme = "absmax",
+        granularity: Granularity = "vector",
+        threshold: float = 6.0,
+        outliers: Outliers = "columns",
+        path: ProductPath = "auto",
+        outlier_columns: Tensor | Sequence[int] | None = None,
+    ) -> Int8Linear:
+        """An Int8Linear with the quantized weight and the very bias of `linear`, which is left as it is.
+
+        Args:
+            outlier_columns: input features whose original weights are kept; default: those `calibrate_` recorded.
+        """
+        options = Options(scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
+        if outlier_columns is None:
+            outlier_columns = getattr(linear, CALIBRATED, None)
+        layer = cls.__new__(cls)
+        layer._become(Int8Tensor.from_float(linear.weight, options, outlier_columns), linear.bias)
+        return layer.train(linear.training)
+
+    @property
+    def int8_weight(self) -> Int8Weight:
+        """The weight as `octavo.linear` takes it; it shares the layer's memory."""
+        return self.weight.int8_weight  # type: ignore[no-any-return, union-attr]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
+        if torch.compiler.is_compiling():
+            return functional.linear(input, self.weight, self.bias)
+        parameters = self._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if type(weight) is not Int8Tensor or not _is_plain(input, bias):
+            return functional.linear(input, self.weight, self.bias)
+        arrays = weight._arrays
+        return _core.linear(  # type: ignore[no-any-return]
+            input, arrays.int8_weight._native, bias, arrays.options._native, None
+        )
+
+    def extra_repr(self) -> str:
+        """The layer's options, for ``print(model)``."""
+        if not isinstance(self.weight, Int8Tensor):
+            return super().extra_repr()
+        arrays, options = self.weight._arrays, self.weight.options
+        kept = "" if arrays.outlier_columns is None else f", outlier_columns={len(arrays.outlier_columns)}"
+        return (
+            f"{super().extra_repr()}, scheme={options.scheme!r}, granularity={options.granularity!r}, "
+            f"threshold={options.threshold:g}, outliers={options.outliers!r}, path={options.path!r}{kept}"
+        )
+
+    # --- for octavo.distributed and octavo.transformers, as they are today --------------------------------------------
+
+    @classmethod
+    def _from_weight(
+        cls, weight: Int8Weight, bias: Any, *, training: bool, threshold: float, outliers: Outliers, path: ProductPath
+    ) -> Int8Linear:
+        layer = cls.__new__(cls)
+        options = Options(
+            scheme=weight.scheme, granularity=weight.granularity, threshold=threshold, outliers=outliers, path=path
+        )
+        dtype = torch.float32 if bias is None else bias.dtype
+        layer._become(Int8Tensor.from_int8_weight(weight, dtype, options), bias)
+        return layer.train(training)
+
+    def _hold(self, weight: Int8Weight) -> None:
+        made = Int8Tensor.from_int8_weight(weight, self.weight.dtype, self.weight.options)  # type: ignore[arg-type]
+        self.weight = nn.Parameter(made, requires_grad=False)
+
+    def _complete(self) -> None:
+        pass
+
+    def _settle(self) -> None:
+        pass
+
+    def _call_options(self) -> _core.Options:
+        return self.weight.options._native  # type: ignore[union-attr]
+
+    def _autocast(self, input: Tensor) -> Tensor:
+        device = input.device.type
+        return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+
+    def _registered(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        return operation.linear(input, self.weight._arrays, bias)  # type: ignore[union-attr]
+
+
+def _is_plain(input: Tensor, bias: Tensor | None) -> bool:
+    """Whether nothing but a product of `input` is wanted: nobody traces, differentiates, maps or casts it."""
+    return not (
+        type(input) is not Tensor
+        or torch._C._has_torch_function_unary(input)
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
+        or (torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
+        or input.is_nested
+        or input.is_meta
+    )
+
+
+# --- state dicts ------------------------------------------------------------------------------------------------------
+
+
+def watch_loading(module: nn.Module) -> None:
+    """Let `module`, a layer with an int8 weight, load every kind of state dict: see `_take_weight`."""
+    module.register_load_state_dict_pre_hook(_take_weight)
+
+
+def _take_weight(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
+) -> None:
+    """Make an Int8Tensor of what a state dict has in place of one.
+
+    That is its parts (``weight.codes``, ``weight.scale``, ...); those of a layer in the first version of the format
+    (``weight`` int8, ``scale``, ..., ``_extra_state``); a floating-point weight that is to be assigned, not copied.
+    """
+    key = f"{prefix}weight"
+    present = module._parameters.get("weight")
+    value = state_dict.get(key)
+    if f"{key}.{names.CODES}" in state_dict:
+        start = f"{key}."
+        parts = {name[len(start) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(start)}
+        state_dict[key] = _turned(Int8Tensor.from_parts(parts), present)
+    elif value is not None and value.dtype == torch.int8 and f"{prefix}_extra_state" in state_dict:
+        old = names.PARTS_OF_VERSION_1.items()
+        parts = {part: state_dict.pop(prefix + name) for name, part in old if prefix + name in state_dict}
+        dtype = torch.float32 if present is None else present.dtype
+        state_dict[key] = _turned(Int8Tensor.from_parts(parts, dtype), present)
+    elif (
+        isinstance(present, Int8Tensor)
+        and local_metadata.get("assign_to_params_buffers", False)
+        and isinstance(value, Tensor)
+        and not isinstance(value, Int8Tensor)
+        and value.is_floating_point()
+        and value.shape == present.shape
+    ):
+        weight = value.t() if present._transposed else value
+        state_dict[key] = _turned(Int8Tensor.from_float(weight, present.options), present)
+
+
+def _turned(weight: Int8Tensor, present: Any) -> Int8Tensor:
+    """The weight as a layer with ``[k, n]`` has it, where `present` is one of such a layer."""
+    return weight.t() if isinstance(present, Int8Tensor) and present._transposed else weight  # type: ignore[return-value]
