@@ -59,7 +59,7 @@ class Int8Linear(nn.Linear):
         codes, scale, zeropoint, outlier_columns, outlier_weight: its arrays.
 
     A new layer is all zeros, to be filled by ``load_state_dict``. That also takes the state dict of a ``nn.Linear``,
-    and quantizes its weight, and one of the first version of the format (``weight`` int8, ``scale``, ..., ``_extra_state``).
+    whose weight it quantizes, and that of a layer in the first checkpoint format (``weight`` int8, ``_extra_state``).
     Gradients flow to x (through the dequantized weight) and to the bias.
     """
 
