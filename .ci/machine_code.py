@@ -15,7 +15,7 @@ from pathlib import Path
 REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
     "scalar": {},
     "avx2": {
-        "product": (r"vpmaddwd .*%ymm",),
+        "product": (r"vpmaddwd .*%ymm", r"vpaddw .*%ymm", r"vpsignb .*%ymm"),
         "streaming": (r"vpmaxuw .*%ymm", r"vfn?m\w*ps .*%ymm"),
         "epilogue": (r"vcvtdq2ps .*%ymm", r"vfmadd\w*ps .*%ymm"),
     },
@@ -33,8 +33,10 @@ REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "neon_i8mm": {"product": (r"smmla\s+v\d+\.4s", r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[3\]")},
 }
-# Sums of products of bytes that stick at the ends of their range.
+# Sums of products of bytes that stick at the ends of their range. AVX2's product has vpmaddubsw where it says that no
+# sum reaches them.
 FORBIDDEN = (r"\bvpmaddubsw\b", r"\bvpdpbu[us]ds\b", r"\bvpdpwssds\b")
+ALLOWED = {("avx2", "product"): r"\bvpmaddubsw\b"}
 
 
 def faults(isa: str, objects: list[Path], objdump: str) -> list[str]:
@@ -50,7 +52,8 @@ def faults(isa: str, objects: list[Path], objdump: str) -> list[str]:
         missing = [pattern for pattern in patterns if not re.search(pattern, code.get(source, ""))]
         found += [f"{isa}: {source}: expected an instruction like '{pattern}', found none" for pattern in missing]
     for source, text in code.items():
-        matches = [match.group() for pattern in FORBIDDEN if (match := re.search(pattern, text))]
+        wrong = [pattern for pattern in FORBIDDEN if pattern != ALLOWED.get((isa, source))]
+        matches = [match.group() for pattern in wrong if (match := re.search(pattern, text))]
         found += [f"{isa}: {source}: has the saturating instruction {name}" for name in matches]
     return found
 

@@ -40,9 +40,11 @@ TEST(shapes) {
     struct Shape {
         std::int64_t m, n, k;
     };
-    const Shape shapes[] = {{1, 1, 1},    {1, 1, 0},    {0, 3, 5},    {3, 0, 5},     {2, 3, 5},
-                            {7, 11, 13},  {1, 67, 31},  {67, 1, 5},   {64, 64, 64},  {65, 66, 127},
-                            {3, 130, 64}, {131, 3, 65}, {4, 4, 1000}, {1, 200, 129}, {200, 70, 17}};
+    // The last ones have several slices of k: one panel of rows, few, and more than a block of them.
+    const Shape shapes[] = {{1, 1, 1},     {1, 1, 0},     {0, 3, 5},      {3, 0, 5},      {2, 3, 5},
+                            {7, 11, 13},   {1, 67, 31},   {67, 1, 5},     {64, 64, 64},   {65, 66, 127},
+                            {3, 130, 64},  {131, 3, 65},  {4, 4, 1000},   {1, 200, 129},  {200, 70, 17},
+                            {3, 20, 2000}, {13, 33, 700}, {37, 80, 1100}, {300, 270, 600}};
     Random random(71);
     for (const Shape& s : shapes) {
         const check::Context context(s.m, " x ", s.n, " x ", s.k);

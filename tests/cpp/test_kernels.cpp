@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
@@ -16,8 +17,14 @@
 #include "reference.hpp"
 #include "tables.hpp"
 
+namespace octavo::cpu::emulated {
+extern const Plan few;
+extern const Plan many;
+}  // namespace octavo::cpu::emulated
+
 using octavo::DType;
 using octavo::cpu::Kernels;
+using octavo::cpu::Plan;
 
 namespace {
 
@@ -215,21 +222,6 @@ void check_ideal_codes(DType dtype) {
 TEST(encode_absmax_is_ideal_for_float16) { check_ideal_codes(DType::f16); }
 TEST(encode_absmax_is_ideal_for_bfloat16) { check_ideal_codes(DType::bf16); }
 
-TEST(flip_sign_bits_adds_128) {
-    compare("flip_sign_bits", 0, [&](const Kernels& table, std::int64_t size) {
-        Random random(6);
-        std::vector<std::int8_t> values(static_cast<std::size_t>(size));
-        for (std::int8_t& value : values) value = static_cast<std::int8_t>(random.integer(-128, 127));
-        const Guarded<std::int8_t> codes(values);
-        table.flip_sign_bits(codes.data(), size);
-        for (std::int64_t i = 0; i < size; ++i) {
-            const auto flipped = static_cast<std::uint8_t>(codes.data()[i]);
-            CHECK_EQ(int{flipped}, values[static_cast<std::size_t>(i)] + 128);
-        }
-        return codes.bytes();
-    });
-}
-
 TEST(dot_agrees) {
     compare("dot", 0, [&](const Kernels& table, std::int64_t size) {
         Random random(9);
@@ -264,58 +256,107 @@ TEST(sum_is_exact) {
     }
 }
 
-TEST(epilogue_is_the_equation) {
-    constexpr std::int64_t width = 16;
-    constexpr std::int64_t rows = 5;  // of outlier weights
+namespace {
+
+// A tile with everything an epilogue can have, of `rows` x `cols`.
+struct Tile {
+    static constexpr std::int64_t outliers = 5;
+    static constexpr std::int64_t stride = 96;
+    static constexpr std::int64_t most_rows = 7;
+
+    Tile(Random& random, std::int64_t cols)
+        : width(static_cast<std::size_t>((cols + 15) / 16 * 16)),
+          acc(static_cast<std::size_t>((most_rows - 1) * stride) + width),
+          row_offsets(most_rows),
+          col_offsets(width),
+          scaled(random_floats(random, (most_rows - 1) * stride + static_cast<std::int64_t>(width))),
+          scale_x(random_floats(random, most_rows)),
+          scale_w(random_floats(random, static_cast<std::int64_t>(width), 1e-6)),
+          bias(random_floats(random, static_cast<std::int64_t>(width))),
+          outlier_x(random_floats(random, most_rows * outliers)),
+          outlier_w(random_floats(random, (outliers - 1) * octavo::cpu::most_cols + static_cast<std::int64_t>(width))) {
+        for (const auto* ints : {&acc, &row_offsets, &col_offsets}) {
+            for (std::size_t i = 0; i < ints->bytes().size() / 4; ++i) {
+                ints->data()[i] = static_cast<std::int32_t>(random.bits());
+            }
+        }
+    }
+
+    std::size_t width;
+    Guarded<std::int32_t> acc;
+    Guarded<std::int32_t> row_offsets;
+    Guarded<std::int32_t> col_offsets;
+    Guarded<float> scaled;
+    Guarded<float> scale_x;
+    Guarded<float> scale_w;
+    Guarded<float> bias;
+    Guarded<float> outlier_x;
+    Guarded<float> outlier_w;
+};
+
+// Every step rounded once, in the order that the table promises.
+float expected_output(const octavo::cpu::EpilogueTile& tile, std::int64_t i, std::int64_t j) {
+    float y = 0;
+    if (tile.scaled != nullptr) {
+        y = tile.scaled[i * tile.stride + j];
+    } else {
+        const auto sum = static_cast<std::int32_t>(static_cast<std::uint32_t>(tile.acc[i * tile.stride + j]) -
+                                                   static_cast<std::uint32_t>(tile.row_offsets[i]) -
+                                                   static_cast<std::uint32_t>(tile.col_offsets[j]));
+        y = static_cast<float>(sum) * (tile.scale_x[i] * tile.scale_w[j]);
+    }
+    for (std::int64_t o = 0; o < tile.outliers; ++o) {
+        const std::int64_t place = tile.outlier_places != nullptr ? tile.outlier_places[o] : o;
+        y = std::fma(tile.outlier_x[i * tile.outliers + o], tile.outlier_w[place * octavo::cpu::most_cols + j], y);
+    }
+    return tile.bias != nullptr ? y + tile.bias[j] : y;
+}
+
+}  // namespace
+
+TEST(epilogue_is_the_equation_to_the_bit) {
+    const Guarded<std::int32_t> places(std::vector<std::int32_t>{4, 0, 3, 3, 1});
     for (const Kernels* table : tables()) {
         Random random(9);
-        for (std::int64_t cols = 1; cols <= octavo::cpu::tile_cols; cols += cols < 40 ? 1 : 27) {
-            const check::Context context("epilogue of ", table->isa, ", columns ", cols);
-            const auto size = static_cast<std::size_t>((cols + width - 1) / width * width);
-            const Guarded<std::int32_t> acc(size);
-            for (std::size_t j = 0; j < size; ++j) acc.data()[j] = static_cast<std::int32_t>(random.bits() >> 8U);
-            const Guarded<float> scaled(random_floats(random, static_cast<std::int64_t>(size)));
-            const Guarded<float> scale(random_floats(random, static_cast<std::int64_t>(size), 1e-6));
-            const Guarded<float> bias(random_floats(random, static_cast<std::int64_t>(size)));
-            const Guarded<float> weight(
-                random_floats(random, (rows - 1) * octavo::cpu::tile_cols + static_cast<std::int64_t>(size)));
-            const Guarded<float> values(random_floats(random, rows));
-            const Guarded<std::int32_t> places(std::vector<std::int32_t>{4, 0, 3, 3, 1});
-            for (int kind = 0; kind < 8; ++kind) {
-                const octavo::cpu::EpilogueRow row{.acc = (kind & 1) != 0 ? nullptr : acc.data(),
-                                                   .scaled = (kind & 1) != 0 ? scaled.data() : nullptr,
-                                                   .scale_x = 0.37F,
-                                                   .scale_w = scale.data(),
-                                                   .outliers = kind / 2 % 2 * rows,
-                                                   .outlier_x = values.data(),
-                                                   .outlier_places = kind >= 6 ? places.data() : nullptr,
-                                                   .outlier_w = weight.data(),
-                                                   .bias = kind >= 4 ? bias.data() : nullptr};
-                const Guarded<float> y(static_cast<std::size_t>(cols));
-                table->epilogue(row, cols, DType::f32, y.data());
-                for (std::int64_t j = 0; j < cols; ++j) {
-                    double sum = row.scaled != nullptr ? double{row.scaled[j]}
-                                                       : static_cast<double>(acc.data()[j]) * 0.37F * row.scale_w[j];
-                    double terms = std::fabs(sum);
-                    for (std::int64_t o = 0; o < row.outliers; ++o) {
-                        const std::int64_t place = row.outlier_places != nullptr ? row.outlier_places[o] : o;
-                        const double term =
-                            double{values.data()[o]} * weight.data()[place * octavo::cpu::tile_cols + j];
-                        sum += term;
-                        terms += std::fabs(term);
+        for (std::int64_t cols = 1; cols <= Tile::stride; cols += cols < 40 ? 1 : 19) {
+            const Tile given(random, cols);
+            for (int kind = 0; kind < 16; ++kind) {
+                const std::int64_t rows = 1 + (cols + kind) % Tile::most_rows;
+                const check::Context context("epilogue of ", table->isa, ", ", rows, " x ", cols, ", kind ", kind);
+                const bool scaled = (kind & 1) != 0;
+                const octavo::cpu::EpilogueTile tile{.rows = rows,
+                                                     .cols = cols,
+                                                     .acc = scaled ? nullptr : given.acc.data(),
+                                                     .row_offsets = scaled ? nullptr : given.row_offsets.data(),
+                                                     .col_offsets = scaled ? nullptr : given.col_offsets.data(),
+                                                     .scaled = scaled ? given.scaled.data() : nullptr,
+                                                     .stride = Tile::stride,
+                                                     .scale_x = given.scale_x.data(),
+                                                     .scale_w = given.scale_w.data(),
+                                                     .outliers = kind / 2 % 2 * Tile::outliers,
+                                                     .outlier_x = given.outlier_x.data(),
+                                                     .outlier_places = kind / 4 % 2 != 0 ? places.data() : nullptr,
+                                                     .outlier_w = given.outlier_w.data(),
+                                                     .bias = kind >= 8 ? given.bias.data() : nullptr};
+                const std::int64_t y_cols = cols + kind % 3;  // the last row ends at the guard page
+                const auto size = static_cast<std::size_t>((rows - 1) * y_cols + cols);
+                const Guarded<float> y{std::vector<float>(size)};  // zeros, which stay between the rows
+                table->epilogue(tile, DType::f32, y.data(), y_cols * 4);
+                std::vector<float> expected(size);
+                for (std::int64_t i = 0; i < rows; ++i) {
+                    for (std::int64_t j = 0; j < cols; ++j) {
+                        expected[static_cast<std::size_t>(i * y_cols + j)] = expected_output(tile, i, j);
                     }
-                    if (row.bias != nullptr) sum += row.bias[j];
-                    if (row.bias != nullptr) terms += std::fabs(row.bias[j]);
-                    // Each of at most 9 operations is off by half a place of the sum of magnitudes.
-                    const double slack = 9 * 0x1p-24 * terms;
-                    CHECK(std::fabs(y.data()[j] - sum) <= slack);
                 }
+                CHECK(y.bytes() == Guarded<float>(expected).bytes());
                 for (const DType dtype : {DType::f16, DType::bf16}) {
-                    const Guarded<std::uint16_t> narrow(static_cast<std::size_t>(cols));
-                    const Guarded<std::uint16_t> expected(static_cast<std::size_t>(cols));
-                    table->epilogue(row, cols, dtype, narrow.data());
-                    table->store(y.data(), cols, dtype, expected.data(), 1);
-                    CHECK(narrow.bytes() == expected.bytes());
+                    const Guarded<std::uint16_t> narrow{std::vector<std::uint16_t>(size)};
+                    const Guarded<std::uint16_t> rounded{std::vector<std::uint16_t>(size)};
+                    table->epilogue(tile, dtype, narrow.data(), y_cols * 2);
+                    for (std::int64_t i = 0; i < rows; ++i) {
+                        table->store(y.data() + i * y_cols, cols, dtype, rounded.data() + i * y_cols, 1);
+                    }
+                    CHECK(narrow.bytes() == rounded.bytes());
                 }
             }
         }
@@ -348,95 +389,162 @@ TEST(pack_is_the_packed_order) {
 
 namespace {
 
-// One product of `table` in guarded memory, compared with sums of its own.
-void check_product(const Kernels& table, std::int64_t rows, std::int64_t cols, std::int64_t depth, Random& random) {
-    const check::Context context(table.isa, " product ", rows, " x ", cols, " x ", depth);
-    const std::int64_t stride = depth + random.integer(0, 3);  // the last row ends at the guard page
-    const bool extreme = random.integer(0, 3) == 0;            // all -128, the value without a negative
-    const auto fill = [&](std::int64_t size) {
+// The product of `plan` over slices of k that end at `ends`, as the driver goes: panels of X and slices of W in guarded
+// memory. -> [rows, cols] sums.
+std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8_t>& x, std::int64_t rows,
+                                   const Guarded<std::int8_t>& w, std::int64_t cols,
+                                   const std::vector<std::int64_t>& ends) {
+    const std::int64_t depth = ends.back();
+    const Guarded<std::int32_t> acc(static_cast<std::size_t>(plan.rows * plan.cols));
+    std::vector<std::uint32_t> row_offsets(static_cast<std::size_t>(rows));
+    std::vector<std::int32_t> col_offsets(static_cast<std::size_t>(cols));
+    if (plan.enter != nullptr) plan.enter(rows);
+    for (std::int64_t begin = 0; const std::int64_t end : ends) {
+        const std::int64_t size = end - begin;
+        const Guarded<std::int8_t> panel(static_cast<std::size_t>(plan.rows * size * plan.x_size));
+        for (std::int64_t i = 0; i < rows; ++i) {
+            row_offsets[static_cast<std::size_t>(i)] +=
+                static_cast<std::uint32_t>(plan.place_row(x.data() + i * depth + begin, size, i, panel.data()));
+        }
+        octavo::cpu::ProductTile tile{.x = panel.data(),
+                                      .rows = rows,
+                                      .w = w.data() + begin * 16,
+                                      .w_stride = depth * 16,
+                                      .cols = cols,
+                                      .depth = size,
+                                      .first = begin == 0,
+                                      .acc = acc.data()};
+        const Guarded<std::int8_t> slice(static_cast<std::size_t>(cols * size * plan.regrouped));
+        if (plan.regroup != nullptr) {
+            plan.regroup(tile.w, tile.w_stride, cols, size, slice.data(), col_offsets.data());
+            tile.w = slice.data();
+            tile.w_stride = 16 * size * plan.regrouped;
+        }
+        plan.multiply(tile);
+        begin = end;
+    }
+    if (plan.leave != nullptr) plan.leave();
+
+    std::vector<std::int32_t> sums;
+    for (std::int64_t i = 0; i < rows; ++i) {
+        for (std::int64_t j = 0; j < cols; ++j) {
+            auto sum = static_cast<std::uint32_t>(acc.data()[i * plan.cols + j]);
+            sum -= row_offsets[static_cast<std::size_t>(i)];
+            sum -= static_cast<std::uint32_t>(col_offsets[static_cast<std::size_t>(j)]);
+            for (std::int64_t k = 0; plan.x_is_unsigned && k < depth; ++k) {
+                sum -= 128U * static_cast<std::uint32_t>(w.data()[octavo::cpu::packed_index(j, k, depth)]);
+            }
+            sums.push_back(static_cast<std::int32_t>(sum));
+        }
+    }
+    return sums;
+}
+
+// One product of `plan`, compared with sums of its own.
+void check_product(const Plan& plan, std::int64_t rows, std::int64_t cols, const std::vector<std::int64_t>& ends,
+                   Random& random) {
+    const std::int64_t depth = ends.back();
+    const int least = plan.x_is_symmetric ? -127 : -128;
+    // All of them extreme, the least, or anything.
+    const auto fill = [&](std::int64_t size, int lowest) {
+        const std::int64_t kind = random.integer(0, 3);
         std::vector<std::int8_t> values(static_cast<std::size_t>(size));
-        for (std::int8_t& value : values) value = static_cast<std::int8_t>(extreme ? -128 : random.integer(-128, 127));
+        for (std::int8_t& value : values) {
+            const std::int64_t any = random.integer(lowest, 127);
+            value = static_cast<std::int8_t>(kind == 0 ? (any < 0 ? lowest : 127) : kind == 1 ? lowest : any);
+        }
         return values;
     };
-    const std::vector<std::int8_t> x = fill((rows - 1) * stride + depth);
-    const Guarded<std::int8_t> given(x);
-    if (table.x_is_unsigned) table.flip_sign_bits(given.data(), static_cast<std::int64_t>(x.size()));
-    const Guarded<std::int8_t> w(fill(cols * depth));
-    const Guarded<std::int32_t> w_sums(static_cast<std::size_t>(cols));
-    const auto code = [&](std::int64_t j, std::int64_t k) { return w.data()[octavo::cpu::packed_index(j, k, depth)]; };
-    for (std::int64_t j = 0; j < cols; ++j) {
-        w_sums.data()[j] = 0;
-        for (std::int64_t k = 0; k < depth; ++k) w_sums.data()[j] += code(j, k);
-    }
-    const Guarded<std::int32_t> acc(static_cast<std::size_t>(rows * octavo::cpu::tile_cols));
-    table.product({.x = given.data(),
-                   .x_stride = stride,
-                   .rows = rows,
-                   .w = w.data(),
-                   .w_stride = depth * 16,
-                   .w_sums = w_sums.data(),
-                   .cols = cols,
-                   .depth = depth,
-                   .acc = acc.data()});
+    const std::vector<std::int8_t> x = fill(rows * depth, least);
+    const Guarded<std::int8_t> w(fill(cols * depth, -128));
+    const auto sums = multiply(plan, x, rows, w, cols, ends);
     for (std::int64_t i = 0; i < rows; ++i) {
         for (std::int64_t j = 0; j < cols; ++j) {
             std::int32_t expected = 0;
             for (std::int64_t k = 0; k < depth; ++k) {
-                expected += x[static_cast<std::size_t>(i * stride + k)] * code(j, k);
+                expected +=
+                    x[static_cast<std::size_t>(i * depth + k)] * w.data()[octavo::cpu::packed_index(j, k, depth)];
             }
-            const std::int32_t got = acc.data()[i * octavo::cpu::tile_cols + j];
+            const std::int32_t got = sums[static_cast<std::size_t>(i * cols + j)];
             if (got != expected) CHECK_EQ(got, expected);
         }
     }
 }
 
+struct NamedPlan {
+    std::string name;
+    const Plan* plan;
+};
+
+// Of every table, and those of emulated_product.cpp.
+std::vector<NamedPlan> plans() {
+    std::vector<NamedPlan> all{{"emulated few", &octavo::cpu::emulated::few},
+                               {"emulated many", &octavo::cpu::emulated::many}};
+    for (const Kernels* table : tables()) {
+        all.push_back({std::string(table->isa) + " few", table->few});
+        all.push_back({std::string(table->isa) + " many", table->many});
+    }
+    return all;
+}
+
 }  // namespace
 
 TEST(product_is_exact) {
-    for (const Kernels* table : tables()) {
+    for (const auto& [name, plan] : plans()) {
         Random random(21);
-        for (std::int64_t rows = 1; rows <= table->tile_rows; ++rows) {
-            for (const std::int64_t cols : {16, 48, 80}) check_product(*table, rows, cols, 64, random);
-        }
-        // More than a slice, at a slice, one step more; all widths of a tile.
-        for (const std::int64_t depth : {0, 128, 512, 576, 1088}) {
-            for (const std::int64_t rows : {std::int64_t{1}, std::int64_t{7}, table->tile_rows}) {
-                for (const std::int64_t cols : {16, 32, 64, 240, 256}) check_product(*table, rows, cols, depth, random);
+        for (std::int64_t rows = 1; rows <= plan->rows; ++rows) {
+            for (std::int64_t cols = 16; cols <= plan->cols; cols += 16) {
+                for (const std::vector<std::int64_t>& ends :
+                     {std::vector<std::int64_t>{64}, {128}, {plan->depth, plan->depth + 64}, {64, 256, 320}}) {
+                    const check::Context context(name, " ", rows, " x ", cols, " x ", ends.back());
+                    check_product(*plan, rows, cols, ends, random);
+                }
             }
         }
     }
 }
 
-// At the greatest depth every sum fits, though the sums of shifted codes have wrapped on the way.
+// At the greatest depth every sum fits, though numbers on the way to it have wrapped.
 TEST(product_at_the_greatest_depth) {
     constexpr std::int64_t depth = octavo::cpu::max_int32_depth;
-    struct Case {
-        int x;
-        int w;
-    };
-    for (const Case& c : {Case{-128, -128}, Case{-128, 127}, Case{127, -128}, Case{127, 127}}) {
-        const std::vector<std::int8_t> w(static_cast<std::size_t>(16 * depth), static_cast<std::int8_t>(c.w));
-        const std::vector<std::int32_t> w_sums(16, static_cast<std::int32_t>(depth) * c.w);
-        for (const Kernels* table : tables()) {
-            const check::Context context(table->isa, " ", c.x, " times ", c.w);
-            std::vector<std::int8_t> x(depth, static_cast<std::int8_t>(c.x));
-            if (table->x_is_unsigned) table->flip_sign_bits(x.data(), depth);
-            for (const std::int64_t rows : {std::int64_t{1}, table->tile_rows}) {
-                const Guarded<std::int32_t> acc(static_cast<std::size_t>(rows * octavo::cpu::tile_cols));
-                // All rows of X are one.
-                table->product({.x = x.data(),
-                                .x_stride = 0,
-                                .rows = rows,
-                                .w = w.data(),
-                                .w_stride = 16 * depth,
-                                .w_sums = w_sums.data(),
-                                .cols = 16,
-                                .depth = depth,
-                                .acc = acc.data()});
-                for (std::int64_t i = 0; i < rows; ++i) {
-                    for (std::int64_t j = 0; j < 16; ++j) {
-                        CHECK_EQ(acc.data()[i * octavo::cpu::tile_cols + j], depth * c.x * c.w);
-                    }
+    for (const auto& [x_code, w_code] : {std::pair{-128, -128}, {-128, 127}, {127, -128}, {127, 127}, {-127, -128}}) {
+        const Guarded<std::int8_t> w(
+            std::vector<std::int8_t>(static_cast<std::size_t>(16 * depth), static_cast<std::int8_t>(w_code)));
+        for (const auto& [name, plan] : plans()) {
+            if (plan->x_is_symmetric && x_code == -128) continue;
+            const check::Context context(name, " ", x_code, " times ", w_code);
+            const std::vector<std::int8_t> x(static_cast<std::size_t>(plan->rows * depth),
+                                             static_cast<std::int8_t>(x_code));
+            for (const std::int64_t rows : {std::int64_t{1}, plan->rows}) {
+                for (const std::int32_t sum : multiply(*plan, x, rows, w, 16, {depth})) {
+                    CHECK_EQ(sum, depth * x_code * w_code);
+                }
+            }
+        }
+    }
+}
+
+// Every pair of codes, four times in a group and twice: where sums of two products could saturate.
+TEST(product_of_every_pair_of_codes) {
+    for (const auto& [name, plan] : plans()) {
+        const check::Context context(name);
+        for (int x_code = plan->x_is_symmetric ? -127 : -128; x_code <= 127; ++x_code) {
+            std::vector<std::int8_t> all(64);
+            std::fill_n(all.begin(), 4, static_cast<std::int8_t>(x_code));
+            std::vector<std::int8_t> half = all;
+            half[1] = half[2] = 0;
+            // Output feature j has the code w_code + j.
+            for (int w_code = -128; w_code <= 112; w_code += 16) {
+                std::vector<std::int8_t> packed(16 * 64);
+                for (std::size_t i = 0; i < 64; ++i)
+                    packed[i] = static_cast<std::int8_t>(w_code + static_cast<int>(i) / 4);
+                const Guarded<std::int8_t> w(packed);
+                const auto sums = multiply(*plan, all, 1, w, 16, {64});
+                const auto half_sums = multiply(*plan, half, 1, w, 16, {64});
+                for (std::size_t j = 0; j < 16; ++j) {
+                    const int product = x_code * (w_code + static_cast<int>(j));
+                    if (sums[j] != 4 * product) CHECK_EQ(sums[j], 4 * product);
+                    if (half_sums[j] != 2 * product) CHECK_EQ(half_sums[j], 2 * product);
                 }
             }
         }

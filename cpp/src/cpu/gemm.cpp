@@ -1,103 +1,306 @@
 #include "cpu/gemm.hpp"
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
 #include "cpu/operations.hpp"
 #include "cpu/rows.hpp"
+#include "cpu/threads.hpp"
 #include "octavo/error.hpp"
 #include "octavo/runtime.hpp"
 
 namespace octavo::cpu {
+namespace {
 
-void for_each_panel(std::int64_t m, std::int64_t n, std::int64_t k, const std::function<void(const Panel&)>& work) {
-    constexpr std::int64_t narrowest = 64;
-    constexpr std::int64_t panel_bytes = std::int64_t{1} << 20;  // of W: half a second-level cache
-    // Four panels a thread even out threads of unequal speed.
-    const std::int64_t wanted = num_threads() > 1 ? std::int64_t{4} * num_threads() : 1;
-    std::int64_t width = tile_cols;
-    while (width > narrowest && (width * k > panel_bytes || n < width * wanted)) width /= 2;
-    const std::int64_t column_panels = (n + width - 1) / width;
-
-    const std::int64_t tile_rows = kernels().tile_rows;
-    const std::int64_t row_tiles = (m + tile_rows - 1) / tile_rows;
-    const std::int64_t row_groups = std::clamp<std::int64_t>(wanted / column_panels, 1, row_tiles);
-    const std::int64_t group_rows = (row_tiles + row_groups - 1) / row_groups * tile_rows;
-    const std::int64_t panels = column_panels * ((m + group_rows - 1) / group_rows);
-    // About a million multiplications are worth a thread's waking.
-    const std::int64_t panel_work = std::min(m, group_rows) * width * std::max<std::int64_t>(k, 1);
-    parallel_for(panels, (std::int64_t{1} << 20) / panel_work, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t row = i / column_panels * group_rows;
-            const std::int64_t col = i % column_panels * width;
-            work({row, std::min(row + group_rows, m), col, std::min(col + width, n)});
-        }
-    });
+constexpr std::int64_t up(std::int64_t value, std::int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
 }
 
+constexpr std::int64_t ceiling(std::int64_t value, std::int64_t divisor) { return (value + divisor - 1) / divisor; }
+
+// Number of parts of at most max_int32_depth.
+std::int64_t parts_of(std::int64_t depth) { return std::max<std::int64_t>(1, ceiling(depth, max_int32_depth)); }
+
+// sums[j] = sum of the codes of each output feature over [begin, end) of the padded depth, for a plan that has X
+// unsigned: the product with a row of codes that are 1 there.
 void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums) {
-    if (!kernels().x_is_unsigned) return;
-    // The product with a row of ones; no 128 has been added to them, so none is to be taken off.
+    const Plan& plan = *kernels().few;
     const std::int64_t depth = end - begin;
-    const Scratch<std::int8_t> ones(depth);
-    std::fill(ones.data(), ones.data() + depth, std::int8_t{1});
-    const Scratch<std::int32_t> acc(tile_cols);
-    std::fill(sums, sums + cols, 0);
-    kernels().product({.x = ones.data(),
-                       .x_stride = depth,
+    const Scratch<std::int8_t> codes(depth);
+    std::fill(codes.data(), codes.data() + depth, std::int8_t{1 - 128});
+    const Scratch<std::int8_t> panel(plan.rows * depth * plan.x_size);
+    plan.place_row(codes.data(), depth, 0, panel.data());
+    const Scratch<std::int32_t> acc(plan.rows * plan.cols);
+    for (std::int64_t j = 0; j < cols; j += plan.cols) {
+        const std::int64_t tile_cols = std::min(plan.cols, cols - j);
+        plan.multiply({.x = panel.data(),
                        .rows = 1,
-                       .w = w.data() + begin * block_cols,
+                       .w = w.data() + j * w.depth() + begin * block_cols,
                        .w_stride = w.stride(),
-                       .w_sums = sums,
-                       .cols = cols,
+                       .cols = tile_cols,
                        .depth = depth,
+                       .first = true,
                        .acc = acc.data()});
-    std::copy(acc.data(), acc.data() + cols, sums);
+        std::copy(acc.data(), acc.data() + tile_cols, sums + j);
+    }
+}
+
+// The tile registers, or whatever a plan wants set up while it multiplies.
+class Entered {
+public:
+    Entered(const Plan& plan, std::int64_t rows) : plan_(plan) {
+        if (plan_.enter != nullptr) plan_.enter(std::min(rows, plan_.rows));
+    }
+    ~Entered() {
+        if (plan_.leave != nullptr) plan_.leave();
+    }
+    Entered(const Entered&) = delete;
+    Entered& operator=(const Entered&) = delete;
+
+private:
+    const Plan& plan_;
+};
+
+// The sums of a block over one part of k.
+class BlockProduct {
+public:
+    BlockProduct(const XPanels& x, const PackedPanel& w, const Block& block)
+        : x_(x),
+          w_(w),
+          block_(block),
+          plan_(x.plan()),
+          cols_(whole_blocks(block.cols())),
+          panels_(ceiling(block.rows(), plan_.rows)),
+          acc_(panels_ * tile_size() * ceiling(cols_, plan_.cols)),
+          regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
+          offsets_(cols_) {
+        // As long as all of X is in the second-level cache, one tile's width of W passes at a time, read from its first
+        // byte to its last.
+        constexpr std::int64_t near = std::int64_t{128} << 10;
+        strip_ = x.bytes(block.rows()) <= near ? plan_.cols : cols_;
+    }
+
+    void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
+             const std::function<void(const SumsTile&)>& finish) const {
+        for (std::int64_t j = 0; j < cols_; ++j) {
+            offsets_[j] =
+                plan_.x_is_unsigned ? static_cast<std::int32_t>(128U * static_cast<std::uint32_t>(w_sums[j])) : 0;
+        }
+        if (begin == end) std::fill(acc_.data(), acc_.data() + panels_ * tile_size() * ceiling(cols_, plan_.cols), 0);
+        const Entered entered(plan_, block_.rows());
+        for (std::int64_t strip = 0; strip < cols_; strip += strip_) {
+            const std::int64_t strip_end = std::min(strip + strip_, cols_);
+            std::int64_t slice = begin;
+            do {
+                const std::int64_t slice_end = std::min(x_.slice_end(slice), end);
+                for (std::int64_t j = strip; j < strip_end; j += plan_.cols) {
+                    column(slice, slice_end, j, slice == begin, slice_end == end ? &finish : nullptr, begin);
+                }
+                slice = slice_end;
+            } while (slice < end);
+        }
+    }
+
+private:
+    [[nodiscard]] std::int64_t tile_size() const { return plan_.rows * plan_.cols; }
+
+    // All rows by the output features of the tile at column j. Whole tiles go to `finish`.
+    void column(std::int64_t begin, std::int64_t end, std::int64_t j, bool first,
+                const std::function<void(const SumsTile&)>* finish, std::int64_t part) const {
+        ProductTile tile{.x = nullptr,
+                         .rows = plan_.rows,
+                         .w = w_.data() + j * w_.depth() + begin * block_cols,
+                         .w_stride = w_.stride(),
+                         .cols = std::min(plan_.cols, cols_ - j),
+                         .depth = end - begin,
+                         .first = first,
+                         .acc = acc_.data() + j / plan_.cols * panels_ * tile_size()};
+        if (plan_.regroup != nullptr && tile.depth > 0) {
+            plan_.regroup(tile.w, tile.w_stride, tile.cols, tile.depth, regrouped_.data(), offsets_.data() + j);
+            tile.w = regrouped_.data();
+            tile.w_stride = block_cols * tile.depth * plan_.regrouped;
+        }
+        for (std::int64_t row = block_.row_begin; row < block_.row_end; row += plan_.rows, tile.acc += tile_size()) {
+            tile.x = x_.panel(row, begin);
+            tile.rows = std::min(plan_.rows, block_.row_end - row);
+            if (tile.depth > 0) plan_.multiply(tile);
+            if (finish == nullptr) continue;
+            (*finish)({.row = row,
+                       .col = block_.col_begin + j,
+                       .rows = tile.rows,
+                       .cols = std::min(tile.cols, block_.cols() - j),
+                       .stride = plan_.cols,
+                       .acc = tile.acc,
+                       .row_offsets = x_.offsets(row, part),
+                       .col_offsets = offsets_.data() + j,
+                       .wide = nullptr});
+        }
+    }
+
+    const XPanels& x_;
+    const PackedPanel& w_;
+    const Block& block_;
+    const Plan& plan_;
+    std::int64_t cols_;
+    std::int64_t panels_;
+    std::int64_t strip_ = 0;
+    Scratch<std::int32_t> acc_;  // tile after tile, down the rows first
+    Scratch<std::int8_t> regrouped_;
+    Scratch<std::int32_t> offsets_;
+};
+
+}  // namespace
+
+const Plan& plan_for(std::int64_t rows, bool any_codes) {
+    const Plan& few = *kernels().few;
+    return rows <= few.block_rows && !(any_codes && few.x_is_symmetric) ? few : *kernels().many;
+}
+
+XPanels::XPanels(const Plan& plan, std::int64_t rows, std::int64_t k)
+    : plan_(plan),
+      rows_(up(rows, plan.rows)),
+      depth_(padded_depth(k)),
+      // A single panel passes once, so that there is nothing of W to keep.
+      slice_(rows <= plan.rows && plan.regroup == nullptr ? max_int32_depth : plan.depth),
+      memory_(bytes(rows_)),
+      offsets_(rows_ * parts_of(depth_)) {}
+
+void XPanels::place(std::int64_t row, const std::int8_t* codes) const {
+    const std::int64_t in_panel = row % plan_.rows;
+    for (std::int64_t part = 0; part < parts_of(depth_); ++part) {
+        std::uint32_t offset = 0;
+        const std::int64_t part_end = std::min((part + 1) * max_int32_depth, depth_);
+        for (std::int64_t begin = part * max_int32_depth; begin < part_end;) {
+            const std::int64_t end = slice_end(begin);
+            auto* const target = memory_.data() + (panel(row - in_panel, begin) - memory_.data());
+            offset += static_cast<std::uint32_t>(plan_.place_row(codes + begin, end - begin, in_panel, target));
+            begin = end;
+        }
+        offsets_[part * rows_ + row] = static_cast<std::int32_t>(offset);
+    }
+}
+
+std::int64_t XPanels::slice_end(std::int64_t begin) const noexcept {
+    const std::int64_t part_end = (begin / max_int32_depth + 1) * max_int32_depth;
+    return std::min({begin + slice_, part_end, depth_});
+}
+
+const std::int8_t* XPanels::panel(std::int64_t row, std::int64_t begin) const noexcept {
+    return memory_.data() + (begin * rows_ + row * (slice_end(begin) - begin)) * plan_.x_size;
+}
+
+const std::int32_t* XPanels::offsets(std::int64_t row, std::int64_t begin) const noexcept {
+    return offsets_.data() + begin / max_int32_depth * rows_ + row;
+}
+
+void for_each_block(const Plan& plan, std::int64_t m, std::int64_t n, std::int64_t k,
+                    const std::function<void(const Block&)>& work) {
+    constexpr std::int64_t least_rows = 64;
+    constexpr std::int64_t least_cols = 64;
+    // Four blocks a thread even out threads of unequal speed.
+    const std::int64_t wanted = num_threads() > 1 ? std::int64_t{4} * num_threads() : 1;
+    std::int64_t row_blocks = ceiling(m, plan.block_rows);
+    std::int64_t col_blocks = ceiling(n, most_cols);
+    const auto more = [&](std::int64_t& blocks, std::int64_t others, std::int64_t most) {
+        blocks = std::clamp(ceiling(wanted, others), blocks, std::max(blocks, most));
+    };
+    more(row_blocks, col_blocks, ceiling(m, least_rows));
+    more(col_blocks, row_blocks, ceiling(n, least_cols));
+    const std::int64_t rows = up(ceiling(m, row_blocks), plan.rows);
+    const std::int64_t cols = up(ceiling(n, col_blocks), least_cols);
+    row_blocks = ceiling(m, rows);
+    col_blocks = ceiling(n, cols);
+    // About a million multiplications are worth a thread's waking.
+    const std::int64_t block_work = std::min(m, rows) * std::min(n, cols) * std::max<std::int64_t>(k, 1);
+    parallel_for(row_blocks * col_blocks, (std::int64_t{1} << 20) / block_work,
+                 [&](std::int64_t begin, std::int64_t end) {
+                     for (std::int64_t i = begin; i < end; ++i) {
+                         const std::int64_t row = i / col_blocks * rows;
+                         const std::int64_t col = i % col_blocks * cols;
+                         work({row, std::min(row + rows, m), col, std::min(col + cols, n)});
+                     }
+                 });
+}
+
+void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
+              const std::function<void(const SumsTile&)>& finish) {
+    const BlockProduct product(x, w, block);
+    if (x.depth() <= max_int32_depth) return product.run(0, x.depth(), w_sums, finish);
+
+    const std::int64_t cols = whole_blocks(block.cols());
+    const Scratch<std::int64_t> wide(block.rows() * cols);
+    std::fill(wide.data(), wide.data() + block.rows() * cols, 0);
+    const Scratch<std::int32_t> part_sums(cols);
+    for (std::int64_t begin = 0; begin < x.depth(); begin += max_int32_depth) {
+        const std::int64_t end = std::min(begin + max_int32_depth, x.depth());
+        if (x.plan().x_is_unsigned) sum_packed(w, cols, begin, end, part_sums.data());
+        product.run(begin, end, part_sums.data(), [&](const SumsTile& tile) {
+            const std::int64_t place = (tile.row - block.row_begin) * cols + tile.col - block.col_begin;
+            for (std::int64_t i = 0; i < tile.rows; ++i) {
+                for (std::int64_t j = 0; j < tile.cols; ++j) wide[place + i * cols + j] += tile.sum(i, j);
+            }
+            if (end < x.depth()) return;
+            SumsTile whole = tile;
+            whole.stride = cols;
+            whole.wide = wide.data() + place;
+            finish(whole);
+        });
+    }
 }
 
 namespace {
+
+// Whether some code is -128, where that may matter to the choice of a plan.
+bool holds_least(const ConstMatrix& a) {
+    if (a.rows > kernels().few->block_rows || !kernels().few->x_is_symmetric) return true;
+    const Scratch<std::int8_t> copy(a.cols);
+    for (std::int64_t i = 0; i < a.rows; ++i) {
+        const std::int8_t* const row = contiguous_codes(a, i, copy.data());
+        if (std::find(row, row + a.cols, std::int8_t{-128}) != row + a.cols) return true;
+    }
+    return false;
+}
 
 void put(std::int32_t value, std::int64_t row, std::int64_t col, const Matrix& out) {
     __builtin_memcpy(at(out, row, col), &value, sizeof value);
 }
 
-void put_row(const std::int32_t* acc, const Panel& panel, std::int64_t row, const Matrix& out) {
-    if (out.col_stride == 1) {
-        __builtin_memcpy(at(out, row, panel.col_begin), acc, static_cast<std::size_t>(panel.cols()) * sizeof *acc);
-        return;
-    }
-    for (std::int64_t j = 0; j < panel.cols(); ++j) put(acc[j], row, panel.col_begin + j, out);
-}
-
-void put_row(const std::int64_t* acc, const Panel& panel, std::int64_t row, const Matrix& out) {
-    for (std::int64_t j = 0; j < panel.cols(); ++j) {
-        const auto value = static_cast<std::int32_t>(acc[j]);
-        if (value != acc[j]) {
-            throw Error(ErrorKind::value, "int8_matmul: out: expected sums that fit int32, got " +
-                                              std::to_string(acc[j]) + " at row " + std::to_string(row) + ", column " +
-                                              std::to_string(panel.col_begin + j));
+void put_tile(const SumsTile& tile, const Matrix& out) {
+    for (std::int64_t i = 0; i < tile.rows; ++i) {
+        for (std::int64_t j = 0; j < tile.cols; ++j) {
+            const std::int64_t sum = tile.sum(i, j);
+            const auto value = static_cast<std::int32_t>(sum);
+            if (value != sum) {
+                throw Error(ErrorKind::value, "int8_matmul: out: expected sums that fit int32, got " +
+                                                  std::to_string(sum) + " at row " + std::to_string(tile.row + i) +
+                                                  ", column " + std::to_string(tile.col + j));
+            }
+            put(value, tile.row + i, tile.col + j, out);
         }
-        put(value, row, panel.col_begin + j, out);
     }
 }
 
 }  // namespace
 
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout) {
-    const XCodes x(a.rows, a.cols);
+    const XPanels x(plan_for(a.rows, holds_least(a)), a.rows, a.cols);
     parallel_for(a.rows, row_grain(a.cols), [&](std::int64_t begin, std::int64_t end) {
+        const Scratch<std::int8_t> codes(x.depth());
+        std::fill(codes.data() + a.cols, codes.data() + x.depth(), std::int8_t{0});
         for (std::int64_t i = begin; i < end; ++i) {
-            std::int8_t* const row = x.row(i);
-            const std::int8_t* const source = contiguous_codes(a, i, row);
-            if (source != row) std::copy(source, source + a.cols, row);
-            x.finish_row(i);
+            const std::int8_t* const source = contiguous_codes(a, i, codes.data());
+            if (source != codes.data()) std::copy(source, source + a.cols, codes.data());
+            x.place(i, codes.data());
         }
     });
-    for_each_panel(out.rows, out.cols, a.cols, [&](const Panel& panel) {
-        const PackedPanel w(b, b_layout, panel.col_begin, panel.col_end);
-        std::int32_t sums[tile_cols];
-        if (w.depth() <= max_int32_depth) sum_packed(w, whole_blocks(panel.cols()), 0, w.depth(), sums);
-        multiply_panel(x, w, sums, panel, [&](std::int64_t row, const auto* acc) { put_row(acc, panel, row, out); });
+    for_each_block(x.plan(), out.rows, out.cols, a.cols, [&](const Block& block) {
+        const PackedPanel w(b, b_layout, block.col_begin, block.col_end);
+        const Scratch<std::int32_t> sums(whole_blocks(block.cols()));
+        if (x.plan().x_is_unsigned && w.depth() <= max_int32_depth) {
+            sum_packed(w, whole_blocks(block.cols()), 0, w.depth(), sums.data());
+        }
+        multiply(x, w, sums.data(), block, [&](const SumsTile& tile) { put_tile(tile, out); });
     });
 }
 

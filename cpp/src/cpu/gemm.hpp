@@ -1,96 +1,92 @@
-// The exact int8 product, tile by tile, shared by `int8_matmul` and `linear`.
+// The exact int8 product, shared by `int8_matmul` and `linear`: the one driver of the kernels of every instruction set.
+//
+// X comes in row by row, as codes, and is laid out in panels (XPanels). The output is cut into blocks that threads take
+// in turn (for_each_block), and each block is multiplied slice by slice along k; every tile of sums is handed over as
+// soon as it is whole, while it is in the first-level cache (multiply). Plan (kernels/table.hpp) says how an
+// instruction set wants it.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <functional>
 
 #include "cpu/isa.hpp"
 #include "cpu/pack.hpp"
 #include "cpu/scratch.hpp"
-#include "cpu/threads.hpp"
 
 namespace octavo::cpu {
 
-// A rectangle of the output that one thread computes: at most tile_cols wide, any number of rows. It begins at a
-// multiple of 16 columns.
-struct Panel {
+// The plan for a product of `rows` rows of X. `any_codes`: X may hold -128, which some plans cannot take.
+const Plan& plan_for(std::int64_t rows, bool any_codes);
+
+// The codes of X as a plan's kernel reads them, and what its rows' sums will be too large by:
+//
+//   slice of k -> panel of Plan::rows rows -> what Plan::place_row makes of a slice of a row
+//
+// A product deeper than max_int32_depth goes in parts of so many columns; no slice is in two of them.
+class XPanels {
+public:
+    XPanels(const Plan& plan, std::int64_t rows, std::int64_t k);
+
+    // The codes of row `row`: padded_depth(k) of them, zeros behind k.
+    void place(std::int64_t row, const std::int8_t* codes) const;
+
+    [[nodiscard]] const Plan& plan() const noexcept { return plan_; }
+    [[nodiscard]] std::int64_t depth() const noexcept { return depth_; }
+    // Where the slice that begins at `begin` ends.
+    [[nodiscard]] std::int64_t slice_end(std::int64_t begin) const noexcept;
+    // A slice of the panel that begins at row `row`.
+    [[nodiscard]] const std::int8_t* panel(std::int64_t row, std::int64_t begin) const noexcept;
+    // The numbers of rows `row` and on, for sums over the part that begins at `begin`.
+    [[nodiscard]] const std::int32_t* offsets(std::int64_t row, std::int64_t begin) const noexcept;
+    // Bytes of X that a block of so many rows reads.
+    [[nodiscard]] std::int64_t bytes(std::int64_t rows) const noexcept { return rows * depth_ * plan_.x_size; }
+
+private:
+    const Plan& plan_;
+    std::int64_t rows_;  // a multiple of the plan's
+    std::int64_t depth_;
+    std::int64_t slice_;
+    Scratch<std::int8_t> memory_;
+    Scratch<std::int32_t> offsets_;
+};
+
+// A rectangle of the output that one thread computes: at most most_cols wide. It begins at a multiple of Plan::rows and
+// of 16 columns.
+struct Block {
     std::int64_t row_begin, row_end;
     std::int64_t col_begin, col_end;
+    [[nodiscard]] std::int64_t rows() const noexcept { return row_end - row_begin; }
     [[nodiscard]] std::int64_t cols() const noexcept { return col_end - col_begin; }
 };
 
-// Cut `[m, n]` into panels and share them among threads. All rows of a panel of columns stay together (its part of W
-// then stays in the second-level cache) unless there are too few panels to go round.
-void for_each_panel(std::int64_t m, std::int64_t n, std::int64_t k, const std::function<void(const Panel&)>& work);
+// Cut the output `[m, n]` of a product of depth k into blocks of equal size and share them among threads: rows before
+// columns, whose blocks each read their part of X anew.
+void for_each_block(const Plan& plan, std::int64_t m, std::int64_t n, std::int64_t k,
+                    const std::function<void(const Block&)>& work);
 
-// Codes of X as `product` reads them: rows apart from each other by no power of two, which would all fall into the same
-// lines of the first-level cache, and zeros from k to the padded depth.
-class XCodes {
-public:
-    XCodes(std::int64_t rows, std::int64_t k)
-        : k_(k), depth_(padded_depth(k)), stride_(depth_ + 64), memory_(rows * stride_) {}
+// A tile of a block, whole: sum_k x[row + i, k] * w[col + j, k] for i < rows, j < cols.
+struct SumsTile {
+    std::int64_t row, col;
+    std::int64_t rows, cols;
+    std::int64_t stride;  // of `acc` or `wide`
+    // acc[i, j] - row_offsets[i] - col_offsets[j], modulo 2^32
+    const std::int32_t* acc;
+    const std::int32_t* row_offsets;
+    const std::int32_t* col_offsets;
+    const std::int64_t* wide;  // not null where k > max_int32_depth: the sums themselves
 
-    [[nodiscard]] std::int8_t* row(std::int64_t index) const noexcept { return memory_.data() + index * stride_; }
-    [[nodiscard]] std::int64_t stride() const noexcept { return stride_; }
-
-    // Once the k codes of a row are there: the form that `product` wants.
-    void finish_row(std::int64_t index) const {
-        std::int8_t* const codes = row(index);
-        if (kernels().x_is_unsigned) kernels().flip_sign_bits(codes, k_);
-        std::fill(codes + k_, codes + depth_, std::int8_t{0});
+    // The sum of row i and column j, whichever way it is kept.
+    [[nodiscard]] std::int64_t sum(std::int64_t i, std::int64_t j) const noexcept {
+        if (wide != nullptr) return wide[i * stride + j];
+        return static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[i * stride + j]) -
+                                         static_cast<std::uint32_t>(row_offsets[i]) -
+                                         static_cast<std::uint32_t>(col_offsets[j]));
     }
-
-private:
-    std::int64_t k_;
-    std::int64_t depth_;
-    std::int64_t stride_;
-    Scratch<std::int8_t> memory_;
 };
 
-// sums[j] = sum of the codes of output feature j of the panel over [begin, end) of the padded depth, for a multiple of
-// 16 features; nothing where the product does not ask for them.
-void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums);
-
-// Call finish(row, acc) for every row of a panel, acc[j] = sum_k x[row, k] * w[j, k]: int32 sums for
-// k <= max_int32_depth, int64 above, exact either way. `w_sums[j]` = sum_k w[j, k], with zeros up to a multiple of 16.
-template <class Finish>
-void multiply_panel(const XCodes& x, const PackedPanel& w, const std::int32_t* w_sums, const Panel& panel,
-                    Finish finish) {
-    const Kernels& table = kernels();
-    const std::int64_t cols = whole_blocks(panel.cols());
-    const std::int64_t most_rows = std::min(table.tile_rows, panel.row_end - panel.row_begin);
-    const Scratch<std::int32_t> acc(most_rows * tile_cols);
-    const auto product = [&](std::int64_t row, std::int64_t rows, std::int64_t begin, std::int64_t end,
-                             const std::int32_t* sums) {
-        table.product({.x = x.row(row) + begin,
-                       .x_stride = x.stride(),
-                       .rows = rows,
-                       .w = w.data() + begin * block_cols,
-                       .w_stride = w.stride(),
-                       .w_sums = sums,
-                       .cols = cols,
-                       .depth = end - begin,
-                       .acc = acc.data()});
-    };
-    for (std::int64_t row = panel.row_begin; row < panel.row_end; row += most_rows) {
-        const std::int64_t rows = std::min(most_rows, panel.row_end - row);
-        if (w.depth() <= max_int32_depth) {
-            product(row, rows, 0, w.depth(), w_sums);
-            for (std::int64_t i = 0; i < rows; ++i) finish(row + i, acc.data() + i * tile_cols);
-            continue;
-        }
-        const Scratch<std::int64_t> wide(rows * tile_cols);
-        std::fill(wide.data(), wide.data() + rows * tile_cols, 0);
-        for (std::int64_t begin = 0; begin < w.depth(); begin += max_int32_depth) {
-            const std::int64_t end = std::min(begin + max_int32_depth, w.depth());
-            std::int32_t part_sums[tile_cols];
-            sum_packed(w, cols, begin, end, part_sums);
-            product(row, rows, begin, end, part_sums);
-            for (std::int64_t i = 0; i < rows * tile_cols; ++i) wide[i] += i % tile_cols < cols ? acc[i] : 0;
-        }
-        for (std::int64_t i = 0; i < rows; ++i) finish(row + i, wide.data() + i * tile_cols);
-    }
-}
+// The sums of a block, tile by tile. `w` holds the output features of the block; `w_sums[j]` = sum_k w[j, k] where the
+// plan has X unsigned and k <= max_int32_depth, else it may be null.
+void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
+              const std::function<void(const SumsTile&)>& finish);
 
 }  // namespace octavo::cpu

@@ -1,5 +1,5 @@
 // LLM.int8() on the CPU (paper Figure 2): find the outliers, quantize the rest of X row by row, multiply, and finish
-// each row of a tile of the product while it is in the cache.
+// each tile of the product while it is in the first-level cache.
 #include <algorithm>
 #include <span>
 #include <type_traits>
@@ -14,38 +14,32 @@
 namespace octavo::cpu {
 namespace {
 
-// Scales and zeropoints are one for all, or one each.
-float of_group(const ConstVector& values, std::int64_t index, float absent) {
-    if (!values.present) return absent;
-    return get<float>(values, values.size == 1 ? 0 : index);
-}
-
 // X as codes, in memory of its own.
 struct QuantizedX {
     QuantizedX(const ConstMatrix& x, const WeightView& weight, const OutlierElements& outliers)
-        : codes(x.rows, x.cols),
+        : codes(plan_for(x.rows, false), x.rows, x.cols),
           scales(x.rows),
           zeropoints(weight.scheme == Scheme::zeropoint ? x.rows : 0),
           sums(weight.scheme == Scheme::zeropoint ? x.rows : 0) {
         const auto groups = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row;
         const std::int64_t count = groups == Granularity::tensor ? 1 : x.rows;
         const bool has_zeropoint = weight.scheme == Scheme::zeropoint;
-        scale = {.data = scales.data(), .size = count};
-        zeropoint = {.data = zeropoints.data(), .size = count, .present = has_zeropoint};
-        const RowTraits traits{.excluded = [&](std::int64_t row) { return outliers.columns_of(row); },
-                               .absmax = [&](std::int64_t row) { return outliers.absmax_outside(row); },
-                               .done = [&](std::int64_t row) { codes.finish_row(row); }};
-        quantize_rows(x, weight.scheme, groups, traits,
-                      {codes.row(0), DType::i8, {}, x.rows, x.cols, codes.stride(), 1}, scale, zeropoint,
+        const RowTraits traits{
+            .excluded = [&](std::int64_t row) { return outliers.columns_of(row); },
+            .absmax = [&](std::int64_t row) { return outliers.absmax_outside(row); },
+            .done = [&](std::int64_t row, const std::int8_t* row_codes) { codes.place(row, row_codes); }};
+        const Matrix not_kept{.dtype = DType::i8, .rows = x.rows, .cols = x.cols};
+        quantize_rows(x, weight.scheme, groups, traits, not_kept, {.data = scales.data(), .size = count},
+                      {.data = zeropoints.data(), .size = count, .present = has_zeropoint},
                       {.data = sums.data(), .dtype = DType::i32, .size = x.rows, .present = has_zeropoint});
+        std::fill(scales.data() + count, scales.data() + x.rows, scales[0]);
+        if (has_zeropoint) std::fill(zeropoints.data() + count, zeropoints.data() + x.rows, zeropoints[0]);
     }
 
-    XCodes codes;
-    Scratch<float> scales;
-    Scratch<float> zeropoints;   // this and the next only for zeropoint
+    XPanels codes;
+    Scratch<float> scales;       // of each row
+    Scratch<float> zeropoints;   // of each row; this and the next only for zeropoint
     Scratch<std::int32_t> sums;  // of each row's codes
-    Vector scale;
-    Vector zeropoint;
 };
 
 // `count` values of a vector from `begin` on, or its only one as often; then zeros up to a multiple of 16, the width of
@@ -59,124 +53,121 @@ void gather(const ConstVector& values, std::int64_t begin, std::int64_t count, f
     std::fill(target + count, target + whole_blocks(count), 0.0F);
 }
 
-// What the epilogue needs of the weight for the columns of one panel, gathered so that its loops are contiguous.
-class PanelWeight {
+// What the epilogue needs of the weight for the columns of one block, gathered so that its loops are contiguous.
+class BlockWeight {
 public:
-    // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): only the panel's columns of the arrays are used
-    PanelWeight(const WeightView& weight, const ConstVector& bias, const Panel& panel)
-        : weight_(weight), panel_(panel), has_bias_(bias.present) {
-        const std::int64_t cols = panel.cols();
-        gather(weight.scale, panel.col_begin, cols, scale);
+    // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): only the block's columns of the arrays are used
+    BlockWeight(const WeightView& weight, const ConstVector& bias, const Block& block)
+        : weight_(weight), block_(block), has_bias_(bias.present) {
+        const std::int64_t cols = block.cols();
+        gather(weight.scale, block.col_begin, cols, scale);
         if (weight.zeropoint.present) {
-            gather(weight.zeropoint, panel.col_begin, cols, zeropoint);
+            gather(weight.zeropoint, block.col_begin, cols, zeropoint);
         } else {
             std::fill(zeropoint, zeropoint + whole_blocks(cols), 0.0F);
         }
         if (weight.code_sums.stride == 1) {
-            __builtin_memcpy(code_sums, at(weight.code_sums, panel.col_begin),
+            __builtin_memcpy(code_sums, at(weight.code_sums, block.col_begin),
                              static_cast<std::size_t>(cols) * sizeof *code_sums);
         } else {
             for (std::int64_t j = 0; j < cols; ++j) {
-                code_sums[j] = get<std::int32_t>(weight.code_sums, panel.col_begin + j);
+                code_sums[j] = get<std::int32_t>(weight.code_sums, block.col_begin + j);
             }
         }
         std::fill(code_sums + cols, code_sums + whole_blocks(cols), 0);
         if (has_bias_) {
-            kernels().load(bias.dtype, at(bias, panel.col_begin), bias.stride, cols, bias_);
+            kernels().load(bias.dtype, at(bias, block.col_begin), bias.stride, cols, bias_);
             std::fill(bias_ + cols, bias_ + whole_blocks(cols), 0.0F);
         }
     }
 
     // The weights of the outlier columns. They lie apart from each other in memory, so this is done after the first
-    // product of the panel, which has brought them all near.
+    // tile of the block, which has brought them all near.
     void gather_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes) {
         if (gathered_) return;
         gathered_ = true;
         const auto count = static_cast<std::int64_t>(columns.size());
-        outlier_weight_ = Scratch<float>(count * tile_cols);
-        if (weight_.scheme == Scheme::zeropoint) outlier_codes_ = Scratch<std::int8_t>(count * tile_cols);
+        outlier_weight_ = Scratch<float>(count * most_cols);
+        if (weight_.scheme == Scheme::zeropoint) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
         const ConstVector& list = weight_.outlier_columns;
         std::int64_t kept = 0;  // both lists ascend
         for (std::int64_t o = 0; o < count; ++o) {
             const std::int32_t column = columns[static_cast<std::size_t>(o)];
             if (weight_.scheme == Scheme::zeropoint) {
-                for (std::int64_t j = 0; j < panel_.cols(); ++j) {
-                    outlier_codes_[o * tile_cols + j] = codes.code(j, column);
+                for (std::int64_t j = 0; j < block_.cols(); ++j) {
+                    outlier_codes_[o * most_cols + j] = codes.code(j, column);
                 }
             }
-            float* const target = outlier_weight_.data() + o * tile_cols;
+            float* const target = outlier_weight_.data() + o * most_cols;
             while (kept < list.size && get<std::int32_t>(list, kept) < column) ++kept;
             if (kept < list.size && get<std::int32_t>(list, kept) == column) {
                 const ConstMatrix& original = weight_.outlier_weight;
-                kernels().load(original.dtype, at(original, panel_.col_begin, kept), original.row_stride, panel_.cols(),
+                kernels().load(original.dtype, at(original, block_.col_begin, kept), original.row_stride, block_.cols(),
                                target);
-                std::fill(target + panel_.cols(), target + whole_blocks(panel_.cols()), 0.0F);
+                std::fill(target + block_.cols(), target + whole_blocks(block_.cols()), 0.0F);
             } else {
-                kernels().dequantize_column(codes.data(), codes.stride(), column, panel_.cols(), zeropoint, scale,
+                kernels().dequantize_column(codes.data(), codes.stride(), column, block_.cols(), zeropoint, scale,
                                             target);
             }
         }
     }
 
-    // sums[j] = sum_k of the codes of w[j] over the columns that are not outliers of the row
-    void sum_codes_outside(const OutlierElements::Row& outliers, std::int32_t* sums) const {
-        std::copy(code_sums, code_sums + panel_.cols(), sums);
+    // sums[i] = the sum of the codes of column first + i of the block, over the inputs that are not outliers of the row
+    void sum_codes_outside(const OutlierElements::Row& outliers, std::int64_t first, std::int64_t count,
+                           std::int32_t* sums) const {
+        std::copy(code_sums + first, code_sums + first + count, sums);
         for (std::size_t o = 0; o < outliers.values.size(); ++o) {
             const auto position = outliers.positions != nullptr ? outliers.positions[o] : static_cast<std::int64_t>(o);
-            for (std::int64_t j = 0; j < panel_.cols(); ++j) sums[j] -= outlier_codes_[position * tile_cols + j];
+            const std::int8_t* const codes = outlier_codes_.data() + position * most_cols + first;
+            for (std::int64_t i = 0; i < count; ++i) sums[i] -= codes[i];
         }
     }
 
-    // Everything after the product, for one row: `acc` int32 sums, or `scaled` ones.
-    void finish(const std::int32_t* acc, const float* scaled, float scale_x, const OutlierElements::Row& outliers,
-                std::int64_t row, const Matrix& out) const {
-        const EpilogueRow epilogue{.acc = acc,
-                                   .scaled = scaled,
-                                   .scale_x = scale_x,
-                                   .scale_w = scale,
-                                   .outliers = static_cast<std::int64_t>(outliers.values.size()),
-                                   .outlier_x = outliers.values.data(),
-                                   .outlier_places = outliers.positions,
-                                   .outlier_w = outlier_weight_.data(),
-                                   .bias = has_bias_ ? bias_ : nullptr};
+    // Everything after the product, for the rows and columns of `tile`, which has all of X's side.
+    void finish(EpilogueTile tile, std::int64_t row, std::int64_t col, const Matrix& out) const {
+        const std::int64_t j = col - block_.col_begin;
+        tile.scale_w = scale + j;
+        tile.outlier_w = outlier_weight_.data() + j;
+        tile.bias = has_bias_ ? bias_ + j : nullptr;
         if (out.col_stride == 1) {
-            return kernels().epilogue(epilogue, panel_.cols(), out.dtype, at(out, row, panel_.col_begin));
+            return kernels().epilogue(tile, out.dtype, at(out, row, col), out.row_stride * size_of(out.dtype));
         }
-        float y[tile_cols];
-        kernels().epilogue(epilogue, panel_.cols(), DType::f32, y);
-        kernels().store(y, panel_.cols(), out.dtype, at(out, row, panel_.col_begin), out.col_stride);
+        const Scratch<float> y(tile.rows * tile.cols);
+        kernels().epilogue(tile, DType::f32, y.data(), tile.cols * size_of(DType::f32));
+        for (std::int64_t i = 0; i < tile.rows; ++i) {
+            kernels().store(y.data() + i * tile.cols, tile.cols, out.dtype, at(out, row + i, col), out.col_stride);
+        }
     }
 
-    float scale[tile_cols];
-    float zeropoint[tile_cols];
-    std::int32_t code_sums[tile_cols];
+    float scale[most_cols];
+    float zeropoint[most_cols];
+    std::int32_t code_sums[most_cols];
 
 private:
     const WeightView& weight_;
-    Panel panel_;
+    Block block_;
     bool has_bias_;
     bool gathered_ = false;
-    Scratch<float> outlier_weight_{0};       // [|O|, tile_cols]
-    Scratch<std::int8_t> outlier_codes_{0};  // [|O|, tile_cols]; only for zeropoint
-    float bias_[tile_cols];
+    Scratch<float> outlier_weight_{0};       // [|O|, most_cols]
+    Scratch<std::int8_t> outlier_codes_{0};  // [|O|, most_cols]; only for zeropoint
+    float bias_[most_cols];
 };
 
-// The zeropoint product (Eq. 4-5) of row i, over the columns that are not its outliers:
+// The zeropoint product (Eq. 4-5) of a row, over the columns that are not its outliers:
 //   y[j] = (acc + zw * sum_k qx + zx * sum_k qw + k * zx * zw) * scale_x * scale_w
 // The terms are large and cancel, so they are added as float64, where they are exact unless zeropoints are beyond 2^20.
-template <class Sum>
-void unroll_zeropoint(const Sum* acc, const QuantizedX& x, const OutlierElements::Row& outliers, std::int64_t row,
-                      std::int64_t k, const PanelWeight& weight, std::int64_t cols, float* y) {
-    const double zx = of_group(x.zeropoint, row, 0.0F);
-    const double scale_x = of_group(x.scale, row, 0.0F);
-    const double sum_x = x.sums[row];
+void unroll_zeropoint(const SumsTile& tile, std::int64_t i, const QuantizedX& x, const OutlierElements::Row& outliers,
+                      std::int64_t k, const BlockWeight& weight, std::int64_t first_col, float* y) {
+    const double zx = x.zeropoints[tile.row + i];
+    const double scale_x = x.scales[tile.row + i];
+    const double sum_x = x.sums[tile.row + i];
     const auto depth = static_cast<double>(k - static_cast<std::int64_t>(outliers.values.size()));
-    std::int32_t sums_w[tile_cols];
-    weight.sum_codes_outside(outliers, sums_w);
-    for (std::int64_t j = 0; j < cols; ++j) {
-        const double zw = weight.zeropoint[j];
-        const double sum = static_cast<double>(acc[j]) + zw * sum_x + zx * sums_w[j] + depth * zx * zw;
-        y[j] = static_cast<float>(sum * (scale_x * static_cast<double>(weight.scale[j])));
+    std::int32_t sums_w[most_cols];
+    weight.sum_codes_outside(outliers, first_col, tile.cols, sums_w);
+    for (std::int64_t j = 0; j < tile.cols; ++j) {
+        const double zw = weight.zeropoint[first_col + j];
+        const double sum = static_cast<double>(tile.sum(i, j)) + zw * sum_x + zx * sums_w[j] + depth * zx * zw;
+        y[j] = static_cast<float>(sum * (scale_x * static_cast<double>(weight.scale[first_col + j])));
     }
 }
 
@@ -184,57 +175,82 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                  const LinearOptions& options) {
     const OutlierElements outliers(x, weight, options);
     const QuantizedX quantized(x, weight, outliers);
-    for_each_panel(out.rows, out.cols, x.cols, [&](const Panel& panel) {
-        const PackedPanel w(weight.codes, weight.layout, panel.col_begin, panel.col_end);
-        PanelWeight panel_weight(weight, bias, panel);
-        const auto finish = [&](std::int64_t row, const auto* acc) {
-            panel_weight.gather_outliers(outliers.columns(), w);
-            const OutlierElements::Row elements = outliers.row(row);
-            const float scale_x = of_group(quantized.scale, row, 0.0F);
-            alignas(64) float y[tile_cols];
-            if (weight.scheme == Scheme::zeropoint) {
-                unroll_zeropoint(acc, quantized, elements, row, x.cols, panel_weight, panel.cols(), y);
-                panel_weight.finish(nullptr, y, scale_x, elements, row, out);
-            } else if constexpr (std::is_same_v<decltype(acc), const std::int32_t*>) {
-                panel_weight.finish(acc, nullptr, scale_x, elements, row, out);
-            } else {
-                for (std::int64_t j = 0; j < panel.cols(); ++j) {
-                    y[j] = static_cast<float>(acc[j]) * (scale_x * panel_weight.scale[j]);
+    for_each_block(quantized.codes.plan(), out.rows, out.cols, x.cols, [&](const Block& block) {
+        const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
+        BlockWeight block_weight(weight, bias, block);
+        const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth;
+        const Scratch<float> scaled(scaled_here ? quantized.codes.plan().rows * quantized.codes.plan().cols : 0);
+        multiply(quantized.codes, w, block_weight.code_sums, block, [&](const SumsTile& tile) {
+            block_weight.gather_outliers(outliers.columns(), w);
+            const std::int64_t first_col = tile.col - block.col_begin;
+            EpilogueTile epilogue{.rows = tile.rows,
+                                  .cols = tile.cols,
+                                  .acc = tile.acc,
+                                  .row_offsets = tile.row_offsets,
+                                  .col_offsets = tile.col_offsets,
+                                  .scaled = nullptr,
+                                  .stride = tile.stride,
+                                  .scale_x = quantized.scales.data() + tile.row};
+            if (scaled_here) {
+                epilogue.scaled = scaled.data();
+                epilogue.stride = quantized.codes.plan().cols;
+                for (std::int64_t i = 0; i < tile.rows; ++i) {
+                    float* const y = scaled.data() + i * epilogue.stride;
+                    if (weight.scheme == Scheme::zeropoint) {
+                        unroll_zeropoint(tile, i, quantized, outliers.row(tile.row + i), x.cols, block_weight,
+                                         first_col, y);
+                        continue;
+                    }
+                    for (std::int64_t j = 0; j < tile.cols; ++j) {
+                        const float scale = quantized.scales[tile.row + i] * block_weight.scale[first_col + j];
+                        y[j] = static_cast<float>(tile.sum(i, j)) * scale;
+                    }
                 }
-                panel_weight.finish(nullptr, y, scale_x, elements, row, out);
             }
-        };
-        multiply_panel(quantized.codes, w, panel_weight.code_sums, panel, finish);
+            // Rows that share their outlier columns are finished together, others one by one.
+            const std::int64_t together = outliers.per_row() ? 1 : tile.rows;
+            epilogue.rows = together;
+            for (std::int64_t i = 0; i < tile.rows; i += together) {
+                const OutlierElements::Row elements = outliers.row(tile.row + i);
+                epilogue.outliers = static_cast<std::int64_t>(elements.values.size());
+                epilogue.outlier_x = elements.values.data();
+                epilogue.outlier_places = elements.positions;
+                block_weight.finish(epilogue, tile.row + i, tile.col, out);
+                epilogue.acc += together * epilogue.stride;
+                epilogue.row_offsets += together;
+                if (scaled_here) epilogue.scaled += together * epilogue.stride;
+                epilogue.scale_x += together;
+            }
+        });
     });
 }
 
-// y = scale_w * (X (q + zeropoint)^T) + bias, with the codes of a panel made float32 once for all its rows.
+// y = scale_w * (X (q + zeropoint)^T) + bias, with the codes of a block made float32 once for all its rows.
 void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out) {
     constexpr std::int64_t rows_at_a_time = 16;
     const std::int64_t k = x.cols;
-    for_each_panel(out.rows, out.cols, k, [&](const Panel& panel) {
-        const PackedPanel codes(weight.codes, weight.layout, panel.col_begin, panel.col_end);
-        const PanelWeight panel_weight(weight, bias, panel);
-        const Scratch<float> w(panel.cols() * k);
-        for (std::int64_t j = 0; j < panel.cols(); ++j) {
+    for_each_block(*kernels().many, out.rows, out.cols, k, [&](const Block& block) {
+        const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
+        const BlockWeight block_weight(weight, bias, block);
+        const Scratch<float> w(block.cols() * k);
+        for (std::int64_t j = 0; j < block.cols(); ++j) {
             for (std::int64_t depth = 0; depth < k; ++depth) {
                 const auto code = static_cast<float>(codes.code(j, depth));
-                w[j * k + depth] = code + panel_weight.zeropoint[j];
+                w[j * k + depth] = code + block_weight.zeropoint[j];
             }
         }
         const Scratch<float> x_rows(std::min(rows_at_a_time, out.rows) * k);
-        float y[rows_at_a_time][tile_cols];
-        for (std::int64_t first = panel.row_begin; first < panel.row_end; first += rows_at_a_time) {
-            const std::int64_t rows = std::min(rows_at_a_time, panel.row_end - first);
+        float y[rows_at_a_time][most_cols];
+        for (std::int64_t first = block.row_begin; first < block.row_end; first += rows_at_a_time) {
+            const std::int64_t rows = std::min(rows_at_a_time, block.row_end - first);
             for (std::int64_t i = 0; i < rows; ++i) load_row(x, first + i, 0, k, x_rows.data() + i * k);
-            for (std::int64_t j = 0; j < panel.cols(); ++j) {
+            for (std::int64_t j = 0; j < block.cols(); ++j) {
                 for (std::int64_t i = 0; i < rows; ++i) {
-                    y[i][j] = panel_weight.scale[j] * kernels().dot(x_rows.data() + i * k, w.data() + j * k, k);
+                    y[i][j] = block_weight.scale[j] * kernels().dot(x_rows.data() + i * k, w.data() + j * k, k);
                 }
             }
-            for (std::int64_t i = 0; i < rows; ++i) {
-                panel_weight.finish(nullptr, y[i], 1.0F, {}, first + i, out);
-            }
+            block_weight.finish({.rows = rows, .cols = block.cols(), .scaled = y[0], .stride = most_cols}, first,
+                                block.col_begin, out);
         }
     });
 }

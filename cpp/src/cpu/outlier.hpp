@@ -30,6 +30,9 @@ public:
     // The columns of row i's own elements: all of columns(), except under the policy `rows`.
     [[nodiscard]] std::span<const std::int32_t> columns_of(std::int64_t row) const noexcept;
 
+    // Whether rows have columns of their own: the policy `rows`.
+    [[nodiscard]] bool per_row() const noexcept { return per_row_; }
+
     // Row i's own elements.
     struct Row {
         std::span<const float> values;

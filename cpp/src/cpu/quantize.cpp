@@ -11,6 +11,7 @@
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
 #include "octavo/error.hpp"
+#include "octavo/pack.hpp"
 
 namespace octavo::cpu {
 namespace {
@@ -145,20 +146,21 @@ void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const 
     }
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
         RowReader reader(x);
-        const Scratch<std::int8_t> row_codes(codes.col_stride == 1 ? 0 : x.cols);
+        const bool in_place = codes.data != nullptr && codes.col_stride == 1;
+        const Scratch<std::int8_t> row_codes(in_place ? 0 : padded_depth(x.cols));
+        if (!in_place) std::fill(row_codes.data() + x.cols, row_codes.data() + padded_depth(x.cols), std::int8_t{0});
         for (std::int64_t i = begin; i < end; ++i) {
             const Coding coding = whole ? *whole : Coding(scheme, range_outside(reader, i, x.cols, scheme, traits));
             if (!whole) put_group(i, coding);
 
-            std::int8_t* const target =
-                codes.col_stride == 1 ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data();
+            std::int8_t* const target = in_place ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data();
             coding.encode(reader, i, x.cols, target);
             for (const std::int32_t column : traits.excluded(i)) target[column] = 0;
-            if (codes.col_stride != 1) {
+            if (codes.data != nullptr && !in_place) {
                 for (std::int64_t j = 0; j < x.cols; ++j) *static_cast<std::int8_t*>(at(codes, i, j)) = target[j];
             }
             if (code_sums.present) put(code_sums, i, kernels().sum(target, x.cols));
-            if (traits.done) traits.done(i);
+            if (traits.done) traits.done(i, target);
         }
     });
 }

@@ -1,7 +1,13 @@
-// What turns a row of the int8 product into a row of the output (paper Eq. 8), and the outlier weights that it needs.
+// What turns a tile of the int8 product into a tile of the output (paper Eq. 8), and the outlier weights that it needs.
 //
-// Compiled with floating-point contraction, unlike everything else: where the instruction set has fused multiply-add,
-// products and sums here are rounded once. No code or integer depends on them.
+// Results are the same to the bit on every instruction set: each step is written out, and the compiler may not contract
+// two into one (CMakeLists.txt).
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
 
@@ -60,53 +66,102 @@ template <DType Type>
     __builtin_memcpy(y, &halves, sizeof halves);
 }
 
-// `Vectors` vectors of sums, from column j on.
-template <DType Type, int Vectors>
-[[gnu::always_inline]] inline void finish_columns(const EpilogueRow& row, std::int64_t j, char* y) {
-    Floats sums[Vectors];
-    if (row.scaled == nullptr) {
+// sum = x * weight + sum, rounded once.
+[[gnu::always_inline]] inline void fused_multiply_add(const Floats& x, const Floats& weight, Floats& sum) {
+#if defined(__AVX512F__)
+    sum = _mm512_fmadd_ps(x, weight, sum);
+#elif defined(__AVX2__)
+    sum = _mm256_fmadd_ps(x, weight, sum);
+#elif defined(__aarch64__)
+    sum = vfmaq_f32(sum, x, weight);
+#else
+    for (std::int64_t i = 0; i < width; ++i) sum[i] = __builtin_fmaf(x[i], weight[i], sum[i]);
+#endif
+}
+
+// The accumulators of a square of the tile, which fit the registers.
+constexpr int square_rows = 4;
+constexpr int square_vectors = register_size == 32 ? 2 : 4;
+
+// `Rows` rows from row i on, by `Vectors` vectors from column j on; y is where its first element goes. A row of outlier
+// weights is loaded once for all of them.
+template <DType Type, int Rows, int Vectors>
+[[gnu::always_inline]] inline void finish_square(const EpilogueTile& tile, std::int64_t i, std::int64_t j, char* y,
+                                                 std::int64_t y_stride) {
+    Floats sums[Rows * Vectors];
+    if (tile.scaled == nullptr) {
+        Bits col_offsets[Vectors];  // unsigned, so that they may wrap
+        Floats scales[Vectors];
         unroll<Vectors>([&](auto v) OCTAVO_INLINE {
-            Ints acc;
-            Floats scale;
-            read(row.acc + j + v * width, acc);
-            read(row.scale_w + j + v * width, scale);
-            sums[v] = __builtin_convertvector(acc, Floats) * (row.scale_x * scale);
+            read(tile.col_offsets + j + v * width, col_offsets[v]);
+            read(tile.scale_w + j + v * width, scales[v]);
+        });
+        unroll<Rows>([&](auto r) OCTAVO_INLINE {
+            const Bits row_offset = static_cast<std::uint32_t>(tile.row_offsets[i + r]) - Bits{};
+            const Floats scale_x = tile.scale_x[i + r] - Floats{};
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE {
+                Bits acc;
+                read(tile.acc + (i + r) * tile.stride + j + v * width, acc);
+                Ints sum;
+                read(&(acc -= row_offset + col_offsets[v]), sum);
+                sums[r * Vectors + v] = __builtin_convertvector(sum, Floats) * (scale_x * scales[v]);
+            });
         });
     } else {
-        unroll<Vectors>([&](auto v) OCTAVO_INLINE { read(row.scaled + j + v * width, sums[v]); });
-    }
-    for (std::int64_t o = 0; o < row.outliers; ++o) {
-        const std::int64_t place = row.outlier_places != nullptr ? row.outlier_places[o] : o;
-        const float* const weights = row.outlier_w + place * tile_cols + j;
-        const float x = row.outlier_x[o];
-        unroll<Vectors>([&](auto v) OCTAVO_INLINE {
-            Floats weight;
-            read(weights + v * width, weight);
-            sums[v] += x * weight;
+        unroll<Rows>([&](auto r) OCTAVO_INLINE {
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE {
+                read(tile.scaled + (i + r) * tile.stride + j + v * width, sums[r * Vectors + v]);
+            });
         });
     }
-    if (row.bias != nullptr) {
+    for (std::int64_t o = 0; o < tile.outliers; ++o) {
+        const std::int64_t place = tile.outlier_places != nullptr ? tile.outlier_places[o] : o;
+        Floats weights[Vectors];
+        unroll<Vectors>([&](auto v)
+                            OCTAVO_INLINE { read(tile.outlier_w + place * most_cols + j + v * width, weights[v]); });
+        unroll<Rows>([&](auto r) OCTAVO_INLINE {
+            const Floats x = tile.outlier_x[(i + r) * tile.outliers + o] - Floats{};
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE { fused_multiply_add(x, weights[v], sums[r * Vectors + v]); });
+        });
+    }
+    if (tile.bias != nullptr) {
         unroll<Vectors>([&](auto v) OCTAVO_INLINE {
             Floats bias;
-            read(row.bias + j + v * width, bias);
-            sums[v] += bias;
+            read(tile.bias + j + v * width, bias);
+            unroll<Rows>([&](auto r) OCTAVO_INLINE { sums[r * Vectors + v] += bias; });
         });
     }
-    unroll<Vectors>([&](auto v) OCTAVO_INLINE { write<Type>(sums[v], y + v * width * size_of(Type)); });
+    unroll<Rows>([&](auto r) OCTAVO_INLINE {
+        unroll<Vectors>([&](auto v) OCTAVO_INLINE {
+            write<Type>(sums[r * Vectors + v], y + r * y_stride + v * width * size_of(Type));
+        });
+    });
+}
+
+template <DType Type, int Rows>
+void finish_rows(const EpilogueTile& tile, std::int64_t i, char* y, std::int64_t y_stride) {
+    constexpr std::int64_t item = size_of(Type);
+    std::int64_t j = 0;
+    for (; j + square_vectors * width <= tile.cols; j += square_vectors * width) {
+        finish_square<Type, Rows, square_vectors>(tile, i, j, y + j * item, y_stride);
+    }
+    for (; j + width <= tile.cols; j += width) finish_square<Type, Rows, 1>(tile, i, j, y + j * item, y_stride);
+    if (j == tile.cols) return;
+    char last[Rows * 64];
+    finish_square<Type, Rows, 1>(tile, i, j, last, 64);
+    for (std::int64_t r = 0; r < Rows; ++r) {
+        __builtin_memcpy(y + r * y_stride + j * item, last + r * 64,
+                         static_cast<unsigned long>((tile.cols - j) * item));
+    }
 }
 
 template <DType Type>
-void finish_row(const EpilogueRow& row, std::int64_t cols, char* y) {
-    constexpr int vectors = 4;
-    std::int64_t j = 0;
-    for (; j + vectors * width <= cols; j += vectors * width) {
-        finish_columns<Type, vectors>(row, j, y + j * size_of(Type));
+void finish_tile(const EpilogueTile& tile, char* y, std::int64_t y_stride) {
+    std::int64_t i = 0;
+    for (; i + square_rows <= tile.rows; i += square_rows) {
+        finish_rows<Type, square_rows>(tile, i, y + i * y_stride, y_stride);
     }
-    for (; j + width <= cols; j += width) finish_columns<Type, 1>(row, j, y + j * size_of(Type));
-    if (j == cols) return;
-    char last[64];
-    finish_columns<Type, 1>(row, j, last);
-    __builtin_memcpy(y + j * size_of(Type), last, static_cast<unsigned long>((cols - j) * size_of(Type)));
+    for (; i < tile.rows; ++i) finish_rows<Type, 1>(tile, i, y + i * y_stride, y_stride);
 }
 
 }  // namespace
@@ -133,11 +188,11 @@ void dequantize_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t
     }
 }
 
-void epilogue(const EpilogueRow& row, std::int64_t cols, DType dtype, void* y) {
+void epilogue(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride) {
     switch (dtype) {
-        case DType::f32: return finish_row<DType::f32>(row, cols, static_cast<char*>(y));
-        case DType::f16: return finish_row<DType::f16>(row, cols, static_cast<char*>(y));
-        case DType::bf16: return finish_row<DType::bf16>(row, cols, static_cast<char*>(y));
+        case DType::f32: return finish_tile<DType::f32>(tile, static_cast<char*>(y), y_stride);
+        case DType::f16: return finish_tile<DType::f16>(tile, static_cast<char*>(y), y_stride);
+        case DType::bf16: return finish_tile<DType::bf16>(tile, static_cast<char*>(y), y_stride);
         case DType::i8:
         case DType::i32: break;  // refused by cpp/src before any kernel runs
     }

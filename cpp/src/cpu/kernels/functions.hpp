@@ -5,17 +5,9 @@
 
 namespace octavo::cpu::OCTAVO_ISA {
 
-// What the product of this instruction set wants of X, see Kernels.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-inline constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
-#else
-inline constexpr bool x_is_unsigned = false;
-#endif
-#if defined(__AMX_INT8__) || defined(__AMXINT8__)  // GCC's name and Clang 14's
-inline constexpr std::int64_t tile_rows = 32;
-#else
-inline constexpr std::int64_t tile_rows = 48;
-#endif
+// How this instruction set multiplies (product.cpp).
+extern const Plan few;
+extern const Plan many;
 
 void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, float* dst);
 void store(const float* src, std::int64_t size, DType dtype, void* dst, std::int64_t stride);
@@ -24,13 +16,11 @@ Magnitudes magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32
 void mark_outliers(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
-void flip_sign_bits(std::int8_t* codes, std::int64_t size);
 std::int32_t sum(const std::int8_t* codes, std::int64_t size);
 float dot(const float* a, const float* b, std::int64_t size);
 void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
-void product(const ProductTile& tile);
 void dequantize_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
                        const float* zeropoint, const float* scale, float* target);
-void epilogue(const EpilogueRow& row, std::int64_t cols, DType dtype, void* y);
+void epilogue(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -1,11 +1,19 @@
-// The int8 product, by the best that this instruction set has, and the order that it wants W in.
+// The int8 product, by the best that this instruction set has (`few` and `many`), and the packed order of W.
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
 
 #if defined(__AMX_INT8__) || defined(__AMXINT8__)
+#include "cpu/kernels/product/amx_tiles.hpp"
+#include "cpu/kernels/product/avx512_vnni.hpp"
+
+// Behind the instructions that it is made of.
 #include "cpu/kernels/product/amx.hpp"
 #elif defined(__AVX512VNNI__)
 #include "cpu/kernels/product/avx512_vnni.hpp"
+namespace octavo::cpu::OCTAVO_ISA {
+constinit const Plan many = dot_plan<Dot>(192);
+constinit const Plan few = many;
+}  // namespace octavo::cpu::OCTAVO_ISA
 #elif defined(__AVXVNNI__)
 #include "cpu/kernels/product/avx_vnni.hpp"
 #elif defined(__AVX2__)
@@ -14,26 +22,15 @@
 #include "cpu/kernels/product/neon_i8mm.hpp"
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include "cpu/kernels/product/neon_dotprod.hpp"
+namespace octavo::cpu::OCTAVO_ISA {
+constinit const Plan many = dot_plan(128);
+constinit const Plan few = many;
+}  // namespace octavo::cpu::OCTAVO_ISA
 #else
 #include "cpu/kernels/product/scalar.hpp"
 #endif
 
 namespace octavo::cpu::OCTAVO_ISA {
-
-void product(const ProductTile& tile) {
-#if defined(__AMX_INT8__) || defined(__AMXINT8__)
-    tile_product(tile);
-#elif defined(__AVX2__)
-    dot_product<Dot>(tile);
-#elif defined(__ARM_FEATURE_MATMUL_INT8)
-    matrix_product(tile);
-#elif defined(__ARM_FEATURE_DOTPROD)
-    dot_product(tile);
-#else
-    plain_product(tile);
-#endif
-}
-
 namespace {
 
 using Quad [[gnu::vector_size(16)]] = std::uint32_t;

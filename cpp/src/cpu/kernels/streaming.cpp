@@ -200,10 +200,6 @@ void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoi
     }
 }
 
-void flip_sign_bits(std::int8_t* codes, std::int64_t size) {
-    for (std::int64_t i = 0; i < size; ++i) codes[i] = static_cast<std::int8_t>(codes[i] ^ -128);
-}
-
 float dot(const float* a, const float* b, std::int64_t size) {
     float sums[lanes] = {};
     std::int64_t i = 0;

@@ -2,8 +2,8 @@
 //
 // The sources beside this header are compiled once per instruction set with other flags (CMakeLists.txt) and fill one
 // table each; isa.cpp picks the table at run time. They work on contiguous rows and packed int8 blocks, know no threads
-// and allocate nothing. All tables give identical codes and integers; sums of floats may differ in the last place,
-// where an instruction set has fused multiply-add.
+// and allocate nothing. All tables give identical codes, integers and floats: the order of every sum of floats is
+// fixed, and so is which of its steps is a fused multiply-add.
 //
 // Rule for those sources: include no standard header with inline functions. A copy of std::max compiled for AVX-512
 // could be the one the linker keeps for the whole program, and then crash on an older processor.
@@ -29,30 +29,69 @@ struct Magnitudes {
     std::uint32_t largest_below;
 };
 
-// A tile of the int8 product. X is row-major, `depth` bytes of each row are read; W is packed (cpu/packed.hpp).
+// One register tile of the int8 product over a slice of k.
 struct ProductTile {
-    const std::int8_t* x;        // codes, + 128 where Kernels::x_is_unsigned
-    std::int64_t x_stride;       // bytes from row to row
-    std::int64_t rows;           // 1 to Kernels::tile_rows
-    const std::int8_t* w;        // the first block of 16 output features
-    std::int64_t w_stride;       // bytes from block to block
-    const std::int32_t* w_sums;  // of each output feature's codes over `depth`
-    std::int64_t cols;           // a multiple of 16, to Kernels::tile_cols
-    std::int64_t depth;          // a multiple of 64; at most max_int32_depth
-    std::int32_t* acc;           // [rows, tile_cols], cache-line aligned
+    const std::int8_t* x;  // the slice of a panel of X, as Plan::place_row has laid it out
+    std::int64_t rows;     // 1 to Plan::rows
+    const std::int8_t*
+        w;  // the slice of the first block of 16 output features: packed, or as Plan::regroup has made it
+    std::int64_t w_stride;  // bytes from block to block
+    std::int64_t cols;      // a multiple of 16, to Plan::cols
+    std::int64_t depth;     // a multiple of 64; at most max_int32_depth
+    bool first;             // whether it is the first slice, which begins the sums
+    std::int32_t* acc;      // [rows, Plan::cols], cache-line aligned
 };
 
-// What the epilogue does to one row of a tile.
-struct EpilogueRow {
-    const std::int32_t* acc;  // the product; not read where `scaled` is given
-    const float* scaled;      // the product with its scales applied, or null
-    float scale_x;
-    const float* scale_w;
-    std::int64_t outliers;               // of the row
-    const float* outlier_x;              // [outliers]
-    const std::int32_t* outlier_places;  // [outliers]: their rows of outlier_w; null: 0, 1, 2, ...
-    const float* outlier_w;              // [..., tile_cols]
-    const float* bias;                   // or null
+// How an instruction set multiplies: the shape of its tiles, what it wants of X and W, and its inner loop. What the
+// driver (cpu/gemm.hpp) makes of it:
+//
+//   for a slice of k, `depth` deep:              the slice of `block_rows` rows of X is in the second-level cache
+//       for `cols` output features:              the slice of W is in the first-level cache
+//           for a panel of `rows` rows of X:     the sums are in registers
+//
+// The sums that `multiply` leaves are those of X W^T plus a number of each row and a number of each output feature,
+// modulo 2^32. `place_row` tells the row's, `regroup` the feature's; unless x_is_unsigned, a plan without `regroup`
+// adds nothing to a feature.
+struct Plan {
+    std::int64_t rows;
+    std::int64_t cols;  // a multiple of 16
+    std::int64_t depth;
+    std::int64_t block_rows;
+    std::int64_t x_size;     // bytes of a code in a panel of X
+    std::int64_t regrouped;  // bytes of a code in a slice that `regroup` has made
+    bool x_is_unsigned;      // codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much
+    bool x_is_symmetric;     // exact for codes of X within [-127, 127] only
+    // One row of a slice into row `row` of its panel (depth * rows * x_size bytes). What its sums will have too much.
+    std::int32_t (*place_row)(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel);
+    // The slice of W for one tile in the order that `multiply` wants (cols * depth * regrouped bytes, w_stride
+    // 16 * depth * regrouped); offsets[j] += what the sums of output feature j will have too much. Null: the packed
+    // order is what it wants.
+    void (*regroup)(const std::int8_t* w, std::int64_t w_stride, std::int64_t cols, std::int64_t depth,
+                    std::int8_t* target, std::int32_t* offsets);
+    void (*multiply)(const ProductTile& tile);
+    // Before and behind a run of `multiply` in one thread, for panels of up to `rows` rows; may be null.
+    void (*enter)(std::int64_t rows);
+    void (*leave)();
+};
+
+// What the epilogue does to a tile of sums. All arrays begin at the tile's first row or column and can be read up to
+// the next multiple of 16 columns.
+struct EpilogueTile {
+    std::int64_t rows = 0;
+    std::int64_t cols = 0;
+    // The product: acc[i, j] - row_offsets[i] - col_offsets[j], modulo 2^32. Not read where `scaled` is given.
+    const std::int32_t* acc = nullptr;
+    const std::int32_t* row_offsets = nullptr;
+    const std::int32_t* col_offsets = nullptr;
+    const float* scaled = nullptr;  // the product with its scales applied, or null
+    std::int64_t stride = 0;        // of `acc` or `scaled`
+    const float* scale_x = nullptr;
+    const float* scale_w = nullptr;
+    std::int64_t outliers = 0;                     // of a row
+    const float* outlier_x = nullptr;              // [rows, outliers]
+    const std::int32_t* outlier_places = nullptr;  // [outliers]: their rows of outlier_w; null: 0, 1, 2, ...
+    const float* outlier_w = nullptr;              // [..., most_cols]
+    const float* bias = nullptr;                   // or null
 };
 
 struct Kernels {
@@ -74,8 +113,6 @@ struct Kernels {
     void (*encode_absmax)(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
     // codes[i] = clip(rint(nd * x[i]) - zeropoint, -127, 127), for finite nd * x[i].
     void (*encode_zeropoint)(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
-    // codes[i] + 128 as an unsigned byte, or back.
-    void (*flip_sign_bits)(std::int8_t* codes, std::int64_t size);
     // sum_i codes[i]; size <= 2^24.
     std::int32_t (*sum)(const std::int8_t* codes, std::int64_t size);
     // sum_i a[i] * b[i] in float32, over 64 interleaved partial sums.
@@ -85,21 +122,21 @@ struct Kernels {
 
     // One block of 16 rows in packed order: rows of `k` codes, `cols` <= 16 of them, padded with zeros.
     void (*pack)(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
-    // acc[i, j] = sum_k x[i, k] * w[j, k], the 128 of unsigned codes taken off again.
-    void (*product)(const ProductTile& tile);
-    bool x_is_unsigned;
-    std::int64_t tile_rows;  // the most that a call of `product` takes, and what suits it best
+    // For a call of up to few->block_rows rows of X, and for all others.
+    const Plan* few;
+    const Plan* many;  // exact for all codes of X
     // target[j] = (code + zeropoint[j]) * scale[j] over `cols` entries rounded up to 16, for the codes of column `col`
-    // of W (as in ProductTile).
+    // of packed W, `w_stride` bytes from block to block.
     void (*dequantize_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
                               const float* zeropoint, const float* scale, float* target);
-    // y = acc * (scale_x * scale_w) + sum_o outlier_x[o] * outlier_w[o] + bias in float32, over `cols` entries (up to
-    // the next multiple of 16 are read), rounded once to contiguous f32, f16 or bf16.
-    void (*epilogue)(const EpilogueRow& row, std::int64_t cols, DType dtype, void* y);
+    // y[i, j] = acc * (scale_x[i] * scale_w[j]), then y = fma(outlier_x[i, o], outlier_w[o, j], y) for o = 0, 1, ...,
+    // then y + bias[j], in float32, in this order, rounded once to f32, f16 or bf16. Rows of y are contiguous, y_stride
+    // bytes apart.
+    void (*epilogue)(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
 };
 
-// The most columns of a tile, and the distance of the rows of `acc` and `outlier_w`.
-inline constexpr std::int64_t tile_cols = 256;
+// The most columns of a block of work, and the distance of the rows of `outlier_w`.
+inline constexpr std::int64_t most_cols = 256;
 
 // The largest k for which a sum of products of int8 values (-128 included) fits an int32: floor((2^31 - 1) / 2^14),
 // down to a multiple of 64.

@@ -11,6 +11,8 @@ struct Dot {
     static constexpr int rows = 6;
     static constexpr int blocks = 4;
     static constexpr int vectors = 1;
+    static constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
+    static constexpr bool x_is_symmetric = false;
     using Accumulator = __m512i;
     using X = __m512i;
     using W = __m512i;
@@ -22,6 +24,7 @@ struct Dot {
     static void multiply_add(Accumulator& acc, X x, W w) {
         __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));
     }
+    static void store(std::int32_t* p, Accumulator acc) { _mm512_storeu_si512(p, acc); }
     static void add(std::int32_t* p, Accumulator acc) {
         _mm512_storeu_si512(p, _mm512_add_epi32(_mm512_loadu_si512(p), acc));
     }

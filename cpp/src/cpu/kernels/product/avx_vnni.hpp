@@ -11,6 +11,8 @@ struct Dot {
     static constexpr int rows = 6;
     static constexpr int blocks = 1;
     static constexpr int vectors = 2;
+    static constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
+    static constexpr bool x_is_symmetric = false;
     using Accumulator = __m256i;
     using X = __m256i;
     using W = __m256i;
@@ -21,10 +23,14 @@ struct Dot {
     static void multiply_add(Accumulator& acc, X x, W w) {
         __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(x), "x"(w));
     }
+    static void store(std::int32_t* p, Accumulator acc) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc); }
     static void add(std::int32_t* p, Accumulator acc) {
         auto* const target = reinterpret_cast<__m256i*>(p);
         _mm256_storeu_si256(target, _mm256_add_epi32(_mm256_loadu_si256(target), acc));
     }
 };
+
+constinit const Plan many = dot_plan<Dot>(192);
+constinit const Plan few = many;
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -1,13 +1,13 @@
 // The product by an instruction that multiplies four neighboring bytes and adds them to a 32-bit lane (or by a few
-// instructions that come to the same): all of x86's VNNI forms, and what AVX2 has in their stead.
+// instructions that come to the same): all of x86's VNNI forms, and what AVX2 has in their stead for few rows.
 //
 // An instruction set supplies `Dot`:
 //   rows, blocks       the register tile: rows of X by blocks of 16 output features
 //   vectors            operands that a block of 16 output features by 4 along k is loaded in
 //   Accumulator, zero(), X, broadcast(p), W, load(p), multiply_add(acc, x, w)
-//   add(p, acc)        p[0 ... 16 / vectors - 1] += the sums of an accumulator
-// A register tile is multiplied over a slice of k that keeps its part of W in the first-level cache while all rows of X
-// pass by.
+//   store(p, acc)      p[0 ... 16 / vectors - 1] = the sums of an accumulator
+//   add(p, acc)        the same, added
+// Panels of X are row-major: a row of a slice is `depth` bytes, and the next row follows.
 #pragma once
 
 #include "cpu/kernels/functions.hpp"
@@ -15,8 +15,7 @@
 
 namespace octavo::cpu::OCTAVO_ISA {
 
-constexpr std::int64_t block_size = 64;    // bytes of 16 output features by 4 along k
-constexpr std::int64_t slice_depth = 512;  // 32 KiB of W for 64 output features
+constexpr std::int64_t block_size = 64;  // bytes of 16 output features by 4 along k
 
 // Four neighboring codes.
 inline std::int32_t group_at(const std::int8_t* p) {
@@ -25,73 +24,87 @@ inline std::int32_t group_at(const std::int8_t* p) {
     return group;
 }
 
+// Plan::place_row: the codes as they are.
+inline std::int32_t place_signed(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel) {
+    __builtin_memcpy(panel + row * depth, codes, static_cast<unsigned long>(depth));
+    return 0;
+}
+
+// Plan::place_row: x + 128 as an unsigned byte.
+inline std::int32_t place_unsigned(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel) {
+    for (std::int64_t k = 0; k < depth; ++k) panel[row * depth + k] = static_cast<std::int8_t>(codes[k] ^ -128);
+    return 0;
+}
+
+// `Rows` rows of a tile by `Blocks` blocks, from column j of it on.
 template <class Dot, int Rows, int Blocks>
-void multiply_block(const std::int8_t* x, std::int64_t x_stride, const std::int8_t* w, std::int64_t w_stride,
-                    std::int64_t depth, std::int32_t* acc) {
+void multiply_block(const ProductTile& tile, std::int64_t j) {
     constexpr int steps = 2;  // of 4 along k in a turn of the loop
     constexpr std::int64_t turn = 4 * std::int64_t{steps};
     constexpr int width = Blocks * Dot::vectors;
     constexpr std::int64_t vector_size = block_size / Dot::vectors;
+    const std::int8_t* const x = tile.x;
+    const std::int8_t* const w = tile.w + j / 16 * tile.w_stride;
     typename Dot::Accumulator sums[Rows * width];
     unroll<Rows * width>([&](auto i) OCTAVO_INLINE { sums[i] = Dot::zero(); });
-    for (std::int64_t k = 0; k < depth; k += turn) {
+    for (std::int64_t k = 0; k < tile.depth; k += turn) {
         unroll<steps>([&](auto step) OCTAVO_INLINE {
             typename Dot::W operands[width];
-            unroll<width>([&](auto j) OCTAVO_INLINE {
-                operands[j] =
-                    Dot::load(w + j / Dot::vectors * w_stride + (k + 4 * step) * 16 + j % Dot::vectors * vector_size);
+            unroll<width>([&](auto v) OCTAVO_INLINE {
+                operands[v] = Dot::load(w + v / Dot::vectors * tile.w_stride + (k + 4 * step) * 16 +
+                                        v % Dot::vectors * vector_size);
             });
             unroll<Rows>([&](auto i) OCTAVO_INLINE {
-                const auto row = Dot::broadcast(x + i * x_stride + k + 4 * step);
-                unroll<width>([&](auto j) OCTAVO_INLINE { Dot::multiply_add(sums[i * width + j], row, operands[j]); });
+                const auto row = Dot::broadcast(x + i * tile.depth + k + 4 * step);
+                unroll<width>([&](auto v) OCTAVO_INLINE { Dot::multiply_add(sums[i * width + v], row, operands[v]); });
             });
         });
     }
-    unroll<Rows * width>([&](auto i) OCTAVO_INLINE {
-        Dot::add(acc + i / width * tile_cols + i % width * (16 / Dot::vectors), sums[i]);
-    });
-}
-
-// As many rows as there are, in blocks of `Rows` and then of fewer.
-template <class Dot, int Rows, int Blocks>
-void multiply_rows(const std::int8_t* x, std::int64_t x_stride, std::int64_t rows, const std::int8_t* w,
-                   std::int64_t w_stride, std::int64_t depth, std::int32_t* acc) {
-    for (; rows >= Rows; rows -= Rows) {
-        multiply_block<Dot, Rows, Blocks>(x, x_stride, w, w_stride, depth, acc);
-        x += Rows * x_stride;
-        acc += Rows * tile_cols;
-    }
-    if constexpr (Rows > 1) {
-        if (rows > 0) multiply_rows<Dot, Rows - 1, Blocks>(x, x_stride, rows, w, w_stride, depth, acc);
-    }
-}
-
-// What the sum of output feature j starts from: less what the 128 added to the codes of X will add too much. It may
-// wrap, and will be wrapped back.
-inline std::int32_t start_of(const ProductTile& tile, std::int64_t j) {
-    return x_is_unsigned ? static_cast<std::int32_t>(-128U * static_cast<std::uint32_t>(tile.w_sums[j])) : 0;
-}
-
-template <class Dot>
-void dot_product(const ProductTile& tile) {
-    for (std::int64_t i = 0; i < tile.rows; ++i) {
-        std::int32_t* const acc = tile.acc + i * tile_cols;
-        for (std::int64_t j = 0; j < tile.cols; ++j) acc[j] = start_of(tile, j);
-    }
-    // Few rows pass once, so there is nothing to keep.
-    const std::int64_t slice = tile.rows > Dot::rows ? slice_depth : tile.depth;
-    const auto columns = [&](auto blocks, std::int64_t j) {
-        for (std::int64_t k = 0; k < tile.depth; k += slice) {
-            multiply_rows<Dot, Dot::rows, blocks>(tile.x + k, tile.x_stride, tile.rows,
-                                                  tile.w + j / 16 * tile.w_stride + k * 16, tile.w_stride,
-                                                  tile.depth - k < slice ? tile.depth - k : slice, tile.acc + j);
-        }
+    constexpr std::int64_t stride = 16 * std::int64_t{Dot::blocks};
+    std::int32_t* const acc = tile.acc + j;
+    const auto leave = [&](auto put) OCTAVO_INLINE {
+        unroll<Rows * width>(
+            [&](auto i) OCTAVO_INLINE { put(acc + i / width * stride + i % width * (16 / Dot::vectors), sums[i]); });
     };
-    std::int64_t j = 0;
-    for (; j + 16 * Dot::blocks <= tile.cols; j += 16 * Dot::blocks) columns(IndexConstant<Dot::blocks>{}, j);
-    if constexpr (Dot::blocks > 1) {
-        for (; j < tile.cols; j += 16) columns(IndexConstant<1>{}, j);
+    if (tile.first) {
+        leave([](std::int32_t* p, const auto& acc_sums) OCTAVO_INLINE { Dot::store(p, acc_sums); });
+    } else {
+        leave([](std::int32_t* p, const auto& acc_sums) OCTAVO_INLINE { Dot::add(p, acc_sums); });
     }
+}
+
+// As many rows as the tile has.
+template <class Dot, int Blocks, int Rows = Dot::rows>
+void multiply_rows(const ProductTile& tile, std::int64_t j) {
+    if constexpr (Rows > 1) {
+        if (tile.rows < Rows) return multiply_rows<Dot, Blocks, Rows - 1>(tile, j);
+    }
+    multiply_block<Dot, Rows, Blocks>(tile, j);
+}
+
+// Plan::multiply.
+template <class Dot>
+void multiply_dots(const ProductTile& tile) {
+    if (tile.cols == 16 * Dot::blocks) return multiply_rows<Dot, Dot::blocks>(tile, 0);
+    for (std::int64_t j = 0; j < tile.cols; j += 16) multiply_rows<Dot, 1>(tile, j);
+}
+
+// The plan of a processor that multiplies by `Dot` whatever the number of rows.
+template <class Dot>
+constexpr Plan dot_plan(std::int64_t block_rows) {
+    return {.rows = Dot::rows,
+            .cols = 16 * std::int64_t{Dot::blocks},
+            .depth = 512,  // 8 KiB of W for a block
+            .block_rows = block_rows,
+            .x_size = 1,
+            .regrouped = 0,
+            .x_is_unsigned = Dot::x_is_unsigned,
+            .x_is_symmetric = Dot::x_is_symmetric,
+            .place_row = Dot::x_is_unsigned ? place_unsigned : place_signed,
+            .regroup = nullptr,
+            .multiply = multiply_dots<Dot>,
+            .enter = nullptr,
+            .leave = nullptr};
 }
 
 }  // namespace octavo::cpu::OCTAVO_ISA

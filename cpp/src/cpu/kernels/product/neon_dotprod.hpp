@@ -10,8 +10,10 @@
 
 namespace octavo::cpu::OCTAVO_ISA {
 
-// 8 KiB of a block of 16 output features and 24 KiB of 48 rows of X, which fit a first-level cache of 64 KiB together.
-constexpr std::int64_t slice_depth = 512;
+inline std::int32_t place_signed(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel) {
+    __builtin_memcpy(panel + row * depth, codes, static_cast<unsigned long>(depth));
+    return 0;
+}
 
 // sums[j] += the group of x by group j of w. A template because the instruction's lane must be a literal, even where
 // nothing is optimized.
@@ -20,45 +22,49 @@ template <int Group>
     sums = vdotq_laneq_s32(sums, w, x, Group);
 }
 
-// acc += X W^T for `Rows` rows of X and one block of 16 output features.
+// `Rows` rows of X, row-major, by one block of 16 output features.
 template <int Rows>
-void multiply_rows(const std::int8_t* x, std::int64_t x_stride, const std::int8_t* w, std::int64_t depth,
-                   std::int32_t* acc) {
+void multiply_rows(const ProductTile& tile) {
     int32x4_t sums[Rows * 4];
-    unroll<Rows * 4>([&](auto i) OCTAVO_INLINE { sums[i] = vld1q_s32(acc + i / 4 * tile_cols + i % 4 * 4); });
-    for (std::int64_t k = 0; k < depth; k += 16) {
+    unroll<Rows * 4>([&](auto i)
+                         OCTAVO_INLINE { sums[i] = tile.first ? vdupq_n_s32(0) : vld1q_s32(tile.acc + i * 4); });
+    for (std::int64_t k = 0; k < tile.depth; k += 16) {
         int8x16_t rows[Rows];
-        unroll<Rows>([&](auto i) OCTAVO_INLINE { rows[i] = vld1q_s8(x + i * x_stride + k); });
+        unroll<Rows>([&](auto i) OCTAVO_INLINE { rows[i] = vld1q_s8(tile.x + i * tile.depth + k); });
         unroll<4>([&](auto group) OCTAVO_INLINE {
             unroll<4>([&](auto j) OCTAVO_INLINE {
-                const int8x16_t features = vld1q_s8(w + (k + group * 4) * 16 + j * 16);
+                const int8x16_t features = vld1q_s8(tile.w + (k + group * 4) * 16 + j * 16);
                 unroll<Rows>([&](auto i) OCTAVO_INLINE { add_dots<group>(sums[i * 4 + j], features, rows[i]); });
             });
         });
     }
-    unroll<Rows * 4>([&](auto i) OCTAVO_INLINE { vst1q_s32(acc + i / 4 * tile_cols + i % 4 * 4, sums[i]); });
+    unroll<Rows * 4>([&](auto i) OCTAVO_INLINE { vst1q_s32(tile.acc + i * 4, sums[i]); });
 }
 
-inline void dot_product(const ProductTile& tile) {
-    for (std::int64_t j = 0; j < tile.cols; j += 16) {
-        std::int32_t* const acc = tile.acc + j;
-        for (std::int64_t i = 0; i < tile.rows; ++i) __builtin_memset(acc + i * tile_cols, 0, 16 * sizeof *acc);
-        for (std::int64_t k = 0; k < tile.depth; k += slice_depth) {
-            const std::int64_t depth = tile.depth - k < slice_depth ? tile.depth - k : slice_depth;
-            const std::int8_t* const w = tile.w + j / 16 * tile.w_stride + k * 16;
-            const auto rows_at = [&](auto rows, std::int64_t i) {
-                multiply_rows<rows>(tile.x + i * tile.x_stride + k, tile.x_stride, w, depth, acc + i * tile_cols);
-            };
-            std::int64_t i = 0;
-            for (; i + 4 <= tile.rows; i += 4) rows_at(IndexConstant<4>{}, i);
-            switch (tile.rows - i) {
-                case 3: rows_at(IndexConstant<3>{}, i); break;
-                case 2: rows_at(IndexConstant<2>{}, i); break;
-                case 1: rows_at(IndexConstant<1>{}, i); break;
-                default: break;
-            }
-        }
+inline void multiply_dots(const ProductTile& tile) {
+    switch (tile.rows) {
+        case 1: return multiply_rows<1>(tile);
+        case 2: return multiply_rows<2>(tile);
+        case 3: return multiply_rows<3>(tile);
+        default: return multiply_rows<4>(tile);
     }
+}
+
+// `depth`: 8 KiB of W and 64 KiB of 128 rows of X.
+constexpr Plan dot_plan(std::int64_t block_rows) {
+    return {.rows = 4,
+            .cols = 16,
+            .depth = 512,
+            .block_rows = block_rows,
+            .x_size = 1,
+            .regrouped = 0,
+            .x_is_unsigned = false,
+            .x_is_symmetric = false,
+            .place_row = place_signed,
+            .regroup = nullptr,
+            .multiply = multiply_dots,
+            .enter = nullptr,
+            .leave = nullptr};
 }
 
 }  // namespace octavo::cpu::OCTAVO_ISA

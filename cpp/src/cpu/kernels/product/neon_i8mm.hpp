@@ -9,10 +9,9 @@
 
 namespace octavo::cpu::OCTAVO_ISA {
 
-constexpr std::int64_t most_rows_by_dot = 4;
-
 // squares[k / 8][feature / 2][feature % 2][k % 8] of the packed w[k / 4][feature][k % 4].
-inline void regroup(const std::int8_t* w, std::int64_t depth, std::int8_t* squares) {
+inline void regroup(const std::int8_t* w, std::int64_t /*w_stride*/, std::int64_t /*cols*/, std::int64_t depth,
+                    std::int8_t* squares, std::int32_t* /*offsets*/) {
     for (std::int64_t k = 0; k < depth; k += 8) {
         unroll<4>([&](auto j) OCTAVO_INLINE {
             const int32x4_t before = vreinterpretq_s32_s8(vld1q_s8(w + k * 16 + j * 16));
@@ -23,32 +22,32 @@ inline void regroup(const std::int8_t* w, std::int64_t depth, std::int8_t* squar
     }
 }
 
-// acc += X W^T for rows (2 i, 2 i + 1) of X, i < Pairs, and 16 output features. Where `rows` is one less, the last row
-// also takes the place that is left, and the same sums are written twice.
+// Rows (2 i, 2 i + 1) of X, i < Pairs, by 16 output features. Where the tile has one row less, the last row also takes
+// the place that is left, and the same sums are written twice.
 template <int Pairs>
-void multiply_pairs(const std::int8_t* x, std::int64_t x_stride, std::int64_t rows, const std::int8_t* squares,
-                    std::int64_t depth, std::int32_t* acc) {
+void multiply_pairs(const ProductTile& tile) {
     const std::int8_t* x_rows[Pairs * 2];
     std::int32_t* acc_rows[Pairs * 2];
     unroll<Pairs * 2>([&](auto i) OCTAVO_INLINE {
-        const std::int64_t row = i < rows ? i : rows - 1;
-        x_rows[i] = x + row * x_stride;
-        acc_rows[i] = acc + row * tile_cols;
+        const std::int64_t row = i < tile.rows ? i : tile.rows - 1;
+        x_rows[i] = tile.x + row * tile.depth;
+        acc_rows[i] = tile.acc + row * 16;
     });
     // A register holds the square (row 0: 2 outputs, row 1: 2 outputs).
     int32x4_t sums[Pairs * 8];
     unroll<Pairs * 8>([&](auto i) OCTAVO_INLINE {
         constexpr int first = i / 8 * 2;
         constexpr int col = i % 8 * 2;
-        sums[i] = vcombine_s32(vld1_s32(acc_rows[first] + col), vld1_s32(acc_rows[first + 1] + col));
+        sums[i] = tile.first ? vdupq_n_s32(0)
+                             : vcombine_s32(vld1_s32(acc_rows[first] + col), vld1_s32(acc_rows[first + 1] + col));
     });
-    for (std::int64_t k = 0; k < depth; k += 8) {
+    for (std::int64_t k = 0; k < tile.depth; k += 8) {
         int8x16_t pairs[Pairs];
         unroll<Pairs>([&](auto i) OCTAVO_INLINE {
             pairs[i] = vcombine_s8(vld1_s8(x_rows[i * 2] + k), vld1_s8(x_rows[i * 2 + 1] + k));
         });
         unroll<8>([&](auto j) OCTAVO_INLINE {
-            const int8x16_t features = vld1q_s8(squares + k * 16 + j * 16);
+            const int8x16_t features = vld1q_s8(tile.w + k * 16 + j * 16);
             unroll<Pairs>([&](auto i)
                               OCTAVO_INLINE { sums[i * 8 + j] = vmmlaq_s32(sums[i * 8 + j], pairs[i], features); });
         });
@@ -61,26 +60,27 @@ void multiply_pairs(const std::int8_t* x, std::int64_t x_stride, std::int64_t ro
     });
 }
 
-inline void matrix_product(const ProductTile& tile) {
-    if (tile.rows <= most_rows_by_dot) return dot_product(tile);
-    alignas(64) std::int8_t squares[16 * slice_depth];
-    for (std::int64_t j = 0; j < tile.cols; j += 16) {
-        std::int32_t* const acc = tile.acc + j;
-        for (std::int64_t i = 0; i < tile.rows; ++i) __builtin_memset(acc + i * tile_cols, 0, 16 * sizeof *acc);
-        for (std::int64_t k = 0; k < tile.depth; k += slice_depth) {
-            const std::int64_t depth = tile.depth - k < slice_depth ? tile.depth - k : slice_depth;
-            regroup(tile.w + j / 16 * tile.w_stride + k * 16, depth, squares);
-            for (std::int64_t i = 0; i < tile.rows; i += 4) {
-                const std::int64_t rows = tile.rows - i < 4 ? tile.rows - i : 4;
-                const std::int8_t* const x = tile.x + i * tile.x_stride + k;
-                if (rows > 2) {
-                    multiply_pairs<2>(x, tile.x_stride, rows, squares, depth, acc + i * tile_cols);
-                } else {
-                    multiply_pairs<1>(x, tile.x_stride, rows, squares, depth, acc + i * tile_cols);
-                }
-            }
-        }
+inline void multiply_squares(const ProductTile& tile) {
+    if (tile.rows > 2) {
+        multiply_pairs<2>(tile);
+    } else {
+        multiply_pairs<1>(tile);
     }
 }
+
+constinit const Plan few = dot_plan(4);
+constinit const Plan many{.rows = 4,
+                          .cols = 16,
+                          .depth = 512,
+                          .block_rows = 128,
+                          .x_size = 1,
+                          .regrouped = 1,
+                          .x_is_unsigned = false,
+                          .x_is_symmetric = false,
+                          .place_row = place_signed,
+                          .regroup = regroup,
+                          .multiply = multiply_squares,
+                          .enter = nullptr,
+                          .leave = nullptr};
 
 }  // namespace octavo::cpu::OCTAVO_ISA
