@@ -2,14 +2,18 @@
 """Everything a developer does, each as one command that also does its own set-up.
 
     python3 dev.py demo        build, install and run the demo
-    python3 dev.py test        build, install and run all tests, C++ and Python
-    python3 dev.py check       formatting, lint and type checks
-    python3 dev.py docs        the documentation, with the report of bench/results, into build/site
+    python3 dev.py test        build, install and run the library's tests, C++ and Python, on what this machine has
+    python3 dev.py test --all  also sanitizers, emulated GPU and Arm, Transformers, the laboratory
+    python3 dev.py check       formatting, lint, types, machine code, the CUDA wheel
+    python3 dev.py docs        the documentation into build/site
     python3 dev.py evidence    train a small language model, and make the paper's tables of it, in minutes
+    python3 dev.py wheel       sdist, manylinux wheel and SBOM into build/dist, tested in a bare environment
+    python3 dev.py lock        the versions and hashes of .ci/lock, anew
+    python3 dev.py ci          all of it, cheapest first
 
 Needs Python >= 3.10 and a C++20 compiler (tested: Python 3.11, GCC 12, Clang 14); uses nothing else of the
 system and installs nothing outside this folder: packages go to .venv, builds to build/. Running a command again is
-quick.
+quick. Steps that do not wait for each other run two at a time; what each printed is in build/log.
 """
 
 from __future__ import annotations
@@ -18,264 +22,447 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build"
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
-LABORATORY = "./bench"  # octavo-bench
-CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
-MACHINE_CODE = ROOT / ".ci" / "machine_code.py"
-CUDA_WHEEL = ROOT / ".ci" / "cuda_wheel.py"
+CI = ROOT / ".ci"
+CORES = str(os.cpu_count() or 1)
 # Of CUDA, tests/simt needs the headers only. They are those of pyproject.toml's compiler.
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
 # The files of tests/python with tests that run on every backend.
 EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "threads", "weight")
+# Those that need more packages than NumPy, PyTorch and Transformers, or start many processes.
+INTEGRATION_FILES = (
+    *("checkpoint_bitsandbytes", "checkpoint_kill", "checkpoint_resume", "diffusers", "distributed", "frameworks"),
+    *("onnx*", "peft", "sentence_transformers", "serve", "transformers*"),
+)
 CPP_FOLDERS = ("cpp", "cuda", "bindings", "tests/cpp", "tests/simt", "examples", "bench")
-PYTHON_FOLDERS = ("python", "tests", "examples", "bench", ".ci", "docs/hooks.py", "docs/docstrings.py", "dev.py")
+PYTHON_FOLDERS = ("python", "tests", "examples", "bench", ".ci", "docs", "dev.py")
 
 
-def main() -> int:
-    """Run the chosen command; returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,test,check,docs,evidence}")
-    commands.add_parser("demo", help="build, install and run the demo", add_help=False).set_defaults(run=demo)
-    commands.add_parser("test", help="build, install and run all tests").set_defaults(run=test)
-    check_parser = commands.add_parser("check", help="formatting, lint and type checks")
-    check_parser.add_argument("--fix", action="store_true", help="reformat instead of complaining")
-    check_parser.set_defaults(run=check)
-    commands.add_parser("docs", help="build the documentation, warnings as errors").set_defaults(run=docs)
-    commands.add_parser("evidence", help="a small language model and the paper's tables of it").set_defaults(
-        run=evidence
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do, once what it needs is done. `needs` are names of other steps; those not asked for are not done.
+
+    The name is what is printed; the docstring of `do` says more.
+    """
+
+    name: str
+    do: Callable[[], None]
+    needs: tuple[str, ...] = ()
+
+
+def make_environment() -> None:
+    """.venv, with the tools that build."""
+    if not PYTHON.exists():
+        venv.create(VENV, with_pip=True)
+    pip("build")
+
+
+def system_packages() -> None:
+    """What the Arm tests and the C++ benchmarks need, where this is CI's machine and it can be installed."""
+    packages = ("g++-aarch64-linux-gnu", "qemu-user-static", "libbenchmark-dev")
+    if os.environ.get("CI") != "true" or not shutil.which("apt-get") or not hasattr(os, "getuid") or os.getuid() != 0:
+        say(f"left to you, as root: apt-get install {' '.join(packages)}")
+        return
+    run("apt-get", "update", "-q")
+    run("apt-get", "install", "-q", "-y", "--no-install-recommends", *packages)
+
+
+def test_packages() -> None:
+    """What the library's tests need."""
+    pip("test")
+
+
+def octavo() -> None:
+    """One build of the wheel, installed, and of the C++ tests, which are linked with the same objects."""
+    settings = {
+        "build-dir": "build/release",
+        "cmake.define.OCTAVO_TESTS": "ON",
+        "cmake.define.OCTAVO_EXAMPLES": "ON",
+        "cmake.define.OCTAVO_WERROR": "ON",
+    }
+    run(
+        *(PYTHON, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "--force-reinstall", "."),
+        *(f"-C{name}={value}" for name, value in settings.items()),
+        CMAKE_BUILD_PARALLEL_LEVEL=CORES,
     )
-    args, rest = parser.parse_known_args()
-    if rest and args.command != "demo":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.rest = rest
-    started = time.monotonic()
-    try:
-        args.run(args)
-    except subprocess.CalledProcessError as error:
-        print(f"\ndev.py {args.command}: failed: {' '.join(map(str, error.cmd))}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    print(f"\ndev.py {args.command}: done in {time.monotonic() - started:.0f} s")
-    return 0
 
 
-def demo(args: argparse.Namespace) -> None:
-    """Install octavo with what the demo needs, and run it; further arguments are the demo's own."""
-    prepare()
-    install("torch", LABORATORY)
-    step("Running the demo: MiniLM in int8")
-    run(BIN / "octavo", "demo", *args.rest)
+def cpp_tests() -> None:
+    """tests/cpp on every instruction set of this processor."""
+    run(BIN / "ctest", "--test-dir", "build/release", "--output-on-failure", "--no-tests=error", "-E", "simt")
 
 
-def test(_: argparse.Namespace) -> None:
-    """C++ tests (release, sanitized, emulated GPU, Arm), examples; the Python tests against the installed wheel."""
-    prepare()
-    for preset in ("release", "cpu-debug"):
-        step(f"C++ tests, preset {preset}")
-        run(BIN / "cmake", "--preset", preset)
-        run(BIN / "cmake", "--build", "--preset", preset)
-        run(BIN / "ctest", "--preset", preset)
-    emulated = test_emulated_gpu()
-    test_arm()
-    install("test", f"{LABORATORY}[test]")
-    step("Python tests")
-    run(PYTHON, "-m", "pytest", "-q", "-rs")
-    if emulated:
-        step("Python tests on the emulated GPU")
-        # A stand-in for CuPy, whose device is that GPU; few generated cases, because it is slow.
-        run(
-            PYTHON,
-            *("-m", "pytest", "-q", "-rs", "-k", "cupy"),
-            *(f"tests/python/test_{name}.py" for name in EMULATED_FILES),
-            PYTHONPATH="tests/simt/python",
-            OCTAVO_CUDA_LIBRARY=str(ROOT / "build" / "release" / "tests" / "simt" / "liboctavo_cuda_simt.so"),
-            OCTAVO_TEST_EXAMPLES="4",
-        )
-    step("Python examples")
+def python_tests() -> None:
+    """tests/python, without those that other steps run."""
+    pytest("tests/python", *(f"--ignore-glob=*/test_{name}.py" for name in INTEGRATION_FILES))
+
+
+def formatting() -> None:
+    """clang-format and ruff complain of what they would change."""
+    pip("lint")
+    reformat("--dry-run", "-Werror")
+
+
+def lint() -> None:
+    """Ruff and mypy."""
+    run(BIN / "ruff", "check", *PYTHON_FOLDERS)
+    run(PYTHON, "-m", "mypy")
+
+
+def stubs() -> None:
+    """The stub of octavo._core against the built module."""
+    run(PYTHON, "-m", "mypy.stubtest", "octavo._core", "--allowlist", CI / "stubtest-allowlist.txt")
+
+
+def sanitized() -> None:
+    """tests/cpp under AddressSanitizer and UndefinedBehaviorSanitizer, and the installation for C and C++."""
+    preset("cpu-debug")
+
+
+def emulated_gpu() -> None:
+    """The CUDA backend, compiled as C++, on the emulated GPU of tests/simt: plain, with race detection, sanitized."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        say(f"left out: tests/simt needs Linux on x86_64, this is {platform.system()} on {platform.machine()}")
+        return
+    run(PYTHON, "-m", "pip", "install", "-qq", *CUDA_HEADERS)
+    preset("simt")
+    # A stand-in for CuPy, whose device is that GPU; few generated cases, because it is slow.
+    pytest(
+        *("-k", "cupy"),
+        *(f"tests/python/test_{name}.py" for name in EMULATED_FILES),
+        PYTHONPATH="tests/simt/python",
+        OCTAVO_CUDA_LIBRARY=str(BUILD / "release" / "tests" / "simt" / "liboctavo_cuda_simt.so"),
+        OCTAVO_TEST_EXAMPLES="4",
+    )
+
+
+def emulated_gpu_sanitized() -> None:
+    """The same under AddressSanitizer."""
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        preset("simt-asan")
+
+
+def arm() -> None:
+    """tests/cpp on an emulated Arm processor, and the machine code of its kernels."""
+    if platform.machine() in {"aarch64", "arm64"}:
+        say("left out: this processor is an Arm, and the C++ tests have tested it")
+        return
+    missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64-static") if not shutil.which(tool)]
+    if missing:
+        say(f"left out: no {' and no '.join(missing)} (Debian: apt install g++-aarch64-linux-gnu qemu-user-static)")
+        return
+    preset("aarch64")
+    run(PYTHON, CI / "machine_code.py", BUILD / "aarch64", "aarch64-linux-gnu-objdump")
+
+
+def integration() -> None:
+    """Octavo within Transformers, PEFT and others, and among processes; the examples in Python."""
+    pip("integration")
+    files = [path for name in INTEGRATION_FILES for path in sorted((ROOT / "tests/python").glob(f"test_{name}.py"))]
+    pytest(*files)
     for example in sorted((ROOT / "examples").glob("*.py")):
         run(PYTHON, example)
 
 
-def test_emulated_gpu() -> bool:
-    """The CUDA backend on the emulated GPU of tests/simt, in the builds of release and cpu-debug.
-
-    False where it cannot be built.
-    """
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        step("C++ tests on the emulated GPU")
-        print(f"left out: tests/simt needs Linux on x86_64, this is {platform.system()} on {platform.machine()}")
-        return False
-    pip(*CUDA_HEADERS)
-    for preset in ("simt", "simt-asan"):
-        step(f"C++ tests on the emulated GPU, preset {preset}")
-        run(BIN / "cmake", "--preset", preset)
-        run(BIN / "cmake", "--build", "--preset", preset)
-        run(BIN / "ctest", "--preset", preset, "--parallel", str(os.cpu_count() or 1))
-    return True
+def machine_code() -> None:
+    """The CPU kernels have the instructions that they are written for; clang-tidy."""
+    pip("lint")
+    run(PYTHON, CI / "machine_code.py", BUILD / "release")
+    sources = [path for folder in ("cpp/src", "tests/cpp") for path in sorted((ROOT / folder).rglob("*.cpp"))]
+    run(PYTHON, CI / "tidy.py", BUILD / "release", *sources)
 
 
-def test_arm() -> None:
-    """The C++ tests on an emulated Arm processor, and the machine code of its kernels."""
-    step("C++ tests, preset aarch64")
-    if platform.machine() in {"aarch64", "arm64"}:
-        print("left out: this processor is an Arm, and preset release has tested it")
-        return
-    tools = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
-    missing = [tool for tool in tools if not shutil.which(tool)]
-    if missing:
-        reason = f"no {' and no '.join(missing)} (Debian, Ubuntu: apt install g++-aarch64-linux-gnu qemu-user-static)"
-        if os.environ.get("CI") == "true":
-            sys.exit(f"dev.py test: CI=true requires the Arm tests: {reason}")
-        print(f"left out: {reason}")
-        return
-    run(BIN / "cmake", "--preset", "aarch64")
-    run(BIN / "cmake", "--build", "--preset", "aarch64")
-    run(BIN / "ctest", "--preset", "aarch64")
-    run(PYTHON, MACHINE_CODE, ROOT / "build" / "aarch64", "aarch64-linux-gnu-objdump")
-
-
-def check(args: argparse.Namespace) -> None:
-    """The formatters, linters and type checks that pyproject.toml pins, and the machine code of the kernels."""
-    prepare()
-    install("dev", f"{LABORATORY}[test]")
-    sources = [
-        str(path.relative_to(ROOT))
-        for folder in CPP_FOLDERS
-        for path in sorted((ROOT / folder).rglob("*"))
-        if path.suffix in {".c", ".h", ".cpp", ".hpp", ".cu", ".cuh"}
-    ]
-    step("clang-format")
-    run(BIN / "clang-format", *(["-i"] if args.fix else ["--dry-run", "-Werror"]), *sources)
-    step("ruff")
-    folders = [folder for folder in PYTHON_FOLDERS if (ROOT / folder).exists()]
-    run(BIN / "ruff", "format", *([] if args.fix else ["--check"]), *folders)
-    run(BIN / "ruff", "check", *(["--fix"] if args.fix else []), *folders)
-    step("mypy")
-    run(PYTHON, "-m", "mypy")
-    run(PYTHON, "-m", "mypy.stubtest", "octavo._core", "--allowlist", ".ci/stubtest-allowlist.txt")
-    step("Machine code of the kernels")
-    run(BIN / "cmake", "--preset", "release")
-    run(BIN / "cmake", "--build", "--preset", "release")
-    run(PYTHON, MACHINE_CODE, ROOT / "build" / "release")
-    step("clang-tidy")  # after the build: some sources are found only when built
-    checked = ["cpp/src", "tests/cpp"]
-    if (ROOT / "build" / "release" / "bench" / "bench_linear").exists():
-        checked.append("bench")
-    else:
-        print("bench/ is left out: it was not built, for want of google-benchmark (Debian, Ubuntu: libbenchmark-dev)")
-    translation_units = [source for source in sources if source.startswith(tuple(checked)) and source.endswith(".cpp")]
-    run(PYTHON, ROOT / ".ci" / "tidy.py", ROOT / "build" / "release", *translation_units)
-    check_cuda()
-
-
-def check_cuda() -> None:
-    """The wheel with the CUDA backend, built for every architecture with nothing but packages of PyPI; what it holds.
-
-    Here and not among the tests, because it is about code that no machine without a GPU can run, and takes a compiler
-    of 100 MB and minutes: whoever runs the tests need not wait for it.
-    """
-    step("CUDA backend, for every architecture")
+def cuda_wheel() -> None:
+    """The wheel with the CUDA backend, built for every architecture with nothing but packages; what it holds."""
     if platform.system() != "Linux" or platform.machine() not in {"x86_64", "aarch64"}:
-        print(f"left out: NVIDIA has no compiler for {platform.system()} on {platform.machine()}")
+        say(f"left out: NVIDIA has no compiler for {platform.system()} on {platform.machine()}")
         return
-    # The compiler comes as packages: another one that this machine has is not to be found.
-    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
-        os.environ.pop(name, None)
-    wheels = ROOT / "build" / "cuda-wheel"
+    wheels = BUILD / "cuda-wheel"
     shutil.rmtree(wheels, ignore_errors=True)
-    os.environ.update(OCTAVO_CUDA="1", OCTAVO_WERROR="ON")
-    try:
-        run(PYTHON, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "-w", wheels, ".")
-    finally:
-        del os.environ["OCTAVO_CUDA"], os.environ["OCTAVO_WERROR"]
-    pip("nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
-    run(PYTHON, CUDA_WHEEL, *wheels.glob("*.whl"))
+    # The compiler comes as packages: another one that this machine has is not to be found.
+    hidden = dict.fromkeys(("CUDACXX", "CUDA_HOME", "CUDA_PATH"))
+    wanted = {"OCTAVO_CUDA": "1", "OCTAVO_WERROR": "ON", "CMAKE_BUILD_PARALLEL_LEVEL": CORES}
+    run(PYTHON, "-m", "pip", "wheel", "-qq", "--no-deps", "-w", wheels, ".", **hidden, **wanted)
+    run(PYTHON, "-m", "pip", "install", "-qq", "nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
+    run(PYTHON, CI / "cuda_wheel.py", *wheels.glob("*.whl"))
 
 
-def docs(_: argparse.Namespace) -> None:
-    """The site, into build/site. It fails on any warning, broken link, or public name that the reference lacks."""
-    prepare()
-    install("docs", LABORATORY)
-    step("Documentation")
-    os.environ["NO_MKDOCS_2_WARNING"] = "1"  # a notice about other versions, meant for whoever chooses them
-    run(PYTHON, "-m", "mkdocs", "build", "--strict", "--quiet")
-    print(f"{ROOT / 'build' / 'site' / 'index.html'}")
+def laboratory() -> None:
+    """octavo-bench, which proves the library."""
+    pip("laboratory")
+    run(PYTHON, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "./bench")
 
 
-def evidence(_: argparse.Namespace) -> None:
+def laboratory_tests() -> None:
+    """bench/tests."""
+    pytest("bench/tests")
+
+
+def demo(*words: str) -> None:
+    """A real sentence transformer in int8."""
+    run(BIN / "octavo", "demo", *(words or ("--output", BUILD / "demo")))
+
+
+def evidence() -> None:
     """What bench/results/evidence was made by, small: less training, fewer windows."""
-    prepare()
-    install("torch", f"{LABORATORY}[peers]")
-    lm, output = ROOT / "build" / "lm", ROOT / "build" / "evidence"
-    step("Training a small language model on the documentation of this machine")
-    started = time.monotonic()
+    lm, output = BUILD / "lm", BUILD / "evidence"
     run(PYTHON, "bench/train_lm.py", "--setting", "small", "--output", lm)
-    print(f"trained in {time.monotonic() - started:.0f} s")
-    step("The paper's tables")
     small = {"windows": 30, "close-windows": 200, "questions": 40, "analyzed": 10, "sentences": 50}
     small |= {"draws": 2, "seconds": 2}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     run(PYTHON, "bench/evidence.py", "--lm", lm, "--output", output, *options)
 
 
-def prepare() -> None:
-    """Make .venv, with the build tools that the C++ presets use."""
+def docs() -> None:
+    """The site. It fails on any warning, broken link, or public name that the reference lacks."""
+    pip("docs")
+    # A notice about other versions is meant for whoever chooses them.
+    run(PYTHON, "-m", "mkdocs", "build", "--strict", "--quiet", NO_MKDOCS_2_WARNING="1")
+    say(str(BUILD / "site" / "index.html"))
+
+
+def wheel() -> None:
+    """What is released, as RELEASE.md says, tested in an environment with NumPy alone."""
+    pip("wheel")
+    run(PYTHON, CI / "wheel.py", BUILD / "dist")
+
+
+def lock() -> None:
+    """.ci/lock from the requirements of pyproject.toml and bench/pyproject.toml."""
+    pip("wheel")
+    run(PYTHON, CI / "lock.py")
+
+
+ENVIRONMENT = Step("environment", make_environment)
+INSTALLED = [
+    ENVIRONMENT,
+    Step("test packages", test_packages, ("environment",)),
+    Step("octavo", octavo, ("environment",)),
+]
+TESTS = [
+    *INSTALLED,
+    Step("C++ tests", cpp_tests, ("octavo",)),
+    Step("Python tests", python_tests, ("test packages", "C++ tests")),
+]
+CHECKS = [
+    Step("formatting", formatting, ("environment",)),
+    Step("lint and types", lint, ("formatting", "test packages")),
+    Step("stubs", stubs, ("lint and types", "octavo")),
+]
+MORE_TESTS = [
+    Step("emulated GPU", emulated_gpu, ("sanitizers",)),
+    Step("sanitizers", sanitized),
+    Step("Transformers and others", integration),
+    Step("emulated GPU, sanitized", emulated_gpu_sanitized, ("emulated GPU",)),
+    Step("emulated Arm", arm, ("emulated GPU, sanitized",)),
+]
+MORE_CHECKS = [Step("machine code and clang-tidy", machine_code), Step("CUDA wheel", cuda_wheel)]
+LABORATORY = [Step("laboratory", laboratory), Step("laboratory tests", laboratory_tests, ("laboratory",))]
+DEMO = Step("demo", demo, ("laboratory",))
+EVIDENCE = Step("evidence", evidence, ("laboratory",))
+DOCS = Step("docs", docs, ("laboratory",))
+WHEEL = Step("wheel", wheel)
+# The cheapest first: whatever fails there is known in minutes.
+STAGES = [
+    [Step("system packages", system_packages), *TESTS, *CHECKS],
+    [*MORE_TESTS, *MORE_CHECKS],
+    [*LABORATORY, EVIDENCE, DEMO, DOCS, WHEEL],
+]
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """Run the chosen command; returns its exit status."""
     if sys.version_info < (3, 10):  # noqa: UP036 - whoever runs this file may have any Python
         sys.exit(f"dev.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
         sys.exit("dev.py: needs a C++20 compiler (Debian, Ubuntu: apt install g++)")
-    if not PYTHON.exists():
-        step(f"Making a virtual environment in {VENV.relative_to(ROOT)}/")
-        venv.create(VENV, with_pip=True)
-    step("Installing the build tools")
-    pip("cmake>=3.25", "ninja")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("demo", help="its own options follow", add_help=False)
+    commands.add_parser("test").add_argument("--all", action="store_true", help="all that CI tests")
+    commands.add_parser("check").add_argument("--fix", action="store_true", help="reformat instead of complaining")
+    for name in ("docs", "evidence", "wheel", "lock", "ci"):
+        commands.add_parser(name)
+    args, rest = parser.parse_known_args()
+    if rest and args.command != "demo":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended, too
+    started = time.monotonic()
+    try:
+        command(args, rest)
+    except subprocess.CalledProcessError as error:
+        print(f"\ndev.py {args.command}: failed: {' '.join(map(str, error.cmd))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        stop()
+    print(f"\ndev.py {args.command}: done in {time.monotonic() - started:.0f} s")
+    return 0
 
 
-def install(extra: str, *others: str) -> None:
-    """Build the wheel and install it, with an extra of pyproject.toml; other packages of this folder with it."""
-    step(f"Building and installing octavo[{extra}]")
-    pip(f".[{extra}]", *others)
+def command(args: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Do the steps of a command."""
+    if args.command == "ci":
+        for number, stage in enumerate(STAGES, 1):
+            print(f"\n##### stage {number} of {len(STAGES)}", flush=True)
+            perform(stage)
+    elif args.command == "test":
+        perform(TESTS)
+        if args.all:
+            perform([*MORE_TESTS, *LABORATORY])
+    elif args.command == "check" and args.fix:
+        perform([ENVIRONMENT])
+        pip("lint")
+        reformat("-i")
+    elif args.command == "check":
+        perform([*INSTALLED, *CHECKS, *MORE_CHECKS])
+    elif args.command == "demo":
+        perform([*INSTALLED, LABORATORY[0]])
+        demo(*rest)
+    else:
+        last = {"docs": DOCS, "evidence": EVIDENCE, "wheel": WHEEL, "lock": Step("lock", lock)}[args.command]
+        first = [ENVIRONMENT] if args.command in {"wheel", "lock"} else [*INSTALLED, LABORATORY[0]]
+        perform(first)
+        perform([last])
 
 
-def pip(*requirements: str) -> None:
-    run(
-        PYTHON,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-compile",  # of torch and transformers little is ever imported; Python compiles that when it is
-        "-c",
-        CONSTRAINTS,
-        *requirements,
-    )
+# --- doing steps ------------------------------------------------------------------------------------------------------
+
+LOCAL = threading.local()  # .log: where the step of this thread prints, unless on the screen
+INSTALLING = threading.Lock()
+PRINTING = threading.Lock()
+STARTED: set[subprocess.Popen[bytes]] = set()
 
 
-def step(title: str) -> None:
-    print(f"\n=== {title}", flush=True)
+def perform(steps: Sequence[Step]) -> None:
+    """Do steps, two at a time, each after those it needs. Raises CalledProcessError of the first that fails."""
+    names = {step.name for step in steps}
+    waiting, done = list(steps), set[str]()
+    running: dict[Future[None], Step] = {}
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            while waiting or running:
+                ready = [step for step in waiting if names.intersection(step.needs) <= done]
+                for step in ready[: 2 - len(running)]:
+                    waiting.remove(step)
+                    running[pool.submit(perform_one, step)] = step
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done.add(running.pop(future).name)
+                    future.result()
+        except BaseException:
+            stop()  # the other one, for which the pool would wait
+            raise
 
 
-def run(*command: str | Path, **variables: str) -> None:
-    """Run a command of this folder, with more in its environment, showing what it prints.
+def perform_one(step: Step) -> None:
+    """Do a step, and print what it printed when it is over."""
+    path = BUILD / "log" / f"{step.name.replace(' ', '-').replace(',', '')}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    result = "failed"
+    try:
+        with path.open("wb") as LOCAL.log:
+            step.do()
+        result = "done"
+    finally:
+        text = path.read_text(encoding="utf-8", errors="replace").rstrip()
+        with PRINTING:
+            print(
+                f"\n=== {step.name}\n{text}\n=== {step.name}: {result} in {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
+
+
+def stop() -> None:
+    """End what is still running, and what that has started."""
+    for process in list(STARTED):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(*words: str | Path, **variables: str | None) -> None:
+    """Run a command in this folder, with more in its environment, or less (None).
 
     Raises CalledProcessError where it fails.
     """
     # The tools of .venv come first: ninja, for one, is found by CMake on the path.
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}", **variables}
-    words: Sequence[str] = [str(word) for word in command]
-    subprocess.run(words, cwd=ROOT, env=environment, check=True)
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment |= {name: value for name, value in variables.items() if value is not None}
+    for name in (name for name, value in variables.items() if value is None):
+        environment.pop(name, None)
+    log: IO[bytes] | None = getattr(LOCAL, "log", None)
+    command = [str(word) for word in words]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+    ) as process:
+        STARTED.add(process)
+        status = process.wait()
+    STARTED.discard(process)
+    if status != 0:
+        raise subprocess.CalledProcessError(status, command)
+
+
+def say(line: str) -> None:
+    """Print a line where the step prints."""
+    log: IO[bytes] | None = getattr(LOCAL, "log", None)
+    if log is None:
+        print(line, flush=True)
+    else:
+        log.write(f"{line}\n".encode())
+        log.flush()
+
+
+def pip(group: str) -> None:
+    """Install the packages of .ci/lock/<group>.txt, each as its hash says."""
+    install = (PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check")
+    with INSTALLING:
+        # --no-compile: of torch and transformers little is ever imported; Python compiles that when it is.
+        run(*install, "--no-compile", "--no-deps", "--require-hashes", "-r", CI / "lock" / f"{group}.txt")
+
+
+def preset(name: str) -> None:
+    """Configure, build and test with a preset of CMakePresets.json."""
+    run(BIN / "cmake", "--preset", name)
+    run(BIN / "cmake", "--build", "--preset", name)
+    run(BIN / "ctest", "--preset", name, "--parallel", CORES)
+
+
+def pytest(*words: str | Path, **variables: str) -> None:
+    """Run tests in Python, in as many processes as there are processors."""
+    run(PYTHON, "-m", "pytest", "-q", "-n", CORES, "--dist", "loadfile", *words, **variables)
+
+
+def reformat(*how: str) -> None:
+    """clang-format and ruff: `-i` changes the files, `--dry-run -Werror` complains."""
+    suffixes = {".c", ".h", ".cpp", ".hpp", ".cu", ".cuh"}
+    paths = [path for folder in CPP_FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
+    run(BIN / "clang-format", *how, *(path for path in paths if path.suffix in suffixes))
+    if "-i" in how:
+        run(BIN / "ruff", "check", "--fix", *PYTHON_FOLDERS)
+    run(BIN / "ruff", "format", *([] if "-i" in how else ["--check"]), *PYTHON_FOLDERS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #include "cuda.hpp"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -20,8 +21,7 @@ std::string library_path() {
     Dl_info here{};
     if (dladdr(reinterpret_cast<const void*>(&library_path), &here) != 0 && here.dli_fname != nullptr) {
         const auto beside = std::filesystem::path(here.dli_fname).parent_path() / library_name;
-        std::error_code ignored;
-        if (std::filesystem::exists(beside, ignored)) return beside.string();
+        if (access(beside.c_str(), F_OK) == 0) return beside.string();
     }
     return library_name;
 }

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import octavo
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,6 +23,7 @@ def read(name: str) -> str:
 def test_one_version_everywhere() -> None:
     versions = {
         "pyproject.toml": re.search(r'^version = "([\d.]+)"', read("pyproject.toml"), re.MULTILINE),
+        "bench/pyproject.toml": re.search(r'^version = "([\d.]+)"', read("bench/pyproject.toml"), re.MULTILINE),
         "CMakeLists.txt": re.search(r"project\(octavo VERSION ([\d.]+)", read("CMakeLists.txt")),
         "CHANGELOG.md": re.search(r"^## ([\d.]+)", read("CHANGELOG.md"), re.MULTILINE),
     }
@@ -32,8 +39,50 @@ def test_pre_commit_runs_the_pinned_tools() -> None:
     assert all(pinned[tool] == version for tool, version in used), used
 
 
-def test_continuous_integration_runs_the_commands_of_the_readme() -> None:
-    commands = re.findall(r"^python3 dev\.py (\w+)", read("README.md"), re.MULTILINE)
-    assert commands[:2] == ["demo", "test"], "the first two commands a reader meets"
-    for command in commands:
-        assert f"python3 dev.py {command}" in read(".ci/run")
+@pytest.fixture
+def dev(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """dev.py as a module, whose steps print into a folder of this test."""
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("dev")
+    monkeypatch.setattr(module, "BUILD", tmp_path)
+    return module
+
+
+def test_every_stage_has_what_its_steps_need(dev: ModuleType) -> None:
+    assert "exec python3 dev.py ci" in read(".ci/run")
+    done: set[str] = set()
+    for stage in dev.STAGES:
+        names = {step.name for step in stage}
+        assert not names & done, "a step is done once"
+        done |= names
+        assert {need for step in stage for need in step.needs} <= done
+    assert {step.name for step in (*dev.TESTS, *dev.CHECKS, *dev.MORE_TESTS, dev.DEMO, dev.DOCS, dev.WHEEL)} <= done
+
+
+def test_steps_run_after_what_they_need(dev: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    order: list[str] = []
+    needs = {"last": ("first", "second"), "first": (), "second": ("first", "not asked for")}
+    dev.perform([dev.Step(name, lambda name=name: order.append(name), of) for name, of in needs.items()])
+    assert order == ["first", "second", "last"]
+    assert "=== second: done in 0 s" in capfd.readouterr().out
+
+
+def test_a_step_that_fails_ends_the_others(dev: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        dev.say("this is wrong")
+        dev.run(sys.executable, "-c", "raise SystemExit(3)")
+
+    started = time.monotonic()
+    with pytest.raises(subprocess.CalledProcessError):
+        dev.perform(
+            [
+                dev.Step("long", lambda: dev.run(sys.executable, "-c", "import time; time.sleep(300)")),
+                dev.Step("wrong", fail),
+                dev.Step("never", lambda: pytest.fail("it needs what failed"), ("wrong",)),
+            ]
+        )
+    assert time.monotonic() - started < 100
+    said = capfd.readouterr().out
+    assert "this is wrong" in said
+    assert "=== wrong: failed" in said
+    assert "=== long: failed" in said

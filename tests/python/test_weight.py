@@ -54,7 +54,7 @@ def same(backend: Backend, a: Any, b: Any) -> None:
     for x, y in zip(vars(backend.weight(a)).values(), vars(backend.weight(b)).values(), strict=True):
         assert (x is None) == (y is None)
         if x is not None:
-            equal(x, y)
+            equal(np.asarray(x), np.asarray(y))
     assert (a.scheme, a.granularity, a.shape, a.nbytes) == (b.scheme, b.granularity, b.shape, b.nbytes)
     if a.outlier_weight is not None:
         assert backend.dtype_name(a.outlier_weight) == backend.dtype_name(b.outlier_weight)

@@ -1,0 +1,23 @@
+# octavo_manylinux(TARGET): a shared object for every Linux with glibc 2.28 (manylinux_2_28), also when it is linked on a
+# newer one. libstdc++ becomes part of it; libgcc_s stays the system's, because a static one asks for glibc 2.35.
+# `auditwheel show` lists what an object asks for.
+function(octavo_manylinux target)
+  if(NOT CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64")
+    message(FATAL_ERROR "octavo: OCTAVO_MANYLINUX: expected x86_64, got ${CMAKE_SYSTEM_PROCESSOR}")
+  endif()
+  set(folder ${PROJECT_SOURCE_DIR}/cmake/manylinux)
+  set(names pthread dl)
+  set(sonames libpthread.so.0 libdl.so.2)
+  foreach(name soname IN ZIP_LISTS names sonames)
+    add_library(octavo_old_${name} SHARED EXCLUDE_FROM_ALL ${folder}/old_symbols.c)
+    string(TOUPPER OCTAVO_${name} definition)
+    target_compile_definitions(octavo_old_${name} PRIVATE ${definition})
+    target_compile_options(octavo_old_${name} PRIVATE -fno-builtin)
+    target_link_options(octavo_old_${name} PRIVATE -nostdlib -Wl,--version-script=${folder}/old_symbols.map)
+    set_target_properties(octavo_old_${name} PROPERTIES C_VISIBILITY_PRESET default NO_SONAME ON)
+    target_link_options(octavo_old_${name} PRIVATE -Wl,-soname,${soname})
+    target_link_libraries(${target} PRIVATE octavo_old_${name})
+  endforeach()
+  target_sources(${target} PRIVATE ${folder}/single_threaded.c)
+  target_link_options(${target} PRIVATE -static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections)
+endfunction()
