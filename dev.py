@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,7 @@ BUILD = ROOT / "build"
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / "python"
+PIP = (PYTHON, "-m", "pip", "-qq", "--disable-pip-version-check")
 CI = ROOT / ".ci"
 CORES = str(os.cpu_count() or 1)
 # Of CUDA, tests/simt needs the headers only. They are those of pyproject.toml's compiler.
@@ -89,6 +91,7 @@ def system_packages() -> None:
 def test_packages() -> None:
     """What the library's tests need."""
     pip("test")
+    install_torch()
 
 
 def octavo() -> None:
@@ -100,7 +103,7 @@ def octavo() -> None:
         "cmake.define.OCTAVO_WERROR": "ON",
     }
     run(
-        *(PYTHON, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "--force-reinstall", "."),
+        *(*PIP, "install", "--no-deps", "--no-build-isolation", "--force-reinstall", "."),
         *(f"-C{name}={value}" for name, value in settings.items()),
         CMAKE_BUILD_PARALLEL_LEVEL=CORES,
     )
@@ -143,7 +146,7 @@ def emulated_gpu() -> None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         say(f"left out: tests/simt needs Linux on x86_64, this is {platform.system()} on {platform.machine()}")
         return
-    run(PYTHON, "-m", "pip", "install", "-qq", *CUDA_HEADERS)
+    run(*PIP, "install", *CUDA_HEADERS)
     preset("simt")
     # A stand-in for CuPy, whose device is that GPU; few generated cases, because it is slow.
     pytest(
@@ -201,15 +204,15 @@ def cuda_wheel() -> None:
     # The compiler comes as packages: another one that this machine has is not to be found.
     hidden = dict.fromkeys(("CUDACXX", "CUDA_HOME", "CUDA_PATH"))
     wanted = {"OCTAVO_CUDA": "1", "OCTAVO_WERROR": "ON", "CMAKE_BUILD_PARALLEL_LEVEL": CORES}
-    run(PYTHON, "-m", "pip", "wheel", "-qq", "--no-deps", "-w", wheels, ".", **hidden, **wanted)
-    run(PYTHON, "-m", "pip", "install", "-qq", "nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
+    run(*PIP, "wheel", "--no-deps", "-w", wheels, ".", **hidden, **wanted)
+    run(*PIP, "install", "nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
     run(PYTHON, CI / "cuda_wheel.py", *wheels.glob("*.whl"))
 
 
 def laboratory() -> None:
     """octavo-bench, which proves the library."""
     pip("laboratory")
-    run(PYTHON, "-m", "pip", "install", "-qq", "--no-deps", "--no-build-isolation", "./bench")
+    run(*PIP, "install", "--no-deps", "--no-build-isolation", "./bench")
 
 
 def laboratory_tests() -> None:
@@ -240,10 +243,10 @@ def docs() -> None:
     say(str(BUILD / "site" / "index.html"))
 
 
-def wheel() -> None:
-    """What is released, as RELEASE.md says, tested in an environment with NumPy alone."""
+def wheel(*pythons: str) -> None:
+    """What is released, as RELEASE.md says, tested in environments with NumPy alone."""
     pip("wheel")
-    run(PYTHON, CI / "wheel.py", BUILD / "dist")
+    run(PYTHON, CI / "wheel.py", BUILD / "dist", *pythons)
 
 
 def lock() -> None:
@@ -303,7 +306,10 @@ def main() -> int:
     commands.add_parser("demo", help="its own options follow", add_help=False)
     commands.add_parser("test").add_argument("--all", action="store_true", help="all that CI tests")
     commands.add_parser("check").add_argument("--fix", action="store_true", help="reformat instead of complaining")
-    for name in ("docs", "evidence", "wheel", "lock", "ci"):
+    commands.add_parser("wheel").add_argument(
+        "python", nargs="*", help="for which interpreters; default: that of .venv"
+    )
+    for name in ("docs", "evidence", "lock", "ci"):
         commands.add_parser(name)
     args, rest = parser.parse_known_args()
     if rest and args.command != "demo":
@@ -342,9 +348,12 @@ def command(args: argparse.Namespace, rest: Sequence[str]) -> None:
     elif args.command == "demo":
         perform([*INSTALLED, LABORATORY[0]])
         demo(*rest)
+    elif args.command == "wheel":
+        perform([ENVIRONMENT])
+        wheel(*args.python)
     else:
-        last = {"docs": DOCS, "evidence": EVIDENCE, "wheel": WHEEL, "lock": Step("lock", lock)}[args.command]
-        first = [ENVIRONMENT] if args.command in {"wheel", "lock"} else [*INSTALLED, LABORATORY[0]]
+        last = {"docs": DOCS, "evidence": EVIDENCE, "lock": Step("lock", lock)}[args.command]
+        first = [ENVIRONMENT] if args.command == "lock" else [*INSTALLED, LABORATORY[0]]
         perform(first)
         perform([last])
 
@@ -437,10 +446,30 @@ def say(line: str) -> None:
 
 def pip(group: str) -> None:
     """Install the packages of .ci/lock/<group>.txt, each as its hash says."""
-    install = (PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check")
     with INSTALLING:
-        # --no-compile: of torch and transformers little is ever imported; Python compiles that when it is.
-        run(*install, "--no-compile", "--no-deps", "--require-hashes", "-r", CI / "lock" / f"{group}.txt")
+        install_locked("-r", CI / "lock" / f"{group}.txt")
+
+
+def install_torch() -> None:
+    """PyTorch, in the build that pip itself prefers: for the CPU, where it finds one.
+
+    Told the hashes at once, it would prefer those of an index, and so the build for CUDA, of 3 GB with its packages.
+    """
+    locked = CI / "lock" / "torch.txt"
+    version = re.search(r"^torch==\S+", locked.read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    wheels = BUILD / "wheels"
+    with INSTALLING:
+        if not list(wheels.glob("torch-*.whl")):
+            run(*PIP, "download", "--no-deps", "--dest", wheels, version[0])
+        install_locked("--no-index", "--find-links", wheels, "-r", locked)
+        if not list(wheels.glob("torch-*+cpu-*.whl")):
+            run(*PIP, "install", version[0])  # what the build for CUDA needs beyond test.txt
+
+
+def install_locked(*words: str | Path) -> None:
+    # --no-compile: of torch and transformers little is ever imported; Python compiles that when it is.
+    run(*PIP, "install", "--no-compile", "--no-deps", "--require-hashes", *words)
 
 
 def preset(name: str) -> None:

@@ -53,32 +53,31 @@ GROUPS = {
 }
 
 
-def torch_of_this_machine() -> str:
+def of_torch() -> str:
     """The hash of the file of PyTorch that pip installs here, which is a build for the CPU where pip finds one."""
-    torch = next(line for line in (HERE / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    version = next(line for line in (HERE / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, torch]
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", folder, version]
         subprocess.run(command, check=True)
         (path,) = Path(folder).iterdir()
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def main() -> None:
-    """Write the files, each with the versions of those before."""
-    (HERE / "lock").mkdir(exist_ok=True)
-    of_torch = torch_of_this_machine()
-    for group, (wanted, python) in GROUPS.items():
-        path = HERE / "lock" / f"{group}.txt"
-        options = ["--universal", "--python-version", python, "--generate-hashes", "--no-annotate", "--no-header"]
-        constraints = ["--constraint", str(HERE / "constraints.txt"), "--config-file", str(HERE / "uv.toml")]
-        text = subprocess.run(
-            [sys.executable, "-m", "uv", "pip", "compile", "--quiet", *options, *constraints, "-"],
-            input="\n".join(sorted(wanted)), text=True, stdout=subprocess.PIPE, check=True,
-        ).stdout  # fmt: skip
-        text = re.sub(r"^(torch==\S+.*)$", rf"\1\n    --hash=sha256:{of_torch} \\", text, flags=re.MULTILINE)
-        path.write_text(f"# Made by `python3 dev.py lock`.\n{text}", encoding="utf-8")
-        print(f"{path.relative_to(ROOT)}: {len(re.findall('^[a-z]', text, re.MULTILINE))} packages")
+def write(group: str, wanted: set[str], *options: str) -> None:
+    """Resolve a group's requirements, and write its file."""
+    common = ["--quiet", "--universal", "--generate-hashes", "--no-annotate", "--no-header"]
+    common += ["--constraint", str(HERE / "constraints.txt"), "--config-file", str(HERE / "uv.toml")]
+    command = [sys.executable, "-m", "uv", "pip", "compile", *common, *options, "-"]
+    text = subprocess.run(command, input="\n".join(wanted), text=True, stdout=subprocess.PIPE, check=True).stdout
+    if group == "torch":
+        text = text.rstrip() + f" \\\n    --hash=sha256:{of_torch()}\n"
+    path = HERE / "lock" / f"{group}.txt"
+    path.write_text(f"# Made by `python3 dev.py lock`.\n{text}", encoding="utf-8")
+    print(f"{path.relative_to(ROOT)}: {len(re.findall('^[a-z]', text, re.MULTILINE))} packages")
 
 
 if __name__ == "__main__":
-    main()
+    (HERE / "lock").mkdir(exist_ok=True)
+    for name, (requirements_of, oldest) in GROUPS.items():
+        write(name, requirements_of, "--python-version", oldest, "--no-emit-package", "torch")
+    write("torch", {"torch"}, "--python-version", "3.10", "--no-deps")
