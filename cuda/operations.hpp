@@ -117,7 +117,7 @@ struct CodedX {
     std::int64_t groups = 0;             // m, or 1 for `tensor`
 };
 
-// Everything after the product (paper Eq. 8, DESIGN section 2 "epilogue"), in one launch. `outliers.count` null: none.
+// Everything after the product (paper Eq. 8), in one launch. `outliers.count` null: none.
 // Under `per_element` only elements of X with not (|x| < threshold) of the listed columns are outliers.
 void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, const WeightView& weight,
                    ConstVector bias, const ColumnList& outliers, bool per_element, float threshold, Matrix out,

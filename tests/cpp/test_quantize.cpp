@@ -177,7 +177,7 @@ TEST(matches_the_reference_at_the_ends_of_the_range) {
     }
 }
 
-// The codes of float16 and bfloat16 values are those of the real numbers (DESIGN section 2).
+// The codes of float16 and bfloat16 values are those of the real numbers.
 TEST(absmax_codes_are_ideal_for_16_bit_inputs) {
     Random random(41);
     for (const DType dtype : {DType::f16, DType::bf16}) {

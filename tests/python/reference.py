@@ -3,8 +3,8 @@
 Independent of the library under test: it imports NumPy only. Values are float32 arrays, whatever the dtype under
 test; a float16 or bfloat16 tensor is the float32 array of the values it holds (`round_to` makes one).
 
-- Codes, scales and zero points are the definition, bit for bit: float32, one rounding per operation, as in DESIGN
-  section 2. (`ideal_absmax_codes` has the same codes straight from the real numbers, in float64.)
+- Codes, scales and zero points are the definition, bit for bit: float32, one rounding per operation.
+  (`ideal_absmax_codes` has the same codes straight from the real numbers, in float64.)
 - Products and epilogues are float64: the exact answer that a float32 epilogue is compared to, with the magnitudes that
   `tolerances.py` needs to bound its rounding.
 

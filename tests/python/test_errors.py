@@ -601,7 +601,7 @@ def test_mixed_devices_are_refused() -> None:
 
 @needs_torch
 def test_fake_and_functional_tensors_do_not_crash() -> None:
-    """FakeTensor inherits DLPack's fast path and has no memory behind it (BUILD.md)."""
+    """FakeTensor inherits DLPack's fast path and has no memory behind it."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
