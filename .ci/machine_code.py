@@ -15,7 +15,7 @@ from pathlib import Path
 REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
     "scalar": {},
     "avx2": {
-        "product": (r"vpmaddwd .*%ymm", r"vpaddw .*%ymm", r"vpsignb .*%ymm"),
+        "product": (r"vpmaddwd .*%ymm", r"vpaddw .*%ymm", r"vpmaddubsw .*%ymm"),
         "streaming": (r"vpmaxuw .*%ymm", r"vfn?m\w*ps .*%ymm"),
         "epilogue": (r"vcvtdq2ps .*%ymm", r"vfmadd\w*ps .*%ymm"),
     },

@@ -15,7 +15,6 @@ struct Dot {
     static constexpr int blocks = 4;
     static constexpr int vectors = 1;
     static constexpr bool x_is_unsigned = true;
-    static constexpr bool x_is_symmetric = false;
     using Accumulator = std::array<std::int32_t, 16>;
     using X = std::int32_t;
     using W = const std::int8_t*;

@@ -27,6 +27,7 @@ std::int64_t parts_of(std::int64_t depth) { return std::max<std::int64_t>(1, cei
 void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums) {
     const Plan& plan = *kernels().few;
     const std::int64_t depth = end - begin;
+    if (depth == 0) return std::fill(sums, sums + cols, 0);
     const Scratch<std::int8_t> codes(depth);
     std::fill(codes.data(), codes.data() + depth, std::int8_t{1 - 128});
     const Scratch<std::int8_t> panel(plan.rows * depth * plan.x_size);
@@ -152,9 +153,9 @@ private:
 
 }  // namespace
 
-const Plan& plan_for(std::int64_t rows, bool any_codes) {
+const Plan& plan_for(std::int64_t rows) {
     const Plan& few = *kernels().few;
-    return rows <= few.block_rows && !(any_codes && few.x_is_symmetric) ? few : *kernels().many;
+    return rows <= few.block_rows ? few : *kernels().many;
 }
 
 XPanels::XPanels(const Plan& plan, std::int64_t rows, std::int64_t k)
@@ -251,17 +252,6 @@ void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums
 
 namespace {
 
-// Whether some code is -128, where that may matter to the choice of a plan.
-bool holds_least(const ConstMatrix& a) {
-    if (a.rows > kernels().few->block_rows || !kernels().few->x_is_symmetric) return true;
-    const Scratch<std::int8_t> copy(a.cols);
-    for (std::int64_t i = 0; i < a.rows; ++i) {
-        const std::int8_t* const row = contiguous_codes(a, i, copy.data());
-        if (std::find(row, row + a.cols, std::int8_t{-128}) != row + a.cols) return true;
-    }
-    return false;
-}
-
 void put(std::int32_t value, std::int64_t row, std::int64_t col, const Matrix& out) {
     __builtin_memcpy(at(out, row, col), &value, sizeof value);
 }
@@ -284,7 +274,7 @@ void put_tile(const SumsTile& tile, const Matrix& out) {
 }  // namespace
 
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout) {
-    const XPanels x(plan_for(a.rows, holds_least(a)), a.rows, a.cols);
+    const XPanels x(plan_for(a.rows), a.rows, a.cols);
     parallel_for(a.rows, row_grain(a.cols), [&](std::int64_t begin, std::int64_t end) {
         const Scratch<std::int8_t> codes(x.depth());
         std::fill(codes.data() + a.cols, codes.data() + x.depth(), std::int8_t{0});

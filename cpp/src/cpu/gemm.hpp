@@ -15,8 +15,8 @@
 
 namespace octavo::cpu {
 
-// The plan for a product of `rows` rows of X. `any_codes`: X may hold -128, which some plans cannot take.
-const Plan& plan_for(std::int64_t rows, bool any_codes);
+// The plan for a product of `rows` rows of X.
+const Plan& plan_for(std::int64_t rows);
 
 // The codes of X as a plan's kernel reads them, and what its rows' sums will be too large by:
 //

@@ -17,7 +17,7 @@ namespace {
 // X as codes, in memory of its own.
 struct QuantizedX {
     QuantizedX(const ConstMatrix& x, const WeightView& weight, const OutlierElements& outliers)
-        : codes(plan_for(x.rows, false), x.rows, x.cols),
+        : codes(plan_for(x.rows), x.rows, x.cols),
           scales(x.rows),
           zeropoints(weight.scheme == Scheme::zeropoint ? x.rows : 0),
           sums(weight.scheme == Scheme::zeropoint ? x.rows : 0) {
@@ -81,33 +81,34 @@ public:
         }
     }
 
-    // The weights of the outlier columns. They lie apart from each other in memory, so this is done after the first
-    // tile of the block, which has brought them all near.
-    void gather_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes) {
-        if (gathered_) return;
-        gathered_ = true;
+    // The weights of the outlier columns for columns [first, first + cols) of the block. In W they lie apart from each
+    // other, so this is done for one tile after the other, when the product has brought them near.
+    void gather_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes, std::int64_t first,
+                         std::int64_t cols) {
         const auto count = static_cast<std::int64_t>(columns.size());
-        outlier_weight_ = Scratch<float>(count * most_cols);
-        if (weight_.scheme == Scheme::zeropoint) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
+        if (first == 0) {
+            outlier_weight_ = Scratch<float>(count * most_cols);
+            if (weight_.scheme == Scheme::zeropoint) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
+        }
         const ConstVector& list = weight_.outlier_columns;
         std::int64_t kept = 0;  // both lists ascend
         for (std::int64_t o = 0; o < count; ++o) {
             const std::int32_t column = columns[static_cast<std::size_t>(o)];
             if (weight_.scheme == Scheme::zeropoint) {
-                for (std::int64_t j = 0; j < block_.cols(); ++j) {
+                for (std::int64_t j = first; j < first + cols; ++j) {
                     outlier_codes_[o * most_cols + j] = codes.code(j, column);
                 }
             }
-            float* const target = outlier_weight_.data() + o * most_cols;
+            float* const target = outlier_weight_.data() + o * most_cols + first;
             while (kept < list.size && get<std::int32_t>(list, kept) < column) ++kept;
             if (kept < list.size && get<std::int32_t>(list, kept) == column) {
                 const ConstMatrix& original = weight_.outlier_weight;
-                kernels().load(original.dtype, at(original, block_.col_begin, kept), original.row_stride, block_.cols(),
+                kernels().load(original.dtype, at(original, block_.col_begin + first, kept), original.row_stride, cols,
                                target);
-                std::fill(target + block_.cols(), target + whole_blocks(block_.cols()), 0.0F);
+                std::fill(target + cols, target + whole_blocks(cols), 0.0F);
             } else {
-                kernels().dequantize_column(codes.data(), codes.stride(), column, block_.cols(), zeropoint, scale,
-                                            target);
+                kernels().dequantize_column(codes.data() + first * codes.depth(), codes.stride(), column, cols,
+                                            zeropoint + first, scale + first, target);
             }
         }
     }
@@ -147,7 +148,6 @@ private:
     const WeightView& weight_;
     Block block_;
     bool has_bias_;
-    bool gathered_ = false;
     Scratch<float> outlier_weight_{0};       // [|O|, most_cols]
     Scratch<std::int8_t> outlier_codes_{0};  // [|O|, most_cols]; only for zeropoint
     float bias_[most_cols];
@@ -181,8 +181,8 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth;
         const Scratch<float> scaled(scaled_here ? quantized.codes.plan().rows * quantized.codes.plan().cols : 0);
         multiply(quantized.codes, w, block_weight.code_sums, block, [&](const SumsTile& tile) {
-            block_weight.gather_outliers(outliers.columns(), w);
             const std::int64_t first_col = tile.col - block.col_begin;
+            if (tile.row == block.row_begin) block_weight.gather_outliers(outliers.columns(), w, first_col, tile.cols);
             EpilogueTile epilogue{.rows = tile.rows,
                                   .cols = tile.cols,
                                   .acc = tile.acc,

@@ -37,7 +37,7 @@ struct ProductTile {
         w;  // the slice of the first block of 16 output features: packed, or as Plan::regroup has made it
     std::int64_t w_stride;  // bytes from block to block
     std::int64_t cols;      // a multiple of 16, to Plan::cols
-    std::int64_t depth;     // a multiple of 64; at most max_int32_depth
+    std::int64_t depth;     // a multiple of 64; 64 to max_int32_depth
     bool first;             // whether it is the first slice, which begins the sums
     std::int32_t* acc;      // [rows, Plan::cols], cache-line aligned
 };
@@ -60,7 +60,6 @@ struct Plan {
     std::int64_t x_size;     // bytes of a code in a panel of X
     std::int64_t regrouped;  // bytes of a code in a slice that `regroup` has made
     bool x_is_unsigned;      // codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much
-    bool x_is_symmetric;     // exact for codes of X within [-127, 127] only
     // One row of a slice into row `row` of its panel (depth * rows * x_size bytes). What its sums will have too much.
     std::int32_t (*place_row)(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel);
     // The slice of W for one tile in the order that `multiply` wants (cols * depth * regrouped bytes, w_stride
@@ -124,7 +123,7 @@ struct Kernels {
     void (*pack)(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
     // For a call of up to few->block_rows rows of X, and for all others.
     const Plan* few;
-    const Plan* many;  // exact for all codes of X
+    const Plan* many;
     // target[j] = (code + zeropoint[j]) * scale[j] over `cols` entries rounded up to 16, for the codes of column `col`
     // of packed W, `w_stride` bytes from block to block.
     void (*dequantize_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,

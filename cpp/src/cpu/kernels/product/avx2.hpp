@@ -1,54 +1,146 @@
 // AVX2 has no instruction for four byte products: vpmaddubsw multiplies unsigned by signed bytes and adds two products
-// in 16 bit, where they saturate.
+// in 16 bit, where they saturate. Both ways around that are exact for all codes, modulo 2^32.
 //
-// Few rows: |w| times x with the sign of w. The sum of two such products fits 16 bit for codes of X within [-127, 127]
-// and any code of W (2 * 127 * 128 = 32512), and W is read as it is packed.
+// Few rows: x + 128 as two halves of 4 bits, 16 high + low. The sums of products of half bytes fit 16 bit eight times
+// over (8 * 2 * 15 * 128 = 30720), and W is read as it is packed.
 //
 // More rows: pairs, with half the multiplications:
 //
 //   x0 w0 + x1 w1 = (x0 + w1) (x1 + w0) - x0 x1 - w0 w1
 //
 // The sums of two codes fit 16 bit; vpmaddwd multiplies them and adds two products in 32 bit. x0 x1 is summed once for
-// each row and w0 w1 once for each output feature (the numbers of which Plan's sums are too large). Everything is
-// modulo 2^32, so it is exact for all codes. (S. Winograd, A New Algorithm for Inner Product, 1968.)
+// each row and w0 w1 once for each output feature (the numbers by which Plan's sums are too large). (S. Winograd, A New
+// Algorithm for Inner Product, 1968.)
 #pragma once
 
 #include <immintrin.h>
 
-#include "cpu/kernels/product/dot.hpp"
+#include "cpu/kernels/functions.hpp"
+#include "cpu/kernels/unroll.hpp"
 
 namespace octavo::cpu::OCTAVO_ISA {
 
-struct SignedDot {
-    static constexpr int rows = 4;
-    static constexpr int blocks = 1;
-    static constexpr int vectors = 2;
-    static constexpr bool x_is_unsigned = false;
-    static constexpr bool x_is_symmetric = true;
-    using Accumulator = __m256i;
-    using X = __m256i;
-    struct W {
-        __m256i magnitude;
-        __m256i value;
-    };
-    static Accumulator zero() { return _mm256_setzero_si256(); }
-    static X broadcast(const std::int8_t* p) { return _mm256_set1_epi32(group_at(p)); }
-    static W load(const std::int8_t* p) {
-        const __m256i value = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-        return {_mm256_abs_epi8(value), value};
+// Rows of 16 sums, two vectors each, into rows of a tile that are `stride` sums apart.
+template <int Rows>
+void put_sums(const __m256i* sums, bool first, std::int32_t* acc, std::int64_t stride) {
+    unroll<Rows * 2>([&](auto i) OCTAVO_INLINE {
+        auto* const target = reinterpret_cast<__m256i*>(acc + i / 2 * stride + i % 2 * 8);
+        _mm256_store_si256(target, first ? sums[i] : _mm256_add_epi32(_mm256_load_si256(target), sums[i]));
+    });
+}
+
+namespace half_bytes {
+
+constexpr std::int64_t rows = 2;
+constexpr std::int64_t cols = 64;
+constexpr std::int64_t group = 8;  // bytes of 4 neighbors: their low halves, then their high ones
+
+// panel[k / 4][row][low, high][k % 4]
+inline std::int32_t place_row(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel) {
+    const __m128i low_half = _mm_set1_epi8(15);
+    std::int8_t* target = panel + row * group;
+    for (std::int64_t k = 0; k < depth; k += 16, target += 4 * rows * group) {
+        const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + k));
+        const __m128i u = _mm_xor_si128(x, _mm_set1_epi8(-128));
+        const __m128i low = _mm_and_si128(u, low_half);
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(u, 4), low_half);
+        const __m128i groups[2] = {_mm_unpacklo_epi32(low, high), _mm_unpackhi_epi32(low, high)};
+        unroll<2>([&](auto i) OCTAVO_INLINE {
+            std::int8_t* const first = target + 2 * i * rows * group;
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(first), groups[i]);
+            _mm_storeh_pd(reinterpret_cast<double*>(first + rows * group), _mm_castsi128_pd(groups[i]));
+        });
     }
-    static void multiply_add(Accumulator& acc, X x, const W& w) {
-        const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
-        const __m256i sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-        // Assembly for the reason given in avx512_vnni.hpp.
-        __asm__("vpaddd %1, %0, %0" : "+x"(acc) : "x"(sums));
+    return 0;
+}
+
+// One half of a row of X by 16 output features, 4 along k: W in ymm12 and ymm13, sums of 16 bit.
+#define OCTAVO_HALF(offset, left, right)          \
+    "vpbroadcastd " #offset                       \
+    "(%[x]), %%ymm14\n\t"                         \
+    "vpmaddubsw %%ymm12, %%ymm14, %%ymm15\n\t"    \
+    "vpmaddubsw %%ymm13, %%ymm14, %%ymm14\n\t"    \
+    "vpaddw %%ymm15, %%ymm" #left ", %%ymm" #left \
+    "\n\t"                                        \
+    "vpaddw %%ymm14, %%ymm" #right ", %%ymm" #right "\n\t"
+// Eight steps of 4 along k, before the sums are full. W is fetched in time.
+#define OCTAVO_EIGHT_STEPS(halves)     \
+    ".rept 8\n\t"                      \
+    "vmovdqu (%[w]), %%ymm12\n\t"      \
+    "vmovdqu 32(%[w]), %%ymm13\n\t"    \
+    "prefetcht0 1280(%[w])\n\t" halves \
+    "add $64, %[w]\n\t"                \
+    "add $16, %[x]\n\t"                \
+    ".endr\n\t"
+#define OCTAVO_ZERO(sum) "vpxor %%xmm" #sum ", %%xmm" #sum ", %%xmm" #sum "\n\t"
+// sums += low + 16 high, in 32 bit.
+#define OCTAVO_WIDEN(low, high, sums)                   \
+    "vpmaddwd %[ones], %%ymm" #low ", %%ymm" #low       \
+    "\n\t"                                              \
+    "vpmaddwd %[sixteens], %%ymm" #high ", %%ymm" #high \
+    "\n\t"                                              \
+    "vpaddd %%ymm" #low ", %[" #sums "], %[" #sums      \
+    "]\n\t"                                             \
+    "vpaddd %%ymm" #high ", %[" #sums "], %[" #sums "]\n\t"
+
+// Rows by the 16 output features from column j of the tile on. Assembly because GCC 12 keeps the sums of 2 rows in
+// memory.
+template <int Rows>
+void multiply_rows(const ProductTile& tile, std::int64_t j) {
+    const std::int8_t* x = tile.x;
+    const std::int8_t* w = tile.w + j / 16 * tile.w_stride;
+    std::int64_t turns = tile.depth / 32;
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i sixteens = _mm256_set1_epi16(16);
+    __m256i s0 = _mm256_setzero_si256();
+    __m256i s1 = s0, s2 = s0, s3 = s0;
+    // clang-format off
+    if constexpr (Rows == 1) {
+        __asm__ volatile(
+            "1:\n\t"
+            OCTAVO_ZERO(4) OCTAVO_ZERO(5) OCTAVO_ZERO(6) OCTAVO_ZERO(7)
+            OCTAVO_EIGHT_STEPS(OCTAVO_HALF(0, 4, 5) OCTAVO_HALF(4, 6, 7))
+            OCTAVO_WIDEN(4, 6, s0) OCTAVO_WIDEN(5, 7, s1)
+            "dec %[turns]\n\t"
+            "jnz 1b"
+            : [x] "+r"(x), [w] "+r"(w), [turns] "+r"(turns), [s0] "+x"(s0), [s1] "+x"(s1)
+            : [ones] "m"(ones), [sixteens] "m"(sixteens)
+            : "xmm4", "xmm5", "xmm6", "xmm7", "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc");
+    } else {
+        __asm__ volatile(
+            "1:\n\t"
+            OCTAVO_ZERO(4) OCTAVO_ZERO(5) OCTAVO_ZERO(6) OCTAVO_ZERO(7)
+            OCTAVO_ZERO(8) OCTAVO_ZERO(9) OCTAVO_ZERO(10) OCTAVO_ZERO(11)
+            OCTAVO_EIGHT_STEPS(OCTAVO_HALF(0, 4, 5) OCTAVO_HALF(4, 6, 7) OCTAVO_HALF(8, 8, 9) OCTAVO_HALF(12, 10, 11))
+            OCTAVO_WIDEN(4, 6, s0) OCTAVO_WIDEN(5, 7, s1) OCTAVO_WIDEN(8, 10, s2) OCTAVO_WIDEN(9, 11, s3)
+            "dec %[turns]\n\t"
+            "jnz 1b"
+            : [x] "+r"(x), [w] "+r"(w), [turns] "+r"(turns), [s0] "+x"(s0), [s1] "+x"(s1), [s2] "+x"(s2),
+              [s3] "+x"(s3)
+            : [ones] "m"(ones), [sixteens] "m"(sixteens)
+            : "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15",
+              "memory", "cc");
     }
-    static void store(std::int32_t* p, Accumulator acc) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), acc); }
-    static void add(std::int32_t* p, Accumulator acc) {
-        auto* const target = reinterpret_cast<__m256i*>(p);
-        _mm256_storeu_si256(target, _mm256_add_epi32(_mm256_loadu_si256(target), acc));
+    // clang-format on
+    const __m256i sums[4] = {s0, s1, s2, s3};
+    put_sums<Rows>(sums, tile.first, tile.acc + j, cols);
+}
+#undef OCTAVO_HALF
+#undef OCTAVO_EIGHT_STEPS
+#undef OCTAVO_ZERO
+#undef OCTAVO_WIDEN
+
+inline void multiply(const ProductTile& tile) {
+    for (std::int64_t j = 0; j < tile.cols; j += 16) {
+        if (tile.rows == 1) {
+            multiply_rows<1>(tile, j);
+        } else {
+            multiply_rows<2>(tile, j);
+        }
     }
-};
+}
+
+}  // namespace half_bytes
 
 namespace pairs {
 
@@ -151,20 +243,24 @@ inline void multiply(const ProductTile& tile) {
         :
         : "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc");
     const __m256i sums[8] = {s0, s1, s2, s3, s4, s5, s6, s7};
-    auto* const acc = reinterpret_cast<__m256i*>(tile.acc);
-    if (tile.first) {
-        unroll<8>([&](auto i) OCTAVO_INLINE { _mm256_store_si256(acc + i, sums[i]); });
-    } else {
-        unroll<8>([&](auto i) OCTAVO_INLINE {
-            _mm256_store_si256(acc + i, _mm256_add_epi32(_mm256_load_si256(acc + i), sums[i]));
-        });
-    }
+    put_sums<4>(sums, tile.first, tile.acc, 16);
 }
 #undef OCTAVO_PAIRS_ROW
 
 }  // namespace pairs
 
-constinit const Plan few = dot_plan<SignedDot>(16);
+constinit const Plan few{.rows = half_bytes::rows,
+                         .cols = half_bytes::cols,
+                         .depth = 256,  // 16 KiB of W
+                         .block_rows = 16,
+                         .x_size = 2,
+                         .regrouped = 0,
+                         .x_is_unsigned = true,
+                         .place_row = half_bytes::place_row,
+                         .regroup = nullptr,
+                         .multiply = half_bytes::multiply,
+                         .enter = nullptr,
+                         .leave = nullptr};
 constinit const Plan many{.rows = pairs::rows,
                           .cols = 16,
                           .depth = 512,  // 16 KiB of W
@@ -172,7 +268,6 @@ constinit const Plan many{.rows = pairs::rows,
                           .x_size = 2,
                           .regrouped = 2,
                           .x_is_unsigned = false,
-                          .x_is_symmetric = false,
                           .place_row = pairs::place_row,
                           .regroup = pairs::regroup,
                           .multiply = pairs::multiply,

@@ -12,7 +12,6 @@ struct Dot {
     static constexpr int blocks = 4;
     static constexpr int vectors = 1;
     static constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
-    static constexpr bool x_is_symmetric = false;
     using Accumulator = __m512i;
     using X = __m512i;
     using W = __m512i;

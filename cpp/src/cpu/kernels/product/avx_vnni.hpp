@@ -12,7 +12,6 @@ struct Dot {
     static constexpr int blocks = 1;
     static constexpr int vectors = 2;
     static constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
-    static constexpr bool x_is_symmetric = false;
     using Accumulator = __m256i;
     using X = __m256i;
     using W = __m256i;

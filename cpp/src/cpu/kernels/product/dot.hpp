@@ -99,7 +99,6 @@ constexpr Plan dot_plan(std::int64_t block_rows) {
             .x_size = 1,
             .regrouped = 0,
             .x_is_unsigned = Dot::x_is_unsigned,
-            .x_is_symmetric = Dot::x_is_symmetric,
             .place_row = Dot::x_is_unsigned ? place_unsigned : place_signed,
             .regroup = nullptr,
             .multiply = multiply_dots<Dot>,

@@ -59,7 +59,6 @@ constexpr Plan dot_plan(std::int64_t block_rows) {
             .x_size = 1,
             .regrouped = 0,
             .x_is_unsigned = false,
-            .x_is_symmetric = false,
             .place_row = place_signed,
             .regroup = nullptr,
             .multiply = multiply_dots,
