@@ -484,7 +484,7 @@ def preset(name: str) -> None:
 
 def pytest(*words: str | Path, **variables: str) -> None:
     """Run tests in Python, in as many processes as there are processors."""
-    run(PYTHON, "-m", "pytest", "-q", "-n", CORES, "--dist", "loadfile", *words, **variables)
+    run(PYTHON, "-m", "pytest", "-q", "-n", CORES, "--dist", "worksteal", *words, **variables)
 
 
 def reformat(*how: str) -> None:
