@@ -222,17 +222,66 @@ void check_ideal_codes(DType dtype) {
 TEST(encode_absmax_is_ideal_for_float16) { check_ideal_codes(DType::f16); }
 TEST(encode_absmax_is_ideal_for_bfloat16) { check_ideal_codes(DType::bf16); }
 
-TEST(dot_agrees) {
-    compare("dot", 0, [&](const Kernels& table, std::int64_t size) {
-        Random random(9);
-        const Guarded<float> a(random_floats(random, size));
-        const Guarded<float> b(random_floats(random, size));
-        const float result = table.dot(a.data(), b.data(), size);
-        double exact = 0;
-        for (std::int64_t i = 0; i < size; ++i) exact += double{a.data()[i]} * double{b.data()[i]};
-        CHECK(std::fabs(result - exact) <= 1e-5);
-        return bytes_of(result);
-    });
+TEST(product_of_floats_is_the_equation_to_the_bit) {
+    for (const Kernels* table : tables()) {
+        Random random(12);
+        for (const std::int64_t rows : {1, 2, 3, 4, 5, 7, 13}) {
+            for (const bool has_zeropoint : {false, true}) {
+                const check::Context context(table->isa, ", rows ", rows, ", zeropoint ", has_zeropoint);
+                constexpr std::int64_t depth = 64 + 20;
+                constexpr std::int64_t first_depth = 24;
+                const Guarded<float> x(random_floats(random, rows * depth));
+                std::vector<std::int8_t> codes;
+                for (std::int64_t i = 0; i < 16 * depth; ++i) {
+                    codes.push_back(static_cast<std::int8_t>(random.integer(-128, 127)));
+                }
+                const Guarded<std::int8_t> w(codes);
+                const Guarded<float> zeropoints(random_floats(random, 16, 30));
+                const Guarded<float> scale(random_floats(random, 16));
+                const float* const zeropoint = has_zeropoint ? zeropoints.data() : nullptr;
+
+                std::vector<float> expected;
+                for (std::int64_t i = 0; i < rows; ++i) {
+                    for (std::int64_t j = 0; j < 16; ++j) {
+                        float parts[4] = {};
+                        for (std::int64_t p = 0; p < 4; ++p) {
+                            float slices[2] = {};
+                            for (std::int64_t k = p; k < depth; k += 4) {
+                                const auto code =
+                                    static_cast<float>(codes[static_cast<std::size_t>(k / 4 * 64 + j * 4 + p)]);
+                                const float weight = has_zeropoint ? code + zeropoint[j] : code;
+                                float& sum = slices[k < first_depth ? 0 : 1];
+                                sum = std::fma(x.data()[i * depth + k], weight, sum);
+                            }
+                            parts[p] = slices[0] + slices[1];
+                        }
+                        expected.push_back(((parts[0] + parts[1]) + (parts[2] + parts[3])) * scale.data()[j]);
+                    }
+                }
+                for (const bool widened : {false, true}) {
+                    const Guarded<float> sums(static_cast<std::size_t>(rows * 64));
+                    for (std::int64_t begin = 0; begin < depth;) {
+                        const std::int64_t end = begin == 0 ? first_depth : depth;
+                        const Guarded<float> floats(static_cast<std::size_t>((end - begin) * 16));
+                        table->widen(w.data() + begin * 16, end - begin, zeropoint, floats.data());
+                        table->multiply_floats({.x = x.data() + begin,
+                                                .x_stride = depth,
+                                                .rows = rows,
+                                                .w = w.data() + begin * 16,
+                                                .w_floats = widened ? floats.data() : nullptr,
+                                                .zeropoint = zeropoint,
+                                                .depth = end - begin,
+                                                .first = begin == 0,
+                                                .sums = sums.data()});
+                        begin = end;
+                    }
+                    const Guarded<float> y(static_cast<std::size_t>(rows * 16));
+                    table->finish_floats(sums.data(), rows, scale.data(), y.data());
+                    CHECK(y.bytes() == Guarded<float>(expected).bytes());
+                }
+            }
+        }
+    }
 }
 
 TEST(sum_is_exact) {

@@ -354,21 +354,30 @@ TEST(kept_outlier_weights) {
 // batch. On CUDA devices weight-only sums are added in an order that depends on the number of rows; where k is such
 // that they are not, nothing would be tested.
 TEST(batch_invariance) {
+    constexpr std::int64_t k = 600;  // more than a slice
     Random random(97);
-    const Values x = activations(random, 70, 48);
-    const Array w(DType::f16, random_normal(random, 30, 48, 0.05));
+    const Values x = activations(random, 70, k);
+    const Array w(DType::f16, random_normal(random, 30, k, 0.05));
     for (const Scheme scheme : schemes) {
-        const Weight weight(w, scheme, Granularity::vector, kept_columns(48));
+        const Weight weight(w, scheme, Granularity::vector, kept_columns(k));
         for (const LinearOptions& options : all_options) {
             if (options.outliers == Outliers::columns && options.path == Path::int8) continue;
             if (options.path == Path::weight_only && test_device().kind == octavo::DeviceKind::cuda) continue;
             const check::Context context(describe(weight, options));
-            const Values together = linear(Array(DType::f16, x), weight, std::nullopt, options, DType::f16).values();
-            for (const std::int64_t i : {0, 1, 33, 69}) {
-                Values alone(1, 48);
-                for (std::int64_t h = 0; h < 48; ++h) alone(0, h) = x(i, h);
-                const Array y = linear(Array(DType::f16, alone), weight, std::nullopt, options, DType::f16);
-                for (std::int64_t j = 0; j < 30; ++j) CHECK_EQ(y.get(0, j), together(i, j));
+            const Values together = linear(Array(DType::f16, x), weight, std::nullopt, options, DType::f32).values();
+            for (const std::int64_t first : {0, 1, 33, 69}) {
+                // Alone, and with a few others.
+                for (const std::int64_t rows : {1, 3, 9}) {
+                    if (first + rows > 70) continue;
+                    Values alone(rows, k);
+                    for (std::int64_t i = 0; i < rows; ++i) {
+                        for (std::int64_t h = 0; h < k; ++h) alone(i, h) = x(first + i, h);
+                    }
+                    const Array y = linear(Array(DType::f16, alone), weight, std::nullopt, options, DType::f32);
+                    for (std::int64_t i = 0; i < rows; ++i) {
+                        for (std::int64_t j = 0; j < 30; ++j) CHECK_EQ(y.get(i, j), together(first + i, j));
+                    }
+                }
             }
         }
     }

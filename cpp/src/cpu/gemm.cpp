@@ -195,20 +195,20 @@ const std::int32_t* XPanels::offsets(std::int64_t row, std::int64_t begin) const
     return offsets_.data() + begin / max_int32_depth * rows_ + row;
 }
 
-void for_each_block(const Plan& plan, std::int64_t m, std::int64_t n, std::int64_t k,
+void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
                     const std::function<void(const Block&)>& work) {
     constexpr std::int64_t least_rows = 64;
     constexpr std::int64_t least_cols = 64;
     // Four blocks a thread even out threads of unequal speed.
     const std::int64_t wanted = num_threads() > 1 ? std::int64_t{4} * num_threads() : 1;
-    std::int64_t row_blocks = ceiling(m, plan.block_rows);
+    std::int64_t row_blocks = ceiling(m, blocking.block_rows);
     std::int64_t col_blocks = ceiling(n, most_cols);
     const auto more = [&](std::int64_t& blocks, std::int64_t others, std::int64_t most) {
         blocks = std::clamp(ceiling(wanted, others), blocks, std::max(blocks, most));
     };
     more(row_blocks, col_blocks, ceiling(m, least_rows));
     more(col_blocks, row_blocks, ceiling(n, least_cols));
-    const std::int64_t rows = up(ceiling(m, row_blocks), plan.rows);
+    const std::int64_t rows = up(ceiling(m, row_blocks), blocking.rows);
     const std::int64_t cols = up(ceiling(n, col_blocks), least_cols);
     row_blocks = ceiling(m, rows);
     col_blocks = ceiling(n, cols);
@@ -284,7 +284,7 @@ void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout) {
             x.place(i, codes.data());
         }
     });
-    for_each_block(x.plan(), out.rows, out.cols, a.cols, [&](const Block& block) {
+    for_each_block(x.blocking(), out.rows, out.cols, a.cols, [&](const Block& block) {
         const PackedPanel w(b, b_layout, block.col_begin, block.col_end);
         const Scratch<std::int32_t> sums(whole_blocks(block.cols()));
         if (x.plan().x_is_unsigned && w.depth() <= max_int32_depth) {

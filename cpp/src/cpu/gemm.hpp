@@ -18,6 +18,12 @@ namespace octavo::cpu {
 // The plan for a product of `rows` rows of X.
 const Plan& plan_for(std::int64_t rows);
 
+// How the output is cut: blocks of it are at most `block_rows` high and begin at multiples of `rows`.
+struct Blocking {
+    std::int64_t rows;
+    std::int64_t block_rows;
+};
+
 // The codes of X as a plan's kernel reads them, and what its rows' sums will be too large by:
 //
 //   slice of k -> panel of Plan::rows rows -> what Plan::place_row makes of a slice of a row
@@ -31,6 +37,7 @@ public:
     void place(std::int64_t row, const std::int8_t* codes) const;
 
     [[nodiscard]] const Plan& plan() const noexcept { return plan_; }
+    [[nodiscard]] Blocking blocking() const noexcept { return {plan_.rows, plan_.block_rows}; }
     [[nodiscard]] std::int64_t depth() const noexcept { return depth_; }
     // Where the slice that begins at `begin` ends.
     [[nodiscard]] std::int64_t slice_end(std::int64_t begin) const noexcept;
@@ -61,7 +68,7 @@ struct Block {
 
 // Cut the output `[m, n]` of a product of depth k into blocks of equal size and share them among threads: rows before
 // columns, whose blocks each read their part of X anew.
-void for_each_block(const Plan& plan, std::int64_t m, std::int64_t n, std::int64_t k,
+void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
                     const std::function<void(const Block&)>& work);
 
 // A tile of a block, whole: sum_k x[row + i, k] * w[col + j, k] for i < rows, j < cols.

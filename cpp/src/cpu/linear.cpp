@@ -175,7 +175,7 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                  const LinearOptions& options) {
     const OutlierElements outliers(x, weight, options);
     const QuantizedX quantized(x, weight, outliers);
-    for_each_block(quantized.codes.plan(), out.rows, out.cols, x.cols, [&](const Block& block) {
+    for_each_block(quantized.codes.blocking(), out.rows, out.cols, x.cols, [&](const Block& block) {
         const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
         BlockWeight block_weight(weight, bias, block);
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth;
@@ -225,32 +225,53 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     });
 }
 
-// y = scale_w * (X (q + zeropoint)^T) + bias, with the codes of a block made float32 once for all its rows.
+// y = scale_w * (X (q + zeropoint)^T) + bias. Few rows read W as it is packed; for more a slice of 16 output features
+// is made float32 once for all of them. The order of sums is that of FloatTile either way.
 void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out) {
-    constexpr std::int64_t rows_at_a_time = 16;
-    const std::int64_t k = x.cols;
-    for_each_block(*kernels().many, out.rows, out.cols, k, [&](const Block& block) {
+    constexpr std::int64_t few_rows = 4;
+    constexpr Blocking blocking{.rows = 12, .block_rows = 240};  // what registers hold, and the second-level cache
+    // 16 KiB of a block of W as float32. Also the length of sums: that of all slices adds up theirs.
+    constexpr std::int64_t slice = 256;
+    const std::int64_t depth = padded_depth(x.cols);
+    const Scratch<float> x_rows(x.rows * depth);
+    parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            float* const row = x_rows.data() + i * depth;
+            load_row(x, i, 0, x.cols, row);
+            std::fill(row + x.cols, row + depth, 0.0F);
+        }
+    });
+    for_each_block(blocking, out.rows, out.cols, x.cols, [&](const Block& block) {
         const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
         const BlockWeight block_weight(weight, bias, block);
-        const Scratch<float> w(block.cols() * k);
-        for (std::int64_t j = 0; j < block.cols(); ++j) {
-            for (std::int64_t depth = 0; depth < k; ++depth) {
-                const auto code = static_cast<float>(codes.code(j, depth));
-                w[j * k + depth] = code + block_weight.zeropoint[j];
+        const bool widened = block.rows() > few_rows;
+        const Scratch<float> w_floats(widened ? slice * block_cols : 0);
+        const Scratch<float> sums(block.rows() * block_cols * 4);
+        const Scratch<float> y(block.rows() * block_cols);
+        for (std::int64_t j = 0; j < block.cols(); j += block_cols) {
+            const float* const zeropoint = weight.zeropoint.present ? block_weight.zeropoint + j : nullptr;
+            for (std::int64_t begin = 0; begin < depth;) {
+                const std::int64_t end = std::min(begin + slice, depth);
+                const FloatTile tile{.x = x_rows.data() + block.row_begin * depth + begin,
+                                     .x_stride = depth,
+                                     .rows = block.rows(),
+                                     .w = codes.data() + j * depth + begin * block_cols,
+                                     .w_floats = w_floats.data(),
+                                     .zeropoint = zeropoint,
+                                     .depth = end - begin,
+                                     .first = begin == 0,
+                                     .sums = sums.data()};
+                if (widened) kernels().widen(tile.w, tile.depth, zeropoint, w_floats.data());
+                kernels().multiply_floats(tile);
+                begin = end;
             }
-        }
-        const Scratch<float> x_rows(std::min(rows_at_a_time, out.rows) * k);
-        float y[rows_at_a_time][most_cols];
-        for (std::int64_t first = block.row_begin; first < block.row_end; first += rows_at_a_time) {
-            const std::int64_t rows = std::min(rows_at_a_time, block.row_end - first);
-            for (std::int64_t i = 0; i < rows; ++i) load_row(x, first + i, 0, k, x_rows.data() + i * k);
-            for (std::int64_t j = 0; j < block.cols(); ++j) {
-                for (std::int64_t i = 0; i < rows; ++i) {
-                    y[i][j] = block_weight.scale[j] * kernels().dot(x_rows.data() + i * k, w.data() + j * k, k);
-                }
-            }
-            block_weight.finish({.rows = rows, .cols = block.cols(), .scaled = y[0], .stride = most_cols}, first,
-                                block.col_begin, out);
+            if (depth == 0) std::fill(sums.data(), sums.data() + block.rows() * block_cols * 4, 0.0F);
+            kernels().finish_floats(sums.data(), block.rows(), block_weight.scale + j, y.data());
+            block_weight.finish({.rows = block.rows(),
+                                 .cols = std::min(block_cols, block.cols() - j),
+                                 .scaled = y.data(),
+                                 .stride = block_cols},
+                                block.row_begin, block.col_begin + j, out);
         }
     });
 }

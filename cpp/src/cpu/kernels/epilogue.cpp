@@ -2,37 +2,14 @@
 //
 // Results are the same to the bit on every instruction set: each step is written out, and the compiler may not contract
 // two into one (CMakeLists.txt).
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
+#include "cpu/kernels/floats.hpp"
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
 
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
 
-// Vectors as wide as a register: GCC keeps wider ones in memory and, on Arm, converts them one number at a time.
-#if defined(__AVX512F__)
-constexpr int register_size = 64;
-#elif defined(__AVX2__)
-constexpr int register_size = 32;
-#else
-constexpr int register_size = 16;
-#endif
-using Floats [[gnu::vector_size(register_size)]] = float;
-using Ints [[gnu::vector_size(register_size)]] = std::int32_t;
-using Bits [[gnu::vector_size(register_size)]] = std::uint32_t;
 using Halves [[gnu::vector_size(register_size / 2)]] = std::uint16_t;
-constexpr std::int64_t width = register_size / 4;
-
-// By reference, here and below: how such a vector is passed depends on the instruction set.
-template <class Vector, class T>
-void read(const T* p, Vector& vector) {
-    __builtin_memcpy(&vector, p, sizeof vector);
-}
 
 // A vector of sums as `Type`, as in convert.hpp.
 template <DType Type>
@@ -64,19 +41,6 @@ template <DType Type>
     }
     const Halves halves = __builtin_convertvector(result, Halves);
     __builtin_memcpy(y, &halves, sizeof halves);
-}
-
-// sum = x * weight + sum, rounded once.
-[[gnu::always_inline]] inline void fused_multiply_add(const Floats& x, const Floats& weight, Floats& sum) {
-#if defined(__AVX512F__)
-    sum = _mm512_fmadd_ps(x, weight, sum);
-#elif defined(__AVX2__)
-    sum = _mm256_fmadd_ps(x, weight, sum);
-#elif defined(__aarch64__)
-    sum = vfmaq_f32(sum, x, weight);
-#else
-    for (std::int64_t i = 0; i < width; ++i) sum[i] = __builtin_fmaf(x[i], weight[i], sum[i]);
-#endif
 }
 
 // The accumulators of a square of the tile, which fit the registers.

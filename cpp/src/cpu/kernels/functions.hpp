@@ -17,8 +17,10 @@ void mark_outliers(DType dtype, const void* x, std::int64_t size, std::uint32_t 
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
 std::int32_t sum(const std::int8_t* codes, std::int64_t size);
-float dot(const float* a, const float* b, std::int64_t size);
 void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
+void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
+void multiply_floats(const FloatTile& tile);
+void finish_floats(const float* sums, std::int64_t rows, const float* scale, float* y);
 void dequantize_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
                        const float* zeropoint, const float* scale, float* target);
 void epilogue(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);

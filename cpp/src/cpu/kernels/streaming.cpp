@@ -200,19 +200,6 @@ void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoi
     }
 }
 
-float dot(const float* a, const float* b, std::int64_t size) {
-    float sums[lanes] = {};
-    std::int64_t i = 0;
-    for (; i + lanes <= size; i += lanes) {
-        for (std::int64_t lane = 0; lane < lanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
-    }
-    for (std::int64_t lane = 0; i < size; ++i, ++lane) sums[lane] += a[i] * b[i];
-    for (std::int64_t width = lanes / 2; width > 0; width /= 2) {
-        for (std::int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
-    }
-    return sums[0];
-}
-
 std::int32_t sum(const std::int8_t* codes, std::int64_t size) {
     std::int32_t total = 0;
     for (std::int64_t i = 0; i < size; ++i) total += codes[i];

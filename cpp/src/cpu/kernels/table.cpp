@@ -18,10 +18,12 @@ const Kernels table{
     .encode_absmax = encode_absmax,
     .encode_zeropoint = encode_zeropoint,
     .sum = sum,
-    .dot = dot,
     .pack = pack,
     .few = &few,
     .many = &many,
+    .widen = widen,
+    .multiply_floats = multiply_floats,
+    .finish_floats = finish_floats,
     .dequantize_column = dequantize_column,
     .epilogue = epilogue,
 };

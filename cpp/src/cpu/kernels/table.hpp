@@ -73,6 +73,22 @@ struct Plan {
     void (*leave)();
 };
 
+// The product of weight_only, of rows of X by one block of 16 output features over a slice of k:
+//
+//   sums[i, j, p] = (0 or the sum before) + s,   s = fma(x[i, k], w[j, k] + zeropoint[j], s) for k = p, p + 4, p + 8,
+//   ...
+struct FloatTile {
+    const float* x;  // row-major
+    std::int64_t x_stride;
+    std::int64_t rows;
+    const std::int8_t* w;    // a packed block
+    const float* w_floats;   // the same as `widen` has made it, which is read instead; or null
+    const float* zeropoint;  // [16], or null: 0; taken in by `widen` already
+    std::int64_t depth;      // a multiple of 4
+    bool first;              // whether it is the first slice: there is no sum before
+    float* sums;             // [rows, 16, 4]
+};
+
 // What the epilogue does to a tile of sums. All arrays begin at the tile's first row or column and can be read up to
 // the next multiple of 16 columns.
 struct EpilogueTile {
@@ -114,8 +130,6 @@ struct Kernels {
     void (*encode_zeropoint)(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
     // sum_i codes[i]; size <= 2^24.
     std::int32_t (*sum)(const std::int8_t* codes, std::int64_t size);
-    // sum_i a[i] * b[i] in float32, over 64 interleaved partial sums.
-    float (*dot)(const float* a, const float* b, std::int64_t size);
 
     // --- the product -------------------------------------------------------------------------------------------------
 
@@ -124,6 +138,16 @@ struct Kernels {
     // For a call of up to few->block_rows rows of X, and for all others.
     const Plan* few;
     const Plan* many;
+    // --- the product of weight_only ----------------------------------------------------------------------------------
+
+    // target[i] = w[i] + the zeropoint (or 0) of its output feature, over `depth` along k of a packed block.
+    void (*widen)(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
+    void (*multiply_floats)(const FloatTile& tile);
+    // y[i, j] = ((sums[i, j, 0] + sums[i, j, 1]) + (sums[i, j, 2] + sums[i, j, 3])) * scale[j] for 16 output features.
+    void (*finish_floats)(const float* sums, std::int64_t rows, const float* scale, float* y);
+
+    // --- the outliers and the end ------------------------------------------------------------------------------------
+
     // target[j] = (code + zeropoint[j]) * scale[j] over `cols` entries rounded up to 16, for the codes of column `col`
     // of packed W, `w_stride` bytes from block to block.
     void (*dequantize_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
