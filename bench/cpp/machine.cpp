@@ -75,6 +75,49 @@ __attribute__((target("avx512f,avx512vl,avx512vnni"))) bool vpdpbusd_ymm(std::in
     const __m256i sums[chains] = {c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11};
     return all_are(sums, sizeof sums, static_cast<std::uint32_t>(4 * iterations));
 }
+
+// AVX2's best exact loop, pairs (cpp/src/cpu/kernels/product/avx2.hpp): two additions, a multiplication and an addition
+// for 32 products. All in 16 bit are 1: (1 + 1) (1 + 1), twice for each 32-bit lane.
+#define OCTAVO_PAIRS(accumulator)            \
+    "vpaddw %[a], %[b], %%ymm14\n\t"         \
+    "vpaddw %[b], %[a], %%ymm15\n\t"         \
+    "vpmaddwd %%ymm14, %%ymm15, %%ymm15\n\t" \
+    "vpaddd %%ymm15, " accumulator ", " accumulator "\n\t"
+__attribute__((target("avx2"))) bool pairs_ymm(std::int64_t iterations) {
+    const __m256i a = _mm256_set1_epi16(1);
+    const __m256i b = a;
+    __m256i c0 = _mm256_setzero_si256();
+    __m256i c1 = c0, c2 = c0, c3 = c0, c4 = c0, c5 = c0, c6 = c0, c7 = c0;
+    for (std::int64_t i = 0; i < iterations; ++i) {
+        asm volatile(OCTAVO_PAIRS("%0") OCTAVO_PAIRS("%1") OCTAVO_PAIRS("%2") OCTAVO_PAIRS("%3") OCTAVO_PAIRS("%4")
+                         OCTAVO_PAIRS("%5") OCTAVO_PAIRS("%6") OCTAVO_PAIRS("%7")
+                     : "+x"(c0), "+x"(c1), "+x"(c2), "+x"(c3), "+x"(c4), "+x"(c5), "+x"(c6), "+x"(c7)
+                     : [a] "x"(a), [b] "x"(b)
+                     : "xmm14", "xmm15");
+    }
+    const __m256i sums[8] = {c0, c1, c2, c3, c4, c5, c6, c7};
+    return all_are(sums, sizeof sums, static_cast<std::uint32_t>(8 * iterations));
+}
+
+// What a product of float32 is made of, for comparison: 1 * 1 added to the bit pattern of 0 stays exact up to 2^24.
+#define OCTAVO_FMA(accumulator) "vfmadd231ps %[a], %[b], " accumulator "\n\t"
+__attribute__((target("avx2,fma"))) bool vfmadd_ymm(std::int64_t iterations) {
+    const __m256 a = _mm256_set1_ps(1.0F);
+    const __m256 b = a;
+    __m256 c0 = _mm256_setzero_ps();
+    __m256 c1 = c0, c2 = c0, c3 = c0, c4 = c0, c5 = c0, c6 = c0, c7 = c0, c8 = c0, c9 = c0, c10 = c0, c11 = c0;
+    for (std::int64_t i = 0; i < iterations; ++i) {
+        asm volatile(OCTAVO_TWELVE(OCTAVO_FMA)
+                     : "+x"(c0), "+x"(c1), "+x"(c2), "+x"(c3), "+x"(c4), "+x"(c5), "+x"(c6), "+x"(c7), "+x"(c8),
+                       "+x"(c9), "+x"(c10), "+x"(c11)
+                     : [a] "x"(a), [b] "x"(b));
+    }
+    const __m256 sums[chains] = {c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11};
+    const auto expected = static_cast<float>(std::min<std::int64_t>(iterations, std::int64_t{1} << 24U));
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, &expected, sizeof bits);
+    return all_are(sums, sizeof sums, bits);
+}
 // NOLINTEND(misc-const-correctness)
 
 // AMX: 16 x 16 sums of 64 products each. Four accumulators (tmm0 to 3), as a product has them that loads two tiles of
@@ -137,6 +180,11 @@ std::string_view amx_missing() {
 #endif
 }
 
+std::string_view avx2_missing() {
+    const bool has = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
+    return has ? "" : "the processor has no AVX2";
+}
+
 std::string_view vnni_missing(bool with_vl) {
     const bool has = __builtin_cpu_supports("avx512vnni") != 0 && __builtin_cpu_supports("avx512f") != 0 &&
                      (!with_vl || __builtin_cpu_supports("avx512vl") != 0);
@@ -166,6 +214,28 @@ __attribute__((target("avx512f"))) std::uint64_t sum_avx512(const std::uint64_t*
     for (std::size_t i = count - count % 32; i < count; ++i) total += words[i];
     return total;
 }
+
+// The same for processors without it.
+__attribute__((target("avx2"))) std::uint64_t sum_avx2(const std::uint64_t* words, std::size_t count) {
+    __m256i s0 = _mm256_setzero_si256();
+    __m256i s1 = s0;
+    __m256i s2 = s0;
+    __m256i s3 = s0;
+    const auto at = [&](std::size_t i) { return reinterpret_cast<const __m256i*>(words + i); };
+    const std::size_t quarter = count / 16 * 4;
+    for (std::size_t i = 0; i < quarter; i += 4) {
+        s0 = _mm256_add_epi64(s0, _mm256_loadu_si256(at(i)));
+        s1 = _mm256_add_epi64(s1, _mm256_loadu_si256(at(quarter + i)));
+        s2 = _mm256_add_epi64(s2, _mm256_loadu_si256(at(2 * quarter + i)));
+        s3 = _mm256_add_epi64(s3, _mm256_loadu_si256(at(3 * quarter + i)));
+    }
+    const __m256i all = _mm256_add_epi64(_mm256_add_epi64(s0, s1), _mm256_add_epi64(s2, s3));
+    std::uint64_t lanes[4];
+    std::memcpy(lanes, &all, sizeof lanes);
+    std::uint64_t total = lanes[0] + lanes[1] + lanes[2] + lanes[3];
+    for (std::size_t i = count - count % 16; i < count; ++i) total += words[i];
+    return total;
+}
 #endif
 
 std::uint64_t sum_portable(const std::uint64_t* words, std::size_t count) {
@@ -184,6 +254,8 @@ std::uint64_t sum_portable(const std::uint64_t* words, std::size_t count) {
 const std::vector<Peak>& peaks() {
     static const std::vector<Peak> all = {
 #if defined(__x86_64__)
+        {"vfmadd_ymm", chains * 16.0, vfmadd_ymm, avx2_missing()},
+        {"pairs_ymm", 8 * 64.0, pairs_ymm, avx2_missing()},
         {"vpdpbusd_zmm", chains * 128.0, vpdpbusd_zmm, vnni_missing(false)},
         {"vpdpbusd_ymm", chains * 64.0, vpdpbusd_ymm, vnni_missing(true)},
         {"tdpbssd", 4 * 2.0 * 16 * 16 * 64, tdpbssd, amx_missing()},
@@ -209,6 +281,8 @@ std::uint64_t sum(const std::uint64_t* words, std::size_t count) {
 #if defined(__x86_64__)
     static const bool has_avx512 = __builtin_cpu_supports("avx512f") != 0;
     if (has_avx512) return sum_avx512(words, count);
+    static const bool has_avx2 = __builtin_cpu_supports("avx2") != 0;
+    if (has_avx2) return sum_avx2(words, count);
 #endif
     return sum_portable(words, count);
 }

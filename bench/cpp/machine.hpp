@@ -22,7 +22,8 @@ struct Peak {
     std::string_view missing;              // why this processor cannot run it; empty where it can
 };
 
-// vpdpbusd_zmm, vpdpbusd_ymm (AVX512-VNNI), tdpbssd (AMX): also those that cannot run here.
+// vfmadd_ymm (float32, for comparison) and pairs_ymm (AVX2's best exact loop), vpdpbusd_zmm, vpdpbusd_ymm
+// (AVX512-VNNI), tdpbssd (AMX): also those that cannot run here.
 [[nodiscard]] const std::vector<Peak>& peaks();
 
 // Operations per second: the best of several short runs, some 10 ms together. Fails where the sums are wrong.
