@@ -1,5 +1,5 @@
-/* Stand-ins for libpthread.so.0 and libdl.so.2 as they were before glibc 2.34 moved their functions into libc.so.6. Only
- * the linker sees them: what it links then asks for the old symbols, which every later glibc still has. */
+/* Stand-ins for libpthread.so.0 and libdl.so.2 as they were before glibc 2.34 moved their functions into libc.so.6.
+ * Only the linker sees them: what it links then asks for the old symbols, which every later glibc still has. */
 #define DEFINE(name) \
     void name(void) {}
 #ifdef OCTAVO_PTHREAD

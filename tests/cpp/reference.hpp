@@ -1,4 +1,5 @@
-// The operations as cpp/include/octavo defines them, naively and in double precision: what the library is compared with.
+// The operations as cpp/include/octavo defines them, naively and in double precision: what the library is compared
+// with.
 //
 // Codes, scales and zeropoints are defined in float32 with one rounding per operation. Each operation is done here in
 // double and rounded to float32 (for +, -, *, / that gives what float32 gives). Products are exact in double.

@@ -81,8 +81,10 @@ class Quantized(NamedTuple):
 
 
 def _quantize_groups_absmax(x: Floats, keep: Mask, *, rotated: bool) -> Quantized:
-    """Eq. (1): q = rint(127 x / max|x|), with scale = max|x| / 127. Of rotated x, which has been rounded already:
-    q = rint(x (127 / max|x|)), one division for all."""
+    """Eq. (1): q = rint(127 x / max|x|), with scale = max|x| / 127.
+
+    Of rotated x, which has been rounded already: q = rint(x (127 / max|x|)), one division for all.
+    """
     with np.errstate(all="ignore"):
         absmax = np.max(np.abs(x), axis=1, keepdims=True, where=keep, initial=0)
         product = x * F(127)
@@ -149,8 +151,10 @@ def rotated_size(k: int, rotation: int) -> int:
 
 
 def rotate(x: Floats, rotation: int) -> Floats:
-    """H of every block of x [..., k], as float32 [..., rotated_size]: butterflies (u, v) -> (u + v, u - v) of distance
-    1, 2, 4, ..., b / 2 in this order, each rounded once, then the factor 1 / sqrt(b), a power of two.
+    """H of every block of x [..., k], as float32 [..., rotated_size].
+
+    Butterflies (u, v) -> (u + v, u - v) of distance 1, 2, 4, ..., b / 2 in this order, each rounded once, then the
+    factor 1 / sqrt(b), a power of two.
     """
     if rotation == 0:
         return x
@@ -224,7 +228,7 @@ def dequantize(q: Quantized, *, rotation: int = 0, k: int | None = None) -> Floa
 
 
 def relative_threshold(maxima: Floats, rows: int, relative: float) -> np.float32:
-    """t = relative f(m) med of the column maxima a_j > 0, in float32; infinity where there are none.
+    """Returns t = relative f(m) med of the column maxima a_j > 0, in float32; infinity where there are none.
 
     med is their lower median, of the maxima cut to their upper 16 bits; f(m) = sqrt(ln 1024 / ln 2m) for m < 512, else
     1: what the maximum of few normal values lacks.
@@ -245,10 +249,8 @@ def outliers_among(maxima: Floats, rows: int, *, threshold: float, relative: flo
     floor(cap * k) only the largest (of equal ones the first), and all that are infinite.
     """
     a = np.where(np.isnan(maxima), F(np.inf), maxima)
-    if relative is None:
-        found = ~(a < F(threshold))
-    else:
-        found = (a > 0) & ~(a < relative_threshold(a, rows, relative))
+    t = F(threshold) if relative is None else relative_threshold(a, rows, relative)
+    found = ~(a < t) & ((a > 0) | (relative is None))
     if cap is not None and found.sum() > (most := math.floor(cap * a.size)):
         order = np.lexsort((np.arange(a.size), -a))  # the largest first
         order = order[found[order]]
@@ -381,8 +383,8 @@ def linear(
 
     y[i,j] = s_x[i] s_w[j] sum_{h not in O} (qx[i,h] + zx[i]) (qw[j,h] + zw[j]) + sum_{o in O} x[i,o] w[j,o] + bias[j]
 
-    Eq. (6) is granularity "tensor", Eq. (7) "vector", Eq. (4) the zero points. With a rotated weight qx are the codes of
-    the rotated x (h counts rotated features), whose elements in O were 0 before; the sum over O is as without.
+    Eq. (6) is granularity "tensor", Eq. (7) "vector", Eq. (4) the zero points. With a rotated weight qx are the codes
+    of the rotated x (h counts rotated features), whose elements in O were 0 before; the sum over O is as without.
     """
     lead, k, n = x.shape[:-1], x.shape[-1], weight.codes.shape[0]
     x = x.reshape(int(np.prod(lead)), k)

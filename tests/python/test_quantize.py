@@ -227,7 +227,13 @@ def test_other_absmax_kernels_agree(dtype: str) -> None:
             check(typed, x, **options)
 
 
-@given(st.sampled_from([-80, -14, -1, 1, 13, 80]), finite_kinds.filter(lambda kind: kind not in ("tiny", "huge", "wide")), sizes, sizes, seeds)
+@given(
+    st.sampled_from([-80, -14, -1, 1, 13, 80]),
+    finite_kinds.filter(lambda kind: kind not in ("tiny", "huge", "wide")),
+    sizes,
+    sizes,
+    seeds,
+)
 def test_codes_are_invariant_to_powers_of_two(
     typed: Typed, exponent: int, kind: str, m: int, k: int, seed: int
 ) -> None:

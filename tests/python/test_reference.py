@@ -63,7 +63,7 @@ def test_float32_codes_are_the_ideal_codes(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES_16)
 def test_the_other_forms_misround(dtype: str) -> None:
-    """x * (127/absmax) and x / (absmax/127) do not give those codes. So the tests of codes can tell them."""
+    """Neither x * (127/absmax) nor x / (absmax/127) gives those codes. So the tests of codes can tell them."""
     a, x = {"float16": (1.126953125, 0.5634765625), "bfloat16": (1.3828125, 0.69140625)}[dtype]
     a, x = F(a), F(x)
     assert x * 2 == a  # the quotient is 63.5 exactly: a tie, to 64
