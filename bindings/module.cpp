@@ -4,6 +4,7 @@
 
 #include "bindings/errors.hpp"
 #include "bindings/ops.hpp"
+#include "bindings/torch_op.hpp"
 #include "octavo/octavo.hpp"
 
 namespace py = pybind11;
@@ -46,6 +47,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.doc() = "The C++ core of octavo. Use the functions of the package `octavo`, which document it.";
     py::register_exception_translator(translate);
     octavo::python::define_operations(module);
+    module.def("register_torch_operation", &octavo::python::register_torch_operation);
     module.def("version", &octavo::version);
     module.def("cpu_isa", &octavo::cpu_isa);
     module.def("cpu_isas_available", &octavo::cpu_isas_available);

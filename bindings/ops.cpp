@@ -9,8 +9,12 @@
 
 #include <algorithm>
 #include <array>
+#include <mutex>
 #include <optional>
+#include <shared_mutex>
+#include <stdexcept>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -471,6 +475,25 @@ PyMethodDef method(const char* name, const char* signature) {
 }
 
 }  // namespace
+
+const NativeOptions& read_options(const std::string& text) {
+    static std::shared_mutex lock;
+    static std::unordered_map<std::string, NativeOptions> known;  // which moves no entry
+    {
+        const std::shared_lock guard(lock);
+        if (const auto found = known.find(text); found != known.end()) return found->second;
+    }
+    const py::gil_scoped_acquire gil;
+    try {
+        const py::object options = py::module_::import("octavo.options").attr("Options").attr("from_text")(text);
+        const py::object held = options.attr("_native");
+        const Options& native = options_of(held, "octavo::linear");
+        const std::unique_lock guard(lock);
+        return known.try_emplace(text, NativeOptions{native.quantize, native.linear}).first->second;
+    } catch (const py::error_already_set& error) {
+        throw std::invalid_argument(error.what());
+    }
+}
 
 void define_operations(py::module_& module) {
     static std::array methods{

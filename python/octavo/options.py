@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -71,6 +72,16 @@ class Options:
         if math.isinf(self.threshold):
             values["threshold"] = "inf"
         return values
+
+    @cached_property
+    def text(self) -> str:
+        """`to_dict` as JSON, made once: the options as one argument of an operation."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_text(cls, text: str) -> Options:
+        """The options of `text`."""
+        return cls.from_dict(json.loads(text))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "Options") -> Options:

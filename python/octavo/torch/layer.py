@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from octavo import _core
@@ -198,6 +199,7 @@ def _is_plain(input: Tensor, bias: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
         or torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
         or (torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
         or input.is_nested

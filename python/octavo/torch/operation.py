@@ -1,62 +1,56 @@
-"""The operations ``torch.ops.octavo.*``: what PyTorch is told about them, so that it can trace and differentiate."""
+"""The operations ``torch.ops.octavo.*``, and what PyTorch is told about them, so that it can trace and transform them.
+
+``linear`` is `octavo.linear`; its kernel is C++ (bindings/torch_op.cpp). ``float_product`` multiplies with the
+dequantized weight, a block of it at a time: gradients and tangents of ``linear``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
-import octavo
-from octavo._types import Granularity, Outliers, ProductPath, Scheme
+from octavo import _core
+from octavo.options import Options
 from octavo.torch.packing import is_packed, unpack
-from octavo.weight import Int8Weight
 
 if TYPE_CHECKING:
     from octavo.torch.tensor import Arrays
 
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_BLOCKS = 16  # of a weight, of which one is dequantized at a time
+
 _library = torch.library.Library("octavo", "DEF")
-_library.define(
-    "linear(Tensor x, Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns, "
-    "Tensor? outlier_weight, Tensor? bias, str scheme, str granularity, float threshold, str outliers, str path, "
-    "SymInt? in_features=None) -> Tensor"
+_ARRAYS = (
+    "Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns, Tensor? outlier_weight"
 )
-_library.define(
-    "float_product(Tensor x, Tensor codes, Tensor scale, Tensor? zeropoint, Tensor? outlier_columns, "
-    "Tensor? outlier_weight, SymInt out_features, SymInt in_features, bool transpose) -> Tensor"
-)
+_library.define(f"linear(Tensor x, {_ARRAYS}, Tensor? bias, str options, SymInt in_features) -> Tensor")
+_library.define(f"float_product(Tensor x, {_ARRAYS}, SymInt in_features, bool transpose) -> Tensor")
+_core.register_torch_operation()
+_options = lru_cache(Options.from_text)
+_linear_op: Any = torch.ops.octavo.linear.default
+_float_product_op: Any = torch.ops.octavo.float_product.default
 
 
 def linear(x: Tensor, arrays: Arrays, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` by `octavo.linear`, ``[..., k]`` -> ``[..., n]``."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    options = arrays.options
-    result: Tensor = torch.ops.octavo.linear.default(
-        x,
-        arrays.codes,
-        arrays.scale,
-        arrays.code_sums,
-        arrays.zeropoint,
-        arrays.outlier_columns,
-        arrays.outlier_weight,
-        bias,
-        options.scheme,
-        options.granularity,
-        options.threshold,
-        options.outliers,
-        options.path,
-        arrays.shape[1],
-    )
-    return result
+    if x.is_nested:
+        return torch.nested.as_nested_tensor([linear(part, arrays, bias) for part in x.unbind()], layout=x.layout)
+    if x.dtype not in FLOAT_DTYPES and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"linear: x: expected float32, float16 or bfloat16, got {x.dtype}")
+    return _linear_op(x, *arrays.tensors(), bias, arrays.options.text, arrays.shape[1])  # type: ignore[no-any-return]
 
 
 def float_product(x: Tensor, arrays: Arrays, *, transpose: bool) -> Tensor:
-    """``x @ weight.T`` (`transpose`) or ``x @ weight`` with the dequantized weight, a block of it at a time."""
-    own = (arrays.codes, arrays.scale, arrays.zeropoint, arrays.outlier_columns, arrays.outlier_weight)
-    result: Tensor = torch.ops.octavo.float_product.default(x, *own, *arrays.shape, transpose)
-    return result
+    """``x @ weight.T`` (`transpose`) or ``x @ weight``, with the dequantized weight and its kept columns."""
+    return _float_product_op(x, *arrays.tensors(), arrays.shape[1], transpose)  # type: ignore[no-any-return]
 
 
 def dequantize(
@@ -77,10 +71,7 @@ def dequantize(
     return weight.to(dtype)
 
 
-# --- linear -----------------------------------------------------------------------------------------------------------
-
-
-def _linear(
+def _float_product(
     x: Tensor,
     codes: Tensor,
     scale: Tensor,
@@ -88,109 +79,187 @@ def _linear(
     zeropoint: Tensor | None,
     outlier_columns: Tensor | None,
     outlier_weight: Tensor | None,
-    bias: Tensor | None,
-    scheme: Scheme,
-    granularity: Granularity,
-    threshold: float,
-    outliers: Outliers,
-    path: ProductPath,
-    in_features: int | None = None,  # k, of packed codes, whose shape is that of the next multiple of 64
+    k: int,
+    transpose: bool,
 ) -> Tensor:
-    if is_packed(codes) and in_features is None:
-        raise ValueError("octavo::linear: in_features: expected a number with packed codes, got None")
-    weight = Int8Weight(
-        codes,
-        scale,
-        shape=(code_sums.shape[0], in_features) if is_packed(codes) and in_features is not None else None,
-        pack=False,
-        zeropoint=zeropoint,
-        outlier_columns=outlier_columns,
-        outlier_weight=outlier_weight,
-        code_sums=code_sums,
-        scheme=scheme,
-        granularity=granularity,
-    )
-    with torch.no_grad():  # autograd, where it is wanted, is registered below
-        return octavo.linear(  # type: ignore[no-any-return]
-            x, weight, bias, threshold=threshold, outliers=outliers, path=path
-        )
+    n = code_sums.shape[0]
+    rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+    result = rows.new_zeros((rows.shape[0], n if transpose else k))
+    step = max(16, -(-n // (_BLOCKS * 16)) * 16)
+
+    def block(part: slice) -> Tensor:
+        own = codes[part]
+        if is_packed(codes):
+            own = unpack(codes[part.start // 16 : -(-part.stop // 16)], part.stop - part.start, k)
+        of_rows = (array if array is None or array.shape[0] != n else array[part] for array in (scale, zeropoint))
+        kept = None if outlier_weight is None else outlier_weight[part]
+        return dequantize(own, *of_rows, outlier_columns, kept, torch.float32)
+
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        if transpose:
+            result[:, part] = rows @ block(part).t()
+        else:
+            result.addmm_(rows[:, part], block(part))
+    return result.to(x.dtype).reshape(*x.shape[:-1], result.shape[1])
 
 
+_library.impl("float_product", _float_product, "CompositeExplicitAutograd")
+
+
+# --- shapes and work --------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("octavo::linear", lib=_library)
 def _linear_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], code_sums.shape[0]))
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, scale, code_sums, zeropoint, outlier_columns, outlier_weight, *_ = inputs
-    ctx.save_for_backward(codes, scale, zeropoint, outlier_columns, outlier_weight)
-    ctx.shape = (code_sums.shape[0], x.shape[-1])
+@torch.library.register_fake("octavo::float_product", lib=_library)
+def _float_product_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *rest: Any) -> Tensor:
+    k, transpose = rest[-2:]
+    return x.new_empty((*x.shape[:-1], code_sums.shape[0] if transpose else k))
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Gradients of x, through the dequantized weight, and of the bias."""
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.octavo.float_product(grad, *ctx.saved_tensors, *ctx.shape, False)
-    if ctx.needs_input_grad[7]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return (grad_x, *[None] * 6, grad_bias, *[None] * 6)
+@register_flop_formula([torch.ops.octavo.linear, torch.ops.octavo.float_product])  # type: ignore[untyped-decorator]
+def _flops(x_shape: Any, codes: Any, scale: Any, code_sums_shape: Any, *rest: Any, **named: Any) -> int:
+    """Multiplications and additions, as of a dense product."""
+    k = next(value for value in rest if isinstance(value, int))
+    rows = torch.Size(x_shape[:-1]).numel()
+    return 2 * rows * int(code_sums_shape[0]) * k
 
 
-_library.impl("linear", _linear, "CompositeExplicitAutograd")
-torch.library.register_fake("octavo::linear", _linear_fake, lib=_library)
-torch.library.register_autograd("octavo::linear", _linear_backward, setup_context=_save_for_backward, lib=_library)
-
-# --- float_product ----------------------------------------------------------------------------------------------------
-
-_BLOCKS = 16  # of the weight, of which one is dequantized at a time
+# --- derivatives ------------------------------------------------------------------------------------------------------
 
 
-def _float_product(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    zeropoint: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_weight: Tensor | None,
-    n: int,
-    k: int,
-    transpose: bool,
-) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-    result = rows.new_zeros((rows.shape[0], n if transpose else k))
-    step = max(16, -(-n // (_BLOCKS * 16)) * 16)
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        count = part.stop - start
-        own = unpack(codes[start // 16 : -(-part.stop // 16)], count, k) if is_packed(codes) else codes[part]
-        of_rows = (array if array is None or array.shape[0] != n else array[part] for array in (scale, zeropoint))
-        kept = None if outlier_weight is None else outlier_weight[part]
-        block = dequantize(own, *of_rows, outlier_columns, kept, torch.float32)
-        if transpose:
-            torch.mm(rows, block.t(), out=result[:, part])
-        else:
-            result.addmm_(rows[:, part], block)
-    return result.to(x.dtype).reshape(*x.shape[:-1], result.shape[1])
+class _Linear(torch.autograd.Function):
+    """y = x @ W.T + b: gradients and tangents of x through the dequantized weight, and those of the bias."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with _outer_derivatives():
+            return _below_autograd(_linear_op, args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, *arrays, _, text, ctx.k = inputs
+        if _options(text).path == "weight_only":  # which does not use kept columns
+            arrays[4:] = None, None
+        ctx.save_for_backward(*arrays)
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _float_product_op(grad, *ctx.saved_tensors, ctx.k, False)
+        if ctx.needs_input_grad[7]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return (grad_x, *[None] * 6, grad_bias, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, *tangents: Any) -> Any:
+        bias = tangents[6]
+        if x is None:
+            return bias
+        with _outer_derivatives():
+            y = _float_product_op(x, *ctx.saved_tensors, ctx.k, True)
+            return y if bias is None else y + bias
 
 
-def _float_product_fake(
-    x: Tensor, codes: Tensor, scale: Tensor, zeropoint: Any, columns: Any, kept: Any, n: int, k: int, transpose: bool
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], n if transpose else k))
+class _FloatProduct(torch.autograd.Function):
+    """Linear in x; its transpose is the same operation the other way."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with _outer_derivatives():
+            return _below_autograd(_float_product_op, args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, *arrays, ctx.k, ctx.transpose = inputs
+        ctx.save_for_backward(*arrays)
+        ctx.save_for_forward(*arrays)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return (_float_product_op(grad, *ctx.saved_tensors, ctx.k, not ctx.transpose), *[None] * 8)
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: Any) -> Any:
+        with _outer_derivatives():
+            return _float_product_op(x, *ctx.saved_tensors, ctx.k, ctx.transpose)
 
 
-def _save_for_float_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *arrays, ctx.n, ctx.k, ctx.transpose = inputs
-    ctx.save_for_backward(*arrays)
+def _below_autograd(op: Any, args: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)  # type: ignore[no-any-return]
 
 
-def _float_product_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    grad_x = torch.ops.octavo.float_product(grad, *ctx.saved_tensors, ctx.n, ctx.k, not ctx.transpose)
-    return (grad_x, *[None] * 8)
+@contextlib.contextmanager
+def _outer_derivatives() -> Iterator[None]:
+    """Turns on what Function turns off while it runs: an outer torch.func differentiates the same operations."""
+    active = torch._C._are_functorch_transforms_active()
+    grad, tangents = torch.is_grad_enabled() or active, torch._C._is_fwd_grad_enabled() or active
+    with torch.set_grad_enabled(grad), forward_ad._set_fwd_grad_enabled(tangents):
+        yield
 
 
-_library.impl("float_product", _float_product, "CompositeExplicitAutograd")
-torch.library.register_fake("octavo::float_product", _float_product_fake, lib=_library)
-torch.library.register_autograd(
-    "octavo::float_product", _float_product_backward, setup_context=_save_for_float_product, lib=_library
-)
+def _differentiable(op: Any, function: type[torch.autograd.Function], inputs: tuple[int, ...]) -> Callable[..., Tensor]:
+    """The kernel of `op` that PyTorch asks first; `inputs`: the arguments that may require gradients."""
+    # Not Function's own `apply`: that would have torch.func take the call apart a second time, which it has done before
+    # this kernel is called.
+    apply = super(torch.autograd.Function, function).apply
+
+    def kernel(*args: Any) -> Tensor:
+        wanted = torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs)
+        if wanted or forward_ad._current_level >= 0:
+            with enable_single_level_autograd_function():
+                return apply(*args)  # type: ignore[no-any-return]
+        return _below_autograd(op, args)
+
+    return kernel
+
+
+_library.impl("linear", _differentiable(_linear_op, _Linear, (0, 7)), "Autograd")
+_library.impl("float_product", _differentiable(_float_product_op, _FloatProduct, (0,)), "Autograd")
+
+
+# --- autocast and vmap ------------------------------------------------------------------------------------------------
+
+
+def _cast(device: str, key: torch._C.DispatchKey) -> Callable[..., Tensor]:
+    def kernel(x: Tensor, *args: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return _linear_op(x.to(torch.get_autocast_dtype(device)), *args)  # type: ignore[no-any-return]
+
+    return kernel
+
+
+_library.impl("linear", _cast("cpu", torch._C.DispatchKey.AutocastCPU), "AutocastCPU")
+_library.impl("linear", _cast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
+
+
+def _mapped(op: Any, by_row: Callable[..., bool]) -> Callable[..., tuple[Tensor, int]]:
+    """The rule of vmap: one call where only x is mapped and rows do not depend on each other, else one per example."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        x_dim, *others = in_dims
+        if x_dim is not None and all(dim is None for dim in others) and by_row(*args):
+            return op(args[0].movedim(x_dim, 0), *args[1:]), 0
+
+        def example(i: int) -> Any:
+            return (arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True))
+
+        return torch.stack([op(*example(i)) for i in range(info.batch_size)]), 0
+
+    return rule
+
+
+def _rows_are_independent(*args: Any) -> bool:
+    options = _options(args[8])
+    return options.path == "weight_only" or (options.outliers != "columns" and options.granularity != "tensor")
+
+
+torch.library.register_vmap("octavo::linear", _mapped(_linear_op, _rows_are_independent), lib=_library)
+torch.library.register_vmap("octavo::float_product", _mapped(_float_product_op, lambda *_: True), lib=_library)

@@ -59,9 +59,13 @@ class Arrays:
             )
         return self._int8_weight
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The arrays in the order in which the operations take them."""
+        return tuple(getattr(self, name) for name in _NAMES)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Arrays:
         """The same weight with every array changed."""
-        arrays = (None if array is None else change(array) for array in (getattr(self, name) for name in _NAMES))
+        arrays = (None if array is None else change(array) for array in self.tensors())
         return Arrays(*arrays, shape=self.shape, options=self.options)  # type: ignore[arg-type]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Arrays:

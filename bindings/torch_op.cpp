@@ -1,0 +1,322 @@
+// octavo::linear as PyTorch's dispatcher calls it, without Python in between. PyTorch is not linked, and none of its
+// headers is used: the functions are those of its stable C interface (torch/csrc/stable/c/shim.h, PyTorch 2.10), found
+// at run time in the library that `import torch` has loaded.
+#include "bindings/torch_op.hpp"
+
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/ops.hpp"
+#include "octavo/octavo.hpp"
+
+namespace octavo::python {
+namespace {
+
+namespace py = pybind11;
+
+// --- PyTorch's interface ---------------------------------------------------------------------------------------------
+
+using Status = std::int32_t;  // 0: it went well
+using Value = std::uint64_t;  // an argument: a number as it is, else the address of something that the kernel now owns
+using Kernel = void (*)(Value* stack, std::uint64_t inputs, std::uint64_t outputs);
+constexpr std::uint64_t torch_2_10 = (std::uint64_t{2} << 56) | (std::uint64_t{10} << 48);
+
+struct Torch {
+    Status (*get_data_ptr)(void* tensor, void** result);
+    Status (*get_dtype)(void* tensor, std::int32_t* result);
+    Status (*get_device_type)(void* tensor, std::int32_t* result);
+    Status (*get_device_index)(void* tensor, std::int32_t* result);
+    Status (*get_dim)(void* tensor, std::int64_t* result);
+    Status (*get_sizes)(void* tensor, std::int64_t** result);
+    Status (*get_strides)(void* tensor, std::int64_t** result);
+    Status (*empty_strided)(std::int64_t dim, const std::int64_t* sizes, const std::int64_t* strides,
+                            std::int32_t dtype, std::int32_t device_type, std::int32_t device_index, void** result);
+    Status (*copy)(void* target, void* source, std::int32_t non_blocking);
+    Status (*delete_tensor)(void* tensor);
+    Status (*string_length)(void* string, std::size_t* result);
+    Status (*string_data)(void* string, const char** result);
+    Status (*delete_string)(void* string);
+    Status (*get_num_threads)(std::uint32_t* result);
+    Status (*library_init)(const char* space, const char* key, const char* file, std::uint32_t line, void** result);
+    Status (*library_impl)(void* library, const char* name, Kernel kernel, std::uint64_t version);
+    Status (*get_current_cuda_stream)(std::int32_t device, void** result);  // null without CUDA
+    std::int32_t f32, f16, bf16, i8, i32, cuda;                             // its numbers for what it shares with us
+};
+
+template <class Function>
+Function find(const char* library, const char* name) {
+    void* const handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    return handle == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(handle, name));
+}
+
+template <class Function>
+void need(Function& function, const char* name) {
+    function = find<Function>("libtorch_cpu.so", name);
+    if (function == nullptr) {
+        throw py::import_error(std::string("octavo.torch: expected PyTorch 2.10 or later, got one without ") + name);
+    }
+}
+
+std::int32_t number(const char* name) {
+    std::int32_t (*function)() = nullptr;
+    need(function, name);
+    return function();
+}
+
+Torch find_torch() {
+    Torch torch{};
+    need(torch.get_data_ptr, "aoti_torch_get_data_ptr");
+    need(torch.get_dtype, "aoti_torch_get_dtype");
+    need(torch.get_device_type, "aoti_torch_get_device_type");
+    need(torch.get_device_index, "aoti_torch_get_device_index");
+    need(torch.get_dim, "aoti_torch_get_dim");
+    need(torch.get_sizes, "aoti_torch_get_sizes");
+    need(torch.get_strides, "aoti_torch_get_strides");
+    need(torch.empty_strided, "aoti_torch_empty_strided");
+    need(torch.copy, "aoti_torch_copy_");
+    need(torch.delete_tensor, "aoti_torch_delete_tensor_object");
+    need(torch.string_length, "torch_string_length");
+    need(torch.string_data, "torch_string_c_str");
+    need(torch.delete_string, "torch_delete_string");
+    need(torch.get_num_threads, "torch_get_num_threads");
+    need(torch.library_init, "aoti_torch_library_init_impl");
+    need(torch.library_impl, "torch_library_impl");
+    torch.get_current_cuda_stream =
+        find<decltype(torch.get_current_cuda_stream)>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
+    torch.f32 = number("aoti_torch_dtype_float32");
+    torch.f16 = number("aoti_torch_dtype_float16");
+    torch.bf16 = number("aoti_torch_dtype_bfloat16");
+    torch.i8 = number("aoti_torch_dtype_int8");
+    torch.i32 = number("aoti_torch_dtype_int32");
+    torch.cuda = number("aoti_torch_device_type_cuda");
+    return torch;
+}
+
+const Torch& torch() {
+    static const Torch found = find_torch();
+    return found;
+}
+
+void check(Status status) {
+    if (status != 0) throw std::runtime_error("octavo::linear: PyTorch refused a call of its C interface");
+}
+
+// PyTorch knows no other exception of which it makes a ValueError.
+[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument("octavo::linear: " + message); }
+
+// --- arguments -------------------------------------------------------------------------------------------------------
+
+// A tensor that this kernel owns a reference to.
+class Tensor {
+public:
+    Tensor(Value handle, const char* name) : handle_(reinterpret_cast<void*>(handle)), name_(name) {
+        std::int64_t dim = 0;
+        std::int64_t* sizes = nullptr;
+        std::int64_t* strides = nullptr;
+        std::int32_t device_type = 0;
+        check(torch().get_dim(handle_, &dim));
+        check(torch().get_sizes(handle_, &sizes));
+        check(torch().get_strides(handle_, &strides));
+        check(torch().get_dtype(handle_, &dtype_));
+        check(torch().get_device_type(handle_, &device_type));
+        check(torch().get_device_index(handle_, &device_.index));
+        check(torch().get_data_ptr(handle_, &data_));
+        device_.kind = device_type == torch().cuda ? DeviceKind::cuda : DeviceKind::cpu;
+        device_.index = std::max(device_.index, 0);  // of the CPU it is -1
+        sizes_ = {sizes, static_cast<std::size_t>(dim)};
+        strides_ = {strides, static_cast<std::size_t>(dim)};
+    }
+    Tensor(Tensor&& other) noexcept { *this = std::move(other); }
+    Tensor& operator=(Tensor&& other) noexcept {
+        std::swap(handle_, other.handle_);
+        name_ = other.name_;
+        data_ = other.data_;
+        dtype_ = other.dtype_;
+        device_ = other.device_;
+        sizes_ = other.sizes_;
+        strides_ = other.strides_;
+        return *this;
+    }
+    Tensor(const Tensor&) = delete;
+    Tensor& operator=(const Tensor&) = delete;
+    ~Tensor() {
+        if (handle_ != nullptr) torch().delete_tensor(handle_);
+    }
+
+    // A new one, contiguous and uninitialized, of the dtype and device of `like`.
+    static Tensor empty(const Tensor& like, std::span<const std::int64_t> sizes) {
+        std::vector<std::int64_t> strides(sizes.size());
+        std::int64_t stride = 1;
+        for (std::size_t i = sizes.size(); i-- > 0;) {
+            strides[i] = stride;
+            stride *= std::max<std::int64_t>(sizes[i], 1);
+        }
+        void* handle = nullptr;
+        const bool is_cuda = like.device_.kind == DeviceKind::cuda;
+        check(torch().empty_strided(std::ssize(sizes), sizes.data(), strides.data(), like.dtype_,
+                                    is_cuda ? torch().cuda : 0, is_cuda ? like.device_.index : -1, &handle));
+        return {reinterpret_cast<Value>(handle), "out"};
+    }
+
+    [[nodiscard]] Value release() noexcept { return reinterpret_cast<Value>(std::exchange(handle_, nullptr)); }
+    [[nodiscard]] std::span<const std::int64_t> sizes() const noexcept { return sizes_; }
+    [[nodiscard]] const Device& device() const noexcept { return device_; }
+
+    [[nodiscard]] DType dtype() const {
+        for (const auto& [number, dtype] : {std::pair{torch().f32, DType::f32}, std::pair{torch().bf16, DType::bf16},
+                                            std::pair{torch().f16, DType::f16}, std::pair{torch().i8, DType::i8},
+                                            std::pair{torch().i32, DType::i32}}) {
+            if (number == dtype_) return dtype;
+        }
+        refuse(std::string(name_) + ": expected float32, float16, bfloat16, int8 or int32, got another dtype");
+    }
+
+    // All leading dimensions folded into rows; copied where they have no common stride.
+    [[nodiscard]] Matrix matrix() {
+        if (sizes_.empty()) refuse(std::string(name_) + ": expected at least one dimension, got none");
+        if (!folds()) {
+            Tensor copy = empty(*this, sizes_);
+            check(torch().copy(copy.handle_, handle_, 0));
+            *this = std::move(copy);
+        }
+        Matrix result{.data = data_, .dtype = dtype(), .device = device_, .rows = 1, .cols = sizes_.back()};
+        result.col_stride = strides_.back();
+        for (std::size_t i = sizes_.size() - 1; i-- > 0;) {
+            if (result.rows == 1) result.row_stride = strides_[i];
+            result.rows *= sizes_[i];
+        }
+        return result;
+    }
+
+    [[nodiscard]] Vector vector() const {
+        if (sizes_.size() != 1)
+            refuse(std::string(name_) + ": expected one dimension, got " + std::to_string(sizes_.size()));
+        return {.data = data_, .dtype = dtype(), .device = device_, .size = sizes_[0], .stride = strides_[0]};
+    }
+
+    // Codes `[n, k]` in packed order.
+    [[nodiscard]] ConstMatrix packed(std::int64_t n, std::int64_t k) const {
+        const std::int64_t expected[] = {(n + 15) / 16, padded_depth(k) / 4, 16, 4};
+        const std::int64_t strides[] = {expected[1] * 64, 64, 4, 1};
+        if (!std::ranges::equal(sizes_, expected) ||
+            (packed_size(n, k) > 0 && !std::ranges::equal(strides_, strides))) {
+            refuse("codes: expected contiguous packed ones of [" + std::to_string(n) + ", " + std::to_string(k) +
+                   "], got other ones");
+        }
+        return {.data = data_, .dtype = dtype(), .device = device_, .rows = n, .cols = k};
+    }
+
+private:
+    [[nodiscard]] bool folds() const noexcept {
+        std::int64_t inner = -1;  // the dimension inside of which the next must lie; of extent 1 they lie anywhere
+        for (std::size_t i = sizes_.size() - 1; i-- > 0;) {
+            if (sizes_[i] == 1) continue;
+            if (inner >= 0 &&
+                strides_[i] != strides_[static_cast<std::size_t>(inner)] * sizes_[static_cast<std::size_t>(inner)]) {
+                return false;
+            }
+            inner = static_cast<std::int64_t>(i);
+        }
+        return true;
+    }
+
+    void* handle_ = nullptr;
+    const char* name_ = "";
+    void* data_ = nullptr;
+    std::int32_t dtype_ = 0;
+    Device device_{};
+    std::span<const std::int64_t> sizes_;
+    std::span<const std::int64_t> strides_;
+};
+
+std::optional<Tensor> optional_tensor(Value value, const char* name) {
+    auto* const held = reinterpret_cast<Value*>(value);
+    if (held == nullptr) return std::nullopt;
+    const Value handle = *held;
+    delete held;
+    return Tensor(handle, name);
+}
+
+Vector vector_or_absent(const std::optional<Tensor>& tensor) { return tensor ? tensor->vector() : absent_vector; }
+
+std::string string_of(Value value) {
+    auto* const handle = reinterpret_cast<void*>(value);
+    std::size_t length = 0;
+    const char* data = nullptr;
+    check(torch().string_length(handle, &length));
+    check(torch().string_data(handle, &data));
+    std::string result(data, length);
+    check(torch().delete_string(handle));
+    return result;
+}
+
+// --- the kernel ------------------------------------------------------------------------------------------------------
+
+// linear(Tensor x, Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns,
+//        Tensor? outlier_weight, Tensor? bias, str options, SymInt in_features) -> Tensor
+void linear_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
+    Tensor x(stack[0], "x");
+    Tensor codes(stack[1], "codes");
+    const Tensor scale(stack[2], "scale");
+    const Tensor code_sums(stack[3], "code_sums");
+    const auto zeropoint = optional_tensor(stack[4], "zeropoint");
+    const auto outlier_columns = optional_tensor(stack[5], "outlier_columns");
+    auto outlier_weight = optional_tensor(stack[6], "outlier_weight");
+    const auto bias = optional_tensor(stack[7], "bias");
+    const std::string options_text = string_of(stack[8]);
+    const auto k = static_cast<std::int64_t>(stack[9]);
+    try {
+        const NativeOptions& options = read_options(options_text);
+        const std::int64_t n = code_sums.vector().size;
+        const bool is_packed = codes.sizes().size() == 4;
+        WeightView weight{.codes = is_packed ? codes.packed(n, k) : ConstMatrix(codes.matrix()),
+                          .scale = scale.vector(),
+                          .zeropoint = vector_or_absent(zeropoint),
+                          .code_sums = code_sums.vector(),
+                          .outlier_columns = vector_or_absent(outlier_columns)};
+        if (outlier_weight) weight.outlier_weight = outlier_weight->matrix();
+        weight.scheme = options.quantize.scheme;
+        weight.granularity = options.quantize.granularity;
+        weight.layout = is_packed ? Layout::packed : Layout::row_major;
+
+        std::vector<std::int64_t> sizes(x.sizes().begin(), x.sizes().end());
+        if (sizes.empty()) refuse("x: expected at least one dimension, got none");
+        sizes.back() = n;
+        Tensor out = Tensor::empty(x, sizes);
+        Stream stream;
+        if (x.device().kind == DeviceKind::cuda) {
+            if (torch().get_current_cuda_stream == nullptr)
+                throw std::runtime_error("octavo::linear: PyTorch has no CUDA");
+            check(torch().get_current_cuda_stream(x.device().index, &stream.handle));
+        }
+        std::uint32_t threads = 0;
+        check(torch().get_num_threads(&threads));
+        const ThreadLimit limit(static_cast<int>(threads));
+        octavo::linear(x.matrix(), weight, vector_or_absent(bias), out.matrix(), options.linear, stream);
+        stack[0] = out.release();
+    } catch (const Error& error) {
+        if (error.kind() == ErrorKind::device) throw std::runtime_error(error.what());
+        throw std::invalid_argument(error.what());
+    }
+}
+
+}  // namespace
+
+void register_torch_operation() {
+    for (const char* const key : {"CPU", "CUDA"}) {
+        void* library = nullptr;  // never deleted: it is registered for as long as the process runs
+        check(torch().library_init("octavo", key, __FILE__, __LINE__, &library));
+        check(torch().library_impl(library, "linear", linear_kernel, torch_2_10));
+    }
+}
+
+}  // namespace octavo::python
