@@ -231,11 +231,11 @@ def demo(*words: str) -> None:
 def evidence() -> None:
     """What bench/results/evidence was made by, small: less training, fewer windows."""
     lm, output = BUILD / "lm", BUILD / "evidence"
-    run(PYTHON, "bench/train_lm.py", "--setting", "small", "--output", lm)
+    run(PYTHON, "-m", "octavo_bench", "train", "--setting", "small", "--output", lm)
     small = {"windows": 30, "close-windows": 200, "questions": 40, "analyzed": 10, "sentences": 50}
     small |= {"draws": 2, "seconds": 2}
     options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    run(PYTHON, "bench/evidence.py", "--lm", lm, "--output", output, *options)
+    run(PYTHON, "-m", "octavo_bench", "evidence", "--lm", lm, "--output", output, *options)
 
 
 def docs() -> None:

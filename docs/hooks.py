@@ -1,6 +1,6 @@
 """What the documentation is made of that is kept elsewhere, and what must hold of the result.
 
-Plots and figures come from bench/results, the options of the commands from their parsers, the reference (through
+Pictures and tables come from bench/results, the options of the commands from their parsers, the reference (through
 mkdocstrings) from docstrings. After the build every public name must be in the reference, and no page may fetch
 anything from another host. MkDocs calls the functions whose names begin with `on_`.
 """
@@ -11,6 +11,7 @@ import argparse
 import ast
 import os
 import re
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,8 +19,13 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from octavo_bench import tables  # noqa: E402
+
 PACKAGE = ROOT / "python" / "octavo"
 RESULTS = ROOT / "bench" / "results"
+TABLE = re.compile(r"<!-- table of bench/results/(\S+): (.+?) -->")  # the first whose title begins so
 COMMANDS = "<!-- every command and its options, from the parsers -->"
 
 
@@ -46,35 +52,31 @@ def public_names() -> dict[str, list[str]]:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the plots of bench/results, and a page of all its tables."""
+    """Add the pictures of bench/results, a page for each of its reports, and a page that lists them."""
     from mkdocs.structure.files import File
 
     for path in sorted(RESULTS.rglob("*.png")):
         name = f"results/{path.relative_to(RESULTS).as_posix()}"
         files.append(File.generated(config, name, abs_src_path=str(path)))
-    files.append(File.generated(config, "results/index.md", content=_results()))
+    lines = ["# What was measured", "", "Each page says on which machine, of which commit and by which command.", ""]
+    for path in sorted(RESULTS.rglob("*.json")):
+        report, name = tables.read(path), path.relative_to(RESULTS).with_suffix(".md").as_posix()
+        pictures = "".join(f"\n![{report.title}]({each})\n" for each in report.pictures)
+        files.append(File.generated(config, f"results/{name}", content=report.markdown() + pictures))
+        lines.append(f"- [{report.title}]({name})")
+    files.append(File.generated(config, "results/index.md", content="\n".join(lines) + "\n"))
     return files
 
 
-def _results() -> str:
-    """The tables of bench/results on one page."""
-    parts = ["# What was measured"]
-    for path in sorted(path for path in RESULTS.rglob("*") if path.suffix in {".md", ".txt"}):
-        text = path.read_text(encoding="utf-8")
-        parts.append(
-            f"## {path.relative_to(RESULTS)}\n\n" + (text if path.suffix == ".md" else f"```text\n{text}\n```")
-        )
-    return "\n\n".join(parts) + "\n"
-
-
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Point at the plots where they are in the site, and list the commands where they are asked for."""
+    """Point at the pictures where they are in the site; put tables and commands where they are asked for."""
     folder = os.path.dirname(page.file.src_uri)
     markdown = re.sub(
         r"\]\((?:\.\./)+bench/results/([^)\s]+)\)",
         lambda match: f"]({os.path.relpath('results/' + match[1], folder or '.').replace(os.sep, '/')})",
         markdown,
     )
+    markdown = TABLE.sub(lambda match: tables.read(RESULTS / match[1]).table(match[2]).markdown(), markdown)
     return markdown.replace(COMMANDS, _commands()) if COMMANDS in markdown else markdown
 
 

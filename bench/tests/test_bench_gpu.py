@@ -1,12 +1,11 @@
 """bench/gpu.py and bench/gpu.sh as far as a machine without a GPU can run them.
 
-So that little can go wrong on one that has one: the plan, the checks and the table, on the CPU with a clock that counts
-calls; the script, with stand-ins for the programs that it calls.
+So that little can go wrong on one that has one: the plan, the checks and the table, on the CPU; the script, with
+stand-ins for the programs that it calls.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -14,77 +13,55 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from conftest import ROOT
+from octavo_bench.layers import contest
+from octavo_bench.turns import Evict
 
-torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch, which is not installed")
+import gpu  # isort: skip
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import gpu
-import octavo
-
-NEVER = float("inf")
+FOUND = {"octavo int8", "octavo int8 path", "octavo weight-only", "octavo int8 product", "torch float16"}
 
 
-class FakeClock:
-    """Its first call takes a millisecond, the second two, and so on."""
-
-    device = "cpu"
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        call()
-        self.calls += 1
-        return float(self.calls)
-
-
-def measured(*words: str, deadline: float = NEVER) -> list[gpu.Case]:
-    small = ["--no-llama", "--no-variants", "--widths", "64", "--rows", "1", "5", "--outliers", "0", "3"]
+def measured(*words: str, seconds: float = 1e9) -> list[tuple[gpu.Kind, list[contest.Case]]]:
+    small = [
+        "--no-llama",
+        "--no-variants",
+        "--widths",
+        "64",
+        "--rows",
+        "1",
+        "5",
+        "--outliers",
+        "0",
+        "3",
+        "--calls",
+        "2",
+    ]
     args = gpu.arguments([*small, *words])
-    cases = gpu.plan(args)
-    gpu.measure_all(cases, args.calls, FakeClock(), deadline)
-    return cases
+    groups = gpu.plan(args)
+    for kind, cases in groups:
+        gpu.measure_group(kind, cases, args.calls, Evict(64), time.perf_counter() + seconds, device="cpu")
+    return groups
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What is measured
-
-
-def test_the_plan_is_the_whole_one() -> None:
-    variants, cases = gpu.plan(gpu.arguments([]))[:3], gpu.plan(gpu.arguments([]))[3:]
-    assert [(case.k, case.scheme, case.granularity, case.outliers) for case in variants] == [
-        (4096, "absmax", "tensor", 6), (4098, "absmax", "vector", 6), (4096, "zeropoint", "vector", 6),
-    ]  # fmt: skip
-    assert all(not case.variant for case in cases)
-    shapes = {(case.k, case.n) for case in cases}
-    for width in (768, 1024, 2048, 2560, 4096, 5120, 12288):
-        assert {(width, 4 * width), (4 * width, width)} <= shapes
-    assert {(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672), (28672, 8192)} <= shapes
-    assert {case.m for case in cases} == {1, 8, 16, 32, 64, 128, 256, 1024, 4096}
-    assert {case.outliers for case in cases} == {0, 6, 64}
-    assert len(cases) == len({(case.k, case.n, case.m, case.outliers) for case in cases}) == len(shapes) * 9 * 3
-
-
-def test_the_plan_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--plan", "--no-llama", "--widths", "8", "--rows", "2", "--outliers", "0", "6"]) == 0
+def test_the_plan_is_the_whole_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == [
         "k=4096 n=16384 m=256 outliers=6 tensor", "k=4098 n=16384 m=256 outliers=6",
         "k=4096 n=16384 m=256 outliers=6 zeropoint",
     ]  # fmt: skip
-    assert lines[3:] == [f"k={k} n={n} m=2 outliers={outliers}" for k, n in ((8, 32), (32, 8)) for outliers in (0, 6)]
+    assert len(lines) == len(set(lines)) == 3 + 21 * 9 * 3
+    assert "k=12288 n=49152 m=4096 outliers=64" in lines
 
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--rows", "0"], "--rows: expected numbers of at least 1"),
-        (["--outliers", "-1"], "--outliers: expected numbers of at least 0"),
+        (["--rows", "0"], "--rows: expected at least 1"),
         (["--calls", "1"], "--calls: expected at least 2, got 1"),
         (["--widths", "--no-llama"], "--widths: expected some"),
         (["--widths", "32"], "--outliers: expected at most 32, the least k, got 64"),
@@ -102,171 +79,35 @@ def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no GPU" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Measuring
-
-
 def test_contenders_are_checked_and_timed() -> None:
-    cases = measured("--calls", "3")
-    assert [(case.k, case.n, case.m, case.outliers) for case in cases] == [
-        (k, n, m, outliers) for k, n in ((64, 256), (256, 64)) for m in (1, 5) for outliers in (0, 3)
-    ]
-    for case in cases:
-        assert set(case.times) == {gpu.OCTAVO, gpu.INT8, gpu.WEIGHT_ONLY, gpu.PRODUCT, gpu.FLOAT16}
-        assert set(case.error) == set(case.times) - {gpu.PRODUCT}
-        assert all(0 < error < 0.02 for error in case.error.values())
-        assert set(case.left_out) == {gpu.BITSANDBYTES}
-        for lower, median, upper in case.times.values():
-            assert 0 < lower < median < upper
-    # Two rounds to warm up, then three: the third, fourth and fifth time that the first contender is called.
-    assert cases[0].times[gpu.OCTAVO] == (13.5, 16.0, 18.5)
+    groups = measured()
+    cases = [case for _, own in groups for case in own]
+    assert all(set(case.times) == FOUND and not case.left_out for case in cases), cases[0].left_out
+    assert all(0 < error < 0.05 for case in cases for error in case.error.values())
     assert gpu.status(cases) == 0
+    table = gpu.table(groups, {"bytes_per_second": 1e12, "int8_operations_per_second": 1e15})
+    assert [row[:3] for row in table.rows[:3]] == [["64 x 256", 1, 0], ["64 x 256", 1, 3], ["64 x 256", 5, 0]]
+    assert "octavo is faster than torch float16 in " in table.note
 
 
-def test_variants_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each with a weight of its own, within the error that its scales explain."""
-    given = []
-    right = octavo.quantize_weight
-
-    def quantize_weight(weight: Any, **words: Any) -> Any:
-        given.append((tuple(weight.shape), words))
-        return right(weight, **words)
-
-    monkeypatch.setattr(octavo, "quantize_weight", quantize_weight)
-    kinds: list[dict[str, Any]] = [{"granularity": "tensor"}, {}, {"scheme": "zeropoint"}]
-    cases = [gpu.Case(64, 48, 70, 6, **kind) for kind in kinds]
-    gpu.measure_all(cases, 2, FakeClock(), NEVER)
-    usual = {"scheme": "absmax", "granularity": "vector"}
-    assert given == [((48, 64), usual | kind) for kind in kinds]
-    assert all(set(case.left_out) == {gpu.BITSANDBYTES} and len(case.times) == 5 for case in cases)
-    assert [case.variant for case in cases] == ["tensor", "", "zeropoint"]
+@pytest.mark.parametrize("kind", [kind for kind, _ in gpu.VARIANTS])
+def test_other_kinds_are_right(kind: gpu.Kind) -> None:
+    case = contest.Case(66, 32, 40, 3)
+    gpu.measure_group(kind, [case], 2, Evict(64), time.perf_counter() + 1e9, device="cpu")
+    assert set(case.times) == FOUND, case.left_out
 
 
-def test_the_problem_has_the_outlier_columns_asked_for() -> None:
-    for outliers in (0, 6):
-        x = gpu.problem(96, 20, outliers, torch.empty(1, dtype=torch.float16))
-        assert (x.shape, x.dtype) == ((20, 96), torch.float16)
-        assert len(octavo.find_outliers(x)) == outliers
+def test_what_goes_wrong_costs_a_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no memory")
 
-
-@pytest.mark.parametrize("factor", [1.05, float("nan")])
-def test_a_wrong_layer_is_not_timed_and_shows_in_the_status(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = octavo.linear
-    monkeypatch.setattr(octavo, "linear", lambda *a, path="auto", **k: right(*a, path=path, **k) * factor)
-    cases = measured()
-    for case in cases:
-        assert set(case.times) == {gpu.PRODUCT, gpu.FLOAT16}
-        assert case.left_out[gpu.INT8].startswith("wrong: error ")
-    assert gpu.status(cases) == 1
-
-
-def test_a_wrong_integer_is_not_timed_and_shows_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = octavo.int8_matmul
-
-    def wrong(a: Any, b: Any) -> Any:
-        result = right(a, b)
-        result[0, 3] += 1
-        return result
-
-    monkeypatch.setattr(octavo, "int8_matmul", wrong)
-    cases = measured()
-    assert {case.left_out[gpu.PRODUCT] for case in cases} == {
-        "wrong: 1 integers of 1 rows",
-        "wrong: 1 integers of 5 rows",
-    }
-    assert gpu.status(cases) == 1
-
-
-def test_a_contender_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such kernel\nmore")
-
-    monkeypatch.setattr(torch.nn.functional, "linear", fails)
-    cases = measured()
-    assert {case.left_out[gpu.FLOAT16] for case in cases} == {"RuntimeError: no such kernel"}
-    assert all(gpu.OCTAVO in case.times for case in cases)
-    assert gpu.status(cases) == 0  # a peer's failure is not ours
-
-
-def test_what_is_late_is_left_out_and_no_failure() -> None:
-    cases = measured(deadline=time.perf_counter() - 1)
-    assert all(case.left_out == {"all": gpu.LATE} and not case.times for case in cases)
-    assert gpu.status(cases) == 0
-
-
-def test_an_error_costs_its_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu.prepare
-
-    def prepare(weight: Any, case: gpu.Case) -> Any:
-        if weight.shape == (256, 64):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return right(weight, case)
-
-    monkeypatch.setattr(gpu, "prepare", prepare)
-    cases = measured()
-    assert [bool(case.times) for case in cases] == [False] * 4 + [True] * 4
-    assert {case.left_out["all"] for case in cases[:4]} == {"OutOfMemoryError: CUDA out of memory. Tried to allocate"}
-    assert gpu.status(cases) == 1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What is written
-
-
-def test_the_table() -> None:
-    first = gpu.Case(1000, 2000, 10, 6, times={gpu.OCTAVO: (0.009, 0.01, 0.012), gpu.FLOAT16: (0.02, 0.025, 0.026)})
-    second = gpu.Case(1000, 2000, 20, 0, times={gpu.OCTAVO: (0.01, 0.02, 0.03), gpu.FLOAT16: (0.01, 0.01, 0.01)})
-    second.left_out = {gpu.BITSANDBYTES: "ImportError: none"}
-    lines = gpu.table([first, second], {"bytes_per_second": 4e12, "int8_operations_per_second": 1e13}).splitlines()
-    assert lines[0] == "copy: 4.00 TB/s; int8 product of 8192: 10 TOPS"
-    assert lines[1].split()[:4] == ["k", "n", "m", "outliers"]
-    # 2 MB of codes, 20 kB of X and 40 kB of Y in 10 us are 206 GB/s; 40 million operations in it 4 TOPS.
-    assert re.split(r"\s{2,}", lines[2].strip()) == [
-        "1000", "2000", "10", "6", "10.0 (", "3.0)", "-", "-", "-", "25.0 (", "6.0)", "-", "2.50x", "5%", "40%",
-    ]  # fmt: skip
-    assert lines[3].split()[-3:] == ["0.50x", "3%", "40%"]
-    assert lines[4] == (
-        "octavo is faster than torch float16 in 1 of 2 cases; lowest ratio 0.50x "
-        "(k=1000 n=2000 m=20, 0 outlier columns)"
-    )
-    assert lines[5] == "left out: bitsandbytes: ImportError: none"
-
-
-@pytest.mark.parametrize(
-    ("name", "stem"),
-    [
-        ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb-hbm3-2026-01-02"),
-        ("NVIDIA GeForce RTX 4090 (a/b)", "nvidia-geforce-rtx-4090-a-b-2026-01-02"),
-    ],
-)
-def test_files_are_named_by_gpu_and_date(name: str, stem: str) -> None:
-    assert gpu.name_of_results(name, "2026-01-02") == stem
-
-
-def test_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(octavo, "info", lambda: {"backends": ["cpu", "cuda"]})
-    monkeypatch.setattr(gpu, "machine", lambda: {"gpu": "A GPU"})
-    monkeypatch.setattr(gpu, "Clock", FakeClock)
-    monkeypatch.setattr(gpu, "bandwidth", lambda clock: 1e12)
-    monkeypatch.setattr(gpu, "int8_peak", lambda clock: 1e13)
-    words = ["--no-llama", "--no-variants", "--widths", "64", "--rows", "1", "--outliers", "0", "--seconds", "600"]
-    saved = []
-    once = gpu.write
-    monkeypatch.setattr(gpu, "write", lambda path, fill: (once(path, fill), saved.append(path.read_text())))
-    before = time.strftime("%Y-%m-%d")
-    assert gpu.main([*words, "--output", str(tmp_path)]) == 0
-    dates = {before, time.strftime("%Y-%m-%d")}  # two, where it ran into another day
-    (stem,) = {path.stem for path in tmp_path.iterdir()}
-    assert stem in {f"a-gpu-{date}" for date in dates}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{stem}.json", f"{stem}.txt"]
-    report = json.loads((tmp_path / f"{stem}.json").read_text())
-    assert report["machine"] == {"gpu": "A GPU"}
-    assert report["command"].startswith("bench/gpu.py --no-llama")
-    assert [len(case["times"]) for case in report["cases"]] == [5, 5]
-    # What was measured first is kept, should the rest take too long.
-    assert [len(case["times"]) for case in json.loads(saved[0])["cases"]] == [5, 0]
-    assert (tmp_path / f"{stem}.txt").read_text().strip() in capsys.readouterr().out
+    late = [case for _, own in measured(seconds=-1) for case in own]
+    assert {reason for case in late for reason in case.left_out.values()} == {contest.LATE}
+    assert gpu.status(late) == 0
+    monkeypatch.setattr(contest, "problem", fail)
+    broken = [case for _, own in measured() for case in own]
+    assert all(case.left_out == {"all": "MemoryError: no memory"} for case in broken)
+    assert gpu.status(broken) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -98,63 +97,15 @@ def test_faults_of_a_site_are_seen(hooks: ModuleType, tmp_path: Path) -> None:
     assert len(list(hooks.faults(tmp_path))) == 1
 
 
-def test_the_guide_has_the_figures_of_the_load_test() -> None:
-    """Those of bench/results/serve, which another run replaces."""
-    page = (ROOT / "docs" / "guide" / "serving.md").read_text(encoding="utf-8")
-    report = json.loads((RESULTS / "serve" / "serve.json").read_text(encoding="utf-8"))
-    kinds, latency, memory = report["requests"], report["latency_ms"], report["memory_mib"]["private"]
-    whole, first = latency["whole"], latency["first token of a stream"]
-    for figure in (
-        f"{sum(kinds.values())} in {report['seconds']:.0f} s: {kinds['whole']} whole, {kinds['stream']} streams, "
-        f"{kinds['hang up']} that hang up, {kinds['wrong']} wrong",
-        f"none; {report['tokens_compared']:,} tokens compared",
-        f"median {whole['p50']:.0f} ms, 99 % within {whole['p99']:.0f} ms",
-        f"median {first['p50']:.0f} ms, 99 % within {first['p99']:.0f} ms",
-        f"{memory['first']:.1f} to {memory['last']:.1f} MiB: {memory['mib_per_1000_requests']:.2f} MiB for 1000",
-        report["machine"]["cpu"],
-        report["machine"]["date"][:10],
-    ):
-        assert figure in page, figure
-    assert report["faults"] == []
-
-
-def _demo_rows() -> list[str]:
-    """The table of docs/guide/schemes.md from bench/results/demo."""
-    report = json.loads((RESULTS / "demo" / "report.json").read_text(encoding="utf-8"))
-    natural = {row["name"]: row["quality"] for row in report["natural"]}
-    size = next(each for each in report["systematic"] if each["size"]["magnitude"] == 58)
-    rescaled = {row["name"]: row["quality"] for row in size["rows"]}
-    return [
-        " | ".join(f"{own[key]:.4f}" for own in (quality, rescaled[name]) for key in ("mean_cosine", "min_cosine"))
-        for name, quality in natural.items()
-        if name != "float32"
-    ]
-
-
-def _evidence_rows() -> list[str]:
-    """The table of losses there, from bench/results/evidence."""
-    rows: dict[str, list[str]] = {}
-    for model in ("model", "outliers-40", "outliers-58", "outliers-two-sided"):
-        report = json.loads((RESULTS / "evidence" / model / "eval.json").read_text(encoding="utf-8"))
-        for row in report["results"]:
-            rows.setdefault(row["key"], []).append(f"{0 - row['difference']:.4f}")
-    report = json.loads((RESULTS / "evidence" / "minilm" / "eval.json").read_text(encoding="utf-8"))
-    for row in report["similarities"]:
-        rows[row["key"]].append(f"{1 - row['mean_cosine']:.5f}")
-    shown = ("absmax", "absmax-row", "absmax-vector", "zeropoint-vector", "llm-int8", "llm-int8-zeropoint",
-             "kept-columns", "kept-zeropoint", "smoothquant", "bitsandbytes", "torchao")  # fmt: skip
-    return [" | ".join(rows[key]) for key in shown]
-
-
-def test_the_guide_has_the_figures_of_the_schemes() -> None:
-    """Each row as it stands in the results, in their order."""
-    page = (ROOT / "docs" / "guide" / "schemes.md").read_text(encoding="utf-8")
-    for rows in (_demo_rows(), _evidence_rows()):
-        places = [page.find(f" | {row} |") for row in rows]
-        assert -1 not in places, [row for row, place in zip(rows, places, strict=True) if place < 0]
-        assert places == sorted(places)
-    training = json.loads((RESULTS / "evidence" / "training.json").read_text(encoding="utf-8"))
-    perplexities = list(training["perplexity"].values())
-    assert f"perplexity\n{perplexities[0]:.1f}" in page or f"perplexity {perplexities[0]:.1f}" in page
-    assert perplexities[0] < 35
-    assert max(perplexities) / min(perplexities) - 1 < 1e-6
+def test_tables_and_pictures_of_the_guide_are_those_of_the_results(hooks: ModuleType) -> None:
+    """A page names a table; the site shows it as the result file has it."""
+    found = 0
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        for name, title in hooks.TABLE.findall(text):
+            table = hooks.tables.read(RESULTS / name).table(title)
+            assert table.markdown() in hooks.on_page_markdown(text, page_at(path.relative_to(ROOT / "docs").as_posix()))
+            found += 1
+        for name in re.findall(r"\]\((?:\.\./)+bench/results/([^)\s]+)\)", text):
+            assert (RESULTS / name).is_file(), (path, name)
+    assert found >= 3

@@ -1,0 +1,247 @@
+"""The measurement itself, from top to bottom: what to run, every variant of the model on it, times; the report."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..machine import Facts
+from ..models.find import find
+from ..models.language import Language, Window, read_windows, set_aside
+from ..models.modules import linear_bytes
+from ..models.variants import BROKEN, FLOAT32, LLM_INT8, PEERS, Maker, Variant, chosen, reason
+from ..pictures import BLUE, GRAY, Figures, draw_losses, quiet
+from ..progress import Progress
+from ..tables import Report, Table
+from ..turns import median_ratio, spread, take_turns
+from . import Settings, order, tasks
+from .scores import AGREED, DIVERGENCE, LOSS, TOP, Judge, Scores, neighbors_kept
+
+MIB = 1 << 20
+# Of timing the peers. A time's ratio to octavo's is that of one round, and few rounds say little of their median.
+_ROUNDS = 15
+AGAINST = "Against the model as it is"
+TIMES = "Time of the whole model"
+RATIO = "times the first"
+MIN_COSINE = 0.98
+
+
+def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
+    """`octavo eval`."""
+    settings = Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
+    report = run(find(args.model), args.text, settings, facts, progress)
+    return report, figures(report) if args.plots else {}
+
+
+def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress: Progress) -> Report:
+    """Measure every variant. Raises ValueError and OSError for a text or task that cannot be used."""
+    wanted = chosen(settings.schemes, peers=settings.peers)
+    windows, calibration = _windows(loaded, text, settings, any(each.kept or each.smooth for each in wanted))
+    questions = []
+    if settings.task is not None:
+        if not loaded.causal:
+            raise ValueError(f"--task: expected a causal language model, got {loaded.model.config.architectures}")
+        questions = tasks.read(settings.task, loaded, settings.questions)
+    maker = Maker(loaded.model, [window.inputs for window in calibration], insert=not loaded.causal)
+    judge = Judge(loaded, windows)
+    scores: dict[str, Scores] = {}
+    answers: dict[str, list[int]] = {}
+    held: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    listed = [FLOAT32, *(variant for variant in wanted if variant is not FLOAT32)]
+    units = len(windows) + sum(question.units for question in questions)
+    timing = units if settings.peers else 0.0
+    progress.begin(units * len(listed) + timing)
+    for variant in listed:
+        try:
+            model = maker.make(variant)
+            found = judge.score(model, progress, variant.name)
+            if questions:
+                answers[variant.key] = tasks.answers(model, questions, progress, f"{variant.name}: task")
+        except (*BROKEN, ValueError) as error:
+            if variant not in PEERS and not (variant.smooth and settings.schemes is None):
+                raise
+            left_out[variant.key] = reason(error)
+            continue
+        scores[variant.key], held[variant.key] = found, linear_bytes(model)
+    names = {variant.key: variant.name for variant in listed}
+    table = _tokens_table if loaded.causal else _passages_table
+    tables = [table(names, scores, held, left_out, judge)]
+    if questions:
+        assert settings.task is not None
+        tables.append(tasks.table(settings.task, names, answers, questions))
+    if settings.peers:
+        with progress.step("timing", timing):
+            peers = [variant for variant in PEERS if variant.key in scores]
+            tables.append(times(maker, peers, windows[0].inputs, settings.seconds))
+    claims = order.table(scores, causal=loaded.causal)
+    return Report(
+        f"octavo eval: {loaded.path.name}",
+        facts.now(
+            model=str(loaded.path), parameters=loaded.model.num_parameters(), text=str(text), windows=len(windows),
+            tokens=sum(judge_tokens(windows, causal=loaded.causal)), calibration=str(settings.calibration or text),
+            calibration_windows=len(calibration),
+        ),
+        [*tables, *([claims] if claims.rows else [])],
+    )  # fmt: skip
+
+
+def judge_tokens(windows: Sequence[Window], *, causal: bool) -> list[int]:
+    """How many tokens of each window are looked at."""
+    return [window.scored if causal else window.ids.shape[1] for window in windows]
+
+
+def _windows(loaded: Language, text: Path, settings: Settings, calibrated: bool) -> tuple[list[Window], list[Window]]:
+    """What is scored, and what is calibrated with."""
+    count = settings.calibration_windows
+    windows = read_windows(loaded, text, settings.window, settings.stride)
+    calibration: list[Window] = []
+    if calibrated and settings.calibration is not None:
+        calibration = read_windows(loaded, settings.calibration, settings.window, limit=count)
+    elif calibrated:
+        calibration, windows = set_aside(windows, count)
+    windows = windows[: settings.limit]
+    if len(windows) < (1 if loaded.causal else 2):
+        raise ValueError(
+            f"{text}: expected more windows than the {len(calibration)} of the calibration, got {len(windows)} more "
+            "(give --calibration FILE, or fewer --calibration-windows)"
+        )
+    return windows, calibration
+
+
+@torch.inference_mode()
+def times(maker: Maker, variants: Sequence[Variant], inputs: Mapping[str, Tensor], seconds: float) -> Table:
+    """Of the whole model on some inputs, in turns: octavo's default as it runs by default, the model as it is, others.
+
+    A model is timed only where its output is near that of the model as it is: what is wrong has no speed.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    untimed = {}
+    exact = maker.model(**inputs)[0].double().flatten()
+    for variant in (LLM_INT8, FLOAT32, *variants):
+        try:
+            call = partial(maker.make(variant, **({"path": "auto"} if variant.options else {})), **inputs)
+            cosine = float(torch.nn.functional.cosine_similarity(call()[0].double().flatten(), exact, dim=0))
+            if not cosine >= MIN_COSINE:
+                raise RuntimeError(f"wrong: cosine {cosine:.3f} with the output of the model as it is")
+        except BROKEN as error:
+            untimed[variant.name] = reason(error)
+            continue
+        calls[variant.name] = call
+    samples = take_turns(calls, seconds, least=_ROUNDS)
+    rows = []
+    for name, values in samples.items():
+        own = spread(values)
+        rows.append([name, own.median, own.lower, own.upper, median_ratio(values, next(iter(samples.values())))])
+    sequences, tokens = inputs["input_ids"].shape
+    return Table(
+        f"{TIMES} in {maker.dtype}: {sequences} x {tokens} tokens, {own.calls} rounds in turns",
+        {"linear layers": "", "ms": ".2f", "lower quartile": ".2f", "upper quartile": ".2f", RATIO: ".2f"},
+        rows,
+        "Ratios: the median over the rounds. All but the linear layers is the same in each; bitsandbytes computes in "
+        "float16." + _reasons(untimed),
+    )
+
+
+def _tokens_table(
+    names: Mapping[str, str], scores: Mapping[str, Scores], held: Mapping[str, int], left_out: Mapping[str, str],
+    judge: Judge,
+) -> Table:  # fmt: skip
+    reference = scores[FLOAT32.key]
+    rows = []
+    for key, found in scores.items():
+        loss, nats = found.paired(reference), found.mean(LOSS)
+        rows.append([
+            names[key], key, found.mean(DIVERGENCE), found.error(DIVERGENCE),
+            100 * found.mean(AGREED), 100 * found.error(AGREED),
+            math.exp(nats) if nats < 700 else math.inf, *loss, found.mean(TOP), held[key] / MIB,
+        ])  # fmt: skip
+    tokens = sum(judge_tokens(judge.windows, causal=True))
+    return Table(
+        f"{AGAINST}: {tokens} tokens in {len(judge.windows)} windows",
+        {
+            "scheme": "", "name for --schemes": "", "KL": ".5f", "KL ±": ".5f", "same argmax, %": ".2f",
+            "argmax ±": ".2f", "perplexity": ".4f", "loss": "+.5f", "loss ±": ".5f", "top-1": ".4f", "MiB": ".2f",
+        },
+        rows,
+        "KL: of the variant's next-token probabilities from the model's, nats per token. Loss: of the log-likelihood, "
+        "nats per token, positive is worse. ±: standard errors over windows. MiB: linear layers." + _reasons(left_out),
+    )  # fmt: skip
+
+
+def _passages_table(
+    names: Mapping[str, str], scores: Mapping[str, Scores], held: Mapping[str, int], left_out: Mapping[str, str],
+    judge: Judge,
+) -> Table:  # fmt: skip
+    rows = [
+        [
+            names[key], key, found.mean(LOSS), found.error(LOSS), max(found.sums[LOSS]),
+            neighbors_kept(found, scores[FLOAT32.key]), found.mean(TOP), held[key] / MIB,
+        ]
+        for key, found in scores.items()
+    ]  # fmt: skip
+    tokens = sum(judge_tokens(judge.windows, causal=False))
+    return Table(
+        f"{AGAINST}: embeddings of {len(judge.windows)} passages, {tokens} tokens",
+        {
+            "scheme": "", "name for --schemes": "", "loss": ".6f", "loss ±": ".6f", "largest": ".5f",
+            "neighbors kept": "d", "top-1": ".4f", "MiB": ".2f",
+        },
+        rows,
+        "Loss: 1 - cosine with the model's embedding, the mean over passages; ±: its standard error. Neighbors: of "
+        "how many passages the nearest other one is the same. Top-1: mean of the largest softmax probability of "
+        "attention. MiB: linear layers. SmoothQuant divides in front of layers where a residual takes their input, too."
+        + _reasons(left_out),
+    )  # fmt: skip
+
+
+def _reasons(left_out: Mapping[str, str]) -> str:
+    return "".join(f" Left out: {name}: {why}." for name, why in left_out.items())
+
+
+def figures(report: Report) -> Figures:
+    """What draws each picture, by the name of its file."""
+    table = report.table(AGAINST)
+    labels = {"loss": "1 - cosine of the embedding"}
+    if "KL" in table.columns:
+        labels = {"KL": "Kullback-Leibler divergence, nats per token", "loss": "log-likelihood lost, nats per token"}
+    found: dict[str, Callable[[], Figure]] = {}
+    for name, label in labels.items():
+        names, values, errors = map(table.column, ("scheme", name, f"{name} ±"))
+        found[f"{name.lower()}.png"] = partial(draw_losses, names, values, errors, label, table.title)
+    if any(each.title.startswith(TIMES) for each in report.tables):
+        found["peers.png"] = partial(peers, report, next(iter(labels)), next(iter(labels.values())))
+    return found
+
+
+def peers(report: Report, measure: str, label: str) -> Figure:
+    """Time, memory and loss of the same model with each implementation's linear layers: less is better in all."""
+    times, table = report.table(TIMES), report.table(AGAINST)
+    names = [name for name in times.column("linear layers") if name in table.column("scheme")]
+    panels = {"time, ms": (times, "linear layers", "ms"), "memory of the linear layers, MiB": (table, "scheme", "MiB")}
+    panels[label] = (table, "scheme", measure)
+    shown = {LLM_INT8.name: "octavo int8", FLOAT32.name: "torch float32"}
+    figure: Figure = plt.figure(figsize=(12, 1.3 + 0.45 * len(names)))
+    for axis, (head, (source, key, column)) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
+        values = dict(zip(source.column(key), source.column(column), strict=True))
+        for place, name in enumerate(names):
+            axis.barh(place, values[name], color=BLUE if name == LLM_INT8.name else GRAY)
+            axis.annotate(f" {values[name]:.3g}", (values[name], place), va="center")
+        axis.set_yticks(range(len(names)), [shown.get(name, name) for name in names])
+        axis.set_title(head, fontsize=11)
+        axis.margins(x=0.15)
+        quiet(axis, "x")
+    figure.axes[0].invert_yaxis()
+    facts = report.facts
+    figure.suptitle(f"{facts['model']}, {facts['threads']} threads of {facts['cpu']}: less is better")
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,195 @@
+"""Ways to compute a linear layer, to be compared: each is checked before it is timed.
+
+A contender is prepared once for a weight and then called with X. What it may be off by is not a constant: it follows
+from the rounding that its arithmetic does on the X and W at hand (`Problem.rounding`). One that is further off is not
+timed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from ..models.variants import BROKEN, reason
+from ..turns import Call, Clock, Spread, on_the_wall, spread, take_turns
+
+Layer = Callable[[Tensor], Tensor]
+
+OCTAVO = "octavo int8"  # what the others are compared with
+LATE = "the time given was over"
+CHECKED = 32  # rows of Y, at most, that are compared with the exact ones
+
+
+@dataclass
+class Problem:
+    """Y = X W^T: X [m, k] and W [n, k] in float32, with values that bfloat16 and float16 hold."""
+
+    x: Tensor
+    weight: Tensor
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The rows of X that are checked, int64, evenly spread."""
+        m = len(self.x)
+        return torch.linspace(0, m - 1, min(m, CHECKED), device=self.x.device).long()
+
+    @cached_property
+    def exact(self) -> Tensor:
+        """Y of those rows, float64 [rows, n]."""
+        return self.x[self.rows].double() @ self.weight.double().T
+
+    def error(self, y: Tensor) -> float:
+        """|Y - exact| / |exact|, Frobenius, over the checked rows. y: [m, n]."""
+        return float((y[self.rows].double() - self.exact).norm() / self.exact.norm())
+
+    def rounding(self, threshold: float, *, weight_only: bool = False, per_tensor: bool = False) -> float:
+        """The expected `error` of rounding X and W to 8 bits, one step for each row of X and of W (or for all).
+
+        Rounding to a step s is off by s^2 / 12 in the mean square, so that of Y_ij is off by
+        s_i^2 / 12 |w_j|^2 + t_j^2 / 12 |x_i|^2. Columns of X that reach `threshold` (0: none) keep 16 bits.
+        """
+        rounded = self.x
+        if threshold > 0:
+            rounded = self.x.masked_fill((self.x.abs() >= threshold).any(0), 0)
+        of_x, of_w = rounded.abs().amax(1)[self.rows].double() / 127, self.weight.abs().amax(1).double() / 127
+        if per_tensor:
+            of_x, of_w = (rounded.abs().amax().double() / 127).expand_as(of_x), of_w.amax().expand_as(of_w)
+        variance = of_w.square().sum() * self.x[self.rows].square().sum(dtype=torch.float64) / 12
+        if not weight_only:
+            variance += of_x.square().sum() * self.weight.square().sum(dtype=torch.float64) / 12
+        return float(variance.sqrt() / self.exact.norm())
+
+
+def problem(k: int, n: int, m: int, outliers: int, device: str = "cpu") -> Problem:
+    """Random X and W, the same for the same arguments; `outliers` columns of X lie around 20, all else below 5."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(n, k, generator=generator, device=device).div_(k**0.5).bfloat16().half().float()
+    x = torch.randn(m, k, generator=generator, device=device).clamp_(-5, 5)
+    columns = torch.randperm(k, generator=generator, device=device)[:outliers]
+    x[:, columns] = 20 + torch.randn(m, outliers, generator=generator, device=device)
+    return Problem(x.bfloat16().float(), weight)
+
+
+@dataclass
+class Contender:
+    """A way to compute the layer.
+
+    Attributes:
+        prepare: takes W in float32 [n, k] and returns what is called with X.
+        dtype: of X and of the result.
+        tolerance: the largest `Problem.error` that the arithmetic explains.
+        verify: further checks of the prepared layer with X; raises RuntimeError.
+        bind: the call that is timed; by default the layer with X.
+        most: the largest m that it is meant for.
+    """
+
+    prepare: Callable[[Tensor], Layer]
+    dtype: torch.dtype
+    tolerance: Callable[[Problem], float]
+    verify: Callable[[Layer, Tensor], None] = field(default=lambda layer, x: None)
+    bind: Callable[[Layer, Tensor], Call] = partial
+    most: float = math.inf
+
+
+@dataclass
+class Case:
+    """A shape, and by contender: times, `Problem.error`, and why it was not timed."""
+
+    k: int
+    n: int
+    m: int
+    outliers: int
+    times: dict[str, Spread] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def ratio(self, name: str, own: str = OCTAVO) -> float | None:
+        """How many times as long as octavo a contender takes."""
+        if name not in self.times or own not in self.times:
+            return None
+        return self.times[name].median / self.times[own].median
+
+
+def prepare(chosen: Mapping[str, Contender], weight: Tensor) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers that can be made of `weight`, and why the others cannot."""
+    layers: dict[str, Layer] = {}
+    left_out: dict[str, str] = {}
+    for name, contender in chosen.items():
+        try:
+            layers[name] = contender.prepare(weight)
+        except BROKEN as error:
+            left_out[name] = reason(error)
+    return layers, left_out
+
+
+def check(contender: Contender, layer: Layer, given: Problem) -> tuple[float, str]:
+    """The error of a prepared layer on `given`, and why it is not to be timed ("" where it is)."""
+    x = given.x.to(contender.dtype)
+    try:
+        contender.verify(layer, x)
+        y = layer(x)
+    except BROKEN as error:
+        return math.nan, reason(error)
+    if y.dtype != contender.dtype:
+        return math.nan, f"wrong: the result is {y.dtype}, expected {contender.dtype}"
+    found, largest = given.error(y), contender.tolerance(given)
+    if not found <= largest:
+        return found, f"wrong: error {found:.3g}, its arithmetic explains {largest:.3g}"
+    return found, ""
+
+
+def checked_calls(
+    case: Case, chosen: Mapping[str, Contender], layers: Mapping[str, Layer], given: Problem
+) -> dict[str, Call]:
+    """What is to be timed of a case: each layer on the case's rows of X, where its result is right."""
+    part = Problem(given.x[: case.m], given.weight)
+    calls = {}
+    for name, layer in layers.items():
+        if case.m > chosen[name].most:
+            continue
+        error, why = check(chosen[name], layer, part)
+        if not math.isnan(error):
+            case.error[name] = error
+        if why:
+            case.left_out[name] = why
+        else:
+            calls[name] = chosen[name].bind(layer, part.x.to(chosen[name].dtype))
+    return calls
+
+
+def measure(
+    cases: Sequence[Case],
+    chosen: Mapping[str, Contender],
+    seconds: float,
+    *,
+    before: Callable[[str], object] = lambda name: None,
+    done: Callable[[], object] = lambda: None,
+    device: str = "cpu",
+    clock: Clock = on_the_wall,
+    rounds: tuple[int, int | None] = (3, None),
+    deadline: float = math.inf,
+) -> None:
+    """Check, then time, every contender in cases of one k and n, in at least and at most so many rounds.
+
+    `done` is called after each case. A case that is not reached before the `deadline` (of `time.perf_counter`) is left
+    out as `LATE`.
+    """
+    k, n, most = cases[0].k, cases[0].n, max(case.m for case in cases)
+    given = {o: problem(k, n, most, o, device) for o in {case.outliers for case in cases}}
+    layers, left_out = prepare(chosen, next(iter(given.values())).weight)
+    for case in cases:
+        if time.perf_counter() > deadline:
+            case.left_out["all"] = LATE
+            continue
+        case.left_out |= left_out
+        calls = checked_calls(case, chosen, layers, given[case.outliers])
+        if calls:
+            samples = take_turns(calls, seconds, before, *rounds, clock=clock)
+            case.times = {name: spread(values) for name, values in samples.items()}
+        done()

@@ -1,0 +1,1 @@
+"""Models and texts, and the ways to run a model's linear layers."""

@@ -1,0 +1,142 @@
+"""Reading and changing the linear layers of a model that somebody else wrote."""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SEED = 0  # of the features that are drawn
+
+
+def copy_modules(model: nn.Module) -> Any:
+    """A copy whose modules can be replaced without touching `model`. The tensors are shared: never write to them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def output_head(model: nn.Module) -> str | None:
+    """The qualified name of the layer that makes logits of hidden states; None where the model has none.
+
+    It stays in float32, as in the paper.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Each linear layer but the output head, and its qualified name, converted or not."""
+    head = output_head(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != head:
+            yield name, module
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """Bytes that the linear layers hold: weights, scales, kept outlier weights, biases. Of octavo's and of peers'."""
+    total = 0
+    for _, module in linear_layers(model):
+        total += _bytes(getattr(module.weight, "int8_weight", module.weight)) + _bytes(module.bias)
+        # bitsandbytes' scales move from the weight to the state in the first call.
+        total += _bytes(getattr(module.weight, "SCB", None)) or _bytes(
+            getattr(getattr(module, "state", None), "SCB", None)
+        )
+    return total
+
+
+def _bytes(held: Any) -> int:
+    if held is None:
+        return 0
+    if isinstance(held, Tensor) and hasattr(held, "__tensor_flatten__"):  # a subclass that wraps others
+        return sum(_bytes(getattr(held, part)) for part in held.__tensor_flatten__()[0])
+    return int(held.nbytes)
+
+
+@contextmanager
+def hooked(modules: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """While it lasts, each module calls its hook before it runs."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def zeroing(features: Sequence[int]) -> Callable[..., Any]:
+    """A hook that sets these features of a module's input to zero. Nothing else of the model sees that."""
+    columns = torch.tensor(features, dtype=torch.int64)
+    return lambda module, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])
+
+
+def random_features(count: int, width: int, excluded: Sequence[int], draws: int, seed: int = SEED) -> list[list[int]]:
+    """`draws` choices of `count` features of `width`, none excluded; the same for the same seed."""
+    generator = random.Random(seed)
+    others = sorted(set(range(width)) - set(excluded))
+    return [sorted(generator.sample(others, count)) for _ in range(draws)]
+
+
+# --- a transformer's layers -------------------------------------------------------------------------------------------
+
+ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
+FEED_FORWARD_INPUT, FEED_FORWARD_HIDDEN = "feed-forward input", "feed-forward hidden"
+# The paper ignores the contraction layer of the feed-forward: there it saw no outlier features.
+HIDDEN_STATES = (ATTENTION_INPUT, ATTENTION_OUTPUT, FEED_FORWARD_INPUT)
+
+# Query, key and value, and what is behind attention, as the architectures of transformers call them.
+_TAKES_ATTENTION_INPUT = re.compile(
+    r"(^|\.)(q_proj|k_proj|v_proj|qkv_proj|query|key|value|query_key_value|c_attn|Wqkv|qkv|in_proj|[qkv]_lin)(\.\d+)?$"
+)
+_TAKES_ATTENTION_OUTPUT = re.compile(
+    r"(attn|attention)[^.]*\.(.*\.)?(out_proj|o_proj|c_proj|dense|Wo|out_lin)(\.\d+)?$"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A linear layer inside a transformer layer."""
+
+    layer: int
+    name: str  # within its layer
+    path: str  # within the model
+    takes: str  # one of the four inputs above
+    module: nn.Linear
+
+
+def projections(model: Any) -> list[Projection]:
+    """Every linear layer of the transformer layers, in the model's order.
+
+    The transformer layers are the `nn.ModuleList` with the most parameters. A linear layer whose input is not as wide
+    as the hidden states is the contraction of the feed-forward.
+
+    Raises ValueError where there are no such layers.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = []
+    if lists:
+        prefix, layers = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
+        found = [
+            Projection(index, name, f"{prefix}.{index}.{name}", _takes(name, module, model.config.hidden_size), module)
+            for index, layer in enumerate(layers)
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+    if not found:
+        raise ValueError(f"model: expected transformer layers with linear layers, got {type(model).__name__} without")
+    return found
+
+
+def _takes(name: str, module: nn.Linear, width: int) -> str:
+    if _TAKES_ATTENTION_OUTPUT.search(name):
+        return ATTENTION_OUTPUT
+    if _TAKES_ATTENTION_INPUT.search(name):
+        return ATTENTION_INPUT
+    return FEED_FORWARD_INPUT if module.in_features == width else FEED_FORWARD_HIDDEN

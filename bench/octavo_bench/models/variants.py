@@ -1,0 +1,185 @@
+"""The ways to run a model's linear layers that are compared: the rows of the paper's Table 1, and others beside them.
+
+Every variant starts from weights that are rounded to float16, as LLM.int8() does, and leaves the output head and all
+that is not a linear layer as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import octavo.torch
+from octavo import Options
+from torch import Tensor, nn
+
+from .modules import copy_modules, linear_layers, output_head
+
+# What a package that is not installed, or that is and does not run here, may raise.
+BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
+THRESHOLD = 6.0  # of the paper: from this magnitude on, a feature is an outlier
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way."""
+
+    key: str  # its name on a command line
+    name: str  # in tables
+    options: Options | None = None  # of octavo's layers; None where they are not octavo's
+    kept: bool = False  # keep the 16-bit weights of the outlier columns that a calibration pass finds
+    smooth: bool = False  # SmoothQuant (arXiv 2211.10438) first, from the same calibration pass
+    peer: Callable[[nn.Linear], nn.Module] | None = None  # makes another implementation's layer of a linear layer
+
+
+def _options(scheme: Any, granularity: Any, outliers: Any = "none", path: Any = "int8") -> Options:
+    return Options(scheme=scheme, granularity=granularity, outliers=outliers, threshold=THRESHOLD, path=path)
+
+
+_VECTOR, _COLUMNS = _options("absmax", "vector"), _options("absmax", "vector", "columns")
+_BY_ROW, _STATIC = _options("absmax", "vector", "rows"), _options("absmax", "vector", "static")
+_ZEROPOINT = _options("zeropoint", "vector", "columns")
+
+FLOAT32 = Variant("float32", "float32")
+ABSMAX = Variant("absmax", "absmax (tensor)", _options("absmax", "tensor"))
+VECTOR_WISE = Variant("absmax-vector", "absmax vector-wise", _VECTOR)
+ZEROPOINT_VECTOR = Variant("zeropoint-vector", "zeropoint vector-wise", _options("zeropoint", "vector"))
+LLM_INT8 = Variant("llm-int8", "absmax LLM.int8() (vector-wise + decomp)", _COLUMNS)
+TABLE_1 = (
+    FLOAT32,
+    ABSMAX,
+    Variant("zeropoint", "zeropoint (tensor)", _options("zeropoint", "tensor")),
+    Variant("absmax-row", "absmax row-wise", _options("absmax", "row")),
+    VECTOR_WISE,
+    ZEROPOINT_VECTOR,
+    Variant("absmax-row-decomposition", "absmax row-wise + decomposition", _options("absmax", "row", "columns")),
+    LLM_INT8,
+    Variant("llm-int8-zeropoint", "zeropoint LLM.int8() (vector-wise + decomp)", _ZEROPOINT),
+)
+# Table 1's LLM.int8() rows multiply outlier columns with dequantized weights, and choose them from the whole call.
+# These keep the outlier columns' 16-bit weights, or choose them row by row, or once.
+ROWS = Variant("llm-int8-rows", "absmax LLM.int8(), outliers row by row", _BY_ROW)
+KEPT_COLUMNS = Variant("kept-columns", "absmax LLM.int8(), kept 16-bit outlier weights", _COLUMNS, kept=True)
+KEPT_ROWS = Variant("kept-rows", "absmax LLM.int8(), kept 16-bit, row by row", _BY_ROW, kept=True)
+KEPT_STATIC = Variant("kept-static", "absmax LLM.int8(), kept 16-bit, static columns", _STATIC, kept=True)
+OTHERS = (
+    ROWS,
+    KEPT_COLUMNS,
+    Variant("kept-zeropoint", "zeropoint LLM.int8(), kept 16-bit outlier weights", _ZEROPOINT, kept=True),
+    KEPT_ROWS,
+    KEPT_STATIC,
+    Variant("weight-only", "int8 weights alone", _options("absmax", "vector", path="weight_only")),
+    Variant("smoothquant", "SmoothQuant, absmax vector-wise", _VECTOR, smooth=True),
+    Variant("smoothquant-llm-int8", "SmoothQuant, absmax LLM.int8()", _COLUMNS, smooth=True),
+)
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+class _InFloat16(nn.Sequential):
+    """A layer that computes in float16, for inputs of any dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., k]`` -> ``[..., n]`` in the dtype of x."""
+        y: Tensor = self[0](x.half())
+        return y.to(x.dtype)
+
+
+def bitsandbytes_layer(linear: nn.Linear, threshold: float = THRESHOLD) -> Any:
+    """`Linear8bitLt`, the official implementation of LLM.int8(), for the float16 that it computes in."""
+    import bitsandbytes
+
+    sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    layer = bitsandbytes.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=threshold)
+    weight = linear.weight.detach().half()
+    layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+    if bias:
+        layer.bias = nn.Parameter(linear.bias.detach().half(), requires_grad=False)
+    return layer.to(linear.weight.device).eval()
+
+
+def torchao_layer(linear: nn.Linear) -> Any:
+    """Int8 weights, and activations quantized row by row in each call; no outlier columns."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    layer = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta").eval()
+    layer.weight = nn.Parameter(linear.weight.detach(), requires_grad=False)
+    layer.bias = linear.bias
+    quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+    return layer
+
+
+PEERS = (
+    Variant("bitsandbytes", "bitsandbytes", peer=lambda linear: _InFloat16(bitsandbytes_layer(linear))),
+    Variant("torchao", "torchao", peer=torchao_layer),
+)
+ALL = (*TABLE_1, *OTHERS, *PEERS)
+
+
+def chosen(keys: Sequence[str] | None, *, peers: bool = False) -> list[Variant]:
+    """The variants of these names, in the order of the tables; for None all, peers where they are asked for.
+
+    Raises ValueError for a name that there is not.
+    """
+    known = [variant.key for variant in ALL]
+    for key in keys or []:
+        if key not in known:
+            raise ValueError(f"--schemes: expected some of {', '.join(known)}; got {key}")
+    wanted = set(known[: -len(PEERS)] if keys is None else keys) | {peer.key for peer in PEERS if peers}
+    return [variant for variant in ALL if variant.key in wanted]
+
+
+# --- making them ------------------------------------------------------------------------------------------------------
+
+
+class Maker:
+    """Makes variants of a model. Calibrates once, and only where a variant needs it.
+
+    `calibration`: the model's keyword arguments, batch by batch. `insert`: for SmoothQuant, divide in front of layers
+    where nothing in front of them can take the scales.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Sequence[Mapping[str, Tensor]], *, insert: bool = False) -> None:
+        self.model, self._calibration, self._insert = model, calibration, insert
+        self.dtype = next(model.parameters()).dtype
+        head = output_head(model)
+        self._skip = () if head is None else (head,)
+
+    @cached_property
+    def _calibrated(self) -> Any:
+        model = copy_modules(self.model)
+        octavo.torch.calibrate_(model, self._calibration, threshold=THRESHOLD, skip=self._skip, progress=False)
+        return model
+
+    @cached_property
+    def _smoothed(self) -> Any:
+        model = copy_modules(self.model)
+        octavo.torch.smooth_(model, self._calibration, insert=self._insert, skip=self._skip, progress=False)
+        return model
+
+    def make(self, variant: Variant, **options: Any) -> Any:
+        """The model as `variant`, with other options where they are given (``path="auto"``).
+
+        Raises ValueError where the model cannot be smoothed, one of `BROKEN` where a peer's package does not run.
+        """
+        base = self._smoothed if variant.smooth else self._calibrated if variant.kept else self.model
+        if variant.options is None and variant.peer is None:
+            return base
+        model = copy_modules(base)
+        for name, linear in list(linear_layers(model)):
+            linear.weight = nn.Parameter(linear.weight.half(), requires_grad=False)
+            if variant.peer is not None:
+                linear.weight = nn.Parameter(linear.weight.to(self.dtype), requires_grad=False)
+                model.set_submodule(name, variant.peer(linear).eval())
+        if variant.options is None:
+            return model
+        made = {**variant.options.to_dict(), **options}
+        return octavo.torch.quantize_(model, **made, skip=self._skip, progress=False)

@@ -1,0 +1,1 @@
+"""What puts the measurements together: `octavo demo`, and the evidence for the paper's tables."""

@@ -1,0 +1,108 @@
+"""`octavo demo`: LLM.int8() on a real model and real sentences, with what it costs and why it is needed.
+
+MiniLM, a sentence transformer, embeds 200 sentences of Python's own documentation. All its 36 linear layers are
+converted to int8, by every scheme of the paper's Table 1, and the embeddings compared with float32's. `run` tells the
+story from top to bottom.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from .. import accuracy, outliers
+from ..accuracy import measurement
+from ..accuracy.measurement import AGAINST
+from ..machine import Facts
+from ..models import minilm, systematic, text, variants
+from ..models.language import Language, read_windows
+from ..models.variants import FLOAT32, KEPT_COLUMNS, LLM_INT8, VECTOR_WISE, Variant
+from ..outliers import analysis
+from ..pictures import Figures
+from ..progress import Progress
+from ..tables import Report, Table, write_text
+from .settings import Demo
+
+
+def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
+    """`octavo demo`."""
+    return run(Demo(), args.output, facts, progress)
+
+
+def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
+    """Measure everything; write report.json into `output`."""
+    progress.begin(100)
+    with progress.step("reading Python's documentation, loading MiniLM", 4):
+        evaluated, calibration = text.sentences(settings.sentences, settings.calibration)
+        write_text(output / "sentences.txt", "\n".join(evaluated) + "\n")
+        write_text(output / "calibration.txt", "\n".join(calibration) + "\n")
+        loaded = minilm.minilm()
+    every = (*variants.TABLE_1, variants.KEPT_COLUMNS, variants.KEPT_STATIC)
+    few = (variants.ABSMAX, VECTOR_WISE, variants.ZEROPOINT_VECTOR, LLM_INT8, KEPT_COLUMNS)
+
+    def evaluate(model: Language, shown: Sequence[Variant], part: Progress) -> Report:
+        keys, text = [each.key for each in shown], output / "calibration.txt"
+        chosen = accuracy.Settings(keys, calibration=text, calibration_windows=settings.calibration)
+        return measurement.run(model, output / "sentences.txt", chosen, facts, part)
+
+    # 1. The model as it is: memory, and every scheme of Table 1.
+    natural = evaluate(loaded, every, progress.part(25))
+    tables = list(natural.tables)
+
+    # 2. Why decomposition is needed: the model's own outlier features, and what they carry.
+    analyzed = outliers.Settings(ablate=True, draws=settings.draws)
+    analyzed_report, figures = analysis.run(loaded, output / "sentences.txt", analyzed, facts, progress.part(25))
+    tables += analyzed_report.tables
+
+    # 3. The same function with the outliers of large models.
+    with progress.step("looking at the spread of features", 1):
+        windows = read_windows(loaded, output / "calibration.txt")
+        seen = systematic.observe(loaded.model, [window.inputs for window in windows])
+        features = systematic.largest_features(seen)
+    losses = {"as it is": natural}
+    for name in ("outliers-40", "outliers-58"):
+        model = systematic.with_outliers(loaded.model, features, systematic.SIZES[name], seen)
+        where = f"with systematic outliers of size {systematic.SIZES[name].magnitude:g}"
+        losses[where] = evaluate(replace(loaded, model=model), few, progress.part(13))
+        tables += [replace(table, title=f"{table.title}, {where}") for table in losses[where].tables]
+
+    # 4. Speed, with all but the linear layers in float32 and in bfloat16.
+    times = []
+    for size in settings.batch_sizes:
+        batch = dict(loaded.tokenizer(evaluated[:size], padding="longest", return_tensors="pt"))
+        for model in (loaded.model, copy.deepcopy(loaded.model).bfloat16()):
+            with progress.step(f"timing batches of {size}", 7.5 / len(settings.batch_sizes)):
+                times.append(measurement.times(variants.Maker(model, []), (), batch, settings.seconds))
+    tables += times
+    figures = {**figures, **measurement.figures(natural)}
+    told = [line for where, report in losses.items() for line in _about(where, report)]
+    about = {**analyzed_report.facts, **facts.now(package=f"{minilm.PACKAGE}=={minilm.VERSION}", sha256=minilm.SHA256)}
+    report = Report("octavo demo: MiniLM in int8", about, tables, [*told, *map(_about_times, times)], list(figures))
+    with progress.step("writing report.json", 4):
+        write_text(output / "report.json", report.json())
+    return report, figures
+
+
+def _about(where: str, report: Report) -> list[str]:
+    """What the losses come to: each sentence says only what this run measured."""
+    table = report.table(AGAINST)
+    loss = dict(zip(table.column("name for --schemes"), table.column("loss"), strict=True))
+    size = dict(zip(table.column("name for --schemes"), table.column("MiB"), strict=True))
+    vector, decomposed, kept = (loss[each.key] for each in (VECTOR_WISE, LLM_INT8, KEPT_COLUMNS))
+    found = [
+        f"MiniLM {where}: 1 - cosine is {vector:.5f} vector-wise, {decomposed:.5f} with decomposition, {kept:.5f} with "
+        "the outlier columns' 16-bit weights kept."
+    ]
+    if where == "as it is":
+        own, before = size[LLM_INT8.key], size[FLOAT32.key]
+        found.append(
+            f"Its linear layers take {own:.2f} MiB in int8, {own / before:.3f} of the {before:.2f} in float32."
+        )
+    return found
+
+
+def _about_times(table: Table) -> str:
+    return f"{table.title}: int8 is {table.rows[1][-1]:.2f} times as fast."

@@ -1,0 +1,88 @@
+"""Times of calls that take turns, so that whatever else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+Clock = Callable[[Call], float]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds of a call: median and quartiles over `calls` calls."""
+
+    median: float
+    lower: float
+    upper: float
+    calls: int
+
+
+def on_the_wall(call: Call) -> float:
+    """Milliseconds until `call` returns."""
+    begin = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def on_the_gpu(call: Call) -> float:
+    """Milliseconds that the current CUDA stream takes for what `call` enqueues, behind what is enqueued already."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+class Evict:
+    """Reads a buffer before each call, so that what the caches held is gone; for the `before` of `take_turns`.
+
+    The same buffer for every contender, so it is fair whatever a contender keeps and however it lays it out.
+    """
+
+    def __init__(self, count: int, device: str = "cpu") -> None:
+        self.buffer = torch.ones(count // 8, dtype=torch.int64, device=device)
+
+    def __call__(self, _: str) -> None:
+        """Read the buffer."""
+        self.buffer.sum()
+
+
+def take_turns(
+    calls: Mapping[str, Call],
+    seconds: float,
+    before: Callable[[str], object] = lambda name: None,
+    least: int = 3,
+    most: int | None = None,
+    clock: Clock = on_the_wall,
+) -> dict[str, list[float]]:
+    """Milliseconds of each of `calls` in every round, one call of each after the other.
+
+    `before` is given the name of the call that comes next and is not timed. Goes on for `seconds`, for at least `least`
+    rounds and, where given, at most `most`.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < least or (time.perf_counter() < end and (most is None or rounds < most)):
+        for name, call in calls.items():
+            before(name)
+            samples[name].append(clock(call))
+        rounds += 1
+    return samples
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles of at least two."""
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(median, lower, upper, len(values))
+
+
+def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """The median over the rounds of values / others: both of a round meet the same load of the machine."""
+    return statistics.median(own / other for own, other in zip(values, others, strict=True))

@@ -1,0 +1,164 @@
+"""`octavo eval`: divergence, losses with their errors, tasks, order, peers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import row
+from octavo import cli
+from octavo_bench import tables
+from octavo_bench.accuracy import Settings, measurement, order, tasks
+from octavo_bench.accuracy.scores import Judge, Scores, ratio_of_sums
+from octavo_bench.models import language, variants
+from octavo_bench.models.language import Window, cut
+from octavo_bench.models.modules import linear_bytes
+from octavo_bench.progress import Progress
+from tiny_models import tiny_model, write_language_model
+
+
+def test_an_error_is_that_of_a_ratio_of_sums() -> None:
+    assert ratio_of_sums([2.0, 4.0], [1, 2]) == (2.0, 0.0)
+    mean, error = ratio_of_sums([1.0, 3.0], [1, 1])
+    assert (mean, error) == (2.0, pytest.approx(1.0))  # stdev sqrt(2), over sqrt(2) windows
+    assert math.isnan(ratio_of_sums([1.0], [4])[1])
+
+
+def test_windows_score_each_token_once() -> None:
+    windows = cut(list(range(10)), window=4, stride=2)
+    scored = [int(token) for window in windows for token in window.ids[0, window.first :]]
+    assert scored == list(range(1, 10))
+    assert [window.begin for window in windows] == [0, 2, 4, 6]
+
+
+class Fixed(torch.nn.Module):
+    """A language model that says the same of each token: the logarithms of some probabilities."""
+
+    def __init__(self, *probabilities: float) -> None:
+        super().__init__()
+        self.logits = torch.tensor(probabilities).log()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return type("Output", (), {"logits": self.logits.expand(*input_ids.shape, -1)})
+
+
+def test_divergence_and_argmax_by_hand(progress: Progress) -> None:
+    exact, other = Fixed(0.5, 0.25, 0.25), Fixed(0.25, 0.5, 0.25)
+    loaded = language.Language(Path("m"), exact, None, causal=True)
+    judge = Judge(loaded, [Window(torch.tensor([[0, 1, 0]]), 1, 0), Window(torch.tensor([[2, 2]]), 1, 3)])
+    progress.begin(4)
+    same, found = judge.score(exact, progress, ""), judge.score(other, progress, "")
+    assert (same.mean("divergence"), same.mean("agreed")) == (0.0, 1.0)
+    # 0.5 ln 2 + 0.25 ln 0.5 + 0
+    assert found.mean("divergence") == pytest.approx(0.25 * math.log(2))
+    assert found.mean("agreed") == 0.0
+    # Tokens 1, 0 and 2: ln 2 gained, ln 2 lost, nothing.
+    assert found.paired(same)[0] == pytest.approx(0.0, abs=1e-9)
+    assert found.sums["loss"][0] == pytest.approx(-math.log(0.5) - math.log(0.25))
+
+
+def test_eval_of_a_language_model(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    questions = [{"prompt": "w1 w2", "choices": [" w3", " w4 w5"], "answer": 0}] * 2
+    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    words = f"--text {tiny / 'text.txt'} --window 32 --limit 6 --calibration-windows 2 --task {tmp_path / 'task.jsonl'}"
+    words += f" --json {tmp_path / 'eval.json'} --plots {tmp_path / 'plots'} --peers --seconds 0 --quiet --threads 1"
+    assert cli.main(["eval", str(tiny / "model"), *words.split()]) == 0
+    assert "Against the model as it is: 186 tokens in 6 windows" in capsys.readouterr().out
+    report = tables.read(tmp_path / "eval.json")
+    against = report.table(measurement.AGAINST)
+    assert set(against.column("name for --schemes")) >= {each.key for each in variants.TABLE_1}
+    exact = row(report, measurement.AGAINST, "float32")
+    assert (exact["KL"], exact["same argmax, %"], exact["loss"]) == (0.0, 100.0, 0.0)
+    whole, decomposed = (row(report, measurement.AGAINST, each.name) for each in (variants.ABSMAX, variants.LLM_INT8))
+    # Feature 5 is 20 everywhere: with one scale for all the others are lost, with decomposition they are not.
+    assert whole["KL"] > 3 * decomposed["KL"] > 0
+    assert exact["MiB"] == pytest.approx(12 * 32 * 32 * 2 * 4 / 2**20, rel=0.1)
+    assert 0.25 <= decomposed["MiB"] / exact["MiB"] < 0.5
+    for peer in ("bitsandbytes", "torchao"):
+        assert peer in against.column("name for --schemes") or f"Left out: {peer}: " in against.note
+    assert report.table("Zero-shot").rows[0][-1] == 0
+    assert report.table(measurement.TIMES).rows[0][-1] == 1.0
+    assert report.table("The paper's order").rows
+    assert {each.name for each in (tmp_path / "plots").iterdir()} >= {"kl.png", "loss.png"}
+
+
+def test_eval_of_an_encoder(tmp_path: Path, facts: Any, progress: Progress) -> None:
+    write_language_model(tmp_path / "bert", tiny_model("BertForMaskedLM").bert)
+    (tmp_path / "text.txt").write_text("\n".join(f"w{i} w{i + 1} w{(3 * i) % 15} w2" for i in range(12)))
+    loaded = language.load(tmp_path / "bert")
+    assert not loaded.causal
+    settings = Settings(["absmax", "llm-int8", "smoothquant"], calibration_windows=4)
+    report = measurement.run(loaded, tmp_path / "text.txt", settings, facts, progress)
+    exact = row(report, measurement.AGAINST, "float32")
+    assert exact["loss"] == pytest.approx(0, abs=1e-9)
+    assert exact["neighbors kept"] == 8
+    assert 0 < row(report, measurement.AGAINST, "absmax LLM.int8() (vector-wise + decomp)")["loss"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--schemes", "int3"), "--schemes: expected some of float32, absmax"),
+        (("--window", "65"), "window: expected 2 to 64 tokens, got 65"),
+        (("--calibration-windows", "100"), "expected more windows than the 19 of the calibration"),
+        (("--stride", "64", "--window", "32"), "stride: expected at most the window's 32 tokens"),
+        (("--task", "none.jsonl"), "none.jsonl"),
+    ],
+)
+def test_failures_are_one_line(
+    tiny: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    given = ["eval", str(tiny / "model"), "--text", str(tiny / "text.txt"), "--window", "32", "--quiet", *words]
+    assert cli.main(given) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "expected an object with prompt"),
+        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "choices: expected two texts or more"),
+        ('{"prompt": " ", "choices": ["b", "c"], "answer": 0}', "prompt: expected text"),
+        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer: expected the place of a choice"),
+        ('{"prompt": "a", "choices": ["b", 3], "answer": 1}', "choices: expected texts"),
+    ],
+)
+def test_a_wrong_question_is_named(tiny: Path, tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(ValueError, match=rf"task.jsonl:2: {message}"):
+        tasks.read(path, language.load(tiny / "model"))
+
+
+def test_verdicts_are_said_with_their_errors() -> None:
+    assert order.verdict(1.0, 0.4, "more") == "met"
+    assert order.verdict(1.0, 0.6, "more") == "not met"
+    assert order.verdict(-1.0, 0.6, "no less") == "met"
+    assert order.verdict(1e-4, 4e-5, "near") == "met"
+    assert order.verdict(1e-4, 1e-4, "near") == "undecided"
+    assert order.verdict(1e-3, 1e-4, "near") == "not met"
+    assert order.verdict(1.0, math.nan, "more") == "not met", "one window tells nothing"
+    scores = {
+        key: Scores([1, 1], {"loss": [value, value + 0.1]}) for key, value in (("absmax", 2.0), ("absmax-row", 1.0))
+    }
+    assert order.table(scores, causal=True).rows == [
+        ["absmax loses more than row-wise", pytest.approx(1.0), pytest.approx(0.0), "> 2 standard errors", "met"]
+    ]
+
+
+def test_peers_compute_the_layer() -> None:
+    """Where their packages are installed: near the linear layer, and smaller."""
+    linear = torch.nn.Linear(64, 48).requires_grad_(False).eval()
+    model, x = torch.nn.Sequential(linear), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    maker = variants.Maker(model, [])
+    for peer in variants.PEERS:
+        pytest.importorskip(peer.key, reason=f"{peer.key} is not installed")
+        made = maker.make(peer)
+        assert torch.nn.functional.cosine_similarity(made(x), model(x)).min() > 0.999
+        assert 48 * 64 < linear_bytes(made) < 2 * 48 * 64

