@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from octavo import _core
 from octavo.options import Options
-from octavo.torch.packing import is_packed, unpack
-
-if TYPE_CHECKING:
-    from octavo.torch.tensor import Arrays
+from octavo.torch.arrays import Arrays, unpack
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _BLOCKS = 16  # of a weight, of which one is dequantized at a time
@@ -89,7 +86,7 @@ def _float_product(
 
     def block(part: slice) -> Tensor:
         own = codes[part]
-        if is_packed(codes):
+        if codes.dim() == 4:
             own = unpack(codes[part.start // 16 : -(-part.stop // 16)], part.stop - part.start, k)
         of_rows = (array if array is None or array.shape[0] != n else array[part] for array in (scale, zeropoint))
         kept = None if outlier_weight is None else outlier_weight[part]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,101 +16,11 @@ import octavo
 from octavo.checkpoint import format
 from octavo.options import Options
 from octavo.torch import operation
-from octavo.torch.packing import pack, unpack
+from octavo.torch.arrays import NAMES, Arrays, has_memory, pack, unpack
 from octavo.weight import Int8Weight
 
 aten: Any = torch.ops.aten
-
 _DEFAULT = Options()
-_NAMES = ("codes", "scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight")
-
-
-@dataclass(slots=True, eq=False)
-class Arrays:
-    """The arrays of a weight ``[n, k]``, as in `octavo.Int8Weight`. Tensors that share memory share one of these."""
-
-    codes: Tensor  # packed in CPU memory
-    scale: Tensor
-    code_sums: Tensor
-    zeropoint: Tensor | None
-    outlier_columns: Tensor | None
-    outlier_weight: Tensor | None
-    shape: tuple[int, int]
-    options: Options
-    _int8_weight: Int8Weight | None = None  # made when it is first needed
-
-    @classmethod
-    def of(cls, weight: Int8Weight, options: Options) -> Arrays:
-        """Those of a weight that `octavo.quantize_weight` made."""
-        packed = weight.packed
-        codes = pack(weight.codes) if packed is None else packed
-        others = (getattr(weight, name) for name in _NAMES[1:])
-        return cls(codes, *others, shape=weight.shape, options=options)
-
-    @property
-    def int8_weight(self) -> Int8Weight:
-        """The weight as `octavo.linear` takes it; it reads the same memory."""
-        if self._int8_weight is None:
-            self._int8_weight = Int8Weight(
-                **{name: getattr(self, name) for name in _NAMES},
-                scheme=self.options.scheme,
-                granularity=self.options.granularity,
-                shape=self.shape if self.codes.dim() == 4 else None,
-            )
-        return self._int8_weight
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The arrays in the order in which the operations take them."""
-        return tuple(getattr(self, name) for name in _NAMES)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Arrays:
-        """The same weight with every array changed."""
-        arrays = (None if array is None else change(array) for array in self.tensors())
-        return Arrays(*arrays, shape=self.shape, options=self.options)  # type: ignore[arg-type]
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Arrays:
-        """The weight on another device, its codes in the order of that."""
-        if device.type != "cpu" and self.codes.dim() == 4:
-            rows = replace(self, codes=unpack(self.codes, *self.shape), _int8_weight=None)
-            return rows.to(device, non_blocking)
-        moved = self.map(lambda array: array.to(device, non_blocking=non_blocking))
-        moved.codes = pack(moved.codes)
-        return moved
-
-    def rows(self, part: slice) -> Arrays:
-        """Some of the output features, in memory of their own."""
-
-        def of_rows(per_output: Tensor | None) -> Tensor | None:
-            one_for_all = per_output is None or per_output.shape[0] != self.shape[0]
-            return per_output if one_for_all else per_output[part].clone()  # type: ignore[index]
-
-        codes = unpack(self.codes, *self.shape)[part]
-        scale, sums = of_rows(self.scale), of_rows(self.code_sums)
-        assert scale is not None
-        assert sums is not None
-        shape = (codes.shape[0], self.shape[1])
-        kept = None if self.outlier_weight is None else self.outlier_weight[part].clone()
-        return Arrays(
-            pack(codes.contiguous()),
-            scale,
-            sums,
-            of_rows(self.zeropoint),
-            self.outlier_columns,
-            kept,
-            shape,
-            self.options,
-        )
-
-    def take(self, other: Arrays) -> None:
-        """Become `other`, for all tensors that share these arrays; where that fits, in the same memory."""
-        for name in _NAMES:
-            own, new = getattr(self, name), getattr(other, name)
-            if own is not None and new is not None and own.shape == new.shape and own.dtype == new.dtype:
-                own.copy_(new)
-            else:
-                setattr(self, name, new if new is None else new.to(self.scale.device, copy=True))
-        self.options = other.options
-        self._int8_weight = None
 
 
 class Int8Tensor(torch.Tensor):
@@ -122,7 +32,7 @@ class Int8Tensor(torch.Tensor):
     - Products with it (``F.linear``, ``x @ weight.t()``, ``addmm``) are those of ``torch.ops.octavo.linear``, which is
       `octavo.linear`: LLM.int8() with the tensor's `options`.
     - It stays int8 where it is moved, copied, cast, transposed, cut or put together along n, or multiplied by a number.
-      A cast changes the dtype that it says it has, and nothing else.
+      A cast changes the dtype that it says it has, and nothing else. A part that is cut out is a copy.
     - Values that are copied into it are quantized.
     - Every other operation computes with the dequantized weight, and warns once, naming the operation. What such an
       operation returns is another tensor: to change that does not change this one.
@@ -134,17 +44,20 @@ class Int8Tensor(torch.Tensor):
     _transposed: bool
 
     @staticmethod
-    def __new__(cls, arrays: Arrays | Int8Tensor, dtype: torch.dtype | None = None, transposed: bool = False, **_: Any):  # type: ignore[no-untyped-def] # noqa: D102
-        if isinstance(arrays, Int8Tensor):  # as nn.Parameter is called with a tensor
-            return arrays.detach()
-        shape = arrays.shape[::-1] if transposed else arrays.shape
+    def __new__(  # type: ignore[misc] # noqa: D102
+        cls, arrays: Arrays | Int8Tensor, dtype: torch.dtype | None = None, transposed: bool = False, **_: Any
+    ) -> Int8Tensor:
+        if isinstance(arrays, Int8Tensor):  # as tools call the class of a parameter: with another one
+            return arrays.detach()  # type: ignore[return-value]
         assert dtype is not None
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=arrays.scale.device)
+        shape = arrays.shape[::-1] if transposed else arrays.shape
+        with torch.inference_mode(False):  # a view of a weight that is no inference tensor is none either
+            self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=arrays.scale.device)
         self._arrays = arrays
         self._transposed = transposed
         return self
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
     # --- making one, and taking it apart ------------------------------------------------------------------------------
@@ -160,12 +73,7 @@ class Int8Tensor(torch.Tensor):
 
         Raises TypeError or ValueError as `octavo.quantize_weight` does.
         """
-        made = octavo.quantize_weight(
-            weight.detach(),
-            scheme=options.scheme,
-            granularity=options.granularity,
-            outlier_columns=outlier_columns,
-        )
+        made = octavo.quantize_weight(weight.detach(), options=options, outlier_columns=outlier_columns)
         return cls(Arrays.of(made, options), weight.dtype)
 
     @classmethod
@@ -179,14 +87,13 @@ class Int8Tensor(torch.Tensor):
         return cls(Arrays.of(weight, options), dtype)
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensor as plain ones, as a file holds it.
+        """The tensor as plain ones, as a file holds it: see `octavo.checkpoint.format`.
 
         Returns:
             codes int8 ``[n, k]`` (also of a transposed weight), scale, where there are such zeropoint, outlier_columns
             and outlier_weight, and options, JSON as uint8.
         """
-        dtype = str(self.dtype).removeprefix("torch.")
-        return format.disassemble(self.int8_weight, self.options, dtype)
+        return format.disassemble(self.int8_weight, self.options, str(self.dtype).removeprefix("torch."))
 
     @classmethod
     def from_parts(
@@ -194,8 +101,7 @@ class Int8Tensor(torch.Tensor):
     ) -> Int8Tensor:
         """The inverse of `parts`; `dtype` and `options` in place of those that the parts name."""
         weight, named, original = format.assemble(parts, "Int8Tensor")
-        dtype = dtype or getattr(torch, original or "float32")
-        return cls(Arrays.of(weight, options or named), dtype)
+        return cls.from_int8_weight(weight, dtype or getattr(torch, original or "float32"), options or named)
 
     @property
     def int8_weight(self) -> Int8Weight:
@@ -204,7 +110,7 @@ class Int8Tensor(torch.Tensor):
 
     @property
     def options(self) -> Options:
-        """What products with this tensor are made with."""
+        """What products with this tensor are made with; scheme and granularity cannot be changed."""
         return self._arrays.options
 
     @options.setter
@@ -220,56 +126,50 @@ class Int8Tensor(torch.Tensor):
         Args:
             dtype: default the tensor's own.
         """
-        arrays = self._arrays
-        weight = operation.dequantize(
-            unpack(arrays.codes, *arrays.shape),
-            arrays.scale,
-            arrays.zeropoint,
-            arrays.outlier_columns,
-            arrays.outlier_weight,
-            dtype or self.dtype,
-        )
+        codes, scale, _, *others = self._arrays.tensors()
+        codes = unpack(codes, *self._arrays.shape)
+        weight = operation.dequantize(codes, scale, *others, dtype or self.dtype)
         return weight.t() if self._transposed else weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.to_dict().items())
         return f"Int8Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', {options})"
 
-    # --- copies -------------------------------------------------------------------------------------------------------
+    # --- as PyTorch handles it ----------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Int8Tensor:
-        if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
-        memo[id(self)] = copied = _with_flags(self, self.clone())
-        return copied
+        if id(self) not in memo:
+            memo[id(self)] = _parameter(_clone(self), self)
+        return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        arrays = self._arrays
-        held = {name: getattr(arrays, name) for name in _NAMES}
-        is_parameter = getattr(self, "_is_param", False)
-        return _rebuild, (held, arrays.shape, self.options.to_dict(), self.dtype, self._transposed, is_parameter)
+        arrays, is_parameter = self._arrays, getattr(self, "_is_param", False)
+        options = arrays.options.to_dict()
+        return _rebuild, (arrays.tensors(), arrays.shape, options, self.dtype, self._transposed, is_parameter)
 
     def share_memory_(self) -> Int8Tensor:
         """Move the arrays to memory that other processes can read."""
-        self._arrays.take(self._arrays.map(torch.Tensor.share_memory_))
+        for array in self._arrays.tensors():
+            if array is not None:
+                array.share_memory_()
+        self._arrays._int8_weight = None
         return self
 
-    # --- as PyTorch takes it apart ------------------------------------------------------------------------------------
-
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = [f"_{name}" for name in _NAMES if getattr(self._arrays, name) is not None]
+        names = [f"_{name}" for name in NAMES if getattr(self._arrays, name) is not None]
         return names, (self._arrays.shape, self.options, self.dtype, self._transposed)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Int8Tensor:
         shape, options, dtype, transposed = context
-        return Int8Tensor(Arrays(*(inner.get(f"_{name}") for name in _NAMES), shape, options), dtype, transposed)  # type: ignore[arg-type]
+        arrays: list[Any] = [inner.get(f"_{name}") for name in NAMES]
+        return Int8Tensor(Arrays(*arrays, shape, options), dtype, transposed)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         handler = _FUNCTIONS.get(func)
-        if handler is not None:
+        if handler is not None and "out" not in kwargs:
             return handler(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -281,62 +181,51 @@ class Int8Tensor(torch.Tensor):
         return _dequantized(func, args, kwargs or {}) if result is NotImplemented else result
 
 
-for _name in _NAMES:
+for _name in NAMES:
     setattr(Int8Tensor, f"_{_name}", property(lambda self, name=_name: getattr(self._arrays, name)))
 
 
-def _rebuild(
-    held: dict[str, Any], shape: tuple[int, int], options: dict[str, Any], dtype: Any, transposed: bool, parameter: bool
-) -> Int8Tensor:
-    """An Int8Tensor from a pickle."""
-    arrays = Arrays(**held, shape=shape, options=Options.from_dict(options))
-    if arrays.codes.device.type == "cpu":
-        arrays.codes = pack(arrays.codes)
-    elif arrays.codes.dim() == 4:
-        arrays.codes = unpack(arrays.codes, *shape)
-    tensor = Int8Tensor(arrays, dtype, transposed)
-    return torch.nn.Parameter(tensor, requires_grad=False) if parameter else tensor  # type: ignore[return-value]
-
-
-torch.serialization.add_safe_globals([_rebuild])
-
-
-def _with_flags(source: Tensor, made: Int8Tensor) -> Int8Tensor:
-    """`made`, a parameter where `source` is one."""
-    if getattr(source, "_is_param", False):
+def _parameter(made: Int8Tensor, like: Any) -> Int8Tensor:
+    """`made`, a parameter where `like` is one, or true."""
+    if like is True or getattr(like, "_is_param", False):
         made._is_param = True  # type: ignore[attr-defined]
     return made
 
 
+def _rebuild(
+    arrays: Any, shape: tuple[int, int], options: dict[str, Any], dtype: Any, transposed: bool, parameter: bool
+) -> Int8Tensor:
+    """An Int8Tensor from a pickle."""
+    held = Arrays(*arrays, shape=shape, options=Options.from_dict(options))
+    return _parameter(Int8Tensor(held.to(held.scale.device), dtype, transposed), parameter)
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``."""
-    if not isinstance(weight, Int8Tensor) or isinstance(x, Int8Tensor) or isinstance(bias, Int8Tensor):
-        return functional.linear(*map(_plain, (x, weight, bias)))
-    if weight._transposed:
-        return _biased(operation.float_product(x, weight._arrays, transpose=False), bias)
-    return operation.linear(x, weight._arrays, bias)
-
-
-def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``input @ weight.T + bias``."""
+    if not isinstance(weight, Int8Tensor) or isinstance(input, Int8Tensor) or isinstance(bias, Int8Tensor):
+        return functional.linear(*map(_plain, (input, weight, bias)))
+    if not weight._transposed:
+        return operation.linear(input, weight._arrays, bias)
+    y = operation.float_product(input, weight._arrays, transpose=False)
     return y if bias is None else y + bias
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b``."""
-    if isinstance(a, Int8Tensor) and isinstance(b, Int8Tensor):
-        b = _plain(b)
     if isinstance(b, Int8Tensor):
-        return _linear(a, b.t())
-    return _linear(b.mT, a).mT if b.dim() > 1 else _linear(b, a)  # type: ignore[no-any-return]
+        return _linear(_plain(a), _transposed(b))
+    return _linear(b.mT, a).mT if b.dim() > 1 else _linear(b, a)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """``beta * bias + alpha * (a @ b)``."""
     if isinstance(b, Int8Tensor) and b._transposed and beta == alpha == 1 and bias.shape == b.shape[1:]:
-        return _linear(a, b.t(), bias)
+        return _linear(a, _transposed(b), bias)
     return beta * _plain(bias) + alpha * _matmul(a, b)
 
 
@@ -347,114 +236,80 @@ def _alias(x: Int8Tensor, *_: Any) -> Int8Tensor:
     return Int8Tensor(x._arrays, x.dtype, x._transposed)
 
 
+def _transposed(x: Int8Tensor) -> Int8Tensor:
+    return Int8Tensor(x._arrays, x.dtype, not x._transposed)
+
+
+def _transpose(x: Int8Tensor, a: int, b: int) -> Int8Tensor:
+    return _alias(x) if (a - b) % 2 == 0 else _transposed(x)
+
+
 def _clone(x: Int8Tensor, **_: Any) -> Int8Tensor:
     return Int8Tensor(x._arrays.map(torch.clone), x.dtype, x._transposed)
 
 
 def _to_copy(x: Int8Tensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any) -> Any:
-    dtype = dtype or x.dtype
+    dtype, target = dtype or x.dtype, torch.device(device or x.device)
     if not dtype.is_floating_point:
         return NotImplemented
-    target = torch.device(device or x.device)
     arrays = x._arrays.map(torch.clone) if target == x.device else x._arrays.to(target, non_blocking)
     return Int8Tensor(arrays, dtype, x._transposed)
 
 
-def _transpose(x: Int8Tensor, *dims: Any) -> Any:
-    order = [dim % 2 for dim in (dims[0] if len(dims) == 1 else dims)]  # permute takes a list, transpose two numbers
-    if order in ([0, 0], [1, 1]) or (order == [0, 1] and len(dims) == 1):
-        return _alias(x)
-    return Int8Tensor(x._arrays, x.dtype, not x._transposed)
-
-
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, Int8Tensor):
-        return target.copy_(source.dequantize(target.dtype))  # type: ignore[attr-defined]
-    if isinstance(source, Int8Tensor) and source._transposed == target._transposed:
-        target._arrays.take(source._arrays)
-        return target
-    values = _plain(source).to(target.device, target.dtype).expand(target.shape)
-    made = Int8Tensor.from_float(values.t() if target._transposed else values, target.options)
-    target._arrays.take(made._arrays)
+        return target.copy_(_plain(source))
+    if not isinstance(source, Int8Tensor) or source._transposed != target._transposed:
+        values = _plain(source).to(target.device, target.dtype).expand(target.shape)
+        source = Int8Tensor.from_float(values.t() if target._transposed else values, target.options)
+    target._arrays.take(source._arrays)
     return target
 
 
-def _scale_by(factor: Any, x: Int8Tensor, other: Any) -> Any:
-    """``x * other`` or ``x / other`` in place, of a number."""
-    if isinstance(other, Tensor) and (other.dim() != 0 or isinstance(other, Int8Tensor)):
-        return NotImplemented
-    for array in (x._arrays.scale, x._arrays.outlier_weight):
-        if array is not None:
-            factor(array, other)
-    x._arrays._int8_weight = None
-    return x
+def _scale(in_place: Callable[..., Any], is_copy: bool) -> Callable[..., Any]:
+    """``x * factor`` or ``x / factor``, of a positive number: on the scales and the kept columns."""
 
+    def handler(x: Any, factor: Any) -> Any:
+        if isinstance(factor, Tensor) and factor.dim() == 0 and has_memory(factor):
+            factor = factor.item()
+        if not isinstance(x, Int8Tensor) or not isinstance(factor, float | int) or not 0 < factor < math.inf:
+            return NotImplemented
+        x = _clone(x) if is_copy else x
+        x._arrays.check_writable()
+        for array in (x._arrays.scale, x._arrays.outlier_weight):
+            if array is not None:
+                in_place(array, factor)
+        return x
 
-def _scaled(in_place: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, other: in_place(_clone(x), other) if isinstance(x, Int8Tensor) else NotImplemented
-
-
-def _multiply_(x: Any, other: Any) -> Any:
-    return _scale_by(torch.Tensor.mul_, x, other) if isinstance(x, Int8Tensor) else NotImplemented
-
-
-def _divide_(x: Any, other: Any) -> Any:
-    return _scale_by(torch.Tensor.div_, x, other) if isinstance(x, Int8Tensor) else NotImplemented
+    return handler
 
 
 def _slice(x: Int8Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    if dim % 2 != int(x._transposed) or step != 1:
-        return (
-            NotImplemented if (start or 0) > 0 or (end is not None and end < x.shape[dim]) or step != 1 else _alias(x)
-        )
-    part = slice(*slice(start, end).indices(x.shape[dim]))
-    if part == slice(0, x.shape[dim], 1):
+    part = range(*slice(start, end, step).indices(x.shape[dim]))
+    if part == range(x.shape[dim]):
         return _alias(x)
-    return Int8Tensor(x._arrays.rows(part), x.dtype, x._transposed)
+    if dim % 2 != int(x._transposed):  # along k
+        return NotImplemented
+    return Int8Tensor(x._arrays.rows(slice(part.start, part.stop, step)), x.dtype, x._transposed)
 
 
 def _split(x: Int8Tensor, size: int | Sequence[int], dim: int = 0) -> Any:
-    if dim % 2 != int(x._transposed):
-        return NotImplemented
-    length = x.shape[dim]
-    sizes = [min(size, length - start) for start in range(0, length, size)] if isinstance(size, int) else size
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [_slice(x, dim, end - own, end) for own, end in zip(sizes, ends, strict=True)]
+    starts = range(0, x.shape[dim], size) if isinstance(size, int) else [sum(size[:i]) for i in range(len(size))]
+    sizes = [size] * len(starts) if isinstance(size, int) else size
+    parts = [_slice(x, dim, start, start + own) for start, own in zip(starts, sizes, strict=True)]
+    return NotImplemented if any(part is NotImplemented for part in parts) else parts
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    first = tensors[0]
-    if not all(isinstance(tensor, Int8Tensor) for tensor in tensors) or not isinstance(first, Int8Tensor):
+    int8 = [tensor for tensor in tensors if isinstance(tensor, Int8Tensor)]
+    if len(int8) < len(tensors) or any(tensor._transposed != bool(dim % 2) for tensor in int8):
         return NotImplemented
-    arrays = [tensor._arrays for tensor in tensors]  # type: ignore[attr-defined]
-    alike = all(
-        own.options == first.options
-        and own.options.granularity == "vector"
-        and tensor._transposed == first._transposed  # type: ignore[attr-defined]
-        and _same(own.outlier_columns, arrays[0].outlier_columns)
-        for tensor, own in zip(tensors, arrays, strict=True)
-    )
-    if dim % 2 != int(first._transposed) or not alike:
-        return NotImplemented
-
-    def joined(name: str) -> Tensor | None:
-        each = [getattr(own, name) for own in arrays]
-        return None if each[0] is None else torch.cat(each)
-
-    codes = torch.cat([unpack(own.codes, *own.shape) for own in arrays])
-    names = ("scale", "code_sums", "zeropoint")
-    columns, kept = arrays[0].outlier_columns, joined("outlier_weight")
-    whole = Arrays(pack(codes), *map(joined, names), columns, kept, tuple(codes.shape), first.options)  # type: ignore[arg-type]
-    return Int8Tensor(whole, first.dtype, first._transposed)
+    whole = Arrays.together([tensor._arrays for tensor in int8])
+    return NotImplemented if whole is None else Int8Tensor(whole, int8[0].dtype, int8[0]._transposed)
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
-
-
-def _empty_like(x: Int8Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
-    arrays = x._arrays.to(torch.device("meta"))
-    empty = arrays.map(lambda array: torch.zeros_like(array, device=device or x.device))
+def _empty_like(x: Int8Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Int8Tensor:
+    empty = x._arrays.to(torch.device("meta")).map(lambda array: torch.zeros_like(array, device=device or x.device))
     empty.codes = pack(empty.codes)
     return Int8Tensor(empty, dtype or x.dtype, x._transposed)
 
@@ -464,18 +319,14 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.alias.default: _alias,
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
-    aten.t.default: lambda x: Int8Tensor(x._arrays, x.dtype, not x._transposed),
+    aten.t.default: _transposed,
     aten.transpose.int: _transpose,
-    aten.permute.default: _transpose,
+    aten.permute.default: lambda x, dims: _transpose(x, 0, dims[0]),
     aten.copy_.default: _copy,
-    aten.mul_.Tensor: _multiply_,
-    aten.mul_.Scalar: _multiply_,
-    aten.div_.Tensor: _divide_,
-    aten.div_.Scalar: _divide_,
-    aten.mul.Tensor: _scaled(_multiply_),
-    aten.mul.Scalar: _scaled(_multiply_),
-    aten.div.Tensor: _scaled(_divide_),
-    aten.div.Scalar: _scaled(_divide_),
+    aten.mul_.Tensor: _scale(torch.Tensor.mul_, is_copy=False),
+    aten.div_.Tensor: _scale(torch.Tensor.div_, is_copy=False),
+    aten.mul.Tensor: _scale(torch.Tensor.mul_, is_copy=True),
+    aten.div.Tensor: _scale(torch.Tensor.div_, is_copy=True),
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
@@ -487,6 +338,35 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: _addmm,
 }
 
+# --- what PyTorch does before its dispatcher, or past it --------------------------------------------------------------
+
+
+def _set_item(x: Tensor, key: Any, value: Any) -> None:
+    if isinstance(x, Int8Tensor):
+        values = x.dequantize()
+        values[key] = _plain(value)
+        _copy(x, values)
+    else:
+        x[key] = _plain(value)
+
+
+def _set_data(x: Tensor, value: Tensor) -> None:
+    _copy(x, value)
+
+
+def _set_requires_grad(x: Tensor, value: bool = True) -> Tensor:
+    if value:
+        _warn("requires_grad", "an int8 weight is not trained: it stays False")
+    return x
+
+
+def _no_memory(x: Tensor, *_: Any, **__: Any) -> Any:
+    raise RuntimeError(
+        "Int8Tensor: expected a tensor with memory of its own, got an int8 weight, which consists of several: use its "
+        "parts(), or dequantize()"
+    )
+
+
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
     torch.matmul: _matmul,
@@ -497,12 +377,24 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__rmatmul__: lambda a, b: _matmul(b, a),
     torch.Tensor.mm: _matmul,
     torch.Tensor.addmm: _addmm,
+    torch.Tensor.__setitem__: _set_item,
+    torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    torch.Tensor.requires_grad_: _set_requires_grad,
+    torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
+    torch.Tensor.numpy: lambda x, **_: x.dequantize().numpy(),
+    torch.Tensor.storage: _no_memory,
+    torch.Tensor.__dlpack__: _no_memory,
 }
-
 
 # --- everything else --------------------------------------------------------------------------------------------------
 
 _warned: set[str] = set()
+
+
+def _warn(name: str, text: str) -> None:
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(f"Int8Tensor: {name}: {text}", stacklevel=4)
 
 
 def _plain(value: Any) -> Any:
@@ -511,21 +403,13 @@ def _plain(value: Any) -> Any:
 
 def _dequantized(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`func` of the dequantized weights; one that it writes to is quantized again."""
-    name = str(func)
-    if name not in _warned:
-        _warned.add(name)
-        warnings.warn(
-            f"octavo: {name} is not known to Int8Tensor: it is computed with a dequantized copy of the weight",
-            stacklevel=3,
-        )
+    _warn(str(func), "not known of int8 weights, so it is computed with a dequantized copy")
     written: list[tuple[Int8Tensor, Tensor]] = []
 
     def plain(argument: Any, value: Any) -> Any:
         def one(leaf: Any) -> Any:
-            if not isinstance(leaf, Int8Tensor):
-                return leaf
-            values = leaf.dequantize()
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            values = _plain(leaf)
+            if values is not leaf and argument.alias_info is not None and argument.alias_info.is_write:
                 written.append((leaf, values))
             return values
 
@@ -533,12 +417,8 @@ def _dequantized(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
     declared = {argument.name: argument for argument in func._schema.arguments}
     positional = [plain(argument, value) for argument, value in zip(declared.values(), args, strict=False)]
-    named = {key: plain(declared[key], value) for key, value in kwargs.items()}
-    result = func(*positional, **named)
+    result = func(*positional, **{name: plain(declared[name], value) for name, value in kwargs.items()})
     for tensor, values in written:
         _copy(tensor, values)
         result = tensor if result is values else result
     return result
-
-
-assert {field.name for field in fields(Arrays)} >= set(_NAMES)

@@ -1,0 +1,141 @@
+"""The arrays of an int8 weight as PyTorch tensors, and the two orders of its codes.
+
+In CPU memory codes are packed, in the order of `octavo.Int8Weight.packed`; on other devices they are ``[n, k]``. Rank
+tells them apart: packed codes have rank 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo import _core
+from octavo.options import Options
+from octavo.weight import Int8Weight
+
+# In the order in which the operations take them.
+NAMES = ("codes", "scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight")
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the core can read a tensor: no fake one, none on the meta device, no wrapper."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes in the order of their device: ``[n, k]`` ones in CPU memory are packed, others stay as they are."""
+    if codes.dim() == 4 or codes.device.type != "cpu" or not has_memory(codes):
+        return codes
+    return _core.pack(codes.detach())  # type: ignore[no-any-return]
+
+
+def unpack(codes: Tensor, n: int, k: int) -> Tensor:
+    """``[n, k]`` codes, wherever packed ones are; themselves where they are that already."""
+    if codes.dim() != 4:
+        return codes
+    if codes.device.type == "cpu" and has_memory(codes):
+        return _core.unpack(codes.detach(), n, k)  # type: ignore[no-any-return]
+    blocks, groups, width, depth = codes.shape
+    return codes.permute(0, 2, 1, 3).reshape(blocks * width, groups * depth)[:n, :k].contiguous()
+
+
+@dataclass(slots=True, eq=False)
+class Arrays:
+    """The arrays of a weight ``[n, k]``, as in `octavo.Int8Weight`. Tensors that share memory share one of these."""
+
+    codes: Tensor
+    scale: Tensor
+    code_sums: Tensor
+    zeropoint: Tensor | None
+    outlier_columns: Tensor | None
+    outlier_weight: Tensor | None
+    shape: tuple[int, int]
+    options: Options
+    is_part: bool = False  # a copy of some rows: whoever writes to it means the whole weight
+    _int8_weight: Int8Weight | None = None  # made when it is first needed
+
+    @classmethod
+    def of(cls, weight: Int8Weight, options: Options) -> Arrays:
+        """Those of a weight; they share its memory."""
+        codes = pack(weight.codes) if weight.packed is None else weight.packed
+        return cls(codes, *(getattr(weight, name) for name in NAMES[1:]), shape=weight.shape, options=options)
+
+    @property
+    def int8_weight(self) -> Int8Weight:
+        """The weight as `octavo.linear` takes it; it reads the same memory."""
+        if self._int8_weight is None:
+            self._int8_weight = Int8Weight(
+                **dict(zip(NAMES, self.tensors(), strict=True)),
+                scheme=self.options.scheme,
+                granularity=self.options.granularity,
+                shape=self.shape if self.codes.dim() == 4 else None,
+            )
+        return self._int8_weight
+
+    def tensors(self) -> tuple[Any, ...]:
+        """The arrays in the order of `NAMES`."""
+        return tuple(getattr(self, name) for name in NAMES)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Arrays:
+        """The same weight with every array changed."""
+        arrays = (None if array is None else change(array) for array in self.tensors())
+        return Arrays(*arrays, shape=self.shape, options=self.options)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Arrays:
+        """The weight on a device, its codes in the order of that; arrays that are there already are shared."""
+        if device.type != "cpu" and self.codes.dim() == 4:
+            return replace(self, codes=unpack(self.codes, *self.shape), _int8_weight=None).to(device, non_blocking)
+        moved = self.map(lambda array: array.to(device, non_blocking=non_blocking))
+        moved.codes = pack(moved.codes)
+        return moved
+
+    def rows(self, part: slice) -> Arrays:
+        """A copy of some output features."""
+        n, k = self.shape
+        codes = unpack(self.codes, n, k)[part].clone()
+        # What is not one for each output feature is one for all.
+        others = [array if array is None or array.shape[0] != n else array[part].clone() for array in self.tensors()]
+        others[4] = self.outlier_columns
+        return Arrays(pack(codes), *others[1:], (codes.shape[0], k), self.options, is_part=True)
+
+    @staticmethod
+    def together(parts: list[Arrays]) -> Arrays | None:
+        """Weights one above the other; None where they were not made alike, with one scale for each output feature."""
+        first = parts[0]
+        for own in parts:
+            if own.options != first.options or own.options.granularity != "vector" or own.shape[1] != first.shape[1]:
+                return None
+            if (own.outlier_columns is None) != (first.outlier_columns is None):
+                return None
+            if own.outlier_columns is not None and not torch.equal(own.outlier_columns, first.outlier_columns):
+                return None
+        codes = torch.cat([unpack(own.codes, *own.shape) for own in parts])
+        each = zip(*(own.tensors()[1:] for own in parts), strict=True)
+        scale, sums, zeropoint, _, kept = (None if own[0] is None else torch.cat(own) for own in each)
+        shape = (codes.shape[0], codes.shape[1])
+        return Arrays(pack(codes), scale, sums, zeropoint, first.outlier_columns, kept, shape, first.options)
+
+    def take(self, other: Arrays) -> None:
+        """Become `other`, for all tensors that share these arrays; where that fits, in the same memory."""
+        self.check_writable()
+        other = other.to(self.scale.device)
+        for name in NAMES:
+            own, new = getattr(self, name), getattr(other, name)
+            if own is not None and new is not None and own.shape == new.shape and own.dtype == new.dtype:
+                own.copy_(new)
+            else:
+                setattr(self, name, None if new is None else new.clone())
+        self.options = other.options
+        self._int8_weight = None
+
+    def check_writable(self) -> None:
+        """Raise RuntimeError for a copy of some rows, which the weight would not see change."""
+        if self.is_part:
+            raise RuntimeError(
+                "Int8Tensor: expected the whole weight to be written to, got some of its rows, which are a copy: "
+                "dequantize it, change that, and copy it back"
+            )

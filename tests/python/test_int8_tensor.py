@@ -1,0 +1,389 @@
+"""octavo.torch.Int8Tensor: what keeps it int8, what dequantizes it, and how models and state dicts carry it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TORCH
+
+if TORCH.missing:
+    pytest.skip(TORCH.missing, allow_module_level=True)
+
+import octavo.torch as ot
+import torch
+from octavo import Options
+from octavo.torch import tensor as module
+from octavo.torch.choice import choose_layers
+from torch import Tensor, nn
+from torch.nn import functional
+
+OPTIONS = {
+    "default": (Options(), None),
+    "zeropoint": (Options(scheme="zeropoint"), None),
+    "kept": (Options(outliers="static"), [1, 5]),
+    "one scale": (Options(granularity="tensor"), None),
+}
+
+
+@pytest.fixture(params=OPTIONS)
+def weight(request: pytest.FixtureRequest) -> ot.Int8Tensor:
+    """``[40, 24]``."""
+    options, columns = OPTIONS[request.param]
+    return ot.Int8Tensor.from_float(values(40, 24), options, columns)
+
+
+def values(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def is_int8(value: Any, like: Tensor) -> None:
+    """An Int8Tensor of these values; nothing was dequantized on the way."""
+    assert type(value) is ot.Int8Tensor
+    torch.testing.assert_close(value.dequantize(), like)
+
+
+@pytest.fixture(autouse=True)
+def no_warning() -> Any:
+    """A weight that is dequantized says so: an error here, unless a test expects it."""
+    module._warned.clear()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Int8Tensor")
+        yield
+
+
+def test_shows_itself_as_the_weight_it_replaces() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        weight = ot.Int8Tensor.from_float(values(40, 24).to(dtype))
+        assert (weight.shape, weight.dtype, weight.device.type) == ((40, 24), dtype, "cpu")
+        assert (weight.requires_grad, weight.is_leaf, weight.numel()) == (False, True, 960)
+        assert weight.dequantize().dtype == dtype
+        assert (weight.dequantize().float() - values(40, 24)).abs().max() < 0.03
+        assert "shape=(40, 24)" in repr(weight)
+    parameter = nn.Parameter(weight, requires_grad=False)
+    assert isinstance(parameter, nn.Parameter)
+    assert type(parameter) is ot.Int8Tensor
+
+
+def test_products_are_those_of_octavo_linear(weight: ot.Int8Tensor) -> None:
+    """However they are spelled."""
+    x, bias = values(3, 24, seed=1), values(40, seed=2)
+    expected = functional.linear(x, weight, bias)
+    plain = functional.linear(x, weight.dequantize(), bias)
+    assert (expected - plain).norm() < 0.02 * plain.norm()
+    for found in (
+        torch.addmm(bias, x, weight.t()),
+        x @ weight.t() + bias,
+        torch.matmul(x, weight.T) + bias,
+        torch.mm(x, weight.transpose(0, 1)) + bias,
+        (weight @ x.t()).t() + bias,
+        torch.nn.functional.linear(input=x, weight=weight, bias=bias),
+    ):
+        torch.testing.assert_close(found, expected)
+    other = values(3, 40, seed=3)
+    torch.testing.assert_close(other @ weight, other @ weight.dequantize())
+    torch.testing.assert_close(weight @ x[0], functional.linear(x[0], weight))
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.addmm(bias, x, weight.t()), expected)
+
+
+def test_what_keeps_it_int8(weight: ot.Int8Tensor) -> None:
+    exact = weight.dequantize()
+    for found in (weight.detach(), weight.clone(), weight.data, weight.t().t(), weight[:], weight.permute(0, 1)):
+        is_int8(found, exact)
+    is_int8(weight.t(), exact.t())
+    is_int8(weight.transpose(-1, -2), exact.t())
+    is_int8(weight.to(torch.bfloat16), exact.bfloat16())
+    assert weight.to(torch.bfloat16)._scale.dtype == torch.float32
+    is_int8(weight[8:20], exact[8:20])
+    is_int8(weight.narrow(0, 3, 4), exact[3:7])
+    is_int8(weight.t()[:, :5], exact.t()[:, :5])
+    for found, expected in zip(weight.split(16), exact.split(16), strict=True):
+        is_int8(found, expected)
+    for found, expected in zip(weight.split([30, 10]), exact.split([30, 10]), strict=True):
+        is_int8(found, expected)
+    for found, expected in zip(weight.t().chunk(3, dim=1), exact.t().chunk(3, dim=1), strict=True):
+        is_int8(found, expected)
+    is_int8(weight * 2, exact * 2)
+    is_int8(weight / 4.0, exact / 4)
+    assert (torch.empty_like(weight).shape, type(torch.empty_like(weight))) == (weight.shape, ot.Int8Tensor)
+
+
+def test_parts_are_put_together_again() -> None:
+    weight = ot.Int8Tensor.from_float(values(40, 24), Options(scheme="zeropoint"), [3])
+    is_int8(torch.cat(weight.chunk(3)), weight.dequantize())
+    is_int8(torch.cat([weight.t(), weight.t()], dim=1), weight.dequantize().repeat(2, 1).t())
+    other = ot.Int8Tensor.from_float(values(8, 24), Options())
+    with pytest.warns(UserWarning, match="cat"):
+        torch.testing.assert_close(torch.cat([weight, other]), torch.cat([weight.dequantize(), other.dequantize()]))
+
+
+def test_scaled_in_place(weight: ot.Int8Tensor) -> None:
+    """Also through an alias, and products see it."""
+    exact, x = weight.dequantize(), values(3, 24)
+    before = functional.linear(x, weight)
+    weight.data.div_(8)
+    is_int8(weight, exact / 8)
+    torch.testing.assert_close(functional.linear(x, weight), before / 8)
+    weight.mul_(torch.tensor(4.0))
+    is_int8(weight, exact / 2)
+    with pytest.warns(UserWarning, match="mul"):  # no scale is negative
+        weight.mul_(-1)
+    torch.testing.assert_close(weight.dequantize(), -exact / 2, atol=0.02, rtol=0)
+
+
+def test_copies_into_it_are_quantized(weight: ot.Int8Tensor) -> None:
+    alias, new = weight.detach(), values(40, 24, seed=5)
+    weight.copy_(new)
+    expected = ot.Int8Tensor.from_float(new, weight.options)
+    is_int8(weight, expected.dequantize())
+    is_int8(alias, expected.dequantize())
+    weight.data.copy_(ot.Int8Tensor.from_float(new, Options(), [2, 3]))
+    assert weight.int8_weight.outlier_columns.tolist() == [2, 3]
+    alias.t().copy_(new.t())
+    torch.testing.assert_close(weight.dequantize(), new, atol=0.03, rtol=0)
+    plain = torch.empty(40, 24, dtype=torch.float16)
+    assert torch.equal(plain.copy_(weight), weight.dequantize(torch.float16))
+
+
+def test_everything_else_dequantizes_and_says_so_once(weight: ot.Int8Tensor) -> None:
+    exact = weight.dequantize()
+    with pytest.warns(UserWarning, match=r"aten\.sum"):
+        assert torch.equal(weight.sum(), exact.sum())
+    assert torch.equal(weight.sum(), exact.sum())
+    with pytest.warns(UserWarning, match=r"aten\.index"):
+        assert torch.equal(weight[torch.tensor([1, 3])], exact[[1, 3]])
+    with pytest.warns(UserWarning, match=r"aten\.slice"):
+        assert torch.equal(weight[:, 2:9], exact[:, 2:9])
+
+
+def test_what_writes_to_it_is_not_lost(weight: ot.Int8Tensor) -> None:
+    with pytest.warns(UserWarning, match=r"aten\.fill_|aten\.zero_"):
+        nn.init.zeros_(weight)
+    assert not weight.dequantize().any()
+    weight[3] = 2.0
+    assert (weight.dequantize()[3] == 2).all()
+    weight.data = ot.Int8Tensor.from_float(values(40, 24))
+    torch.testing.assert_close(weight.dequantize(), values(40, 24), atol=0.03, rtol=0)
+
+
+def test_never_requires_grad() -> None:
+    weight = ot.Int8Tensor.from_float(values(8, 4))
+    with pytest.warns(UserWarning, match="requires_grad"):
+        weight.requires_grad_()
+    weight.requires_grad = True
+    assert not weight.requires_grad
+
+
+def test_a_part_is_a_copy_and_says_so(weight: ot.Int8Tensor) -> None:
+    for change in (lambda part: part.mul_(2), lambda part: part.zero_(), lambda part: part.copy_(values(8, 24))):
+        module._warned.add("aten.zero_.default")
+        with pytest.raises(RuntimeError, match="copy"):
+            change(weight[:8])
+
+
+def test_memory_is_not_handed_out(tmp_path: Path) -> None:
+    """Who reads a tensor's memory must not take it for the weight's: safetensors, NumPy, DLPack."""
+    from safetensors.torch import save_file
+
+    weight = ot.Int8Tensor.from_float(values(8, 4))
+    for read in (
+        lambda: save_file({"w": weight}, tmp_path / "file"),
+        lambda: weight.untyped_storage().data_ptr(),
+        lambda: torch.from_dlpack(weight),
+    ):
+        with pytest.raises(RuntimeError, match=r"Int8Tensor|invalid python storage"):
+            read()
+    assert not (tmp_path / "file").exists()
+    assert (weight.numpy() == weight.dequantize().numpy()).all()
+
+
+def test_copies(weight: ot.Int8Tensor, tmp_path: Path) -> None:
+    parameter = nn.Parameter(weight, requires_grad=False)
+    torch.save(parameter, tmp_path / "file")
+    for other in (
+        copy.deepcopy(parameter),
+        pickle.loads(pickle.dumps(parameter)),
+        torch.load(tmp_path / "file", weights_only=True),
+        torch.load(tmp_path / "file", weights_only=True, mmap=True),
+    ):
+        is_int8(other, weight.dequantize())
+        assert isinstance(other, nn.Parameter)
+        assert other.options == weight.options
+        other.mul_(2)
+    is_int8(ot.Int8Tensor.from_parts(weight.parts()), weight.dequantize())
+    assert ot.Int8Tensor.from_parts(weight.t().parts()).options == weight.options
+    is_int8(weight, weight.dequantize())
+
+
+def test_flattens_for_the_compiler(weight: ot.Int8Tensor) -> None:
+    for tensor in (weight, weight.t()):
+        names, context = tensor.__tensor_flatten__()
+        inner = {name: getattr(tensor, name) for name in names}
+        assert all(type(array) is Tensor for array in inner.values())
+        is_int8(ot.Int8Tensor.__tensor_unflatten__(inner, context, None, None), tensor.dequantize())
+
+
+# --- layers that are not Int8Linear -----------------------------------------------------------------------------------
+
+
+class Transposed(nn.Linear):
+    """As Falcon's: a subclass that multiplies by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = x @ self.weight.T
+        return result if self.bias is None else result + self.bias
+
+
+class Reader(nn.Module):
+    """A module that reads the weight of the layer it owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x.to(self.query.weight.dtype), self.query.weight, self.query.bias)
+
+
+def test_layers_stay_the_models_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Transposed(24, 24), Reader(), nn.Linear(24, 24), nn.MultiheadAttention(24, 2))
+    model[2].note = "kept"
+    model[2].register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+    x = values(5, 24)
+    exact = model[2](model[1](model[0](x)))
+    attended = model[3](x, x, x)[0]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    ot.quantize_(model, progress=False)
+    assert sum(type(parameter) is ot.Int8Tensor for parameter in model.parameters()) == 4
+    assert (type(model[0]), type(model[2]), model[2].note) == (Transposed, ot.Int8Linear, "kept")
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    found = model[2](model[1](model[0](x)))
+    assert (found - exact).norm() < 0.02 * exact.norm()
+    assert (model[3](x, x, x)[0] - attended).norm() < 0.02 * attended.norm()
+    with pytest.warns(UserWarning, match=r"aten\.fill_"):
+        nn.init.constant_(model[2].weight, 0.5)
+    assert (model[2].weight.dequantize() == 0.5).all()
+
+
+def test_conv1d() -> None:
+    """GPT-2's linear layer, whose weight is ``[in, out]``."""
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
+    torch.manual_seed(0)
+    model, x = nn.Sequential(utils.Conv1D(40, 24), nn.Tanh(), utils.Conv1D(8, 40)), values(5, 24)
+    exact = model(x)
+    ot.quantize_(model, progress=False)
+    assert type(model[0].weight) is ot.Int8Tensor
+    assert tuple(model[0].weight.shape) == (24, 40)
+    assert (model(x) - exact).norm() < 0.02 * exact.norm()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    again = ot.quantize_(nn.Sequential(utils.Conv1D(40, 24), nn.Tanh(), utils.Conv1D(8, 40)), progress=False)
+    again.load_state_dict(state)
+    assert torch.equal(again(x), model(x))
+
+
+# --- state dicts ------------------------------------------------------------------------------------------------------
+
+
+def mlp(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 8)).eval()
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "16 bit", "parts"])
+def test_state_dicts(kind: str, assign: bool, tmp_path: Path) -> None:
+    """Into an int8 model: the same result, whatever the state dict holds, and however it is loaded."""
+    exact, x = mlp(), values(3, 24)
+    model = ot.quantize_(copy.deepcopy(exact), scheme="zeropoint", progress=False)
+    state = (exact if kind == "16 bit" else model).state_dict()
+    if kind == "parts":
+        int8 = {name: value for name, value in state.items() if isinstance(value, ot.Int8Tensor)}
+        state = {name: value for name, value in state.items() if name not in int8}
+        for name, value in int8.items():
+            state |= {f"{name}.{part}": array for part, array in value.parts().items()}
+    torch.save(state, tmp_path / "state")
+    other = ot.quantize_(mlp(seed=1), scheme="zeropoint", progress=False)
+    other.load_state_dict(torch.load(tmp_path / "state", weights_only=True, mmap=True), assign=assign)
+    assert torch.equal(other(x), model(x))
+    assert sum(type(parameter) is ot.Int8Tensor for parameter in other.parameters()) == 2
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_int8_weights_in_a_16_bit_model(assign: bool) -> None:
+    """They are dequantized, or taken as they are; never codes."""
+    model, other, x = ot.quantize_(mlp(), progress=False), mlp(seed=1), values(3, 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its parameters required gradients, which int8 ones do not
+        other.load_state_dict(model.state_dict(), strict=False, assign=assign)
+    assert (other(x) - model(x)).norm() < 0.02 * model(x).norm()
+
+
+def test_distributed_checkpoint(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other, x = ot.quantize_(mlp(), progress=False), ot.quantize_(mlp(seed=1), progress=False), values(3, 24)
+    set_model_state_dict(other, get_model_state_dict(model))
+    assert torch.equal(other(x), model(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp")
+        other = ot.quantize_(mlp(seed=2), progress=False)
+        state = other.state_dict()
+        dcp.load(state, checkpoint_id=tmp_path / "dcp")
+    other.load_state_dict(state)
+    assert torch.equal(other(x), model(x))
+
+
+# --- the choice of layers ---------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """One of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 24)
+        self.fc = nn.Linear(24, 24)
+        self.own = Transposed(24, 24)
+        self.attention = nn.MultiheadAttention(24, 2)
+        self.mlp = nn.ModuleDict({"gate": nn.Linear(24, 4), "gate_proj": nn.Linear(24, 24)})
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(24, 24))
+        self.tied = nn.Linear(24, 50, bias=False)
+        self.tied.weight = self.embed.weight
+        self.adapted = nn.Module()
+        self.adapted.base_layer = nn.Linear(24, 24)
+        self.adapted.lora_A = nn.ModuleDict({"default": nn.Linear(24, 4, bias=False)})
+        self.score = nn.Linear(24, 3)
+        self.head = nn.Linear(24, 50)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_choose_layers(device: str) -> None:
+    with torch.device(device):
+        choice = choose_layers(Model())
+    expected = {"fc", "own", "attention.out_proj", "mlp.gate_proj", "adapted.base_layer", "score"}
+    assert set(choice.layers) == expected
+    assert {name: next(word for word in words if word in choice.kept[name]) for name, words in {
+        "mlp.gate": ["router"], "normed": ["computed"], "tied": ["embed"], "adapted.lora_A.default": ["adapter"],
+        "head": ["head"],
+    }.items()}.keys() == choice.kept.keys()  # fmt: skip
+
+
+def test_patterns_are_of_whole_names() -> None:
+    assert set(choose_layers(Model(), include=["fc", "*.gate", "head"]).layers) == {"fc", "mlp.gate", "head"}
+    assert "gate" not in choose_layers(Model(), include=["gate"]).layers
+    skipped = choose_layers(Model(), skip=["f?", "a*"])
+    assert set(skipped.layers) == {"own", "mlp.gate", "mlp.gate_proj", "score", "head"}
+    assert skipped.kept["fc"] == "skipped"
+    with pytest.raises(TypeError, match="skip"):
+        choose_layers(Model(), skip="fc")
