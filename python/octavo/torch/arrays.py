@@ -6,7 +6,7 @@ tells them apart: packed codes have rank 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,7 +62,12 @@ class Arrays:
     def of(cls, weight: Int8Weight, options: Options) -> Arrays:
         """Those of a weight; they share its memory."""
         codes = pack(weight.codes) if weight.packed is None else weight.packed
-        return cls(codes, *(getattr(weight, name) for name in NAMES[1:]), shape=weight.shape, options=options)
+        return cls.named([codes, *(getattr(weight, name) for name in NAMES[1:])], weight.shape, options)
+
+    @classmethod
+    def named(cls, arrays: Iterable[Any], shape: tuple[int, int], options: Options, *, is_part: bool = False) -> Arrays:
+        """Of arrays in the order of `NAMES`."""
+        return cls(**dict(zip(NAMES, arrays, strict=True)), shape=shape, options=options, is_part=is_part)
 
     @property
     def int8_weight(self) -> Int8Weight:
@@ -83,7 +88,7 @@ class Arrays:
     def map(self, change: Callable[[Tensor], Tensor]) -> Arrays:
         """The same weight with every array changed."""
         arrays = (None if array is None else change(array) for array in self.tensors())
-        return Arrays(*arrays, shape=self.shape, options=self.options)
+        return Arrays.named(arrays, self.shape, self.options)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Arrays:
         """The weight on a device, its codes in the order of that; arrays that are there already are shared."""
@@ -98,9 +103,11 @@ class Arrays:
         n, k = self.shape
         codes = unpack(self.codes, n, k)[part].clone()
         # What is not one for each output feature is one for all.
-        others = [array if array is None or array.shape[0] != n else array[part].clone() for array in self.tensors()]
+        others: list[Any] = [
+            array if array is None or array.shape[0] != n else array[part].clone() for array in self.tensors()
+        ]
         others[4] = self.outlier_columns
-        return Arrays(pack(codes), *others[1:], (codes.shape[0], k), self.options, is_part=True)
+        return Arrays.named([pack(codes), *others[1:]], (codes.shape[0], k), self.options, is_part=True)
 
     @staticmethod
     def together(parts: list[Arrays]) -> Arrays | None:
@@ -111,13 +118,15 @@ class Arrays:
                 return None
             if (own.outlier_columns is None) != (first.outlier_columns is None):
                 return None
-            if own.outlier_columns is not None and not torch.equal(own.outlier_columns, first.outlier_columns):
+            columns: Any = first.outlier_columns
+            if own.outlier_columns is not None and not torch.equal(own.outlier_columns, columns):
                 return None
         codes = torch.cat([unpack(own.codes, *own.shape) for own in parts])
-        each = zip(*(own.tensors()[1:] for own in parts), strict=True)
+        each: Any = zip(*(own.tensors()[1:] for own in parts), strict=True)
         scale, sums, zeropoint, _, kept = (None if own[0] is None else torch.cat(own) for own in each)
         shape = (codes.shape[0], codes.shape[1])
-        return Arrays(pack(codes), scale, sums, zeropoint, first.outlier_columns, kept, shape, first.options)
+        whole = (pack(codes), scale, sums, zeropoint, first.outlier_columns, kept)
+        return Arrays.named(whole, shape, first.options)
 
     def take(self, other: Arrays) -> None:
         """Become `other`, for all tensors that share these arrays; where that fits, in the same memory."""

@@ -9,26 +9,22 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from octavo._types import Granularity, Outliers, ProductPath, Scheme
-from octavo.options import Options
+from octavo.options import Options, options_of
 from octavo.torch.choice import choose_layers
 from octavo.torch.layer import CALIBRATED, Int8Linear, watch_loading
+from octavo.torch.operation import FLOAT_DTYPES
 from octavo.torch.tensor import Int8Tensor
 
 MIN_FRACTION = 0.06  # of positions, from which on the paper calls an outlier column systematic (section 4)
-_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def quantize_(
     model: nn.Module,
     *,
-    scheme: Scheme = "absmax",
-    granularity: Granularity = "vector",
-    threshold: float = 6.0,
-    outliers: Outliers = "columns",
-    path: ProductPath = "auto",
     skip: Sequence[str] | None = None,
     progress: bool = True,
+    options: Options | None = None,
+    **keywords: Any,
 ) -> nn.Module:
     """Make the weight of every linear layer of `model` an `Int8Tensor`, in place, one after the other.
 
@@ -38,11 +34,10 @@ def quantize_(
     `calibrate_` recorded are kept in 16 bit.
 
     Args:
-        scheme, granularity: see `octavo.quantize_weight`.
-        threshold, outliers, path: see `octavo.linear`.
         skip: patterns as in a shell ("*", "?", "[...]") of qualified names ("decoder.layers.0.fc1"); default: the
             output head and the routers of mixtures of experts.
         progress: show a progress bar.
+        options: see `octavo.Options`; or single ones by name, such as ``threshold=5.0``.
 
     Returns:
         model.
@@ -56,9 +51,9 @@ def quantize_(
         raise ValueError(
             "quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)"
         )
-    options = Options(scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
+    chosen = options_of("quantize_", options, **keywords)
     layers = choose_layers(model, skip=skip).layers
-    _check_layers(layers, outliers)
+    _check_layers(layers, chosen)
 
     # By identity only: nothing here may hold on to a weight that has been converted.
     sharers: dict[int, dict[int, Any]] = {}
@@ -66,7 +61,7 @@ def quantize_(
         sharers.setdefault(id(layer.weight), {})[id(layer)] = layer
     for users in tqdm(sharers.values(), desc="quantize", unit="weight", disable=not progress):
         first, *others = users.values()
-        convert_(first, options)
+        convert_(first, chosen)
         for layer in others:
             hold(layer, first.weight)
     return model
@@ -203,17 +198,17 @@ def run_batches(model: nn.Module, batches: Iterable[Any], *, doing: str, progres
             module.training = training
 
 
-def _check_layers(layers: Mapping[str, Any], outliers: Outliers) -> None:
+def _check_layers(layers: Mapping[str, Any], options: Options) -> None:
     """Raise now what would stop the conversion of a layer."""
     for name, layer in layers.items():
         weight = layer.weight
-        if weight.dtype not in _FLOAT_DTYPES:
+        if weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"quantize_: {name}.weight: expected float32, float16 or bfloat16, got {weight.dtype}")
         if weight.device.type == "meta":
             raise ValueError(f"quantize_: {name}.weight: expected a tensor with memory, got one on the meta device")
         if not torch.isfinite(weight).all():
             raise ValueError(f"quantize_: {name}.weight: expected finite values, got NaN or Inf")
-        if outliers == "static" and not hasattr(layer, CALIBRATED):
+        if options.outliers == "static" and not hasattr(layer, CALIBRATED):
             raise ValueError(
                 f"quantize_: {name}: expected a calibrated layer for outliers='static' (run calibrate_ first), got none"
             )

@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from octavo import _core
-from octavo._types import Granularity, Outliers, ProductPath, Scheme
+from octavo._types import Outliers, ProductPath
 from octavo.checkpoint import format as names
-from octavo.options import Options
+from octavo.options import Options, options_of
 from octavo.torch import operation
 from octavo.torch.tensor import Int8Tensor
 from octavo.weight import Int8Weight
@@ -26,10 +26,10 @@ CALIBRATED = "octavo_outlier_columns"
 def _option(name: str) -> Any:
     """A property of the layer: an option of its weight."""
 
-    def set_option(self: Int8Linear, value: Any) -> None:
+    def change(self: Int8Linear, value: Any) -> None:
         self.weight.options = replace(self.weight.options, **{name: value})
 
-    return property(lambda self: getattr(self.weight.options, name), set_option)
+    return property(lambda self: getattr(self.weight.options, name), change)
 
 
 def _array(name: str) -> Any:
@@ -47,34 +47,35 @@ class Int8Linear(nn.Linear):
         in_features: k.
         out_features: n.
         bias: whether the layer has one.
-        scheme, granularity: see `octavo.quantize_weight`.
-        threshold, outliers, path: see `octavo.linear`.
         device: of all tensors.
         dtype: of the weight, as which it shows itself, and of the bias.
+        options: see `octavo.Options`; or single ones by name, such as ``threshold=5.0``.
 
     Attributes:
         weight: Parameter, an `Int8Tensor` ``[n, k]``.
         bias: Parameter ``[n]`` or None.
         scheme, granularity, threshold, outliers, path: the options of `weight`; the last three may be set.
         int8_weight: the weight as `octavo.linear` takes it.
-        codes, scale, zeropoint, outlier_columns, outlier_weight: its arrays.
+        codes, scale, zeropoint, outlier_columns, outlier_weight, code_sums: its arrays.
 
     A new layer is all zeros, to be filled by ``load_state_dict``. That also takes the state dict of a ``nn.Linear``,
     whose weight it quantizes, and that of a layer in the first checkpoint format (``weight`` int8, ``_extra_state``).
     Gradients flow to x (through the dequantized weight) and to the bias.
     """
 
-    scheme: Scheme = _option("scheme")
-    granularity: Granularity = _option("granularity")
-    threshold: float = _option("threshold")
-    outliers: Outliers = _option("outliers")
-    path: ProductPath = _option("path")
-    codes: Tensor = _array("codes")
-    scale: Tensor = _array("scale")
-    zeropoint: Tensor | None = _array("zeropoint")
-    outlier_columns: Tensor | None = _array("outlier_columns")
-    outlier_weight: Tensor | None = _array("outlier_weight")
-    code_sums: Tensor = _array("code_sums")
+    weight: Any
+    bias: Any
+    scheme = _option("scheme")
+    granularity = _option("granularity")
+    threshold = _option("threshold")
+    outliers = _option("outliers")
+    path = _option("path")
+    codes = _array("codes")
+    scale = _array("scale")
+    zeropoint = _array("zeropoint")
+    outlier_columns = _array("outlier_columns")
+    outlier_weight = _array("outlier_weight")
+    code_sums = _array("code_sums")
 
     def __init__(
         self,
@@ -82,16 +83,13 @@ class Int8Linear(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        scheme: Scheme = "absmax",
-        granularity: Granularity = "vector",
-        threshold: float = 6.0,
-        outliers: Outliers = "columns",
-        path: ProductPath = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        options: Options | None = None,
+        **keywords: Any,
     ) -> None:
-        options = Options(scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
-        weight = Int8Tensor.from_float(torch.zeros(out_features, in_features, dtype=dtype), options)
+        chosen = options_of("Int8Linear", options, **keywords)
+        weight = Int8Tensor.from_float(torch.zeros(out_features, in_features, dtype=dtype), chosen)
         self._become(weight, nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None)
         if device is not None:
             self.to(device)
@@ -108,42 +106,38 @@ class Int8Linear(nn.Linear):
         cls,
         linear: nn.Linear,
         *,
-        scheme: Scheme = "absmax",
-        granularity: Granularity = "vector",
-        threshold: float = 6.0,
-        outliers: Outliers = "columns",
-        path: ProductPath = "auto",
         outlier_columns: Tensor | Sequence[int] | None = None,
+        options: Options | None = None,
+        **keywords: Any,
     ) -> Int8Linear:
         """An Int8Linear with the quantized weight and the very bias of `linear`, which is left as it is.
 
         Args:
             outlier_columns: input features whose original weights are kept; default: those `calibrate_` recorded.
+            options: see `octavo.Options`; or single ones by name.
         """
-        options = Options(scheme=scheme, granularity=granularity, threshold=threshold, outliers=outliers, path=path)
+        chosen = options_of("from_linear", options, **keywords)
         if outlier_columns is None:
             outlier_columns = getattr(linear, CALIBRATED, None)
         layer = cls.__new__(cls)
-        layer._become(Int8Tensor.from_float(linear.weight, options, outlier_columns), linear.bias)
+        layer._become(Int8Tensor.from_float(linear.weight, chosen, outlier_columns), linear.bias)
         return layer.train(linear.training)
 
     @property
     def int8_weight(self) -> Int8Weight:
         """The weight as `octavo.linear` takes it; it shares the layer's memory."""
-        return self.weight.int8_weight  # type: ignore[no-any-return, union-attr]
+        return self.weight.int8_weight  # type: ignore[no-any-return]
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
         if torch.compiler.is_compiling():
             return functional.linear(input, self.weight, self.bias)
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters  # found faster than as attributes
         weight, bias = parameters.get("weight"), parameters.get("bias")
         if type(weight) is not Int8Tensor or not _is_plain(input, bias):
             return functional.linear(input, self.weight, self.bias)
         arrays = weight._arrays
-        return _core.linear(  # type: ignore[no-any-return]
-            input, arrays.int8_weight._native, bias, arrays.options._native, None
-        )
+        return _core.linear(input, arrays.int8_weight._native, bias, arrays.options._native, None)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """The layer's options, for ``print(model)``."""
@@ -171,7 +165,7 @@ class Int8Linear(nn.Linear):
         return layer.train(training)
 
     def _hold(self, weight: Int8Weight) -> None:
-        made = Int8Tensor.from_int8_weight(weight, self.weight.dtype, self.weight.options)  # type: ignore[arg-type]
+        made = Int8Tensor.from_int8_weight(weight, self.weight.dtype, self.weight.options)
         self.weight = nn.Parameter(made, requires_grad=False)
 
     def _complete(self) -> None:
@@ -181,17 +175,17 @@ class Int8Linear(nn.Linear):
         pass
 
     def _call_options(self) -> _core.Options:
-        return self.weight.options._native  # type: ignore[union-attr]
+        return self.weight.options._native  # type: ignore[no-any-return]
 
     def _autocast(self, input: Tensor) -> Tensor:
         device = input.device.type
         return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
 
     def _registered(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        return operation.linear(input, self.weight._arrays, bias)  # type: ignore[union-attr]
+        return operation.linear(input, self.weight._arrays, bias)
 
 
-def _is_plain(input: Tensor, bias: Tensor | None) -> bool:
+def _is_plain(input: Any, bias: Any) -> bool:
     """Whether nothing but a product of `input` is wanted: nobody traces, differentiates, maps or casts it."""
     return not (
         type(input) is not Tensor
@@ -224,7 +218,7 @@ def _take_weight(
     (``weight`` int8, ``scale``, ..., ``_extra_state``); a floating-point weight that is to be assigned, not copied.
     """
     key = f"{prefix}weight"
-    present = module._parameters.get("weight")
+    present: Any = module._parameters.get("weight")
     value = state_dict.get(key)
     if f"{key}.{names.CODES}" in state_dict:
         start = f"{key}."

@@ -51,20 +51,15 @@ def float_product(x: Tensor, arrays: Arrays, *, transpose: bool) -> Tensor:
 
 
 def dequantize(
-    codes: Tensor,
-    scale: Tensor,
-    zeropoint: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_weight: Tensor | None,
-    dtype: torch.dtype,
+    codes: Tensor, scale: Tensor, zeropoint: Tensor | None, columns: Tensor | None, kept: Tensor | None, dtype: Any
 ) -> Tensor:
     """``(codes + zeropoint) * scale`` of codes ``[n, k]``, in float32, kept columns put in, rounded once to `dtype`."""
     weight = codes.to(torch.float32)
     if zeropoint is not None:
         weight += zeropoint[:, None]
     weight *= scale[:, None]
-    if outlier_columns is not None and outlier_weight is not None:
-        weight[:, outlier_columns.long()] = outlier_weight.to(torch.float32)
+    if columns is not None and kept is not None:
+        weight[:, columns.long()] = kept.to(torch.float32)
     return weight.to(dtype)
 
 
@@ -88,9 +83,12 @@ def _float_product(
         own = codes[part]
         if codes.dim() == 4:
             own = unpack(codes[part.start // 16 : -(-part.stop // 16)], part.stop - part.start, k)
-        of_rows = (array if array is None or array.shape[0] != n else array[part] for array in (scale, zeropoint))
-        kept = None if outlier_weight is None else outlier_weight[part]
-        return dequantize(own, *of_rows, outlier_columns, kept, torch.float32)
+        own_scale, own_zeropoint, kept = (
+            array if array is None or array.shape[0] != n else array[part]
+            for array in (scale, zeropoint, outlier_weight)
+        )
+        assert own_scale is not None
+        return dequantize(own, own_scale, own_zeropoint, outlier_columns, kept, torch.float32)
 
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
@@ -107,18 +105,18 @@ _library.impl("float_product", _float_product, "CompositeExplicitAutograd")
 # --- shapes and work --------------------------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("octavo::linear", lib=_library)
+@torch.library.register_fake("octavo::linear", lib=_library)  # type: ignore[untyped-decorator]
 def _linear_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], code_sums.shape[0]))
 
 
-@torch.library.register_fake("octavo::float_product", lib=_library)
+@torch.library.register_fake("octavo::float_product", lib=_library)  # type: ignore[untyped-decorator]
 def _float_product_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *rest: Any) -> Tensor:
     k, transpose = rest[-2:]
     return x.new_empty((*x.shape[:-1], code_sums.shape[0] if transpose else k))
 
 
-@register_flop_formula([torch.ops.octavo.linear, torch.ops.octavo.float_product])  # type: ignore[untyped-decorator]
+@register_flop_formula([torch.ops.octavo.linear, torch.ops.octavo.float_product])
 def _flops(x_shape: Any, codes: Any, scale: Any, code_sums_shape: Any, *rest: Any, **named: Any) -> int:
     """Multiplications and additions, as of a dense product."""
     k = next(value for value in rest if isinstance(value, int))
@@ -146,7 +144,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_forward(*arrays)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = _float_product_op(grad, *ctx.saved_tensors, ctx.k, False)
@@ -179,7 +177,7 @@ class _FloatProduct(torch.autograd.Function):
         ctx.save_for_forward(*arrays)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return (_float_product_op(grad, *ctx.saved_tensors, ctx.k, not ctx.transpose), *[None] * 8)
 
     @staticmethod
@@ -206,7 +204,7 @@ def _differentiable(op: Any, function: type[torch.autograd.Function], inputs: tu
     """The kernel of `op` that PyTorch asks first; `inputs`: the arguments that may require gradients."""
     # Not Function's own `apply`: that would have torch.func take the call apart a second time, which it has done before
     # this kernel is called.
-    apply = super(torch.autograd.Function, function).apply
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def kernel(*args: Any) -> Tensor:
         wanted = torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs)

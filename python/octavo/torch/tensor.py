@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,11 +45,11 @@ class Int8Tensor(torch.Tensor):
     _transposed: bool
 
     @staticmethod
-    def __new__(  # type: ignore[misc] # noqa: D102
+    def __new__(  # noqa: D102
         cls, arrays: Arrays | Int8Tensor, dtype: torch.dtype | None = None, transposed: bool = False, **_: Any
     ) -> Int8Tensor:
         if isinstance(arrays, Int8Tensor):  # as tools call the class of a parameter: with another one
-            return arrays.detach()  # type: ignore[return-value]
+            return _alias(arrays)
         assert dtype is not None
         shape = arrays.shape[::-1] if transposed else arrays.shape
         with torch.inference_mode(False):  # a view of a weight that is no inference tensor is none either
@@ -120,18 +121,18 @@ class Int8Tensor(torch.Tensor):
             raise ValueError("Int8Tensor: options: scheme and granularity are fixed when a weight is quantized")
         self._arrays.options = options
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """``(codes + zeropoint) * scale`` with the original values of kept columns, a plain tensor.
 
         Args:
             dtype: default the tensor's own.
         """
-        codes, scale, _, *others = self._arrays.tensors()
+        codes, scale, _, zeropoint, columns, kept = self._arrays.tensors()
         codes = unpack(codes, *self._arrays.shape)
-        weight = operation.dequantize(codes, scale, *others, dtype or self.dtype)
+        weight = operation.dequantize(codes, scale, zeropoint, columns, kept, dtype or self.dtype)
         return weight.t() if self._transposed else weight
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.to_dict().items())
         return f"Int8Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', {options})"
 
@@ -162,8 +163,8 @@ class Int8Tensor(torch.Tensor):
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Int8Tensor:
         shape, options, dtype, transposed = context
-        arrays: list[Any] = [inner.get(f"_{name}") for name in NAMES]
-        return Int8Tensor(Arrays(*arrays, shape, options), dtype, transposed)
+        arrays = Arrays.named((inner.get(f"_{name}") for name in NAMES), shape, options)
+        return Int8Tensor(arrays, dtype, transposed)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -175,20 +176,20 @@ class Int8Tensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         handler = _OPERATIONS.get(func)
         result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
         return _dequantized(func, args, kwargs or {}) if result is NotImplemented else result
 
 
 for _name in NAMES:
-    setattr(Int8Tensor, f"_{_name}", property(lambda self, name=_name: getattr(self._arrays, name)))
+    setattr(Int8Tensor, f"_{_name}", property(operator.attrgetter(f"_arrays.{_name}")))
 
 
 def _parameter(made: Int8Tensor, like: Any) -> Int8Tensor:
     """`made`, a parameter where `like` is one, or true."""
     if like is True or getattr(like, "_is_param", False):
-        made._is_param = True  # type: ignore[attr-defined]
+        made._is_param = True
     return made
 
 
@@ -196,7 +197,7 @@ def _rebuild(
     arrays: Any, shape: tuple[int, int], options: dict[str, Any], dtype: Any, transposed: bool, parameter: bool
 ) -> Int8Tensor:
     """An Int8Tensor from a pickle."""
-    held = Arrays(*arrays, shape=shape, options=Options.from_dict(options))
+    held = Arrays.named(arrays, shape, Options.from_dict(options))
     return _parameter(Int8Tensor(held.to(held.scale.device), dtype, transposed), parameter)
 
 
@@ -226,7 +227,7 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float 
     """``beta * bias + alpha * (a @ b)``."""
     if isinstance(b, Int8Tensor) and b._transposed and beta == alpha == 1 and bias.shape == b.shape[1:]:
         return _linear(a, _transposed(b), bias)
-    return beta * _plain(bias) + alpha * _matmul(a, b)
+    return beta * _plain(bias) + alpha * _matmul(a, b)  # type: ignore[no-any-return]
 
 
 # --- what keeps it int8 -----------------------------------------------------------------------------------------------
@@ -332,6 +333,7 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.split_with_sizes.default: _split,
     aten.cat.default: _cat,
     aten.empty_like.default: _empty_like,
+    aten.is_pinned.default: lambda *_: False,
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
     aten.mm.default: _matmul,
@@ -384,6 +386,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.numpy: lambda x, **_: x.dequantize().numpy(),
     torch.Tensor.storage: _no_memory,
     torch.Tensor.__dlpack__: _no_memory,
+    torch.Tensor.__dlpack_device__: _no_memory,
 }
 
 # --- everything else --------------------------------------------------------------------------------------------------
