@@ -48,10 +48,14 @@ CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidi
 # The files of tests/python with tests that run on every backend.
 EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "threads", "weight")
 # Those that need more packages than NumPy, PyTorch and Transformers, or start many processes.
-INTEGRATION_FILES = (
-    *("checkpoint_bitsandbytes", "checkpoint_kill", "checkpoint_resume", "diffusers", "distributed", "frameworks"),
-    *("onnx*", "peft", "sentence_transformers", "serve", "transformers*"),
+INTEGRATION_FILES: tuple[str, ...] = (
+    "checkpoint_bitsandbytes",
+    "checkpoint_kill",
+    "checkpoint_resume",
+    "checkpoint_transformers",
 )
+INTEGRATION_FILES += ("diffusers", "distributed", "frameworks", "onnx*", "peft", "sentence_transformers", "serve")
+INTEGRATION_FILES += ("transformers*",)
 CPP_FOLDERS = ("cpp", "cuda", "bindings", "tests/cpp", "tests/simt", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", ".ci", "docs", "dev.py")
 
@@ -367,10 +371,13 @@ LOCAL = threading.local()  # .log: where the step of this thread prints, unless 
 INSTALLING = threading.Lock()
 PRINTING = threading.Lock()
 STARTED: set[subprocess.Popen[bytes]] = set()
+STOPPED = threading.Event()
+STARTING = threading.Lock()  # whoever starts a process, or stops those that were started
 
 
 def perform(steps: Sequence[Step]) -> None:
     """Do steps, two at a time, each after those it needs. Raises CalledProcessError of the first that fails."""
+    STOPPED.clear()
     names = {step.name for step in steps}
     waiting, done = list(steps), set[str]()
     running: dict[Future[None], Step] = {}
@@ -410,9 +417,11 @@ def perform_one(step: Step) -> None:
 
 def stop() -> None:
     """End what is still running, and what that has started."""
-    for process in list(STARTED):
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    with STARTING:
+        STOPPED.set()
+        for process in STARTED:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def run(*words: str | Path, **variables: str | None) -> None:
@@ -427,12 +436,14 @@ def run(*words: str | Path, **variables: str | None) -> None:
         environment.pop(name, None)
     log: IO[bytes] | None = getattr(LOCAL, "log", None)
     command = [str(word) for word in words]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-    ) as process:
+    with STARTING:
+        if STOPPED.is_set():
+            raise subprocess.CalledProcessError(-signal.SIGKILL, command)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         STARTED.add(process)
-        status = process.wait()
-    STARTED.discard(process)
+    status = process.wait()
+    with STARTING:
+        STARTED.discard(process)
     if status != 0:
         raise subprocess.CalledProcessError(status, command)
 
