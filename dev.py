@@ -285,7 +285,10 @@ MORE_TESTS = [
     Step("emulated GPU, sanitized", emulated_gpu_sanitized, ("emulated GPU",)),
     Step("emulated Arm", arm, ("emulated GPU, sanitized",)),
 ]
-MORE_CHECKS = [Step("machine code and clang-tidy", machine_code), Step("CUDA wheel", cuda_wheel)]
+MORE_CHECKS = [
+    Step("CUDA wheel", cuda_wheel),
+    Step("machine code and clang-tidy", machine_code, ("emulated GPU",)),  # which configures the same build
+]
 LABORATORY = [Step("laboratory", laboratory), Step("laboratory tests", laboratory_tests, ("laboratory",))]
 DEMO = Step("demo", demo, ("laboratory",))
 EVIDENCE = Step("evidence", evidence, ("laboratory",))
