@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,3 +269,22 @@ def test_nested_tensors() -> None:
         found = layer(torch.nested.nested_tensor(parts, layout=layout)).unbind()
         for own, x in zip(found, parts, strict=True):
             assert torch.equal(own, layer(x))
+
+
+@pytest.mark.parametrize("name", ["columns", "rows", "none"])
+def test_onnx_is_a_graph_of_standard_operators(name: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    import onnx
+
+    model, other = mlp(POLICIES[name]), inputs(9, seed=2)
+    path = str(tmp_path / "model.onnx")
+    rows = torch.export.Dim("rows", min=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (inputs(),), path, dynamo=True, dynamic_shapes=({0: rows},), verbose=False)
+    loaded = onnx.load(path)
+    assert {node.domain for node in loaded.graph.node} == {""}
+    session = onnxruntime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(other), rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from octavo import _core
 from octavo.options import Options
+from octavo.torch import onnx
 from octavo.torch.arrays import Arrays, unpack
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,6 +41,8 @@ def linear(x: Tensor, arrays: Arrays, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` by `octavo.linear`, ``[..., k]`` -> ``[..., n]``."""
     if x.is_nested:
         return torch.nested.as_nested_tensor([linear(part, arrays, bias) for part in x.unbind()], layout=x.layout)
+    if onnx.is_exporting():
+        return onnx.linear(x, arrays, bias)
     if x.dtype not in FLOAT_DTYPES and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"linear: x: expected float32, float16 or bfloat16, got {x.dtype}")
     return _linear_op(x, *arrays.tensors(), bias, arrays.options.text, arrays.shape[1])  # type: ignore[no-any-return]
