@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,16 +81,15 @@ LITERAL: dict[str, tuple[Any, dict[str, Any], Any, Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", LITERAL)
-def test_literal(typed: Typed, case: str) -> None:
-    w, options, codes, scale, zeropoint = LITERAL[case]
-    weight = octavo.quantize_weight(typed.array(np.array(w)), **options)
-    equal(typed.host(weight.codes), np.array(codes, np.int8))
-    equal(typed.host(weight.scale), np.array(scale, F))
-    if zeropoint is None:
-        assert weight.zeropoint is None
-    else:
-        equal(typed.host(weight.zeropoint), np.array(zeropoint, F))
+def test_literal(typed: Typed) -> None:
+    for case, (w, options, codes, scale, zeropoint) in LITERAL.items():
+        weight = octavo.quantize_weight(typed.array(np.array(w)), **options)
+        equal(typed.host(weight.codes), np.array(codes, np.int8), case)
+        equal(typed.host(weight.scale), np.array(scale, F), case)
+        if zeropoint is None:
+            assert weight.zeropoint is None
+        else:
+            equal(typed.host(weight.zeropoint), np.array(zeropoint, F), case)
 
 
 def test_kept_columns_are_sorted_and_unique(typed: Typed) -> None:
@@ -111,11 +112,9 @@ def test_no_kept_columns_and_none(typed: Typed) -> None:
     assert weight.outlier_weight is None
 
 
-@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
-@pytest.mark.parametrize("scheme", ref.SCHEMES)
-@pytest.mark.parametrize("granularity", ref.GRANULARITIES)
-def test_empty(typed: Typed, shape: tuple[int, int], scheme: str, granularity: str) -> None:
-    check(typed, np.zeros(shape, F), scheme=scheme, granularity=granularity, outlier_columns=[])
+def test_empty(typed: Typed) -> None:
+    for shape, scheme, granularity in itertools.product(((0, 4), (3, 0), (0, 0)), ref.SCHEMES, ref.GRANULARITIES):
+        check(typed, np.zeros(shape, F), scheme=scheme, granularity=granularity, outlier_columns=[])
 
 
 @given(st.data(), finite_kinds, sizes, sizes, seeds, st.sampled_from(ref.SCHEMES), st.sampled_from(ref.GRANULARITIES))
@@ -127,15 +126,13 @@ def test_oracle(
     check(typed, w, scheme=scheme, granularity=granularity, outlier_columns=columns)
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_views_equal_contiguous(typed: Typed, view: str) -> None:
-    if view not in views(typed.backend):
-        pytest.skip(f"{typed.backend.framework} has no negative strides")
-    w = typed.array(make("normal", (19, 37), typed.dtype))
-    for options in ({"outlier_columns": [2, 30]}, {"scheme": "zeropoint"}, {"granularity": "tensor"}):
-        strided = VIEWS[view](typed.backend, w)
-        got = octavo.quantize_weight(strided, **options)
-        same(typed.backend, got, octavo.quantize_weight(w, **options))
+def test_views_equal_contiguous(typed: Typed) -> None:
+    for view in views(typed.backend):
+        w = typed.array(make("normal", (19, 37), typed.dtype))
+        for options in ({"outlier_columns": [2, 30]}, {"scheme": "zeropoint"}, {"granularity": "tensor"}):
+            strided = VIEWS[view](typed.backend, w)
+            got = octavo.quantize_weight(strided, **options)
+            same(typed.backend, got, octavo.quantize_weight(w, **options))
 
 
 def test_a_weight_does_not_alias_its_source(typed: Typed) -> None:
@@ -160,36 +157,30 @@ def every_weight(typed: Typed) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("how", ["pickle", "deepcopy", "copy", "to", "constructor"])
-def test_copies_hold_and_compute_the_same(typed: Typed, how: str) -> None:
+def test_copies_hold_and_compute_the_same(typed: Typed) -> None:
     x = typed.array(make("outliers", (5, 40), typed.dtype))
-    for weight in every_weight(typed):
-        duplicate = {
-            "pickle": lambda w: pickle.loads(pickle.dumps(w)),
-            "deepcopy": copy.deepcopy,
-            "copy": copy.copy,
-            "to": lambda w: w.to(w.device),
-            "constructor": lambda w: octavo.Int8Weight(
-                w.codes,
-                w.scale,
-                zeropoint=w.zeropoint,
-                outlier_columns=w.outlier_columns,
-                outlier_weight=w.outlier_weight,
-                scheme=w.scheme,
-                granularity=w.granularity,
-            ),
-        }[how](weight)
-        assert isinstance(duplicate, octavo.Int8Weight)
-        same(typed.backend, duplicate, weight)
-        equal(typed.host(octavo.linear(x, duplicate)), typed.host(octavo.linear(x, weight)))
+    arrays = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "scheme", "granularity")
+    ways: tuple[Callable[[Any], Any], ...] = (
+        lambda w: pickle.loads(pickle.dumps(w)),
+        copy.deepcopy,
+        copy.copy,
+        lambda w: w.to(w.device),
+        lambda w: octavo.Int8Weight(**{name: getattr(w, name) for name in arrays}),
+    )
+    for duplicated in ways:
+        for weight in every_weight(typed):
+            duplicate = duplicated(weight)
+            assert isinstance(duplicate, octavo.Int8Weight)
+            same(typed.backend, duplicate, weight)
+            equal(typed.host(octavo.linear(x, duplicate)), typed.host(octavo.linear(x, weight)))
 
 
-@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
-def test_pickles_at_every_protocol_after_use(typed: Typed, protocol: int) -> None:
+def test_pickles_at_every_protocol_after_use(typed: Typed) -> None:
     """Packed codes or caches of a used weight are not in the way."""
-    weight = octavo.quantize_weight(typed.array(make("normal", (9, 21), typed.dtype)), outlier_columns=[2])
-    octavo.linear(typed.array(make("normal", (3, 21), typed.dtype)), weight)
-    same(typed.backend, pickle.loads(pickle.dumps(weight, protocol)), weight)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        weight = octavo.quantize_weight(typed.array(make("normal", (9, 21), typed.dtype)), outlier_columns=[2])
+        octavo.linear(typed.array(make("normal", (3, 21), typed.dtype)), weight)
+        same(typed.backend, pickle.loads(pickle.dumps(weight, protocol)), weight)
 
 
 def test_a_pickle_opens_in_another_process(tmp_path: Any, backend: Backend) -> None:
@@ -276,21 +267,20 @@ def build(arguments: dict[str, Any]) -> Any:
     return octavo.Int8Weight(arguments.pop("codes"), arguments.pop("scale"), **arguments)
 
 
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("name", ["codes", "scale", "zeropoint", "outlier_columns", "outlier_weight"])
-def test_the_constructor_takes_views(backend: Backend, name: str, view: str) -> None:
+def test_the_constructor_takes_views(backend: Backend) -> None:
     """Every array of a weight may be strided: the same products, the same values."""
-    if view not in views(backend):
-        pytest.skip(f"{backend.framework} has no negative strides")
-    w, x = make("normal", (6, 20), "float32"), backend.array(make("outliers", (5, 20), "float32"))
-    plain = octavo.quantize_weight(backend.array(w), scheme="zeropoint", outlier_columns=[1, 4, 9])
-    arrays = {k: getattr(plain, k) for k in ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight")}
-    arrays[name] = VIEWS[view](backend, arrays[name])
-    strided = build({"scheme": "zeropoint", "granularity": "vector"} | arrays)
-    equal(backend.host(strided.dequantize()), backend.host(plain.dequantize()))
-    for options in ({}, {"outliers": "static"}, {"path": "weight_only"}):
-        got, expected = (octavo.linear(x, weight, **options) for weight in (strided, plain))
-        equal(backend.host(got), backend.host(expected))
+    for view, name in itertools.product(
+        views(backend), ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight")
+    ):
+        w, x = make("normal", (6, 20), "float32"), backend.array(make("outliers", (5, 20), "float32"))
+        plain = octavo.quantize_weight(backend.array(w), scheme="zeropoint", outlier_columns=[1, 4, 9])
+        arrays = {k: getattr(plain, k) for k in ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight")}
+        arrays[name] = VIEWS[view](backend, arrays[name])
+        strided = build({"scheme": "zeropoint", "granularity": "vector"} | arrays)
+        equal(backend.host(strided.dequantize()), backend.host(plain.dequantize()))
+        for options in ({}, {"outliers": "static"}, {"path": "weight_only"}):
+            got, expected = (octavo.linear(x, weight, **options) for weight in (strided, plain))
+            equal(backend.host(got), backend.host(expected))
 
 
 def test_the_constructor_takes_good_arguments() -> None:
