@@ -233,10 +233,11 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
     // 16 KiB of a block of W as float32. Also the length of sums: that of all slices adds up theirs.
     constexpr std::int64_t slice = 256;
     const std::int64_t depth = padded_depth(x.cols);
-    const Scratch<float> x_rows(x.rows * depth);
+    const std::int64_t x_stride = depth + 16;  // no power of two: rows would push each other out of the cache
+    const Scratch<float> x_rows(x.rows * x_stride);
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
-            float* const row = x_rows.data() + i * depth;
+            float* const row = x_rows.data() + i * x_stride;
             load_row(x, i, 0, x.cols, row);
             std::fill(row + x.cols, row + depth, 0.0F);
         }
@@ -252,8 +253,8 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
             const float* const zeropoint = weight.zeropoint.present ? block_weight.zeropoint + j : nullptr;
             for (std::int64_t begin = 0; begin < depth;) {
                 const std::int64_t end = std::min(begin + slice, depth);
-                const FloatTile tile{.x = x_rows.data() + block.row_begin * depth + begin,
-                                     .x_stride = depth,
+                const FloatTile tile{.x = x_rows.data() + block.row_begin * x_stride + begin,
+                                     .x_stride = x_stride,
                                      .rows = block.rows(),
                                      .w = codes.data() + j * depth + begin * block_cols,
                                      .w_floats = w_floats.data(),

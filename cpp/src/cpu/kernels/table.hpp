@@ -75,7 +75,7 @@ struct Plan {
 
 // The product of weight_only, of rows of X by one block of 16 output features over a slice of k:
 //
-//   sums[i, j, p] = (0 or the sum before) + s,   s = fma(x[i, k], w[j, k] + zeropoint[j], s) for k = p, p + 4, p + 8,
+//   sums[i, p, j] = (0 or the sum before) + s,   s = fma(x[i, k], w[j, k] + zeropoint[j], s) for k = p, p + 4, p + 8,
 //   ...
 struct FloatTile {
     const float* x;  // row-major
@@ -86,7 +86,7 @@ struct FloatTile {
     const float* zeropoint;  // [16], or null: 0; taken in by `widen` already
     std::int64_t depth;      // a multiple of 4
     bool first;              // whether it is the first slice: there is no sum before
-    float* sums;             // [rows, 16, 4]
+    float* sums;             // [rows, 4, 16]
 };
 
 // What the epilogue does to a tile of sums. All arrays begin at the tile's first row or column and can be read up to
@@ -140,10 +140,10 @@ struct Kernels {
     const Plan* many;
     // --- the product of weight_only ----------------------------------------------------------------------------------
 
-    // target[i] = w[i] + the zeropoint (or 0) of its output feature, over `depth` along k of a packed block.
+    // target[k, j] = w[j, k] + zeropoint[j] (null: 0), over `depth` along k of a packed block of 16 output features.
     void (*widen)(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
     void (*multiply_floats)(const FloatTile& tile);
-    // y[i, j] = ((sums[i, j, 0] + sums[i, j, 1]) + (sums[i, j, 2] + sums[i, j, 3])) * scale[j] for 16 output features.
+    // y[i, j] = ((sums[i, 0, j] + sums[i, 1, j]) + (sums[i, 2, j] + sums[i, 3, j])) * scale[j] for 16 output features.
     void (*finish_floats)(const float* sums, std::int64_t rows, const float* scale, float* y);
 
     // --- the outliers and the end ------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // The product of activations as they are by int8 weights, in float32 (table.hpp says in which order).
 //
-// A register holds 4 neighbors along k of one or more output features, which is how packed codes lie in memory: they
-// are widened and converted in place, and 4 values of X are repeated beside them.
+// A lane holds 4 neighbors along k of one output feature, which is how packed codes lie in memory. Each of the 4 is
+// shifted out, converted, and multiplied with its value of X, for all output features of a register at once.
 #include "cpu/kernels/floats.hpp"
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
@@ -9,137 +9,126 @@
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
 
-constexpr std::int64_t group = 64;                        // numbers of 16 output features by 4 along k
-constexpr int vectors = static_cast<int>(group / width);  // registers that hold them
+constexpr std::int64_t features = 16;
+constexpr int vectors = static_cast<int>(features / width);  // registers of a block
+constexpr int pair = vectors < 2 ? vectors : 2;
 
-// Rows of X and registers of W whose sums fit the registers: AVX2 and SSE have 16 of them, the others 32.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int most_rows = 4;
-#else
-constexpr int most_rows = 3;
-#endif
-constexpr int square_vectors = 4;
-
-// 4 values, as often as they fit.
-[[gnu::always_inline]] inline void repeat(const float* p, Floats& vector) {
-#if defined(__AVX512F__)
-    vector = _mm512_maskz_broadcast_f32x4(0xFFFF, _mm_loadu_ps(p));
-#elif defined(__AVX2__)
-    vector = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
-#else
-    read(p, vector);
-#endif
+// Code `place` of each lane.
+template <int Place>
+[[gnu::always_inline]] inline void convert(const Ints& groups, Floats& numbers) {
+    numbers = __builtin_convertvector((groups << (24 - 8 * Place)) >> 24, Floats);
 }
 
-// `width` packed codes as numbers.
-[[gnu::always_inline]] inline void convert(const std::int8_t* codes, Floats& numbers) {
-#if defined(__AVX512F__)
-    // Masked forms, of all lanes, here and above: GCC 12 warns inside the others.
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    numbers = _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_maskz_cvtepi8_epi32(0xFFFF, bytes));
-#elif defined(__AVX2__)
-    numbers = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes))));
-#elif defined(__aarch64__)
-    std::int32_t four = 0;
-    __builtin_memcpy(&four, codes, sizeof four);
-    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
-    numbers = vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))));
-#else
-    for (std::int64_t i = 0; i < width; ++i) numbers[i] = static_cast<float>(codes[i]);
-#endif
-}
-
-// The zeropoint of each number of a group.
-struct Zeropoints {
-    explicit Zeropoints(const float* zeropoint) {
-        for (std::int64_t i = 0; i < group; ++i) values[i] = zeropoint[i / 4];
-    }
-    void add(std::int64_t v, Floats& numbers) const {
-        Floats zeropoints;
-        read(values + v * width, zeropoints);
-        numbers += zeropoints;
-    }
-    float values[group];
-};
-
-// `Rows` rows from row i on by `Vectors` registers of the 16 output features from register v on.
-template <int Rows, int Vectors, class Load>
-[[gnu::always_inline]] inline void multiply_square(const FloatTile& tile, std::int64_t i, std::int64_t v, Load load) {
-    Floats sums[Rows * Vectors];
-    float* const target = tile.sums + i * group + v * width;
-    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = Floats{}; });
-    const float* const x = tile.x + i * tile.x_stride;
-    for (std::int64_t k = 0; k < tile.depth; k += 4) {
-        Floats rows[Rows];
-        unroll<Rows>([&](auto r) OCTAVO_INLINE { repeat(x + r * tile.x_stride + k, rows[r]); });
-        unroll<Vectors>([&](auto s) OCTAVO_INLINE {
-            Floats weights;
-            load(k * 16, v + s, weights);
-            unroll<Rows>([&](auto r) OCTAVO_INLINE { fused_multiply_add(rows[r], weights, sums[r * Vectors + s]); });
+// `Rows` rows of X from row i on by `Vectors` registers of the block, for `Places` places of 4 along k. `load` gives
+// the weights at (group of 4, place, register); the last two are part of their types, as in unroll.hpp.
+template <int Rows, int Places, int Vectors, int FirstPlace, int FirstVector, class Load>
+void multiply_square(const FloatTile& tile, std::int64_t i, Load load) {
+    Floats sums[Rows * Places * Vectors];
+    unroll<Rows * Places * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = Floats{}; });
+    const float* const x = tile.x + i * tile.x_stride + FirstPlace;
+    for (std::int64_t group = 0; group < tile.depth / 4; ++group) {
+        unroll<Places>([&](auto p) OCTAVO_INLINE {
+            Floats weights[Vectors];
+            unroll<Vectors>([&](auto u) OCTAVO_INLINE {
+                load(group, IndexConstant<FirstPlace + p>{}, IndexConstant<FirstVector + u>{}, weights[u]);
+            });
+            unroll<Rows>([&](auto r) OCTAVO_INLINE {
+                const Floats value = x[r * tile.x_stride + group * 4 + p] - Floats{};
+                unroll<Vectors>([&](auto u) OCTAVO_INLINE {
+                    fused_multiply_add(value, weights[u], sums[(r * Places + p) * Vectors + u]);
+                });
+            });
         });
     }
-    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE {
-        float* const place = target + s / Vectors * group + s % Vectors * width;
+    float* const target = tile.sums + (i * 4 + FirstPlace) * features + FirstVector * width;
+    unroll<Rows * Places * Vectors>([&](auto s) OCTAVO_INLINE {
+        constexpr int row = s / (Places * Vectors);
+        constexpr int place = s / Vectors % Places;
+        float* const part = target + (row * 4 + place) * features + s % Vectors * width;
         Floats before{};
-        if (!tile.first) read(place, before);
+        if (!tile.first) read(part, before);
         before += sums[s];
-        __builtin_memcpy(place, &before, sizeof before);
+        __builtin_memcpy(part, &before, sizeof before);
     });
 }
 
-template <int Rows, int Vectors, class Load>
+// The whole width and depth of the tile, for `Rows` rows from row i on.
+template <int Rows, int Places, int Vectors, class Load>
 void multiply_rows(const FloatTile& tile, std::int64_t i, Load load) {
-    for (std::int64_t v = 0; v < vectors; v += Vectors) multiply_square<Rows, Vectors>(tile, i, v, load);
+    unroll<vectors / Vectors>([&](auto v) {
+        unroll<4 / Places>(
+            [&](auto p) { multiply_square<Rows, Places, Vectors, p * Places, v * Vectors>(tile, i, load); });
+    });
 }
 
+// The squares have 8 to 12 sums: enough to keep the processor busy, and no more than registers hold.
 template <class Load>
-void multiply_all(const FloatTile& tile, Load load) {
-    // One row has so few sums that all of them are needed to keep the processor busy.
-    constexpr int row_vectors = vectors < 8 ? vectors : 8;
+void multiply_codes(const FloatTile& tile, Load load) {
     std::int64_t i = 0;
-    for (; i + most_rows <= tile.rows; i += most_rows) multiply_rows<most_rows, square_vectors>(tile, i, load);
-    for (; i + 2 <= tile.rows; i += 2) multiply_rows<2, square_vectors>(tile, i, load);
-    for (; i < tile.rows; ++i) multiply_rows<1, row_vectors>(tile, i, load);
+    for (; i + 4 <= tile.rows; i += 4) multiply_rows<4, 2, 1>(tile, i, load);
+    switch (tile.rows - i) {
+        case 3: return multiply_rows<3, 4, 1>(tile, i, load);
+        case 2: return multiply_rows<2, 4, 1>(tile, i, load);
+        case 1: return multiply_rows<1, 4, pair>(tile, i, load);
+        default: return;
+    }
 }
 
 }  // namespace
 
 void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target) {
-    const auto all = [&](auto prepare) OCTAVO_INLINE {
-        for (std::int64_t k = 0; k < depth; k += 4) {
-            unroll<vectors>([&](auto v) OCTAVO_INLINE {
-                Floats weights;
-                convert(w + k * 16 + v * width, weights);
-                prepare(v, weights);
-                __builtin_memcpy(target + k * 16 + v * width, &weights, sizeof weights);
+    for (std::int64_t group = 0; group < depth / 4; ++group, target += 4 * features) {
+        unroll<vectors>([&](auto v) OCTAVO_INLINE {
+            Ints codes;
+            read(w + group * 64 + v * register_size, codes);
+            unroll<4>([&](auto place) OCTAVO_INLINE {
+                Floats numbers;
+                convert<place>(codes, numbers);
+                if (zeropoint != nullptr) {
+                    Floats zeropoints;
+                    read(zeropoint + v * width, zeropoints);
+                    numbers += zeropoints;
+                }
+                __builtin_memcpy(target + place * features + v * width, &numbers, sizeof numbers);
             });
-        }
-    };
-    if (zeropoint == nullptr) return all([](std::int64_t, Floats&) OCTAVO_INLINE {});
-    const Zeropoints zeropoints(zeropoint);
-    all([&](std::int64_t v, Floats& weights) OCTAVO_INLINE { zeropoints.add(v, weights); });
+        });
+    }
 }
 
 void multiply_floats(const FloatTile& tile) {
+    const auto codes_at = [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
+        constexpr std::int64_t ahead = 20 * 64;  // bytes, so that W is there in time
+        if constexpr (place == 0) __builtin_prefetch(tile.w + group * 64 + v * register_size + ahead);
+        Ints codes;
+        read(tile.w + group * 64 + v * register_size, codes);
+        convert<place>(codes, weights);
+    };
     if (tile.w_floats != nullptr) {
-        return multiply_all(tile, [&](std::int64_t at, std::int64_t v, Floats& weights)
-                                      OCTAVO_INLINE { read(tile.w_floats + at + v * width, weights); });
+        const auto load = [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
+            read(tile.w_floats + (group * 4 + place) * features + v * width, weights);
+        };
+        std::int64_t i = 0;
+        for (; i + 6 <= tile.rows; i += 6) multiply_rows<6, 2 / pair, pair>(tile, i, load);
+        for (; i + 2 <= tile.rows; i += 2) multiply_rows<2, 2, pair>(tile, i, load);
+        if (i < tile.rows) multiply_rows<1, 4, pair>(tile, i, load);
+    } else if (tile.zeropoint == nullptr) {
+        multiply_codes(tile, codes_at);
+    } else {
+        multiply_codes(tile, [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
+            codes_at(group, place, v, weights);
+            Floats zeropoints;
+            read(tile.zeropoint + v * width, zeropoints);
+            weights += zeropoints;
+        });
     }
-    if (tile.zeropoint == nullptr) {
-        return multiply_all(tile, [&](std::int64_t at, std::int64_t v, Floats& weights)
-                                      OCTAVO_INLINE { convert(tile.w + at + v * width, weights); });
-    }
-    const Zeropoints zeropoints(tile.zeropoint);
-    multiply_all(tile, [&](std::int64_t at, std::int64_t v, Floats& weights) OCTAVO_INLINE {
-        convert(tile.w + at + v * width, weights);
-        zeropoints.add(v, weights);
-    });
 }
 
 void finish_floats(const float* sums, std::int64_t rows, const float* scale, float* y) {
-    for (std::int64_t i = 0; i < rows * 16; ++i) {
-        const float* const four = sums + i * 4;
-        y[i] = ((four[0] + four[1]) + (four[2] + four[3])) * scale[i % 16];
+    for (std::int64_t i = 0; i < rows; ++i, sums += 4 * features, y += features) {
+        for (std::int64_t j = 0; j < features; ++j) {
+            const float* const places = sums + j;
+            y[j] = ((places[0] + places[features]) + (places[2 * features] + places[3 * features])) * scale[j];
+        }
     }
 }
 
