@@ -5,7 +5,9 @@ dtype and kind: TypeError. Shape, value, device: ValueError. Inputs stay untouch
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,24 +100,16 @@ def test_weight_of_a_wrong_rank(inputs: Inputs) -> None:
         fails(ValueError, "quantize_weight", "weight", lambda w=w: octavo.quantize_weight(w))
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize("granularity", ref.GRANULARITIES)
-@pytest.mark.parametrize("scheme", ref.SCHEMES)
-def test_nonfinite_weight(inputs: Inputs, bad: float, granularity: str, scheme: str) -> None:
-    for dtype in inputs.backend.dtypes:
-        for at in ((0, 0), (4, 32), (2, 17)):
-            values = make("normal", (5, 33), dtype)
-            values[at] = bad
-            w = inputs.backend.array(values, dtype)
-            for columns in (None, [at[1]]):  # a kept column has codes too
-                fails(
-                    ValueError,
-                    "quantize_weight",
-                    "weight",
-                    lambda w=w, c=columns: octavo.quantize_weight(
-                        w, scheme=scheme, granularity=granularity, outlier_columns=c
-                    ),
-                )
+def test_nonfinite_weight(inputs: Inputs) -> None:
+    for bad, granularity, scheme in itertools.product((NAN, INF, -INF), ref.GRANULARITIES, ref.SCHEMES):
+        for dtype in inputs.backend.dtypes:
+            for at in ((0, 0), (4, 32), (2, 17)):
+                values = make("normal", (5, 33), dtype)
+                values[at] = bad
+                w = inputs.backend.array(values, dtype)
+                for columns in (None, [at[1]]):  # a kept column has codes too
+                    options = {"scheme": scheme, "granularity": granularity, "outlier_columns": columns}
+                    fails(ValueError, "quantize_weight", "weight", partial(octavo.quantize_weight, w, **options))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,12 +197,11 @@ THRESHOLDS: dict[Any, type[Exception]] = {
 }
 
 
-@pytest.mark.parametrize("threshold", THRESHOLDS, ids=str)
-@pytest.mark.parametrize("function", ["find_outliers", "linear"])
-def test_thresholds(inputs: Inputs, function: str, threshold: Any) -> None:
-    arguments = (inputs.x,) if function == "find_outliers" else (inputs.x, inputs.weight)
-    call = getattr(octavo, function)
-    fails(THRESHOLDS[threshold], function, "threshold", lambda: call(*arguments, threshold=threshold))
+def test_thresholds(inputs: Inputs) -> None:
+    for threshold, function in itertools.product(THRESHOLDS, ("find_outliers", "linear")):
+        arguments = (inputs.x,) if function == "find_outliers" else (inputs.x, inputs.weight)
+        call = partial(getattr(octavo, function), *arguments, threshold=threshold)
+        fails(THRESHOLDS[threshold], function, "threshold", call)
 
 
 @pytest.mark.parametrize(("function", "case"), [(f, c) for f, cases in CASES.items() for c in cases])
@@ -233,13 +226,12 @@ ENUMS: dict[str, tuple[str, tuple[str, ...], Callable[[Inputs, Any], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", ENUMS)
-@pytest.mark.parametrize("value", ["", "foo", "Absmax", "ROW", "none ", "auto\0", 3, None, True, b"row"])
-def test_enumerations_name_what_is_allowed(inputs: Inputs, case: str, value: Any) -> None:
-    argument, allowed, call = ENUMS[case]
-    error = ValueError if isinstance(value, str) else (TypeError, ValueError)
-    words = allowed if isinstance(value, str) else ()
-    fails(error, case.split()[0], argument, lambda: call(inputs, value), *words)
+def test_enumerations_name_what_is_allowed(inputs: Inputs) -> None:
+    for case, value in itertools.product(ENUMS, ("", "foo", "Absmax", "ROW", "none ", "auto\0", 3, None, True, b"row")):
+        argument, allowed, call = ENUMS[case]
+        error = ValueError if isinstance(value, str) else (TypeError, ValueError)
+        words = allowed if isinstance(value, str) else ()
+        fails(error, case.split()[0], argument, partial(call, inputs, value), *words)
 
 
 def test_vector_is_a_granularity_of_products_only(inputs: Inputs) -> None:
