@@ -68,7 +68,7 @@ def tiny_model(name: str, **more: Any) -> Any:
 
     torch.manual_seed(0)
     model_class = getattr(transformers, name)
-    config = model_class.config_class(vocab_size=17, **_TOKENS, **{**FAMILIES[name], **more})
+    config = model_class.config_class(vocab_size=17, **{**_TOKENS, **FAMILIES[name], **more})
     model = model_class(config).float().requires_grad_(False).eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the one that takes float64
