@@ -17,6 +17,7 @@ A layer is sharded from the codes it has; nothing is quantized anew. With R rank
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +28,10 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+from torch.nn import functional
 
 from octavo import _core
-from octavo.torch import Int8Linear
+from octavo.torch import Int8Linear, Int8Tensor
 from octavo.weight import Int8Weight
 
 __all__ = [
@@ -47,93 +49,93 @@ __all__ = [
 # --- styles -----------------------------------------------------------------------------------------------------------
 
 
-class ColwiseInt8Parallel(ColwiseParallel):
-    """torch's ``ColwiseParallel``, also for `Int8Linear`: output features are spread over the ranks of a mesh.
+class _Int8Style:
+    """What both styles do with a linear layer whose weight is int8; other modules go to torch's style."""
+
+    input_layouts: Any
+    output_layouts: Any
+    use_local_output: bool
+    _dim: int  # of the weight, that is sharded
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight = _int8_weight(module, device_mesh, type(self).__name__)
+        if weight is None:
+            return super()._apply(module, device_mesh)  # type: ignore[misc, no-any-return]
+        return self._install(module, self._part(weight, device_mesh), device_mesh, weight.shape)
+
+    def _part(self, weight: Int8Tensor, mesh: DeviceMesh) -> Int8Tensor:
+        """This rank's part of a weight."""
+        own = chunk(weight.shape[self._dim], mesh)
+        return part(weight, slice(None), own) if self._dim else part(weight, own, slice(None))
+
+    def _install(self, module: Any, own: Int8Tensor, mesh: DeviceMesh, whole: torch.Size) -> nn.Module:
+        """Make a linear layer a sharded one, with a rank's part of its weight."""
+        module.weight = nn.Parameter(own, requires_grad=False)
+        module.out_features, module.in_features = own.shape
+        module.__class__ = RowParallelInt8Linear if self._dim else ColumnParallelInt8Linear
+        module.mesh, module.total_features = mesh, whole[self._dim]
+        module.input_layouts, module.output_layouts = self.input_layouts, self.output_layouts
+        module.use_local_output = self.use_local_output
+        module._take_bias()
+        return module  # type: ignore[no-any-return]
+
+
+class ColwiseInt8Parallel(_Int8Style, ColwiseParallel):
+    """torch's ``ColwiseParallel``, also for int8 weights: output features are spread over the ranks of a mesh.
 
     Args (as torch's):
         input_layouts: the layout of a plain tensor that comes in; default ``Replicate()``.
         output_layouts: of the output; default ``Shard(-1)``, a rank's own features. ``Replicate()`` gathers them.
         use_local_output: whether a plain tensor goes out, or a DTensor.
 
-    An `Int8Linear` becomes, in place, a `ColumnParallelInt8Linear`. Every rank takes its part of what it has itself
-    (``src_data_rank`` is not used), so all ranks must have loaded the same layer. Features are dealt out as by
-    ``torch.chunk``: ceil(n/R) to each rank, fewer or none to the last ones. Other modules go to torch's style.
+    A linear layer whose weight is int8 becomes, in place, a `ColumnParallelInt8Linear`. Every rank takes its part of
+    what it has itself (``src_data_rank`` is not used), so all ranks must have loaded the same layer. Features are dealt
+    out as by ``torch.chunk``: ceil(n/R) to each rank, fewer or none to the last. Other modules go to torch's style.
 
     Raises ValueError: the mesh has not one dimension (take one of it: ``mesh["tp"]``), or the layer is sharded already.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, Int8Linear):
-            return super()._apply(module, device_mesh)
-        _check(module, device_mesh, "ColwiseInt8Parallel")
-        n, k = module.out_features, module.in_features
-        rows = chunk(n, device_mesh)
-        module._hold(part(module.int8_weight, rows, slice(0, k)))
-        module.out_features = rows.stop - rows.start
-        module.__class__ = ColumnParallelInt8Linear
-        assert isinstance(module, ColumnParallelInt8Linear)
-        module._distribute(device_mesh, self.input_layouts, self.output_layouts, self.use_local_output, total=n)
-        module._take_bias()
-        return module
+    _dim = 0
 
 
-class RowwiseInt8Parallel(RowwiseParallel):
-    """torch's ``RowwiseParallel``, also for `Int8Linear`: input features are spread over the ranks of a mesh.
+class RowwiseInt8Parallel(_Int8Style, RowwiseParallel):
+    """torch's ``RowwiseParallel``, also for int8 weights: input features are spread over the ranks of a mesh.
 
     Args (as torch's):
         input_layouts: the layout of a plain tensor that comes in; default ``Shard(-1)``, a rank's own features.
         output_layouts: of the output; default ``Replicate()``. ``Shard(1)`` scatters the sum along the sequence.
         use_local_output: whether a plain tensor goes out, or a DTensor.
 
-    An `Int8Linear` becomes, in place, a `RowParallelInt8Linear`; for the rest see `ColwiseInt8Parallel`.
+    Such a layer becomes, in place, a `RowParallelInt8Linear`; for the rest see `ColwiseInt8Parallel`.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not isinstance(module, Int8Linear):
-            return super()._apply(module, device_mesh)
-        _check(module, device_mesh, "RowwiseInt8Parallel")
-        n, k = module.out_features, module.in_features
-        columns = chunk(k, device_mesh)
-        module._hold(part(module.int8_weight, slice(0, n), columns))
-        module.in_features = columns.stop - columns.start
-        module.__class__ = RowParallelInt8Linear
-        assert isinstance(module, RowParallelInt8Linear)
-        module._distribute(device_mesh, self.input_layouts, self.output_layouts, self.use_local_output, total=k)
-        return module
+    _dim = 1
 
 
-def shard_column(
-    layer: Int8Linear,
-    mesh: DeviceMesh | dist.ProcessGroup,
-    *,
-    input_layouts: Placement | None = None,
-    output_layouts: Placement | None = None,
-    use_local_output: bool = True,
-) -> ColumnParallelInt8Linear:
-    """This rank's part of `layer`, which is left as it is; see `ColwiseInt8Parallel`. `mesh` may be a process group."""
-    style = ColwiseInt8Parallel(
-        input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output
-    )
-    sharded = style._apply(_sibling(layer, "shard_column"), _as_mesh(mesh, layer))
-    assert isinstance(sharded, ColumnParallelInt8Linear)
-    return sharded
+def shard_column(layer: Int8Linear, mesh: DeviceMesh | dist.ProcessGroup, **layouts: Any) -> ColumnParallelInt8Linear:
+    """This rank's part of `layer`, which is left as it is. `mesh` may be a process group.
+
+    `layouts` are the arguments of `ColwiseInt8Parallel`.
+    """
+    return _shard(ColwiseInt8Parallel(**layouts), layer, mesh, "shard_column")  # type: ignore[return-value]
 
 
-def shard_row(
-    layer: Int8Linear,
-    mesh: DeviceMesh | dist.ProcessGroup,
-    *,
-    input_layouts: Placement | None = None,
-    output_layouts: Placement | None = None,
-    use_local_output: bool = True,
-) -> RowParallelInt8Linear:
-    """This rank's part of `layer`, which is left as it is; see `RowwiseInt8Parallel`. `mesh` may be a process group."""
-    style = RowwiseInt8Parallel(
-        input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output
-    )
-    sharded = style._apply(_sibling(layer, "shard_row"), _as_mesh(mesh, layer))
-    assert isinstance(sharded, RowParallelInt8Linear)
-    return sharded
+def shard_row(layer: Int8Linear, mesh: DeviceMesh | dist.ProcessGroup, **layouts: Any) -> RowParallelInt8Linear:
+    """This rank's part of `layer`, which is left as it is. `mesh` may be a process group.
+
+    `layouts` are the arguments of `RowwiseInt8Parallel`.
+    """
+    return _shard(RowwiseInt8Parallel(**layouts), layer, mesh, "shard_row")  # type: ignore[return-value]
+
+
+def _shard(style: _Int8Style, layer: Int8Linear, mesh: DeviceMesh | dist.ProcessGroup, function: str) -> nn.Module:
+    if type(layer) is not Int8Linear:
+        raise TypeError(f"{function}: layer: expected an Int8Linear, got {type(layer).__name__}")
+    if not isinstance(mesh, DeviceMesh):
+        mesh = DeviceMesh.from_group(mesh, layer.weight.device.type)
+    sibling = copy.copy(layer)
+    sibling._parameters = dict(layer._parameters)
+    return style._apply(sibling, mesh)
 
 
 # What Transformers calls its styles, and ours: they take nn.Linear and nn.Embedding as well as Int8Linear.
@@ -188,20 +190,8 @@ class _Sharded(Int8Linear):
     output_layouts: tuple[Placement, ...]
     use_local_output: bool
 
-    def _distribute(
-        self,
-        mesh: DeviceMesh,
-        input_layouts: tuple[Placement, ...],
-        output_layouts: tuple[Placement, ...],
-        use_local_output: bool,
-        *,
-        total: int,
-    ) -> None:
-        self.mesh = mesh
-        self.total_features = total
-        self.input_layouts = input_layouts
-        self.output_layouts = output_layouts
-        self.use_local_output = use_local_output
+    def _take_bias(self) -> None:
+        """Leave of a whole bias what this rank adds."""
 
     def _in_one_place(self, input: Tensor, input_layout: type[Placement], output_layout: type[Placement]) -> bool:
         """Whether a plain tensor goes in and out as the product takes and gives it, and nobody asks for gradients.
@@ -275,13 +265,13 @@ class RowParallelInt8Linear(_Sharded):
         input = _arrived(input)
         bias = self.bias
         if self._in_one_place(input, Shard, Replicate):
-            x = self._autocast(input)
+            x = _autocast(input)
             y = self._product(x)
             dist.all_reduce(y, group=self.mesh.get_group())
             if bias is not None:
                 y += bias
             return y.to(x.dtype)
-        x = self._autocast(_arrived(self._incoming(input, Shard(input.dim() - 1), self.total_features).to_local()))
+        x = _autocast(_arrived(self._incoming(input, Shard(input.dim() - 1), self.total_features).to_local()))
         wanted = tuple(_counted(layout, input.dim()) for layout in self.output_layouts)
         parts = DTensor.from_local(self._product(x), self.mesh, (Partial(),), run_check=False)
         total: Tensor = parts.redistribute(placements=wanted)
@@ -292,68 +282,78 @@ class RowParallelInt8Linear(_Sharded):
     def _product(self, x: Tensor) -> Tensor:
         """This rank's part of the sum, float32 ``[..., n]``, without the bias."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            return self._registered(x.to(torch.float32), None)  # whose result has the dtype of x; codes are the same
+            return functional.linear(x.to(torch.float32), self.weight)  # has the dtype of x; codes are the same
         out = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device=x.device)
-        _core.linear(x, self.int8_weight._native, None, self._call_options(), out)
+        _core.linear(x, self.int8_weight._native, None, self.weight.options._native, out)
         return out
 
 
-class OffloadableInt8Linear(Int8Linear):
-    """An `Int8Linear` whose arrays may be anywhere, and others, at each call: `offloadable_`.
+class OffloadableInt8Linear(nn.Linear):
+    """A linear layer whose int8 weight is made at each call of plain tensors, its parts: `offloadable_`.
 
-    Its codes are ``[n, k]`` in CPU memory too, as in its state dict, and are read anew at each call.
+    Attributes:
+        codes, scale, zeropoint, outlier_columns, outlier_weight, options: parameters, see `Int8Tensor.parts`.
+        weight: the Int8Tensor, made anew at each access.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As `Int8Linear`'s."""
-        return self._registered(self._autocast(input), self.bias)
+    _dtype: torch.dtype
 
-    def _settle(self) -> None:
-        """Leave the weight in the order it has."""
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight."""
+        parts = {name: part for name, part in self._parameters.items() if part is not None and name != "bias"}
+        return Int8Tensor.from_parts(parts, self._dtype)
 
 
 def offloadable_(model: nn.Module) -> nn.Module:
-    """Make the `Int8Linear` layers of `model` ready, in place, for accelerate to take their arrays away and back.
+    """Make the int8 layers of `model` ready, in place, for tools that take plain tensors away and back.
 
-    Needed before ``dispatch_model`` with layers on "cpu" (beside a GPU) or "disk", ``cpu_offload`` and
-    ``disk_offload``: these put a state dict's tensors, codes ``[n, k]``, where the layers would have packed ones. Calls
-    that run on the CPU then pack the codes anew. Layers that share a weight go on sharing it. Returns `model`.
+    accelerate's ``dispatch_model`` and ``cpu_offload`` do not need it, for they move weights as they are. Its
+    ``disk_offload``, and ``dispatch_model`` with layers on "disk", do. Calls on the CPU then pack the codes anew.
+    Layers that share a weight go on sharing its parts. Returns `model`.
     """
-    natural: dict[nn.Parameter, nn.Parameter] = {}
+    shared: dict[int, dict[str, nn.Parameter]] = {}
     for layer in model.modules():
         if type(layer) is Int8Linear:
-            layer._settle()
-            if layer.weight not in natural:
-                natural[layer.weight] = nn.Parameter(layer.codes, requires_grad=False)
-            layer.weight = natural[layer.weight]
-            layer.__class__ = OffloadableInt8Linear
+            weight = layer.weight
+            assert isinstance(weight, Int8Tensor)
+            if id(weight) not in shared:
+                parts = weight.parts().items()
+                shared[id(weight)] = {name: nn.Parameter(part, requires_grad=False) for name, part in parts}
+            del layer.weight
+            layer.__class__ = OffloadableInt8Linear  # type: ignore[assignment]
+            layer._dtype = weight.dtype  # type: ignore[assignment]
+            layer._parameters = {**shared[id(weight)], "bias": layer.bias}
     return model
 
 
 # --- parts and layouts ------------------------------------------------------------------------------------------------
 
 
-def part(weight: Int8Weight, rows: slice | Tensor, columns: slice) -> Int8Weight:
+def part(weight: Int8Tensor, rows: slice | Tensor, columns: slice) -> Int8Tensor:
     """Rows (output features; a range or indices) and columns (input features) of a weight, in memory of their own."""
+    whole = weight.int8_weight
 
     def of_rows(per_output: Tensor | None) -> Tensor | None:
         # Of other granularities there is one for all.
-        return per_output[rows].clone() if per_output is not None and weight.granularity == "vector" else per_output
+        return per_output[rows].clone() if per_output is not None and whole.granularity == "vector" else per_output
 
-    outlier_columns, outlier_weight = weight.outlier_columns, weight.outlier_weight
+    start, stop, _ = columns.indices(whole.shape[1])
+    outlier_columns, outlier_weight = whole.outlier_columns, whole.outlier_weight
     if outlier_columns is not None and outlier_weight is not None:
-        here = (outlier_columns >= columns.start) & (outlier_columns < columns.stop)
-        outlier_columns = outlier_columns[here] - columns.start
+        here = (outlier_columns >= start) & (outlier_columns < stop)
+        outlier_columns = outlier_columns[here] - start
         outlier_weight = outlier_weight[rows][:, here]
-    return Int8Weight(
-        weight.codes[rows, columns].clone(memory_format=torch.contiguous_format),
-        of_rows(weight.scale),
-        zeropoint=of_rows(weight.zeropoint),
+    own = Int8Weight(
+        whole.codes[rows, columns].clone(memory_format=torch.contiguous_format),
+        of_rows(whole.scale),
+        zeropoint=of_rows(whole.zeropoint),
         outlier_columns=outlier_columns,
         outlier_weight=outlier_weight,
-        scheme=weight.scheme,
-        granularity=weight.granularity,
+        scheme=whole.scheme,
+        granularity=whole.granularity,
     )
+    return Int8Tensor.from_int8_weight(own, weight.dtype, weight.options)
 
 
 def chunk(size: int, mesh: DeviceMesh) -> slice:
@@ -363,31 +363,24 @@ def chunk(size: int, mesh: DeviceMesh) -> slice:
     return slice(start, min(start + each, size))
 
 
-def _sibling(layer: Int8Linear, function: str) -> Int8Linear:
-    """A new layer with the very weight and bias of `layer`."""
-    if type(layer) is not Int8Linear:
-        raise TypeError(f"{function}: layer: expected an Int8Linear, got {type(layer).__name__}")
-    return Int8Linear._from_weight(
-        layer.int8_weight,
-        layer.bias,
-        training=layer.training,
-        threshold=layer.threshold,
-        outliers=layer.outliers,
-        path=layer.path,
-    )
-
-
-def _as_mesh(mesh: DeviceMesh | dist.ProcessGroup, layer: Int8Linear) -> DeviceMesh:
-    return mesh if isinstance(mesh, DeviceMesh) else DeviceMesh.from_group(mesh, layer.weight.device.type)
-
-
-def _check(layer: Int8Linear, mesh: DeviceMesh, style: str) -> None:
-    if isinstance(layer, _Sharded):
+def _int8_weight(module: nn.Module, mesh: DeviceMesh, style: str) -> Int8Tensor | None:
+    """The weight of a linear layer that octavo is to shard; None of another module."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not isinstance(weight, Int8Tensor):
+        return None
+    if isinstance(module, _Sharded):
         raise ValueError(f"{style}: module: expected a whole Int8Linear, got one that is sharded already")
     if mesh.ndim != 1:
         raise ValueError(f"{style}: device_mesh: expected one dimension, such as mesh['tp'], got {mesh.ndim}")
-    if layer.weight.device.type == "meta":
+    if weight.device.type == "meta":
         raise ValueError(f"{style}: module: expected a layer with memory, got one on the meta device")
+    return weight
+
+
+def _autocast(input: Tensor) -> Tensor:
+    """The input in autocast's dtype where autocast is on."""
+    device = input.device.type
+    return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
 
 
 def _counted(layout: Placement, dim: int) -> Placement:

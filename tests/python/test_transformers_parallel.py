@@ -32,7 +32,7 @@ import transformers
 from octavo import checkpoint
 from octavo.distributed import ColumnParallelInt8Linear, RowParallelInt8Linear
 from octavo.torch import Int8Linear
-from octavo.transformers import Int8Experts, OctavoConfig
+from octavo.transformers import Int8Stack, OctavoConfig
 from ranks import Ranks, pool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -225,7 +225,7 @@ def test_tp_plan_auto_under_torchrun(folders: Any, tmp_path: Path, size: int) ->
     program.write_text(
         textwrap.dedent("""\
         import os, sys, torch
-        from octavo.transformers import OctavoConfig
+        from octavo.transformers import Int8Stack, OctavoConfig
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(1)
@@ -258,5 +258,5 @@ def test_experts_of_one_process_are_as_they_were(folders: Any) -> None:
     """Nothing is sharded, and nothing of the plan is left behind, where nobody asked for it."""
     model = _load(folders("MixtralForCausalLM"), options={})
     assert "_resolve_parallel_plans" not in vars(model)
-    assert any(isinstance(module, Int8Experts) for module in model.modules())
+    assert any(isinstance(module, Int8Stack) for module in model.modules())
     assert not any(isinstance(module, ColumnParallelInt8Linear) for module in model.modules())

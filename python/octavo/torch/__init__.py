@@ -6,6 +6,7 @@
 The operation is ``torch.ops.octavo.linear``, to be compiled, exported and differentiated.
 """
 
+import octavo.torch.sharding  # noqa: F401 - makes Int8Tensor known to FSDP2
 from octavo.torch.convert import calibrate_, quantize_, systematic_columns
 from octavo.torch.layer import Int8Linear
 from octavo.torch.smoothing import smooth_

@@ -56,6 +56,8 @@ class Arrays:
     shape: tuple[int, int]
     options: Options
     is_part: bool = False  # a copy of some rows: whoever writes to it means the whole weight
+    is_new: bool = False  # zeros to be filled by rows: a copy of some of these writes to the whole, too
+    whole: tuple[Arrays, slice] | None = None  # of such rows
     _int8_weight: Int8Weight | None = None  # made when it is first needed
 
     @classmethod
@@ -65,9 +67,9 @@ class Arrays:
         return cls.named([codes, *(getattr(weight, name) for name in NAMES[1:])], weight.shape, options)
 
     @classmethod
-    def named(cls, arrays: Iterable[Any], shape: tuple[int, int], options: Options, *, is_part: bool = False) -> Arrays:
+    def named(cls, arrays: Iterable[Any], shape: tuple[int, int], options: Options, **more: Any) -> Arrays:
         """Of arrays in the order of `NAMES`."""
-        return cls(**dict(zip(NAMES, arrays, strict=True)), shape=shape, options=options, is_part=is_part)
+        return cls(**dict(zip(NAMES, arrays, strict=True)), shape=shape, options=options, **more)
 
     @property
     def int8_weight(self) -> Int8Weight:
@@ -107,7 +109,10 @@ class Arrays:
             array if array is None or array.shape[0] != n else array[part].clone() for array in self.tensors()
         ]
         others[4] = self.outlier_columns
-        return Arrays.named([pack(codes), *others[1:]], (codes.shape[0], k), self.options, is_part=True)
+        arrays = [pack(codes), *others[1:]]
+        shape = (codes.shape[0], k)
+        whole = (self, part) if self.is_new else None
+        return Arrays.named(arrays, shape, self.options, is_part=not self.is_new, whole=whole)
 
     @staticmethod
     def together(parts: list[Arrays]) -> Arrays | None:
@@ -139,6 +144,19 @@ class Arrays:
             else:
                 setattr(self, name, None if new is None else new.clone())
         self.options = other.options
+        self._int8_weight = None
+        if self.whole is not None:
+            whole, rows = self.whole
+            whole._put(rows, other)
+
+    def _put(self, rows: slice, other: Arrays) -> None:
+        """Become `other` in some output features."""
+        codes = unpack(self.codes, *self.shape).clone()
+        codes[rows] = unpack(other.codes, *other.shape)
+        self.codes.copy_(pack(codes))
+        for own, new in zip(self.tensors()[1:], other.tensors()[1:], strict=True):
+            if own is not None and own is not self.outlier_columns:
+                own[rows if own.shape[0] == self.shape[0] else slice(None)] = new
         self._int8_weight = None
 
     def check_writable(self) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Not layers that lose little, but layers that others read: the output head's logits are compared with each other, a
-# router's decide which expert runs.
-HEADS = ("lm_head", "*.lm_head")
+# Not layers that lose little, but layers that others read: the logits of an output head or a classifier are compared
+# with each other, a router's decide which expert runs.
+HEADS = tuple(form for head in ("lm_head", "classifier", "score", "qa_outputs") for form in (head, f"*.{head}"))
 ROUTERS = ("gate", "*.gate", "router", "*.router", "*.router.*", "*.shared_expert_gate")
 
 

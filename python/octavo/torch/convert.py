@@ -16,6 +16,8 @@ from octavo.torch.operation import FLOAT_DTYPES
 from octavo.torch.tensor import Int8Tensor
 
 MIN_FRACTION = 0.06  # of positions, from which on the paper calls an outlier column systematic (section 4)
+# Models of these packages have stacked experts, and save themselves.
+_HUB = ("transformers.", "diffusers.")
 
 
 def quantize_(
@@ -64,6 +66,10 @@ def quantize_(
         convert_(first, chosen)
         for layer in others:
             hold(layer, first.weight)
+    if any(kind.__module__.startswith(_HUB) for module in model.modules() for kind in type(module).__mro__):
+        from octavo.transformers.model import finish_
+
+        finish_(model, chosen, skip)
     return model
 
 

@@ -12,10 +12,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from octavo import _core
-from octavo._types import Outliers, ProductPath
 from octavo.checkpoint import format as names
 from octavo.options import Options, options_of
-from octavo.torch import operation
 from octavo.torch.tensor import Int8Tensor
 from octavo.weight import Int8Weight
 
@@ -149,40 +147,6 @@ class Int8Linear(nn.Linear):
             f"{super().extra_repr()}, scheme={options.scheme!r}, granularity={options.granularity!r}, "
             f"threshold={options.threshold:g}, outliers={options.outliers!r}, path={options.path!r}{kept}"
         )
-
-    # --- for octavo.distributed and octavo.transformers, as they are today --------------------------------------------
-
-    @classmethod
-    def _from_weight(
-        cls, weight: Int8Weight, bias: Any, *, training: bool, threshold: float, outliers: Outliers, path: ProductPath
-    ) -> Int8Linear:
-        layer = cls.__new__(cls)
-        options = Options(
-            scheme=weight.scheme, granularity=weight.granularity, threshold=threshold, outliers=outliers, path=path
-        )
-        dtype = torch.float32 if bias is None else bias.dtype
-        layer._become(Int8Tensor.from_int8_weight(weight, dtype, options), bias)
-        return layer.train(training)
-
-    def _hold(self, weight: Int8Weight) -> None:
-        made = Int8Tensor.from_int8_weight(weight, self.weight.dtype, self.weight.options)
-        self.weight = nn.Parameter(made, requires_grad=False)
-
-    def _complete(self) -> None:
-        pass
-
-    def _settle(self) -> None:
-        pass
-
-    def _call_options(self) -> _core.Options:
-        return self.weight.options._native  # type: ignore[no-any-return]
-
-    def _autocast(self, input: Tensor) -> Tensor:
-        device = input.device.type
-        return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
-
-    def _registered(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        return operation.linear(input, self.weight._arrays, bias)
 
 
 def _is_plain(input: Any, bias: Any) -> bool:

@@ -49,7 +49,7 @@ class Int8Tensor(torch.Tensor):
         cls, arrays: Arrays | Int8Tensor, dtype: torch.dtype | None = None, transposed: bool = False, **_: Any
     ) -> Int8Tensor:
         if isinstance(arrays, Int8Tensor):  # as tools call the class of a parameter: with another one
-            return _alias(arrays)
+            return torch.nn.Parameter(arrays, requires_grad=False)  # type: ignore[return-value]
         assert dtype is not None
         shape = arrays.shape[::-1] if transposed else arrays.shape
         with torch.inference_mode(False):  # a view of a weight that is no inference tensor is none either
@@ -148,6 +148,10 @@ class Int8Tensor(torch.Tensor):
         options = arrays.options.to_dict()
         return _rebuild, (arrays.tensors(), arrays.shape, options, self.dtype, self._transposed, is_parameter)
 
+    def data_ptr(self) -> int:
+        """Of the codes: what accelerate knows weights that are tied by."""
+        return self._arrays.codes.data_ptr()
+
     def share_memory_(self) -> Int8Tensor:
         """Move the arrays to memory that other processes can read."""
         for array in self._arrays.tensors():
@@ -210,6 +214,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """``input @ weight.T + bias``."""
     if not isinstance(weight, Int8Tensor) or isinstance(input, Int8Tensor) or isinstance(bias, Int8Tensor):
         return functional.linear(*map(_plain, (input, weight, bias)))
+    if input.device != weight.device:
+        raise ValueError(f"Int8Tensor: expected x on the device of the weight, {weight.device}, got {input.device}")
     if not weight._transposed:
         return operation.linear(input, weight._arrays, bias)
     y = operation.float_product(input, weight._arrays, transpose=False)
@@ -257,14 +263,27 @@ def _to_copy(x: Int8Tensor, *, dtype: Any = None, device: Any = None, non_blocki
     return Int8Tensor(arrays, dtype, x._transposed)
 
 
-def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False, columns: Tensor | None = None) -> Tensor:
     if not isinstance(target, Int8Tensor):
         return target.copy_(_plain(source))
     if not isinstance(source, Int8Tensor) or source._transposed != target._transposed:
         values = _plain(source).to(target.device, target.dtype).expand(target.shape)
-        source = Int8Tensor.from_float(values.t() if target._transposed else values, target.options)
+        source = Int8Tensor.from_float(values.t() if target._transposed else values, target.options, columns)
     target._arrays.take(source._arrays)
     return target
+
+
+def _change(target: Tensor, values: Tensor) -> None:
+    """Take over values that were computed from the weight, such as a merged adapter's, and say what that costs."""
+    if not isinstance(target, Int8Tensor) or isinstance(values, Int8Tensor):
+        _copy(target, values)
+        return
+    _copy(target, values, columns=target._arrays.outlier_columns)  # what was kept in 16 bit is kept of these, too
+    error = (target.dequantize(torch.float32) - values).norm() / values.norm().clamp_min(1e-30)
+    warnings.warn(
+        f"octavo: an int8 weight was changed and quantized anew: its relative error is now about {error.item():.1g}",
+        stacklevel=4,
+    )
 
 
 def _scale(in_place: Callable[..., Any], is_copy: bool) -> Callable[..., Any]:
@@ -353,7 +372,10 @@ def _set_item(x: Tensor, key: Any, value: Any) -> None:
 
 
 def _set_data(x: Tensor, value: Tensor) -> None:
-    _copy(x, value)
+    if isinstance(x, Int8Tensor) and isinstance(value, Int8Tensor) and x._arrays is value._arrays:
+        return  # x.data += y has changed it already
+    with torch.no_grad():
+        _change(x, value)
 
 
 def _set_requires_grad(x: Tensor, value: bool = True) -> Tensor:
@@ -422,6 +444,6 @@ def _dequantized(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     positional = [plain(argument, value) for argument, value in zip(declared.values(), args, strict=False)]
     result = func(*positional, **{name: plain(declared[name], value) for name, value in kwargs.items()})
     for tensor, values in written:
-        _copy(tensor, values)
+        _change(tensor, values)
         result = tensor if result is values else result
     return result

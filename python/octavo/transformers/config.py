@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from enum import Enum
 from typing import Any
 
-from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config
+import octavo_autoload
+from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from octavo._types import Granularity, Outliers, Path, Scheme
-from octavo.checkpoint.format import FORMAT_VERSION, HEAD, Options
-
-METHOD = "octavo"
+from octavo.checkpoint.format import HEAD, READABLE_VERSIONS, VERSION
+from octavo.options import Options
 
 
-@register_quantization_config(METHOD)
+class Method(str, Enum):
+    """What Transformers and diffusers call a way to quantize."""
+
+    OCTAVO = "octavo"
+
+
+METHOD = Method.OCTAVO
+# Fixed when a weight is quantized; the other options may change whenever a model is loaded.
+OF_THE_WEIGHT = ("scheme", "granularity")
+
+
+@auto.register_quantization_config(METHOD)
 class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How `from_pretrained` is to convert a model.
+    """How `from_pretrained` is to convert a model, or how a model that is int8 already is to compute.
 
     Args:
-        scheme, granularity: see `octavo.quantize_weight`.
-        threshold, outliers, path: see `octavo.linear`. "static" needs calibrated columns, so it cannot be asked for
-            here: use ``octavo quantize --calibrate``, or `octavo.torch.calibrate_` and `octavo.torch.quantize_`.
+        options: those of `octavo.Options`, each by its name, and each an attribute: ``OctavoConfig(outliers="rows")``.
+            "static" outliers need calibrated columns, so a 16-bit model cannot be converted with them: use ``octavo
+            quantize --calibrate``, or `octavo.torch.calibrate_` and `octavo.torch.quantize_`.
         modules_to_not_convert: layers to leave as they are: qualified names or patterns as in a shell, each also for
             all that is below it and as the last parts of a name ("lm_head", "model.layers.0", "*.mlp.*"). None: the
-            output head, the last module, routers. Tied weights are left in any case.
-        format_version: of the checkpoint; only the present one is known.
+            output head and the routers of mixtures of experts. See `octavo.torch.choice.choose_layers`.
+        format_version: of the checkpoint.
         quant_method: "octavo", or None, as config.json has it: without a method Transformers refuses to load the model
-            where octavo.transformers has not been imported.
+            where octavo is not installed.
         octavo: what config.json says to whoever reads it; ignored.
 
-    Of a model that is int8 already these are what it was made with; what counts is what each layer's file says.
+    Of a model that is int8 already, the options that are given here are followed; the others are those of its file,
+    layer by layer. Its scheme and granularity are fixed: others are refused.
 
     Raises ValueError or TypeError for values that octavo does not have.
     """
@@ -39,47 +51,49 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         *,
-        scheme: Scheme = "absmax",
-        granularity: Granularity = "vector",
-        threshold: float = 6.0,
-        outliers: Outliers = "columns",
-        path: Path = "auto",
         modules_to_not_convert: Sequence[str] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = VERSION,
         quant_method: str | None = METHOD,
         octavo: str | None = None,
+        **options: Any,
     ) -> None:
         if quant_method not in (METHOD, None):
-            raise ValueError(f"OctavoConfig: quant_method: expected {METHOD!r}, got {quant_method!r}")
-        if format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"OctavoConfig: format_version: expected {FORMAT_VERSION}, got {format_version}: update octavo"
-            )
+            raise ValueError(f"OctavoConfig: quant_method: expected 'octavo', got {quant_method!r}")
+        if format_version not in READABLE_VERSIONS:
+            raise ValueError(f"OctavoConfig: format_version: expected 1 or 2, got {format_version!r}: update octavo")
         if isinstance(modules_to_not_convert, str):
             raise TypeError("OctavoConfig: modules_to_not_convert: expected a sequence of names, got a string")
         self.quant_method = METHOD
-        self.format_version = FORMAT_VERSION
-        options = Options(scheme, granularity, float(threshold), outliers, path)  # refuses wrong values
-        for name, value in asdict(options).items():
-            setattr(self, name, value)
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.set_options(Options.from_dict(options, "OctavoConfig"))
+        self.given = {name: getattr(self, name) for name in options}
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **more: Any) -> Any:
+        """The config of a config.json, where nothing is the caller's wish."""
+        config = super().from_dict(config_dict, **more)
+        (config[0] if isinstance(config, tuple) else config).given = {}
+        return config
 
     def options(self) -> Options:
         """The options of a layer."""
-        return Options(self.scheme, self.granularity, self.threshold, self.outliers, self.path)
+        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
+
+    def set_options(self, options: Options) -> None:
+        """Take over the options of a layer."""
+        for field in fields(Options):
+            setattr(self, field.name, getattr(options, field.name))
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of a caller's config counts when a model is loaded that is int8 already: what he gave."""
+        return {**self.given, "given": self.given}
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json carries."""
-        return {**super().to_dict(), **HEAD}
+        left = self.modules_to_not_convert
+        return {**HEAD, "format_version": VERSION, **self.options().to_dict(), "modules_to_not_convert": left}
 
 
-def _supports(quantization_config: dict[str, Any]) -> bool:
-    """`AutoHfQuantizer.supports_quant_method`, which says of int8 models without a method whose they are."""
-    if quantization_config.get("quant_method") is None and "octavo" in quantization_config:
-        quantization_config["quant_method"] = METHOD
-    supported: bool = _supports_quant_method(quantization_config)
-    return supported
-
-
-_supports_quant_method = AutoHfQuantizer.supports_quant_method
-AutoHfQuantizer.supports_quant_method = staticmethod(_supports)
+# Transformers asks only configs of these classes what the caller gave.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (OctavoConfig,)
+octavo_autoload.watch(auto)  # where PyTorch has not done so

@@ -1,97 +1,109 @@
-"""`Int8Experts`: the experts of a mixture, which Transformers keeps stacked in one parameter, as int8 layers."""
+"""`Int8Stack`: the weights of all experts of a mixture, which Transformers keeps stacked in one parameter, in int8."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from octavo.torch import Int8Linear
-
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether `module` holds stacked expert weights: one with Transformers' ``use_experts_implementation``."""
-    return hasattr(module, "is_concatenated") and hasattr(module, "_apply_gate")
-
-
-def is_convertible(module: nn.Module) -> bool:
-    """Whether `Int8Experts` does what `module` does: weights ``[experts, out, in]`` or transposed, no inner norms."""
-    if not is_experts(module) or any(getattr(module, name, True) for name in ("has_post_expert_norm", _ELSEWHERE)):
-        return False
-    projections = {"gate_up_proj" if getattr(module, "has_gate", False) else "up_proj", "down_proj"}
-    biases = {f"{projection}_bias" for projection in projections if getattr(module, "has_bias", False)}
-    return {name for name, _ in module.named_parameters(recurse=False)} == projections | biases
-
+from octavo.torch import Int8Tensor
 
 _ELSEWHERE = "_is_expert_parallel"  # some of the experts are in other processes
 
 
-class Int8Experts(nn.Module):
-    """Stands where a model had a module of stacked experts, with its attributes; each expert's weights are Int8Linear.
+class Int8Stack(nn.Module):
+    """Stands where a module of experts had a parameter ``[experts, n, k]``; to be indexed, like it, by an expert.
 
-    ``y = sum over the experts e of a token of w_e * down_e(gate(up_e(x)))``: Transformers' "eager" implementation, one
-    expert after the other, whatever ``experts_implementation`` says.
+    Args:
+        weights: an Int8Tensor for each expert, ``[n, k]``; a transposed one where the model keeps ``[k, n]``.
 
-    Attributes:
-        gate_up_proj (or up_proj), down_proj: until their weights arrive the parameters ``[experts, out, in]`` (where
-            `is_transposed`, ``[experts, in, out]``) of `experts`, then a ModuleList with an `octavo.torch.Int8Linear`
-            ``[out, in]`` for each expert.
-        gate_up_proj_bias, down_proj_bias: parameters ``[experts, out]``, in 16 bit, where the model has biases.
+    Its parameters are "0", "1", ...: so a state dict of the model has ``experts.gate_up_proj.0``.
     """
 
-    num_experts: int
-    has_gate: bool
-    has_bias: bool
-    is_transposed: bool
-    act_fn: Any
+    _is_hf_initialized = True
 
-    def __init__(self, experts: Any) -> None:
+    def __init__(self, weights: Iterable[Int8Tensor]) -> None:
         super().__init__()
-        for name, value in vars(experts).items():
-            if name not in vars(self):
-                setattr(self, name, value)
-        for name, child in experts.named_children():
-            self.add_module(name, child)
-        for name, parameter in experts.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        # Models that gate in a way of their own define it in their class.
-        self._gate = type(experts)._apply_gate
-        self.train(experts.training)
+        for index, weight in enumerate(weights):
+            self.register_parameter(str(index), nn.Parameter(weight, requires_grad=False))
 
-    def hold(self, projection: str, layers: list[Int8Linear]) -> None:
-        """Replace the parameter of that name by the int8 layers of the experts."""
-        delattr(self, projection)
-        self.add_module(projection, nn.ModuleList(layers))
+    def __len__(self) -> int:
+        return len(self._parameters)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``[m, k]``, the experts of each token ``[m, e]`` and their weights ``[m, e]`` -> ``[m, k]``."""
-        result = torch.zeros_like(hidden_states)
-        with torch.no_grad():
-            # An index of num_experts says: an expert of another process.
-            mask = functional.one_hot(top_k_index, num_classes=self.num_experts + 1).permute(2, 1, 0)
-            needed = mask[: self.num_experts].sum(dim=(-1, -2)).nonzero().flatten().tolist()
-        for expert in needed:
-            position, token = torch.where(mask[expert])
-            hidden = self._up(expert, hidden_states[token])
-            hidden = self._project("down_proj", expert, hidden) * top_k_weights[token, position, None]
-            result.index_add_(0, token, hidden.to(result.dtype))
-        return result
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.parameters()
 
-    def _up(self, expert: int, hidden: Tensor) -> Tensor:
-        if self.has_gate:
-            gated: Tensor = self._gate(self, self._project("gate_up_proj", expert, hidden))
-            return gated
-        activated: Tensor = self.act_fn(self._project("up_proj", expert, hidden))
-        return activated
+    def __getitem__(self, expert: int | Tensor) -> Tensor:
+        name = str(int(expert))
+        weight = self._parameters[name]
+        assert weight is not None
+        hook: Any = self.__dict__.get("_hf_hook")  # accelerate's, where it has taken the weights away
+        if hook is not None and weight.device.type == "meta":
+            return hook.weights_map[name].to(hook.execution_device)  # type: ignore[no-any-return]
+        return weight
 
-    def _project(self, projection: str, expert: int, hidden: Tensor) -> Tensor:
-        weights: Any = getattr(self, projection)
-        if isinstance(weights, nn.ModuleList):
-            projected: Tensor = weights[expert](hidden)
-        else:  # left in 16 bit
-            projected = functional.linear(hidden, weights[expert].T if self.is_transposed else weights[expert])
-        return projected + getattr(self, f"{projection}_bias")[expert] if self.has_bias else projected
+    @property
+    def shape(self) -> torch.Size:
+        """Of the parameter in whose place this is."""
+        return torch.Size((len(self), *self[0].shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameter in whose place this is."""
+        return self[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self[0].device
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter in whose place this is."""
+        return torch.stack([weight.dequantize(dtype) for weight in self])  # type: ignore[call-arg]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.bmm and isinstance(args[1], cls) and not kwargs:
+            return torch.stack([x @ weight for x, weight in zip(*args, strict=True)])
+        raise TypeError(
+            f"{getattr(func, '__name__', func)}: expected one expert's weight, got the int8 weights of {len(args)} "
+            "arguments' experts: leave this module in 16 bit with modules_to_not_convert"
+        )
+
+
+def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The parameters of `model` that stack experts: qualified name, module, name in the module. Also `Int8Stack`."""
+    for name, module in model.named_modules():
+        own: dict[str, Any] = {**dict(module.named_parameters(recurse=False)), **dict(module.named_children())}
+        for leaf, weight in own.items():
+            is_stack = isinstance(weight, Int8Stack)
+            if is_stack or (
+                isinstance(weight, Tensor) and weight.dim() == 3 and "expert" in f"{name}.{type(module)}".lower()
+            ):
+                yield f"{name}.{leaf}" if name else leaf, module, leaf
+
+
+def is_convertible(module: nn.Module) -> bool:
+    """Whether the forward of `module` takes the weight of one expert after the other, or all in ``torch.bmm``."""
+    known = hasattr(module, "is_concatenated") and not getattr(module, _ELSEWHERE, False)
+    return known or type(module).__name__ in ("JetMoeParallelExperts", "Llama4TextExperts")
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight of an expert is ``[k, n]``."""
+    return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+
+
+def put(module: nn.Module, name: str, weights: Iterable[Int8Tensor]) -> None:
+    """Replace a parameter of experts by the int8 weights ``[n, k]`` of each."""
+    stack = Int8Stack(weight.t() if is_transposed(module) else weight for weight in weights)  # type: ignore[misc]
+    delattr(module, name)
+    module.add_module(name, stack)
+    if hasattr(module, "config"):
+        # The other implementations of Transformers read all experts at once.
+        config: Any = copy.deepcopy(module.config)
+        config._experts_implementation = "eager"
+        module.config = config

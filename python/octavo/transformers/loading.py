@@ -1,51 +1,49 @@
 """What happens to a weight between the file and the model: the operations that Transformers' loader calls.
 
-Both kinds put finished int8 layers into the model themselves and return only what the loader is still to set. One
-tensor, or the tensors of one layer, are in memory at a time.
+They give the loader an `octavo.torch.Int8Tensor` for each weight that is int8, which it puts where the model has the
+16-bit one; only stacked experts are put there here. One tensor, or the tensors of one layer, are in memory at a time.
 """
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist
-from transformers.pytorch_utils import Conv1D
-
-import octavo
-from octavo.checkpoint import format as names
-from octavo.checkpoint.format import Options, options_of
-from octavo.torch import Int8Linear
-from octavo.transformers.experts import Int8Experts
-from octavo.weight import Int8Weight
-
-# The tensors of an int8 layer in a checkpoint, the weight first.
-PARTS = (
-    names.WEIGHT,
-    names.SCALE,
-    names.ZEROPOINT,
-    names.OUTLIER_COLUMNS,
-    names.OUTLIER_WEIGHT,
-    names.EXTRA_STATE,
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    apply_renamings,
 )
 
+from octavo.checkpoint import format as names
+from octavo.options import Options
+from octavo.torch import Int8Tensor
+from octavo.torch.choice import is_conv1d
+from octavo.transformers import experts
+from octavo.transformers.config import OF_THE_WEIGHT
 
-# What is done to a new layer, given the qualified name of its weight, before it takes its place in the model.
-Finish = Callable[[str, Int8Linear], None]
+# What is done to a new weight, given its qualified name, before it takes its place in the model.
+Finish = Callable[[str, Int8Tensor], Int8Tensor]
 
 
 class Quantize(ConversionOps):  # type: ignore[misc]
-    """16-bit weights become int8 layers in the model.
+    """16-bit weights become int8.
 
     Args:
-        options: of the layers.
-        chosen: whether a parameter (model, qualified name) is to be converted; others pass through.
+        options: of the weights.
+        chosen: whether a parameter, by qualified name, is to be converted; others pass through.
         finish: see `Finish`.
     """
 
-    def __init__(self, options: Options, chosen: Callable[[nn.Module, str], bool], finish: Finish) -> None:
+    def __init__(self, options: Options, chosen: Callable[[str], bool], finish: Finish) -> None:
         self._options = options
         self._chosen = chosen
         self._finish = finish
@@ -53,98 +51,129 @@ class Quantize(ConversionOps):  # type: ignore[misc]
     def convert(
         self, input_dict: dict[str, Any], *, model: nn.Module, missing_keys: set[str], **more: Any
     ) -> dict[str, Any]:
-        """Take the tensors of `input_dict`, by qualified parameter name, into `model`."""
-        others = {}
+        """Quantize the tensors of `input_dict`, by qualified parameter name."""
+        result = {}
         for name, tensors in input_dict.items():
-            if not self._chosen(model, name):
-                others[name] = tensors
-                continue
             tensor: Tensor = tensors[0] if isinstance(tensors, list) else tensors
-            module_name = name.rpartition(".")[0]
-            module = model.get_submodule(module_name)
-            if isinstance(module, Int8Experts):
-                weights = (weight.T if module.is_transposed else weight for weight in tensor)
-                hold_experts(module, name, ((self._quantize(each), self._options) for each in weights), self._finish)
+            if not self._chosen(name):
+                result[name] = tensor
+            elif tensor.dim() == 3:
+                module = model.get_submodule(name.rpartition(".")[0])
+                each = (weight.mT if experts.is_transposed(module) else weight for weight in tensor)
+                _stack(model, name, (self._quantize(name, weight) for weight in each), missing_keys)
             else:
-                # Conv1D keeps [in, out].
-                weight = self._quantize(tensor.T if isinstance(module, Conv1D) else tensor)
-                replace_layer(model, module_name, weight, self._options, self._finish)
-            missing_keys.discard(name)
-        return others
+                is_transposed = is_conv1d(model.get_submodule(name.rpartition(".")[0]))
+                result[name] = parameter(self._quantize(name, tensor.t() if is_transposed else tensor), is_transposed)
+        return result
 
-    def _quantize(self, weight: Tensor) -> Int8Weight:
-        return octavo.quantize_weight(weight, scheme=self._options.scheme, granularity=self._options.granularity)
+    def _quantize(self, name: str, weight: Tensor) -> Int8Tensor:
+        return self._finish(name, Int8Tensor.from_float(weight, self._options))
 
 
-class _Deserialize(ConversionOps):  # type: ignore[misc]
-    """What int8 tensors of a checkpoint go through. The loader makes a copy for each layer."""
-
-    def __init__(self, finish: Finish) -> None:
-        self._finish = finish
-        # The dtype of the layer where it turns out not to be int8: `OctavoQuantizer.get_new_dtype` puts it here.
-        self.dtype: torch.dtype | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Deserialize:
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        return copy
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+def parameter(weight: Int8Tensor, is_transposed: bool = False) -> nn.Parameter:
+    """The weight ``[n, k]`` as a parameter; of a Conv1D as ``[k, n]``."""
+    return nn.Parameter(weight.t() if is_transposed else weight, requires_grad=False)
 
 
-class DeserializeLayer(_Deserialize):
-    """The tensors of one layer, `PARTS`, become an Int8Linear in the model; those of other modules pass through."""
-
-    def convert(
-        self,
-        input_dict: dict[str, Any],
-        *,
-        source_patterns: list[str],
-        full_layer_name: str,
-        model: nn.Module,
-        missing_keys: set[str],
-        **more: Any,
-    ) -> dict[str, Any]:
-        """Take the tensors of `input_dict`, by the pattern of their part, into `model`."""
-        layer = full_layer_name.removesuffix(f".{names.WEIGHT}")
-        part_of = dict(zip(source_patterns, PARTS, strict=True))
-        parts: dict[str, Tensor] = {part_of[pattern]: tensors[0] for pattern, tensors in input_dict.items()}
-        if not _is_int8(parts):
-            return {f"{layer}.{part}": self._cast(tensor) for part, tensor in parts.items()}
-        weight, options = _assemble([parts], layer)
-        replace_layer(model, layer, weight, options, self._finish)
-        missing_keys.discard(full_layer_name)
-        return {}
+def _stack(model: nn.Module, name: str, weights: Iterable[Int8Tensor], missing_keys: set[str]) -> dict[str, Any]:
+    """Put the weights of experts into the model; there is nothing left for the loader to set."""
+    module, _, leaf = name.rpartition(".")
+    experts.put(model.get_submodule(module), leaf, weights)
+    missing_keys.discard(name)
+    return {}
 
 
-class DeserializeExperts(_Deserialize):
-    """The layers of all experts become those of an Int8Experts.
+# --- what is int8 already ---------------------------------------------------------------------------------------------
 
-    A model's own file may have an expert's gate and up weights apart: they are put one above the other.
+
+def stored_parts(files: Sequence[str], renamings: Sequence[Any]) -> dict[str, tuple[str, str]]:
+    """The tensors of int8 weights in a checkpoint: name -> the weight's name and the part's.
 
     Args:
-        sources: the patterns of the weights that make one, in the order of their rows.
-        operations: what the loader would do with 16-bit weights.
-        finish: see `Finish`.
+        files: of the checkpoint.
+        renamings: what the loader does to names beforehand; the result has the new ones.
+    """
+    keys: set[str] = set()
+    for file in files:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                keys |= set(opened.keys())
+        else:
+            keys |= torch.load(file, map_location="meta", weights_only=True).keys()
+    parts: dict[str, tuple[str, str]] = {}
+    for key in keys:
+        layer, _, last = key.rpartition(".")
+        if last == names.CODES:
+            parts |= {f"{layer}.{part}": (layer, part) for part in names.PARTS if f"{layer}.{part}" in keys}
+        elif names.PARTS_OF_VERSION_1.get(last) == names.OPTIONS and f"{layer}.weight" in keys:
+            version_1 = names.PARTS_OF_VERSION_1.items()
+            parts |= {
+                f"{layer}.{old}": (f"{layer}.weight", part) for old, part in version_1 if f"{layer}.{old}" in keys
+            }
+    renamings = copy.deepcopy(list(renamings))  # some remember what they have seen
+    return {
+        apply_renamings(key, renamings): (apply_renamings(weight, renamings), part)
+        for key, (weight, part) in sorted(parts.items())
+    }
+
+
+# The weight of a stored name, and which of the sources it is that make this weight; None where it is none of them.
+Target = Callable[[str], "tuple[str, int] | None"]
+
+
+class Deserializer(WeightConverter):  # type: ignore[misc]
+    """Collects the parts of int8 weights by their exact names, for `Deserialize`.
+
+    Args:
+        label: of this converter, in the patterns by which the loader knows what it has collected.
+        parts: see `stored_parts`.
+        target: see `Target`.
+        sources: how many weights are put together.
+        operation: what the parts go through.
     """
 
-    def __init__(self, sources: Sequence[str], operations: Sequence[Any], finish: Finish) -> None:
-        super().__init__(finish)
-        self._sources = list(sources)
-        self._operations = list(operations)
+    __slots__ = ("_arguments",)
 
-    @staticmethod
-    def can_stack(operations: Sequence[Any]) -> bool:
-        """Whether `operations` stack experts and put their rows one above the other, and do nothing else."""
-        if not operations or type(operations[0]) is not MergeModulelist or operations[0].dim != 0:
-            return False
-        return all(type(operation) is Concatenate and operation.dim == 1 for operation in operations[1:])
+    def __init__(
+        self, label: str, parts: Mapping[str, tuple[str, str]], target: Target, sources: int, operation: Deserialize
+    ) -> None:
+        self._arguments = (label, parts, target, sources)
+        patterns = [f"{label}_{source}_{part}" for source in range(sources) for part in names.PARTS]
+        super().__init__(patterns, label, [operation])
 
-    @staticmethod
-    def patterns(sources: Sequence[str]) -> list[str]:
-        """The patterns of all parts of the weights `sources`."""
-        return [source.removesuffix(names.WEIGHT) + part for part in PARTS for source in sources]
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deserializer:
+        return Deserializer(*self._arguments, copy.copy(self.operations[0]))  # the loader makes one for each weight
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The name of the weight of a part, and the pattern that stands for the part."""
+        _, parts, target, _ = self._arguments
+        weight, part = parts.get(source_key, (None, ""))
+        found = None if weight is None else target(weight)
+        if found is None:
+            return source_key, None
+        self._was_used = True  # type: ignore[misc]
+        name, source = found
+        return name, self.source_patterns[source * len(names.PARTS) + names.PARTS.index(part)]
+
+
+class Deserialize(ConversionOps):  # type: ignore[misc]
+    """The parts of int8 weights become the weight of a layer, or those of all experts.
+
+    Args:
+        given: options that the caller asked for.
+        finish: see `Finish`.
+        converter: of the model's own, that would take 16-bit weights of these names.
+
+    Attributes:
+        dtype: of the weight, which the loader says.
+    """
+
+    def __init__(self, given: Mapping[str, Any], finish: Finish, converter: WeightConverter | None = None) -> None:
+        self._given = given
+        self._finish = finish
+        self._operations: list[Any] = [] if converter is None else converter.operations
+        self._sources: list[str] = [] if converter is None else converter.source_patterns
+        self.dtype: torch.dtype | None = None
 
     def convert(
         self,
@@ -156,132 +185,71 @@ class DeserializeExperts(_Deserialize):
         missing_keys: set[str],
         **more: Any,
     ) -> dict[str, Any]:
-        """Take the tensors of `input_dict`, lists by pattern, into `model`."""
-        by_pattern = dict(zip(self.patterns(self._sources), source_patterns, strict=True))
-        given = {
-            (source, part): input_dict[by_pattern[source.removesuffix(names.WEIGHT) + part]]
-            for source in self._sources
-            for part in PARTS
-            if by_pattern[source.removesuffix(names.WEIGHT) + part] in input_dict
-        }
-        counts = {len(tensors) for tensors in given.values()}
-        if len(counts) != 1:
-            raise ValueError(
-                f"{full_layer_name}: expected the same tensors of every expert, got {sorted(counts)} of them"
-            )
-        experts = [
-            [
-                {part: given[source, part][index] for part in PARTS if (source, part) in given}
-                for source in self._sources
-            ]
-            for index in range(counts.pop())
-        ]
-        if not any(_is_int8(parts) for expert in experts for parts in expert):
-            return self._merge(
-                input_dict,
-                source_patterns=source_patterns,
-                full_layer_name=full_layer_name,
-                model=model,
-                missing_keys=missing_keys,
-                **more,
-            )
-        experts_module = model.get_submodule(full_layer_name.rpartition(".")[0])
-        if not isinstance(experts_module, Int8Experts):
-            raise TypeError(f"{full_layer_name}: expected experts that octavo can convert, got {type(experts_module)}")
-        input_dict.clear()
-        given.clear()
-
-        def assembled() -> Iterator[tuple[Int8Weight, Options]]:
-            for index in range(len(experts)):
-                yield _assemble(experts[index], f"{full_layer_name}.{index}")
-                experts[index] = []  # let go of what is packed now
-
-        hold_experts(experts_module, full_layer_name, assembled(), self._finish)
-        missing_keys.discard(full_layer_name)
-        return {}
-
-    def _merge(self, input_dict: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """Experts that were left in 16 bit."""
-        collected: dict[str, Any] = {
-            pattern: [self._cast(tensor) for tensor in tensors] for pattern, tensors in input_dict.items()
-        }
+        """Take the parts of `input_dict`, lists by pattern."""
+        if not input_dict.keys() <= set(source_patterns):
+            raise ValueError(f"{full_layer_name}: expected all the weights that make it in int8, got some in 16 bit")
+        sources = []
+        for first in range(0, len(source_patterns), len(names.PARTS)):
+            patterns = dict(zip(names.PARTS, source_patterns[first:], strict=False))
+            lists = {part: input_dict.pop(pattern) for part, pattern in patterns.items() if pattern in input_dict}
+            sources.append(self._weights(lists, full_layer_name))
+        if not self._operations:
+            module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            if experts.is_convertible(module):
+                return _stack(model, full_layer_name, sources[0], missing_keys)
+            return {full_layer_name: parameter(next(sources[0]), is_conv1d(module))}
+        if type(self._operations[0]) is MergeModulelist:
+            if not all(type(operation) is Concatenate and operation.dim == 1 for operation in self._operations[1:]):
+                raise ValueError(f"{full_layer_name}: expected experts that are stacked, got {self._operations}")
+            each: Iterator[Any] = (torch.cat(rows) for rows in zip(*sources, strict=True))
+            return _stack(model, full_layer_name, each, missing_keys)
+        collected: dict[str, Any] = dict(zip(self._sources, map(list, sources), strict=True))
+        more |= {"source_patterns": self._sources, "full_layer_name": full_layer_name}
         for operation in self._operations:
-            collected = operation.convert(collected, **more)
-        return collected
+            collected = operation.convert(collected, model=model, missing_keys=missing_keys, **more)
+        return {
+            name: parameter(weight[0] if isinstance(weight, list) else weight) for name, weight in collected.items()
+        }
+
+    def _weights(self, lists: dict[str, list[Tensor]], where: str) -> Iterator[Int8Tensor]:
+        counts = {len(tensors) for tensors in lists.values()}
+        if len(counts) != 1:
+            raise ValueError(f"{where}: expected the same tensors of every weight, got {sorted(counts)} of them")
+        for index in range(counts.pop()):
+            parts = {part: tensors[index] for part, tensors in lists.items()}
+            for part, tensors in lists.items():
+                tensors[index] = torch.empty(0)  # let go of what is packed now
+                if part != names.CODES:
+                    parts[part] = parts[part].clone()  # a tensor of a mapped file would hold the map
+            weight, options, dtype = names.assemble(parts, where)
+            for name in OF_THE_WEIGHT:
+                if self._given.get(name, getattr(options, name)) != getattr(options, name):
+                    raise ValueError(
+                        f"{where}: {name}: expected {getattr(options, name)!r}, in which the weight is stored, got "
+                        f"{self._given[name]!r}: convert the 16-bit model"
+                    )
+            options = replace(options, **self._given)
+            dtype_now = self.dtype or getattr(torch, dtype or "float32")
+            yield self._finish(where, Int8Tensor.from_int8_weight(weight, dtype_now, options))
 
 
-def replace_layer(model: nn.Module, name: str, weight: Int8Weight, options: Options, finish: Finish) -> None:
-    """Put an Int8Linear where `model` has a linear layer, with its bias."""
-    module: Any = model.get_submodule(name)
-    layer = _layer(f"{name}.{names.WEIGHT}", weight, options, module.bias, module.training, finish)
-    model.set_submodule(name, layer)
+def stack_target(stacked: Iterable[str]) -> Target:
+    """Of the weights of experts as `save_pretrained` names them: ``experts.gate_up_proj.0``, once with ``.weight``."""
+    known = {tuple(name.split(".")[-2:]) for name in stacked}
+    form = re.compile(r"(.+)\.\d+(\.weight)?")
+
+    def target(weight: str) -> tuple[str, int] | None:
+        match = form.fullmatch(weight)
+        return (match[1], 0) if match and tuple(match[1].split(".")[-2:]) in known else None
+
+    return target
 
 
-def hold_experts(
-    experts: Int8Experts, parameter: str, weights: Iterable[tuple[Int8Weight, Options]], finish: Finish
-) -> None:
-    """Give `experts` the int8 weights of a projection, by the qualified name of the parameter that held them."""
-    layers = [_layer(parameter, weight, options, None, experts.training, finish) for weight, options in weights]
-    experts.hold(parameter.rpartition(".")[2], layers)
+def converter_target(converter: WeightConverter) -> Target:
+    """Of the weights that a converter of the model takes."""
 
+    def target(weight: str) -> tuple[str, int] | None:
+        name, pattern = converter.rename_source_key(weight)
+        return None if pattern is None else (name, converter.source_patterns.index(pattern))
 
-def _layer(
-    parameter: str, weight: Int8Weight, options: Options, bias: nn.Parameter | None, training: bool, finish: Finish
-) -> Int8Linear:
-    layer = Int8Linear._from_weight(
-        weight,
-        bias,
-        training=training,
-        threshold=options.threshold,
-        outliers=options.outliers,
-        path=options.path,
-    )
-    finish(parameter, layer)
-    # The loader initializes what does not say that it is.
-    for tensor in (layer.weight, *layer.buffers()):
-        setattr(tensor, "_is_hf_initialized", True)  # noqa: B010 (tensors have no such attribute)
-    return layer
-
-
-def _is_int8(parts: Mapping[str, Tensor]) -> bool:
-    return names.WEIGHT in parts and parts[names.WEIGHT].dtype == torch.int8
-
-
-def _assemble(pieces: Sequence[Mapping[str, Tensor]], where: str) -> tuple[Int8Weight, Options]:
-    """The weight of a layer from its tensors, or from those of several layers whose rows it takes together.
-
-    Raises ValueError naming `where` for tensors that do not belong together.
-    """
-    for parts in pieces:
-        needed = (names.WEIGHT, names.SCALE, names.EXTRA_STATE)
-        if not _is_int8(parts) or any(part not in parts for part in needed):
-            raise ValueError(f"{where}: expected an int8 {', '.join(needed)}, got {', '.join(sorted(parts))}: corrupt")
-    all_options = [options_of(bytes(parts[names.EXTRA_STATE].cpu().numpy()), where) for parts in pieces]
-    options, first = all_options[0], pieces[0]
-    if any(other != options for other in all_options) or any(parts.keys() != first.keys() for parts in pieces):
-        raise ValueError(f"{where}: expected weights that were made with the same options, got different ones")
-    if len(pieces) > 1 and options.granularity != "vector":
-        raise ValueError(
-            f"{where}: expected granularity 'vector' of weights that are to be put together, got "
-            f"{options.granularity!r}"
-        )
-    columns = first.get(names.OUTLIER_COLUMNS)
-    if columns is not None and any(not torch.equal(columns, parts[names.OUTLIER_COLUMNS]) for parts in pieces):
-        raise ValueError(f"{where}: expected the same outlier_columns of weights that are to be put together")
-
-    def rows(part: str) -> Tensor | None:
-        if part not in first:
-            return None
-        return first[part] if len(pieces) == 1 else torch.cat([parts[part] for parts in pieces])
-
-    codes, scale = rows(names.WEIGHT), rows(names.SCALE)
-    weight = Int8Weight(
-        codes,
-        scale,
-        zeropoint=rows(names.ZEROPOINT),
-        outlier_columns=columns,
-        outlier_weight=rows(names.OUTLIER_WEIGHT),
-        scheme=options.scheme,
-        granularity=options.granularity,
-    )
-    return weight, options
+    return target

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor.parallel import ParallelStyle
 
-from octavo.distributed import TRANSFORMERS_STYLES, ColumnParallelInt8Linear, chunk, part
-from octavo.torch import Int8Linear
-from octavo.transformers.experts import Int8Experts
+from octavo.distributed import TRANSFORMERS_STYLES, chunk, part
+from octavo.torch import Int8Tensor
+from octavo.transformers.experts import is_convertible
 
 # Of stacked experts: over which features a projection is spread, and of how many matrices, one above the other, it is.
 _EXPERTS = {"packed_colwise": ("rows", 2), "colwise": ("rows", 1), "rowwise": ("columns", 1)}
@@ -39,16 +38,17 @@ class TensorParallel:
     def __init__(self, model: nn.Module, plan: dict[str, str], parameters: set[str]) -> None:
         manager: Any = getattr(model, "_mesh_manager")  # noqa: B009 (PreTrainedModel's, unknown to nn.Module)
         self._mesh = manager.get_mesh("tp")
-        self._layers: dict[str, ParallelStyle] = {}
+        self._styles: dict[str, Any] = {}  # of layers
+        self._shapes: dict[str, torch.Size] = {}  # of their whole weights
         self._experts: dict[str, str] = {}  # parameter -> style
         for parameter in sorted(parameters):
             name = parameter.rpartition(".")[0]
             module = model.get_submodule(name)
-            if isinstance(module, Int8Experts):
+            if is_convertible(module):
                 style = plan.pop(parameter, None)
                 if style is not None and style not in _EXPERTS:
                     raise ValueError(_unknown(parameter, style, _EXPERTS))
-                if style is not None and module.has_bias:
+                if style is not None and getattr(module, "has_bias", False):
                     raise ValueError(_unknown(parameter, f"{style} for experts with biases", _EXPERTS))
                 if style is not None:
                     self._experts[parameter] = style
@@ -62,42 +62,37 @@ class TensorParallel:
             if len(styles) > 1 or not styles <= TRANSFORMERS_STYLES.keys():
                 raise ValueError(_unknown(name, ", ".join(sorted(styles)), TRANSFORMERS_STYLES))
             make, layouts = TRANSFORMERS_STYLES[styles.pop()]
-            self._layers[name] = make(**layouts)
+            self._styles[name] = make(**layouts)
 
-    def shard(self, parameter: str, layer: Int8Linear) -> None:
-        """Leave of a new layer, in place, this rank's part. A bias, which may still have to be read, stays whole.
+    def shard(self, parameter: str, weight: Int8Tensor) -> Int8Tensor:
+        """This rank's part of a new weight.
 
-        `parameter` is the qualified name of the weight; of experts, that of the parameter that stacks them.
+        `parameter` is its qualified name; of experts, that of the parameter that stacks them.
         """
         if parameter in self._experts:
-            self._shard_expert(parameter, layer)
-        style = self._layers.get(parameter.rpartition(".")[0])
-        if style is not None:
-            bias, layer.bias = layer.bias, None
-            style._apply(layer, self._mesh)
-            layer.bias = bias
+            return self._shard_expert(parameter, weight)
+        name = parameter.rpartition(".")[0]
+        if name not in self._styles:
+            return weight
+        self._shapes[name] = weight.shape
+        return self._styles[name]._part(weight, self._mesh)  # type: ignore[no-any-return]
 
-    def _shard_expert(self, parameter: str, layer: Int8Linear) -> None:
+    def _shard_expert(self, parameter: str, weight: Int8Tensor) -> Int8Tensor:
         features, matrices = _EXPERTS[self._experts[parameter]]
-        n, k = layer.out_features, layer.in_features
-        rows: slice | torch.Tensor = slice(0, n)
-        columns = slice(0, k)
-        if features == "rows":
-            own = chunk(n // matrices, self._mesh)
-            rows = torch.cat([torch.arange(own.start, own.stop) + i * (n // matrices) for i in range(matrices)])
-        else:
-            columns = chunk(k, self._mesh)
-        weight = part(layer.int8_weight, rows, columns)
-        layer._hold(weight)
-        layer.out_features, layer.in_features = weight.shape
+        n, k = weight.shape
+        if features == "columns":
+            return part(weight, slice(None), chunk(k, self._mesh))
+        own = chunk(n // matrices, self._mesh)
+        rows = torch.cat([torch.arange(own.start, own.stop) + i * (n // matrices) for i in range(matrices)])
+        return part(weight, rows, slice(None))
 
     def finish(self, model: nn.Module) -> None:
-        """Shard what could not be before all was read: biases, and layers that turned out not to be int8."""
-        for name, style in self._layers.items():
-            layer = model.get_submodule(name)
-            if isinstance(layer, ColumnParallelInt8Linear):
-                layer._take_bias()
-            elif not isinstance(layer, Int8Linear):
+        """Shard what could not be before all was read: the layers around the weights, and those that stay in 16 bit."""
+        for name, style in self._styles.items():
+            layer: Any = model.get_submodule(name)
+            if name in self._shapes:
+                style._install(layer, layer.weight, self._mesh, self._shapes[name])
+            else:
                 style._apply(layer, self._mesh)
 
 
