@@ -55,7 +55,7 @@ INTEGRATION_FILES: tuple[str, ...] = (
     "checkpoint_transformers",
 )
 INTEGRATION_FILES += ("diffusers", "distributed", "frameworks", "onnx*", "peft", "sentence_transformers", "serve")
-INTEGRATION_FILES += ("transformers*",)
+INTEGRATION_FILES += ("torch_op", "transformers*")
 CPP_FOLDERS = ("cpp", "cuda", "bindings", "tests/cpp", "tests/simt", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", ".ci", "docs", "dev.py")
 
