@@ -236,10 +236,7 @@ def evidence() -> None:
     """What bench/results/evidence was made by, small: less training, fewer windows."""
     lm, output = BUILD / "lm", BUILD / "evidence"
     run(PYTHON, "-m", "octavo_bench", "train", "--setting", "small", "--output", lm)
-    small = {"windows": 30, "close-windows": 200, "questions": 40, "analyzed": 10, "sentences": 50}
-    small |= {"draws": 2, "seconds": 2}
-    options = [word for name, value in small.items() for word in (f"--{name}", str(value))]
-    run(PYTHON, "-m", "octavo_bench", "evidence", "--lm", lm, "--output", output, *options)
+    run(PYTHON, "-m", "octavo_bench", "evidence", "--setting", "small", "--lm", lm, "--output", output)
 
 
 def docs() -> None:

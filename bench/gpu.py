@@ -3,19 +3,15 @@
     python bench/gpu.py --output bench/results --seconds 240
     python bench/gpu.py --plan            what would be measured, without a GPU
 
-For each shape (the GPT-3 family of the paper's Table 5, Llama's layers) and number of outlier columns the contenders
-compute Y = X W^T from the same X and W in float16: octavo with its defaults; its int8 path and its weight-only path
-alone; its int8 product alone (the codes of X given); torch's linear in float16; bitsandbytes' `Linear8bitLt` with the
-paper's threshold where it is installed.
+For each shape (the GPT-3 family of the paper's Table 5, Llama's layers) and number of outlier columns, X and W in
+float16: octavo with its defaults; its int8 path and its weight-only path alone; torch's linear;
+bitsandbytes' `Linear8bitLt` where it is installed. First come three cases in which octavo does something else: one
+scale for all of X, rows that are not aligned, and zeropoint.
 
-As in `octavo bench` each result is checked before anything is timed (the int8 product must be equal to that of the
-codes), and the contenders take turns, each call on a cold level-2 cache. A wrong or missing result of octavo's makes
-the status 1. First come three cases in which octavo does something else: one scale for all of X, rows that are not
-aligned, and zeropoint.
-
-Written to OUTPUT as <gpu>-<date>.json, after every shape anew: medians, quartiles, ratios of the medians to torch
-float16, the share of the memory bandwidth that reading W once and X, and writing Y, is in that time, and of the int8
-peak; both ceilings are measured first, by a copy of a gigabyte and by an int8 product of 8192 in each direction.
+As in `octavo bench` each result is checked before anything is timed, and the contenders take turns, each call on a cold
+level-2 cache. A wrong or missing result of octavo's makes the status 1. Written to OUTPUT as <gpu>-<date>.json, after
+every shape anew, with the shares of the memory bandwidth, by a copy of a gigabyte, and of the int8 peak, by a product
+of 8192 in each direction.
 """
 
 from __future__ import annotations
@@ -23,15 +19,16 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import octavo
 import torch
+from octavo_bench.commands import count, positive
 from octavo_bench.layers import contenders as known
 from octavo_bench.layers.contest import LATE, OCTAVO, Case, Contender, measure
 from octavo_bench.machine import LAYERS, Facts
@@ -44,8 +41,8 @@ GPT3_WIDTHS = (768, 1024, 2048, 2560, 4096, 5120, 12288)  # Table 5: k = w, n = 
 LLAMA = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192))
 ROWS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 OUTLIERS = (0, 6, 64)
-FLOAT16 = known.torch_name("float16")
-OWN = (OCTAVO, known.INT8_PATH, known.WEIGHT_ONLY, known.PRODUCT, "all")
+FLOAT16 = "torch float16"
+OWN = (OCTAVO, known.INT8_PATH, known.WEIGHT_ONLY, "all")
 
 Kind = tuple[Literal["absmax", "zeropoint"], Literal["tensor", "vector"]]
 USUAL: Kind = ("absmax", "vector")
@@ -85,7 +82,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for kind, cases in groups:
         with progress.step(f"k={cases[0].k} n={cases[0].n} {variant(kind)}"):
             measure_group(kind, cases, args.calls, evict, deadline)
-        done = facts.now(gpu=gpu, driver=driver(), cuda=torch.version.cuda, octavo_info=octavo.info(), **ceilings)
+        done = facts.now(gpu=gpu, cuda=torch.version.cuda, octavo_info=octavo.info(), **ceilings)
         report = Report(report.title, done, [table(groups, ceilings)])
         write_text(path, report.json())
     progress.close()
@@ -96,27 +93,20 @@ def main(words: Sequence[str] | None = None) -> int:
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="*", default=GPT3_WIDTHS, help="w: k x n is w x 4w and 4w x w")
+    parser.add_argument("--widths", type=positive, nargs="*", default=GPT3_WIDTHS, help="w: k x n is w x 4w and 4w x w")
     parser.add_argument("--no-llama", action="store_true", help="without Llama's shapes")
     parser.add_argument("--no-variants", action="store_true", help="without the three cases of other kinds")
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="tokens m")
-    parser.add_argument("--outliers", type=int, nargs="+", default=OUTLIERS, help="outlier columns of X")
-    parser.add_argument("--calls", type=int, default=15, help="of each contender in each case, at least 2")
+    parser.add_argument("--rows", type=positive, nargs="+", default=ROWS, help="tokens m")
+    parser.add_argument("--outliers", type=count, nargs="+", default=OUTLIERS, help="outlier columns of X")
+    parser.add_argument("--calls", type=partial(count, least=2), default=15, help="of each contender in each case")
     parser.add_argument("--seconds", type=float, default=240.0, help="what is not reached until then is left out")
     parser.add_argument("--output", type=Path, default=Path("build/bench"), metavar="DIR")
     parser.add_argument("--plan", action="store_true", help="print the cases and measure nothing")
     args = parser.parse_args(words)
-    for name, least in (("widths", 1), ("rows", 1), ("outliers", 0), ("calls", 2)):
-        given = getattr(args, name)
-        if any(value < least for value in (given if isinstance(given, Sequence) else [given])):
-            parser.error(f"--{name}: expected at least {least}, got {given}")
     pairs = [pair for w in args.widths for pair in ((w, 4 * w), (4 * w, w))]
     args.shapes = list(dict.fromkeys([*pairs, *(() if args.no_llama else LLAMA)]))
-    if not args.shapes:
-        parser.error("--widths: expected some, or Llama's shapes, got neither")
-    narrowest = min(k for k, _ in args.shapes)
-    if max(args.outliers) > narrowest:
-        parser.error(f"--outliers: expected at most {narrowest}, the least k, got {max(args.outliers)}")
+    if not args.shapes or max(args.outliers) > min(k for k, _ in args.shapes):
+        parser.error("expected shapes, and no more --outliers than the least k")
     return args
 
 
@@ -159,16 +149,6 @@ def measure_group(
 def status(cases: Sequence[Case]) -> int:
     """1 where a result of octavo's was wrong or missing for another reason than time, else 0."""
     return int(any(name in OWN and why != LATE for case in cases for name, why in case.left_out.items()))
-
-
-def driver() -> str:
-    """What nvidia-smi says of driver, clocks, power and temperature."""
-    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
-    try:
-        words = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        return f"{query}: {subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()[0]}"
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"nvidia-smi: {error}"
 
 
 def best(call: Call, evict: Evict, calls: int = 10) -> float:
@@ -218,20 +198,14 @@ def table(groups: Sequence[tuple[Kind, Sequence[Case]]], ceilings: dict[str, flo
     every = [case for _, cases in groups for case in cases]
     words = []
     for name in (FLOAT16, known.BITSANDBYTES):
-        ratios = [(ratio, case) for case in every if (ratio := case.ratio(name)) is not None]
+        ratios = [ratio for case in every if (ratio := case.ratio(name)) is not None]
         if ratios:
-            lowest, case = min(ratios, key=lambda pair: pair[0])
-            faster = sum(ratio > 1 for ratio, _ in ratios)
-            words.append(
-                f"octavo is faster than {name} in {faster} of {len(ratios)} cases; lowest ratio {lowest:.2f} "
-                f"(k={case.k} n={case.n} m={case.m}, {case.outliers} outlier columns)."
-            )
+            faster = f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)} cases; lowest ratio {min(ratios):.2f}."
+            words.append(f"octavo is faster than {name} in {faster}")
     reasons = {f"Left out: {name}: {reason}." for case in every for name, reason in case.left_out.items()}
     us = {f"{name}, us": ".1f" for name in names}
-    shares_of = {
-        "octavo's quartiles, us": ".1f", "upper": ".1f", "times as fast as float16": ".2f", "bandwidth, %": ".0f",
-        "int8 peak, %": ".0f",
-    }  # fmt: skip
+    shares_of = {"octavo's quartiles, us": ".1f", "upper": ".1f", "times as fast as float16": ".2f"}
+    shares_of |= {"bandwidth, %": ".0f", "int8 peak, %": ".0f"}
     columns = {"k x n": "", "m": "d", "outlier columns": "d", **us, **shares_of}
     return Table("Medians of a call", columns, rows, " ".join([*words, *sorted(reasons)]))
 

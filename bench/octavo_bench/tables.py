@@ -21,19 +21,12 @@ Cell = str | int | float | None  # None: nothing to be told
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, the first of each a name.
-
-    Attributes:
-        title: what is in it.
-        columns: the heads, and the format of the numbers below each: ".2f", or "" as they are.
-        rows: a cell for each column.
-        note: how to read it.
-    """
+    """Rows of cells, the first of each a name."""
 
     title: str
-    columns: Mapping[str, str]
-    rows: Sequence[Sequence[Any]]  # of `Cell`
-    note: str = ""
+    columns: Mapping[str, str]  # the heads, and the format of the numbers below each: ".2f", or "" as they are
+    rows: Sequence[Sequence[Any]]  # of `Cell`, one for each column
+    note: str = ""  # how to read it
 
     def cells(self) -> list[list[str]]:
         """The rows as text."""
@@ -49,16 +42,10 @@ class Table:
         """For a terminal."""
         lines = [list(self.columns), *self.cells()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        laid_out = [
-            "  ".join(
-                [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-            )
-            for line in lines
-        ]
+        pairs = [list(zip(line, widths, strict=True)) for line in lines]
+        laid_out = ["  ".join([c.ljust(w), *(c.rjust(w) for c, w in rest)]) for (c, w), *rest in pairs]
         rule = "-" * len(laid_out[0])
-        return "\n".join(
-            [self.title, rule, laid_out[0], rule, *laid_out[1:], rule, *([self.note] if self.note else [])]
-        )
+        return "\n".join([self.title, rule, laid_out[0], rule, *laid_out[1:], rule, *filter(None, [self.note])])
 
     def markdown(self) -> str:
         """For the documentation: the table alone, with its note, without its title."""
@@ -77,23 +64,14 @@ def _shown(cell: Cell, form: str) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """One run.
-
-    Attributes:
-        title: what was measured.
-        facts: by name: the command, the commit, the machine, the packages, the date, the settings.
-        tables: in the order of the story.
-        conclusions: sentences that were made from the measured values.
-        pictures: names of files beside the report.
-        failure: what went wrong that must not go unnoticed; the command then ends with 1.
-    """
+    """One run."""
 
     title: str
-    facts: Mapping[str, Any]
-    tables: Sequence[Table]
-    conclusions: Sequence[str] = ()
-    pictures: Sequence[str] = ()
-    failure: str = ""
+    facts: Mapping[str, Any]  # the command, the commit, the machine, the packages, the date, the settings
+    tables: Sequence[Table]  # in the order of the story
+    conclusions: Sequence[str] = ()  # sentences that were made from the measured values
+    pictures: Sequence[str] = ()  # names of files beside the report
+    failure: str = ""  # what went wrong that must not go unnoticed; the command then ends with 1
 
     def table(self, title: str) -> Table:
         """The first table whose title begins so. Raises ValueError where there is none."""
@@ -115,9 +93,7 @@ class Report:
     def text(self) -> str:
         """For a terminal."""
         lines = "\n".join(f"- {line}" for line in self.conclusions)
-        return "\n\n".join(
-            [self.title, *(table.text() for table in self.tables), *([lines] if lines else []), self.head()]
-        )
+        return "\n\n".join([self.title, *(table.text() for table in self.tables), *filter(None, [lines]), self.head()])
 
     def markdown(self) -> str:
         """For the documentation, pictures left out."""

@@ -81,8 +81,3 @@ def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles of at least two."""
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median, lower, upper, len(values))
-
-
-def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """The median over the rounds of values / others: both of a round meet the same load of the machine."""
-    return statistics.median(own / other for own, other in zip(values, others, strict=True))

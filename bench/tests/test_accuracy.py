@@ -1,8 +1,7 @@
-"""`octavo eval`: divergence, losses with their errors, tasks, order, peers."""
+"""`octavo eval`: divergence, losses with their errors, order, peers."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from conftest import row
 from octavo import cli
 from octavo_bench import tables
-from octavo_bench.accuracy import Settings, measurement, order, tasks
+from octavo_bench.accuracy import measurement, order
 from octavo_bench.accuracy.scores import Judge, Scores, ratio_of_sums
 from octavo_bench.models import language, variants
 from octavo_bench.models.language import Window, cut
@@ -62,9 +61,7 @@ def test_divergence_and_argmax_by_hand(progress: Progress) -> None:
 
 
 def test_eval_of_a_language_model(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    questions = [{"prompt": "w1 w2", "choices": [" w3", " w4 w5"], "answer": 0}] * 2
-    (tmp_path / "task.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    words = f"--text {tiny / 'text.txt'} --window 32 --limit 6 --calibration-windows 2 --task {tmp_path / 'task.jsonl'}"
+    words = f"--text {tiny / 'text.txt'} --window 32 --limit 6 --calibration-windows 2"
     words += f" --json {tmp_path / 'eval.json'} --plots {tmp_path / 'plots'} --peers --seconds 0 --quiet --threads 1"
     assert cli.main(["eval", str(tiny / "model"), *words.split()]) == 0
     assert "Against the model as it is: 186 tokens in 6 windows" in capsys.readouterr().out
@@ -80,7 +77,6 @@ def test_eval_of_a_language_model(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert 0.25 <= decomposed["MiB"] / exact["MiB"] < 0.5
     for peer in ("bitsandbytes", "torchao"):
         assert peer in against.column("name for --schemes") or f"Left out: {peer}: " in against.note
-    assert report.table("Zero-shot").rows[0][-1] == 0
     assert report.table(measurement.TIMES).rows[0][-1] == 1.0
     assert report.table("The paper's order").rows
     assert {each.name for each in (tmp_path / "plots").iterdir()} >= {"kl.png", "loss.png"}
@@ -91,7 +87,7 @@ def test_eval_of_an_encoder(tmp_path: Path, facts: Any, progress: Progress) -> N
     (tmp_path / "text.txt").write_text("\n".join(f"w{i} w{i + 1} w{(3 * i) % 15} w2" for i in range(12)))
     loaded = language.load(tmp_path / "bert")
     assert not loaded.causal
-    settings = Settings(["absmax", "llm-int8", "smoothquant"], calibration_windows=4)
+    settings = measurement.Settings(["absmax", "llm-int8", "smoothquant"], calibration_windows=4)
     report = measurement.run(loaded, tmp_path / "text.txt", settings, facts, progress)
     exact = row(report, measurement.AGAINST, "float32")
     assert exact["loss"] == pytest.approx(0, abs=1e-9)
@@ -106,7 +102,6 @@ def test_eval_of_an_encoder(tmp_path: Path, facts: Any, progress: Progress) -> N
         (("--window", "65"), "window: expected 2 to 64 tokens, got 65"),
         (("--calibration-windows", "100"), "expected more windows than the 19 of the calibration"),
         (("--stride", "64", "--window", "32"), "stride: expected at most the window's 32 tokens"),
-        (("--task", "none.jsonl"), "none.jsonl"),
     ],
 )
 def test_failures_are_one_line(
@@ -117,23 +112,6 @@ def test_failures_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "expected an object with prompt"),
-        ('{"prompt": "a", "choices": ["b"], "answer": 0}', "choices: expected two texts or more"),
-        ('{"prompt": " ", "choices": ["b", "c"], "answer": 0}', "prompt: expected text"),
-        ('{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer: expected the place of a choice"),
-        ('{"prompt": "a", "choices": ["b", 3], "answer": 1}', "choices: expected texts"),
-    ],
-)
-def test_a_wrong_question_is_named(tiny: Path, tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "task.jsonl"
-    path.write_text(f"\n{line}\n")
-    with pytest.raises(ValueError, match=rf"task.jsonl:2: {message}"):
-        tasks.read(path, language.load(tiny / "model"))
 
 
 def test_verdicts_are_said_with_their_errors() -> None:

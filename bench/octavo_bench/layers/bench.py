@@ -12,17 +12,20 @@ the other layers of a large model do.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import octavo
 import torch
 
 from .. import commands, machine, turns
+from ..models.language import use_linear_
+from ..models.modules import linear_layers
 from ..progress import Progress
 from ..tables import Cell, Report, Table
 from . import contenders as known
 from .contest import OCTAVO, Case, Contender, measure
-from .shapes import model_shapes
 
 
 def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) -> tuple[Report, None]:
@@ -60,8 +63,6 @@ def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) 
 def contenders(args: argparse.Namespace) -> dict[str, Contender]:
     """What is measured, by name, octavo first."""
     found = {**known.of_octavo(args.dtypes[0]), **known.of_torch(args.dtypes)}
-    if args.peers:
-        found |= known.of_int_mm()
     if args.peers or machine.installed("bitsandbytes"):
         found |= known.of_bitsandbytes(known.THRESHOLD, *([0.0] if args.peers else []))
     return {**found, **(known.of_torchao() if args.peers else {})}
@@ -106,10 +107,31 @@ def totals(cases: list[Case], names: list[str], shapes: Mapping[tuple[int, int],
 
 
 def _check_device(device: str) -> None:
-    if device != "cuda":
-        return
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"--device cuda: torch {torch.__version__} sees no GPU")
-    backends = octavo.info()["backends"]
-    if "cuda" not in backends:
-        raise RuntimeError(f"--device cuda: octavo has no CUDA backend here, its backends are {', '.join(backends)}")
+    if device not in octavo.info()["backends"]:
+        raise RuntimeError(f"--device {device}: octavo has no such backend here, only {octavo.info()['backends']}")
+
+
+def model_shapes(path: Path) -> dict[tuple[int, int], int]:
+    """(k, n) of every linear layer but the output head -> how many have it; the most frequent first.
+
+    The model is made without its weights. `path`: a config.json, or the folder of a model, int8 or not. Raises OSError
+    or ValueError for another one, and ValueError for a model without linear layers.
+    """
+    import transformers
+
+    folder = path.parent if path.name == "config.json" else path
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{path}: expected a config.json or a folder with one, got none")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # int8 layers have the shapes of the others
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    with torch.device("meta"):
+        model = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
+    use_linear_(model)
+    found = Counter((layer.in_features, layer.out_features) for _, layer in linear_layers(model))
+    if not found:
+        raise ValueError(f"{path}: expected a model with linear layers, got {type(model).__name__} without")
+    return dict(found.most_common())

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..models.variants import BROKEN, reason
-from ..turns import Call, Clock, Spread, on_the_wall, spread, take_turns
+from ..turns import Clock, Spread, on_the_wall, spread, take_turns
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -36,8 +36,7 @@ class Problem:
     @cached_property
     def rows(self) -> Tensor:
         """The rows of X that are checked, int64, evenly spread."""
-        m = len(self.x)
-        return torch.linspace(0, m - 1, min(m, CHECKED), device=self.x.device).long()
+        return torch.linspace(0, len(self.x) - 1, min(len(self.x), CHECKED), device=self.x.device).long()
 
     @cached_property
     def exact(self) -> Tensor:
@@ -78,23 +77,12 @@ def problem(k: int, n: int, m: int, outliers: int, device: str = "cpu") -> Probl
 
 @dataclass
 class Contender:
-    """A way to compute the layer.
+    """A way to compute the layer."""
 
-    Attributes:
-        prepare: takes W in float32 [n, k] and returns what is called with X.
-        dtype: of X and of the result.
-        tolerance: the largest `Problem.error` that the arithmetic explains.
-        verify: further checks of the prepared layer with X; raises RuntimeError.
-        bind: the call that is timed; by default the layer with X.
-        most: the largest m that it is meant for.
-    """
-
-    prepare: Callable[[Tensor], Layer]
-    dtype: torch.dtype
-    tolerance: Callable[[Problem], float]
-    verify: Callable[[Layer, Tensor], None] = field(default=lambda layer, x: None)
-    bind: Callable[[Layer, Tensor], Call] = partial
-    most: float = math.inf
+    prepare: Callable[[Tensor], Layer]  # takes W in float32 [n, k] and returns what is called with X
+    dtype: torch.dtype  # of X and of the result
+    tolerance: Callable[[Problem], float]  # the largest `Problem.error` that the arithmetic explains
+    most: float = math.inf  # the largest m that it is meant for
 
 
 @dataclass
@@ -116,23 +104,10 @@ class Case:
         return self.times[name].median / self.times[own].median
 
 
-def prepare(chosen: Mapping[str, Contender], weight: Tensor) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The layers that can be made of `weight`, and why the others cannot."""
-    layers: dict[str, Layer] = {}
-    left_out: dict[str, str] = {}
-    for name, contender in chosen.items():
-        try:
-            layers[name] = contender.prepare(weight)
-        except BROKEN as error:
-            left_out[name] = reason(error)
-    return layers, left_out
-
-
 def check(contender: Contender, layer: Layer, given: Problem) -> tuple[float, str]:
     """The error of a prepared layer on `given`, and why it is not to be timed ("" where it is)."""
     x = given.x.to(contender.dtype)
     try:
-        contender.verify(layer, x)
         y = layer(x)
     except BROKEN as error:
         return math.nan, reason(error)
@@ -144,32 +119,12 @@ def check(contender: Contender, layer: Layer, given: Problem) -> tuple[float, st
     return found, ""
 
 
-def checked_calls(
-    case: Case, chosen: Mapping[str, Contender], layers: Mapping[str, Layer], given: Problem
-) -> dict[str, Call]:
-    """What is to be timed of a case: each layer on the case's rows of X, where its result is right."""
-    part = Problem(given.x[: case.m], given.weight)
-    calls = {}
-    for name, layer in layers.items():
-        if case.m > chosen[name].most:
-            continue
-        error, why = check(chosen[name], layer, part)
-        if not math.isnan(error):
-            case.error[name] = error
-        if why:
-            case.left_out[name] = why
-        else:
-            calls[name] = chosen[name].bind(layer, part.x.to(chosen[name].dtype))
-    return calls
-
-
 def measure(
     cases: Sequence[Case],
     chosen: Mapping[str, Contender],
     seconds: float,
     *,
     before: Callable[[str], object] = lambda name: None,
-    done: Callable[[], object] = lambda: None,
     device: str = "cpu",
     clock: Clock = on_the_wall,
     rounds: tuple[int, int | None] = (3, None),
@@ -177,19 +132,32 @@ def measure(
 ) -> None:
     """Check, then time, every contender in cases of one k and n, in at least and at most so many rounds.
 
-    `done` is called after each case. A case that is not reached before the `deadline` (of `time.perf_counter`) is left
+    A case that is not reached before the `deadline` (of `time.perf_counter`) is left
     out as `LATE`.
     """
     k, n, most = cases[0].k, cases[0].n, max(case.m for case in cases)
     given = {o: problem(k, n, most, o, device) for o in {case.outliers for case in cases}}
-    layers, left_out = prepare(chosen, next(iter(given.values())).weight)
+    layers: dict[str, Layer] = {}
+    left_out: dict[str, str] = {}
+    for name, contender in chosen.items():
+        try:
+            layers[name] = contender.prepare(next(iter(given.values())).weight)
+        except BROKEN as error:
+            left_out[name] = reason(error)
     for case in cases:
         if time.perf_counter() > deadline:
             case.left_out["all"] = LATE
             continue
         case.left_out |= left_out
-        calls = checked_calls(case, chosen, layers, given[case.outliers])
+        part, calls = Problem(given[case.outliers].x[: case.m], given[case.outliers].weight), {}
+        for name, layer in layers.items():
+            if case.m <= chosen[name].most:
+                wrong, why = check(chosen[name], layer, part)
+                case.error |= {} if math.isnan(wrong) else {name: wrong}
+                if why:
+                    case.left_out[name] = why
+                else:
+                    calls[name] = partial(layer, part.x.to(chosen[name].dtype))
         if calls:
             samples = take_turns(calls, seconds, before, *rounds, clock=clock)
             case.times = {name: spread(values) for name, values in samples.items()}
-        done()

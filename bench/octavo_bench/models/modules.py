@@ -23,10 +23,7 @@ def copy_modules(model: nn.Module) -> Any:
 
 
 def output_head(model: nn.Module) -> str | None:
-    """The qualified name of the layer that makes logits of hidden states; None where the model has none.
-
-    It stays in float32, as in the paper.
-    """
+    """The name of the layer that makes logits, which stays in float32, as in the paper; None where there is none."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
@@ -46,9 +43,8 @@ def linear_bytes(model: nn.Module) -> int:
     for _, module in linear_layers(model):
         total += _bytes(getattr(module.weight, "int8_weight", module.weight)) + _bytes(module.bias)
         # bitsandbytes' scales move from the weight to the state in the first call.
-        total += _bytes(getattr(module.weight, "SCB", None)) or _bytes(
-            getattr(getattr(module, "state", None), "SCB", None)
-        )
+        owners = (module.weight, getattr(module, "state", None))
+        total += max(_bytes(getattr(owner, "SCB", None)) for owner in owners)
     return total
 
 
@@ -83,8 +79,6 @@ def random_features(count: int, width: int, excluded: Sequence[int], draws: int,
     others = sorted(set(range(width)) - set(excluded))
     return [sorted(generator.sample(others, count)) for _ in range(draws)]
 
-
-# --- a transformer's layers -------------------------------------------------------------------------------------------
 
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"
 FEED_FORWARD_INPUT, FEED_FORWARD_HIDDEN = "feed-forward input", "feed-forward hidden"

@@ -1,15 +1,12 @@
 """A model that computes the same function with systematic outlier features of a wanted size.
 
 From 6.7B parameters on, a few features are large at nearly every token: around -40 in a 6.7B and around -58 in a 13B
-model (the paper's Table 4). Here each chosen feature x of a linear input is replaced by z = x*d + s, which has the
-wanted mean and deviation, and the layers that take it get W' = W/d and bias' = bias - W' s. So W' z + bias' is
-W x + bias: the float32 model computes what it did, but its linear layers now see outliers.
+model (the paper's Table 4). Here each chosen feature x of a linear input becomes z = x*d + s, of the wanted mean and
+deviation, and the layers that take it get W' = W/d and bias' = bias - W' s. So W' z + bias' = W x + bias. d and s go
+into a LayerNorm whose output these linear layers alone take, and else stand in front of them as a module.
 
-What puts out x takes d and s over where it is a LayerNorm whose output goes to these linear layers only (a model that
-normalizes before each block); elsewhere they stand in front of the linear layers, as a module of their own.
-
-What such a model is good for: rounding. Setting an outlier feature to zero in it takes away its mean too, which only
-the new biases have use for, so it says nothing about what such a feature carries in a model that learned it.
+Such a model is good for rounding. What zeroing its features does is there by construction: it takes away their mean
+too.
 """
 
 from __future__ import annotations
@@ -123,19 +120,14 @@ def _groups(model: Any) -> dict[Group, list[str]]:
     return groups
 
 
-# Of models that normalize before each block: what is called so in front of attention and feed-forward.
-_NORMS = {"self_attn.": "self_attn_layer_norm", "fc1": "final_layer_norm"}
-
-
 def _norm_in_front(model: Any, path: str) -> nn.LayerNorm | None:
     """The LayerNorm whose output goes to this linear layer, and to those beside it, only. Known of OPT."""
     if model.config.model_type != "opt" or not model.config.do_layer_norm_before:
         return None
-    for part, norm in _NORMS.items():
-        if f".{part}" in path:
-            found: nn.LayerNorm = model.get_submodule(f"{path[: path.index(f'.{part}')]}.{norm}")
-            return found
-    return None
+    layer, attention, _ = path.partition(".self_attn.")
+    name = f"{layer}.self_attn_layer_norm" if attention else f"{path.rpartition('.')[0]}.final_layer_norm"
+    found: nn.LayerNorm = model.get_submodule(name)
+    return found
 
 
 def rescaling_to(size: Size, features: Sequence[int], seen: Features) -> DiagonalShift:

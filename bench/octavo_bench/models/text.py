@@ -12,7 +12,6 @@ import hashlib
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 VERSION = 3  # another one where the same files give another corpus
@@ -31,23 +30,14 @@ _PROSE = re.compile(r"[A-Z][A-Za-z0-9 ,;:'()/-]*[a-z)]\.")
 _BOUNDARY = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<=\.)\s+(?=[A-Z])")
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Texts by their part."""
-
-    train: list[str]
-    heldout: list[str]
-    calibration: list[str]
-
-
 def roots() -> set[Path]:
     """Where documentation is: the standard library and installed packages, or what holds both."""
     found = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib")}
     return {root for root in found if not any(root != other and root.is_relative_to(other) for other in found)}
 
 
-def corpus(characters: int, folders: Iterable[Path] | None = None) -> Corpus:
-    """Texts of `characters` in all (fewer where the machine has fewer): 92 % train, 6 % held out, 2 % calibration.
+def corpus(characters: int, folders: Iterable[Path] | None = None) -> dict[str, list[str]]:
+    """Texts of `characters` in all (fewer where the machine has fewer): 92 % "train", 6 % "heldout", 2 % "calibration".
 
     Files are read until there is enough; the hash that orders them says of each which part it is for. A text that was
     seen before is left out, and so is a paragraph of the calibration or held-out texts that training has, too: packages
@@ -74,7 +64,7 @@ def corpus(characters: int, folders: Iterable[Path] | None = None) -> Corpus:
     for name, texts in parts.items():
         if not texts:
             raise ValueError(f"corpus: expected text for {name}, got none in {total} characters of documentation")
-    return Corpus(**parts)
+    return parts
 
 
 def sentences(count: int, calibration: int = 0) -> tuple[list[str], list[str]]:

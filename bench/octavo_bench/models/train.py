@@ -1,13 +1,12 @@
 """Trains a small language model on the documentation that is on this machine, for `octavo eval` and `octavo analyze`.
 
     python -m octavo_bench train --setting small --output build/lm        # some minutes; full: an hour and more
-    octavo eval build/lm/model --text build/lm/heldout.txt --calibration build/lm/calibration.txt
     octavo eval build/lm/outliers-58 --text build/lm/heldout.txt --calibration build/lm/calibration.txt
 
-A GPT that normalizes before each block (an OPT, whose linear layers are `nn.Linear`), byte-pair encoding; Muon for the
-linear layers' weights, AdamW for the rest. The same machine, text and number of threads give the same model.
-Written into the output folder: `model` and, computing the same function, the models of `systematic.SIZES`;
-`heldout.txt` and `calibration.txt`, from files that the training never saw; `training.json`.
+An OPT with byte-pair encoding; Muon for the linear layers' weights, AdamW for the rest. The same machine, text and
+number of threads give the same model. Written into the output folder: `model` and, computing the same function, the
+models of `systematic.SIZES`; `heldout.txt` and `calibration.txt`, from files that the training never saw;
+`training.json`.
 """
 
 from __future__ import annotations
@@ -68,18 +67,9 @@ def run(
         tokens = prepare_text(setting, output, folders)
     losses = train(setting, output, tokens, progress.part(85))
     table, features = finish(setting, output, progress.part(10))
-    report = Report(
-        "A small language model",
-        facts.now(
-            seed=SEED,
-            setting=asdict(setting),
-            corpus_version=text.VERSION,
-            train_tokens=len(tokens),
-            losses=losses[:: max(1, len(losses) // 50)],
-            outlier_features=features,
-        ),
-        [table],
-    )
+    about = {"setting": asdict(setting), "corpus_version": text.VERSION, "train_tokens": len(tokens), "seed": SEED}
+    some = losses[:: max(1, len(losses) // 50)]
+    report = Report("A small language model", facts.now(losses=some, outlier_features=features, **about), [table])
     write_text(output / "training.json", report.json())
     return report
 
@@ -87,12 +77,12 @@ def run(
 def prepare_text(setting: Setting, output: Path, folders: Sequence[Path] | None = None) -> Tokens:
     """Writes the tokenizer and the texts that are not trained with; returns the training tokens, uint16."""
     texts = text.corpus(setting.characters, folders)
-    tokenizer = train_tokenizer(texts.train, setting.vocabulary)
+    tokenizer = train_tokenizer(texts["train"], setting.vocabulary)
     tokenizer.save_pretrained(output / "model")
-    encoded = tokenizer.backend_tokenizer.encode_batch([each + "\n\n" for each in texts.train])
+    encoded = tokenizer.backend_tokenizer.encode_batch([each + "\n\n" for each in texts["train"]])
     tokens: Tokens = np.concatenate([np.array(part.ids, np.uint16) for part in encoded])
-    for name, part in (("heldout", texts.heldout), ("calibration", texts.calibration)):
-        write_text(output / f"{name}.txt", "\n\n".join(part))
+    for name in ("heldout", "calibration"):
+        write_text(output / f"{name}.txt", "\n\n".join(texts[name]))
     return tokens
 
 

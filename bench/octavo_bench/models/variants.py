@@ -81,9 +81,6 @@ OTHERS = (
 )
 
 
-# --- peers ------------------------------------------------------------------------------------------------------------
-
-
 class _InFloat16(nn.Sequential):
     """A layer that computes in float16, for inputs of any dtype."""
 
@@ -99,7 +96,7 @@ def bitsandbytes_layer(linear: nn.Linear, threshold: float = THRESHOLD) -> Any:
 
     sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
     layer = bitsandbytes.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=threshold)
-    weight = linear.weight.detach().half()
+    weight = linear.weight.detach().half().cpu()  # where it is quantized on its way to the device
     layer.weight = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if bias:
         layer.bias = nn.Parameter(linear.bias.detach().half(), requires_grad=False)
@@ -135,9 +132,6 @@ def chosen(keys: Sequence[str] | None, *, peers: bool = False) -> list[Variant]:
             raise ValueError(f"--schemes: expected some of {', '.join(known)}; got {key}")
     wanted = set(known[: -len(PEERS)] if keys is None else keys) | {peer.key for peer in PEERS if peers}
     return [variant for variant in ALL if variant.key in wanted]
-
-
-# --- making them ------------------------------------------------------------------------------------------------------
 
 
 class Maker:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..accuracy.scores import LOSS, TOP, Judge
-from ..models.language import Language, Window
+from ..models.language import Language
 from ..models.modules import ATTENTION_INPUT, hooked, projections, zeroing
 from ..progress import Progress
 from ..tables import Cell, Table
@@ -27,24 +27,14 @@ class Ablation:
     loss: float  # nats per token; in an encoder 1 - cosine of the embeddings with the untouched model's
 
 
-class Zeroing:
-    """Runs a model on windows with features set to zero."""
-
-    def __init__(self, language: Language, windows: Sequence[Window], progress: Progress) -> None:
-        self._language, self._progress = language, progress
-        self._judge = Judge(language, windows)
-        self._consumers = [each.module for each in projections(language.model) if each.takes == ATTENTION_INPUT]
-        if not self._consumers:
-            raise ValueError(
-                f"model: expected query, key and value layers, got none in {type(language.model).__name__}"
-            )
-
-    def run(self, doing: str, features: Sequence[int]) -> Ablation:
-        """Measure with `features` set to zero. The first run must be the one that zeroes none."""
-        hooks = [(module, zeroing(features)) for module in self._consumers] if features else []
-        with hooked(hooks):
-            found = self._judge.score(self._language.model, self._progress, doing)
-        return Ablation(list(features), found.mean(TOP), found.mean(LOSS))
+def ablate(language: Language, judge: Judge, features: Sequence[int], progress: Progress, doing: str) -> Ablation:
+    """Measure with `features` set to zero. The first run of a judge must be one that zeroes none."""
+    consumers = [each.module for each in projections(language.model) if each.takes == ATTENTION_INPUT]
+    if not consumers:
+        raise ValueError(f"model: expected query, key and value layers, got none in {type(language.model).__name__}")
+    with hooked((module, zeroing(features)) for module in consumers):
+        found = judge.score(language.model, progress, doing)
+    return Ablation(list(features), found.mean(TOP), found.mean(LOSS))
 
 
 def table(untouched: Ablation, without: Ablation | None, drawn: Sequence[Ablation], *, causal: bool) -> Table:

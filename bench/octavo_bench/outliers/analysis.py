@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ..accuracy.scores import Judge
 from ..machine import Facts
 from ..models import modules
 from ..models.find import find
 from ..models.language import Language, read_windows
-from ..pictures import Figures
+from ..pictures import BLUE, GRAY, GREEN, ORANGE, VERMILION, Figures, quiet
 from ..progress import Progress
 from ..tables import Report
-from . import Settings, ablation, observe, pictures, worth
+from . import ablation, observe, worth
+from .observe import Feature, Observation, Settings
+
+_STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, GREEN, ORANGE)]
 
 
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
@@ -34,15 +44,15 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
     numbers = [feature.number for feature in features]
 
     # 2. What they carry.
-    zero = ablation.Zeroing(loaded, windows, progress)
-    untouched = zero.run("as it is", [])
-    without = zero.run("without the outlier features", numbers) if numbers else None
+    ablate = partial(ablation.ablate, loaded, Judge(loaded, windows), progress=progress)
+    untouched = ablate([], doing="as it is")
+    without = ablate(numbers, doing="without the outlier features") if numbers else None
     drawn = []
     excluded = seen.ever_outlying()  # more than the outlier features: those in a few layers, too
     others = min(len(numbers), seen.width - len(excluded))  # as many, where there are as many
     if settings.ablate and others:
         for chosen in modules.random_features(others, seen.width, excluded, settings.draws):
-            drawn.append(zero.run("without random features", chosen))
+            drawn.append(ablate(chosen, doing="without random features"))
 
     # 3. What their 16-bit weights are worth.
     tables = [
@@ -61,4 +71,35 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
         ),
         tables,
     )  # fmt: skip
-    return report, pictures.figures(seen, features, settings)
+    return report, {"outliers.png": partial(draw, seen, features, settings)}
+
+
+def draw(seen: Observation, features: Sequence[Feature], settings: Settings) -> Figure:
+    """The largest magnitude of every feature; at what share of positions the outlier features are outlying."""
+    figure: Figure = plt.figure(figsize=(13, 4.6))
+    left, right = figure.subplots(1, 2)
+    share = 100 * seen.shares().numpy()  # [layers, width]
+    layers = range(len(share))
+    for magnitudes in seen.magnitudes.numpy():
+        left.plot(magnitudes, ".", color=GRAY, markersize=3)
+    for place, (feature, (color, marker)) in enumerate(zip(features, _STYLES, strict=False)):
+        name = f"feature {feature.number}"
+        of_feature = seen.magnitudes[:, feature.number].numpy()
+        left.plot([feature.number] * len(share), of_feature, marker, color=color, markersize=5, label=name)
+        size = max(4.0, 12.0 - 2.0 * place)  # lines that lie on each other stay to be seen
+        right.plot(layers, share[:, feature.number], marker + "-", color=color, label=name, markersize=size)
+    left.axhline(settings.threshold, color="black", linewidth=1, linestyle="--", label="threshold")
+    left.set_ylim(bottom=0)
+    left.set_xlabel("feature of the hidden states (a dot for each layer)")
+    left.set_ylabel("largest magnitude at any position")
+    right.bar(layers, (share > 0).mean(1) * 100, color=GRAY, alpha=0.4, label="features that ever are, %")
+    right.set_ylim(-2, 104)
+    right.set_xlabel("layer")
+    right.set_ylabel(f"positions with magnitude >= {settings.threshold:g}, %")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (left, right):
+        axis.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        quiet(axis, "y")
+    figure.suptitle("Outlier features" if features else "No feature is outlying systematically")
+    figure.tight_layout()
+    return figure

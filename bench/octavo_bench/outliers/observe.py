@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,10 +18,20 @@ from ..models.modules import HIDDEN_STATES, Projection, hooked, projections
 from ..progress import Progress
 from ..tables import Table
 
-if TYPE_CHECKING:
-    from . import Settings
-
 _LISTED = 12  # columns that a cell names
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What counts as an outlier feature (defaults: the paper's), and how much to measure."""
+
+    threshold: float = 6.0
+    min_layers: float = 0.25
+    min_positions: float = 0.06
+    window: int | None = None
+    limit: int | None = None
+    ablate: bool = False
+    draws: int = 3  # of random features
 
 
 @dataclass(frozen=True)
@@ -47,21 +56,13 @@ class Feature:
 
 @dataclass(frozen=True)
 class Observation:
-    """What was seen over all positions.
+    """What was seen over all positions."""
 
-    Attributes:
-        positions: of all windows.
-        magnitudes: float32 [layers, width], the largest of each feature in the layer's hidden states.
-        where: int64 [found, 3], layer, position and feature of each outlying value of a hidden state.
-        values: float32 [found], those values.
-        columns: of each linear layer.
-    """
-
-    positions: int
-    magnitudes: Tensor
-    where: Tensor
-    values: Tensor
-    columns: list[Columns]
+    positions: int  # of all windows
+    magnitudes: Tensor  # float32 [layers, width], the largest of each feature in the layer's hidden states
+    where: Tensor  # int64 [found, 3], layer, position and feature of each outlying value of a hidden state
+    values: Tensor  # float32 [found], those values
+    columns: list[Columns]  # of each linear layer
 
     @property
     def width(self) -> int:
@@ -85,9 +86,8 @@ class Observation:
         share = self.shares()
         layers, positions = (share > 0).double().mean(0), share.mean(0)
         found = []
-        for number in (
-            ((positions > 0) & (layers >= min_layers) & (positions >= min_positions)).nonzero()[:, 0].tolist()
-        ):
+        chosen = (positions > 0) & (layers >= min_layers) & (positions >= min_positions)
+        for number in chosen.nonzero()[:, 0].tolist():
             own = self.values[self.where[:, 2] == number]
             one_sided = bool((own > 0).all() or (own < 0).all())
             largest = float(self.magnitudes[:, number].max())
@@ -110,9 +110,8 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
         counts[projection] += mask.sum(0)
         if projection in hidden:
             places = mask.nonzero()
-            where.append(
-                torch.cat([torch.full_like(places[:, :1], projection.layer), places], 1) + torch.tensor([0, begin, 0])
-            )
+            layer = torch.full_like(places[:, :1], projection.layer)
+            where.append(torch.cat([layer, places + torch.tensor([begin, 0])], 1))
             values.append(x[mask])
 
     for window in windows:
@@ -153,9 +152,6 @@ def _hidden_states(found: Sequence[Projection], width: int) -> set[Projection]:
         if each.takes in HIDDEN_STATES and each.module.in_features == width
     }
     return set(first.values())
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def model_table(

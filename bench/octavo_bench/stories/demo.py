@@ -10,21 +10,31 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import accuracy, outliers
 from ..accuracy import measurement
 from ..accuracy.measurement import AGAINST
 from ..machine import Facts
-from ..models import minilm, systematic, text, variants
+from ..models import systematic, text, variants
+from ..models.find import MINILM, MINILM_SHA256, MINILM_VERSION, find
 from ..models.language import Language, read_windows
 from ..models.variants import FLOAT32, KEPT_COLUMNS, LLM_INT8, VECTOR_WISE, Variant
-from ..outliers import analysis
+from ..outliers import analysis, observe
 from ..pictures import Figures
 from ..progress import Progress
 from ..tables import Report, Table, write_text
-from .settings import Demo
+
+
+@dataclass(frozen=True)
+class Demo:
+    """How much to measure. The defaults are the demo's; tests measure less."""
+
+    sentences: int = 200
+    calibration: int = 64
+    draws: int = 3  # of random features, for the ablation
+    batch_sizes: tuple[int, ...] = (1, 16, 64)
+    seconds: float = 2.5  # of timing, for each batch size and dtype
 
 
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
@@ -39,13 +49,13 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
         evaluated, calibration = text.sentences(settings.sentences, settings.calibration)
         write_text(output / "sentences.txt", "\n".join(evaluated) + "\n")
         write_text(output / "calibration.txt", "\n".join(calibration) + "\n")
-        loaded = minilm.minilm()
+        loaded = find(Path("minilm"))
     every = (*variants.TABLE_1, variants.KEPT_COLUMNS, variants.KEPT_STATIC)
     few = (variants.ABSMAX, VECTOR_WISE, variants.ZEROPOINT_VECTOR, LLM_INT8, KEPT_COLUMNS)
 
     def evaluate(model: Language, shown: Sequence[Variant], part: Progress) -> Report:
         keys, text = [each.key for each in shown], output / "calibration.txt"
-        chosen = accuracy.Settings(keys, calibration=text, calibration_windows=settings.calibration)
+        chosen = measurement.Settings(keys, calibration=text, calibration_windows=settings.calibration)
         return measurement.run(model, output / "sentences.txt", chosen, facts, part)
 
     # 1. The model as it is: memory, and every scheme of Table 1.
@@ -53,7 +63,7 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
     tables = list(natural.tables)
 
     # 2. Why decomposition is needed: the model's own outlier features, and what they carry.
-    analyzed = outliers.Settings(ablate=True, draws=settings.draws)
+    analyzed = observe.Settings(ablate=True, draws=settings.draws)
     analyzed_report, figures = analysis.run(loaded, output / "sentences.txt", analyzed, facts, progress.part(25))
     tables += analyzed_report.tables
 
@@ -79,7 +89,7 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
     tables += times
     figures = {**figures, **measurement.figures(natural)}
     told = [line for where, report in losses.items() for line in _about(where, report)]
-    about = {**analyzed_report.facts, **facts.now(package=f"{minilm.PACKAGE}=={minilm.VERSION}", sha256=minilm.SHA256)}
+    about = {**analyzed_report.facts, **facts.now(package=f"{MINILM}=={MINILM_VERSION}", sha256=MINILM_SHA256)}
     report = Report("octavo demo: MiniLM in int8", about, tables, [*told, *map(_about_times, times)], list(figures))
     with progress.step("writing report.json", 4):
         write_text(output / "report.json", report.json())

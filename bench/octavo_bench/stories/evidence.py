@@ -3,42 +3,53 @@
     python -m octavo_bench train --output build/lm
     python -m octavo_bench evidence --lm build/lm --output bench/results/evidence
 
-Two models: the language model of ``train``, as it is and with outlier features put in (exact rescalings), and MiniLM, a
-sentence encoder whose outlier features are its own. Of each what `octavo eval --peers` and `octavo analyze --ablate`
-tell. What zeroing does to the rescaled models is there by construction: claims about it rest on MiniLM.
-
-Written: of each model <model>-eval.json and <model>-analyze.json; and evidence.json: a row for each scheme, a column
-for each model; and whether the paper's order of schemes is met, model by model.
+The language model of ``train``, as it is and with outlier features put in, and MiniLM, whose outlier features are its
+own: of each what `octavo eval --peers` and `octavo analyze --ablate` tell, <model>-eval.json and <model>-analyze.json;
+and evidence.json: a row for each scheme, a column for each model, and whether the paper's order of schemes is met.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .. import accuracy, outliers
 from ..accuracy import measurement, order
 from ..machine import Facts
-from ..models import language, minilm, systematic, text
-from ..models.language import Language
-from ..outliers import analysis
+from ..models import language, systematic, text
+from ..models.find import find
+from ..outliers import analysis, observe
 from ..progress import Progress
 from ..tables import Cell, Report, Table, write_text
-from .settings import Evidence
 
 LANGUAGE_MODELS = ("model", *systematic.SIZES)
 MINILM = "minilm"
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How much to measure."""
+
+    windows: int  # of held-out text
+    close_windows: int  # for what is as good as float32, or nearly: differences of 1e-4 need two thousand
+    analyzed: int  # windows of `octavo analyze`
+    sentences: int
+    seconds: float  # of timing peers, for each model
+    calibration_windows: int = 16  # of text
+    calibration_sentences: int = 64
+    draws: int = 3  # of random features
+
+
+SETTINGS = {"full": Setting(100, 2000, 40, 200, 8.0), "small": Setting(30, 200, 10, 50, 2.0, draws=2)}
+
+
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, None]:
     """``python -m octavo_bench evidence``."""
-    settings = Evidence(**{each.name: getattr(args, each.name) for each in fields(Evidence)})
-    return run(args.lm, args.output, settings, facts, progress), None
+    return run(args.lm, args.output, SETTINGS[args.setting], facts, progress), None
 
 
-def run(lm: Path, output: Path, settings: Evidence, facts: Facts, progress: Progress) -> Report:
+def run(lm: Path, output: Path, settings: Setting, facts: Facts, progress: Progress) -> Report:
     """Measure everything and write it. Raises ValueError where `lm` is not what octavo_bench.models.train writes."""
     for name in (*LANGUAGE_MODELS, "heldout.txt", "calibration.txt", "training.json"):
         if not (lm / name).exists():
@@ -49,24 +60,20 @@ def run(lm: Path, output: Path, settings: Evidence, facts: Facts, progress: Prog
     sentences, calibration = text.sentences(settings.sentences, settings.calibration_sentences)
     write_text(inputs / "sentences.txt", "\n".join(sentences) + "\n")
     write_text(inputs / "calibration.txt", "\n".join(calibration) + "\n")
-    of_text = accuracy.Settings(
-        limit=settings.windows, calibration=lm / "calibration.txt", calibration_windows=settings.calibration_windows,
-        peers=True, seconds=settings.seconds,
-    )  # fmt: skip
-    of_sentences = accuracy.Settings(
-        calibration=inputs / "calibration.txt", calibration_windows=settings.calibration_sentences, peers=True,
-        seconds=settings.seconds,
-    )  # fmt: skip
-    of_close = accuracy.Settings(
-        order.CLOSE, limit=settings.close_windows, calibration=lm / "calibration.txt",
-        calibration_windows=settings.calibration_windows,
-    )  # fmt: skip
-    zeroed = outliers.Settings(limit=settings.analyzed, ablate=True, draws=settings.draws)
+    held, calibrated, some = lm / "heldout.txt", lm / "calibration.txt", settings.calibration_windows
+    of_text = measurement.Settings(None, limit=settings.windows, calibration=calibrated, calibration_windows=some)
+    of_close = replace(of_text, schemes=order.CLOSE, limit=settings.close_windows)
+    of_text = replace(of_text, peers=True, seconds=settings.seconds)
+    some = settings.calibration_sentences
+    of_sentences = replace(of_text, limit=None, calibration=inputs / "calibration.txt", calibration_windows=some)
+    zeroed = observe.Settings(limit=settings.analyzed, ablate=True, draws=settings.draws)
     evaluated: dict[str, Report] = {}
     close: dict[str, Report] = {}
     progress.begin(3 * len(LANGUAGE_MODELS) + 2)
     for name in (*LANGUAGE_MODELS, MINILM):
-        loaded, read, chosen = _model(name, lm, inputs, of_text, of_sentences)
+        loaded, read, chosen = find(Path("minilm")), inputs / "sentences.txt", of_sentences
+        if name != MINILM:
+            loaded, read, chosen = language.load(lm / name), held, of_text
         evaluated[name] = measurement.run(loaded, read, chosen, facts, progress.part(1))
         analyzed, _ = analysis.run(loaded, read, zeroed, facts, progress.part(1))
         if name != MINILM:
@@ -81,15 +88,6 @@ def run(lm: Path, output: Path, settings: Evidence, facts: Facts, progress: Prog
     report = Report("Evidence: the paper's tables", facts.now(settings=asdict(settings)), tables)
     write_text(output / "evidence.json", report.json())
     return report
-
-
-def _model(
-    name: str, lm: Path, inputs: Path, of_text: accuracy.Settings, of_sentences: accuracy.Settings
-) -> tuple[Language, Path, accuracy.Settings]:
-    """A model, the text it is measured on, and how."""
-    if name == MINILM:
-        return minilm.minilm(), inputs / "sentences.txt", of_sentences
-    return language.load(lm / name), lm / "heldout.txt", of_text
 
 
 def loss_table(reports: Mapping[str, Report], title: str) -> Table:
