@@ -283,10 +283,13 @@ MORE_TESTS = [
     Step("emulated Arm", arm, ("emulated GPU, sanitized",)),
 ]
 MORE_CHECKS = [
-    Step("CUDA wheel", cuda_wheel),
-    Step("machine code and clang-tidy", machine_code, ("emulated GPU",)),  # which configures the same build
+    Step("CUDA wheel", cuda_wheel, ("octavo",)),
+    Step("machine code and clang-tidy", machine_code, ("octavo", "emulated GPU")),  # which configures the same build
 ]
-LABORATORY = [Step("laboratory", laboratory), Step("laboratory tests", laboratory_tests, ("laboratory",))]
+LABORATORY = [
+    Step("laboratory", laboratory, ("test packages",)),
+    Step("laboratory tests", laboratory_tests, ("laboratory",)),
+]
 DEMO = Step("demo", demo, ("laboratory",))
 EVIDENCE = Step("evidence", evidence, ("laboratory",))
 DOCS = Step("docs", docs, ("laboratory",))

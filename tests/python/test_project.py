@@ -59,6 +59,11 @@ def test_every_stage_has_what_its_steps_need(dev: ModuleType) -> None:
     assert {step.name for step in (*dev.TESTS, *dev.CHECKS, *dev.MORE_TESTS, dev.DEMO, dev.DOCS, dev.WHEEL)} <= done
 
 
+def test_no_step_of_a_command_starts_before_there_is_an_environment(dev: ModuleType) -> None:
+    for steps in ([*dev.INSTALLED, *dev.CHECKS, *dev.MORE_CHECKS], [*dev.INSTALLED, *dev.LABORATORY], dev.TESTS):
+        assert [step.name for step in steps if not {s.name for s in steps} & {*step.needs}] == ["environment"]
+
+
 def test_steps_run_after_what_they_need(dev: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     order: list[str] = []
     needs = {"last": ("first", "second"), "first": (), "second": ("first", "not asked for")}
