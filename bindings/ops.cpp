@@ -63,15 +63,30 @@ Value parse(const std::array<Name<Value>, count>& allowed, py::handle given, Arg
     throw py::value_error(message);
 }
 
-// A Python number as float32. A double beyond its range becomes Inf, which as a threshold means the same.
-float parse_number(py::handle given, Argument argument) {
+// A Python number. (As a float32 a double beyond its range becomes Inf, which as a threshold means the same.)
+double parse_number(py::handle given, Argument argument) {
     const double value = PyFloat_AsDouble(given.ptr());
     if (value == -1.0 && PyErr_Occurred() != nullptr) {
         PyErr_Clear();
         throw py::type_error(std::string(argument.function) + ": " + argument.name + ": expected a number, got " +
                              py::repr(given).cast<std::string>());
     }
-    return static_cast<float>(value);
+    return value;
+}
+
+std::int64_t parse_extent(py::handle given, Argument argument) {
+    const long long value = PyLong_AsLongLong(given.ptr());
+    if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (value < 0) {
+        throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected a number >= 0, got " +
+                              std::to_string(value));
+    }
+    return value;
+}
+
+// A number, or None for `absent`.
+double parse_optional(py::handle given, double absent, Argument argument) {
+    return given.is_none() ? absent : parse_number(given, argument);
 }
 
 // --- options ---------------------------------------------------------------------------------------------------------
@@ -79,10 +94,14 @@ float parse_number(py::handle given, Argument argument) {
 // octavo.Options, read and checked once: what a weight is quantized with, and what products are made with.
 class Options {
 public:
-    Options(py::handle scheme, py::handle granularity, py::handle outliers, py::handle threshold, py::handle path)
+    Options(py::handle scheme, py::handle granularity, py::handle rotation, py::handle outliers, py::handle threshold,
+            py::handle relative, py::handle cap, py::handle path)
         : quantize{.scheme = parse(schemes, scheme, {function, "scheme"}),
-                   .granularity = parse(granularities, granularity, {function, "granularity"})},
-          linear{.threshold = parse_number(threshold, {function, "threshold"}),
+                   .granularity = parse(granularities, granularity, {function, "granularity"}),
+                   .rotation = parse_rotation(rotation)},
+          linear{.threshold = static_cast<float>(parse_number(threshold, {function, "threshold"})),
+                 .relative = static_cast<float>(parse_optional(relative, 0.0, {function, "relative"})),
+                 .cap = parse_optional(cap, 1.0, {function, "cap"}),
                  .outliers = parse(outlier_policies, outliers, {function, "outliers"}),
                  .path = parse(paths, path, {function, "path"})} {
         octavo::check_options(linear, function);
@@ -93,6 +112,17 @@ public:
 
 private:
     static constexpr auto function = "Options";
+
+    static std::int32_t parse_rotation(py::handle given) {
+        if (PyLong_Check(given.ptr()) == 0) {
+            throw py::type_error("Options: rotation: expected an integer, got " + py::repr(given).cast<std::string>());
+        }
+        const std::int64_t value = parse_extent(given, {function, "rotation"});
+        for (const std::int32_t rotation : {0, 16, 64, 256}) {
+            if (value == rotation) return rotation;
+        }
+        throw py::value_error("Options: rotation: expected 0, 16, 64 or 256, got " + std::to_string(value));
+    }
 };
 
 // An instance of one of this module's classes, as C++. pybind11's cast, which also finds the bases of an object, costs
@@ -172,16 +202,6 @@ ConstVector packed_codes(const Array& array, std::int64_t n, std::int64_t k, Arg
     return {.data = array.data(), .dtype = array.dtype(), .device = array.device(), .size = packed_size(n, k)};
 }
 
-std::int64_t parse_extent(py::handle given, Argument argument) {
-    const long long value = PyLong_AsLongLong(given.ptr());
-    if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    if (value < 0) {
-        throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected a number >= 0, got " +
-                              std::to_string(value));
-    }
-    return value;
-}
-
 // --- the core's calls ------------------------------------------------------------------------------------------------
 
 // What one row of `a` costs for each of `b`, or, without one, what the elements of `a` cost.
@@ -243,7 +263,8 @@ py::object quantize_op(py::handle x_object, py::handle options_object, py::handl
     const ConstMatrix source = x.matrix();
     const Shape groups = options.granularity == Granularity::tensor ? Shape{1} : per_row(x);
 
-    const Array codes(allocate(x, x.shape(), DType::i8), {function, "codes"});
+    const Array codes(allocate(x, with_last(x, rotated_size(source.cols, options.rotation)), DType::i8),
+                      {function, "codes"});
     const Array scale(allocate(x, groups, DType::f32), {function, "scale"});
     std::optional<Array> zeropoint;
     if (options.scheme == Scheme::zeropoint) {
@@ -264,7 +285,8 @@ py::object quantize_weight_op(py::handle weight_object, py::handle options_objec
     const ConstMatrix source = weight.matrix();
     const Shape groups{options.granularity == Granularity::vector ? source.rows : 1};
 
-    const Array codes(allocate(weight, weight.shape(), DType::i8), {function, "codes"});
+    const Array codes(allocate(weight, {source.rows, rotated_size(source.cols, options.rotation)}, DType::i8),
+                      {function, "codes"});
     const Array scale(allocate(weight, groups, DType::f32), {function, "scale"});
     const Array code_sums(allocate(weight, {source.rows}, DType::i32), {function, "code_sums"});
     std::optional<Array> zeropoint;
@@ -278,9 +300,9 @@ py::object quantize_weight_op(py::handle weight_object, py::handle options_objec
     return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint), code_sums.object());
 }
 
-py::object find_outliers_op(py::handle x_object, py::handle threshold_object) {
+py::object find_outliers_op(py::handle x_object, py::handle options_object) {
     constexpr auto function = "find_outliers";
-    const float threshold = parse_number(threshold_object, {function, "threshold"});
+    const LinearOptions& options = options_of(options_object, function).linear;
     Array x(x_object, {function, "x"});
     const ConstMatrix source = x.matrix();
     // The number of columns is known only after the work, so they go by way of other memory: of our own for the CPU.
@@ -288,7 +310,7 @@ py::object find_outliers_op(py::handle x_object, py::handle threshold_object) {
         const Array all(allocate(x, {source.cols}, DType::i32), {function, "columns", "int32"}, Use::write);
         const Array found(allocate(x, {1}, DType::i32), {function, "count", "int32"}, Use::write);
         run(x, work_of(source),
-            [&](Stream stream) { octavo::find_outliers(source, threshold, all.vector(), found.vector(), stream); });
+            [&](Stream stream) { octavo::find_outliers(source, options, all.vector(), found.vector(), stream); });
         const py::object part = all.object()[py::slice(0, item(found.object()), 1)];
         return part.attr(x.framework() == Framework::torch ? "clone" : "copy")();
     }
@@ -296,7 +318,7 @@ py::object find_outliers_op(py::handle x_object, py::handle threshold_object) {
     std::int32_t count = 0;
     run(x, work_of(source), [&](Stream stream) {
         octavo::find_outliers(
-            source, threshold,
+            source, options,
             {.data = columns.data(), .dtype = DType::i32, .device = source.device, .size = source.cols},
             {.data = &count, .dtype = DType::i32, .device = source.device, .size = 1}, stream);
     });
@@ -346,7 +368,7 @@ py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle o
 }
 
 py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::handle zeropoint_object,
-                         py::handle dtype_name) {
+                         py::handle rotation_object, py::handle k_object, py::handle dtype_name) {
     constexpr auto function = "dequantize";
     Array codes(codes_object, {function, "codes", "int8"});
     Array scale(scale_object, {function, "scale", "float32"});
@@ -355,14 +377,16 @@ py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::h
     const ConstMatrix source = codes.matrix();
     const ConstVector scales = scale.flat();
     const ConstVector zeropoints = zeropoint ? zeropoint->flat() : absent_vector;
-    const Output result(py::none(), codes, codes.shape(), dtype, {function, "out"});
+    const auto rotation = static_cast<std::int32_t>(parse_extent(rotation_object, {function, "rotation"}));
+    const std::int64_t k = rotation == 0 ? source.cols : parse_extent(k_object, {function, "k"});
+    const Output result(py::none(), codes, with_last(codes, k), dtype, {function, "out"});
     run(codes, work_of(source),
-        [&](Stream stream) { octavo::dequantize(source, scales, zeropoints, result.matrix(), stream); });
+        [&](Stream stream) { octavo::dequantize(source, scales, zeropoints, rotation, result.matrix(), stream); });
     return result.finish();
 }
 
-// A weight whose arrays have been read and checked once, so that `linear` need not. Its codes are a matrix [n, k], or
-// in packed order, and then `shape` is (n, k).
+// A weight whose arrays have been read and checked once, so that `linear` need not. Its codes are a matrix, or in
+// packed order; `shape` is (n, k), and only of a matrix of k columns may be missing.
 class Weight {
 public:
     Weight(py::handle codes, const std::optional<std::pair<std::int64_t, std::int64_t>>& shape, py::handle scale,
@@ -377,17 +401,21 @@ public:
         if (codes_.dtype() != DType::i8) {
             throw py::type_error(std::string("Int8Weight: codes: expected dtype int8, got ") + name_of(codes_.dtype()));
         }
-        if (shape) {
-            const ConstVector packed = packed_codes(codes_, shape->first, shape->second, {function, "codes"});
-            view_.codes = {packed.data, DType::i8, packed.device, shape->first, shape->second, 0, 1};
+        const QuantizeOptions& options = options_of(options_object, function).quantize;
+        const bool packed = shape && codes_.shape().size() != 2;
+        if (packed) {
+            const std::int64_t width = rotated_size(shape->second, options.rotation);
+            const ConstVector memory = packed_codes(codes_, shape->first, width, {function, "codes"});
+            view_.codes = {memory.data, DType::i8, memory.device, shape->first, width, 0, 1};
             view_.layout = Layout::packed;
         } else {
             need_rank(codes_, {function, "codes"}, 2);
             view_.codes = codes_.matrix();
         }
+        view_.rotation = options.rotation;
+        view_.k = shape ? shape->second : 0;
         view_.scale = scale_.vector();
         view_.zeropoint = vector_or_absent(zeropoint_);
-        const QuantizeOptions& options = options_of(options_object, function).quantize;
         view_.scheme = options.scheme;
         view_.granularity = options.granularity;
         if (outlier_columns_.has_value() != outlier_weight_.has_value()) {
@@ -402,7 +430,7 @@ public:
             view_.outlier_weight = outlier_weight_->matrix();
         }
         if (!code_sums_) {
-            if (shape) throw py::value_error("Int8Weight: code_sums: expected an array with packed codes, got None");
+            if (packed) throw py::value_error("Int8Weight: code_sums: expected an array with packed codes, got None");
             code_sums_.emplace(allocate(codes_, {view_.codes.rows}, DType::i32), Argument{function, "code_sums"},
                                Use::keep);
             run(codes_, work_of(view_.codes),
@@ -499,18 +527,20 @@ void define_operations(py::module_& module) {
     static std::array methods{
         method<quantize_op>("quantize", "quantize($module, x, options, exclude, /)\n--\n\n"),
         method<quantize_weight_op>("quantize_weight", "quantize_weight($module, weight, options, /)\n--\n\n"),
-        method<find_outliers_op>("find_outliers", "find_outliers($module, x, threshold, /)\n--\n\n"),
+        method<find_outliers_op>("find_outliers", "find_outliers($module, x, options, /)\n--\n\n"),
         method<pack_op>("pack", "pack($module, codes, /)\n--\n\n"),
         method<unpack_op>("unpack", "unpack($module, packed, n, k, /)\n--\n\n"),
         method<int8_matmul_op>("int8_matmul", "int8_matmul($module, a, b, out, /)\n--\n\n"),
-        method<dequantize_op>("dequantize", "dequantize($module, codes, scale, zeropoint, dtype, /)\n--\n\n"),
+        method<dequantize_op>("dequantize",
+                              "dequantize($module, codes, scale, zeropoint, rotation, k, dtype, /)\n--\n\n"),
         method<linear_op>("linear", "linear($module, x, weight, bias, options, out, /)\n--\n\n"),
         PyMethodDef{},
     };
     if (PyModule_AddFunctions(module.ptr(), methods.data()) != 0) throw py::error_already_set();
     py::class_<Options>(module, "Options", py::is_final())
-        .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle>(), py::arg("scheme"),
-             py::arg("granularity"), py::arg("outliers"), py::arg("threshold"), py::arg("path"));
+        .def(py::init<py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, py::handle>(),
+             py::arg("scheme"), py::arg("granularity"), py::arg("rotation"), py::arg("outliers"), py::arg("threshold"),
+             py::arg("relative"), py::arg("cap"), py::arg("path"));
     py::class_<Weight>(module, "Weight", py::is_final())
         .def(py::init<py::handle, const std::optional<std::pair<std::int64_t, std::int64_t>>&, py::handle, py::handle,
                       py::handle, py::handle, py::handle, py::handle>(),

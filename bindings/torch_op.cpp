@@ -278,7 +278,8 @@ void linear_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outpu
         const NativeOptions& options = read_options(options_text);
         const std::int64_t n = code_sums.vector().size;
         const bool is_packed = codes.sizes().size() == 4;
-        WeightView weight{.codes = is_packed ? codes.packed(n, k) : ConstMatrix(codes.matrix()),
+        const std::int64_t width = rotated_size(k, options.quantize.rotation);
+        WeightView weight{.codes = is_packed ? codes.packed(n, width) : ConstMatrix(codes.matrix()),
                           .scale = scale.vector(),
                           .zeropoint = vector_or_absent(zeropoint),
                           .code_sums = code_sums.vector(),
@@ -286,6 +287,8 @@ void linear_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outpu
         if (outlier_weight) weight.outlier_weight = outlier_weight->matrix();
         weight.scheme = options.quantize.scheme;
         weight.granularity = options.quantize.granularity;
+        weight.rotation = options.quantize.rotation;
+        weight.k = k;
         weight.layout = is_packed ? Layout::packed : Layout::row_major;
 
         std::vector<std::int64_t> sizes(x.sizes().begin(), x.sizes().end());

@@ -59,15 +59,17 @@ public:
     }
     void pack(ConstMatrix codes, Vector /*packed*/, Stream /*stream*/) const override { no_packing("pack", codes); }
     void unpack(ConstVector /*packed*/, Matrix codes, Stream /*stream*/) const override { no_packing("unpack", codes); }
-    void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) const override {
-        call("find_outliers", x.device, [&] { cuda::find_outliers(x, threshold, columns, count, native(stream)); });
+    void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count,
+                       Stream stream) const override {
+        call("find_outliers", x.device, [&] { cuda::find_outliers(x, options, columns, count, native(stream)); });
     }
     void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout /*row-major*/, Stream stream) const override {
         call("int8_matmul", a.device, [&] { cuda::int8_matmul(a, b, out, native(stream)); });
     }
-    void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
+    void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out,
                     Stream stream) const override {
-        call("dequantize", codes.device, [&] { cuda::dequantize(codes, scale, zeropoint, out, native(stream)); });
+        call("dequantize", codes.device,
+             [&] { cuda::dequantize(codes, scale, zeropoint, rotation, out, native(stream)); });
     }
     void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
                 Stream stream) const override {

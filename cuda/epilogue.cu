@@ -10,8 +10,10 @@
 // brought to shared memory once for the block, and each lane does 4 x 8 multiplications for 8 + 4 values read from
 // there. They are added one after the other in the order of the columns, from zero: adding the zeros that the policy
 // `rows` makes of other rows' outliers changes nothing, so a row's result does not depend on the other rows.
+#include "criterion.cuh"
 #include "device.cuh"
 #include "operations.hpp"
+#include "rotation.cuh"
 
 namespace octavo::cuda {
 namespace {
@@ -40,7 +42,8 @@ struct Arguments {
     FloatSpan bias;
     ColumnList outliers;
     bool per_element;
-    float threshold;
+    ElementCriterion elements;
+    int rotation;
     View<Y> out;
     bool wide;  // whether acc and out can be accessed 4 columns at a time
 };
@@ -90,10 +93,12 @@ __device__ void load_chunk(const Arguments<Y>& a, std::int64_t begin, int count,
         if (j < a.out.cols) {
             const std::int8_t code = *a.codes.at(j, shared.column[o]);
             if constexpr (zeropoint) shared.code[o][c] = code;
+            const float shift = a.zeropoint_w.present() ? a.zeropoint_w.of_group(j) : 0.0F;
             if (shared.place[o] >= 0) {
                 weight = a.kept_weight(j, shared.place[o]);
+            } else if (a.rotation != 0) {
+                weight = rotated_back(a.codes, j, shared.column[o], a.rotation, shift) * a.scale_w.of_group(j);
             } else {
-                const float shift = a.zeropoint_w.present() ? a.zeropoint_w.of_group(j) : 0.0F;
                 weight = (static_cast<float>(code) + shift) * a.scale_w.of_group(j);
             }
         }
@@ -104,9 +109,10 @@ __device__ void load_chunk(const Arguments<Y>& a, std::int64_t begin, int count,
         const int r = e % tile_rows;
         const std::int64_t i = row0 + r;
         const float x = i < a.out.rows ? a.x(i, shared.column[o]) : 0.0F;
-        const bool takes_part = !a.per_element || is_outlier(x, a.threshold);
+        const bool takes_part = !a.per_element || is_outlier(x, i < a.out.rows ? i : 0, shared.column[o], a.elements);
         shared.x[o][r] = takes_part ? x : 0.0F;
-        if constexpr (zeropoint) shared.is_outlier[o][r] = takes_part ? 1 : 0;
+        // With rotation no code is left out of the product.
+        if constexpr (zeropoint) shared.is_outlier[o][r] = takes_part && a.rotation == 0 ? 1 : 0;
     }
     __syncthreads();
 }
@@ -235,16 +241,16 @@ __global__ void __launch_bounds__(threads, compiled_for < 120 ? 2 : 1) epilogue_
 }  // namespace
 
 void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, const WeightView& weight,
-                   ConstVector bias, const ColumnList& outliers, bool per_element, float threshold, Matrix out,
-                   cudaStream_t stream) {
+                   ConstVector bias, const ColumnList& outliers, bool per_element, const ElementCriterion& elements,
+                   Matrix out, cudaStream_t stream) {
     const bool wide = out.cols % per_half == 0 && rows_are_aligned(out, per_half * size_of(out.dtype));
     const std::int64_t col_tiles = blocks_for(out.cols, tile_cols);
     with_float(out.dtype, [&]<class Y>(Type<Y>) {
         const Arguments<Y> arguments{
             .acc = acc,
-            .parts = product_parts(x.cols),
+            .parts = product_parts(weight.codes.cols),
             .x = float_view_of(x),
-            .depth = x.cols,
+            .depth = weight.codes.cols,
             .coded = coded,
             .codes = view_of<std::int8_t>(weight.codes),
             .scale_w = span_of<float>(weight.scale),
@@ -255,7 +261,8 @@ void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, 
             .bias = float_span_of(bias),
             .outliers = outliers,
             .per_element = per_element,
-            .threshold = threshold,
+            .elements = elements,
+            .rotation = weight.rotation,
             .out = view_of<Y>(out),
             .wide = wide,
         };

@@ -1,7 +1,8 @@
 // LLM.int8() on the GPU (paper Figure 2). The host enqueues four launches and never waits:
 //
-//   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns)
-//   2. quantize the rest of X row by row; list the marked columns
+//   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns). A criterion that is
+//      relative or capped takes one launch more, for the largest magnitudes of the columns
+//   2. quantize the rest of X row by row; list the marked columns. Rotation takes two launches more
 //   3. int8 product (where blocks of our own share its depth, after a memset)
 //   4. scales, outlier columns times 16-bit weights, bias
 //
@@ -24,12 +25,20 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                  const LinearOptions& options, cudaStream_t stream) {
     const std::int64_t m = x.rows;
     const std::int64_t k = x.cols;
-    const std::int64_t width = (k + codes_alignment - 1) / codes_alignment * codes_alignment;
+    const std::int64_t depth = weight.codes.cols;
+    const std::int64_t width = (depth + codes_alignment - 1) / codes_alignment * codes_alignment;
     const bool has_zeropoint = weight.scheme == Scheme::zeropoint;
     const bool finds_outliers = options.outliers == Outliers::columns || options.outliers == Outliers::rows;
     const bool has_outliers = options.outliers != Outliers::none && k > 0;
-    const auto granularity = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row;
-    const bool one_scale = granularity == Granularity::tensor;
+    const QuantizeOptions quantize_options{
+        .scheme = weight.scheme,
+        .granularity = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row,
+        .rotation = weight.rotation};
+    const bool one_scale = quantize_options.granularity == Granularity::tensor;
+    const bool per_element = options.outliers == Outliers::rows;
+    const bool has_limits = finds_outliers && needs_limits(options);
+    // The ranges of columns are of no use where the columns are not known by a threshold, or are rotated.
+    const bool has_ranges = one_scale && !has_limits && weight.rotation == 0;
     const std::int64_t groups = one_scale ? 1 : m;
 
     Workspace workspace(stream);
@@ -46,20 +55,26 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     Workspace::Part<std::int32_t> columns;
     Workspace::Part<std::int32_t> count;
     Workspace::Part<Range> ranges;
+    Workspace::Part<Limit> limits;
+    Workspace::Part<std::uint32_t> maxima;
     if (has_outliers) {
-        marks.parts = one_scale ? range_parts(x) : finds_outliers ? mark_parts(x) : 1;
-        if (one_scale) ranges = workspace.reserve<Range>(marks.parts * k);
+        marks.parts = has_ranges ? range_parts(x) : finds_outliers && !has_limits ? mark_parts(x) : 1;
+        if (has_ranges) ranges = workspace.reserve<Range>(marks.parts * k);
+        if (has_limits && per_element) limits = workspace.reserve<Limit>(m);
+        if (has_limits && !per_element) maxima = workspace.reserve<std::uint32_t>(k);
         words = workspace.reserve<std::uint32_t>(marks.parts * words_for(k));
         columns = workspace.reserve<std::int32_t>(k);
         count = workspace.reserve<std::int32_t>(1);
     }
-    const auto acc = workspace.reserve<std::int32_t>(product_parts(k) * m * out.cols);
+    const auto acc = workspace.reserve<std::int32_t>(product_parts(depth) * m * out.cols);
     workspace.allocate();
 
     marks.words = workspace.at(words);
     const ColumnList list{workspace.at(columns), workspace.at(count)};
     if (has_outliers) {
-        if (one_scale) {
+        if (has_limits) {
+            apply_criterion(x, options, marks.words, workspace.at(maxima), workspace.at(limits), stream);
+        } else if (has_ranges) {
             find_column_ranges(x, weight.scheme, options.outliers, options.threshold, weight.outlier_columns, marks,
                                workspace.at(ranges), stream);
         } else if (finds_outliers) {
@@ -68,15 +83,14 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
             mark_listed(weight.outlier_columns, k, marks, stream);
         }
     }
-    const bool per_element = options.outliers == Outliers::rows;
     const Exclusion exclusion{.marks = marks,
                               .per_element = per_element,
-                              .threshold = options.threshold,
+                              .elements = {options.threshold, workspace.at(limits)},
                               .list = list,
                               .ranges = workspace.at(ranges)};
-    const Matrix x_codes{workspace.at(codes), DType::i8, x.device, m, k, width, 1};
+    const Matrix x_codes{workspace.at(codes), DType::i8, x.device, m, depth, width, 1};
     quantize_rows(
-        x, weight.scheme, granularity, exclusion, x_codes, width,
+        x, quantize_options, exclusion, x_codes, width,
         {.data = workspace.at(scale), .dtype = DType::f32, .device = x.device, .size = groups},
         {.data = workspace.at(zeropoint),
          .dtype = DType::f32,
@@ -87,7 +101,20 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         stream);
     multiply(x_codes, weight.codes, workspace.at(acc), Copies::none, stream);
     finish_linear(workspace.at(acc), {workspace.at(scale), workspace.at(zeropoint), workspace.at(sums), groups}, x,
-                  weight, bias, list, per_element, options.threshold, out, stream);
+                  weight, bias, list, per_element, exclusion.elements, out, stream);
+}
+
+// `weight_only_linear` of an x that is rotated first where the weight is.
+void rotated_weight_only(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out,
+                         cudaStream_t stream) {
+    if (weight.rotation == 0) return weight_only_linear(x, weight, bias, out, stream);
+    const std::int64_t width = weight.codes.cols;
+    Workspace workspace(stream);
+    const auto rotated = workspace.reserve<float>(x.rows * width);
+    workspace.allocate();
+    rotate(x, weight.rotation, {}, workspace.at(rotated), stream);
+    weight_only_linear({workspace.at(rotated), DType::f32, x.device, x.rows, width, width, 1}, weight, bias, out,
+                       stream);
 }
 
 }  // namespace
@@ -95,7 +122,7 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
             cudaStream_t stream) {
     const bool few_rows = options.path == Path::auto_ && x.rows <= most_weight_only_rows;
-    if (options.path == Path::weight_only || few_rows) return weight_only_linear(x, weight, bias, out, stream);
+    if (options.path == Path::weight_only || few_rows) return rotated_weight_only(x, weight, bias, out, stream);
     int8_linear(x, weight, bias, out, options, stream);
 }
 

@@ -8,6 +8,7 @@
 
 #include "octavo/linear.hpp"
 #include "octavo/options.hpp"
+#include "octavo/quantize.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo::cuda {
@@ -37,7 +38,29 @@ void mark_outliers(ConstMatrix x, float threshold, ColumnMarks marks, cudaStream
 // Mark the columns of a list, in one part. Numbers outside 0 to k - 1 are ignored.
 void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStream_t stream);
 
-void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, cudaStream_t stream);
+// List the marked columns of `k`.
+void list_columns(ColumnMarks marks, std::int64_t k, ColumnList list, cudaStream_t stream);
+
+void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, cudaStream_t stream);
+
+// --- criterion.cu ---------------------------------------------------------------------------------------------------
+
+// A place in the order of magnitudes (criterion.cuh), from which on elements are outliers.
+using Limit = unsigned long long;
+
+// Which elements of a row are outliers under the policy `rows`.
+struct ElementCriterion {
+    float threshold = 0.0F;         // those with not (|x| < threshold),
+    const Limit* limits = nullptr;  // or, where not null, from the row's limit on
+};
+
+// Whether the criterion is more than a threshold.
+inline bool needs_limits(const LinearOptions& options) { return options.relative > 0.0F || options.cap < 1.0; }
+
+// Mark the outlier columns, in one part: `words` [words_for(k)]. `maxima` [k] is scratch. With `limits` [m] not null
+// every row is a call of its own: they receive the rows' limits, and all their columns are marked.
+void apply_criterion(ConstMatrix x, const LinearOptions& options, std::uint32_t* words, std::uint32_t* maxima,
+                     Limit* limits, cudaStream_t stream);
 
 // --- column_ranges.cu -----------------------------------------------------------------------------------------------
 
@@ -62,15 +85,16 @@ void find_column_ranges(ConstMatrix x, Scheme scheme, Outliers outliers, float t
 // What takes no part in the quantization of X, and has code 0.
 struct Exclusion {
     ColumnMarks marks;         // these columns; under `per_element` only listed, not excluded
-    bool per_element = false;  // instead, in each row its own elements with not (|x| < threshold)
-    float threshold = 0.0F;
+    bool per_element = false;  // instead, in each row its own elements
+    ElementCriterion elements;
     ColumnList list{};              // where not null: receives the marked columns
     const Range* ranges = nullptr;  // where not null: what `find_column_ranges` made of X, for granularity `tensor`
 };
 
-// octavo::quantize with what is excluded on the device. Rows of codes have `width` >= k columns, of which those from k
-// on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes.
-void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const Exclusion& exclusion, Matrix codes,
+// octavo::quantize with what is excluded on the device. Rows of codes have `width` >= rotated_size(k) columns, of which
+// those from there on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes. With rotation
+// there is a launch before it, to scratch memory.
+void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream);
 
 void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
@@ -82,9 +106,15 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
 
 void sum_codes(ConstMatrix codes, Vector code_sums, cudaStream_t stream);
 
+// --- rotate.cu ------------------------------------------------------------------------------------------------------
+
+// `x` without what is excluded, rotated, to `out` [m, rotated_size(k, rotation)].
+void rotate(ConstMatrix x, std::int32_t rotation, const Exclusion& exclusion, float* out, cudaStream_t stream);
+
 // --- dequantize.cu --------------------------------------------------------------------------------------------------
 
-void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out, cudaStream_t stream);
+void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out,
+                cudaStream_t stream);
 
 // --- gemm.cpp -------------------------------------------------------------------------------------------------------
 
@@ -118,14 +148,15 @@ struct CodedX {
 };
 
 // Everything after the product (paper Eq. 8), in one launch. `outliers.count` null: none.
-// Under `per_element` only elements of X with not (|x| < threshold) of the listed columns are outliers.
+// Under `per_element` only a row's own outliers of the listed columns are, by `elements`.
 void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, const WeightView& weight,
-                   ConstVector bias, const ColumnList& outliers, bool per_element, float threshold, Matrix out,
-                   cudaStream_t stream);
+                   ConstVector bias, const ColumnList& outliers, bool per_element, const ElementCriterion& elements,
+                   Matrix out, cudaStream_t stream);
 
 // --- weight_only.cu -------------------------------------------------------------------------------------------------
 
-// y[i, j] = scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j], any m, n, k and strides.
+// y[i, j] = scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j], any m, n, k and strides. `x` is rotated
+// already where the weight is.
 void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, cudaStream_t stream);
 
 // --- linear.cpp -----------------------------------------------------------------------------------------------------

@@ -156,13 +156,23 @@ void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStr
     launch(mark_listed_kernel, grid, stream, span_of<std::int32_t>(columns), k, marks.words);
 }
 
-void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, cudaStream_t stream) {
+void list_columns(ColumnMarks marks, std::int64_t k, ColumnList list, cudaStream_t stream) {
+    launch(list_kernel, Grid{1, compact_threads}, stream, marks, k, Span<std::int32_t>{list.columns, k, 1},
+           Span<std::int32_t>{list.count, 1, 1});
+}
+
+void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, cudaStream_t stream) {
     Workspace workspace(stream);
-    const std::int64_t parts = mark_parts(x);
+    const std::int64_t parts = needs_limits(options) ? 1 : mark_parts(x);
     const auto words = workspace.reserve<std::uint32_t>(parts * words_for(x.cols));
+    const auto maxima = workspace.reserve<std::uint32_t>(needs_limits(options) ? x.cols : 0);
     workspace.allocate();
     const ColumnMarks marks{workspace.at(words), parts};
-    mark_outliers(x, threshold, marks, stream);
+    if (needs_limits(options)) {
+        apply_criterion(x, options, marks.words, workspace.at(maxima), nullptr, stream);
+    } else {
+        mark_outliers(x, options.threshold, marks, stream);
+    }
     launch(list_kernel, Grid{1, compact_threads}, stream, marks, x.cols, span_of<std::int32_t>(columns),
            span_of<std::int32_t>(count));
 }

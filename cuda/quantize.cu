@@ -21,6 +21,7 @@
 #include <string>
 
 #include "bits.cuh"
+#include "criterion.cuh"
 #include "device.cuh"
 #include "marks.cuh"
 #include "memory.hpp"
@@ -75,8 +76,13 @@ template <class T>
 class Coding<T, Scheme::absmax> {
 public:
     Coding() = default;
-    __device__ explicit Coding(const Range& range) : absmax_(number_of<T>(range.high)) {
+    __device__ Coding(const Range& range, bool rotated) : absmax_(number_of<T>(range.high)) {
         if (!is_finite(absmax_) || absmax_ == 0.0F) return;
+        if (rotated) {
+            inverse_ = 127.0F / absmax_;
+            way_ = is_finite(inverse_) ? Way::multiplied : Way::small;
+            return;
+        }
         // Where no step overflows, nor loses bits of what is not 0 anyway.
         const bool can_correct = sizeof(T) == 2 && absmax_ >= 0x1p-100F && absmax_ <= 0x1p100F;
         way_ = can_correct ? Way::corrected : Way::divided;
@@ -99,6 +105,8 @@ public:
                     const float quotient = __fmul_rn(a, inverse_);
                     return to_code(__fmaf_rn(__fmaf_rn(-quotient, absmax_, a), inverse_, quotient));
                 });
+            case Way::multiplied: return body([this](float x) { return to_code(__fmul_rn(x, inverse_)); });
+            case Way::small: return body([this](float x) { return to_code(__fmul_rn(x / absmax_, 127.0F)); });
             case Way::divided:
                 return body([this](float x) {
                     const float product = __fmul_rn(x, 127.0F);
@@ -108,7 +116,7 @@ public:
     }
 
 private:
-    enum class Way : std::uint8_t { zeros, corrected, divided };
+    enum class Way : std::uint8_t { zeros, corrected, divided, multiplied, small };  // the last two: rotated
     Way way_ = Way::zeros;
     float absmax_ = 0.0F;
     float inverse_ = 0.0F;
@@ -118,7 +126,8 @@ template <class T>
 class Coding<T, Scheme::zeropoint> {
 public:
     Coding() = default;
-    __device__ explicit Coding(const Range& range) : min_(from_ordered(~range.low)), max_(from_ordered(range.high)) {
+    __device__ Coding(const Range& range, bool /*rotated*/)
+        : min_(from_ordered(~range.low)), max_(from_ordered(range.high)) {
         if (range.low == 0 && range.high == 0) {
             min_ = max_ = 0.0F;  // no values: the scale of a group of zeros
             return;
@@ -192,7 +201,8 @@ struct Task {
     Step step = Step::rows;
     bool rows_of_warps = false;  // a team is a warp, not the block
     bool per_element = false;
-    float threshold = 0.0F;
+    bool rotated = false;  // whether x is what `rotate` made
+    ElementCriterion elements;
     ColumnMarks marks;
     ColumnList list;
     View<std::int8_t> codes{};
@@ -302,7 +312,8 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
 #pragma unroll
         for (int i = 0; i < accesses * elements; ++i) {
             const float value = element<T>(held.quads[i / elements], i % elements);
-            held.left_out |= static_cast<std::uint32_t>(is_outlier(value, task.threshold)) << i;
+            const std::int64_t column = column_of<T, wide>(team, chunk, i / elements, i % elements);
+            held.left_out |= static_cast<std::uint32_t>(is_outlier(value, row, column, task.elements)) << i;
         }
     }
     if (held.left_out == 0) return;
@@ -431,7 +442,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
     Coding<T, scheme> coding;
     if (task.step == Step::encode) {
         range = range_of_matrix(task, x.cols, thread, threads);
-        coding = Coding<T, scheme>(range_of_block<scheme>(range, partial_ranges[0]));
+        coding = Coding<T, scheme>(range_of_block<scheme>(range, partial_ranges[0]), task.rotated);
         if (block == 0 && thread == 0) write_group(task, 0, coding);
     }
     int turn = 1;
@@ -445,7 +456,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
             if (task.step == Step::range) continue;
             range =
                 task.rows_of_warps ? range_of_warp<scheme>(range) : range_of_block<scheme>(range, partial_ranges[turn]);
-            coding = Coding<T, scheme>(range);
+            coding = Coding<T, scheme>(range, task.rotated);
             if (team.rank == 0) write_group(task, row, coding);
         }
         std::int32_t sum = 0;
@@ -538,15 +549,27 @@ void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& te
     });
 }
 
-void quantize_rows(const ConstMatrix& x, Scheme scheme, Granularity granularity, const Exclusion& exclusion,
+void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool rotated, const Exclusion& exclusion,
                    const Matrix& codes, std::int64_t width, const Vector& scale, const Vector& zeropoint,
                    const Vector& code_sums, unsigned long long* first_not_finite, cudaStream_t stream) {
+    Workspace workspace(stream);
+    if (options.rotation != 0 && !rotated) {
+        const std::int64_t rotated_width = rotated_size(x.cols, options.rotation);
+        const auto place = workspace.reserve<float>(x.rows * rotated_width);
+        workspace.allocate();
+        rotate(x, options.rotation, exclusion, workspace.at(place), stream);
+        if (exclusion.list.columns != nullptr) list_columns(exclusion.marks, x.cols, exclusion.list, stream);
+        const ConstMatrix of_blocks{workspace.at(place), DType::f32, x.device, x.rows, rotated_width, rotated_width, 1};
+        return quantize_rows(of_blocks, options, true, {}, codes, width, scale, zeropoint, code_sums, first_not_finite,
+                             stream);
+    }
     const std::int64_t elements = 16 / size_of(x.dtype);
     const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
-    const int threads = most_threads(size_of(x.dtype), scheme, wide, device_facts().architecture);
+    const int threads = most_threads(size_of(x.dtype), options.scheme, wide, device_facts().architecture);
     const Teams teams = teams_for(x.rows, width, elements, threads);
     Task task{.per_element = exclusion.per_element,
-              .threshold = exclusion.threshold,
+              .rotated = rotated,
+              .elements = exclusion.elements,
               .marks = exclusion.marks,
               .list = exclusion.list,
               .codes = view_of<std::int8_t>(codes),
@@ -555,11 +578,10 @@ void quantize_rows(const ConstMatrix& x, Scheme scheme, Granularity granularity,
               .zeropoint = span_of<float>(zeropoint),
               .code_sums = span_of<std::int32_t>(code_sums),
               .first_not_finite = first_not_finite};
-    if (granularity != Granularity::tensor) {
-        if (x.rows > 0 || task.list.columns != nullptr) launch_step(x, scheme, wide, teams, task, stream);
+    if (options.granularity != Granularity::tensor) {
+        if (x.rows > 0 || task.list.columns != nullptr) launch_step(x, options.scheme, wide, teams, task, stream);
         return;
     }
-    Workspace workspace(stream);
     if (exclusion.ranges != nullptr) {
         task.column_ranges = exclusion.ranges;
     } else {
@@ -569,18 +591,18 @@ void quantize_rows(const ConstMatrix& x, Scheme scheme, Granularity granularity,
         task.partials = teams.blocks;
         task.list = {};
         task.step = Step::range;
-        launch_step(x, scheme, wide, teams, task, stream);
+        launch_step(x, options.scheme, wide, teams, task, stream);
     }
     task.list = exclusion.list;
     task.step = Step::encode;
-    launch_step(x, scheme, wide, teams, task, stream);
+    launch_step(x, options.scheme, wide, teams, task, stream);
 }
 
 }  // namespace
 
-void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const Exclusion& exclusion, Matrix codes,
+void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream) {
-    quantize_rows(x, scheme, granularity, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
+    quantize_rows(x, options, false, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
 }
 
 void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
@@ -593,14 +615,14 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
         exclusion.marks = {workspace.at(words), 1};
         mark_listed(exclude, x.cols, exclusion.marks, stream);
     }
-    quantize_rows(x, options.scheme, options.granularity, exclusion, codes, x.cols, scale, zeropoint, absent_vector,
-                  stream);
+    quantize_rows(x, options, exclusion, codes, codes.cols, scale, zeropoint, absent_vector, stream);
 }
 
 void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
                      Vector code_sums, cudaStream_t stream) {
     refuse_capture(stream, "quantize_weight");
-    const bool per_row = options.granularity == Granularity::vector;
+    QuantizeOptions of_rows = options;
+    of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
     // A row's number is never as great as this, which bytes of one value make.
     constexpr int filler = 0x7F;
     constexpr unsigned long long none = 0x7F7F7F7F7F7F7F7FULL;
@@ -610,8 +632,8 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
         const auto place = workspace.reserve<unsigned long long>(1);
         workspace.allocate();
         check(cudaMemsetAsync(workspace.at(place), filler, sizeof first, stream), "cudaMemsetAsync");
-        quantize_rows(weight, options.scheme, per_row ? Granularity::row : Granularity::tensor, {}, codes, weight.cols,
-                      scale, zeropoint, code_sums, workspace.at(place), stream);
+        quantize_rows(weight, of_rows, false, {}, codes, codes.cols, scale, zeropoint, code_sums, workspace.at(place),
+                      stream);
         check(cudaMemcpyAsync(&first, workspace.at(place), sizeof first, cudaMemcpyDeviceToHost, stream),
               "cudaMemcpyAsync");
         check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");

@@ -19,10 +19,11 @@ public:
     virtual void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const = 0;
     virtual void pack(ConstMatrix codes, Vector packed, Stream stream) const = 0;
     virtual void unpack(ConstVector packed, Matrix codes, Stream stream) const = 0;
-    virtual void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) const = 0;
+    virtual void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count,
+                               Stream stream) const = 0;
     virtual void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout, Stream stream) const = 0;
-    virtual void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
-                            Stream stream) const = 0;
+    virtual void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation,
+                            Matrix out, Stream stream) const = 0;
     virtual void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out,
                         const LinearOptions& options, Stream stream) const = 0;
 };

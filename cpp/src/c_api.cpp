@@ -157,13 +157,26 @@ WeightView weight_of(const char* function, const octavo_weight_view* pointer) {
     weight.scheme = scheme_of({function, "weight.scheme"}, view.scheme);
     weight.granularity = granularity_of({function, "weight.granularity"}, view.granularity);
     weight.layout = layout_of({function, "weight.layout"}, view.layout);
+    weight.rotation = view.rotation;
+    weight.k = view.k;
     return weight;
 }
 
 LinearOptions options_of(const char* function, const octavo_linear_options* pointer) {
     if (pointer == nullptr) return {};
-    return {pointer->threshold, outliers_of({function, "outliers"}, pointer->outliers),
-            path_of({function, "path"}, pointer->path)};
+    LinearOptions options;
+    options.threshold = pointer->threshold;
+    options.relative = pointer->relative;
+    if (pointer->cap != 0.0) options.cap = pointer->cap;
+    options.outliers = outliers_of({function, "outliers"}, pointer->outliers);
+    options.path = path_of({function, "path"}, pointer->path);
+    return options;
+}
+
+QuantizeOptions options_of(const char* function, const octavo_quantize_options* pointer) {
+    const octavo_quantize_options& options = not_null({function, "options"}, pointer);
+    return {scheme_of({function, "scheme"}, options.scheme),
+            granularity_of({function, "granularity"}, options.granularity), options.rotation};
 }
 
 }  // namespace
@@ -176,10 +189,16 @@ const char* octavo_last_error(void) { return last_error; }
 octavo_status octavo_quantize(const octavo_matrix* x, octavo_scheme scheme, octavo_granularity granularity,
                               const octavo_vector* exclude, const octavo_matrix* codes, const octavo_vector* scale,
                               const octavo_vector* zeropoint, void* stream) {
+    const octavo_quantize_options options = {scheme, granularity, 0};
+    return octavo_quantize_with(x, &options, exclude, codes, scale, zeropoint, stream);
+}
+
+octavo_status octavo_quantize_with(const octavo_matrix* x, const octavo_quantize_options* options,
+                                   const octavo_vector* exclude, const octavo_matrix* codes, const octavo_vector* scale,
+                                   const octavo_vector* zeropoint, void* stream) {
     return report([&] {
         constexpr auto function = "quantize";
-        quantize(matrix_of({function, "x"}, x), scheme_of({function, "scheme"}, scheme),
-                 granularity_of({function, "granularity"}, granularity),
+        quantize(matrix_of({function, "x"}, x), options_of(function, options),
                  optional_vector_of({function, "exclude"}, exclude), matrix_of({function, "codes"}, codes),
                  vector_of({function, "scale"}, scale), optional_vector_of({function, "zeropoint"}, zeropoint),
                  {stream});
@@ -189,11 +208,19 @@ octavo_status octavo_quantize(const octavo_matrix* x, octavo_scheme scheme, octa
 octavo_status octavo_quantize_weight(const octavo_matrix* weight, octavo_scheme scheme, octavo_granularity granularity,
                                      const octavo_matrix* codes, const octavo_vector* scale,
                                      const octavo_vector* zeropoint, const octavo_vector* code_sums, void* stream) {
+    const octavo_quantize_options options = {scheme, granularity, 0};
+    return octavo_quantize_weight_with(weight, &options, codes, scale, zeropoint, code_sums, stream);
+}
+
+octavo_status octavo_quantize_weight_with(const octavo_matrix* weight, const octavo_quantize_options* options,
+                                          const octavo_matrix* codes, const octavo_vector* scale,
+                                          const octavo_vector* zeropoint, const octavo_vector* code_sums,
+                                          void* stream) {
     return report([&] {
         constexpr auto function = "quantize_weight";
-        quantize_weight(matrix_of({function, "weight"}, weight), scheme_of({function, "scheme"}, scheme),
-                        granularity_of({function, "granularity"}, granularity), matrix_of({function, "codes"}, codes),
-                        vector_of({function, "scale"}, scale), optional_vector_of({function, "zeropoint"}, zeropoint),
+        quantize_weight(matrix_of({function, "weight"}, weight), options_of(function, options),
+                        matrix_of({function, "codes"}, codes), vector_of({function, "scale"}, scale),
+                        optional_vector_of({function, "zeropoint"}, zeropoint),
                         vector_of({function, "code_sums"}, code_sums), {stream});
     });
 }
@@ -206,6 +233,8 @@ octavo_status octavo_sum_codes(const octavo_matrix* codes, const octavo_vector* 
 }
 
 int64_t octavo_packed_size(int64_t n, int64_t k) { return packed_size(n, k); }
+
+int64_t octavo_rotated_size(int64_t k, int32_t rotation) { return rotated_size(k, rotation); }
 
 octavo_status octavo_pack(const octavo_matrix* codes, const octavo_vector* packed, void* stream) {
     return report([&] {
@@ -223,10 +252,17 @@ octavo_status octavo_unpack(const octavo_vector* packed, const octavo_matrix* co
 
 octavo_status octavo_find_outliers(const octavo_matrix* x, float threshold, const octavo_vector* columns,
                                    const octavo_vector* count, void* stream) {
+    octavo_linear_options options = OCTAVO_LINEAR_OPTIONS_DEFAULT;
+    options.threshold = threshold;
+    return octavo_find_outliers_with(x, &options, columns, count, stream);
+}
+
+octavo_status octavo_find_outliers_with(const octavo_matrix* x, const octavo_linear_options* options,
+                                        const octavo_vector* columns, const octavo_vector* count, void* stream) {
     return report([&] {
         constexpr auto function = "find_outliers";
-        find_outliers(matrix_of({function, "x"}, x), threshold, vector_of({function, "columns"}, columns),
-                      vector_of({function, "count"}, count), {stream});
+        find_outliers(matrix_of({function, "x"}, x), options_of(function, options),
+                      vector_of({function, "columns"}, columns), vector_of({function, "count"}, count), {stream});
     });
 }
 
@@ -241,10 +277,17 @@ octavo_status octavo_int8_matmul(const octavo_matrix* a, const octavo_matrix* b,
 
 octavo_status octavo_dequantize(const octavo_matrix* codes, const octavo_vector* scale, const octavo_vector* zeropoint,
                                 const octavo_matrix* out, void* stream) {
+    return octavo_dequantize_rotated(codes, scale, zeropoint, 0, out, stream);
+}
+
+octavo_status octavo_dequantize_rotated(const octavo_matrix* codes, const octavo_vector* scale,
+                                        const octavo_vector* zeropoint, int32_t rotation, const octavo_matrix* out,
+                                        void* stream) {
     return report([&] {
         constexpr auto function = "dequantize";
         dequantize(matrix_of({function, "codes"}, codes), vector_of({function, "scale"}, scale),
-                   optional_vector_of({function, "zeropoint"}, zeropoint), matrix_of({function, "out"}, out), {stream});
+                   optional_vector_of({function, "zeropoint"}, zeropoint), rotation, matrix_of({function, "out"}, out),
+                   {stream});
     });
 }
 

@@ -193,6 +193,11 @@ void threshold(const Argument& argument, float value) {
     fail(ErrorKind::value, argument, "a number >= 0", std::isnan(value) ? "nan" : std::to_string(value));
 }
 
+void rotation(const Argument& argument, std::int32_t value) {
+    if (value == 0 || value == 16 || value == 64 || value == 256) return;
+    fail(ErrorKind::value, argument, "0, 16, 64 or 256", std::to_string(value));
+}
+
 void depth(const Argument& argument, std::int64_t k) {
     constexpr std::int64_t most = std::int64_t{1} << 24;
     if (k <= most) return;

@@ -48,6 +48,9 @@ void has_layout(const Argument& argument, const ConstMatrix& codes, Layout layou
 
 void threshold(const Argument& argument, float value);
 
+// A rotation that there is.
+void rotation(const Argument& argument, std::int32_t value);
+
 // A depth whose sums of codes fit int32.
 void depth(const Argument& argument, std::int64_t k);
 

@@ -2,10 +2,12 @@
 
 #include "backend.hpp"
 #include "check.hpp"
+#include "octavo/quantize.hpp"
 
 namespace octavo {
 
-void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out, Stream stream) {
+void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out,
+                Stream stream) {
     constexpr auto function = "dequantize";
     check::is_dtype({function, "codes"}, codes, DType::i8);
     check::is_dtype({function, "scale"}, scale, DType::f32);
@@ -17,7 +19,11 @@ void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Mat
         check::on_device({function, "zeropoint"}, zeropoint.device, codes.device);
     }
     check::is_float({function, "out"}, out);
-    check::has_shape({function, "out"}, out, codes.rows, codes.cols);
+    check::rotation({function, "rotation"}, rotation);
+    if (rotation == 0 || rotated_size(out.cols, rotation) != codes.cols) {
+        check::has_shape({function, "out"}, out, codes.rows, codes.cols);
+    }
+    check::has_shape({function, "out"}, out, codes.rows, out.cols);
     check::on_device({function, "out"}, out.device, codes.device);
     check::is_writable({function, "out"}, out);
     check::is_disjoint({function, "out"}, out, codes, "codes");
@@ -25,7 +31,7 @@ void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Mat
     check::is_disjoint({function, "out"}, out, zeropoint, "zeropoint");
     const Backend& backend = backend_for(codes.device, function);
     if (out.rows == 0 || out.cols == 0) return;
-    backend.dequantize(codes, scale, zeropoint, out, stream);
+    backend.dequantize(codes, scale, zeropoint, rotation, out, stream);
 }
 
 }  // namespace octavo

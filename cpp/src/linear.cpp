@@ -1,12 +1,22 @@
 #include "octavo/linear.hpp"
 
+#include <cmath>
+#include <string>
+
 #include "backend.hpp"
 #include "check.hpp"
+#include "octavo/quantize.hpp"
 
 namespace octavo {
 
 void check_options(const LinearOptions& options, const char* function) {
     check::threshold({function, "threshold"}, options.threshold);
+    if (!(options.relative >= 0.0F && std::isfinite(options.relative))) {
+        check::fail(ErrorKind::value, {function, "relative"}, "a finite number >= 0", std::to_string(options.relative));
+    }
+    if (!(options.cap >= 0.0 && options.cap <= 1.0)) {
+        check::fail(ErrorKind::value, {function, "cap"}, "a number from 0 to 1", std::to_string(options.cap));
+    }
 }
 
 void check_weight(const WeightView& weight, const char* function) {
@@ -15,6 +25,14 @@ void check_weight(const WeightView& weight, const char* function) {
     check::is_dtype({function, "weight.codes"}, codes, DType::i8);
     check::depth({function, "weight.codes"}, codes.cols);
     check::has_layout({function, "weight.codes"}, codes, weight.layout);
+    check::rotation({function, "weight.rotation"}, weight.rotation);
+    const std::int64_t k = features_of(weight);
+    if (k < 0 || codes.cols != rotated_size(k, weight.rotation)) {
+        check::fail(ErrorKind::value, {function, "weight.codes"},
+                    std::to_string(rotated_size(k, weight.rotation)) + " columns for k = " + std::to_string(k) +
+                        " and rotation " + std::to_string(weight.rotation),
+                    check::shape_of(codes));
+    }
     check::is_dtype({function, "weight.scale"}, weight.scale, DType::f32);
     check::has_size({function, "weight.scale"}, weight.scale.size, groups);
     check::on_device({function, "weight.scale"}, weight.scale.device, codes.device);
@@ -41,9 +59,9 @@ void check_weight(const WeightView& weight, const char* function) {
     for (std::int64_t i = 0; i < columns.size; ++i) {
         std::int32_t column = 0;
         __builtin_memcpy(&column, static_cast<const char*>(columns.data) + i * columns.stride * 4, sizeof column);
-        if (column <= previous || column >= codes.cols) {
+        if (column <= previous || column >= k) {
             check::fail(ErrorKind::value, {function, "weight.outlier_columns"},
-                        "ascending columns of the weight, 0 to " + std::to_string(codes.cols - 1),
+                        "ascending columns of the weight, 0 to " + std::to_string(k - 1),
                         std::to_string(column) + " after " + std::to_string(previous));
         }
         previous = column;
@@ -55,10 +73,10 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
     constexpr auto function = "linear";
     check::is_float({function, "x"}, x);
     check_weight(weight, function);
-    if (x.cols != weight.codes.cols) {
+    if (const std::int64_t k = features_of(weight); x.cols != k) {
         check::fail(ErrorKind::value, {function, "x"},
-                    "k = " + std::to_string(weight.codes.cols) + " columns for a weight of shape " +
-                        check::shape_of(weight.codes),
+                    "k = " + std::to_string(k) + " columns for a weight of shape [" +
+                        std::to_string(weight.codes.rows) + ", " + std::to_string(k) + "]",
                     check::shape_of(x));
     }
     check::on_device({function, "weight.codes"}, weight.codes.device, x.device);

@@ -5,10 +5,10 @@
 
 namespace octavo {
 
-void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream stream) {
+void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, Stream stream) {
     constexpr auto function = "find_outliers";
     check::is_float({function, "x"}, x);
-    check::threshold({function, "threshold"}, threshold);
+    check_options(options, function);
     check::is_dtype({function, "columns"}, columns, DType::i32);
     check::has_size({function, "columns"}, columns.size, x.cols);
     check::on_device({function, "columns"}, columns.device, x.device);
@@ -16,7 +16,7 @@ void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count,
     check::is_dtype({function, "count"}, count, DType::i32);
     check::has_size({function, "count"}, count.size, 1);
     check::on_device({function, "count"}, count.device, x.device);
-    backend_for(x.device, function).find_outliers(x, threshold, columns, count, stream);
+    backend_for(x.device, function).find_outliers(x, options, columns, count, stream);
 }
 
 }  // namespace octavo

@@ -7,10 +7,13 @@ namespace octavo {
 namespace {
 
 // codes, scale and zeropoint for `source` quantized in `groups` groups.
-void check_outputs(const char* function, const ConstMatrix& source, const char* source_name, Scheme scheme,
-                   std::int64_t groups, const Matrix& codes, const Vector& scale, const Vector& zeropoint) {
+void check_outputs(const char* function, const ConstMatrix& source, const char* source_name,
+                   const QuantizeOptions& options, std::int64_t groups, const Matrix& codes, const Vector& scale,
+                   const Vector& zeropoint) {
+    const Scheme scheme = options.scheme;
+    check::rotation({function, "rotation"}, options.rotation);
     check::is_dtype({function, "codes"}, codes, DType::i8);
-    check::has_shape({function, "codes"}, codes, source.rows, source.cols);
+    check::has_shape({function, "codes"}, codes, source.rows, rotated_size(source.cols, options.rotation));
     check::on_device({function, "codes"}, codes.device, source.device);
     check::is_writable({function, "codes"}, codes);
     check::is_disjoint({function, "codes"}, codes, source, source_name);
@@ -41,7 +44,7 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
         check::on_device({function, "exclude"}, exclude.device, x.device);
     }
     const std::int64_t groups = options.granularity == Granularity::tensor ? 1 : x.rows;
-    check_outputs(function, x, "x", options.scheme, groups, codes, scale, zeropoint);
+    check_outputs(function, x, "x", options, groups, codes, scale, zeropoint);
     backend_for(x.device, function).quantize(x, options, exclude, codes, scale, zeropoint, stream);
 }
 
@@ -51,7 +54,7 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
     check::is_float({function, "weight"}, weight);
     check::depth({function, "weight"}, weight.cols);
     const std::int64_t groups = options.granularity == Granularity::vector ? weight.rows : 1;
-    check_outputs(function, weight, "weight", options.scheme, groups, codes, scale, zeropoint);
+    check_outputs(function, weight, "weight", options, groups, codes, scale, zeropoint);
     check::is_dtype({function, "code_sums"}, code_sums, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, weight.rows);
     check::on_device({function, "code_sums"}, code_sums.device, weight.device);

@@ -35,6 +35,11 @@ def dtype_name(dtype: Any) -> Any:
         return dtype
 
 
+def rotated_size(k: int, rotation: int) -> int:
+    """Codes in a row of k features: with `rotation`, k up to whole blocks."""
+    return k if rotation == 0 else -(-k // rotation) * rotation
+
+
 def columns_of(array: Array) -> int:
     """The extent of the last dimension; 0 for what has none (the core will refuse it)."""
     shape: tuple[int, ...] = getattr(array, "shape", ())

@@ -31,6 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.nn import functional
 
 from octavo import _core
+from octavo._types import rotated_size
 from octavo.torch import Int8Linear, Int8Tensor
 from octavo.weight import Int8Weight
 
@@ -339,19 +340,26 @@ def part(weight: Int8Tensor, rows: slice | Tensor, columns: slice) -> Int8Tensor
         return per_output[rows].clone() if per_output is not None and whole.granularity == "vector" else per_output
 
     start, stop, _ = columns.indices(whole.shape[1])
+    if start % (whole.rotation or 1) or (stop % (whole.rotation or 1) and stop < whole.shape[1]):
+        raise ValueError(
+            f"part: columns: expected bounds that are multiples of the rotation, {whole.rotation}, got {start}, {stop}"
+        )
+    codes = whole.codes[rows, start : rotated_size(stop, whole.rotation)].clone(memory_format=torch.contiguous_format)
     outlier_columns, outlier_weight = whole.outlier_columns, whole.outlier_weight
     if outlier_columns is not None and outlier_weight is not None:
         here = (outlier_columns >= start) & (outlier_columns < stop)
         outlier_columns = outlier_columns[here] - start
         outlier_weight = outlier_weight[rows][:, here]
     own = Int8Weight(
-        whole.codes[rows, columns].clone(memory_format=torch.contiguous_format),
+        codes,
         of_rows(whole.scale),
         zeropoint=of_rows(whole.zeropoint),
         outlier_columns=outlier_columns,
         outlier_weight=outlier_weight,
         scheme=whole.scheme,
         granularity=whole.granularity,
+        rotation=whole.rotation,
+        shape=(codes.shape[0], stop - start),
     )
     return Int8Tensor.from_int8_weight(own, weight.dtype, weight.options)
 

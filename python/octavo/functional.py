@@ -32,18 +32,33 @@ from octavo.options import DEFAULT, Options, native_options, options_of
 from octavo.weight import Int8Weight
 
 
-class Quantized(NamedTuple):
-    """What `quantize` returns: ``x ~ (codes + zeropoint) * scale``.
-
-    Attributes:
-        codes: int8, the shape of x.
-        scale: float32, ``[1]`` for granularity "tensor", else one per row: ``x.shape[:-1]`` (``[1]`` for a rank-1 x).
-        zeropoint: float32 with integral values, shaped as `scale`; None for scheme "absmax".
-    """
-
+class _QuantizedArrays(NamedTuple):
     codes: Array
     scale: Array
     zeropoint: Array | None
+
+
+class Quantized(_QuantizedArrays):
+    """What `quantize` returns: ``x ~ (codes + zeropoint) * scale``, a tuple of the three.
+
+    Attributes:
+        codes: int8, the shape of x; with rotation, the last dimension up to whole blocks.
+        scale: float32, ``[1]`` for granularity "tensor", else one per row: ``x.shape[:-1]`` (``[1]`` for a rank-1 x).
+        zeropoint: float32 with integral values, shaped as `scale`; None for scheme "absmax".
+        rotation: 0, or what x was rotated with: then the codes are those of the rotated x.
+        k: the columns of x.
+    """
+
+    rotation: int
+    k: int
+
+    def __new__(  # noqa: D102
+        cls, codes: Array, scale: Array, zeropoint: Array | None = None, rotation: int = 0, k: int | None = None
+    ) -> Quantized:
+        self = super().__new__(cls, codes, scale, zeropoint)
+        self.rotation = rotation
+        self.k = columns_of(codes) if k is None else k
+        return self
 
 
 def quantize(
@@ -51,6 +66,7 @@ def quantize(
     *,
     scheme: Scheme = "absmax",
     granularity: Literal["tensor", "row"] = "row",
+    rotation: int = 0,
     exclude: Columns | None = None,
 ) -> Quantized:
     """Quantize activations to int8, one scale per tensor or per row.
@@ -62,11 +78,18 @@ def quantize(
 
     All in float32, half to even, one rounding per operation.
 
+    With `rotation` b, each block of b consecutive features (k padded with zeros to whole blocks) is first multiplied by
+    the Sylvester-Hadamard matrix over sqrt(b), which spreads what is large in one feature over its block. The matrix is
+    its own inverse, so a product of two rotated matrices is what it was. absmax is then
+    ``codes = clip(rint(x * (127 / absmax)), -127, 127)``.
+
     Args:
         x: float32, float16 or bfloat16 ``[..., k]``, rank >= 1. A rank-1 x is one row.
         scheme: "absmax" or "zeropoint".
         granularity: "tensor" (one scale) or "row" (one for each row of k elements).
-        exclude: columns left out of the scale, whose codes are 0 (rank 1, integers): outlier columns.
+        rotation: 0 (none), 16, 64 or 256.
+        exclude: columns left out of the scale, whose codes are 0 (rank 1, integers): outlier columns. With `rotation`
+            they are 0 before it.
 
     Returns:
         Quantized(codes, scale, zeropoint).
@@ -76,8 +99,9 @@ def quantize(
     """
     if exclude is not None:
         exclude = beside(x, column_indices("quantize", "exclude", exclude, columns_of(x)))
-    native = native_options("quantize", None, ("scheme", "granularity"), scheme, granularity)
-    return Quantized(*_core.quantize(x, native, exclude))
+    names = ("scheme", "granularity", "rotation")
+    native = native_options("quantize", None, names, scheme, granularity, rotation)
+    return Quantized(*_core.quantize(x, native, exclude), rotation, columns_of(x))
 
 
 def quantize_weight(
@@ -85,6 +109,7 @@ def quantize_weight(
     *,
     scheme: Scheme = DEFAULT,
     granularity: Granularity = DEFAULT,
+    rotation: int = DEFAULT,
     outlier_columns: Columns | None = None,
     options: Options | None = None,
 ) -> Int8Weight:
@@ -97,9 +122,10 @@ def quantize_weight(
         scheme: "absmax" (default) or "zeropoint"; `linear` quantizes X the same way.
         granularity: names the product. "tensor": one scale for W and one for X; "row": one for W and one per row of X;
             "vector" (default): one per output feature of W and one per row of X.
+        rotation: 0 (default), 16, 64 or 256; `linear` rotates X the same way. What is kept is not rotated.
         outlier_columns: input features whose original weights are kept beside the codes (integers, any order), so that
             the 16-bit product of these columns uses them instead of dequantized codes.
-        options: whose `scheme` and `granularity` to use, instead of single ones.
+        options: whose `scheme`, `granularity` and `rotation` to use, instead of single ones.
 
     Raises:
         ValueError: the weight holds NaN or Inf, is not of rank 2, or a column is out of range.
@@ -108,7 +134,7 @@ def quantize_weight(
     kept_weight: Array | None = None
     if outlier_columns is not None:
         indices = column_indices("quantize_weight", "outlier_columns", outlier_columns, columns_of(weight))
-    options = options_of("quantize_weight", options, scheme=scheme, granularity=granularity)
+    options = options_of("quantize_weight", options, scheme=scheme, granularity=granularity, rotation=rotation)
     codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, options._native)
     if outlier_columns is not None:
         kept, kept_weight = take_columns(weight, indices)
@@ -121,35 +147,49 @@ def quantize_weight(
         code_sums=code_sums,
         scheme=options.scheme,
         granularity=options.granularity,
+        rotation=options.rotation,
+        shape=tuple(weight.shape),
     )
 
 
 def dequantize(q: Quantized | Int8Weight, *, dtype: Any = None) -> Array:
-    """``(codes + zeropoint) * scale`` in float32, rounded once to `dtype`.
+    """``(codes + zeropoint) * scale`` in float32, rounded once to `dtype`; what was rotated is rotated back.
 
     Args:
         q: what `quantize` or `quantize_weight` returned. Of an Int8Weight the kept outlier columns are not put in.
         dtype: float32 (default), float16 or bfloat16, as a name or as the framework's dtype.
 
     Returns:
-        An array of the shape of ``q.codes``. Where a scale is NaN, NaN.
+        An array of the shape of what was quantized. Where a scale is NaN, NaN.
     """
     if not isinstance(q, (Quantized, Int8Weight)):
         raise TypeError(f"dequantize: q: expected Quantized or Int8Weight, got {type(q).__name__}")
-    return _core.dequantize(q.codes, q.scale, q.zeropoint, dtype_name(dtype))
+    k = q.k if isinstance(q, Quantized) else q.shape[1]
+    return _core.dequantize(q.codes, q.scale, q.zeropoint, q.rotation, k, dtype_name(dtype))
 
 
-def find_outliers(x: Array, *, threshold: float = 6.0) -> Array:
+def find_outliers(
+    x: Array, *, threshold: float = DEFAULT, relative: float | None = DEFAULT, cap: float | None = DEFAULT
+) -> Array:
     """The outlier columns of x: ``O = {j : exists i with not (|x[i, j]| < threshold)}`` (section 3.2).
+
+    With `relative`, of the largest magnitudes ``a[j]`` of the columns, ``O = {j : a[j] > 0 and not (a[j] < t)}``,
+    ``t = relative * f(m) * median(a)``: the lower median of those above 0, each cut to its upper 16 bits, and
+    ``f(m) = sqrt(ln 1024 / ln 2m)`` for fewer than 512 rows, else 1, which is what the maximum of few normal values
+    lacks. So the criterion means the same for small and large activations, for one row and for many.
 
     Args:
         x: float32, float16 or bfloat16 ``[..., k]``, rank >= 1; all leading dimensions are rows.
-        threshold: >= 0; a magnitude equal to it, NaN and Inf make an outlier. Infinity: NaN and Inf only.
+        threshold: >= 0, by default 6; a magnitude equal to it, NaN and Inf make an outlier. Infinity: NaN and Inf only.
+        relative: a number above 0 instead of `threshold`, or None (default).
+        cap: of more than ``floor(cap * k)`` columns the largest stay (of equal ones the first), but all with NaN or Inf
+            do; from 0 to 1, or None (default).
 
     Returns:
         int32 ``[r]``, ascending.
     """
-    return _core.find_outliers(x, threshold)
+    options = native_options("find_outliers", None, ("threshold", "relative", "cap"), threshold, relative, cap)
+    return _core.find_outliers(x, options)
 
 
 def int8_matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
@@ -172,6 +212,8 @@ def linear(
     bias: Array | None = None,
     *,
     threshold: float = DEFAULT,
+    relative: float | None = DEFAULT,
+    cap: float | None = DEFAULT,
     outliers: Outliers = DEFAULT,
     path: ProductPath = DEFAULT,
     options: Options | None = None,
@@ -183,23 +225,27 @@ def linear(
 
     ``acc`` is the exact int8 product over the features not in O (zeropoint: unrolled, Eq. 4-5). ``w[j, o]`` is the kept
     original weight where column o is kept, else the dequantized one. Scales are taken over what is not in O. All after
-    ``acc`` is float32, rounded once to the output dtype.
+    ``acc`` is float32, rounded once to the output dtype. For a rotated weight X is rotated too, with zeros in O; the
+    sum over O is as it was.
 
     Args:
         x: float32, float16 or bfloat16 ``[..., k]``, rank >= 1.
         weight: from `quantize_weight`, ``[n, k]``.
         bias: float32, float16 or bfloat16 ``[n]``.
         threshold: magnitude from which an element is an outlier, >= 0, by default 6. Unused by "static" and "none".
+        relative: instead of `threshold`, as in `find_outliers`; with "rows" of each row as if it were alone.
+        cap: the most outlier columns, or with "rows" elements of a row, as in `find_outliers`.
         outliers: what goes through the 16-bit product. "columns" (default): the columns of `find_outliers`, as in the
-            paper. "rows": each row's own outliers, so that with path "int8" a row's result does not depend on other rows.
+            paper. "rows": each row's own outliers, so that with path "int8" a row's result does not depend on the
+            others.
             "static": ``weight.outlier_columns``, whatever the data; nor does it here. "none": nothing.
         path: "int8" is all of the above. "weight_only" leaves X as it is, ``y = scale_w * sum_k x * (codes + zeropoint)
             + bias`` in float32, and ignores `threshold`, `outliers` and kept columns. "auto" is "int8" on the CPU; on
             CUDA devices it is "weight_only" for up to 64 rows, which is faster there and more accurate, else "int8"; so
             there a row's result depends on the number of rows, as it does (in how sums are rounded) with "weight_only".
             Default: "auto".
-        options: whose `threshold`, `outliers` and `path` to use, instead of single ones. What the weight was quantized
-            with stays the weight's.
+        options: whose `threshold`, `relative`, `cap`, `outliers` and `path` to use, instead of single ones. What the
+            weight was quantized with stays the weight's.
         out: float32, float16 or bfloat16 ``[..., n]`` to write to (any strides, apart from the inputs); default: a new
             array of x's dtype.
 
@@ -214,7 +260,8 @@ def linear(
         native = weight._native
     except AttributeError:
         raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}") from None
-    chosen = native_options("linear", options, ("threshold", "outliers", "path"), threshold, outliers, path)
+    names = ("threshold", "relative", "cap", "outliers", "path")
+    chosen = native_options("linear", options, names, threshold, relative, cap, outliers, path)
     return _core.linear(x, native, bias, chosen, out)
 
 

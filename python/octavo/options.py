@@ -30,13 +30,18 @@ class Options:
     Attributes:
         scheme: "absmax" or "zeropoint": how values map to int8; see `octavo.quantize`.
         granularity: "tensor", "row" or "vector": what shares one scale; see `octavo.quantize_weight`.
+        rotation: 0, or the input features of a block, 16, 64 or 256, that X and W are rotated in; see
+            `octavo.quantize`.
         outliers: "columns", "rows", "static" or "none": which elements of X go through the 16-bit product; see
             `octavo.linear`.
         threshold: the magnitude from which an element of X is an outlier, at least 0.
+        relative: a number above 0 takes the place of `threshold`: outliers are from that many times the median on; see
+            `octavo.find_outliers`.
+        cap: the most outlier columns (with "rows": elements of a row), as a part of k from 0 to 1; None: no limit.
         path: "auto", "int8" or "weight_only": which product is used; see `octavo.linear`.
 
-    `scheme` and `granularity` belong to the weight and are fixed when it is quantized. The others may change from call
-    to call.
+    `scheme`, `granularity` and `rotation` belong to the weight and are fixed when it is quantized. The others may
+    change from call to call.
 
     Raises:
         TypeError: a value of the wrong kind.
@@ -45,15 +50,24 @@ class Options:
 
     scheme: Scheme = "absmax"
     granularity: Granularity = "vector"
+    rotation: int = 0
     outliers: Outliers = "columns"
     threshold: float = 6.0
+    relative: float | None = None
+    cap: float | None = None
     path: ProductPath = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, bool):
-            raise TypeError("Options: threshold: expected a number, got bool")
+        numbers = ("threshold", "relative", "cap")
+        for name in numbers:
+            if isinstance(getattr(self, name), bool):
+                raise TypeError(f"Options: {name}: expected a number, got bool")
+        if self.relative == 0:
+            raise ValueError("Options: relative: expected a number above 0 or None, got 0")
         _ = self._native  # the core checks the values
-        object.__setattr__(self, "threshold", float(self.threshold))
+        for name in numbers:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, float(value))
 
     @cached_property
     def _native(self) -> _core.Options:

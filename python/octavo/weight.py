@@ -5,34 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 from octavo import _core
-from octavo._types import Array, Granularity, Scheme, dtype_name
+from octavo._types import Array, Granularity, Scheme, dtype_name, rotated_size
 from octavo.options import options_of
 
 
 class Int8Weight:
     """A weight ``[n, k]`` as int8 codes, ``weight ~ (codes + zeropoint) * scale``. Made by `octavo.quantize_weight`.
 
-    In CPU memory the codes are kept in the order that its instructions read, and only so.
+    With `rotation` (see `octavo.quantize`) the codes are those of the rotated weight; there are ``k'`` in a row, k up
+    to whole blocks of it. Without, ``k' = k``. In CPU memory the codes are kept in the order that its instructions
+    read, and only so.
 
     Attributes:
         shape: ``(n, k)``: output and input features.
-        codes: int8 ``[n, k]``; a new array at each access where the weight is packed.
+        codes: int8 ``[n, k']``; a new array at each access where the weight is packed.
         is_packed: whether it is.
-        packed: int8 ``[ceil(n / 16), ceil(k / 64) * 16, 16, 4]``, entry ``[i, g, j, d]`` being code
-            ``[16 * i + j, 4 * g + d]``, zeros beyond n and k; None where the weight is not packed.
+        packed: int8 ``[ceil(n / 16), ceil(k' / 64) * 16, 16, 4]``, entry ``[i, g, j, d]`` being code
+            ``[16 * i + j, 4 * g + d]``, zeros beyond n and k'; None where the weight is not packed.
         scale: float32, ``[n]`` for granularity "vector", else ``[1]``.
         zeropoint: float32 with integral values, shaped as `scale`; None for scheme "absmax".
         outlier_columns: int32 ``[r]``, ascending: the columns whose original values are kept; None if not calibrated.
         outlier_weight: ``[n, r]`` in the dtype of the original weight; None if not calibrated.
-        code_sums: int32 ``[n]``, the sums over k of the codes, which the products need; made from `codes` if not given.
+        code_sums: int32 ``[n]``, the sums of each row's codes, which the products need; made from `codes` if not given.
         scheme: "absmax" or "zeropoint".
         granularity: "tensor", "row" or "vector"; it names the product (see `octavo.quantize_weight`).
+        rotation: 0, 16, 64 or 256.
 
     All arrays belong to one framework and device and are not to be changed: what the products need of them is read
     once, here. Codes in CPU memory are packed, into an array of the weight's own, unless `pack` is false; then products
     pack them anew each time. Codes that are packed already are given with their `shape` ``(n, k)`` and their
-    `code_sums`, and go on being used. Raises TypeError or ValueError naming the argument where the arrays do not fit
-    each other.
+    `code_sums`, and go on being used. A `shape` is also needed where ``k'`` is not k. Raises TypeError or ValueError
+    naming the argument where the arrays do not fit each other.
     """
 
     __slots__ = (
@@ -43,6 +46,7 @@ class Int8Weight:
         "is_packed",
         "outlier_columns",
         "outlier_weight",
+        "rotation",
         "scale",
         "scheme",
         "shape",
@@ -60,25 +64,26 @@ class Int8Weight:
         code_sums: Array | None = None,
         scheme: Scheme = "absmax",
         granularity: Granularity = "vector",
+        rotation: int = 0,
         shape: tuple[int, int] | None = None,
         pack: bool = True,
     ) -> None:
-        options = options_of("Int8Weight", None, scheme=scheme, granularity=granularity)
+        options = options_of("Int8Weight", None, scheme=scheme, granularity=granularity, rotation=rotation)
 
-        def native(codes: Array, shape: tuple[int, int] | None, code_sums: Array | None) -> _core.Weight:
+        def native(codes: Array, code_sums: Array | None) -> _core.Weight:
             kept = (outlier_columns, outlier_weight)
             return _core.Weight(codes, shape, scale, zeropoint, code_sums, *kept, options._native)
 
-        self._native = native(codes, shape, code_sums)
+        self._native = native(codes, code_sums)
         self.code_sums = self._native.code_sums
-        self.is_packed = shape is not None
-        if shape is None:
-            n, k = codes.shape
+        self.is_packed = shape is not None and len(codes.shape) != 2
+        if not self.is_packed:
+            n, k = codes.shape if shape is None else shape
             shape = (int(n), int(k))
             device = codes.device  # of PyTorch it has a type, of NumPy it is the string "cpu", of CuPy neither
             if pack and str(getattr(device, "type", device)) == "cpu":
                 codes = _core.pack(codes)
-                self._native = native(codes, shape, self.code_sums)
+                self._native = native(codes, self.code_sums)
                 self.is_packed = True
         self._held = codes
         self.shape = shape
@@ -88,11 +93,13 @@ class Int8Weight:
         self.outlier_weight = outlier_weight
         self.scheme: Scheme = scheme
         self.granularity: Granularity = granularity
+        self.rotation = rotation
 
     @property
     def codes(self) -> Array:
-        """int8 ``[n, k]``; a new array at each access where the weight is packed."""
-        return _core.unpack(self._held, *self.shape) if self.is_packed else self._held
+        """int8 ``[n, k']``; a new array at each access where the weight is packed."""
+        n, k = self.shape
+        return _core.unpack(self._held, n, rotated_size(k, self.rotation)) if self.is_packed else self._held
 
     @property
     def packed(self) -> Array | None:
@@ -115,12 +122,17 @@ class Int8Weight:
         names = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
         return {name: getattr(self, name) for name in names}
 
+    def _options(self) -> dict[str, Any]:
+        """The constructor's other arguments by name."""
+        return {name: getattr(self, name) for name in ("scheme", "granularity", "rotation", "shape")}
+
     def dequantize(self, dtype: Any = None) -> Array:
         """``(codes + zeropoint) * scale``, ``[n, k]`` in `dtype` (float32, float16 or bfloat16; default float32).
 
-        Kept outlier columns are not put in.
+        With `rotation`, rotated back. Kept outlier columns are not put in.
         """
-        return _core.dequantize(self.codes, self.scale, self.zeropoint, dtype_name(dtype))
+        rotated = (self.rotation, self.shape[1])
+        return _core.dequantize(self.codes, self.scale, self.zeropoint, *rotated, dtype_name(dtype))
 
     def to(self, device: Any) -> Int8Weight:
         """The weight on another device of its framework; itself where it is there already."""
@@ -134,16 +146,19 @@ class Int8Weight:
         if move(self.scale) is self.scale:
             return self
         moved = {name: move(array) for name, array in self._arrays().items()}
-        return _rebuild(moved, self.scheme, self.granularity)
+        return _rebuild(moved, self._options())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._arrays(), self.scheme, self.granularity)
+        return _rebuild, (self._arrays(), self._options())
 
     def __repr__(self) -> str:
         kept = "" if self.outlier_columns is None else f", {len(self.outlier_columns)} columns kept"
-        return f"Int8Weight(shape={self.shape}, scheme={self.scheme!r}, granularity={self.granularity!r}{kept})"
+        rotated = f", rotation={self.rotation}" if self.rotation else ""
+        return (
+            f"Int8Weight(shape={self.shape}, scheme={self.scheme!r}, granularity={self.granularity!r}{rotated}{kept})"
+        )
 
 
-def _rebuild(arrays: dict[str, Any], scheme: Scheme, granularity: Granularity) -> Int8Weight:
+def _rebuild(arrays: dict[str, Any], options: dict[str, Any]) -> Int8Weight:
     """`Int8Weight` from its arrays, for pickle and copy."""
-    return Int8Weight(**arrays, scheme=scheme, granularity=granularity)
+    return Int8Weight(**arrays, **options)

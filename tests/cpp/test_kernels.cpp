@@ -109,39 +109,75 @@ TEST(range_agrees) {
     });
 }
 
-TEST(magnitudes_and_marks_agree) {
+TEST(magnitudes_agree) {
     for (const DType dtype : float_dtypes) {
         const auto item = static_cast<std::size_t>(octavo::size_of(dtype));
         const std::uint32_t infinite = dtype == DType::f32 ? 0x7F800000U : dtype == DType::f16 ? 0x7C00U : 0x7F80U;
         // 6.0, what only Inf and NaN reach, and what everything does.
         const std::uint32_t six = dtype == DType::f32 ? 0x40C00000U : dtype == DType::f16 ? 0x4600U : 0x40C0U;
         for (const std::uint32_t limit : {six, infinite, 0U}) {
-            compare("magnitudes and marks", 0, [&](const Kernels& table, std::int64_t size) {
+            compare("magnitudes", 0, [&](const Kernels& table, std::int64_t size) {
                 Random random(3);
                 auto values = random_floats(random, size, 3);
                 for (std::size_t i = 0; i < values.size(); i += 17) values[i] = i % 2 == 0 ? -6.0F : std::nanf("");
                 for (std::size_t i = 9; i < values.size(); i += 31) values[i] = -infinity;
                 const Guarded<std::byte> x(values.size() * item);
                 table.store(values.data(), size, dtype, x.data(), 1);
-                std::vector<std::uint8_t> marks(values.size());
-                for (std::size_t i = 0; i < marks.size(); i += 5) marks[i] = 1;
-                const Guarded<std::uint8_t> mask(marks);
-                table.mark_outliers(dtype, x.data(), size, limit, mask.data());
-                const octavo::cpu::Magnitudes found = table.magnitudes(dtype, x.data(), size, limit);
+                const Guarded<std::byte> maxima(std::vector<std::byte>(values.size() * item));
+                const Guarded<std::uint8_t> mask(values.size());
+                const Guarded<std::uint16_t> halves(values.size());
+                table.raise_maxima(dtype, x.data(), size, maxima.data());
+                table.mark_magnitudes(dtype, x.data(), size, limit, mask.data());
+                table.upper_halves(dtype, x.data(), size, halves.data());
 
-                octavo::cpu::Magnitudes expected{0, 0};
+                std::uint32_t largest = 0;
+                std::int64_t below = 0;
                 for (std::size_t i = 0; i < values.size(); ++i) {
                     std::uint32_t bits = 0;
+                    std::uint32_t raised = 0;
                     std::memcpy(&bits, x.data() + i * item, item);
+                    std::memcpy(&raised, maxima.data() + i * item, item);
                     bits &= dtype == DType::f32 ? 0x7FFFFFFFU : 0x7FFFU;
-                    expected.largest = std::max(expected.largest, bits);
-                    if (bits < limit) expected.largest_below = std::max(expected.largest_below, bits);
-                    CHECK_EQ(mask.data()[i], marks[i] != 0 || bits >= limit ? 1 : 0);
+                    largest = std::max(largest, bits);
+                    below += halves.data()[i] < 0x3F80 ? 1 : 0;
+                    float value = 0.0F;
+                    table.load(dtype, x.data() + i * item, 1, 1, &value);
+                    CHECK_EQ(mask.data()[i], bits >= limit ? 1 : 0);
+                    CHECK_EQ(raised, bits);
+                    CHECK_EQ(halves.data()[i], (std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFFU) >> 16U);
                 }
-                CHECK_EQ(found.largest, expected.largest);
-                CHECK_EQ(found.largest_below, expected.largest_below);
-                return mask.bytes();
+                CHECK_EQ(table.largest_magnitude(dtype, x.data(), size), largest);
+                CHECK_EQ(table.count_below(halves.data(), size, 0x3F80), below);
+                table.raise_maxima(dtype, x.data(), size / 2, maxima.data());  // what is larger already stays
+                return mask.bytes() + maxima.bytes() + halves.bytes();
             });
+        }
+    }
+}
+
+TEST(rotation_agrees) {
+    for (const std::int64_t block : {16, 64, 256}) {
+        Random random(11);
+        const auto values = random_floats(random, 3 * block);
+        for (const Kernels* table : tables()) {
+            const check::Context context("rotation of ", block, " by ", table->isa);
+            const Guarded<float> x(values);
+            table->rotate(x.data(), 3 * block, block);
+            auto expected = values;
+            for (std::int64_t distance = 1; distance < block; distance *= 2) {
+                for (std::int64_t i = 0; i < 3 * block; ++i) {
+                    if ((i & distance) != 0) continue;
+                    float& u = expected[static_cast<std::size_t>(i)];
+                    float& v = expected[static_cast<std::size_t>(i + distance)];
+                    const float sum = u + v;
+                    v = u - v;
+                    u = sum;
+                }
+            }
+            for (std::int64_t i = 0; i < 3 * block; ++i) {
+                const float factor = 1.0F / std::sqrt(static_cast<float>(block));
+                CHECK_EQ(x.data()[i], expected[static_cast<std::size_t>(i)] * factor);
+            }
         }
     }
 }

@@ -71,7 +71,7 @@ std::string run_everything(std::uint64_t seed) {
     }
     const Array columns(DType::i32, std::vector<double>(300));
     const Array count(DType::i32, 1, 1);
-    octavo::find_outliers(x.matrix(), 8.0F, columns.vector(), count.vector());
+    octavo::find_outliers(x.matrix(), {.threshold = 8.0F}, columns.vector(), count.vector());
     return result + columns.bytes() + count.bytes();
 }
 

@@ -21,8 +21,11 @@ def test_defaults_are_the_papers() -> None:
     assert octavo.Options().to_dict() == {
         "scheme": "absmax",
         "granularity": "vector",
+        "rotation": 0,
         "outliers": "columns",
         "threshold": 6.0,
+        "relative": None,
+        "cap": None,
         "path": "auto",
     }
 

@@ -9,7 +9,8 @@ namespace octavo {
 // A weight made by `quantize_weight`, plus, optionally, the original values of calibrated outlier columns.
 // Views only: the memory stays the caller's.
 struct WeightView {
-    ConstMatrix codes;                            // [n, k] i8; if packed, `data` is octavo::packed_size(n, k) bytes
+    // [n, rotated_size(k, rotation)] i8; if packed, `data` is octavo::packed_size of that many bytes
+    ConstMatrix codes;
     ConstVector scale;                            // f32 [1] or, for `vector`, [n]
     ConstVector zeropoint = absent_vector;        // f32 as `scale` for Scheme::zeropoint, absent for absmax
     ConstVector code_sums;                        // i32 [n]
@@ -18,7 +19,14 @@ struct WeightView {
     Scheme scheme = Scheme::absmax;
     Granularity granularity = Granularity::vector;
     Layout layout = Layout::row_major;  // of `codes`; strides are ignored where they are packed
+    std::int32_t rotation = 0;          // that it was quantized with, and X is
+    std::int64_t k = 0;                 // input features; 0: as many as columns of `codes`
 };
+
+// Its input features.
+[[nodiscard]] constexpr std::int64_t features_of(const WeightView& weight) noexcept {
+    return weight.k == 0 ? weight.codes.cols : weight.k;
+}
 
 // y[i, j] = acc[i, j] * (scale_x[i] * scale_w[j]) + sum_{o in O} x[i, o] * w[j, o] + bias[j]        (paper Eq. 8)
 //
@@ -26,8 +34,12 @@ struct WeightView {
 // weight where column o is kept, else the dequantized one. Scales are taken over what is not in O. Everything after
 // acc is float32, rounded once to the dtype of `out`.
 //
-// `Path::weight_only` computes y[i, j] = scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j] in float32 and
-// ignores `outliers`, `threshold` and kept columns.
+// With a rotated weight, acc is the product of the codes of the rotated X, whose elements in O were 0 before; what is
+// multiplied in 16 bit is not rotated: kept weights never were, dequantized ones are rotated back
+// (octavo/dequantize.hpp).
+//
+// `Path::weight_only` computes y[i, j] = scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j] in float32,
+// with X rotated where the weight is, and ignores outliers and kept columns.
 //
 //   x     [m, k] f32, f16 or bf16, any strides
 //   bias  f32, f16 or bf16 [n], or absent

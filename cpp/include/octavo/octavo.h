@@ -119,15 +119,26 @@ typedef struct octavo_weight_view {
     octavo_scheme scheme;
     octavo_granularity granularity;
     octavo_layout layout;  // of `codes`; strides are ignored where they are packed
+    int32_t rotation;      // that it was quantized with, and X is; then codes are [n, octavo_rotated_size(k, rotation)]
+    int64_t k;             // input features; 0: as many as columns of `codes`
 } octavo_weight_view;
+
+// Options of octavo_quantize_with and octavo_quantize_weight_with.
+typedef struct octavo_quantize_options {
+    octavo_scheme scheme;
+    octavo_granularity granularity;
+    int32_t rotation;  // 0, or the features of a block that is multiplied by a Hadamard matrix: 16, 64 or 256
+} octavo_quantize_options;
 
 // Options of octavo_linear. {0} is not the default: it makes every column an outlier.
 typedef struct octavo_linear_options {
     float threshold;  // magnitude from which `columns` and `rows` call an element of X an outlier; >= 0
     octavo_outliers outliers;
     octavo_path path;
+    float relative;  // > 0: instead of `threshold`, times the median (octavo_find_outliers_with); 0: absolute
+    double cap;      // the most outlier columns, or elements of a row, as a part of k, up to 1; 0: as many as there are
 } octavo_linear_options;
-#define OCTAVO_LINEAR_OPTIONS_DEFAULT {6.0F, octavo_outliers_columns, octavo_path_auto}
+#define OCTAVO_LINEAR_OPTIONS_DEFAULT {6.0F, octavo_outliers_columns, octavo_path_auto, 0.0F, 0.0}
 
 // A row-major matrix and a contiguous vector in CPU memory.
 static inline octavo_matrix octavo_cpu_matrix(void* data, octavo_dtype dtype, int64_t rows, int64_t cols) {
@@ -180,6 +191,20 @@ OCTAVO_API octavo_status octavo_quantize_weight(const octavo_matrix* weight, oct
                                                 const octavo_vector* scale, const octavo_vector* zeropoint,
                                                 const octavo_vector* code_sums, void* stream);
 
+// Codes in a row of k features: with rotation, k up to whole blocks.
+OCTAVO_API int64_t octavo_rotated_size(int64_t k, int32_t rotation);
+
+// octavo_quantize and octavo_quantize_weight with all options. With `rotation` b every block of b consecutive features
+// (k padded with zeros to whole blocks) is first multiplied by the Sylvester-Hadamard matrix over sqrt(b), in float32;
+// excluded columns are 0 before. Codes then have octavo_rotated_size(k, rotation) columns. Errors: as those.
+OCTAVO_API octavo_status octavo_quantize_with(const octavo_matrix* x, const octavo_quantize_options* options,
+                                              const octavo_vector* exclude, const octavo_matrix* codes,
+                                              const octavo_vector* scale, const octavo_vector* zeropoint, void* stream);
+OCTAVO_API octavo_status octavo_quantize_weight_with(const octavo_matrix* weight,
+                                                     const octavo_quantize_options* options, const octavo_matrix* codes,
+                                                     const octavo_vector* scale, const octavo_vector* zeropoint,
+                                                     const octavo_vector* code_sums, void* stream);
+
 // Sums over k of the codes [n, k] of a weight, i32 [n] (for weights that come from a file). Errors: type, value.
 OCTAVO_API octavo_status octavo_sum_codes(const octavo_matrix* codes, const octavo_vector* code_sums, void* stream);
 
@@ -212,6 +237,18 @@ OCTAVO_API octavo_status octavo_unpack(const octavo_vector* packed, const octavo
 OCTAVO_API octavo_status octavo_find_outliers(const octavo_matrix* x, float threshold, const octavo_vector* columns,
                                               const octavo_vector* count, void* stream);
 
+// The same with all options. With a_j the largest |x[i, j]| of column j, infinite where it holds NaN or Inf,
+//
+//   absolute  O = { j : not (a_j < threshold) }
+//   relative  O = { j : a_j > 0 and not (a_j < t) },  t = relative * f(m) * med
+//
+// where med is the lower median of the a_j > 0, each cut to its upper 16 bits as a float, and f(m) =
+// sqrt(ln 1024 / ln 2m) for m < 512, else 1. Of more than floor(cap * k) columns only the largest stay, and all that
+// hold NaN or Inf. Errors: type, value.
+OCTAVO_API octavo_status octavo_find_outliers_with(const octavo_matrix* x, const octavo_linear_options* options,
+                                                   const octavo_vector* columns, const octavo_vector* count,
+                                                   void* stream);
+
 // out[i, j] = sum_k a[i, k] * b[j, k], exact.
 //
 //   a    [m, k] i8, any strides
@@ -232,6 +269,11 @@ OCTAVO_API octavo_status octavo_int8_matmul(const octavo_matrix* a, const octavo
 // A NaN scale gives NaN. Errors: type, value.
 OCTAVO_API octavo_status octavo_dequantize(const octavo_matrix* codes, const octavo_vector* scale,
                                            const octavo_vector* zeropoint, const octavo_matrix* out, void* stream);
+
+// The same of codes [m, octavo_rotated_size(k, rotation)], rotated back.
+OCTAVO_API octavo_status octavo_dequantize_rotated(const octavo_matrix* codes, const octavo_vector* scale,
+                                                   const octavo_vector* zeropoint, int32_t rotation,
+                                                   const octavo_matrix* out, void* stream);
 
 // LLM.int8(), the linear layer with int8 weights (paper Eq. 8):
 //

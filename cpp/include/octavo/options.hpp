@@ -36,11 +36,14 @@ enum class Path : std::uint8_t {
 struct QuantizeOptions {
     Scheme scheme = Scheme::absmax;
     Granularity granularity = Granularity::vector;
+    std::int32_t rotation = 0;  // 0, or the features of a block: 16, 64 or 256 (octavo/quantize.hpp)
 };
 
 // How `linear` runs.
 struct LinearOptions {
     float threshold = 6.0F;  // magnitude from which `columns` and `rows` call an element of X an outlier; >= 0
+    float relative = 0.0F;   // > 0: instead of `threshold`, times the median (octavo/outlier.hpp); 0: absolute
+    double cap = 1.0;        // the most outlier columns, or elements of a row, as a part of k; 0 to 1
     Outliers outliers = Outliers::columns;
     Path path = Path::auto_;
 };

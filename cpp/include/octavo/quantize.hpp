@@ -6,6 +6,11 @@
 
 namespace octavo {
 
+// Codes in a row of k features: with `rotation`, k up to whole blocks.
+[[nodiscard]] constexpr std::int64_t rotated_size(std::int64_t k, std::int32_t rotation) noexcept {
+    return rotation == 0 ? k : (k + rotation - 1) / rotation * rotation;
+}
+
 // Quantize a matrix, one scale per tensor or per row.
 //
 //   absmax    (Eq. 1):   q = clip(rint(x * 127 / absmax), -127, 127)             x ~ q * scale,  scale = absmax / 127
@@ -15,11 +20,19 @@ namespace octavo {
 // All in float32, round half to even, every operation rounded once. Where x * 127 (absmax) would overflow,
 // (x / absmax) * 127; where max - min or nd (zeropoint) would overflow, the same formulas in float64.
 //
+// With `rotation` b, every block of b consecutive features (k padded with zeros to whole blocks) is first multiplied by
+// H, the Sylvester-Hadamard matrix over sqrt(b), which spreads what is large in one feature over the block: in float32,
+// butterflies (u, v) -> (u + v, u - v) of distance 1, 2, 4, ..., b / 2 in this order, then the factor. H is its own
+// inverse and symmetric, so products of two rotated matrices are what they were. The codes of absmax are then
+// clip(rint(x' * (127 / absmax)), -127, 127), one division for a group: x' has been rounded already (where 127 / absmax
+// would overflow, (x' / absmax) * 127). Sums that overflow make the scale of their group NaN.
+//
 //   x            [m, k] f32, f16 or bf16, any strides
 //   options      granularity `tensor` or `row`
-//   exclude      i32 [r] or absent: columns left out of the scale, whose codes are 0 (outlier columns; any order).
-//                Others than those of x are an error on the CPU and ignored on CUDA devices.
-//   codes        [m, k] i8
+//   exclude      i32 [r] or absent: columns left out of the scale, whose codes are 0 (outlier columns; any order); with
+//                rotation they are 0 before it. Others than those of x are an error on the CPU and ignored on CUDA
+//                devices.
+//   codes        [m, rotated_size(k, rotation)] i8
 //   scale        f32 [1] (`tensor`) or [m] (`row`)
 //   zeropoint    f32, as `scale`, integral values; absent for `absmax`
 //
@@ -37,10 +50,10 @@ inline void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, Cons
 // the sums of its codes, which the zeropoint product (Eq. 4-5) and the unsigned dot product instructions need.
 //
 //   weight     [n, k] f32, f16 or bf16, finite
-//   codes      [n, k] i8
+//   codes      [n, rotated_size(k, rotation)] i8
 //   scale      f32 [1] (`tensor`, `row`) or [n] (`vector`)
 //   zeropoint  f32, as `scale`; absent for `absmax`
-//   code_sums  i32 [n]: sum over k of the codes
+//   code_sums  i32 [n]: sum of the codes of each row
 //
 // Throws Error (value) where the weight holds NaN or Inf; the outputs are then unspecified. Returns when done, on CUDA
 // devices too; there it throws Error (device) where the stream is being captured.

@@ -25,15 +25,16 @@ public:
     void unpack(ConstVector packed, Matrix codes, Stream /*stream*/) const override {
         cpu::unpack(static_cast<const std::int8_t*>(packed.data), codes);
     }
-    void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count, Stream /*stream*/) const override {
-        cpu::find_outliers(x, threshold, columns, count);
+    void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count,
+                       Stream /*stream*/) const override {
+        cpu::find_outliers(x, options, columns, count);
     }
     void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout, Stream /*stream*/) const override {
         cpu::int8_matmul(a, b, out, b_layout);
     }
-    void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out,
+    void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out,
                     Stream /*stream*/) const override {
-        cpu::dequantize(codes, scale, zeropoint, out);
+        cpu::dequantize(codes, scale, zeropoint, rotation, out);
     }
     void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
                 Stream /*stream*/) const override {

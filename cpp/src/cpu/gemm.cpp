@@ -22,31 +22,6 @@ constexpr std::int64_t ceiling(std::int64_t value, std::int64_t divisor) { retur
 // Number of parts of at most max_int32_depth.
 std::int64_t parts_of(std::int64_t depth) { return std::max<std::int64_t>(1, ceiling(depth, max_int32_depth)); }
 
-// sums[j] = sum of the codes of each output feature over [begin, end) of the padded depth, for a plan that has X
-// unsigned: the product with a row of codes that are 1 there.
-void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums) {
-    const Plan& plan = *kernels().few;
-    const std::int64_t depth = end - begin;
-    if (depth == 0) return std::fill(sums, sums + cols, 0);
-    const Scratch<std::int8_t> codes(depth);
-    std::fill(codes.data(), codes.data() + depth, std::int8_t{1 - 128});
-    const Scratch<std::int8_t> panel(plan.rows * depth * plan.x_size);
-    plan.place_row(codes.data(), depth, 0, panel.data());
-    const Scratch<std::int32_t> acc(plan.rows * plan.cols);
-    for (std::int64_t j = 0; j < cols; j += plan.cols) {
-        const std::int64_t tile_cols = std::min(plan.cols, cols - j);
-        plan.multiply({.x = panel.data(),
-                       .rows = 1,
-                       .w = w.data() + j * w.depth() + begin * block_cols,
-                       .w_stride = w.stride(),
-                       .cols = tile_cols,
-                       .depth = depth,
-                       .first = true,
-                       .acc = acc.data()});
-        std::copy(acc.data(), acc.data() + tile_cols, sums + j);
-    }
-}
-
 // The tile registers, or whatever a plan wants set up while it multiplies.
 class Entered {
 public:
@@ -152,6 +127,30 @@ private:
 };
 
 }  // namespace
+
+// The product with a row of codes that are 1 for a plan that has X unsigned.
+void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums) {
+    const Plan& plan = *kernels().few;
+    const std::int64_t depth = end - begin;
+    if (depth == 0) return std::fill(sums, sums + cols, 0);
+    const Scratch<std::int8_t> codes(depth);
+    std::fill(codes.data(), codes.data() + depth, std::int8_t{1 - 128});
+    const Scratch<std::int8_t> panel(plan.rows * depth * plan.x_size);
+    plan.place_row(codes.data(), depth, 0, panel.data());
+    const Scratch<std::int32_t> acc(plan.rows * plan.cols);
+    for (std::int64_t j = 0; j < cols; j += plan.cols) {
+        const std::int64_t tile_cols = std::min(plan.cols, cols - j);
+        plan.multiply({.x = panel.data(),
+                       .rows = 1,
+                       .w = w.data() + j * w.depth() + begin * block_cols,
+                       .w_stride = w.stride(),
+                       .cols = tile_cols,
+                       .depth = depth,
+                       .first = true,
+                       .acc = acc.data()});
+        std::copy(acc.data(), acc.data() + tile_cols, sums + j);
+    }
+}
 
 const Plan& plan_for(std::int64_t rows) {
     const Plan& few = *kernels().few;

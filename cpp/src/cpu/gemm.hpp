@@ -91,6 +91,10 @@ struct SumsTile {
     }
 };
 
+// sums[j] = sum of the codes of each of `cols` output features, a multiple of 16, over [begin, end) of the padded
+// depth, where some plan has X unsigned.
+void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums);
+
 // The sums of a block, tile by tile. `w` holds the output features of the block; `w_sums[j]` = sum_k w[j, k] where the
 // plan has X unsigned and k <= max_int32_depth, else it may be null.
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,

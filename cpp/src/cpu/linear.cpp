@@ -2,8 +2,9 @@
 // each tile of the product while it is in the first-level cache.
 #include <algorithm>
 #include <span>
-#include <type_traits>
+#include <vector>
 
+#include "cpu/dequantize.hpp"
 #include "cpu/gemm.hpp"
 #include "cpu/operations.hpp"
 #include "cpu/outlier.hpp"
@@ -17,19 +18,21 @@ namespace {
 // X as codes, in memory of its own.
 struct QuantizedX {
     QuantizedX(const ConstMatrix& x, const WeightView& weight, const OutlierElements& outliers)
-        : codes(plan_for(x.rows), x.rows, x.cols),
+        : codes(plan_for(x.rows), x.rows, weight.codes.cols),
           scales(x.rows),
           zeropoints(weight.scheme == Scheme::zeropoint ? x.rows : 0),
           sums(weight.scheme == Scheme::zeropoint ? x.rows : 0) {
-        const auto groups = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row;
-        const std::int64_t count = groups == Granularity::tensor ? 1 : x.rows;
+        const QuantizeOptions options{
+            .scheme = weight.scheme,
+            .granularity = weight.granularity == Granularity::tensor ? Granularity::tensor : Granularity::row,
+            .rotation = weight.rotation};
+        const std::int64_t count = options.granularity == Granularity::tensor ? 1 : x.rows;
         const bool has_zeropoint = weight.scheme == Scheme::zeropoint;
         const RowTraits traits{
             .excluded = [&](std::int64_t row) { return outliers.columns_of(row); },
-            .absmax = [&](std::int64_t row) { return outliers.absmax_outside(row); },
             .done = [&](std::int64_t row, const std::int8_t* row_codes) { codes.place(row, row_codes); }};
-        const Matrix not_kept{.dtype = DType::i8, .rows = x.rows, .cols = x.cols};
-        quantize_rows(x, weight.scheme, groups, traits, not_kept, {.data = scales.data(), .size = count},
+        const Matrix not_kept{.dtype = DType::i8, .rows = x.rows, .cols = weight.codes.cols};
+        quantize_rows(x, options, traits, not_kept, {.data = scales.data(), .size = count},
                       {.data = zeropoints.data(), .size = count, .present = has_zeropoint},
                       {.data = sums.data(), .dtype = DType::i32, .size = x.rows, .present = has_zeropoint});
         std::fill(scales.data() + count, scales.data() + x.rows, scales[0]);
@@ -86,15 +89,18 @@ public:
     void gather_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes, std::int64_t first,
                          std::int64_t cols) {
         const auto count = static_cast<std::int64_t>(columns.size());
+        const bool needs_codes = weight_.scheme == Scheme::zeropoint && weight_.rotation == 0;
         if (first == 0) {
             outlier_weight_ = Scratch<float>(count * most_cols);
-            if (weight_.scheme == Scheme::zeropoint) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
+            if (needs_codes) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
         }
+        std::vector<std::int32_t> rotated;  // columns that are not kept, and where they go
+        std::vector<float*> targets;
         const ConstVector& list = weight_.outlier_columns;
         std::int64_t kept = 0;  // both lists ascend
         for (std::int64_t o = 0; o < count; ++o) {
             const std::int32_t column = columns[static_cast<std::size_t>(o)];
-            if (weight_.scheme == Scheme::zeropoint) {
+            if (needs_codes) {
                 for (std::int64_t j = first; j < first + cols; ++j) {
                     outlier_codes_[o * most_cols + j] = codes.code(j, column);
                 }
@@ -106,19 +112,30 @@ public:
                 kernels().load(original.dtype, at(original, block_.col_begin + first, kept), original.row_stride, cols,
                                target);
                 std::fill(target + cols, target + whole_blocks(cols), 0.0F);
+            } else if (weight_.rotation != 0) {
+                rotated.push_back(column);
+                targets.push_back(target);
             } else {
                 kernels().dequantize_column(codes.data() + first * codes.depth(), codes.stride(), column, cols,
                                             zeropoint + first, scale + first, target);
             }
         }
+        // These are products, which are made for all of the block at once.
+        if (first > 0 || rotated.empty()) return;
+        rotate_back_columns(codes, weight_.rotation, block_.cols(), zeropoint, scale, rotated, targets);
+    }
+
+    // How many codes of a row take no part in the product. With rotation all do.
+    [[nodiscard]] std::int64_t left_out(const OutlierElements::Row& outliers) const {
+        return weight_.rotation != 0 ? 0 : static_cast<std::int64_t>(outliers.values.size());
     }
 
     // sums[i] = the sum of the codes of column first + i of the block, over the inputs that are not outliers of the row
     void sum_codes_outside(const OutlierElements::Row& outliers, std::int64_t first, std::int64_t count,
                            std::int32_t* sums) const {
         std::copy(code_sums + first, code_sums + first + count, sums);
-        for (std::size_t o = 0; o < outliers.values.size(); ++o) {
-            const auto position = outliers.positions != nullptr ? outliers.positions[o] : static_cast<std::int64_t>(o);
+        for (std::int64_t o = 0; o < left_out(outliers); ++o) {
+            const auto position = outliers.positions != nullptr ? outliers.positions[o] : o;
             const std::int8_t* const codes = outlier_codes_.data() + position * most_cols + first;
             for (std::int64_t i = 0; i < count; ++i) sums[i] -= codes[i];
         }
@@ -161,7 +178,7 @@ void unroll_zeropoint(const SumsTile& tile, std::int64_t i, const QuantizedX& x,
     const double zx = x.zeropoints[tile.row + i];
     const double scale_x = x.scales[tile.row + i];
     const double sum_x = x.sums[tile.row + i];
-    const auto depth = static_cast<double>(k - static_cast<std::int64_t>(outliers.values.size()));
+    const auto depth = static_cast<double>(k - weight.left_out(outliers));
     std::int32_t sums_w[most_cols];
     weight.sum_codes_outside(outliers, first_col, tile.cols, sums_w);
     for (std::int64_t j = 0; j < tile.cols; ++j) {
@@ -175,7 +192,8 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                  const LinearOptions& options) {
     const OutlierElements outliers(x, weight, options);
     const QuantizedX quantized(x, weight, outliers);
-    for_each_block(quantized.codes.blocking(), out.rows, out.cols, x.cols, [&](const Block& block) {
+    const std::int64_t k = weight.codes.cols;
+    for_each_block(quantized.codes.blocking(), out.rows, out.cols, k, [&](const Block& block) {
         const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
         BlockWeight block_weight(weight, bias, block);
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth;
@@ -197,8 +215,8 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                 for (std::int64_t i = 0; i < tile.rows; ++i) {
                     float* const y = scaled.data() + i * epilogue.stride;
                     if (weight.scheme == Scheme::zeropoint) {
-                        unroll_zeropoint(tile, i, quantized, outliers.row(tile.row + i), x.cols, block_weight,
-                                         first_col, y);
+                        unroll_zeropoint(tile, i, quantized, outliers.row(tile.row + i), k, block_weight, first_col,
+                                         y);
                         continue;
                     }
                     for (std::int64_t j = 0; j < tile.cols; ++j) {
@@ -232,7 +250,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
     constexpr Blocking blocking{.rows = 12, .block_rows = 240};  // what registers hold, and the second-level cache
     // 16 KiB of a block of W as float32. Also the length of sums: that of all slices adds up theirs.
     constexpr std::int64_t slice = 256;
-    const std::int64_t depth = padded_depth(x.cols);
+    const std::int64_t depth = padded_depth(weight.codes.cols);
     const std::int64_t x_stride = depth + 16;  // no power of two: rows would push each other out of the cache
     const Scratch<float> x_rows(x.rows * x_stride);
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
@@ -240,9 +258,10 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
             float* const row = x_rows.data() + i * x_stride;
             load_row(x, i, 0, x.cols, row);
             std::fill(row + x.cols, row + depth, 0.0F);
+            if (weight.rotation != 0) kernels().rotate(row, weight.codes.cols, weight.rotation);
         }
     });
-    for_each_block(blocking, out.rows, out.cols, x.cols, [&](const Block& block) {
+    for_each_block(blocking, out.rows, out.cols, depth, [&](const Block& block) {
         const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
         const BlockWeight block_weight(weight, bias, block);
         const bool widened = block.rows() > few_rows;

@@ -15,9 +15,9 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
 void sum_codes(ConstMatrix codes, Vector code_sums);
 void pack(ConstMatrix codes, std::int8_t* packed);
 void unpack(const std::int8_t* packed, Matrix codes);
-void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count);
+void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count);
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout);
-void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, Matrix out);
+void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out);
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options);
 
 }  // namespace octavo::cpu

@@ -1,16 +1,30 @@
 #include "cpu/outlier.hpp"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <mutex>
-#include <utility>
 
 #include "cpu/operations.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
+#include "octavo/outlier.hpp"
 
 namespace octavo::cpu {
 namespace {
+
+// The magnitude of element `index` as a bit pattern.
+std::uint32_t magnitude_bits(DType dtype, const void* values, std::int64_t index) {
+    if (dtype == DType::f32) {
+        std::uint32_t bits = 0;
+        __builtin_memcpy(&bits, static_cast<const char*>(values) + index * 4, 4);
+        return bits & 0x7FFFFFFFU;
+    }
+    std::uint16_t bits = 0;
+    __builtin_memcpy(&bits, static_cast<const char*>(values) + index * 2, 2);
+    return bits & 0x7FFFU;
+}
 
 // The least bit pattern of a magnitude that is not below the threshold. Inf and NaN never are.
 std::uint32_t limit_of(DType dtype, float threshold) {
@@ -20,129 +34,189 @@ std::uint32_t limit_of(DType dtype, float threshold) {
     return magnitude_of(dtype, bits) < threshold ? bits + 1 : bits;
 }
 
-}  // namespace
+std::uint32_t infinity_of(DType dtype) { return limit_of(dtype, INFINITY); }
 
-OutlierScan::OutlierScan(const ConstMatrix& x, float threshold) : largest_regular(static_cast<std::size_t>(x.rows)) {
-    std::vector<std::uint8_t> mask(static_cast<std::size_t>(x.cols));
-    std::mutex mutex;  // guards mask and any
-    bool any = false;
-    parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        RowReader reader(x);
-        const std::uint32_t limit = limit_of(reader.dtype(), threshold);
-        std::vector<std::uint8_t> marks;  // of these rows
-        for (std::int64_t i = begin; i < end; ++i) {
-            const void* const row = reader.row(i);
-            const Magnitudes found = kernels().magnitudes(reader.dtype(), row, x.cols, limit);
-            largest_regular[static_cast<std::size_t>(i)] = magnitude_of(reader.dtype(), found.largest_below);
-            if (found.largest < limit || x.cols == 0) continue;
-            marks.resize(mask.size());
-            kernels().mark_outliers(reader.dtype(), row, x.cols, limit, marks.data());
-        }
-        if (marks.empty()) return;
-        const std::scoped_lock lock(mutex);
-        any = true;
-        for (std::size_t j = 0; j < marks.size(); ++j) mask[j] = static_cast<std::uint8_t>(mask[j] | marks[j]);
-    });
-    for (std::size_t j = 0; any && j < mask.size(); ++j) {
-        if (mask[j] != 0) columns.push_back(static_cast<std::int32_t>(j));
+// The half of which `rank` are smaller, if they were sorted: by counting those below a bound, which is moved from the
+// median of a sample at growing steps until the half is bracketed, and then by halving the bracket.
+std::uint16_t ranked(const std::vector<std::uint16_t>& halves, std::int64_t rank) {
+    const auto size = static_cast<std::int64_t>(halves.size());
+    const auto is_above = [&](int bound) {  // whether the half is >= bound
+        return kernels().count_below(halves.data(), size, static_cast<std::uint16_t>(bound)) <= rank;
+    };
+    std::array<std::uint16_t, 32> sample{};
+    for (std::size_t i = 0; i < sample.size(); ++i) sample[i] = halves[halves.size() * i / sample.size()];
+    std::ranges::nth_element(sample, sample.begin() + sample.size() / 2);
+    int low = 0;        // the half is at least this,
+    int high = 0x8000;  // and below that
+    int bound = sample[sample.size() / 2];
+    for (int step = 8; low < bound && bound < high; step *= 2) {
+        const bool above = is_above(bound);
+        (above ? low : high) = bound;
+        bound += above ? step : -step;
+        // Once it has been on both sides, the bracket is as wide as the last step.
+        if (low > 0 && high < 0x8000) break;
     }
+    while (high - low > 1) {
+        const int middle = low + (high - low) / 2;
+        (is_above(middle) ? low : high) = middle;
+    }
+    return static_cast<std::uint16_t>(low);
 }
 
-void find_outliers(ConstMatrix x, float threshold, Vector columns, Vector count) {
-    const auto found = OutlierScan(x, threshold).columns;
+}  // namespace
+
+Criterion::Criterion(DType dtype, std::int64_t k, std::int64_t rows, const LinearOptions& options)
+    : dtype_(dtype),
+      k_(k),
+      relative_(times_median(options, rows)),
+      limit_(limit_of(dtype, options.threshold)),
+      most_(most_outliers(options, k)),
+      halves_(options.relative > 0.0F ? static_cast<std::size_t>(k) : 0),
+      mask_(static_cast<std::size_t>(k)) {}
+
+std::uint32_t Criterion::limit_of_maxima(const void* values) {
+    if (halves_.empty()) return limit_;
+    kernels().upper_halves(dtype_, values, k_, halves_.data());
+    std::int64_t zeros = kernels().count_below(halves_.data(), k_, 1);
+    // A float32 can be smaller than any half and yet not be zero.
+    for (std::int64_t j = 0; zeros > 0 && dtype_ == DType::f32 && j < k_; ++j) {
+        zeros -= halves_[static_cast<std::size_t>(j)] == 0 && magnitude_bits(dtype_, values, j) != 0 ? 1 : 0;
+    }
+    if (zeros == k_) return infinity_of(dtype_);
+    constexpr std::uint16_t infinity = 0x7F80;  // NaN is as large
+    const auto half = std::min(ranked(halves_, zeros + (k_ - zeros - 1) / 2), infinity);
+    const auto median = std::bit_cast<float>(std::uint32_t{half} << 16U);
+    return std::max(limit_of(dtype_, relative_ * median), 1U);
+}
+
+std::span<const std::int32_t> Criterion::find(const void* values) {
+    found_.clear();
+    const std::uint32_t limit = limit_of_maxima(values);
+    kernels().mark_magnitudes(dtype_, values, k_, limit, mask_.data());
+    std::int64_t j = 0;
+    for (; j + 8 <= k_; j += 8) {  // marks are few: eight of them at once
+        std::uint64_t marks = 0;
+        __builtin_memcpy(&marks, mask_.data() + j, sizeof marks);
+        for (; marks != 0; marks &= marks - 1) {
+            found_.push_back(static_cast<std::int32_t>(j + std::countr_zero(marks) / 8));
+        }
+    }
+    for (; j < k_; ++j) {
+        if (mask_[static_cast<std::size_t>(j)] != 0) found_.push_back(static_cast<std::int32_t>(j));
+    }
+    if (static_cast<std::int64_t>(found_.size()) > most_) keep_largest(values);
+    return found_;
+}
+
+void Criterion::keep_largest(const void* values) {
+    const std::uint32_t infinity = infinity_of(dtype_);
+    const auto magnitude = [&](std::int32_t j) { return std::min(magnitude_bits(dtype_, values, j), infinity); };
+    const auto is_before = [&](std::int32_t a, std::int32_t b) {
+        return magnitude(a) != magnitude(b) ? magnitude(a) > magnitude(b) : a < b;
+    };
+    const auto infinite = std::ranges::count_if(found_, [&](std::int32_t j) { return magnitude(j) == infinity; });
+    const auto end = found_.begin() + std::max<std::int64_t>(most_, infinite);
+    std::ranges::nth_element(found_, end, is_before);
+    found_.erase(end, found_.end());
+    std::ranges::sort(found_);
+}
+
+std::vector<std::int32_t> outlier_columns(const ConstMatrix& x, const LinearOptions& options) {
+    if (x.rows == 0 || x.cols == 0) return {};
+    RowReader first(x);
+    Criterion criterion(first.dtype(), x.cols, x.rows, options);
+    if (x.rows == 1) {
+        const auto found = criterion.find(first.row(0));
+        return {found.begin(), found.end()};
+    }
+    std::vector<std::uint32_t> maxima(static_cast<std::size_t>(x.cols));  // or, of 16 bits, half of it
+    std::mutex mutex;                                                     // guards maxima
+    parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
+        RowReader reader(x);
+        std::vector<std::uint32_t> mine(maxima.size());
+        for (std::int64_t i = begin; i < end; ++i) {
+            kernels().raise_maxima(reader.dtype(), reader.row(i), x.cols, mine.data());
+        }
+        const std::scoped_lock lock(mutex);
+        kernels().raise_maxima(reader.dtype(), mine.data(), x.cols, maxima.data());
+    });
+    const auto found = criterion.find(maxima.data());
+    return {found.begin(), found.end()};
+}
+
+void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count) {
+    const auto found = outlier_columns(x, options);
     for (std::size_t i = 0; i < found.size(); ++i) put(columns, static_cast<std::int64_t>(i), found[i]);
     put(count, 0, static_cast<std::int32_t>(found.size()));
 }
 
 OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options) {
     switch (options.outliers) {
-        case Outliers::none: break;
-        case Outliers::columns: {
-            OutlierScan scan(x, options.threshold);
-            columns_ = std::move(scan.columns);
-            largest_regular_ = std::move(scan.largest_regular);
-            gather(x);
-            break;
-        }
+        case Outliers::none: return;
+        case Outliers::columns: columns_ = outlier_columns(x, options); break;
         case Outliers::static_:
             for (std::int64_t i = 0; i < weight.outlier_columns.size; ++i) {
                 columns_.push_back(get<std::int32_t>(weight.outlier_columns, i));
             }
-            gather(x);
             break;
-        case Outliers::rows: gather_per_row(x, options.threshold); break;
+        case Outliers::rows: find_per_row(x, options); break;
     }
+    gather(x);
+}
+
+void OutlierElements::find_per_row(const ConstMatrix& x, const LinearOptions& options) {
+    per_row_ = true;
+    std::vector<std::vector<std::int32_t>> of_row(static_cast<std::size_t>(x.rows));
+    parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
+        RowReader reader(x);
+        Criterion criterion(reader.dtype(), x.cols, 1, options);
+        for (std::int64_t i = begin; i < end && x.cols > 0; ++i) {
+            const auto found = criterion.find(reader.row(i));
+            of_row[static_cast<std::size_t>(i)].assign(found.begin(), found.end());
+        }
+    });
+    std::vector<std::int32_t> places(static_cast<std::size_t>(x.cols), -1);  // of a column in columns_
+    row_begin_.push_back(0);
+    for (const auto& columns : of_row) {
+        row_columns_.insert(row_columns_.end(), columns.begin(), columns.end());
+        row_begin_.push_back(row_columns_.size());
+        for (const std::int32_t column : columns) places[static_cast<std::size_t>(column)] = 0;
+    }
+    for (std::size_t j = 0; j < places.size(); ++j) {
+        if (places[j] < 0) continue;
+        places[j] = static_cast<std::int32_t>(columns_.size());
+        columns_.push_back(static_cast<std::int32_t>(j));
+    }
+    for (const std::int32_t column : row_columns_) positions_.push_back(places[static_cast<std::size_t>(column)]);
 }
 
 void OutlierElements::gather(const ConstMatrix& x) {
-    values_.resize(static_cast<std::size_t>(x.rows) * columns_.size());
+    values_.resize(per_row_ ? row_columns_.size() : static_cast<std::size_t>(x.rows) * columns_.size());
     if (values_.empty()) return;
-    const auto width = static_cast<std::int64_t>(columns_.size());
+    const auto width = static_cast<std::int64_t>(values_.size()) / x.rows;
     parallel_for(x.rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
-            for (std::int64_t o = 0; o < width; ++o) {
-                load_row(x, i, columns_[static_cast<std::size_t>(o)], 1, values_.data() + i * width + o);
-            }
+            float* value = values_.data() + bounds(i).begin;
+            for (const std::int32_t column : columns_of(i)) load_row(x, i, column, 1, value++);
         }
     });
 }
 
-void OutlierElements::gather_per_row(const ConstMatrix& x, float threshold) {
-    per_row_ = true;
-    RowReader reader(x);
-    const std::uint32_t limit = limit_of(reader.dtype(), threshold);
-    std::vector<std::uint8_t> mask(static_cast<std::size_t>(x.cols));
-    row_begin_.push_back(0);
-    for (std::int64_t i = 0; i < x.rows; ++i) {
-        const void* const row = reader.row(i);
-        const Magnitudes found = kernels().magnitudes(reader.dtype(), row, x.cols, limit);
-        largest_regular_.push_back(magnitude_of(reader.dtype(), found.largest_below));
-        if (found.largest >= limit && x.cols > 0) {
-            std::ranges::fill(mask, std::uint8_t{0});
-            kernels().mark_outliers(reader.dtype(), row, x.cols, limit, mask.data());
-            for (std::int64_t j = 0; j < x.cols; ++j) {
-                if (mask[static_cast<std::size_t>(j)] == 0) continue;
-                row_columns_.push_back(static_cast<std::int32_t>(j));
-                load_row(x, i, j, 1, &values_.emplace_back());
-            }
-        }
-        row_begin_.push_back(static_cast<std::int64_t>(row_columns_.size()));
-    }
-    columns_ = row_columns_;
-    sort_unique(columns_);
-    for (const std::int32_t column : row_columns_) {
-        const auto place = std::ranges::lower_bound(columns_, column);
-        positions_.push_back(static_cast<std::int32_t>(place - columns_.begin()));
-    }
-}
-
 OutlierElements::Bounds OutlierElements::bounds(std::int64_t row) const noexcept {
-    if (per_row_) return {row_begin_[static_cast<std::size_t>(row)], row_begin_[static_cast<std::size_t>(row) + 1]};
-    const auto width = static_cast<std::int64_t>(columns_.size());
-    return {row * width, (row + 1) * width};
+    const auto index = static_cast<std::size_t>(row);
+    if (per_row_) return {row_begin_[index], row_begin_[index + 1] - row_begin_[index]};
+    return {index * columns_.size(), columns_.size()};
 }
 
 OutlierElements::Row OutlierElements::row(std::int64_t index) const noexcept {
-    const auto [begin, end] = bounds(index);
-    const auto values =
-        std::span(values_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
-    return {values, per_row_ ? positions_.data() + begin : nullptr};
-}
-
-std::optional<float> OutlierElements::absmax_outside(std::int64_t row) const noexcept {
-    if (largest_regular_.empty()) return std::nullopt;
-    const float largest = largest_regular_[static_cast<std::size_t>(row)];
-    // It may lie in a column that holds an outlier in another row.
-    for (const float value : this->row(row).values) {
-        if (std::fabs(value) == largest && largest != 0.0F) return std::nullopt;
-    }
-    return largest;
+    const auto [begin, size] = bounds(index);
+    return {std::span(values_).subspan(begin, size), per_row_ ? positions_.data() + begin : nullptr};
 }
 
 std::span<const std::int32_t> OutlierElements::columns_of(std::int64_t row) const noexcept {
     if (!per_row_) return columns_;
-    const auto [begin, end] = bounds(row);
-    return std::span(row_columns_).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(end - begin));
+    const auto [begin, size] = bounds(row);
+    return std::span(row_columns_).subspan(begin, size);
 }
 
 }  // namespace octavo::cpu

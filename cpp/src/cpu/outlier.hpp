@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <vector>
 
@@ -11,13 +10,31 @@
 
 namespace octavo::cpu {
 
-// What one pass over X finds of its magnitudes.
-struct OutlierScan {
-    OutlierScan(const ConstMatrix& x, float threshold);
+// The criterion of octavo/outlier.hpp, over the largest magnitudes of the columns of `rows` rows.
+class Criterion {
+public:
+    Criterion(DType dtype, std::int64_t k, std::int64_t rows, const LinearOptions& options);
 
-    std::vector<std::int32_t> columns;   // O of paper section 3.2, ascending
-    std::vector<float> largest_regular;  // of each row: its largest magnitude below the threshold
+    // Which of k values of the dtype are outliers, ascending. Signs do not matter. Valid until the next call.
+    std::span<const std::int32_t> find(const void* values);
+
+private:
+    // The least bit pattern of a magnitude that is an outlier.
+    [[nodiscard]] std::uint32_t limit_of_maxima(const void* values);
+    void keep_largest(const void* values);
+
+    DType dtype_;
+    std::int64_t k_;
+    float relative_;  // times f(m); 0 where the criterion is absolute
+    std::uint32_t limit_;
+    std::int64_t most_;
+    std::vector<std::uint16_t> halves_;
+    std::vector<std::uint8_t> mask_;
+    std::vector<std::int32_t> found_;
 };
+
+// The outlier columns of X, ascending.
+std::vector<std::int32_t> outlier_columns(const ConstMatrix& x, const LinearOptions& options);
 
 // The elements of X that the 16-bit product takes, under any of the outlier policies.
 class OutlierElements {
@@ -40,24 +57,20 @@ public:
     };
     [[nodiscard]] Row row(std::int64_t index) const noexcept;
 
-    // The largest magnitude of row i outside columns_of(i), where finding the outliers has shown it.
-    [[nodiscard]] std::optional<float> absmax_outside(std::int64_t row) const noexcept;
-
 private:
     struct Bounds {
-        std::int64_t begin;
-        std::int64_t end;
+        std::size_t begin;
+        std::size_t size;
     };
     [[nodiscard]] Bounds bounds(std::int64_t row) const noexcept;
+    void find_per_row(const ConstMatrix& x, const LinearOptions& options);
     void gather(const ConstMatrix& x);
-    void gather_per_row(const ConstMatrix& x, float threshold);
 
     std::vector<std::int32_t> columns_;
-    std::vector<float> values_;           // row after row
-    std::vector<float> largest_regular_;  // as in OutlierScan; empty where there was none
+    std::vector<float> values_;  // row after row
     bool per_row_ = false;
     // Only under `rows`: where each row's elements begin, their columns, and the places of those in columns_.
-    std::vector<std::int64_t> row_begin_;
+    std::vector<std::size_t> row_begin_;
     std::vector<std::int32_t> row_columns_;
     std::vector<std::int32_t> positions_;
 };

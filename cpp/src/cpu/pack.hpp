@@ -39,12 +39,17 @@ public:
     [[nodiscard]] std::int64_t stride() const noexcept { return block_cols * depth_; }
     [[nodiscard]] std::int64_t depth() const noexcept { return depth_; }
 
+    // The same output features from column `begin` on, a multiple of 64.
+    [[nodiscard]] PackedPanel from(std::int64_t begin) const { return {data_ + begin * block_cols, depth_}; }
+
     // The code of output feature `row`, counted from the panel's first, at column `col`.
     [[nodiscard]] std::int8_t code(std::int64_t row, std::int64_t col) const noexcept {
         return data_[packed_index(row, col, depth_)];
     }
 
 private:
+    PackedPanel(const std::int8_t* data, std::int64_t depth) : depth_(depth), data_(data) {}
+
     std::int64_t depth_;
     std::optional<Scratch<std::int8_t>> memory_;
     const std::int8_t* data_;

@@ -12,18 +12,87 @@
 #include "cpu/threads.hpp"
 #include "octavo/error.hpp"
 #include "octavo/pack.hpp"
+#include "octavo/quantize.hpp"
 
 namespace octavo::cpu {
 namespace {
+
+// The rows of a matrix as they are quantized: without what is excluded, and rotated.
+class QuantizedRows {
+public:
+    QuantizedRows(const ConstMatrix& x, const QuantizeOptions& options)
+        : x_(x),
+          options_(options),
+          // Only absmax codes are made of 16-bit values, and of the matrix's own memory, directly.
+          in_place_(x.col_stride == 1 && options.scheme == Scheme::absmax && options.rotation == 0),
+          dtype_(in_place_ ? x.dtype : DType::f32),
+          copy_(rotated_size(x.cols, options.rotation)) {}
+
+    [[nodiscard]] DType dtype() const noexcept { return dtype_; }
+
+    // `size` values of `dtype`, valid until the next call. Excluded ones are 0 or, where a 0 could widen the range, the
+    // first that is not excluded; rows that have none are left as they are.
+    const void* read(std::int64_t row, std::span<const std::int32_t> excluded) {
+        if (in_place_) {
+            const void* const source = at(x_, row, 0);
+            if (excluded.empty()) return source;
+            const auto item = static_cast<std::size_t>(size_of(dtype_));
+            auto* const copy = reinterpret_cast<char*>(copy_.data());
+            __builtin_memcpy(copy, source, static_cast<std::size_t>(x_.cols) * item);
+            for (const std::int32_t column : excluded) __builtin_memset(copy + column * item, 0, item);
+            return copy;
+        }
+        float* const values = copy_.data();
+        load_row(x_, row, 0, x_.cols, values);
+        const bool fills = options_.scheme == Scheme::zeropoint && options_.rotation == 0;
+        const std::int64_t first = fills ? first_kept(excluded) : x_.cols;
+        const float filler = first < x_.cols ? values[first] : 0.0F;
+        for (const std::int32_t column : excluded) values[column] = filler;
+        if (options_.rotation != 0) {
+            const std::int64_t size = rotated_size(x_.cols, options_.rotation);
+            std::fill(values + x_.cols, values + size, 0.0F);
+            kernels().rotate(values, size, options_.rotation);
+        }
+        return values;
+    }
+
+    // The range of what `read` gave; nothing where the row has no values. For absmax, the range [-absmax, absmax].
+    [[nodiscard]] std::optional<Range> range(const void* values, std::span<const std::int32_t> excluded) const {
+        const std::int64_t size = rotated_size(x_.cols, options_.rotation);
+        if (options_.scheme == Scheme::absmax) {
+            const float absmax = magnitude_of(dtype_, kernels().largest_magnitude(dtype_, values, size));
+            return Range{-absmax, absmax, std::isfinite(absmax)};
+        }
+        const bool none = size == 0 || (options_.rotation == 0 && first_kept(excluded) == x_.cols);
+        if (none) return std::nullopt;
+        return kernels().range(static_cast<const float*>(values), size);
+    }
+
+private:
+    [[nodiscard]] static std::int64_t first_kept(std::span<const std::int32_t> excluded) {
+        std::int64_t kept = 0;
+        for (const std::int32_t column : excluded) {
+            if (column != kept) break;
+            ++kept;
+        }
+        return kept;
+    }
+
+    ConstMatrix x_;
+    QuantizeOptions options_;
+    bool in_place_;
+    DType dtype_;
+    Scratch<float> copy_;
+};
 
 // How the values of one group (a row, or the whole tensor) become codes.
 class Coding {
 public:
     // `range` is that of the group's values, nothing where it has none.
-    Coding(Scheme scheme, const std::optional<Range>& range) : scheme_(scheme) {
+    Coding(const QuantizeOptions& options, const std::optional<Range>& range) : options_(options) {
         if (range && !range->finite) {
             scale_ = std::numeric_limits<float>::quiet_NaN();
-        } else if (scheme == Scheme::absmax) {
+        } else if (options.scheme == Scheme::absmax) {
             absmax_ = range ? std::max({0.0F, -range->min, range->max}) : 0.0F;  // 0 first: never -0
             scale_ = absmax_ / 127.0F;
             codes_are_zero_ = absmax_ == 0.0F;
@@ -37,20 +106,21 @@ public:
     [[nodiscard]] float scale() const noexcept { return scale_; }
     [[nodiscard]] float zeropoint() const noexcept { return zeropoint_; }
 
-    // `row` of a matrix, k codes.
-    void encode(RowReader& x, std::int64_t row, std::int64_t k, std::int8_t* codes) const {
+    // What QuantizedRows::read gave.
+    void encode(DType dtype, const void* values, std::int64_t size, std::int8_t* codes) const {
+        const auto* const floats = static_cast<const float*>(values);  // unless it is absmax, unrotated
         if (codes_are_zero_) {
-            std::fill(codes, codes + k, std::int8_t{0});
-        } else if (scheme_ == Scheme::absmax) {
-            kernels().encode_absmax(x.dtype(), x.row(row), k, absmax_, codes);
+            std::fill(codes, codes + size, std::int8_t{0});
+        } else if (options_.scheme == Scheme::absmax && options_.rotation != 0) {
+            kernels().encode_rotated(floats, size, absmax_, codes);
+        } else if (options_.scheme == Scheme::absmax) {
+            kernels().encode_absmax(dtype, values, size, absmax_, codes);
         } else if (nd_ != 0.0F) {
-            kernels().encode_zeropoint(x.floats(row), k, nd_, zeropoint_, codes);
+            kernels().encode_zeropoint(floats, size, nd_, zeropoint_, codes);
         } else {
-            const float* const values = x.floats(row);
-            for (std::int64_t i = 0; i < k; ++i) {
-                const double code = std::nearbyint(wide_nd_ * values[i]) - wide_zeropoint_;
-                // NaN is possible in columns that are left out, whose codes do not count.
-                codes[i] = static_cast<std::int8_t>(std::isnan(code) ? 0.0 : std::clamp(code, -127.0, 127.0));
+            for (std::int64_t i = 0; i < size; ++i) {
+                const double code = std::nearbyint(wide_nd_ * floats[i]) - wide_zeropoint_;
+                codes[i] = static_cast<std::int8_t>(std::clamp(code, -127.0, 127.0));
             }
         }
     }
@@ -74,7 +144,7 @@ private:
         zeropoint_ = static_cast<float>(wide_zeropoint_);
     }
 
-    Scheme scheme_;
+    QuantizeOptions options_;
     bool codes_are_zero_ = true;
     float scale_ = 0.0F;
     float zeropoint_ = 0.0F;
@@ -84,46 +154,19 @@ private:
     double wide_zeropoint_ = 0.0;
 };
 
-// The range of a row outside its excluded columns; nothing where it has no other columns. For absmax, the range
-// [-absmax, absmax].
-std::optional<Range> range_outside(RowReader& x, std::int64_t row, std::int64_t k, Scheme scheme,
-                                   const RowTraits& traits) {
-    const auto excluded = traits.excluded(row);
-    if (scheme == Scheme::absmax) {
-        if (traits.absmax) {
-            if (const auto absmax = traits.absmax(row)) return Range{-*absmax, *absmax, true};
-        }
-        if (excluded.empty()) {
-            constexpr std::uint32_t no_limit = 0;
-            const Magnitudes found = kernels().magnitudes(x.dtype(), x.row(row), k, no_limit);
-            const float absmax = magnitude_of(x.dtype(), found.largest);
-            return Range{-absmax, absmax, std::isfinite(absmax)};
-        }
-    }
-    std::int64_t kept = 0;  // the first column that is not excluded
-    for (const std::int32_t column : excluded) {
-        if (column != kept) break;
-        ++kept;
-    }
-    if (kept == k) return std::nullopt;
-    // Excluded places get a value that does not change the range, so that the kernel needs no mask.
-    float* const values = x.floats(row);
-    for (const std::int32_t column : excluded) values[column] = values[kept];
-    return kernels().range(values, k);
-}
-
 std::optional<Range> merge(const std::optional<Range>& a, const std::optional<Range>& b) {
     if (!a) return b;
     if (!b) return a;
     return Range{std::min(a->min, b->min), std::max(a->max, b->max), a->finite && b->finite};
 }
 
-std::optional<Range> range_of(const ConstMatrix& x, Scheme scheme, const RowTraits& traits) {
+std::optional<Range> range_of(const ConstMatrix& x, const QuantizeOptions& options, const RowTraits& traits) {
     std::vector<std::optional<Range>> of_row(static_cast<std::size_t>(x.rows));
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        RowReader reader(x);
+        QuantizedRows rows(x, options);
         for (std::int64_t i = begin; i < end; ++i) {
-            of_row[static_cast<std::size_t>(i)] = range_outside(reader, i, x.cols, scheme, traits);
+            const auto excluded = traits.excluded(i);
+            of_row[static_cast<std::size_t>(i)] = rows.range(rows.read(i, excluded), excluded);
         }
     });
     std::optional<Range> whole;
@@ -133,33 +176,39 @@ std::optional<Range> range_of(const ConstMatrix& x, Scheme scheme, const RowTrai
 
 }  // namespace
 
-void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const RowTraits& traits, Matrix codes,
-                   Vector scale, Vector zeropoint, Vector code_sums) {
+void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTraits& traits, Matrix codes, Vector scale,
+                   Vector zeropoint, Vector code_sums) {
     const auto put_group = [&](std::int64_t group, const Coding& coding) {
         put(scale, group, coding.scale());
         if (zeropoint.present) put(zeropoint, group, coding.zeropoint());
     };
     std::optional<Coding> whole;
-    if (granularity == Granularity::tensor) {
-        whole.emplace(scheme, range_of(x, scheme, traits));
+    if (options.granularity == Granularity::tensor) {
+        whole.emplace(options, range_of(x, options, traits));
         put_group(0, *whole);
     }
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        RowReader reader(x);
+        QuantizedRows rows(x, options);
         const bool in_place = codes.data != nullptr && codes.col_stride == 1;
-        const Scratch<std::int8_t> row_codes(in_place ? 0 : padded_depth(x.cols));
-        if (!in_place) std::fill(row_codes.data() + x.cols, row_codes.data() + padded_depth(x.cols), std::int8_t{0});
+        const Scratch<std::int8_t> row_codes(in_place ? 0 : padded_depth(codes.cols));
+        if (!in_place) {
+            std::fill(row_codes.data() + codes.cols, row_codes.data() + padded_depth(codes.cols), std::int8_t{0});
+        }
         for (std::int64_t i = begin; i < end; ++i) {
-            const Coding coding = whole ? *whole : Coding(scheme, range_outside(reader, i, x.cols, scheme, traits));
+            const auto excluded = traits.excluded(i);
+            const void* const values = rows.read(i, excluded);
+            const Coding coding = whole ? *whole : Coding(options, rows.range(values, excluded));
             if (!whole) put_group(i, coding);
 
             std::int8_t* const target = in_place ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data();
-            coding.encode(reader, i, x.cols, target);
-            for (const std::int32_t column : traits.excluded(i)) target[column] = 0;
-            if (codes.data != nullptr && !in_place) {
-                for (std::int64_t j = 0; j < x.cols; ++j) *static_cast<std::int8_t*>(at(codes, i, j)) = target[j];
+            coding.encode(rows.dtype(), values, codes.cols, target);
+            if (options.rotation == 0) {
+                for (const std::int32_t column : excluded) target[column] = 0;
             }
-            if (code_sums.present) put(code_sums, i, kernels().sum(target, x.cols));
+            if (codes.data != nullptr && !in_place) {
+                for (std::int64_t j = 0; j < codes.cols; ++j) *static_cast<std::int8_t*>(at(codes, i, j)) = target[j];
+            }
+            if (code_sums.present) put(code_sums, i, kernels().sum(target, codes.cols));
             if (traits.done) traits.done(i, target);
         }
     });
@@ -178,14 +227,15 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
     }
     sort_unique(columns);
     const RowTraits traits{.excluded = [&](std::int64_t) { return std::span<const std::int32_t>(columns); }};
-    quantize_rows(x, options.scheme, options.granularity, traits, codes, scale, zeropoint, absent_vector);
+    quantize_rows(x, options, traits, codes, scale, zeropoint, absent_vector);
 }
 
 void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
                      Vector code_sums) {
-    const auto groups = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
+    QuantizeOptions of_rows = options;
+    of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
     const RowTraits traits{.excluded = [](std::int64_t) { return std::span<const std::int32_t>(); }};
-    quantize_rows(weight, options.scheme, groups, traits, codes, scale, zeropoint, code_sums);
+    quantize_rows(weight, of_rows, traits, codes, scale, zeropoint, code_sums);
     for (std::int64_t i = 0; i < scale.size; ++i) {
         if (std::isnan(get<float>(scale, i))) {
             const std::string where = scale.size == 1 ? "" : " in row " + std::to_string(i);

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <optional>
 #include <span>
 
 #include "octavo/options.hpp"
@@ -15,17 +14,14 @@ namespace octavo::cpu {
 struct RowTraits {
     // The columns of a row that take no part in its quantization, ascending and unique.
     std::function<std::span<const std::int32_t>(std::int64_t row)> excluded;
-    // The largest magnitude of a row outside those, where that is known and finite; may be empty.
-    std::function<std::optional<float>(std::int64_t row)> absmax = nullptr;
     // Given the codes of each row, with zeros up to padded_depth(k) where the matrix of codes has no data; may be
     // empty.
     std::function<void(std::int64_t row, const std::int8_t* codes)> done = nullptr;
 };
 
 // octavo::quantize with the excluded columns chosen row by row. `codes` without data are kept by nobody but
-// RowTraits::done. `code_sums` (i32 [m], or absent) receives the sum of
-// each row's codes.
-void quantize_rows(ConstMatrix x, Scheme scheme, Granularity granularity, const RowTraits& traits, Matrix codes,
-                   Vector scale, Vector zeropoint, Vector code_sums);
+// RowTraits::done. `code_sums` (i32 [m], or absent) receives the sum of each row's codes.
+void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTraits& traits, Matrix codes, Vector scale,
+                   Vector zeropoint, Vector code_sums);
 
 }  // namespace octavo::cpu

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import octavo
-from octavo._types import Granularity, Outliers, Path, Scheme
+from octavo._types import Granularity, Outliers, Path, Scheme, rotated_size
 
 FORMAT_VERSION = 1  # that is written; VERSION as soon as octavo.transformers reads it
 
@@ -123,6 +123,7 @@ VERSION = 2
 READABLE_VERSIONS = (1, 2)
 
 CODES, OPTIONS = "codes", "options"
+IN_FEATURES = "in_features"  # in the JSON, where rotation has padded the codes
 PARTS = (CODES, SCALE, ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT, OPTIONS)
 # The parts of version 1 and of bitsandbytes by the last word of their names, which follows the layer's.
 PARTS_OF_VERSION_1 = {
@@ -133,14 +134,16 @@ ABSMAX, LAYOUT = "absmax", "layout"
 PARTS_OF_BITSANDBYTES = {"weight": CODES, "SCB": ABSMAX, "weight_format": LAYOUT}
 
 
-def encode_options(options: octavo.Options, dtype: str) -> bytes:
+def encode_options(options: octavo.Options, dtype: str, in_features: int | None = None) -> bytes:
     """The JSON of ``<name>.options``.
 
     Args:
         options: of the layer.
         dtype: of the weight before it was quantized: "float32", "float16" or "bfloat16".
+        in_features: its columns, where rotation has made more codes than that.
     """
-    return json.dumps({"format_version": VERSION, "dtype": dtype, **options.to_dict()}).encode()
+    more = {} if in_features is None else {IN_FEATURES: in_features}
+    return json.dumps({"format_version": VERSION, "dtype": dtype, **more, **options.to_dict()}).encode()
 
 
 def decode_options(data: bytes, where: str) -> tuple[octavo.Options, str | None]:
@@ -153,6 +156,7 @@ def decode_options(data: bytes, where: str) -> tuple[octavo.Options, str | None]
         fields = json.loads(data)
         version = fields.pop("format_version")
         dtype = fields.pop("dtype", None)
+        fields.pop(IN_FEATURES, None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: expected octavo's options as JSON, got {error!r}: corrupt") from error
     if version not in READABLE_VERSIONS:
@@ -171,7 +175,9 @@ def disassemble(weight: octavo.Int8Weight, options: octavo.Options, dtype: str) 
         OUTLIER_COLUMNS: weight.outlier_columns,
         OUTLIER_WEIGHT: weight.outlier_weight,
     }
-    encoded = np.frombuffer(bytearray(encode_options(options, dtype)), np.uint8)
+    k = int(weight.shape[1])
+    in_features = None if k == rotated_size(k, weight.rotation) else k
+    encoded = np.frombuffer(bytearray(encode_options(options, dtype, in_features)), np.uint8)
     return {name: array for name, array in parts.items() if array is not None} | {
         OPTIONS: _beside(weight.scale, encoded)
     }
@@ -189,6 +195,7 @@ def assemble(parts: Mapping[str, Any], where: str) -> tuple[octavo.Int8Weight, o
             whose values cannot be: see `check_values`.
     """
     given = dict(parts)
+    in_features: int | None = None
     try:
         codes = given.pop(CODES)
         if ABSMAX in given:
@@ -201,7 +208,9 @@ def assemble(parts: Mapping[str, Any], where: str) -> tuple[octavo.Int8Weight, o
                 )
             given[SCALE] = _beside(codes, _on_host(given.pop(ABSMAX)) / np.float32(127))
         else:
-            options, dtype = decode_options(bytes(_on_host(given.pop(OPTIONS))), f"{where}: {OPTIONS}")
+            encoded = bytes(_on_host(given.pop(OPTIONS)))
+            options, dtype = decode_options(encoded, f"{where}: {OPTIONS}")
+            in_features = json.loads(encoded).get(IN_FEATURES)
         scale = given.pop(SCALE)
     except KeyError as error:
         raise ValueError(f"{where}: expected a tensor {error}, got none") from error
@@ -210,7 +219,15 @@ def assemble(parts: Mapping[str, Any], where: str) -> tuple[octavo.Int8Weight, o
         raise ValueError(f"{where}: expected the tensors of an int8 weight, got {next(iter(given))!r:.50}")
     check_values({SCALE: scale, **kept}, int(codes.shape[-1]), where)
     try:
-        weight = octavo.Int8Weight(codes, scale, **kept, scheme=options.scheme, granularity=options.granularity)
+        weight = octavo.Int8Weight(
+            codes,
+            scale,
+            **kept,
+            scheme=options.scheme,
+            granularity=options.granularity,
+            rotation=options.rotation,
+            shape=None if in_features is None else (int(codes.shape[0]), in_features),
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return weight, options, dtype

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from octavo import _core
+from octavo._types import rotated_size
 from octavo.options import Options
 from octavo.weight import Int8Weight
 
@@ -72,6 +73,11 @@ class Arrays:
         return cls(**dict(zip(NAMES, arrays, strict=True)), shape=shape, options=options, **more)
 
     @property
+    def rows_shape(self) -> tuple[int, int]:
+        """The shape of the codes row by row: with rotation there may be more than k in a row."""
+        return self.shape[0], rotated_size(self.shape[1], self.options.rotation)
+
+    @property
     def int8_weight(self) -> Int8Weight:
         """The weight as `octavo.linear` takes it; it reads the same memory."""
         if self._int8_weight is None:
@@ -79,7 +85,8 @@ class Arrays:
                 **dict(zip(NAMES, self.tensors(), strict=True)),
                 scheme=self.options.scheme,
                 granularity=self.options.granularity,
-                shape=self.shape if self.codes.dim() == 4 else None,
+                rotation=self.options.rotation,
+                shape=self.shape,
             )
         return self._int8_weight
 
@@ -95,7 +102,7 @@ class Arrays:
     def to(self, device: torch.device, non_blocking: bool = False) -> Arrays:
         """The weight on a device, its codes in the order of that; arrays that are there already are shared."""
         if device.type != "cpu" and self.codes.dim() == 4:
-            return replace(self, codes=unpack(self.codes, *self.shape), _int8_weight=None).to(device, non_blocking)
+            return replace(self, codes=unpack(self.codes, *self.rows_shape), _int8_weight=None).to(device, non_blocking)
         moved = self.map(lambda array: array.to(device, non_blocking=non_blocking))
         moved.codes = pack(moved.codes)
         return moved
@@ -103,7 +110,7 @@ class Arrays:
     def rows(self, part: slice) -> Arrays:
         """A copy of some output features."""
         n, k = self.shape
-        codes = unpack(self.codes, n, k)[part].clone()
+        codes = unpack(self.codes, *self.rows_shape)[part].clone()
         # What is not one for each output feature is one for all.
         others: list[Any] = [
             array if array is None or array.shape[0] != n else array[part].clone() for array in self.tensors()
@@ -126,10 +133,10 @@ class Arrays:
             columns: Any = first.outlier_columns
             if own.outlier_columns is not None and not torch.equal(own.outlier_columns, columns):
                 return None
-        codes = torch.cat([unpack(own.codes, *own.shape) for own in parts])
+        codes = torch.cat([unpack(own.codes, *own.rows_shape) for own in parts])
         each: Any = zip(*(own.tensors()[1:] for own in parts), strict=True)
         scale, sums, zeropoint, _, kept = (None if own[0] is None else torch.cat(own) for own in each)
-        shape = (codes.shape[0], codes.shape[1])
+        shape = (codes.shape[0], first.shape[1])
         whole = (pack(codes), scale, sums, zeropoint, first.outlier_columns, kept)
         return Arrays.named(whole, shape, first.options)
 

@@ -7,6 +7,7 @@ dequantized weight, a block of it at a time: gradients and tangents of ``linear`
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from octavo import _core
+from octavo._types import rotated_size
 from octavo.options import Options
 from octavo.torch import onnx
 from octavo.torch.arrays import Arrays, unpack
@@ -30,7 +32,7 @@ _ARRAYS = (
     "Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns, Tensor? outlier_weight"
 )
 _library.define(f"linear(Tensor x, {_ARRAYS}, Tensor? bias, str options, SymInt in_features) -> Tensor")
-_library.define(f"float_product(Tensor x, {_ARRAYS}, SymInt in_features, bool transpose) -> Tensor")
+_library.define(f"float_product(Tensor x, {_ARRAYS}, SymInt in_features, bool transpose, int rotation) -> Tensor")
 _core.register_torch_operation()
 _options = lru_cache(Options.from_text)
 _linear_op: Any = torch.ops.octavo.linear.default
@@ -50,20 +52,43 @@ def linear(x: Tensor, arrays: Arrays, bias: Tensor | None = None) -> Tensor:
 
 def float_product(x: Tensor, arrays: Arrays, *, transpose: bool) -> Tensor:
     """``x @ weight.T`` (`transpose`) or ``x @ weight``, with the dequantized weight and its kept columns."""
-    return _float_product_op(x, *arrays.tensors(), arrays.shape[1], transpose)  # type: ignore[no-any-return]
+    own = (*arrays.tensors(), arrays.shape[1])
+    return _float_product_op(x, *own, transpose, arrays.options.rotation)  # type: ignore[no-any-return]
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, zeropoint: Tensor | None, columns: Tensor | None, kept: Tensor | None, dtype: Any
+    codes: Tensor,
+    scale: Tensor,
+    zeropoint: Tensor | None,
+    columns: Tensor | None,
+    kept: Tensor | None,
+    dtype: Any,
+    rotation: int,
+    k: int,
 ) -> Tensor:
-    """``(codes + zeropoint) * scale`` of codes ``[n, k]``, in float32, kept columns put in, rounded once to `dtype`."""
+    """``(codes + zeropoint) * scale`` of the codes row by row, ``[n, k]``, in float32, rounded once to `dtype`.
+
+    Rotated back where they are rotated; kept columns are put in.
+    """
     weight = codes.to(torch.float32)
-    if zeropoint is not None:
-        weight += zeropoint[:, None]
-    weight *= scale[:, None]
+    if rotation:
+        weight = _rotated(weight, rotation)
+    if zeropoint is not None:  # rotated back it is in the first column of each block alone
+        weight[:, :: rotation or 1] += zeropoint[:, None] * math.sqrt(rotation or 1)
+    weight = weight[:, :k] * scale[:, None]
     if columns is not None and kept is not None:
         weight[:, columns.long()] = kept.to(torch.float32)
     return weight.to(dtype)
+
+
+def _rotated(rows: Tensor, rotation: int) -> Tensor:
+    """Blocks of columns times the Hadamard matrix over its root; of codes exact."""
+    distance = 1
+    while distance < rotation:
+        pairs = rows.reshape(rows.shape[0], -1, 2, distance)
+        rows = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(rows.shape)
+        distance *= 2
+    return rows / math.sqrt(rotation)
 
 
 def _float_product(
@@ -76,6 +101,7 @@ def _float_product(
     outlier_weight: Tensor | None,
     k: int,
     transpose: bool,
+    rotation: int,
 ) -> Tensor:
     n = code_sums.shape[0]
     rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
@@ -85,13 +111,13 @@ def _float_product(
     def block(part: slice) -> Tensor:
         own = codes[part]
         if codes.dim() == 4:
-            own = unpack(codes[part.start // 16 : -(-part.stop // 16)], part.stop - part.start, k)
+            own = unpack(codes[part.start // 16 : -(-part.stop // 16)], part.stop - part.start, rotated_size(k, rotation))
         own_scale, own_zeropoint, kept = (
             array if array is None or array.shape[0] != n else array[part]
             for array in (scale, zeropoint, outlier_weight)
         )
         assert own_scale is not None
-        return dequantize(own, own_scale, own_zeropoint, outlier_columns, kept, torch.float32)
+        return dequantize(own, own_scale, own_zeropoint, outlier_columns, kept, torch.float32, rotation, k)
 
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
@@ -115,7 +141,7 @@ def _linear_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *_:
 
 @torch.library.register_fake("octavo::float_product", lib=_library)  # type: ignore[untyped-decorator]
 def _float_product_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *rest: Any) -> Tensor:
-    k, transpose = rest[-2:]
+    k, transpose, _ = rest[-3:]
     return x.new_empty((*x.shape[:-1], code_sums.shape[0] if transpose else k))
 
 
@@ -141,6 +167,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         _, *arrays, _, text, ctx.k = inputs
+        ctx.rotation = _options(text).rotation
         if _options(text).path == "weight_only":  # which does not use kept columns
             arrays[4:] = None, None
         ctx.save_for_backward(*arrays)
@@ -150,7 +177,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _float_product_op(grad, *ctx.saved_tensors, ctx.k, False)
+            grad_x = _float_product_op(grad, *ctx.saved_tensors, ctx.k, False, ctx.rotation)
         if ctx.needs_input_grad[7]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return (grad_x, *[None] * 6, grad_bias, None, None)
@@ -161,7 +188,7 @@ class _Linear(torch.autograd.Function):
         if x is None:
             return bias
         with _outer_derivatives():
-            y = _float_product_op(x, *ctx.saved_tensors, ctx.k, True)
+            y = _float_product_op(x, *ctx.saved_tensors, ctx.k, True, ctx.rotation)
             return y if bias is None else y + bias
 
 
@@ -175,18 +202,19 @@ class _FloatProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, *arrays, ctx.k, ctx.transpose = inputs
+        _, *arrays, ctx.k, ctx.transpose, ctx.rotation = inputs
         ctx.save_for_backward(*arrays)
         ctx.save_for_forward(*arrays)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return (_float_product_op(grad, *ctx.saved_tensors, ctx.k, not ctx.transpose), *[None] * 8)
+        grad_x = _float_product_op(grad, *ctx.saved_tensors, ctx.k, not ctx.transpose, ctx.rotation)
+        return (grad_x, *[None] * 9)
 
     @staticmethod
     def jvp(ctx: Any, x: Tensor, *_: Any) -> Any:
         with _outer_derivatives():
-            return _float_product_op(x, *ctx.saved_tensors, ctx.k, ctx.transpose)
+            return _float_product_op(x, *ctx.saved_tensors, ctx.k, ctx.transpose, ctx.rotation)
 
 
 def _below_autograd(op: Any, args: Any) -> Tensor:

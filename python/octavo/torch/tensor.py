@@ -22,6 +22,7 @@ from octavo.weight import Int8Weight
 
 aten: Any = torch.ops.aten
 _DEFAULT = Options()
+_OF_WEIGHT = ("scheme", "granularity", "rotation")  # options that are fixed when a weight is quantized
 
 
 class Int8Tensor(torch.Tensor):
@@ -80,11 +81,9 @@ class Int8Tensor(torch.Tensor):
     @classmethod
     def from_int8_weight(cls, weight: Int8Weight, dtype: torch.dtype, options: Options) -> Int8Tensor:
         """The tensor of a weight of PyTorch arrays, whose memory it shares; `dtype` is that of the original weight."""
-        if (options.scheme, options.granularity) != (weight.scheme, weight.granularity):
-            raise ValueError(
-                f"Int8Tensor: options: expected those of the weight, {weight.scheme!r} and {weight.granularity!r}, got "
-                f"{options.scheme!r} and {options.granularity!r}"
-            )
+        given, own = (tuple(getattr(of, name) for name in _OF_WEIGHT) for of in (options, weight))
+        if given != own:
+            raise ValueError(f"Int8Tensor: options: expected those of the weight, {own}, got {given}")
         return cls(Arrays.of(weight, options), dtype)
 
     def parts(self) -> dict[str, Tensor]:
@@ -111,14 +110,16 @@ class Int8Tensor(torch.Tensor):
 
     @property
     def options(self) -> Options:
-        """What products with this tensor are made with; scheme and granularity cannot be changed."""
+        """What products with this tensor are made with; scheme, granularity and rotation cannot be changed."""
         return self._arrays.options
 
     @options.setter
     def options(self, options: Options) -> None:
         mine = self._arrays.options
-        if (options.scheme, options.granularity) != (mine.scheme, mine.granularity):
-            raise ValueError("Int8Tensor: options: scheme and granularity are fixed when a weight is quantized")
+        if any(getattr(options, name) != getattr(mine, name) for name in _OF_WEIGHT):
+            raise ValueError(
+                "Int8Tensor: options: scheme, granularity and rotation are fixed when a weight is quantized"
+            )
         self._arrays.options = options
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -128,8 +129,9 @@ class Int8Tensor(torch.Tensor):
             dtype: default the tensor's own.
         """
         codes, scale, _, zeropoint, columns, kept = self._arrays.tensors()
-        codes = unpack(codes, *self._arrays.shape)
-        weight = operation.dequantize(codes, scale, zeropoint, columns, kept, dtype or self.dtype)
+        codes = unpack(codes, *self._arrays.rows_shape)
+        rotation, k = self._arrays.options.rotation, self._arrays.shape[1]
+        weight = operation.dequantize(codes, scale, zeropoint, columns, kept, dtype or self.dtype, rotation, k)
         return weight.t() if self._transposed else weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

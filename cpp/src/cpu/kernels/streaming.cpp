@@ -1,9 +1,10 @@
-// Kernels that read or write each element once: conversion, ranges, quantization to codes, outlier marks, updates.
+// Kernels that read or write each element once: conversion, ranges, quantization to codes, outlier marks.
 //
 // Plain loops that the compiler vectorizes for the instruction set this copy is built for. Reductions keep partial
 // results in an array of lanes, because a compiler may not reorder float operations by itself.
 #include "cpu/kernels/convert.hpp"
 #include "cpu/kernels/functions.hpp"
+#include "cpu/kernels/unroll.hpp"
 
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
@@ -54,29 +55,34 @@ std::int8_t to_code(float value) { return static_cast<std::int8_t>(bits_of(value
 template <class Bits>
 constexpr Bits magnitude_mask = sizeof(Bits) == 2 ? 0x7FFFU : 0x7FFFFFFFU;
 
-// Integers may be reduced in any order, so that the compiler needs no lanes here. `below` masks instead of choosing:
-// GCC makes branches of a choice between a value and 0, and then scalar code, for every instruction set.
 template <class Bits>
-Magnitudes magnitudes_as(const void* x, std::int64_t size, std::uint32_t limit_bits) {
-    const auto limit = static_cast<Bits>(limit_bits);
+Bits magnitude(const void* x, std::int64_t index) {
+    return static_cast<Bits>(read<Bits>(x, index) & magnitude_mask<Bits>);
+}
+
+// Integers may be reduced in any order, so that the compiler needs no lanes here.
+template <class Bits>
+std::uint32_t largest_magnitude_as(const void* x, std::int64_t size) {
     Bits largest = 0;
-    Bits largest_below = 0;
     for (std::int64_t i = 0; i < size; ++i) {
-        const auto magnitude = static_cast<Bits>(read<Bits>(x, i) & magnitude_mask<Bits>);
-        const auto all_ones_if_below = static_cast<Bits>(-static_cast<int>(magnitude < limit));
-        const auto below = static_cast<Bits>(magnitude & all_ones_if_below);
-        largest = magnitude > largest ? magnitude : largest;
-        largest_below = below > largest_below ? below : largest_below;
+        const auto bits = magnitude<Bits>(x, i);
+        largest = bits > largest ? bits : largest;
     }
-    return {largest, largest_below};
+    return largest;
+}
+
+template <class Bits>
+void raise_as(const void* x, std::int64_t size, void* maxima) {
+    for (std::int64_t i = 0; i < size; ++i) {
+        const auto bits = magnitude<Bits>(x, i);
+        const auto largest = read<Bits>(maxima, i);
+        write<Bits>(maxima, i, bits > largest ? bits : largest);
+    }
 }
 
 template <class Bits>
 void mark_as(const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask) {
-    for (std::int64_t i = 0; i < size; ++i) {
-        const auto magnitude = static_cast<Bits>(read<Bits>(x, i) & magnitude_mask<Bits>);
-        mask[i] = static_cast<std::uint8_t>(mask[i] | (magnitude >= static_cast<Bits>(limit) ? 1 : 0));
-    }
+    for (std::int64_t i = 0; i < size; ++i) mask[i] = magnitude<Bits>(x, i) >= static_cast<Bits>(limit) ? 1 : 0;
 }
 
 // |x| <= absmax, so |x * 127 / absmax| <= 127 * (1 + 2^-23) and rounds to at most 127: no clip needed.
@@ -116,6 +122,85 @@ void encode_16_bit(const void* x, std::int64_t size, float absmax, Convert conve
     }
 #endif
     encode_by_division<std::uint16_t>(x, size, absmax, convert, codes);
+}
+
+// --- rotation --------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX2__)
+constexpr int width = 8;
+#else
+constexpr int width = 4;
+#endif
+using Floats [[gnu::vector_size(width * 4)]] = float;
+
+// (u, v) -> (u + v, u - v) of the numbers of a vector that are `distance` apart: the vector with each pair swapped,
+// plus itself with the sign of the second of each pair turned.
+template <int distance>
+[[gnu::always_inline]] inline void butterfly(Floats& x) {
+    using Bits [[gnu::vector_size(width * 4)]] = std::uint32_t;
+    Bits sign;
+    Floats swapped;
+    for (int i = 0; i < width; ++i) sign[i] = (i & distance) != 0 ? 0x80000000U : 0U;
+    if constexpr (width == 8) {
+        swapped = __builtin_shufflevector(x, x, 0 ^ distance, 1 ^ distance, 2 ^ distance, 3 ^ distance, 4 ^ distance,
+                                          5 ^ distance, 6 ^ distance, 7 ^ distance);
+    } else {
+        swapped = __builtin_shufflevector(x, x, 0 ^ distance, 1 ^ distance, 2 ^ distance, 3 ^ distance);
+    }
+    Bits turned;
+    __builtin_memcpy(&turned, &x, sizeof x);
+    turned ^= sign;
+    Floats second;
+    __builtin_memcpy(&second, &turned, sizeof second);
+    x = swapped + second;
+}
+
+// `count` numbers, at most 64, in registers.
+template <int count>
+[[gnu::always_inline]] inline void rotate_in_registers(float* x, float factor) {
+    Floats v[count / width];
+    unroll<count / width>([&](auto i) OCTAVO_INLINE {
+        __builtin_memcpy(&v[i], x + i * width, sizeof v[i]);
+        butterfly<1>(v[i]);
+        butterfly<2>(v[i]);
+        if constexpr (width == 8) butterfly<4>(v[i]);
+    });
+    unroll<6>([&](auto power) OCTAVO_INLINE {
+        constexpr int distance = (1 << power) / width;  // of vectors
+        if constexpr (distance > 0 && distance < count / width) {
+            unroll<count / width / 2>([&](auto i) OCTAVO_INLINE {
+                constexpr int first = i / distance * 2 * distance + i % distance;
+                const Floats u = v[first];
+                v[first] = u + v[first + distance];
+                v[first + distance] = u - v[first + distance];
+            });
+        }
+    });
+    unroll<count / width>([&](auto i) OCTAVO_INLINE {
+        v[i] *= factor;
+        __builtin_memcpy(x + i * width, &v[i], sizeof v[i]);
+    });
+}
+
+template <int block>
+void rotate_block(float* x) {
+    constexpr float factor = block == 16 ? 0.25F : block == 64 ? 0.125F : 0.0625F;
+    if constexpr (block <= 64) {
+        rotate_in_registers<block>(x, factor);
+    } else {
+        for (int part = 0; part < block; part += 64) rotate_in_registers<64>(x + part, 1.0F);
+        for (int distance = 64; distance < block; distance *= 2) {
+            const float scale = distance * 2 == block ? factor : 1.0F;
+            for (int first = 0; first < block; first += 2 * distance) {
+                for (int i = first; i < first + distance; ++i) {
+                    const float u = x[i];
+                    const float v = x[i + distance];
+                    x[i] = (u + v) * scale;
+                    x[i + distance] = (u - v) * scale;
+                }
+            }
+        }
+    }
 }
 
 }  // namespace
@@ -170,14 +255,62 @@ Range range(const float* x, std::int64_t size) {
     return {low[0], high[0], magnitude[0] < 0x7F800000U};
 }
 
-Magnitudes magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_t limit) {
-    if (dtype == DType::f32) return magnitudes_as<std::uint32_t>(x, size, limit);
-    return magnitudes_as<std::uint16_t>(x, size, limit);
+std::uint32_t largest_magnitude(DType dtype, const void* x, std::int64_t size) {
+    if (dtype == DType::f32) return largest_magnitude_as<std::uint32_t>(x, size);
+    return largest_magnitude_as<std::uint16_t>(x, size);
 }
 
-void mark_outliers(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask) {
+void raise_maxima(DType dtype, const void* x, std::int64_t size, void* maxima) {
+    if (dtype == DType::f32) return raise_as<std::uint32_t>(x, size, maxima);
+    return raise_as<std::uint16_t>(x, size, maxima);
+}
+
+void mark_magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask) {
     if (dtype == DType::f32) return mark_as<std::uint32_t>(x, size, limit, mask);
     return mark_as<std::uint16_t>(x, size, limit, mask);
+}
+
+void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves) {
+    const auto upper_half = [](float value) { return static_cast<std::uint16_t>((bits_of(value) >> 16U) & 0x7FFFU); };
+    switch (dtype) {
+        case DType::f32:
+            for (std::int64_t i = 0; i < size; ++i) halves[i] = upper_half(read<float>(x, i));
+            return;
+        case DType::f16:
+            for (std::int64_t i = 0; i < size; ++i) halves[i] = upper_half(from_f16(read<std::uint16_t>(x, i)));
+            return;
+        case DType::bf16:
+            for (std::int64_t i = 0; i < size; ++i) halves[i] = magnitude<std::uint16_t>(x, i);
+            return;
+        case DType::i8:
+        case DType::i32: break;
+    }
+    __builtin_trap();
+}
+
+std::int64_t count_below(const std::uint16_t* halves, std::int64_t size, std::uint16_t limit) {
+    constexpr std::int64_t most = 0xFFFF;  // of a count as narrow as the halves, so that a vector holds as many
+    std::int64_t total = 0;
+    for (std::int64_t begin = 0; begin < size; begin += most) {
+        const std::int64_t end = size - begin < most ? size : begin + most;
+        std::uint16_t count = 0;
+        for (std::int64_t i = begin; i < end; ++i) {
+            count = static_cast<std::uint16_t>(count + (halves[i] < limit ? 1 : 0));
+        }
+        total += count;
+    }
+    return total;
+}
+
+void rotate(float* x, std::int64_t size, std::int64_t block) {
+    for (std::int64_t begin = 0; begin < size; begin += block) {
+        switch (block) {
+            case 16: rotate_block<16>(x + begin); break;
+            case 64: rotate_block<64>(x + begin); break;
+            case 256: rotate_block<256>(x + begin); break;
+            default: __builtin_trap();  // refused by cpp/src before any kernel runs
+        }
+    }
 }
 
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes) {
@@ -189,6 +322,15 @@ void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, 
         case DType::i32: break;
     }
     __builtin_trap();
+}
+
+void encode_rotated(const float* x, std::int64_t size, float absmax, std::int8_t* codes) {
+    const float inverse = 127.0F / absmax;
+    if (!__builtin_isinf(inverse)) {
+        for (std::int64_t i = 0; i < size; ++i) codes[i] = to_code(x[i] * inverse);
+    } else {
+        for (std::int64_t i = 0; i < size; ++i) codes[i] = to_code(x[i] / absmax * 127.0F);
+    }
 }
 
 void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes) {

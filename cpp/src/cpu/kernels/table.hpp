@@ -22,13 +22,6 @@ struct Range {
     bool finite;
 };
 
-// Magnitudes of a run of floats as bit patterns of their dtype without the sign, which order like the magnitudes, with
-// Inf and NaN on top: the largest, and the largest of those below a limit (0 where there is none).
-struct Magnitudes {
-    std::uint32_t largest;
-    std::uint32_t largest_below;
-};
-
 // One register tile of the int8 product over a slice of k.
 struct ProductTile {
     const std::int8_t* x;  // the slice of a panel of X, as Plan::place_row has laid it out
@@ -120,12 +113,24 @@ struct Kernels {
     void (*store)(const float* src, std::int64_t size, DType dtype, void* dst, std::int64_t stride);
     // size >= 1.
     Range (*range)(const float* x, std::int64_t size);
-    // `limit` is a bit pattern of the dtype.
-    Magnitudes (*magnitudes)(DType dtype, const void* x, std::int64_t size, std::uint32_t limit);
-    // mask[i] |= the bit pattern of |x[i]| >= limit
-    void (*mark_outliers)(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
+    // Magnitudes are compared as bit patterns of their dtype without the sign, which order alike, with Inf and NaN on
+    // top. The largest of |x[i]|; 0 of none.
+    std::uint32_t (*largest_magnitude)(DType dtype, const void* x, std::int64_t size);
+    // maxima[i] = max(maxima[i], |x[i]|), without a sign.
+    void (*raise_maxima)(DType dtype, const void* x, std::int64_t size, void* maxima);
+    // mask[i] = |x[i]| >= limit, a bit pattern.
+    void (*mark_magnitudes)(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
+    // halves[i] = |x[i]| as a float32, its upper 16 bits.
+    void (*upper_halves)(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves);
+    // How many halves are below `limit` <= 2^15, as they themselves are; size <= 2^24.
+    std::int64_t (*count_below)(const std::uint16_t* halves, std::int64_t size, std::uint16_t limit);
+    // Each `block` (16, 64 or 256) of x times the Hadamard matrix over sqrt(block) (octavo/quantize.hpp). `size` is a
+    // multiple of `block`.
+    void (*rotate)(float* x, std::int64_t size, std::int64_t block);
     // codes[i] = rint(x[i] * 127 / absmax), for absmax > 0 and |x[i]| <= absmax; other x[i] give any code.
     void (*encode_absmax)(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
+    // codes[i] = rint(x[i] * (127 / absmax)), likewise.
+    void (*encode_rotated)(const float* x, std::int64_t size, float absmax, std::int8_t* codes);
     // codes[i] = clip(rint(nd * x[i]) - zeropoint, -127, 127), for finite nd * x[i].
     void (*encode_zeropoint)(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
     // sum_i codes[i]; size <= 2^24.

@@ -1,0 +1,56 @@
+// Rows in blocks of b features times the Hadamard matrix over sqrt(b) (octavo/quantize.hpp), without what is excluded,
+// into float32.
+//
+// A block of threads has 256 features of a row, which are whole blocks of every rotation, a thread one. In each step it
+// reads the number that is `distance` away from shared memory, of which there are two so that one barrier a step does.
+#include "criterion.cuh"
+#include "device.cuh"
+#include "marks.cuh"
+#include "operations.hpp"
+#include "rotation.cuh"
+
+namespace octavo::cuda {
+namespace {
+
+constexpr int threads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(threads)
+    rotate_kernel(View<const T> x, int rotation, Exclusion exclusion, float* out, std::int64_t width) {
+    __shared__ float values[2][threads];
+    const int thread = static_cast<int>(threadIdx.x);
+    const std::int64_t chunks = (width + threads - 1) / threads;
+    const std::int64_t row = blockIdx.x / chunks;
+    const std::int64_t column = blockIdx.x % chunks * threads + thread;
+    float value = 0.0F;
+    if (column < x.cols) {
+        value = to_float(*x.at(row, column));
+        const bool left_out =
+            exclusion.per_element
+                ? is_outlier(value, row, column, exclusion.elements)
+                : (marked_word(exclusion.marks, words_for(x.cols), column / 32) >> (column % 32) & 1U) != 0;
+        if (left_out) value = 0.0F;
+    }
+    int turn = 0;
+    for (int distance = 1; distance < rotation; distance *= 2, turn ^= 1) {
+        values[turn][thread] = value;
+        __syncthreads();
+        const float other = values[turn][thread ^ distance];
+        value = (thread & distance) == 0 ? __fadd_rn(value, other) : __fadd_rn(other, -value);
+    }
+    if (column < width) out[row * width + column] = value / root_of(rotation);
+}
+
+}  // namespace
+
+void rotate(ConstMatrix x, std::int32_t rotation, const Exclusion& exclusion, float* out, cudaStream_t stream) {
+    const std::int64_t width = rotated_size(x.cols, rotation);
+    const std::int64_t blocks = x.rows * blocks_for(width, threads);
+    if (blocks == 0) return;
+    with_float(x.dtype, [&]<class T>(Type<T>) {
+        launch(rotate_kernel<T>, Grid{static_cast<unsigned>(blocks), threads}, stream, view_of<T>(x), rotation,
+               exclusion, out, width);
+    });
+}
+
+}  // namespace octavo::cuda
