@@ -23,7 +23,7 @@ from octavo.functional import (
     set_num_threads,
 )
 from octavo.functional import version as _version
-from octavo.options import Options
+from octavo.options import Options, recipe
 from octavo.weight import Int8Weight
 
 __version__ = _version()
@@ -41,6 +41,7 @@ __all__ = [
     "linear",
     "quantize",
     "quantize_weight",
+    "recipe",
     "release_cuda_memory",
     "set_num_threads",
 ]

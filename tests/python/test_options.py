@@ -89,3 +89,14 @@ def test_functions_take_options_or_keywords(outliers: Any) -> None:
     for wrong in ({}, "absmax", octavo.Options):
         with pytest.raises(TypeError, match=r"^linear: options: expected octavo.Options, got "):
             octavo.linear(X, weight, options=wrong)
+
+
+def test_recipes() -> None:
+    """Both are valid, and differ from the defaults where they say so."""
+    assert octavo.recipe("paper") == octavo.Options()
+    best = octavo.recipe("best")
+    assert (best.rotation, best.outliers) == (64, "rows")
+    y = octavo.linear(X, octavo.quantize_weight(W, options=best), options=best)
+    np.testing.assert_allclose(y, X @ W.T, rtol=0, atol=0.2)
+    with pytest.raises(ValueError, match=r"^recipe: name: expected one of 'paper', 'best', got 'other'"):
+        octavo.recipe("other")

@@ -111,7 +111,9 @@ def _float_product(
     def block(part: slice) -> Tensor:
         own = codes[part]
         if codes.dim() == 4:
-            own = unpack(codes[part.start // 16 : -(-part.stop // 16)], part.stop - part.start, rotated_size(k, rotation))
+            own = unpack(
+                codes[part.start // 16 : -(-part.stop // 16)], part.stop - part.start, rotated_size(k, rotation)
+            )
         own_scale, own_zeropoint, kept = (
             array if array is None or array.shape[0] != n else array[part]
             for array in (scale, zeropoint, outlier_weight)
