@@ -141,8 +141,9 @@ public:
         }
     }
 
-    // Everything after the product, for the rows and columns of `tile`, which has all of X's side.
-    void finish(EpilogueTile tile, std::int64_t row, std::int64_t col, const Matrix& out) const {
+    // Everything after the product, for the rows and columns of `tile`, which has all of X's side and gets the
+    // weight's. (By reference: a copy would wait for each of the stores that have just made it.)
+    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const Matrix& out) const {
         const std::int64_t j = col - block_.col_begin;
         tile.scale_w = scale + j;
         tile.outlier_w = outlier_weight_.data() + j;
@@ -287,11 +288,11 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
             }
             if (depth == 0) std::fill(sums.data(), sums.data() + block.rows() * block_cols * 4, 0.0F);
             kernels().finish_floats(sums.data(), block.rows(), block_weight.scale + j, y.data());
-            block_weight.finish({.rows = block.rows(),
-                                 .cols = std::min(block_cols, block.cols() - j),
-                                 .scaled = y.data(),
-                                 .stride = block_cols},
-                                block.row_begin, block.col_begin + j, out);
+            EpilogueTile epilogue{.rows = block.rows(),
+                                  .cols = std::min(block_cols, block.cols() - j),
+                                  .scaled = y.data(),
+                                  .stride = block_cols};
+            block_weight.finish(epilogue, block.row_begin, block.col_begin + j, out);
         }
     });
 }
