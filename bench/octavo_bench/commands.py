@@ -158,6 +158,7 @@ def _model_and_text(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--window", type=positive, metavar="N", help="tokens at a time; default: what the model takes, at most 512")
     add("--limit", type=positive, metavar="N", help="only the first N windows; default: all")
     add("--plots", type=Path, metavar="DIR", help="write the pictures (PNG)")
+    add("--trust-remote-code", action="store_true", help="run Python code that the model's folder brings")
     return add
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,20 @@ def test_peers_compute_the_layer() -> None:
         made = maker.make(peer)
         assert torch.nn.functional.cosine_similarity(made(x), model(x)).min() > 0.999
         assert 48 * 64 < linear_bytes(made) < 2 * 48 * 64
+
+
+def test_code_that_a_model_brings_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is trusted; and nobody is asked."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'was_run')!r}, 'w').close()\nraise OSError('so it was run')\n"
+    )
+    with pytest.raises(
+        ValueError, match="^" + re.escape(f"{tmp_path}: the model brings Python code of its own: --trust")
+    ):
+        language.load(tmp_path)
+    assert not (tmp_path / "was_run").exists()
+    with pytest.raises(OSError, match="so it was run"):
+        language.load(tmp_path, trust_remote_code=True)
+    assert (tmp_path / "was_run").exists()

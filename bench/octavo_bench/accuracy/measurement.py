@@ -55,7 +55,7 @@ class Settings:
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
     """`octavo eval`."""
     settings = Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
-    report = run(find(args.model), args.text, settings, facts, progress)
+    report = run(find(args.model, trust_remote_code=args.trust_remote_code), args.text, settings, facts, progress)
     return report, figures(report) if args.plots else {}
 
 

