@@ -216,8 +216,7 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                 for (std::int64_t i = 0; i < tile.rows; ++i) {
                     float* const y = scaled.data() + i * epilogue.stride;
                     if (weight.scheme == Scheme::zeropoint) {
-                        unroll_zeropoint(tile, i, quantized, outliers.row(tile.row + i), k, block_weight, first_col,
-                                         y);
+                        unroll_zeropoint(tile, i, quantized, outliers.row(tile.row + i), k, block_weight, first_col, y);
                         continue;
                     }
                     for (std::int64_t j = 0; j < tile.cols; ++j) {
