@@ -177,7 +177,7 @@ def transformers_plan(model: Any) -> dict[str, ParallelStyle]:
 
 
 class _Sharded(Int8Linear):
-    """An Int8Linear that holds one rank's part; `weight` and all buffers are plain tensors, the rank's own.
+    """An Int8Linear that holds one rank's part; `weight` is an Int8Tensor of the rank's own.
 
     Attributes:
         mesh: the ranks, one dimension.
@@ -283,7 +283,8 @@ class RowParallelInt8Linear(_Sharded):
     def _product(self, x: Tensor) -> Tensor:
         """This rank's part of the sum, float32 ``[..., n]``, without the bias."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            return functional.linear(x.to(torch.float32), self.weight)  # has the dtype of x; codes are the same
+            with torch.autocast(x.device.type, enabled=False):
+                return functional.linear(x.to(torch.float32), self.weight)  # has the dtype of x; codes are the same
         out = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device=x.device)
         _core.linear(x, self.int8_weight._native, None, self.weight.options._native, out)
         return out

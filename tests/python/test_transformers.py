@@ -507,7 +507,7 @@ MEASURE = """
     model = transformers.LlamaForCausalLM.from_pretrained(sys.argv[1], quantization_config=OctavoConfig())
     done = True
     watcher.join()
-    held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    held = sum(getattr(t, "int8_weight", t).nbytes for t in [*model.parameters(), *model.buffers()])
     with open("/proc/self/smaps") as maps:
         mapped = sum(".safetensors" in line for line in maps)
     print(peak - before, private() - before, held, mapped)
