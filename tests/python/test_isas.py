@@ -1,4 +1,4 @@
-"""Every instruction set of this processor: the same oracle, and the same integers as the one in use."""
+"""Every instruction set of this processor: the same oracle, and the same integers and outputs as the one in use."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import octavo
 import pytest
 import reference as ref
+from octavo.verify import EXPECTED
 from support import KINDS, make
 
 HERE = Path(__file__).parent
@@ -62,6 +63,14 @@ def test_integers_are_the_same_everywhere(instruction_set: str, tmp_path: Path) 
         assert len(theirs.files) == len(ours) > 100
         for name, array in zip(theirs.files, ours, strict=True):
             np.testing.assert_array_equal(theirs[name], array, strict=True)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_outputs_are_the_same_everywhere(instruction_set: str, threads: int) -> None:
+    code = f"import octavo, octavo.verify; octavo.set_num_threads({threads}); print(octavo.verify.verify())"
+    result = run(instruction_set, "-c", code)
+    assert result.stdout.strip() == EXPECTED, result.stderr
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
