@@ -105,17 +105,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="compute a fixed set of layers on the CPU and compare the hash of their bits",
+    )
 
 
 def _info(args: argparse.Namespace) -> int:
     import octavo
 
     info = octavo.info()
+    right = True
+    if args.verify:
+        from octavo.verify import EXPECTED, verify
+
+        found = verify()
+        right = found == EXPECTED
+        info["verify"] = {"hash": found, "expected": EXPECTED, "right": right}
     if args.json:
         print(json.dumps(info, indent=2))
     else:
         _print_fields(info)
-    return 0
+    return 0 if right else 1
 
 
 def _print_fields(fields: dict[str, Any], indent: str = "") -> None:

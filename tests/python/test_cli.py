@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import octavo
+import octavo.verify
 import pytest
 from octavo import checkpoint, cli
 from octavo._sizes import format_size, parse_size
@@ -190,6 +191,20 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert f"version: {octavo.__version__}" in lines
     assert f"  instruction_set: {octavo.info()['cpu']['instruction_set']}" in lines
+
+
+def test_info_verifies(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the hash is of, test_isas tests."""
+    monkeypatch.setattr(octavo.verify, "verify", lambda: octavo.verify.EXPECTED)
+    assert run("info", "--verify") == 0
+    assert f"  hash: {octavo.verify.EXPECTED}" in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(octavo.verify, "verify", lambda: "0")
+    assert run("info", "--verify", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["verify"] == {
+        "hash": "0",
+        "expected": octavo.verify.EXPECTED,
+        "right": False,
+    }
 
 
 def test_info_of_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
