@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
+from octavo._sizes import shown
+
 _TRACEBACK = "OCTAVO_TRACEBACK"  # in the environment
 
 
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _in_one_line(error: Exception, command: str) -> str:
     """What an error says. Of those that octavo does not raise on purpose the type, too, and how to learn more."""
-    text = re.sub(r"\s*\n\s*", " ", str(error).strip())
+    text = shown(re.sub(r"\s*\n\s*", " ", str(error).strip()), 2000)
     if isinstance(error, (OSError, RuntimeError, ValueError)) and text:
         return text.removeprefix(f"{command}: ")  # functions put their name first, which here the command already is
     return f"{type(error).__name__}: {text} ({_TRACEBACK}=1 shows where)"

@@ -64,7 +64,7 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
     state = their_layer(tensor((8, 8), 1), None).state_dict(prefix="fc.")
     state["fc.weight_format"] += 2
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"fc\.weight_format: expected 0 .row-major codes., got 2"):
+    with pytest.raises(ValueError, match=r"fc\.weight: weight_format: expected 0 .row-major codes., got 2"):
         checkpoint.load(tmp_path)
 
 

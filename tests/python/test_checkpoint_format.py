@@ -82,7 +82,7 @@ def as_json(**fields: Any) -> Any:
         ("options", as_json(format_version=3), "expected format_version 1 or 2, got 3: update octavo"),
         ("options", as_json(dtype="int4"), "expected dtype float32, float16 or bfloat16, got 'int4'"),
         ("options", as_json(rotate=3), "options: expected options of octavo, got 'rotate': update octavo"),
-        ("options", as_json(path="slow"), "options: Options: path: expected one of auto, int8, weight_only"),
+        ("options", as_json(path="slow"), "options: Options: path: expected one of 'auto', 'int8', 'weight_only'"),
     ],
 )
 def test_what_cannot_be_is_refused(part: str, value: Any, match: str) -> None:

@@ -1,31 +1,53 @@
-"""octavo.checkpoint.quantize under kill -9, and how much memory it takes. All in processes of their own."""
+"""octavo.checkpoint.quantize under kill -9, with a full disk, changing files, few open files; and its memory."""
 
 from __future__ import annotations
 
-import importlib.util
+import errno
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from octavo import checkpoint
-from octavo.checkpoint.tensors import header_bytes
-from octavo.checkpoint.writer import Journal
+from octavo.checkpoint.files import header_bytes
+from support import TORCH
+from tqdm import tqdm
 
-FILES = ("config.json", "model.safetensors", "tokenizer.json")
+Shapes = dict[str, tuple[int, int]]
+SHAPES: Shapes = {f"layers.{i}.fc.weight": (60 + i, 40) for i in range(6)} | {"embed.weight": (50, 16)}
 
 
-def write_model(folder: Path, shapes: dict[str, tuple[int, int]], dtype: str = "F16", **config: Any) -> Path:
+def write_model(folder: Path, shapes: Shapes = SHAPES, *, dtype: str = "F16", shards: int = 3, **config: Any) -> Path:
     """A checkpoint of random weights, without PyTorch."""
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    with (folder / "model.safetensors").open("wb") as file:
+    weight_map = {}
+    for shard in range(shards):
+        own = {name: shape for number, (name, shape) in enumerate(shapes.items()) if number % shards == shard}
+        file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        write_shard(folder / file, own, dtype, seed=shard)
+        weight_map.update(dict.fromkeys(own, file))
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def write_shard(path: Path, shapes: Shapes, dtype: str = "F16", seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    with path.open("wb") as file:
         file.write(header_bytes([(name, dtype, shape) for name, shape in shapes.items()], {"format": "pt"}))
         for n, k in shapes.values():
             for rows in np.array_split(np.arange(n), max(1, n * k // 4_000_000)):
@@ -34,232 +56,226 @@ def write_model(folder: Path, shapes: dict[str, tuple[int, int]], dtype: str = "
                     file.write((block.view(np.uint32) >> 16).astype(np.uint16).tobytes())
                 else:
                     file.write(block.astype({"F16": np.float16, "F32": np.float32}[dtype]).tobytes())
-    (folder / "config.json").write_text(json.dumps({"model_type": "tiny", **config}))
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+def convert(model: Path, output: Path, **options: Any) -> checkpoint.Report:
+    return checkpoint.quantize(model, output, progress=False, **options)
 
 
-# Each child is a fork of a process that has only imported octavo; it kills itself before its n-th system call that
-# changes a file.
-KILLED_EVERYWHERE = """
-    import os, shutil, signal, sys
-    from octavo import checkpoint
-
-    model, folder, repeated = sys.argv[1], sys.argv[2], sys.argv[3] == "repeated"
-    CALLS = ("pwrite", "write", "ftruncate", "fsync", "rename", "unlink", "mkdir")
-
-    def convert(output, die_before=None):
-        if pid := os.fork():
-            return os.waitpid(pid, 0)[1]
-        count = 0
-        def counted(call):
-            def wrapper(*args, **kwargs):
-                nonlocal count
-                count += 1
-                if count == die_before:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return call(*args, **kwargs)
-            return wrapper
-        for name in CALLS:
-            setattr(os, name, counted(getattr(os, name)))
-        checkpoint.quantize(model, output, jobs=1, progress=False, memory=4000)
-        os._exit(0)
-
-    for point in range(1, 10_000):
-        output = folder if repeated else f"{folder}/{point}"
-        status = convert(output, point)
-        if os.path.exists(output):
-            print("complete", sorted(os.listdir(output)))
-        if status == 0:
-            break
-        assert os.WTERMSIG(status) == signal.SIGKILL, status
-        if not repeated:
-            assert convert(output) == 0
-    print("points", point)
-"""
+def killed(work: Callable[[], Any], *, after: float) -> bool:
+    """Whether a process of its own, a fork of this one, was killed before its work was done."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    time.sleep(after)
+    os.kill(pid, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("how", ["once", "repeated"])
-def test_killed_before_every_change_of_a_file(tmp_path: Path, how: str) -> None:
-    """Once: each kill is followed by a whole run. Repeated: every run is killed, a little later than the last."""
-    model = write_model(tmp_path / "m", {"embed.weight": (50, 16), "a.fc.weight": (70, 32), "b.fc.weight": (30, 90)})
-    checkpoint.quantize(model, tmp_path / "whole", progress=False)
-    whole = content(tmp_path / "whole")
-    assert set(whole) == set(FILES)
-
-    folder = tmp_path / "killed"
-    if how == "once":
-        folder.mkdir()
-    result = run(KILLED_EVERYWHERE, model, folder, how)
-    assert result.returncode == 0, result.stderr
-    points = int(result.stdout.splitlines()[-1].split()[1])
-    assert points > (25 if how == "once" else 5)
-    outputs = [folder / str(point) for point in range(1, points + 1)] if how == "once" else [folder]
-    for output in outputs:
-        assert content(output) == whole, output
-        assert not output.with_name(output.name + ".partial").exists()
-    # Under its final name the folder was complete, but for the journal that is removed last.
-    for line in result.stdout.splitlines()[:-1]:
-        assert set(FILES) <= set(json.loads(line.removeprefix("complete ").replace("'", '"')))
-
-
-def test_the_command_killed_while_it_works(tmp_path: Path) -> None:
-    """Two jobs, killed again and again after some more tensors; then it finishes without doing those again."""
-    model = write_model(tmp_path / "m", {f"layers.{i}.fc.weight": (600, 600) for i in range(24)})
-    checkpoint.quantize(model, tmp_path / "whole", progress=False)
+def test_killed_at_random_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 kills: what then finishes has the bytes of a run that nobody disturbed, and no beginning is left."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # for those who lose power, not for kills; and it is slow
+    tqdm.set_lock(threading.RLock())  # else one that all processes share, which who is killed does not give back
+    model = write_model(tmp_path / "m")
+    convert(model, tmp_path / "whole", jobs=1)
+    started = time.monotonic()
+    convert(model, tmp_path / "again", jobs=1)
+    whole, seconds = content(tmp_path / "whole"), time.monotonic() - started
+    assert content(tmp_path / "again") == whole
+    chance, kills, resumed = random.Random(0), 0, 0
     output = tmp_path / "out"
-    code = """
-        import os, signal, sys, threading
-        from octavo import checkpoint
-        from octavo.checkpoint.writer import Journal
-        model, output, left = sys.argv[1], sys.argv[2], int(sys.argv[3])
-        add, lock = Journal.add, threading.Lock()
-
-        def add_or_die(*args):
-            global left
-            add(*args)
-            with lock:
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        Journal.add = add_or_die
-        print(checkpoint.quantize(model, output, jobs=2, memory=400_000, progress=False).resumed)
-    """
-    for more in (1, 4, 7):
-        assert run(code, model, output, more).returncode == -signal.SIGKILL
-        assert not output.exists()
-    result = run(code, model, output, 1000)
-    assert result.returncode == 0, result.stderr
-    assert 12 <= int(result.stdout) < 24
-    assert content(output) == content(tmp_path / "whole")
+    while kills < 60:
+        for _ in range(chance.randint(1, 6)):
+            kills += killed(lambda: convert(model, output, jobs=1), after=chance.uniform(0, seconds))
+            if output.exists():  # complete, as soon as it has its name
+                assert whole.items() <= content(output).items()
+                shutil.rmtree(output)
+        report = convert(model, output, jobs=chance.choice((1, 3)))
+        resumed += report.resumed
+        assert content(output) == whole
+        assert not (tmp_path / "out.partial").exists()
+        shutil.rmtree(output)
+    assert resumed > 0
 
 
 class TestGoingOn:
-    def begun(self, tmp_path: Path) -> tuple[Path, Path]:
-        """A model, and a conversion of it that was killed after its first tensor."""
-        model = write_model(tmp_path / "m", {"a.fc.weight": (60, 40), "b.fc.weight": (50, 40), "c.fc.weight": (40, 40)})
-        code = """
-            import os, sys
-            from octavo import checkpoint
-            from octavo.checkpoint.writer import Journal
-            add = Journal.add
-            Journal.add = lambda *args: (add(*args), os._exit(9))
-            checkpoint.quantize(sys.argv[1], sys.argv[2], jobs=1, progress=False)
-        """
-        assert run(code, model, tmp_path / "out").returncode == 9
-        checkpoint.quantize(model, tmp_path / "whole", progress=False)
+    def begun(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+        """A model, and a conversion of it that ended when it had written two shards of three."""
+        model = write_model(tmp_path / "m")
+        convert(model, tmp_path / "whole")
+        replace, left = os.replace, [3]  # the first is that of the job's description
+
+        def fail(source: Path, target: Path) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail)
+            with pytest.raises(KeyboardInterrupt):
+                convert(model, tmp_path / "out")
+        assert len(content(tmp_path / "out.partial")) == 3
         return model, tmp_path / "out"
 
-    def test_what_was_done_is_not_done_again(self, tmp_path: Path) -> None:
-        model, output = self.begun(tmp_path)
-        assert checkpoint.quantize(model, output, progress=False).resumed == 1
+    def test_what_is_finished_is_not_done_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, output = self.begun(tmp_path, monkeypatch)
+        assert convert(model, output).resumed == 5
         assert content(output) == content(tmp_path / "whole")
 
-    def test_what_was_damaged_is_done_again(self, tmp_path: Path) -> None:
-        model, output = self.begun(tmp_path)
-        entry = checkpoint.Checkpoint(tmp_path / "whole", framework="numpy").entries["a.fc.weight"]
-        with (tmp_path / "out.partial" / "model.safetensors").open("r+b") as file:
-            file.seek(entry.offset + 5)
-            file.write(b"damage")
-        assert checkpoint.quantize(model, output, progress=False).resumed == 0
+    def test_what_was_damaged_is_done_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, output = self.begun(tmp_path, monkeypatch)
+        for number, damage in ((1, lambda content: content[:-1] + b"?"), (2, lambda content: content[:100])):
+            path = tmp_path / "out.partial" / f"model-{number:05}-of-00003.safetensors"
+            path.write_bytes(damage(path.read_bytes()))
+        assert convert(model, output).resumed == 0
         assert content(output) == content(tmp_path / "whole")
 
-    def test_a_torn_line_of_the_journal(self, tmp_path: Path) -> None:
-        model, output = self.begun(tmp_path)
-        with (tmp_path / "out.partial" / ".octavo-journal").open("ab") as file:
-            file.write(b'{"tensor": "b.fc.wei')
-        assert checkpoint.quantize(model, output, progress=False).resumed == 1
-        assert content(output) == content(tmp_path / "whole")
+    def test_a_changed_model(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever rsync -t leaves as it was, size and time: what was made of the old file is made again."""
+        model, output = self.begun(tmp_path, monkeypatch)
+        path = model / "model-00001-of-00003.safetensors"
+        before = path.stat()
+        shapes = {name: SHAPES[name] for name in list(SHAPES)[::3]}
+        write_shard(path, shapes, seed=9)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size
+        assert convert(model, output).resumed == 2
+        convert(model, tmp_path / "new")
+        assert content(output) == content(tmp_path / "new") != content(tmp_path / "whole")
 
-    def test_a_damaged_line_of_the_journal(self, tmp_path: Path) -> None:
-        """Its tensor is made again; where the first one is damaged, it is not known what was begun: named."""
-        model, output = self.begun(tmp_path)
-        journal = tmp_path / "out.partial" / ".octavo-journal"
-        first, done = journal.read_bytes().splitlines(keepends=True)
-        others = [b"null\n", b"[1]\n", b'{"tensor": 3}\n', b'{"tensor": "a.fc.weight", "crc32": {"other": "00"}}\n']
-        for damaged in (done.replace(b":", b"?"), b"\xff\n", b"\n", *others):
-            journal.write_bytes(first + damaged)
-            assert checkpoint.quantize(model, output, progress=False).resumed == 0
-            assert content(output) == content(tmp_path / "whole")
-            output.rename(tmp_path / "out.partial")
-        journal.write_bytes(first + b"?\n" + done)
-        assert checkpoint.quantize(model, output, progress=False).resumed == 1
-        output.rename(tmp_path / "out.partial")
-        journal.write_bytes(b"?" + first + done)
-        with pytest.raises(ValueError, match=r"out\.partial: expected the beginning of this conversion"):
-            checkpoint.quantize(model, output, progress=False)
+    def test_other_options_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, output = self.begun(tmp_path, monkeypatch)
+        before = content(tmp_path / "out.partial")
+        with pytest.raises(ValueError, match=r"out\.partial: expected the beginning of this conversion, got one with"):
+            convert(model, output, scheme="zeropoint")
+        assert content(tmp_path / "out.partial") == before
 
-    def test_short_writes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write = os.write
-        monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
-        journal = Journal(tmp_path / "journal", {"job": 1})
-        journal.add("a.weight", {"a.weight": "0" * 8})
-        journal.close()
-        monkeypatch.undo()
-        journal = Journal(tmp_path / "journal", {"job": 1})
-        assert journal.done == {"a.weight": {"a.weight": "0" * 8}}
-        journal.close()
-
-    def test_a_folder_of_somebody_else(self, tmp_path: Path) -> None:
-        """What is called like the folder that is worked in, and is not, is neither taken nor removed."""
-        model = write_model(tmp_path / "m", {"a.fc.weight": (6, 4)})
-        (tmp_path / "out.partial").mkdir()
-        (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-        with pytest.raises(FileExistsError, match=r"out\.partial: expected the beginning of a conversion, or nothing"):
-            checkpoint.quantize(model, tmp_path / "out", progress=False)
-        assert content(tmp_path / "out.partial") == {"thesis.txt": b"mine"}
-        (tmp_path / "out.partial" / "thesis.txt").unlink()
-        checkpoint.quantize(model, tmp_path / "out", progress=False)
-        assert not (tmp_path / "out.partial").exists()
-
-    def test_two_that_end_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The journal is gone when it is to be removed: another run has found the output complete."""
-        model = write_model(tmp_path / "m", {"a.fc.weight": (6, 4)})
-        rename = os.rename
-
-        def then_another(source: Path, target: Path) -> None:
-            rename(source, target)
-            assert checkpoint.quantize(model, tmp_path / "out", progress=False).resumed == 1
-
-        monkeypatch.setattr(os, "rename", then_another)
-        assert checkpoint.quantize(model, tmp_path / "out", progress=False).resumed == 0
-        assert set(content(tmp_path / "out")) == set(FILES)
-
-    def test_other_options_are_refused(self, tmp_path: Path) -> None:
-        model, output = self.begun(tmp_path)
-        with pytest.raises(ValueError, match="expected the beginning of this conversion"):
-            checkpoint.quantize(model, output, progress=False, scheme="zeropoint")
-        os.utime(model / "model.safetensors")  # a changed model
-        with pytest.raises(ValueError, match="expected the beginning of this conversion"):
-            checkpoint.quantize(model, output, progress=False)
-
-    def test_only_one_at_a_time(self, tmp_path: Path) -> None:
+    def test_only_one_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import fcntl
 
-        model, output = self.begun(tmp_path)
+        model, output = self.begun(tmp_path, monkeypatch)
         handle = os.open(tmp_path / "out.partial", os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             with pytest.raises(BlockingIOError, match="another octavo quantize"):
-                checkpoint.quantize(model, output, progress=False)
+                convert(model, output)
         finally:
             os.close(handle)
-        assert checkpoint.quantize(model, output, progress=False).resumed == 1
+        assert convert(model, output).resumed == 5
+
+    def test_killed_after_the_last_rename(self, tmp_path: Path) -> None:
+        model = write_model(tmp_path / "m")
+        convert(model, tmp_path / "out")
+        whole = content(tmp_path / "out")
+        job = json.dumps(
+            {"format": "octavo", **checkpoint.Checkpoint(tmp_path / "out").options("layers.0.fc").to_dict()}
+        )
+        (tmp_path / "out" / ".octavo-job.json").write_text(job)
+        assert convert(model, tmp_path / "out").resumed == len(SHAPES)
+        assert content(tmp_path / "out") == whole
+
+
+def test_folders_of_somebody_else(tmp_path: Path) -> None:
+    """What is called like the output, or the folder that is worked in, and is not, is neither taken nor removed."""
+    model = write_model(tmp_path / "m")
+    for name in ("out", "out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+        with pytest.raises(FileExistsError, match=r"out(\.partial)?: expected (a folder that is not|the beginning)"):
+            convert(model, tmp_path / "out")
+        assert content(tmp_path / name) == {"thesis.txt": b"mine"}
+        (tmp_path / name / "thesis.txt").unlink()
+        (tmp_path / name).rmdir()
+    (tmp_path / "out").mkdir()  # an empty one is taken
+    convert(model, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("change", ["replaced", "rewritten"])
+def test_a_model_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """A shard that is another than it was is named; nothing of it is kept, and a second run goes on."""
+    from octavo.checkpoint import convert as module
+
+    model = write_model(tmp_path / "m")
+    convert_tensor, path = module.convert, model / "model-00002-of-00003.safetensors"
+
+    def change_then_convert(task: Any, *arguments: Any) -> bytes:
+        if task.entry.path == path:
+            other = tmp_path / "other.safetensors"
+            write_shard(other, {name: SHAPES[name] for name in list(SHAPES)[1::3]}, seed=9)
+            os.replace(other, path) if change == "replaced" else path.write_bytes(other.read_bytes())
+        return convert_tensor(task, *arguments)
+
+    monkeypatch.setattr(module, "convert", change_then_convert)
+    with pytest.raises(
+        RuntimeError, match=r"00002-of-00003\.safetensors: expected a file at rest, got one that changed"
+    ):
+        convert(model, tmp_path / "out", jobs=1)
+    monkeypatch.undo()
+    assert [file.name for file in (tmp_path / "out.partial").glob("*model*")] == ["model-00001-of-00003.safetensors"]
+    assert convert(model, tmp_path / "out").resumed == 3
+    convert(model, tmp_path / "new")
+    assert content(tmp_path / "out") == content(tmp_path / "new")
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is named, and what to do; what is finished stays, but no beginning of nothing."""
+    model = write_model(tmp_path / "m")
+    convert(model, tmp_path / "whole")
+    pwrite = os.pwrite
+    for room, finished in ((0, 0), (4000, 0), (12_000, 1), (12_000, 2)):
+        left = [room]
+
+        def write_while_there_is_room(file: int, data: Any, offset: int, left: list[int] = left) -> int:
+            left[0] -= len(data[:1000])
+            if left[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return pwrite(file, data[:1000], offset)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", write_while_there_is_room)
+            with pytest.raises(OSError, match=r"No space left on device: free some space and run again.*safetensors'"):
+                convert(model, tmp_path / "out", jobs=1)
+        partial = tmp_path / "out.partial"
+        found = content(partial) if partial.exists() else {}
+        assert len(found) == (finished + 1 if finished else 0)
+        assert not any(name.startswith(".octavo-model") for name in found)
+    assert convert(model, tmp_path / "out").resumed == 5
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(OSError, match=r"expected \d+ bytes of free space, got 10"):
+        convert(model, tmp_path / "other")
+    assert not (tmp_path / "other.partial").exists()
+
+
+def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
+    """More shards than a process may have open files: converted, and read; without any, the file is named."""
+    shapes = {f"layers.{i}.fc.weight": (4, 4) for i in range(120)}
+    model = write_model(tmp_path / "m", shapes, shards=120)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, limits[1]))
+    try:
+        assert convert(model, tmp_path / "out").layers == 120
+        assert len(checkpoint.load(tmp_path / "out", framework="numpy")) == 120
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        with pytest.raises(OSError, match=r"allow more open files \(ulimit -n\) and run again.*m/"):
+            checkpoint.inspect(model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 PEAK = """
-    import os, sys
+    import sys
     from octavo import checkpoint
 
     def peak():
@@ -280,7 +296,7 @@ PEAK = """
     [
         ("BF16", {}, 1, {}),
         ("BF16", {}, 4, {}),
-        ("F16", {}, 2, {"outlier_columns": {"a.c_fc": [1, 2, 3]}}),
+        ("F16", {}, 2, {"outlier_columns": {"a.fc": [1, 2, 3]}}),
         ("F32", {"model_type": "gpt2"}, 1, {}),
         ("F32", {"model_type": "gpt2"}, 3, {"granularity": "tensor", "scheme": "zeropoint"}),
         ("BF16", {}, 2, {"format": "bitsandbytes"}),
@@ -290,21 +306,24 @@ PEAK = """
 )
 def test_peak_memory(tmp_path: Path, dtype: str, config: dict[str, str], jobs: int, options: dict[str, Any]) -> None:
     """At most 1.1 times the float32 size of the largest tensor, however many tensors and jobs."""
-    shapes = {"a.c_fc.weight": (1500, 4000), "b.c_fc.weight": (4000, 1500), "c.c_fc.weight": (6000, 1000)}
+    leaf = "c_fc" if "model_type" in config else "fc"
+    shapes = {f"a.{leaf}.weight": (1500, 4000), f"b.{leaf}.weight": (4000, 1500), f"c.{leaf}.weight": (6000, 1000)}
     shapes["embed.weight"] = (3000, 1000)
-    file = config.pop("file", "") if config else ""
-    small = write_model(tmp_path / "small", dict.fromkeys(shapes, (8, 8)), dtype, **config)
-    large = write_model(tmp_path / "large", shapes, dtype, **config)
+    file = config.get("file", "")
+    own = {key: value for key, value in config.items() if key != "file"}
+    small = write_model(tmp_path / "small", dict.fromkeys(shapes, (8, 8)), dtype=dtype, shards=1, **own)
+    large = write_model(tmp_path / "large", shapes, dtype=dtype, shards=1, **own)
     if file:
-        if importlib.util.find_spec("torch") is None:
-            pytest.skip("torch is not installed")
+        if TORCH.missing:
+            pytest.skip(TORCH.missing)
         import safetensors.torch
         import torch
 
         for model in (small, large):
             torch.save(safetensors.torch.load_file(model / "model.safetensors"), model / file)
             (model / "model.safetensors").unlink()
-    result = run(PEAK, small, large, tmp_path / "out", jobs, options)
+    command = [sys.executable, "-c", textwrap.dedent(PEAK), *map(str, (small, large, tmp_path / "out", jobs, options))]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == 0, result.stderr
     peak, limit = int(result.stdout), 1.1 * 4 * 6_000_000
     print(f"peak {peak / 2**20:.1f} MiB, limit {limit / 2**20:.1f} MiB")

@@ -1,4 +1,4 @@
-"""Checkpoints as transformers saves them, against octavo.torch.quantize_ on the loaded model; and calibration."""
+"""Checkpoints of models that Transformers has: the layers of octavo.torch.quantize_; and calibration."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ if importlib.util.find_spec("accelerate") is None:
     pytest.skip("accelerate is not installed", allow_module_level=True)
 
 import octavo.torch as ot
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -52,26 +53,101 @@ def tiny_model(name: str, **more: Any) -> Any:
     return model_class(model_class.config_class(**fields)).eval()
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", [*SIZES, "GPT2LMHeadModel"])
 def test_the_layers_of_quantize_(tmp_path: Path, name: str) -> None:
-    """The same layers with the same arrays. The heads that only their shape gives away are named in skip."""
+    """The same layers with the same arrays, whatever they are called in the file."""
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "m")
-    checkpoint.quantize(tmp_path / "m", tmp_path / "out", progress=False)
-    ot.quantize_(model, skip=("*lm_head", "*embed_out", "cls.predictions.decoder"), progress=False)
-    expected = model.state_dict()
-    layers = {name for name, module in model.named_modules() if isinstance(module, ot.Int8Linear)}
-    state = checkpoint.Checkpoint(tmp_path / "out").state_dict()
-    found = {name.removesuffix(".scale") for name in state if name.endswith(".scale")}
-    assert len(found) > 5
-    # transformers stores some models without the prefix of their base model
-    prefix = "" if found <= layers else f"{model.base_model_prefix}."
-    assert {prefix + layer for layer in found} == layers
-    for key, value in state.items():
-        key = key.replace("embed_out", "lm_head")  # GPT-NeoX: renamed in files
-        name_in_model = prefix + key if prefix + key in expected else key
-        assert expected[name_in_model].dtype == value.dtype
-        assert torch.equal(expected[name_in_model], value), key
+    report = checkpoint.quantize(tmp_path / "m", tmp_path / "out", progress=False)
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    ot.quantize_(model, progress=False)
+    expected, found = (
+        {name: weight for name, weight in each.named_parameters() if isinstance(weight, ot.Int8Tensor)}
+        for each in (model, loaded)
+    )
+    if name == "T5ForConditionalGeneration":  # whoever loads it may ask for float16, beside which `wo` stays
+        assert {why for layer, why in report.reasons.items() if layer.endswith(".wo")} == {
+            "the model keeps it in float32"
+        }
+        expected = {name: weight for name, weight in expected.items() if not name.endswith(".wo.weight")}
+    assert expected.keys() == found.keys()
+    assert len(found) == report.layers > 5
+    for each, weight in expected.items():
+        for part, array in weight.parts().items():
+            assert part == "options" or torch.equal(array, found[each].parts()[part]), (each, part)
+
+
+def test_patterns_match_the_names_of_file_and_model(tmp_path: Path) -> None:
+    """GPT-2's published files lack the prefix that the model's names have."""
+    tiny_model("GPT2LMHeadModel").save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    state = {name.removeprefix("transformer."): value for name, value in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(state, file)
+    for number, pattern in enumerate(("h.0.*", "transformer.h.0.*")):
+        checkpoint.quantize(tmp_path / "m", tmp_path / f"{number}", include=[pattern], progress=False)
+        layers = checkpoint.Checkpoint(tmp_path / f"{number}").layers
+        assert layers.keys() == {f"h.0.{leaf}" for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+
+
+def test_experts_that_a_file_has_apart(tmp_path: Path) -> None:
+    """Each is a layer; the router is none."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_model("MixtralForCausalLM", **sizes, num_hidden_layers=2, num_local_experts=3)
+    model.save_pretrained(tmp_path / "m")
+    report = checkpoint.quantize(tmp_path / "m", tmp_path / "out", progress=False)
+    layers = checkpoint.Checkpoint(tmp_path / "out").layers
+    assert sum(".experts." in layer for layer in layers) == 2 * 3 * 3
+    assert {layer for layer in report.left if not layer.endswith("gate")} == {"lm_head"}
+    assert len(report.left) == 3
+    ids = torch.arange(20).reshape(2, 10)
+    with torch.no_grad():
+        exact = model(ids).logits
+        found = type(model).from_pretrained(tmp_path / "out")(ids).logits
+    assert 0 < (found - exact).norm() < 0.1 * exact.norm()
+
+
+def test_a_model_of_diffusers(tmp_path: Path) -> None:
+    """Its layers by its own config, its file under the name that diffusers looks for."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+    ).eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "m")
+    report = checkpoint.quantize(tmp_path / "m", tmp_path / "out", progress=False)
+    assert (report.layers, report.left) == (sum(type(module) is torch.nn.Linear for module in model.modules()), [])
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    with torch.no_grad():
+        exact = model(x, 3, text).sample
+        found = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "out")(x, 3, text).sample
+    assert 0 < (found - exact).norm() < 0.02 * exact.norm()
+
+
+def test_code_that_a_model_brings_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = with_tokenizer(tiny_model("OPTForCausalLM"), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    own = {**config, "model_type": "own", "architectures": ["OwnModel"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(own))
+    (folder / "own.py").write_text(
+        "import transformers\nprint('code of the model')\n"
+        "class OwnConfig(transformers.OPTConfig): model_type = 'own'\n"
+        "class OwnModel(transformers.OPTForCausalLM): config_class = OwnConfig\n"
+    )
+    (tmp_path / "t").write_text("a b c d e f")
+    arguments = ["quantize", str(folder), str(tmp_path / "out"), "--calibrate", str(tmp_path / "t"), "--quiet"]
+    capsys.readouterr()
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "brings its own code" in captured.err
+    assert "--trust-remote-code" in captured.err
+    assert captured.out == ""
+    checkpoint.quantize(folder, tmp_path / "plain", progress=False)  # needs none of it
+    assert capsys.readouterr().out == ""
+    assert cli.main([*arguments, "--trust-remote-code"]) == 0
+    assert "code of the model" in capsys.readouterr().out
 
 
 def with_tokenizer(model: Any, folder: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 from octavo import checkpoint, cli
 from octavo._sizes import format_size, parse_size
 from octavo.checkpoint import commands
-from octavo.checkpoint.tensors import header_bytes
+from octavo.checkpoint.files import header_bytes
+from octavo.options import Options
 
 
 def write_model(folder: Path) -> Path:
@@ -41,7 +43,7 @@ def test_quantize_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert run("quantize", model, output, "--jobs", 2, "--memory", "1MB") == 0
     captured = capsys.readouterr()
     assert f"{output}: 1 linear layers in int8" in captured.out
-    assert "left as they are: lm_head" in captured.out
+    assert re.search("left as they are:\n  lm_head +skipped", captured.out)
     assert "quantize: 100%" in captured.err
 
     assert run("inspect", output, "--verify") == 0
@@ -73,10 +75,7 @@ def test_options_reach_the_conversion(
     assert run("quantize", "m", "out", *words.split()) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 1
     assert given == {
-        "scheme": "zeropoint",
-        "granularity": "row",
-        "threshold": 4.5,
-        "outliers": "static",
+        "options": Options(scheme="zeropoint", granularity="row", threshold=4.5, outliers="static"),
         "include": ["*.fc", "*.up"],
         "skip": ["*.gate"],
         "outlier_columns": {"a.fc": [3, 1]},  # the others' are of layers that the patterns leave out
@@ -167,21 +166,19 @@ def test_arguments_that_do_not_fit_each_other(arguments: list[str], capsys: pyte
 
 
 def test_none_of_it_needs_torch(tmp_path: Path) -> None:
-    """A conversion, an inspection and a plan in a process where importing torch fails."""
+    """A conversion and an inspection in a process where importing torch fails; a plan says what it needs."""
     model = write_model(tmp_path / "m")
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "vocab_size": 5})
-    )
     code = f"""
 import sys
 sys.modules["torch"] = None
 from octavo import cli
 assert cli.main(["quantize", {str(model)!r}, {str(tmp_path / "out")!r}, "--quiet"]) == 0
 assert cli.main(["inspect", {str(tmp_path / "out")!r}, "--verify"]) == 0
-assert cli.main(["plan", {str(tmp_path)!r}, "--gpu-memory", "1GB"]) == 0
+assert cli.main(["plan", {str(model)!r}, "--gpu-memory", "1GB"]) == 1
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert "octavo plan: needs PyTorch and Transformers: pip install" in result.stderr
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,14 +7,14 @@ are in memory at a time, and the activations of a batch. The price is that each 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint.layers import LayerChoice
-from octavo.checkpoint.source import open_source
-from octavo.checkpoint.tasks import quantized_layers
+from octavo.checkpoint.layers import choose
+from octavo.checkpoint.model import names_in_model
+from octavo.checkpoint.source import Source, open_source
 
 _TOKENS = 256  # of a sequence
 _SEQUENCES = 4  # of a batch
@@ -30,6 +30,7 @@ def calibrate(
     include: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, list[int]]:
     """Find the outlier columns of a checkpoint's linear layers, for `quantize` to keep in 16 bit.
 
@@ -41,6 +42,7 @@ def calibrate(
         batches: how many, of four sequences of up to 256 tokens; each reads the model once.
         include, skip: patterns of layer names, as `quantize` will be given.
         progress: show a progress bar.
+        trust_remote_code: run the code that the model's folder brings, where Transformers has not the model itself.
 
     Returns:
         Layer -> columns, under the names of the checkpoint, for the layers that were reached.
@@ -59,14 +61,16 @@ def calibrate(
             f'calibration needs PyTorch, transformers and accelerate: pip install "octavo[transformers]" ({error})'
         ) from error
     source = open_source(model)
-    stored = quantized_layers(source, LayerChoice(source.config, include, skip, function="calibrate"))
-    config = transformers.AutoConfig.from_pretrained(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    # The very class that saved the checkpoint: others name its layers otherwise.
-    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None:
-        raise ValueError(f"{model}: expected an architecture of transformers in config.json, got {architecture}")
+    stored = choose(source, include, skip, function="calibrate").int8
+    own_code = "auto_map" in source.config and source.config.get("model_type") not in transformers.CONFIG_MAPPING
+    if own_code and not trust_remote_code:
+        raise ValueError(
+            f"{model}: expected a model of Transformers, got one that brings its own code: trust_remote_code=True "
+            "(--trust-remote-code) runs it"
+        )
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    model_class = _model_class(model, source, config)
     tokens = tokenizer(_read_text(Path(text)))["input_ids"]
     if not tokens:
         raise ValueError(f"{text}: expected text to calibrate with, got none")
@@ -77,7 +81,13 @@ def calibrate(
 
     with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
         with _progress_bars(progress):
-            loaded = model_class.from_pretrained(model, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
+            loaded = model_class.from_pretrained(
+                model,
+                dtype="auto",
+                device_map={"": "disk"},
+                offload_folder=folder,
+                trust_remote_code=trust_remote_code,
+            )
         layers = _layers(loaded, stored)
         if not layers:
             raise ValueError(
@@ -130,17 +140,26 @@ def _batches(tokens: Sequence[int], length: int) -> Iterator[dict[str, Any]]:
         yield {"input_ids": torch.tensor([rest])}
 
 
-def _layers(model: Any, stored: set[str]) -> Mapping[str, Any]:
-    """The modules that hold the weights of the layers `stored`, by the names that these have in the checkpoint."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+def _layers(model: Any, stored: Iterable[str]) -> Mapping[str, Any]:
+    """The modules that hold the weights `stored`, by the names that these layers have in the checkpoint."""
+    name_in_model = names_in_model(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
     layers = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in (nn.Linear, Conv1D):
-            for spelling in (name, name.removeprefix(prefix), prefix + name):
-                if spelling in stored:
-                    layers[spelling] = module
-                    break
+    for name in stored:
+        parameter, operations = name_in_model(name)
+        module = modules.get(parameter.removesuffix(".weight"))
+        if module is not None and operations is None:
+            layers[name.removesuffix(".weight")] = module
     return layers
+
+
+def _model_class(model: str | Path, source: Source, config: Any) -> Any:
+    """The very class that saved the checkpoint: others name its layers otherwise."""
+    import transformers
+
+    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
+    own = [name for name, place in (source.config.get("auto_map") or {}).items() if place.endswith(f".{architecture}")]
+    model_class = getattr(transformers, own[0] if own else architecture, None)
+    if model_class is None:
+        raise ValueError(f"{model}: expected an architecture of transformers in config.json, got {architecture}")
+    return model_class

@@ -7,42 +7,58 @@ The layout is Hugging Face's: a folder with ``model.safetensors``, or ``model.sa
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint.format import JOURNAL
-from octavo.checkpoint.tensors import Entry, read_header
-from octavo.checkpoint.torch_file import read_torch_file
+from octavo._sizes import shown
+from octavo.checkpoint.files import Entry, Shard, explained, identity, open_shard
 
-_NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+JOB = ".octavo-job.json"  # of an output that is not finished: what it is the beginning of
+
+_STEMS = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
+_NAMES = [name for stem in _STEMS for name in (f"{stem}.index.json", stem)]
 # Of a model's folder, everything is copied but weights in whatever format.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".tflite")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file: its tensors by name, ties (name -> another name of the same data) among them, and its metadata."""
-
-    path: Path
-    entries: dict[str, Entry]
-    ties: dict[str, str]
-    metadata: dict[str, str]
+_ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|hada_w\d|lokr_w\d|oft_r|vera_\w+)\b"
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint. `shards` in the order of their names; `companions`: its folder's other files, by path in it."""
+    """A checkpoint.
+
+    Attributes:
+        shards: in the order of their names.
+        config: the content of config.json, empty where there is none.
+        companions: the other files that belong to the model, by their path in its folder.
+        elsewhere: links in its folder to files that are not the model's, which are not copied.
+        identities: of the files that were read, to be compared when a conversion is done.
+    """
 
     shards: list[Shard]
     config: dict[str, Any]
     companions: dict[str, Path] = field(default_factory=dict)
+    elsewhere: list[str] = field(default_factory=list)
+    identities: dict[Path, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def entries(self) -> dict[str, Entry]:
         """All tensors by name."""
         return {name: entry for shard in self.shards for name, entry in shard.entries.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError, naming the file, where one is no longer what it was when it was opened."""
+        for path, before in self.identities.items():
+            if not path.exists() or identity(path) != before:
+                raise RuntimeError(f"{path}: expected a file at rest, got one that changed meanwhile: run again")
 
 
 def open_source(model: str | Path) -> Source:
@@ -53,108 +69,117 @@ def open_source(model: str | Path) -> Source:
 
     Raises:
         OSError: a file that is not there or cannot be read.
-        ValueError: naming file and tensor: truncated, corrupt, unknown format, a tensor twice, an index that does not
-            fit.
+        ValueError: naming file and tensor: no regular file, truncated, corrupt, unknown format, a tensor twice, an
+            index that does not fit; an adapter; a folder of several models.
     """
     path = Path(model)
     folder = path if path.is_dir() else path.parent
     weights = _weights_file(path) if path.is_dir() else path
     if not weights.exists():
         raise FileNotFoundError(f"{weights}: expected a checkpoint (a folder or a file), got nothing of that name")
-    paths, listed = _indexed(weights) if weights.name.endswith(".index.json") else ([weights], {})
-    shards = [_open_shard(shard) for shard in paths]
+    is_index = weights.name.endswith(".index.json")
+    read = [weights, *([folder / "config.json"] if (folder / "config.json").exists() else [])]
+    identities = {each: identity(each) for each in read}
+    paths, listed = _indexed(weights) if is_index else ([weights], {})
+    identities |= {each: identity(each) for each in paths}
+    shards = [open_shard(shard) for shard in paths]
 
     owners: dict[str, Path] = {}
     for shard in shards:
-        for name in shard.entries:
+        for name, entry in shard.entries.items():
             if owners.setdefault(name, shard.path) != shard.path:
-                raise ValueError(f"{shard.path}: {name}: expected each tensor once, got it in {owners[name].name} too")
+                raise ValueError(f"{entry.where}: expected each tensor once, got it in {owners[name].name} too")
+            if _ADAPTER.search(name):
+                raise ValueError(f"{entry.where}: expected a model, got an adapter: {_MERGE}")
     for name, shard_path in listed.items():
         if owners.get(name) != shard_path:
-            raise ValueError(f"{shard_path}: {name}: expected the tensor that {weights.name} lists here, got none")
-    return Source(shards, _config(folder), _companions(folder) if path.is_dir() else {})
+            raise ValueError(f"{shard_path}: {shown(name)}: expected the tensor that {weights.name} lists, got none")
+    companions, elsewhere = _companions(folder) if path.is_dir() else ({}, [])
+    return Source(shards, _read_json(folder / "config.json"), companions, elsewhere, identities)
+
+
+_MERGE = "merge it into its model first (PEFT's merge_and_unload), or load the int8 model and then the adapter"
 
 
 def _weights_file(folder: Path) -> Path:
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder}: expected a model, got an adapter (adapter_config.json): {_MERGE}")
     for name in _NAMES:
         if (folder / name).exists():
             return folder / name
     found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        raise FileNotFoundError(f"{folder}: expected one of {', '.join(_NAMES)}, got {len(found)} .safetensors files")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    parts = sorted({path.parent.name for stem in _STEMS for path in folder.glob(f"*/{stem}*")})
+    if parts:
+        raise ValueError(f"{folder}: expected one model, got a folder of several: convert each: {', '.join(parts)}")
+    raise FileNotFoundError(f"{folder}: expected one of {', '.join(_NAMES)}, got {len(found)} .safetensors files")
 
 
 def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
     """The shards that an index names, and the shard of each tensor."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(tensor): str(file) for tensor, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: expected an index with a weight_map, got a file without: {error!r}") from error
-    for name in names.values():
-        if Path(name).name != name:
-            raise ValueError(f"{index}: expected names of files beside it, got {name!r}")
-        if not (index.parent / name).exists():
-            tensor = next(tensor for tensor, file in names.items() if file == name)
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index}: expected an index with a weight_map, got a file without")
+    for tensor, file in weight_map.items():
+        if Path(file).name != file:
+            raise ValueError(f"{index}: expected names of files beside it, got {shown(repr(file))}")
+        if not (index.parent / file).exists():
             raise FileNotFoundError(
-                f"{index.parent / name}: {tensor}: expected the shard that {index.name} names, got none"
+                f"{index.parent / file}: {shown(tensor)}: expected the shard that {index.name} names, got none"
             )
-    return [index.parent / name for name in sorted(set(names.values()))], {
-        tensor: index.parent / name for tensor, name in names.items()
-    }
+    paths = [index.parent / file for file in sorted(set(weight_map.values()))]
+    return paths, {tensor: index.parent / file for tensor, file in weight_map.items()}
 
 
-def _open_shard(path: Path) -> Shard:
-    if path.suffix == ".safetensors":
-        entries, metadata = read_header(path)
-        # As safetensors.torch.save_model notes a tensor that it stored under another name.
-        ties = {name: first for name, first in metadata.items() if first in entries and name not in entries}
-        return Shard(
-            path, entries | {name: replace(entries[first], name=name) for name, first in ties.items()}, ties, metadata
-        )
-    if path.suffix in _TORCH_SUFFIXES:
-        return Shard(path, *read_torch_file(path), {})
-    raise ValueError(f"{path}: expected .safetensors, {', '.join(_TORCH_SUFFIXES)} or .index.json, got {path.suffix!r}")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object of a JSON file; empty where there is no file."""
     if not path.exists():
         return {}
+    identity(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
+        with explained(path):
+            value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {shown(str(error))}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
 
 
-def _companions(folder: Path) -> dict[str, Path]:
-    found = {}
-    outputs: dict[Path, bool] = {}  # by folder inside of this one, whether it holds an int8 model, begun or finished
+def _companions(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """See `Source`. Weights in folders below are the model's where a modules.json says so (sentence-transformers)."""
+    found: dict[str, Path] = {}
+    elsewhere = []
+    has_modules = (folder / "modules.json").exists()
+    home = [folder.resolve(), *(parent.resolve() for parent in (folder / "../blobs", folder / "../../blobs"))]
+    outputs: set[Path] = set()  # folders below that hold an int8 model, begun or finished
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        above = [folder / parent for parent in relative.parents if parent.parts]
-        for parent in above:
-            if parent not in outputs:
-                outputs[parent] = _is_output(parent)
-        if any(outputs[parent] for parent in above):
+        if path.is_dir() and not path.is_symlink() and _is_output(path):
+            outputs.add(path)
+        is_module = has_modules and len(relative.parts) > 1 and path.name in _STEMS
+        is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        if (
+            not path.is_file()
+            or (is_weights and not is_module)
+            or any(part.startswith(".") for part in relative.parts)
+            or not outputs.isdisjoint(path.parents)
+        ):
             continue
-        hidden = any(part.startswith(".") for part in relative.parts)
-        weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if path.is_file() and not hidden and not weights:
+        # Hugging Face's cache keeps files in ../../blobs, and links to them here.
+        if any(path.resolve().is_relative_to(own) for own in home):
             found[str(relative)] = path
-    return found
+        else:
+            elsewhere.append(str(relative))
+    return found, elsewhere
 
 
 def _is_output(folder: Path) -> bool:
     """Whether a conversion made, or is making, this folder: not what belongs to the model that it lies in."""
-    if (folder / JOURNAL).exists():
+    if (folder / JOB).exists():
         return True
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "quantization_config" in _read_json(folder / "config.json")
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and "quantization_config" in config

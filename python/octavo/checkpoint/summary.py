@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from octavo._sizes import shown, table
 from octavo.checkpoint import format as names
-from octavo.checkpoint.layers import is_stacked_experts
-from octavo.checkpoint.reader import Checkpoint, Int8Layer
+from octavo.checkpoint.reader import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Summary:
         ratio: bytes_16bit / bytes.
         checksums: tensors with a CRC-32.
         verified: whether they were compared.
+        kept: linear layers that `quantize` left in 16 bit, and why.
     """
 
     path: str
@@ -62,6 +62,7 @@ class Summary:
     ratio: float
     checksums: int
     verified: bool
+    kept: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """For programs."""
@@ -69,43 +70,39 @@ class Summary:
 
     def as_table(self) -> str:
         """For people."""
-        rows = [("layer", "n x k", "scheme", "MiB", "of 16 bit", "kept columns")]
+        rows = [("layer", "scheme", "n x k", "MiB", "of 16 bit", "kept columns")]
         for layer in self.layers:
-            n, k = layer.shape
             kept = "-" if layer.outlier_columns is None else str(layer.outlier_columns)
-            scheme = f"{layer.scheme}, {layer.granularity}"
-            rows.append((layer.name, f"{n} x {k}", scheme, _mib(layer.bytes), _mib(layer.bytes_16bit), kept))
+            scheme, shape = f"{layer.scheme}, {layer.granularity}", " x ".join(map(str, layer.shape))
+            rows.append((shown(layer.name), scheme, shape, _mib(layer.bytes), _mib(layer.bytes_16bit), kept))
         int8 = sum(layer.bytes for layer in self.layers)
         formats = sorted({layer.format for layer in self.layers})
-        lines = _aligned(rows) if self.layers else []
+        checksums = "not compared (--verify does)"
+        if not self.checksums:
+            checksums = "in these files, so that damage to data cannot be told"
+        elif self.verified:
+            checksums = "all correct"
+        lines = [*table(rows, left=(0, 1)), ""] if self.layers else []
+        if self.kept:
+            lines += [*table([("in 16 bit", ""), *((shown(name), why) for name, why in self.kept.items())], (0, 1)), ""]
         lines += [
-            "",
-            f"{self.path}: {len(self.files)} file{'s' * (len(self.files) != 1)}, "
+            f"{shown(self.path)}: {len(self.files)} file{'s' * (len(self.files) != 1)}, "
             f"format {', '.join(formats) if formats else '16/32 bit'}",
             f"int8 layers    {len(self.layers):6}  {_mib(int8):>12} MiB",
             f"other tensors  {self.other_tensors:6}  {_mib(self.other_bytes):>12} MiB",
-            *self._experts(),
+        ]
+        if self.expert_tensors:
+            experts = f"  of experts   {self.expert_tensors:6}  {_mib(self.expert_bytes):>12} MiB"
+            lines += [f"{experts}, stacked: quantize leaves them, octavo.transformers converts most while loading"]
+        lines += [
             f"all                    {_mib(self.bytes):>12} MiB, 16 bit would take {self.ratio:.2f} times as much",
-            f"checksums      {self.checksums:6}  {self._compared()}",
+            f"checksums      {self.checksums:6}  {checksums}",
         ]
-        return "\n".join(lines).strip()
-
-    def _compared(self) -> str:
-        if not self.checksums:
-            return "in these files, so that damage to data cannot be told"
-        return "all correct" if self.verified else "not compared (--verify does)"
-
-    def _experts(self) -> list[str]:
-        if not self.expert_tensors:
-            return []
-        return [
-            f"  of experts   {self.expert_tensors:6}  {_mib(self.expert_bytes):>12} MiB, stacked: quantize leaves them,"
-            " octavo.transformers converts most while loading"
-        ]
+        return "\n".join(lines)
 
 
 def inspect(path: str | Path, *, verify: bool = False) -> Summary:
-    """Summarize a checkpoint from its headers; see `Summary`.
+    """Summarize a checkpoint from its headers and scales; see `Summary`.
 
     Args:
         path: a folder or a file: int8 or not.
@@ -115,59 +112,46 @@ def inspect(path: str | Path, *, verify: bool = False) -> Summary:
     """
     checkpoint = Checkpoint(path, framework="numpy")
     checksums = checkpoint.verify() if verify else checkpoint.checksums
-    layers = [_layer(checkpoint, layer) for layer in checkpoint.layers.values()]
-    inside = {entry.name for layer in checkpoint.layers.values() for entry in layer.parts.values()}
-    others = [entry for name, entry in checkpoint.entries.items() if name not in inside and name not in checkpoint.ties]
-    experts = [entry for entry in others if is_stacked_experts(entry.name, entry.shape)]
-    parts = [entry for layer in checkpoint.layers.values() for entry in layer.parts.values()]
-    size = sum(entry.nbytes for entry in [*others, *parts])
-    floats = sum(2 * entry.numel if entry.dtype in _FLOATS else entry.nbytes for entry in others)
+    layers = [_layer(checkpoint, layer) for layer in checkpoint.layers]
+    inside = {name for stored in checkpoint.layers.values() for name in stored.parts.values()}
+    stored = [entry for name, entry in checkpoint.entries.items() if name not in checkpoint.ties]
+    others = [entry for entry in stored if entry.name not in inside]
+    experts = [entry for entry in others if len(entry.shape) == 3 and "experts" in entry.name]
+    size = sum(entry.nbytes for entry in stored)
+    floats = sum(2 * entry.numel if entry.dtype in ("F64", "F32", "F16", "BF16") else entry.nbytes for entry in others)
     size_16bit = floats + sum(layer.bytes_16bit for layer in layers)
     return Summary(
-        str(path),
-        [shard.path.name for shard in checkpoint.source.shards],
-        layers,
-        len(others),
-        sum(entry.nbytes for entry in others),
-        len(experts),
-        sum(entry.nbytes for entry in experts),
-        size,
-        size_16bit,
-        size_16bit / size if size else 1.0,
-        checksums,
-        verify and checksums > 0,
+        path=str(path),
+        files=[shard.path.name for shard in checkpoint.source.shards],
+        layers=layers,
+        other_tensors=len(others),
+        other_bytes=sum(entry.nbytes for entry in others),
+        expert_tensors=len(experts),
+        expert_bytes=sum(entry.nbytes for entry in experts),
+        bytes=size,
+        bytes_16bit=size_16bit,
+        ratio=size_16bit / size if size else 1.0,
+        checksums=checksums,
+        verified=verify and checksums > 0,
+        kept=checkpoint.kept,
     )
 
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def _layer(checkpoint: Checkpoint, layer: Int8Layer) -> LayerSummary:
-    options = checkpoint.options(layer.name)
-    weight = layer.parts[names.WEIGHT]
-    columns = layer.parts.get(names.OUTLIER_COLUMNS)
+def _layer(checkpoint: Checkpoint, layer: str) -> LayerSummary:
+    options, stored = checkpoint.options(layer), checkpoint.layers[layer]
+    parts = {part: checkpoint.entries[name] for part, name in stored.parts.items()}
+    columns = parts.get(names.OUTLIER_COLUMNS)
     return LayerSummary(
-        layer.name,
-        layer.format,
-        options.scheme,
-        options.granularity,
-        list(weight.shape),
-        sum(entry.nbytes for entry in layer.parts.values()),
-        2 * weight.numel,
-        None if columns is None else columns.shape[0],
+        name=layer,
+        format=stored.format,
+        scheme=options.scheme,
+        granularity=options.granularity,
+        shape=list(parts[names.CODES].shape),
+        bytes=sum(entry.nbytes for entry in parts.values()),
+        bytes_16bit=2 * parts[names.CODES].numel,
+        outlier_columns=None if columns is None else columns.shape[0],
     )
 
 
 def _mib(count: int) -> str:
     return f"{count / 2**20:,.2f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -1,166 +1,178 @@
-"""A safetensors file written in pieces, in any order, whose header comes last; and the journal of what is written."""
+"""One tensor from the source's file to the output's; and the output, a safetensors file written in any order."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
-import threading
 import zlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from octavo.checkpoint.format import CRC32_KEY
-from octavo.checkpoint.tensors import ITEM_BYTES, header_bytes, in_order, write_at
+import numpy as np
 
-_CHUNK = 1 << 20
+import octavo
+from octavo._types import Array
+from octavo.checkpoint import format as names
+from octavo.checkpoint.files import NUMPY_DTYPES, TORCH_DTYPES, header_bytes
+from octavo.checkpoint.tasks import Task
+from octavo.options import Options
+
+Output = tuple[str, str, tuple[int, ...]]
 
 
-class OutputFile:
+class Writer:
     """A safetensors file under construction. What it will hold is known, so every tensor has its place at once.
 
-    The header, which carries a CRC-32 of each tensor (eight digits, so that its length is known before), is written by
-    `finish`; until then the file does not look like one. Methods may be called from several threads.
+    The header, which carries the CRC-32 of each tensor, is written by `finish`.
 
     Args:
-        path: of the file; an existing one is gone on with.
-        tensors: (name, dtype, shape), in any order.
-        metadata: strings.
+        file: open for writing.
+        outputs: name, dtype and shape of each tensor, in any order.
+        metadata: strings; those under `CRC32_KEY` and `MADE_OF_KEY` come with `finish`.
     """
 
-    def __init__(
-        self, path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-    ) -> None:
-        self.path = path
-        self._tensors = in_order(tensors)
+    def __init__(self, file: int, outputs: Sequence[Output], metadata: dict[str, str]) -> None:
+        self._file = file
+        # Wide elements first, so that each tensor begins at a multiple of its element's size.
+        self._outputs = sorted(outputs, key=lambda each: (-np.dtype(NUMPY_DTYPES[each[1]]).itemsize, each[0]))
         self._metadata = metadata
-        position = self._header_size = len(self._header({}))
-        self._places: dict[str, tuple[int, int]] = {}  # offset, bytes
-        for name, dtype, shape in self._tensors:
-            size = ITEM_BYTES[dtype]
-            for extent in shape:
-                size *= extent
-            self._places[name] = position, size
-            position += size
-        self.nbytes = position
-        self._file = -1
+        self._crc32 = {name: 0 for name, _, _ in self._outputs}
+        position = len(self._header("0" * 64))
+        self._places: dict[str, int] = {}
+        for name, dtype, shape in self._outputs:
+            self._places[name] = position
+            position += np.dtype(NUMPY_DTYPES[dtype]).itemsize * math.prod(shape)
+        os.ftruncate(file, position)
 
-    def open(self) -> None:
-        """Open or make the file, in its full size; blocks of it that were not written take no space."""
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-        os.ftruncate(self._file, self.nbytes)
+    def write(self, name: str, data: Any) -> None:
+        """Write what follows of a tensor: a contiguous array, or bytes."""
+        view = memoryview(data).cast("B") if isinstance(data, bytes) else memoryview(data.reshape(-1).view(np.uint8))
+        self._crc32[name] = zlib.crc32(view, self._crc32[name])
+        self._write_at(view, self._places[name])
+        self._places[name] += len(view)
 
-    def stream(self, name: str) -> Stream:
-        """A writer of the tensor's data from its beginning."""
-        return Stream(self._file, *self._places[name])
-
-    def crc32(self, name: str) -> str:
-        """Of the tensor's data as they are in the file now."""
-        offset, size = self._places[name]
-        crc = 0
-        for start in range(offset, offset + size, _CHUNK):
-            crc = zlib.crc32(os.pread(self._file, min(_CHUNK, offset + size - start), start), crc)
-        return f"{crc:08x}"
-
-    def finish(self, crc32: Mapping[str, str]) -> None:
+    def finish(self, made_of: str) -> None:
         """Write the header, and wait until everything is on the disk."""
-        write_at(self._file, self._header(crc32), 0)
+        self._write_at(memoryview(self._header(made_of)), 0)
         os.fsync(self._file)
 
-    def close(self) -> None:
-        """Close the file, finished or not."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+    def _write_at(self, data: memoryview, offset: int) -> None:
+        while len(data):
+            count = os.pwrite(self._file, data, offset)
+            data, offset = data[count:], offset + count
 
-    def _header(self, crc32: Mapping[str, str]) -> bytes:
-        checksums = {name: crc32.get(name, "0" * 8) for name, _, _ in self._tensors}
-        text = json.dumps(checksums, separators=(",", ":"))
-        return header_bytes(self._tensors, {**self._metadata, CRC32_KEY: text})
-
-
-class Stream:
-    """Writes one tensor's data from front to back and checksums them."""
-
-    def __init__(self, file: int, offset: int, size: int) -> None:
-        self._file = file
-        self._offset = offset
-        self._end = offset + size
-        self._crc = 0
-
-    def write(self, data: Any) -> None:
-        """Write contiguous bytes, or a contiguous array, after what was written before."""
-        size = data.nbytes if hasattr(data, "nbytes") else len(data)
-        assert self._offset + size <= self._end, "more data than the header has room for"
-        write_at(self._file, data, self._offset)
-        self._crc = zlib.crc32(data, self._crc)
-        self._offset += size
-
-    def finish(self) -> str:
-        """The CRC-32, as eight digits, once all is written."""
-        assert self._offset == self._end, "less data than the header announces"
-        return f"{self._crc:08x}"
+    def _header(self, made_of: str) -> bytes:
+        crc32 = json.dumps({name: f"{crc:08x}" for name, crc in self._crc32.items()}, separators=(",", ":"))
+        metadata = {**self._metadata, names.CRC32_KEY: crc32, names.MADE_OF_KEY: made_of}
+        return header_bytes(self._outputs, metadata)
 
 
-class Journal:
-    """Which tensors are written, so that an interrupted conversion can go on. One JSON value per line.
+def convert(
+    task: Task, file: int, writer: Writer, options: Options, block: int, advance: Callable[[int], None]
+) -> bytes:
+    """Convert or copy one tensor, which is read once.
 
-    The first line says which conversion it belongs to; each further one names a tensor of the source and the CRC-32 of
-    what was made of it. One that a kill cut short, or that is damaged, does not count: the tensor is made again.
+    A copy takes a MiB of memory, a weight its own size and 9 bytes for each element of a block.
 
     Args:
-        path: of the journal.
-        job: what the conversion is: anything JSON.
+        task: what to do.
+        file: the source's, open.
+        writer: of the output.
+        options: of the layers.
+        block: elements that are converted at a time.
+        advance: is told how many bytes are done.
+
+    Returns:
+        The hash of the tensor's bytes in the file.
 
     Raises:
-        ValueError: there is a journal of another conversion.
+        ValueError: names file and tensor: NaN or Inf among its values, or the file ends before.
     """
-
-    def __init__(self, path: Path, job: Any) -> None:
-        self.done: dict[str, dict[str, str]] = {}
-        self._lock = threading.Lock()
-        complete = b""
-        if path.exists():
-            content = path.read_bytes()
-            complete = content[: content.rfind(b"\n") + 1]
-            lines = [_parsed(line) for line in complete.split(b"\n")[:-1]]
-            if lines and lines[0] != job:
-                raise ValueError(
-                    f"{path.parent}: expected the beginning of this conversion, got one with other options or of a "
-                    "changed model: remove that folder to start anew, or give the same options again"
-                )
-            self.done = {line["tensor"]: line["crc32"] for line in lines[1:] if _is_done(line)}
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        os.ftruncate(self._file, len(complete))
-        os.lseek(self._file, 0, os.SEEK_END)
-        if not complete:
-            self._append(job)
-
-    def add(self, tensor: str, crc32: Mapping[str, str]) -> None:
-        """Note that everything made of a tensor is written."""
-        self._append({"tensor": tensor, "crc32": dict(crc32)})
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
-
-    def _append(self, value: Any) -> None:
-        line = memoryview(json.dumps(value).encode() + b"\n")
-        with self._lock:
-            while line:
-                line = line[os.write(self._file, line) :]
+    entry = task.entry
+    read = hashlib.blake2b(digest_size=32)
+    if task.shape is None and entry.strides is None:
+        for chunk in entry.bytes_in_file(file):
+            read.update(chunk)
+            writer.write(entry.name, chunk)
+            advance(chunk.nbytes)
+        return read.digest()
+    data, flat = entry.read(file)
+    read.update(flat.view(np.uint8))
+    if task.shape is None:
+        step = max(1, block * len(data) // max(1, entry.numel))
+        for first in range(0, len(data), step):
+            writer.write(entry.name, np.ascontiguousarray(data[first : first + step]))
+    else:
+        _quantize(task, data.T if task.is_transposed else data, writer, options, block)
+    advance(entry.nbytes)
+    return read.digest()
 
 
-def _parsed(line: bytes) -> Any:
-    """The value of a line, or None where there is none to be read."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+def _quantize(task: Task, data: Array, writer: Writer, options: Options, block: int) -> None:
+    """Eq. 1-3 of the paper, block by block.
+
+    A scale of the whole weight depends on the weight's extremes only. So where one is wanted, each block is quantized
+    together with two rows that hold the extremes.
+    """
+    assert task.shape is not None
+    n, k = task.shape
+    whole = options.granularity != "vector"
+    # What a rotation makes of the extremes only the whole weight tells.
+    step = n if whole and options.rotation else max(1, block // k)
+    how: Any = {"scheme": options.scheme, "granularity": options.granularity, "rotation": options.rotation}
+    extremes: Array | None = None
+    scales: list[Array] = []
+    zeropoints: list[Array] = []
+    absmax: list[Array] = []
+    output = {part: name for part, (name, _, _) in task.outputs.items()}
+
+    def blocks() -> Iterator[Array]:
+        return (data[first : first + step] for first in range(0, n, step))
+
+    def convert_rows(rows: Array) -> None:  # a function, so that nothing of a block is left when the next one is read
+        if task.columns is not None:
+            writer.write(output[names.OUTLIER_WEIGHT], np.ascontiguousarray(rows[:, task.columns]))
+        values = _as_numbers(rows, task.entry.dtype)
+        if names.ABSMAX in output:
+            absmax.append(np.maximum(values.max(1), -values.min(1)).astype(np.float32))
+        if extremes is not None:
+            values = np.concatenate([values, np.broadcast_to(extremes[:, None], (2, k))])
+        try:
+            weight = octavo.quantize_weight(values, **how)
+        except ValueError as error:
+            raise ValueError(f"{task.entry.where}: {error}") from error
+        writer.write(output[names.CODES], np.ascontiguousarray(weight.codes[: len(rows)]))
+        scales.append(weight.scale)
+        if weight.zeropoint is not None:
+            zeropoints.append(weight.zeropoint)
+
+    if whole and step < n:
+        found = np.array([_extremes(_as_numbers(rows, task.entry.dtype)) for rows in blocks()])
+        extremes = np.array([found[:, 0].min(), found[:, 1].max()])  # a NaN is one, for quantize_weight to refuse
+    for rows in blocks():
+        convert_rows(rows)
+    if names.ABSMAX in output:
+        writer.write(output[names.ABSMAX], np.concatenate(absmax))
+        writer.write(output[names.LAYOUT], bytes([names.ROW_MAJOR]))
+        return
+    writer.write(output[names.SCALE], scales[0] if whole else np.concatenate(scales))
+    if zeropoints:
+        writer.write(output[names.ZEROPOINT], zeropoints[0] if whole else np.concatenate(zeropoints))
+    if task.columns is not None:
+        writer.write(output[names.OUTLIER_COLUMNS], task.columns)
+    writer.write(output[names.OPTIONS], names.encode_options(options, TORCH_DTYPES[task.entry.dtype], k))
 
 
-def _is_done(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("tensor"), str):
-        return False
-    crc32 = value.get("crc32")
-    return isinstance(crc32, dict) and all(isinstance(crc, str) for crc in crc32.values())
+def _extremes(values: Array) -> tuple[Any, Any]:
+    return values.min(), values.max()
+
+
+def _as_numbers(raw: Array, dtype: str) -> Array:
+    """Contiguous; bfloat16 as float32, which has all its values, what NumPy knows as it is."""
+    if dtype != "BF16":
+        return np.ascontiguousarray(raw)
+    bits = raw.astype(np.uint32, order="C")
+    bits <<= 16
+    return bits.view(np.float32)

@@ -1,0 +1,90 @@
+"""The model that a config.json describes, without memory: its layers, and what they are called in a checkpoint.
+
+Transformers, or diffusers, builds it on PyTorch's meta device. Code that a model brings with it is never run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def meta_model(config: Mapping[str, Any], dtype: str) -> Any:
+    """A model, all of whose parameters are on the meta device.
+
+    Args:
+        config: the content of a config.json.
+        dtype: of its parameters: which of them a model keeps in float32 depends on it.
+
+    Raises:
+        RuntimeError: PyTorch, or the library that has the model, is missing.
+        ValueError: a model that neither Transformers nor diffusers has, or sizes that they refuse.
+    """
+    if not isinstance(config.get("model_type"), str) and not isinstance(config.get("_class_name"), str):
+        raise ValueError("config: expected a model_type, got none")
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise RuntimeError(f'needs PyTorch and Transformers: pip install "octavo[transformers]" ({error})') from error
+    with torch.device("meta"):
+        if isinstance(config.get("_class_name"), str):
+            model = _refused_as_value_error(config, _diffusers_model)
+        elif config.get("model_type") in transformers.CONFIG_MAPPING:
+            model = _refused_as_value_error(config, _transformers_model)
+        else:
+            raise ValueError(
+                f"config: model_type: expected one that Transformers has, got {config.get('model_type')!r:.80}"
+            )
+    return model.to(getattr(torch, dtype))
+
+
+def _refused_as_value_error(config: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Any]) -> Any:
+    try:
+        return make(config)
+    except ImportError as error:
+        raise RuntimeError(f"config: {error}") from error
+    except Exception as error:  # each class checks its fields in its own way
+        raise ValueError(f"config: expected sizes that make a model, got {type(error).__name__}: {error}") from error
+
+
+def _transformers_model(config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    fields = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+    known = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    own = getattr(transformers, str((known.architectures or [""])[0]), None)
+    if own is not None:
+        return own._from_config(known)
+    kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM, transformers.AutoModel)
+    auto = next((kind for kind in kinds if type(known) in kind._model_mapping), transformers.AutoModel)
+    return auto.from_config(known)
+
+
+def _diffusers_model(config: Mapping[str, Any]) -> Any:
+    import diffusers
+
+    return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+
+
+def names_in_model(model: Any) -> Callable[[str], tuple[str, Any]]:
+    """A function: the name of a tensor in a checkpoint -> the parameter of `model` that it is loaded into.
+
+    And the operations that Transformers does to it on the way; None where it is loaded as it is.
+    """
+    if not hasattr(model, "base_model_prefix"):
+        return lambda name: (name, None)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(model)
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    converters = [each for each in conversions if isinstance(each, WeightConverter)]
+    state = model.state_dict()
+
+    def name_in_model(name: str) -> tuple[str, Any]:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        operations = [each.operations for each in converters if pattern in each.source_patterns]
+        return renamed, operations[0] if operations else None
+
+    return name_in_model
