@@ -1,25 +1,24 @@
 """``octavo plan``: does a model fit on given GPUs, in int8 and in 16 bit? Computed from its config.json alone.
 
-The tensors of a model follow from its config; `architectures.tensors_of` lists them. Linear weights take one byte an
-element in int8 and a float32 scale per output feature, everything else two bytes, as `octavo.transformers` makes them:
-experts that are stacked in one parameter are among the linear weights (`octavo.checkpoint.quantize` leaves those that a
-file stacks). In 16 bit everything takes two. The cache of keys and values is in 16 bit; other states, as Mamba's, are
-not counted. A layer is not split between GPUs.
+Transformers builds the model without memory, and `octavo.torch.choice.choose_layers` chooses as everywhere. An int8
+weight takes one byte an element and a float32 scale per output feature, everything else two bytes, as
+`octavo.transformers` makes them: experts that are stacked in one parameter are among the int8 weights
+(`octavo.checkpoint.quantize` leaves those that a file stacks). In 16 bit everything takes two. The cache of keys and
+values is in 16 bit; other states, as Mamba's, are not counted. A layer is not split between GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from octavo._sizes import format_size, parse_size, positive
-from octavo.architectures import cache_per_token, is_stacked_expert, layer_of, tensors_of
-from octavo.checkpoint.layers import LayerChoice
+from octavo._sizes import format_size, parse_size, positive, table
+from octavo.checkpoint.model import meta_model
 
 __all__ = ["Footprint", "Plan", "plan"]
 
@@ -77,16 +76,17 @@ class Plan:
 
     def as_text(self) -> str:
         """For people."""
-        lines = [
+        title = (
             f"{self.model_type}, {_in_words(self.parameters)} parameters, on {self.gpus} x "
             f"{format_size(self.gpu_memory)} ({format_size(self.reserve)} of each kept free), batch {self.batch}, "
-            f"context {self.context}",
-            f"{'':8}{'weights':>14}{'cache':>14}{'total':>14}  fits  GPUs needed",
-        ]
+            f"context {self.context}"
+        )
+        rows = [["", "weights", "cache", "total", "fits", "GPUs needed"]]
         for name, footprint in (("int8", self.int8), ("16 bit", self.bits16)):
-            sizes = "".join(f"{format_size(n):>14}" for n in (footprint.weights, footprint.cache, footprint.total))
-            needed = "a layer is too large" if footprint.gpus_needed is None else footprint.gpus_needed
-            lines.append(f"{name:8}{sizes}  {'yes' if footprint.fits else 'no':4}  {needed}")
+            needed = "a layer is too large" if footprint.gpus_needed is None else str(footprint.gpus_needed)
+            sizes = [format_size(count) for count in (footprint.weights, footprint.cache, footprint.total)]
+            rows.append([name, *sizes, "yes" if footprint.fits else "no", needed])
+        lines = [title, *table(rows)]
         lines.append(f"weights in 16 bit take {self.ratio:.2f} times as much")
         if self.stacked_experts:
             lines.append(
@@ -119,18 +119,18 @@ def plan(
         reserve: bytes of each GPU that are not for weights and cache.
 
     Raises:
-        ValueError: a model type that is not known, or a config without what it needs.
+        RuntimeError: PyTorch or Transformers is missing.
+        ValueError: a model that Transformers has not, or a config that it refuses.
     """
-    choice = LayerChoice(config)
-    tensors = dict(tensors_of(config))
-    cache = {layer: bytes_each * batch * context for layer, bytes_each in cache_per_token(config).items()}
-    units: dict[str, tuple[int, int]] = {}  # by layer, bytes in int8 and in 16 bit
-    for name, shape in tensors.items():
-        elements = math.prod(shape)
-        layer = choice.layer(name, shape)
-        scales = 0 if layer is None else 4 * (shape[1] if choice.transposed(layer) else shape[0])
-        int8, bits16 = units.get(layer_of(name), (0, 0))
-        units[layer_of(name)] = int8 + (2 * elements if layer is None else elements + scales), bits16 + 2 * elements
+    model = meta_model(config, "bfloat16")
+    sizes_in_int8, experts = _sizes_in_int8(model)
+    cache = {unit: size * batch * context for unit, size in _cache_per_token(model).items()}
+    units: dict[str, tuple[int, int]] = {}  # bytes in int8 and in 16 bit
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        int8, bits16 = units.get(_unit(name), (0, 0))
+        own = 2 * parameter.numel()
+        units[_unit(name)] = int8 + sizes_in_int8.get(name, own), bits16 + own
 
     def footprint(precision: int) -> Footprint:
         weights = sum(sizes[precision] for sizes in units.values())
@@ -141,9 +141,9 @@ def plan(
 
     in_int8, in_16_bit = footprint(0), footprint(1)
     return Plan(
-        str(config["model_type"]),
-        sum(math.prod(shape) for shape in tensors.values()),
-        sum(is_stacked_expert(name) for name in tensors),
+        str(config.get("model_type", type(model).__name__)),
+        sum(parameter.numel() for parameter in parameters.values()),
+        experts,
         gpus,
         gpu_memory,
         reserve,
@@ -153,6 +153,48 @@ def plan(
         in_16_bit,
         in_16_bit.weights / in_int8.weights,
     )
+
+
+def _unit(name: str) -> str:
+    """What a parameter has to share a GPU with: its layer ("model.layers.3"); outside of layers, only itself."""
+    match = re.match(r"^(.*?\.\d+)\.", name)
+    return match[1] if match else name
+
+
+def _sizes_in_int8(model: Any) -> tuple[dict[str, int], int]:
+    """Bytes of the parameters that become int8, and how many weights of single experts are among them."""
+    from octavo.torch.choice import is_conv1d
+    from octavo.transformers.experts import is_transposed
+    from octavo.transformers.model import weights_to_convert
+
+    sizes, experts = {}, 0
+    for name in weights_to_convert(model, None):
+        module, weight = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+        k = weight.shape[-2 if is_conv1d(module) or (weight.dim() == 3 and is_transposed(module)) else -1]
+        sizes[name] = weight.numel() + 4 * weight.numel() // k
+        experts += weight.shape[0] if weight.dim() == 3 else 0
+    return sizes, experts
+
+
+def _cache_per_token(model: Any) -> dict[str, int]:
+    """Bytes of keys and values for a token, by the layer that holds them; of a model that generates."""
+    if not getattr(model, "can_generate", lambda: False)():
+        return {}
+    text = model.config.get_text_config(decoder=True)
+    attention = [name.lower() for name, _ in model.named_parameters() if "attn" in name or "attention" in name.lower()]
+    # An encoder keeps none. Its decoder keeps, of each token, those of its own attention and of that to the encoder.
+    decoder = [name for name in attention if not name.startswith(("encoder.", "model.encoder."))]
+    units = dict.fromkeys(_unit(name) for name in decoder)
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads: Any = getattr(text, "num_key_value_heads", None) or heads
+    width: Any = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
+    if units and not (isinstance(kv_heads, int) and isinstance(width, int) and kv_heads > 0 and width > 0):
+        raise ValueError(
+            "config: expected num_attention_heads and hidden_size, which say how large the cache of model_type "
+            f"{model.config.model_type} is, got none"
+        )
+    attentions = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
+    return dict.fromkeys(units, 4 * attentions * kv_heads * width) if units else {}
 
 
 def _gpus_needed(sizes: Sequence[int], capacity: int) -> int | None:
@@ -170,25 +212,16 @@ def _gpus_needed(sizes: Sequence[int], capacity: int) -> int | None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `octavo plan`."""
     parser.epilog = f"Exit status: 0 where the model fits in int8, {DOES_NOT_FIT} where it does not, 1 for a failure."
-    parser.add_argument("config", type=Path, help="a config.json, or the folder of a model")
-    parser.add_argument(
-        "--gpu-memory",
-        type=_gpu_memory,
-        required=True,
-        metavar="SIZE",
-        help="of each GPU, such as 24GB (24 * 2^30 bytes)",
-    )
-    parser.add_argument("--gpus", type=positive, default=1, metavar="N", help="how many; default: 1")
-    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at a time; default: 1")
-    parser.add_argument("--context", type=positive, default=2048, metavar="N", help="tokens of each; default: 2048")
-    parser.add_argument(
-        "--reserve",
-        type=parse_size,
-        default=DEFAULT_RESERVE,
-        metavar="SIZE",
-        help="of each GPU, for its context, workspace and activations; default: 0.5GB",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add = parser.add_argument
+    add("config", type=Path, help="a config.json, or the folder of a model")
+    memory = "of each GPU, such as 24GB (24 * 2^30 bytes)"
+    add("--gpu-memory", type=_gpu_memory, required=True, metavar="SIZE", help=memory)
+    add("--gpus", type=positive, default=1, metavar="N", help="how many; default: 1")
+    add("--batch", type=positive, default=1, metavar="N", help="sequences at a time; default: 1")
+    add("--context", type=positive, default=2048, metavar="N", help="tokens of each; default: 2048")
+    reserve = "of each GPU, for its context, workspace and activations; default: 0.5GB"
+    add("--reserve", type=parse_size, default=DEFAULT_RESERVE, metavar="SIZE", help=reserve)
+    add("--json", action="store_true", help="print JSON")
 
 
 def _gpu_memory(text: str) -> int:
@@ -200,14 +233,8 @@ def _gpu_memory(text: str) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """`octavo plan`. Returns 0 where the model fits in int8, else `DOES_NOT_FIT`."""
-    found = plan(
-        read_config(args.config),
-        gpu_memory=args.gpu_memory,
-        gpus=args.gpus,
-        batch=args.batch,
-        context=args.context,
-        reserve=args.reserve,
-    )
+    asked = {name: getattr(args, name) for name in ("gpu_memory", "gpus", "batch", "context", "reserve")}
+    found = plan(read_config(args.config), **asked)
     print(found.as_json() if args.json else found.as_text())
     return 0 if found.int8.fits else DOES_NOT_FIT
 
@@ -219,8 +246,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: expected a model's config.json, got no such file")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not {"model_type", "_class_name"} & config.keys():
         raise ValueError(f"{file}: expected a JSON object with a model_type, got none")
     return config
