@@ -200,7 +200,7 @@ class _Uses(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.sources: dict[int, _Norm] = {}  # by the address of what it put out
+        self.sources: dict[int, _Norm] = {}  # by the address of its output
         self.alive: list[Tensor] = []  # else another tensor might get that address
         self.layer = 0  # > 0: inside of a linear layer
 
@@ -208,7 +208,7 @@ class _Uses(TorchDispatchMode):
         """The normalization in whose output's memory `x` lies."""
         return self.sources.get(_address(x)) if isinstance(x, Tensor) else None
 
-    def put_out(self, norm: _Norm, x: Tensor) -> None:
+    def note_output(self, norm: _Norm, x: Tensor) -> None:
         """`x` is what `norm` returned."""
         self.sources[_address(x)] = norm
         self.alive.append(x)
@@ -261,7 +261,7 @@ def _watch(
             norm.probe = x.reshape(-1, x.shape[-1])[:_PROBED].clone() if x.dim() else None
             largest = output.detach().reshape(-1, output.shape[-1]).float().abs().amax(0)
             norm.largest = largest if norm.largest is None else torch.maximum(norm.largest, largest)
-            uses.put_out(norm, output)
+            uses.note_output(norm, output)
 
         return hook
 
