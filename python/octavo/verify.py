@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import product
+from typing import get_args
 
 import numpy as np
 
+from octavo._types import Granularity, Outliers, Scheme
 from octavo.functional import linear, quantize_weight
 
 EXPECTED = "f4a7f4b809e61a9624f13e1611f68ad511e862130d04dacac9a2b80f5961c452"
@@ -35,9 +37,9 @@ def outputs() -> Iterator[np.ndarray]:
         x, w, bias = (_values(*size, seed).astype(dtype) for seed, size in enumerate(((m, k), (n, k), (1, n))))
         x[:, 3::50] *= 12  # outlier columns
         x[0, 5] = -6.0  # at the threshold
-        for scheme, granularity in product(("absmax", "zeropoint"), ("tensor", "row", "vector")):
+        for scheme, granularity in product(get_args(Scheme), get_args(Granularity)):
             weight = quantize_weight(w, scheme=scheme, granularity=granularity, outlier_columns=[3, 5, 53])
-            for policy in ("columns", "rows", "static", "none"):
+            for policy in get_args(Outliers):
                 yield linear(x, weight, bias[0], outliers=policy, path="int8")
             yield linear(x, weight, None, path="weight_only")
 
