@@ -1,6 +1,6 @@
 """Check a wheel with the CUDA backend on a machine without a GPU: cuda_wheel.py WHEEL.
 
-The wheel holds two shared objects: the extension, which knows nothing of CUDA, and the backend, which shows one
+The wheel holds the extension and the library for C and C++, which know nothing of CUDA, and the backend, which shows one
 function, brings the CUDA runtime along, and finds cuBLASLt in NVIDIA's package beside octavo's. Imported, octavo says
 what is missing: a driver, and, with a stand-in for libcuda.so.1 (cuda_driver.c), a device, or a newer driver. Then the
 machine code is checked (cuda_machine_code.py).
@@ -22,6 +22,7 @@ import cuda_machine_code
 
 HERE = Path(__file__).resolve().parent
 BACKEND = "liboctavo_cuda.so"
+LIBRARY = "liboctavo.so"  # for C and C++
 # What every Linux has, or the compiler brings.
 SYSTEM = {
     "libc",
@@ -54,13 +55,13 @@ def main(words: Sequence[str]) -> int:
 
 def linkage(package: Path) -> list[str]:
     """What is wrong with the shared objects."""
-    objects = sorted(path.name for path in package.rglob("*.so"))
-    extensions = [name for name in objects if name.startswith("_core.")]
-    if len(objects) != 2 or BACKEND not in objects or not extensions:
-        return [f"expected _core.*.so and {BACKEND}, got {objects}"]
+    objects = {path.name: path for path in sorted(package.rglob("*.so"))}
+    unknown = {name for name in objects if not name.startswith("_core.")} - {BACKEND, LIBRARY}
+    if unknown or BACKEND not in objects or not any(name.startswith("_core.") for name in objects):
+        return [f"expected _core.*.so, {BACKEND} and {LIBRARY}, got {list(objects)}"]
     found = []
-    for name in objects:
-        dynamic = output("readelf", "--dynamic", "--wide", str(package / name))
+    for name, path in objects.items():
+        dynamic = output("readelf", "--dynamic", "--wide", str(path))
         needed = {each.split(".so")[0] for each in re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)}
         found += [f"{name}: expected no need of {each}" for each in sorted(needed - SYSTEM)]
         runpath = re.findall(r"\((?:RUNPATH|RPATH)\).*\[(.*)\]", dynamic)
