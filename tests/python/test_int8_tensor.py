@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,50 @@ def test_distributed_checkpoint(tmp_path: Path) -> None:
         dcp.load(state, checkpoint_id=tmp_path / "dcp")
     other.load_state_dict(state)
     assert torch.equal(other(x), model(x))
+
+
+# --- FSDP2 ------------------------------------------------------------------------------------------------------------
+
+
+def _fsdp(mesh: Any, options: dict[str, Any]) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model, x = mlp(), values(3, 24)
+    for layer in (model[0], model[2]):
+        layer.octavo_outlier_columns = torch.tensor([1, 5])
+    ot.quantize_(model, **options, progress=False)
+    whole = model[0].weight.dequantize()
+    y = x.clone().requires_grad_()
+    expected = model(y)
+    expected.sum().backward()
+    for part in (model[0], model[2], model):
+        fully_shard(part, mesh=mesh)
+    for _ in range(2):  # the second call's memory is the first one's, taken away and given back
+        assert torch.equal(model(x), expected)
+    z = x.clone().requires_grad_()
+    model(z).sum().backward()
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, y.grad)
+    if mesh.get_local_rank() == 0:
+        model.state_dict()  # by one rank alone: it waits for nobody
+    state = model.state_dict()
+    for name, n in (("0.weight", 40), ("2.weight", 8)):
+        assert type(state[name]) is DTensor
+        assert type(state[name].to_local()) is ot.Int8Tensor
+        assert state[name].to_local().shape[0] == n // mesh.size()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(state["0.weight"].full_tensor(), whole)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes meet over gloo, as Linux has it")
+@pytest.mark.parametrize("options", [{"scheme": "zeropoint"}, {"granularity": "tensor"}], ids=["vector", "tensor"])
+def test_fsdp(rank_pools: Any, options: dict[str, Any]) -> None:
+    """A rank holds its rows of the weight; results are those of one process."""
+    from ranks import pool
+
+    pool(rank_pools, 2).run(_fsdp, options)
 
 
 # --- the choice of layers ---------------------------------------------------------------------------------------------

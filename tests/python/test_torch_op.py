@@ -24,6 +24,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "rows": {"outliers": "rows", "scheme": "zeropoint"},
     "static": {"outliers": "static"},
     "none": {"outliers": "none", "granularity": "tensor"},
+    "rotated": {"rotation": 16, "outliers": "rows", "relative": 4.0, "cap": 0.1},
     "weight only": {"path": "weight_only", "granularity": "row"},
 }
 
@@ -54,7 +55,7 @@ def arguments(weight: ot.Int8Tensor, x: Tensor, bias: Tensor | None = None) -> t
 
 
 def product_arguments(weight: ot.Int8Tensor, x: Tensor, transpose: bool) -> tuple[Any, ...]:
-    return (x, *weight._arrays.tensors(), weight._arrays.shape[1], transpose)
+    return (x, *weight._arrays.tensors(), weight._arrays.shape[1], transpose, weight.options.rotation)
 
 
 # --- the operations ---------------------------------------------------------------------------------------------------

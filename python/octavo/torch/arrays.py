@@ -158,8 +158,8 @@ class Arrays:
 
     def _put(self, rows: slice, other: Arrays) -> None:
         """Become `other` in some output features."""
-        codes = unpack(self.codes, *self.shape).clone()
-        codes[rows] = unpack(other.codes, *other.shape)
+        codes = unpack(self.codes, *self.rows_shape).clone()
+        codes[rows] = unpack(other.codes, *other.rows_shape)
         self.codes.copy_(pack(codes))
         for own, new in zip(self.tensors()[1:], other.tensors()[1:], strict=True):
             if own is not None and own is not self.outlier_columns:

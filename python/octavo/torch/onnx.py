@@ -22,8 +22,16 @@ def is_exporting() -> bool:
 
 
 def linear(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
-    """``octavo.linear(x, ...)`` of standard operators, ``[..., k]`` -> ``[..., n]``."""
+    """``octavo.linear(x, ...)`` of standard operators, ``[..., k]`` -> ``[..., n]``.
+
+    Raises NotImplementedError for options that this graph does not have.
+    """
     options, (n, k) = arrays.options, arrays.shape
+    if options.rotation or options.relative is not None or options.cap is not None:
+        raise NotImplementedError(
+            "torch.onnx.export: expected an octavo layer without relative, cap and rotation, got one with "
+            f"relative={options.relative}, cap={options.cap}, rotation={options.rotation}"
+        )
     codes, value = unpack(arrays.codes, n, k), x.to(torch.float32)
     outlying = torch.zeros(k, dtype=torch.bool)
     if options.path == "weight_only":

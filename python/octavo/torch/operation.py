@@ -75,7 +75,8 @@ def dequantize(
         weight = _rotated(weight, rotation)
     if zeropoint is not None:  # rotated back it is in the first column of each block alone
         weight[:, :: rotation or 1] += zeropoint[:, None] * math.sqrt(rotation or 1)
-    weight = weight[:, :k] * scale[:, None]
+    weight = weight[:, :k]
+    weight *= scale[:, None]  # in place: a block of the backward pass is in memory once
     if columns is not None and kept is not None:
         weight[:, columns.long()] = kept.to(torch.float32)
     return weight.to(dtype)

@@ -34,7 +34,7 @@ def _new(x: Int8Tensor, size: Any, **_: Any) -> Any:
         like: Tensor | None = getattr(arrays, name)
         return like if like is None or like.shape[0] != arrays.shape[0] else like.new_zeros((rows, *like.shape[1:]))
 
-    codes = pack(torch.zeros(rows, arrays.shape[1], dtype=torch.int8, device=arrays.codes.device))
+    codes = pack(torch.zeros(rows, arrays.rows_shape[1], dtype=torch.int8, device=arrays.codes.device))
     sums = arrays.code_sums.new_zeros(rows)
     scale, zeropoint, kept = (zeros(name) for name in _OF_ROWS)
     assert scale is not None
@@ -97,7 +97,7 @@ def _pre_all_gather(
                 f"{tail.shape[1]} columns, got {k}: name it in ignored_params"
             )
         tail = torch.nn.functional.pad(tail, (0, k - tail.shape[1]))
-    codes = unpack(arrays.codes, *arrays.shape)
+    codes = unpack(arrays.codes, *arrays.rows_shape)
     padded = [torch.nn.functional.pad(part, (0, 0, 0, rows - arrays.shape[0])) for part in (codes, tail)]
     return tuple(padded), (n, k)
 
@@ -114,7 +114,7 @@ def _post_all_gather(
 ) -> Any:
     """The whole weight, from what `_pre_all_gather` of all ranks gave."""
     (n, k), own = metadata, self._arrays
-    codes, tail = outputs[0][:n].view(n, k), outputs[1].view(outputs[0].shape[0], -1)[:n]
+    codes, tail = outputs[0][:n].view(n, own.rows_shape[1]), outputs[1].view(outputs[0].shape[0], -1)[:n]
     parts: dict[str, Any] = {}
     start = 0
     for name in _OF_ROWS:
@@ -131,6 +131,8 @@ def _post_all_gather(
         outlier_columns=own.outlier_columns,
         scheme=own.options.scheme,
         granularity=own.options.granularity,
+        rotation=own.options.rotation,
+        shape=(n, k),
     )
     made = Arrays.of(weight, own.options)
     if out is not None:
