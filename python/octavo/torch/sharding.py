@@ -91,10 +91,10 @@ def _pre_all_gather(
     others = [part.contiguous().view(torch.int8) for part in of_rows if part is not None]
     tail = torch.cat(others, 1) if others else arrays.code_sums.new_zeros((arrays.shape[0], 0), dtype=torch.int8)
     if n % mesh.size():  # then FSDP expects everything to have the shape of the codes
-        if tail.shape[1] > k:
+        if tail.shape[1] > k or arrays.rows_shape[1] != k:
             raise ValueError(
                 f"fully_shard: expected a weight whose {n} rows {mesh.size()} ranks can share evenly, or more than "
-                f"{tail.shape[1]} columns, got {k}: name it in ignored_params"
+                f"{tail.shape[1]} columns, a multiple of the rotation, got {k}: name it in ignored_params"
             )
         tail = torch.nn.functional.pad(tail, (0, k - tail.shape[1]))
     codes = unpack(arrays.codes, *arrays.rows_shape)

@@ -23,7 +23,7 @@ class Method(str, Enum):
 
 METHOD = Method.OCTAVO
 # Fixed when a weight is quantized; the other options may change whenever a model is loaded.
-OF_THE_WEIGHT = ("scheme", "granularity")
+OF_THE_WEIGHT = ("scheme", "granularity", "rotation")
 
 
 @auto.register_quantization_config(METHOD)
