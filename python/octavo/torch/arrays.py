@@ -65,7 +65,8 @@ class Arrays:
     def of(cls, weight: Int8Weight, options: Options) -> Arrays:
         """Those of a weight; they share its memory."""
         codes = pack(weight.codes) if weight.packed is None else weight.packed
-        return cls.named([codes, *(getattr(weight, name) for name in NAMES[1:])], weight.shape, options)
+        shape: Any = weight.shape
+        return cls.named([codes, *(getattr(weight, name) for name in NAMES[1:])], shape, options)
 
     @classmethod
     def named(cls, arrays: Iterable[Any], shape: tuple[int, int], options: Options, **more: Any) -> Arrays:

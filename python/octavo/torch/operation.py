@@ -109,25 +109,35 @@ def _float_product(
     result = rows.new_zeros((rows.shape[0], n if transpose else k))
     step = max(16, -(-n // (_BLOCKS * 16)) * 16)
 
+    scaled = rows * scale if not transpose else rows
+
+    def codes_of(part: slice) -> Tensor:
+        if codes.dim() != 4:
+            return codes[part]
+        blocks = codes[part.start // 16 : -(-part.stop // 16)]
+        return unpack(blocks, part.stop - part.start, rotated_size(k, rotation))
+
     def block(part: slice) -> Tensor:
-        own = codes[part]
-        if codes.dim() == 4:
-            own = unpack(
-                codes[part.start // 16 : -(-part.stop // 16)], part.stop - part.start, rotated_size(k, rotation)
-            )
         own_scale, own_zeropoint, kept = (
             array if array is None or array.shape[0] != n else array[part]
             for array in (scale, zeropoint, outlier_weight)
         )
         assert own_scale is not None
-        return dequantize(own, own_scale, own_zeropoint, outlier_columns, kept, torch.float32, rotation, k)
+        return dequantize(codes_of(part), own_scale, own_zeropoint, outlier_columns, kept, torch.float32, rotation, k)
 
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
         if transpose:
             result[:, part] = rows @ block(part).t()
-        else:
+        elif rotation:
             result.addmm_(rows[:, part], block(part))
+        else:  # the scales are applied to the few rows, not to the weight
+            result.addmm_(scaled[:, part], codes_of(part).to(torch.float32))
+    if not transpose and not rotation:
+        if zeropoint is not None:
+            result += (scaled * zeropoint).sum(1, keepdim=True)
+        if outlier_columns is not None and outlier_weight is not None:
+            result[:, outlier_columns.long()] = rows @ outlier_weight.to(torch.float32)
     return result.to(x.dtype).reshape(*x.shape[:-1], result.shape[1])
 
 
