@@ -86,6 +86,7 @@ class Int8Weight:
                 self._native = native(codes, self.code_sums)
                 self.is_packed = True
         self._held = codes
+        assert shape is not None  # packed codes come with it
         self.shape = shape
         self.scale = scale
         self.zeropoint = zeropoint
