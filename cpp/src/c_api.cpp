@@ -5,6 +5,7 @@
 #include <exception>
 #include <new>
 #include <string>
+#include <string_view>
 
 #include "check.hpp"
 #include "octavo/octavo.h"
@@ -12,6 +13,12 @@
 
 namespace octavo {
 namespace {
+
+#define OCTAVO_TEXT(number) #number
+#define OCTAVO_JOINED(major, minor, patch) OCTAVO_TEXT(major) "." OCTAVO_TEXT(minor) "." OCTAVO_TEXT(patch)
+static_assert(std::string_view(OCTAVO_VERSION) ==
+                  OCTAVO_JOINED(OCTAVO_VERSION_MAJOR, OCTAVO_VERSION_MINOR, OCTAVO_VERSION_PATCH),
+              "octavo.h and CMakeLists.txt tell different versions");
 
 using check::Argument;
 
@@ -301,6 +308,8 @@ octavo_status octavo_linear(const octavo_matrix* x, const octavo_weight_view* we
 }
 
 const char* octavo_version(void) { return version(); }
+
+std::int32_t octavo_abi_version(void) { return OCTAVO_ABI_VERSION; }
 
 std::int32_t octavo_num_threads(void) { return num_threads(); }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <utility>
 
 #include "octavo/pack.hpp"
 
@@ -17,8 +18,8 @@ struct Span {
 
 Span span_of(const ConstMatrix& matrix) {
     const std::int64_t item = size_of(matrix.dtype);
-    const std::int64_t down = (matrix.rows - 1) * matrix.row_stride * item;
-    const std::int64_t across = (matrix.cols - 1) * matrix.col_stride * item;
+    const std::int64_t down = matrix.rows > 1 ? (matrix.rows - 1) * matrix.row_stride * item : 0;
+    const std::int64_t across = matrix.cols > 1 ? (matrix.cols - 1) * matrix.col_stride * item : 0;
     const auto base = reinterpret_cast<std::intptr_t>(matrix.data);
     return {base + std::min<std::int64_t>(down, 0) + std::min<std::int64_t>(across, 0),
             base + std::max<std::int64_t>(down, 0) + std::max<std::int64_t>(across, 0) + item};
@@ -27,10 +28,16 @@ Span span_of(const ConstMatrix& matrix) {
 // Whether two matrices interleave without touching: rows of the same pitch, each within its own part of it (say the
 // left and the right half of one buffer).
 bool interleave(const ConstMatrix& a, const ConstMatrix& b) {
-    const std::int64_t pitch = a.row_stride * size_of(a.dtype);
-    if (pitch <= 0 || pitch != b.row_stride * size_of(b.dtype) || a.col_stride < 0 || b.col_stride < 0) return false;
-    const std::int64_t a_width = ((a.cols - 1) * a.col_stride + 1) * size_of(a.dtype);
-    const std::int64_t b_width = ((b.cols - 1) * b.col_stride + 1) * size_of(b.dtype);
+    std::int64_t pitch = 0;
+    std::int64_t b_pitch = 0;
+    if (__builtin_mul_overflow(a.row_stride, size_of(a.dtype), &pitch)) return false;  // of a single row, any stride
+    if (__builtin_mul_overflow(b.row_stride, size_of(b.dtype), &b_pitch)) return false;
+    if (pitch <= 0 || pitch != b_pitch || a.col_stride < 0 || b.col_stride < 0) return false;
+    const auto width = [](const ConstMatrix& matrix) {
+        return ((matrix.cols > 1 ? (matrix.cols - 1) * matrix.col_stride : 0) + 1) * size_of(matrix.dtype);
+    };
+    const std::int64_t a_width = width(a);
+    const std::int64_t b_width = width(b);
     const auto distance = reinterpret_cast<std::intptr_t>(b.data) - reinterpret_cast<std::intptr_t>(a.data);
     const std::int64_t offset = ((distance % pitch) + pitch) % pitch;  // of b's rows after a's
     return offset >= a_width && offset + b_width <= pitch;
@@ -38,15 +45,33 @@ bool interleave(const ConstMatrix& a, const ConstMatrix& b) {
 
 bool is_empty(const ConstMatrix& matrix) { return matrix.rows == 0 || matrix.cols == 0; }
 
-// A vector as a matrix of one row (of none where it is absent), for the checks that take matrices.
-ConstMatrix as_matrix(const ConstVector& vector) {
-    return {vector.data, vector.dtype, vector.device, vector.present ? 1 : 0, vector.size, 0, vector.stride};
+// Whether the offsets of all elements, in bytes, and the addresses that they lead to fit 64 bits.
+bool fits(const ConstMatrix& matrix) {
+    std::int64_t elements = 0;
+    if (__builtin_mul_overflow(matrix.rows, matrix.cols, &elements)) return false;
+    auto low = reinterpret_cast<std::intptr_t>(matrix.data);
+    auto high = low;
+    if (__builtin_add_overflow(high, size_of(matrix.dtype), &high)) return false;
+    for (const auto& [extent, stride] : {std::pair{matrix.rows, matrix.row_stride}, {matrix.cols, matrix.col_stride}}) {
+        if (extent <= 1) continue;  // its stride is not used
+        std::int64_t reach = 0;
+        if (stride == INT64_MIN || __builtin_mul_overflow(extent - 1, stride, &reach)) return false;
+        if (__builtin_mul_overflow(reach, size_of(matrix.dtype), &reach)) return false;
+        auto& end = reach < 0 ? low : high;
+        if (__builtin_add_overflow(end, reach, &end)) return false;
+    }
+    return true;
 }
 
-// A view that can be one: no negative extent, and memory where it has elements.
+// A view that can be one: no negative extent, memory where it has elements, and all of it within the address space.
 void is_view(const Argument& argument, const ConstMatrix& matrix) {
     if (matrix.rows < 0 || matrix.cols < 0) {
         fail(ErrorKind::value, argument, "rows and cols >= 0", shape_of(matrix));
+    }
+    if (!fits(matrix)) {
+        fail(ErrorKind::value, argument, "memory of less than 2^63 bytes",
+             "shape " + shape_of(matrix) + ", strides [" + std::to_string(matrix.row_stride) + ", " +
+                 std::to_string(matrix.col_stride) + "]");
     }
     if (matrix.data == nullptr && !is_empty(matrix)) {
         fail(ErrorKind::value, argument, "data of shape " + shape_of(matrix), "data NULL");
@@ -57,6 +82,10 @@ void is_view(const Argument& argument, const ConstVector& vector) {
     if (vector.size < 0) fail(ErrorKind::value, argument, "size >= 0", std::to_string(vector.size));
     if (vector.data == nullptr && vector.size > 0) {
         fail(ErrorKind::value, argument, "data of shape [" + std::to_string(vector.size) + "]", "data NULL");
+    }
+    if (!fits(as_matrix(vector))) {
+        fail(ErrorKind::value, argument, "memory of less than 2^63 bytes",
+             "size " + std::to_string(vector.size) + ", stride " + std::to_string(vector.stride));
     }
 }
 
@@ -144,13 +173,16 @@ void is_present(const Argument& argument, bool present, bool expected, const cha
          present ? "an array" : "none");
 }
 
+namespace {
+
+// Whether no two elements of an output share memory.
 void is_writable(const Argument& argument, const ConstMatrix& out) {
     if (is_empty(out)) return;
     // Distinct elements have distinct addresses where the wider of the two strides steps over all of the narrower.
     const bool one_row = out.rows == 1;
     const bool one_col = out.cols == 1;
-    const std::int64_t row_step = std::abs(out.row_stride);
-    const std::int64_t col_step = std::abs(out.col_stride);
+    const std::int64_t row_step = one_row ? 0 : std::abs(out.row_stride);
+    const std::int64_t col_step = one_col ? 0 : std::abs(out.col_stride);
     const bool rows_apart = one_row || row_step >= (one_col ? 1 : (out.cols - 1) * col_step + 1);
     const bool cols_apart = one_col || col_step >= (one_row ? 1 : (out.rows - 1) * row_step + 1);
     const bool distinct = (rows_apart && (one_col || col_step > 0)) || (cols_apart && (one_row || row_step > 0));
@@ -160,8 +192,7 @@ void is_writable(const Argument& argument, const ConstMatrix& out) {
              shape_of(out));
 }
 
-void is_writable(const Argument& argument, const ConstVector& out) { is_writable(argument, as_matrix(out)); }
-
+// Whether an output shares no memory with another argument.
 void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMatrix& input, const char* input_name) {
     if (is_empty(out) || is_empty(input) || !(out.device == input.device)) return;
     const Span written = span_of(out);
@@ -170,11 +201,27 @@ void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMa
     fail(ErrorKind::value, argument, std::string("memory apart from ") + input_name, "memory that overlaps it");
 }
 
-void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstVector& input, const char* input_name) {
-    is_disjoint(argument, out, as_matrix(input), input_name);
+}  // namespace
+
+ConstMatrix as_matrix(const ConstVector& vector) {
+    return {vector.data, vector.dtype, vector.device, vector.present ? 1 : 0, vector.size, 0, vector.stride};
+}
+
+void are_apart(const char* function, std::initializer_list<Memory> outputs, std::initializer_list<Memory> inputs) {
+    for (const Memory* out = outputs.begin(); out != outputs.end(); ++out) {
+        const Argument argument{function, out->name};
+        is_writable(argument, out->view);
+        for (const Memory& input : inputs) is_disjoint(argument, out->view, input.view, input.name);
+        for (const Memory* other = outputs.begin(); other != out; ++other) {
+            is_disjoint(argument, out->view, other->view, other->name);
+        }
+    }
 }
 
 void has_layout(const Argument& argument, const ConstMatrix& codes, Layout layout) {
+    if (layout == Layout::packed && packed_size(codes.rows, codes.cols) < 0) {
+        fail(ErrorKind::value, argument, "a shape of packed codes", shape_of(codes));
+    }
     if (layout == Layout::row_major || codes.device.kind == DeviceKind::cpu) return;
     fail(ErrorKind::value, argument, "packed codes on cpu", to_string(codes.device));
 }

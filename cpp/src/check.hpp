@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
 #include "octavo/error.hpp"
@@ -35,11 +36,19 @@ void has_shape(const Argument& argument, const ConstMatrix& matrix, std::int64_t
 // Whether an optional vector is present exactly when it should be.
 void is_present(const Argument& argument, bool present, bool expected, const char* when);
 
-// No two elements of an output share memory, and it shares none with an input.
-void is_writable(const Argument& argument, const ConstMatrix& out);
-void is_writable(const Argument& argument, const ConstVector& out);
-void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstMatrix& input, const char* input_name);
-void is_disjoint(const Argument& argument, const ConstMatrix& out, const ConstVector& input, const char* input_name);
+// A vector as a matrix of one row (of none where it is absent).
+[[nodiscard]] ConstMatrix as_matrix(const ConstVector& vector);
+
+// The memory of an argument and its name.
+struct Memory {
+    Memory(const char* argument, const ConstMatrix& matrix) : name(argument), view(matrix) {}
+    Memory(const char* argument, const ConstVector& vector) : name(argument), view(as_matrix(vector)) {}
+    const char* name;
+    ConstMatrix view;
+};
+
+// No two elements of an output share memory, and it shares none with an input or another output.
+void are_apart(const char* function, std::initializer_list<Memory> outputs, std::initializer_list<Memory> inputs);
 
 // Codes whose layout their device has. Packed ones have `rows` and `cols` of what is packed; `memory_of` is where they
 // are, as a matrix.

@@ -15,13 +15,16 @@ namespace {
 
 constexpr auto library_name = "liboctavo_cuda.so";
 
-// Beside the library or program that this code is part of; or where the environment says.
+// Where the environment says; or beside the library or program that this code is part of.
 std::string library_path() {
     if (const char* path = std::getenv("OCTAVO_CUDA_LIBRARY"); path != nullptr && *path != '\0') return path;
     Dl_info here{};
     if (dladdr(reinterpret_cast<const void*>(&library_path), &here) != 0 && here.dli_fname != nullptr) {
-        const auto beside = std::filesystem::path(here.dli_fname).parent_path() / library_name;
-        if (access(beside.c_str(), F_OK) == 0) return beside.string();
+        const auto folder = std::filesystem::path(here.dli_fname).parent_path();
+        // In a wheel the library for C is one folder further in than the extension and the backend.
+        for (const auto& path : {folder / library_name, folder / ".." / library_name}) {
+            if (access(path.c_str(), F_OK) == 0) return path.string();
+        }
     }
     return library_name;
 }

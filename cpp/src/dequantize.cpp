@@ -25,10 +25,7 @@ void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std
     }
     check::has_shape({function, "out"}, out, codes.rows, out.cols);
     check::on_device({function, "out"}, out.device, codes.device);
-    check::is_writable({function, "out"}, out);
-    check::is_disjoint({function, "out"}, out, codes, "codes");
-    check::is_disjoint({function, "out"}, out, scale, "scale");
-    check::is_disjoint({function, "out"}, out, zeropoint, "zeropoint");
+    check::are_apart(function, {{"out", out}}, {{"codes", codes}, {"scale", scale}, {"zeropoint", zeropoint}});
     const Backend& backend = backend_for(codes.device, function);
     if (out.rows == 0 || out.cols == 0) return;
     backend.dequantize(codes, scale, zeropoint, rotation, out, stream);

@@ -22,9 +22,9 @@ void check_options(const LinearOptions& options, const char* function) {
 void check_weight(const WeightView& weight, const char* function) {
     const auto& codes = weight.codes;
     const std::int64_t groups = weight.granularity == Granularity::vector ? codes.rows : 1;
-    check::is_dtype({function, "weight.codes"}, codes, DType::i8);
-    check::depth({function, "weight.codes"}, codes.cols);
     check::has_layout({function, "weight.codes"}, codes, weight.layout);
+    check::is_dtype({function, "weight.codes"}, check::memory_of(codes, weight.layout), DType::i8);
+    check::depth({function, "weight.codes"}, codes.cols);
     check::rotation({function, "weight.rotation"}, weight.rotation);
     const std::int64_t k = features_of(weight);
     if (k < 0 || codes.cols != rotated_size(k, weight.rotation)) {
@@ -88,15 +88,15 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
     check::is_float({function, "out"}, out);
     check::has_shape({function, "out"}, out, x.rows, weight.codes.rows);
     check::on_device({function, "out"}, out.device, x.device);
-    check::is_writable({function, "out"}, out);
-    check::is_disjoint({function, "out"}, out, x, "x");
-    check::is_disjoint({function, "out"}, out, check::memory_of(weight.codes, weight.layout), "weight.codes");
-    check::is_disjoint({function, "out"}, out, weight.scale, "weight.scale");
-    check::is_disjoint({function, "out"}, out, weight.zeropoint, "weight.zeropoint");
-    check::is_disjoint({function, "out"}, out, weight.code_sums, "weight.code_sums");
-    check::is_disjoint({function, "out"}, out, weight.outlier_columns, "weight.outlier_columns");
-    check::is_disjoint({function, "out"}, out, weight.outlier_weight, "weight.outlier_weight");
-    check::is_disjoint({function, "out"}, out, bias, "bias");
+    check::are_apart(function, {{"out", out}},
+                     {{"x", x},
+                      {"weight.codes", check::memory_of(weight.codes, weight.layout)},
+                      {"weight.scale", weight.scale},
+                      {"weight.zeropoint", weight.zeropoint},
+                      {"weight.code_sums", weight.code_sums},
+                      {"weight.outlier_columns", weight.outlier_columns},
+                      {"weight.outlier_weight", weight.outlier_weight},
+                      {"bias", bias}});
     check_options(options, function);
     if (options.outliers == Outliers::static_ && options.path != Path::weight_only && !weight.outlier_columns.present) {
         check::fail(ErrorKind::value, {function, "outliers"}, "a weight with calibrated outlier_columns for 'static'",

@@ -12,10 +12,10 @@ void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, 
     check::is_dtype({function, "columns"}, columns, DType::i32);
     check::has_size({function, "columns"}, columns.size, x.cols);
     check::on_device({function, "columns"}, columns.device, x.device);
-    check::is_writable({function, "columns"}, columns);
     check::is_dtype({function, "count"}, count, DType::i32);
     check::has_size({function, "count"}, count.size, 1);
     check::on_device({function, "count"}, count.device, x.device);
+    check::are_apart(function, {{"columns", columns}, {"count", count}}, {{"x", x}});
     backend_for(x.device, function).find_outliers(x, options, columns, count, stream);
 }
 

@@ -7,27 +7,22 @@ namespace octavo {
 namespace {
 
 // codes, scale and zeropoint for `source` quantized in `groups` groups.
-void check_outputs(const char* function, const ConstMatrix& source, const char* source_name,
-                   const QuantizeOptions& options, std::int64_t groups, const Matrix& codes, const Vector& scale,
-                   const Vector& zeropoint) {
+void check_outputs(const char* function, const ConstMatrix& source, const QuantizeOptions& options, std::int64_t groups,
+                   const Matrix& codes, const Vector& scale, const Vector& zeropoint) {
     const Scheme scheme = options.scheme;
     check::rotation({function, "rotation"}, options.rotation);
     check::is_dtype({function, "codes"}, codes, DType::i8);
     check::has_shape({function, "codes"}, codes, source.rows, rotated_size(source.cols, options.rotation));
     check::on_device({function, "codes"}, codes.device, source.device);
-    check::is_writable({function, "codes"}, codes);
-    check::is_disjoint({function, "codes"}, codes, source, source_name);
     check::is_dtype({function, "scale"}, scale, DType::f32);
     check::has_size({function, "scale"}, scale.size, groups);
     check::on_device({function, "scale"}, scale.device, source.device);
-    check::is_writable({function, "scale"}, scale);
     check::is_present({function, "zeropoint"}, zeropoint.present, scheme == Scheme::zeropoint,
                       scheme == Scheme::zeropoint ? "for scheme zeropoint" : "for scheme absmax");
     if (!zeropoint.present) return;
     check::is_dtype({function, "zeropoint"}, zeropoint, DType::f32);
     check::has_size({function, "zeropoint"}, zeropoint.size, groups);
     check::on_device({function, "zeropoint"}, zeropoint.device, source.device);
-    check::is_writable({function, "zeropoint"}, zeropoint);
 }
 
 }  // namespace
@@ -44,7 +39,9 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
         check::on_device({function, "exclude"}, exclude.device, x.device);
     }
     const std::int64_t groups = options.granularity == Granularity::tensor ? 1 : x.rows;
-    check_outputs(function, x, "x", options, groups, codes, scale, zeropoint);
+    check_outputs(function, x, options, groups, codes, scale, zeropoint);
+    check::are_apart(function, {{"codes", codes}, {"scale", scale}, {"zeropoint", zeropoint}},
+                     {{"x", x}, {"exclude", exclude}});
     backend_for(x.device, function).quantize(x, options, exclude, codes, scale, zeropoint, stream);
 }
 
@@ -54,11 +51,12 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
     check::is_float({function, "weight"}, weight);
     check::depth({function, "weight"}, weight.cols);
     const std::int64_t groups = options.granularity == Granularity::vector ? weight.rows : 1;
-    check_outputs(function, weight, "weight", options, groups, codes, scale, zeropoint);
+    check_outputs(function, weight, options, groups, codes, scale, zeropoint);
     check::is_dtype({function, "code_sums"}, code_sums, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, weight.rows);
     check::on_device({function, "code_sums"}, code_sums.device, weight.device);
-    check::is_writable({function, "code_sums"}, code_sums);
+    check::are_apart(function, {{"codes", codes}, {"scale", scale}, {"zeropoint", zeropoint}, {"code_sums", code_sums}},
+                     {{"weight", weight}});
     backend_for(weight.device, function).quantize_weight(weight, options, codes, scale, zeropoint, code_sums, stream);
 }
 
@@ -69,7 +67,7 @@ void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) {
     check::is_dtype({function, "code_sums"}, code_sums, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, codes.rows);
     check::on_device({function, "code_sums"}, code_sums.device, codes.device);
-    check::is_writable({function, "code_sums"}, code_sums);
+    check::are_apart(function, {{"code_sums", code_sums}}, {{"codes", codes}});
     backend_for(codes.device, function).sum_codes(codes, code_sums, stream);
 }
 

@@ -5,10 +5,12 @@
 >>> octavo.linear(np.ones((1, 4), np.float32), weight)
 array([[1., 1., 1., 1.]], dtype=float32)
 
-The functions take and return arrays of the caller's framework (NumPy, PyTorch, CuPy). ``octavo.torch`` converts whole
-PyTorch models; importing it needs PyTorch, importing this package does not.
+The functions take arrays of any framework (NumPy, PyTorch, CuPy, JAX: whatever has ``__dlpack__``) and return arrays of
+the caller's. ``octavo.torch`` converts whole PyTorch models; importing it needs PyTorch, this package does not.
 """
 
+from octavo._core import DLPackArray
+from octavo.embedding import cmake_prefix
 from octavo.functional import (
     Quantized,
     dequantize,
@@ -29,10 +31,12 @@ from octavo.weight import Int8Weight
 __version__ = _version()
 
 __all__ = [
+    "DLPackArray",
     "Int8Weight",
     "Options",
     "Quantized",
     "__version__",
+    "cmake_prefix",
     "dequantize",
     "find_outliers",
     "get_num_threads",

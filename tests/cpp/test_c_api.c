@@ -309,6 +309,67 @@ static void test_statuses(void) {
 #endif
 }
 
+// Views that share memory where they must not, and sizes whose bytes are no number of 64 bits.
+static void test_overlaps_and_overflows(void) {
+    union {
+        float x[12];
+        int8_t codes[48];
+        int32_t counts[12];
+    } memory = {{0}};
+    float f[4];
+    int8_t q[16];
+    int32_t i[4];
+    const octavo_matrix x = octavo_cpu_matrix(memory.x, octavo_dtype_f32, 3, 4);
+    const octavo_matrix codes = octavo_cpu_matrix(q, octavo_dtype_i8, 3, 4);
+    const octavo_vector scale = octavo_cpu_vector(f, octavo_dtype_f32, 3);
+    const octavo_vector own_scale = octavo_cpu_vector(memory.x + 4, octavo_dtype_f32, 3);
+    const octavo_vector own_sums = octavo_cpu_vector(memory.counts, octavo_dtype_i32, 3);
+    CHECK_FAILS(octavo_quantize(&x, octavo_scheme_absmax, octavo_granularity_row, NULL, &codes, &own_scale, NULL, NULL),
+                value, "quantize: scale: expected memory apart from x");
+    CHECK_FAILS(
+        octavo_quantize(&x, octavo_scheme_zeropoint, octavo_granularity_row, NULL, &codes, &scale, &own_scale, NULL),
+        value, "quantize: zeropoint: expected memory apart from x");
+    CHECK_FAILS(
+        octavo_quantize(&x, octavo_scheme_zeropoint, octavo_granularity_row, NULL, &codes, &scale, &scale, NULL), value,
+        "quantize: zeropoint: expected memory apart from scale");
+    CHECK_FAILS(octavo_quantize_weight(&x, octavo_scheme_absmax, octavo_granularity_vector, &codes, &scale, NULL,
+                                       &own_sums, NULL),
+                value, "quantize_weight: code_sums: expected memory apart from weight");
+    const octavo_matrix own_codes = octavo_cpu_matrix(memory.codes, octavo_dtype_i8, 3, 4);
+    CHECK_FAILS(octavo_sum_codes(&own_codes, &own_sums, NULL), value,
+                "sum_codes: code_sums: expected memory apart from codes");
+    const octavo_vector columns = octavo_cpu_vector(i, octavo_dtype_i32, 4);
+    const octavo_vector count = octavo_cpu_vector(i + 3, octavo_dtype_i32, 1);
+    const octavo_vector own_count = octavo_cpu_vector(memory.counts + 5, octavo_dtype_i32, 1);
+    CHECK_FAILS(octavo_find_outliers(&x, 6.0F, &columns, &count, NULL), value,
+                "find_outliers: count: expected memory apart from columns");
+    CHECK_FAILS(octavo_find_outliers(&x, 6.0F, &columns, &own_count, NULL), value,
+                "find_outliers: count: expected memory apart from x");
+
+    CHECK(octavo_packed_size(17, 65) == 32 * 128);
+    CHECK(octavo_packed_size(INT64_C(1) << 40, INT64_C(1) << 24) == -1);
+    CHECK(octavo_packed_size(-1, 4) == -1 && octavo_packed_size(INT64_MAX, 1) == -1);
+    const octavo_vector packed = octavo_cpu_vector(q, octavo_dtype_i8, 0);
+    octavo_matrix vast = octavo_cpu_matrix(q, octavo_dtype_i8, INT64_C(1) << 40, INT64_C(1) << 24);
+    CHECK_FAILS(octavo_pack(&vast, &packed, NULL), value, "pack: codes: expected");
+    CHECK_FAILS(octavo_unpack(&packed, &vast, NULL), value, "unpack: codes: expected");
+    const int64_t strides[][2] = {{INT64_MAX, 1}, {INT64_MIN, 1}, {4, INT64_MIN}, {INT64_MAX / 2, INT64_MAX / 2}};
+    for (size_t s = 0; s < sizeof strides / sizeof strides[0]; ++s) {
+        octavo_matrix far = x;
+        far.row_stride = strides[s][0];
+        far.col_stride = strides[s][1];
+        CHECK_FAILS(
+            octavo_quantize(&far, octavo_scheme_absmax, octavo_granularity_row, NULL, &codes, &scale, NULL, NULL),
+            value, "quantize: x: expected memory of less than 2^63 bytes");
+    }
+    octavo_matrix one_row = octavo_cpu_matrix(memory.x, octavo_dtype_f32, 1, 4);
+    one_row.row_stride = INT64_MIN;  // not used
+    const octavo_matrix one_code_row = octavo_cpu_matrix(q, octavo_dtype_i8, 1, 4);
+    const octavo_vector one_scale = octavo_cpu_vector(f, octavo_dtype_f32, 1);
+    CHECK_OK(octavo_quantize(&one_row, octavo_scheme_absmax, octavo_granularity_row, NULL, &one_code_row, &one_scale,
+                             NULL, NULL));
+}
+
 int main(void) {
     const struct {
         const char* name;
@@ -324,6 +385,7 @@ int main(void) {
         {"unknown_values", test_unknown_values},
         {"pointers_and_sizes", test_pointers_and_sizes},
         {"statuses", test_statuses},
+        {"overlaps_and_overflows", test_overlaps_and_overflows},
     };
     int passed = 0;
     int failed = 0;

@@ -3,7 +3,7 @@
 
 #include "octavo/types.hpp"
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // out[i, j] = (codes[i, j] + zeropoint[g]) * scale[g] in float32, rounded once to out's dtype, g the group of row i.
 //

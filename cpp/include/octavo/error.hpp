@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // What went wrong, in the terms every language binding has a counterpart for.
 enum class ErrorKind : std::uint8_t {

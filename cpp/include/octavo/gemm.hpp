@@ -3,7 +3,7 @@
 
 #include "octavo/types.hpp"
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // out[i, j] = sum_k a[i, k] * b[j, k], exact.
 //

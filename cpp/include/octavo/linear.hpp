@@ -4,7 +4,7 @@
 #include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // A weight made by `quantize_weight`, plus, optionally, the original values of calibrated outlier columns.
 // Views only: the memory stays the caller's.

@@ -1,6 +1,9 @@
 // octavo for C: LLM.int8() (arXiv 2208.07339), the functions of octavo/octavo.hpp with the same names and arguments.
+// What they compute, and what they make of empty, zero and infinite values, is written in the C++ header that each
+// names.
 //
 // Conventions
+// - Equations are those of the paper; matrices may have any strides unless a function says otherwise.
 // - Every operation returns an octavo_status; after anything but `ok`, octavo_last_error() says what was wrong.
 // - Matrices and vectors are views: the memory stays the caller's and is never kept. CPU memory needs no
 //   alignment; CUDA memory is aligned to its elements.
@@ -14,11 +17,18 @@
 
 #include <stdint.h>
 
-#if defined(__GNUC__)
+#ifdef __GNUC__
 #define OCTAVO_API __attribute__((visibility("default")))
 #else
 #define OCTAVO_API
 #endif
+
+// The version of this header. octavo_version() and octavo_abi_version() tell those of the library: a program and a
+// library of the same OCTAVO_ABI_VERSION fit, which changes where a function or a struct does.
+#define OCTAVO_VERSION_MAJOR 0
+#define OCTAVO_VERSION_MINOR 1
+#define OCTAVO_VERSION_PATCH 0
+#define OCTAVO_ABI_VERSION 1
 
 #ifdef __cplusplus
 extern "C" {
@@ -154,36 +164,27 @@ static inline octavo_vector octavo_cpu_vector(void* data, octavo_dtype dtype, in
 // ..., got ...", or "" after `ok`. Valid until the thread's next such call.
 OCTAVO_API const char* octavo_last_error(void);
 
-// Quantize a matrix, one scale per tensor or per row (paper Eq. 1-3).
+// octavo/quantize.hpp: quantize a matrix, one scale per tensor or per row.
 //
-//   absmax:     q = clip(rint(x * 127 / absmax), -127, 127)             x ~ q * scale,  scale = absmax / 127
-//   zeropoint:  nd = 254 / (max - min), zp = rint(nd * min) + 127
-//               q = clip(rint(nd * x) - zp, -127, 127)                  x ~ (q + zp) * scale,  scale = 1 / nd
-//
-// All in float32, round half to even, every operation rounded once. Where x * 127 (absmax) would overflow,
-// (x / absmax) * 127; where max - min or nd (zeropoint) would overflow, the same formulas in float64.
-//
-//   x            [m, k] f32, f16 or bf16, any strides
+//   x            [m, k] f32, f16 or bf16
 //   granularity  `tensor` or `row`
-//   exclude      i32 [r] or NULL: columns left out of the scale, whose codes are 0 (outlier columns; any order)
+//   exclude      i32 [r] or NULL: columns left out of the scale, whose codes are 0
 //   codes        [m, k] i8
 //   scale        f32 [1] (`tensor`) or [m] (`row`)
-//   zeropoint    f32, as `scale`, integral values; NULL for `absmax`
+//   zeropoint    f32, as `scale`; NULL for `absmax`
 //
-// An empty or all-zero group has scale 0 and codes 0 (zeropoint: scale 1; a constant group m has scale |m| and
-// reproduces m). A group holding NaN or Inf has scale NaN and codes 0. Errors: type, value.
+// Errors: type, value.
 OCTAVO_API octavo_status octavo_quantize(const octavo_matrix* x, octavo_scheme scheme, octavo_granularity granularity,
                                          const octavo_vector* exclude, const octavo_matrix* codes,
                                          const octavo_vector* scale, const octavo_vector* zeropoint, void* stream);
 
-// Quantize a weight for octavo_linear: as octavo_quantize with one scale per tensor (`tensor`, `row`) or per row
-// (`vector`), and the sums of its codes.
+// octavo/quantize.hpp: quantize a weight for octavo_linear.
 //
 //   weight     [n, k] f32, f16 or bf16, finite
 //   codes      [n, k] i8
 //   scale      f32 [1] (`tensor`, `row`) or [n] (`vector`)
 //   zeropoint  f32, as `scale`; NULL for `absmax`
-//   code_sums  i32 [n]: sum over k of the codes
+//   code_sums  i32 [n]
 //
 // Errors: type; value, also where the weight holds NaN or Inf (the outputs are then unspecified).
 OCTAVO_API octavo_status octavo_quantize_weight(const octavo_matrix* weight, octavo_scheme scheme,
@@ -208,12 +209,9 @@ OCTAVO_API octavo_status octavo_quantize_weight_with(const octavo_matrix* weight
 // Sums over k of the codes [n, k] of a weight, i32 [n] (for weights that come from a file). Errors: type, value.
 OCTAVO_API octavo_status octavo_sum_codes(const octavo_matrix* codes, const octavo_vector* code_sums, void* stream);
 
-// Codes [n, k] in the order that the CPU backend multiplies fastest, the same on every processor:
-//
-//   packed[n / 16][k / 4][n % 16][k % 4]
-//
-// with n padded with zeros to a multiple of 16 and k to one of 64.
-OCTAVO_API int64_t octavo_packed_size(int64_t n, int64_t k);  // bytes
+// octavo/pack.hpp: bytes of codes [n, k] in the order that the CPU backend multiplies fastest; -1 where these are not a
+// number of 64 bits.
+OCTAVO_API int64_t octavo_packed_size(int64_t n, int64_t k);
 
 // Bring codes into packed order, once for each weight.
 //
@@ -226,10 +224,10 @@ OCTAVO_API octavo_status octavo_pack(const octavo_matrix* codes, const octavo_ve
 // The codes again. Errors: type, value, device.
 OCTAVO_API octavo_status octavo_unpack(const octavo_vector* packed, const octavo_matrix* codes, void* stream);
 
-// O = { j : there is an i with not (|x[i, j]| < threshold) }   (paper section 3.2)
+// octavo/outlier.hpp: the columns of x that hold a magnitude >= threshold, NaN or Inf.
 //
-//   x          [m, k] f32, f16 or bf16, any strides
-//   threshold  >= 0 (0: every column with a row; infinity: only columns with NaN or Inf)
+//   x          [m, k] f32, f16 or bf16
+//   threshold  >= 0
 //   columns    i32 [k]: the first `count` entries are the outlier columns, ascending; the rest is unspecified
 //   count      i32 [1]
 //
@@ -249,24 +247,19 @@ OCTAVO_API octavo_status octavo_find_outliers_with(const octavo_matrix* x, const
                                                    const octavo_vector* columns, const octavo_vector* count,
                                                    void* stream);
 
-// out[i, j] = sum_k a[i, k] * b[j, k], exact.
-//
-//   a    [m, k] i8, any strides
-//   b    [n, k] i8, any strides
-//   out  [m, n] i32
-//
+// octavo/gemm.hpp: out[i, j] = sum_k a[i, k] * b[j, k], exact; a [m, k] i8, b [n, k] i8, out [m, n] i32.
 // Errors: type; value, also where a sum does not fit 32 bits (possible only for k > 131071; `out` is then unspecified).
 OCTAVO_API octavo_status octavo_int8_matmul(const octavo_matrix* a, const octavo_matrix* b, const octavo_matrix* out,
                                             void* stream);
 
-// out[i, j] = (codes[i, j] + zeropoint[g]) * scale[g] in float32, rounded once to out's dtype, g the group of row i.
+// octavo/dequantize.hpp: out = (codes + zeropoint) * scale.
 //
-//   codes      [m, k] i8, any strides
-//   scale      f32 [1] (one group) or [m] (a group per row)
+//   codes      [m, k] i8
+//   scale      f32 [1] or, one for each row, [m]
 //   zeropoint  f32, as `scale`, or NULL
 //   out        [m, k] f32, f16 or bf16
 //
-// A NaN scale gives NaN. Errors: type, value.
+// Errors: type, value.
 OCTAVO_API octavo_status octavo_dequantize(const octavo_matrix* codes, const octavo_vector* scale,
                                            const octavo_vector* zeropoint, const octavo_matrix* out, void* stream);
 
@@ -275,30 +268,22 @@ OCTAVO_API octavo_status octavo_dequantize_rotated(const octavo_matrix* codes, c
                                                    const octavo_vector* zeropoint, int32_t rotation,
                                                    const octavo_matrix* out, void* stream);
 
-// LLM.int8(), the linear layer with int8 weights (paper Eq. 8):
+// octavo/linear.hpp: LLM.int8(), the linear layer with int8 weights, y = x W^T + bias.
 //
-//   y[i, j] = acc[i, j] * (scale_x[i] * scale_w[j]) + sum_{o in O} x[i, o] * w[j, o] + bias[j]
-//
-// acc is the exact int8 product over the columns not in O (zeropoint: unrolled, Eq. 4-5); w[j, o] is the kept 16-bit
-// weight where column o is kept, else the dequantized one. Everything after acc is float32, rounded once to the dtype
-// of `out`. Path `weight_only` computes scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j] in float32
-// and ignores `outliers`, `threshold` and kept columns.
-//
-//   x        [m, k] f32, f16 or bf16, any strides
+//   x        [m, k] f32, f16 or bf16
 //   weight   codes [n, k]; `static` needs outlier_columns
 //   bias     f32, f16 or bf16 [n], or NULL
-//   out      [m, n] f32, f16 or bf16, any strides; must not overlap an input
+//   out      [m, n] f32, f16 or bf16; apart from the inputs
 //   options  or NULL for OCTAVO_LINEAR_OPTIONS_DEFAULT
 //
-// m, n or k of 0 give an empty or bias-only result. NaN or Inf in X: under `columns` and `rows` its products propagate
-// as IEEE says, in its own row only; under `none` and `static` it makes the rows of its scaling group NaN.
 // Errors: type, value.
 OCTAVO_API octavo_status octavo_linear(const octavo_matrix* x, const octavo_weight_view* weight,
                                        const octavo_vector* bias, const octavo_matrix* out,
                                        const octavo_linear_options* options, void* stream);
 
-// "major.minor.patch".
+// "major.minor.patch", and OCTAVO_ABI_VERSION, of the library.
 OCTAVO_API const char* octavo_version(void);
+OCTAVO_API int32_t octavo_abi_version(void);
 
 // Threads the CPU backend may use, the calling one included.
 OCTAVO_API int32_t octavo_num_threads(void);

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // How values map to codes (paper Eq. 1 and Eq. 2-5).
 enum class Scheme : std::uint8_t {

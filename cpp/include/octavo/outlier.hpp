@@ -7,7 +7,7 @@
 #include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // With a_j the largest |x[i, j]| of column j, infinite where it holds NaN or Inf:
 //

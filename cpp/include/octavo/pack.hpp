@@ -5,7 +5,7 @@
 
 #include "octavo/types.hpp"
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // Codes `[n, k]` in packed order:
 //
@@ -15,9 +15,14 @@ namespace octavo {
 // may be kept in a file; a weight is packed once, and `linear` then reads it as it is (`WeightView::layout`).
 [[nodiscard]] constexpr std::int64_t padded_depth(std::int64_t k) noexcept { return (k + 63) / 64 * 64; }
 
-// Bytes of packed codes `[n, k]`: n rounded up to 16 times k rounded up to 64.
+// Bytes of packed codes `[n, k]`: n rounded up to 16 times k rounded up to 64; -1 where n or k is negative or that is
+// no number of 64 bits.
 [[nodiscard]] constexpr std::int64_t packed_size(std::int64_t n, std::int64_t k) noexcept {
-    return (n + 15) / 16 * 16 * padded_depth(k);
+    constexpr std::int64_t most = std::int64_t{1} << 62;  // that can be rounded up
+    if (n < 0 || k < 0 || n > most || k > most) return -1;
+    const std::int64_t rows = (n + 15) / 16 * 16;
+    const std::int64_t cols = padded_depth(k);
+    return cols != 0 && rows > INT64_MAX / cols ? -1 : rows * cols;
 }
 
 // Bring codes into packed order.

@@ -4,7 +4,7 @@
 #include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // Codes in a row of k features: with `rotation`, k up to whole blocks.
 [[nodiscard]] constexpr std::int64_t rotated_size(std::int64_t k, std::int32_t rotation) noexcept {

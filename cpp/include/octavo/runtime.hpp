@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <string>
 #include <vector>
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 [[nodiscard]] const char* version() noexcept;
 
@@ -30,6 +31,25 @@ public:
 
 private:
     int outer_;
+};
+
+// What an interrupted call throws; its outputs are then unspecified.
+class __attribute__((visibility("default"))) Interrupted : public std::exception {
+public:
+    [[nodiscard]] const char* what() const noexcept override { return "octavo: interrupted"; }
+};
+
+// While it lives, calls of the thread that made it which take long on the CPU ask `unwanted` about ten times a second,
+// in that thread, whether to end with Interrupted. Several nest as ThreadLimit does.
+class Interruptible {
+public:
+    explicit Interruptible(bool (*unwanted)()) noexcept;
+    ~Interruptible();
+    Interruptible(const Interruptible&) = delete;
+    Interruptible& operator=(const Interruptible&) = delete;
+
+private:
+    bool (*outer_)();
 };
 
 // Instruction set of the CPU kernels in use: "amx", "avx512_vnni", "avx_vnni", "avx2", on 64-bit Arm "neon_i8mm",

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace octavo {
+namespace [[gnu::visibility("default")]] octavo {
 
 // Element types. Activations, weights and biases are f32, f16 or bf16; codes are i8; accumulators are i32.
 enum class DType : std::uint8_t { f32, f16, bf16, i8, i32 };
