@@ -138,15 +138,20 @@ __device__ void load_sums(const Arguments<Y>& a, std::int64_t i, std::int64_t j,
     }
 }
 
-// acc * (scale_x * scale_w), with the other terms of Eq. 4-5 where there are zeropoints. Those are large and cancel, so
-// they are added as float64, where they are exact unless zeropoints are beyond 2^20.
+// acc * (scale_x * scale_w), the smaller scale first where the product of the scales alone overflows; with the other
+// terms of Eq. 4-5 where there are zeropoints. Those are large and cancel, so they are added as float64, where they are
+// exact unless zeropoints are beyond 2^20.
 template <bool zeropoint, class Y>
 __device__ float scaled(const Arguments<Y>& a, std::int64_t acc, std::int64_t i, std::int64_t j, int row_outliers,
                         std::int32_t outlier_codes) {
     const std::int64_t group = a.coded.groups == 1 ? 0 : i;
     const float scale_x = a.coded.scale[group];
     const float scale_w = a.scale_w.of_group(j);
-    if constexpr (!zeropoint) return static_cast<float>(acc) * (scale_x * scale_w);
+    if constexpr (!zeropoint) {
+        const float scale = scale_x * scale_w;
+        if (!isinf(scale)) return static_cast<float>(acc) * scale;
+        return static_cast<float>(acc) * fminf(scale_x, scale_w) * fmaxf(scale_x, scale_w);
+    }
     const double zx = a.coded.zeropoint[group];
     const double zw = a.zeropoint_w.of_group(j);
     const auto depth = static_cast<double>(a.depth - row_outliers);

@@ -8,7 +8,8 @@
 namespace octavo {
 
 const Backend& backend_for(Device device, const char* function) {
-    if (device.kind == DeviceKind::cpu) return cpu_backend();
+    static const cpu::Backend cpu_backend;
+    if (device.kind == DeviceKind::cpu) return cpu_backend;
     try {
         return cuda_backend();
     } catch (const Error& error) {

@@ -31,7 +31,28 @@ public:
 // The backend for memory on `device`. Throws Error (device) where this build has none for it.
 const Backend& backend_for(Device device, const char* function);
 
-// Defined by cpp/src/cpu/backend.cpp.
-const Backend& cpu_backend();
-
 }  // namespace octavo
+
+namespace octavo::cpu {
+
+// The CPU backend; each stem is defined in cpp/src/cpu/<stem>.cpp. It has no streams: a call returns when its work is
+// done.
+class Backend final : public octavo::Backend {
+public:
+    void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
+                  Vector zeropoint, Stream stream) const override;
+    void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
+                         Vector zeropoint, Vector code_sums, Stream stream) const override;
+    void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const override;
+    void pack(ConstMatrix codes, Vector packed, Stream stream) const override;
+    void unpack(ConstVector packed, Matrix codes, Stream stream) const override;
+    void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count,
+                       Stream stream) const override;
+    void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout, Stream stream) const override;
+    void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out,
+                    Stream stream) const override;
+    void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+                Stream stream) const override;
+};
+
+}  // namespace octavo::cpu

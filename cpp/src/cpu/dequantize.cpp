@@ -4,8 +4,8 @@
 #include <bit>
 #include <cmath>
 
+#include "backend.hpp"
 #include "cpu/gemm.hpp"
-#include "cpu/operations.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
 #include "octavo/pack.hpp"
@@ -52,7 +52,8 @@ void rotate_back_columns(const PackedPanel& codes, std::int32_t rotation, std::i
     }
 }
 
-void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out) {
+void Backend::dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out,
+                         Stream /*stream*/) const {
     const bool per_row = scale.size == codes.rows;
     parallel_for(codes.rows, row_grain(codes.cols), [&](std::int64_t begin, std::int64_t end) {
         const Scratch<float> row(codes.cols);

@@ -4,7 +4,7 @@
 #include <limits>
 #include <string>
 
-#include "cpu/operations.hpp"
+#include "backend.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
 #include "octavo/error.hpp"
@@ -216,6 +216,7 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
     parallel_for(row_blocks * col_blocks, (std::int64_t{1} << 20) / block_work,
                  [&](std::int64_t begin, std::int64_t end) {
                      for (std::int64_t i = begin; i < end; ++i) {
+                         interruption_point();
                          const std::int64_t row = i / col_blocks * rows;
                          const std::int64_t col = i % col_blocks * cols;
                          work({row, std::min(row + rows, m), col, std::min(col + cols, n)});
@@ -272,7 +273,7 @@ void put_tile(const SumsTile& tile, const Matrix& out) {
 
 }  // namespace
 
-void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout) {
+void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout, Stream /*stream*/) const {
     const XPanels x(plan_for(a.rows), a.rows, a.cols);
     parallel_for(a.rows, row_grain(a.cols), [&](std::int64_t begin, std::int64_t end) {
         const Scratch<std::int8_t> codes(x.depth());

@@ -1,12 +1,13 @@
 // LLM.int8() on the CPU (paper Figure 2): find the outliers, quantize the rest of X row by row, multiply, and finish
 // each tile of the product while it is in the first-level cache.
 #include <algorithm>
+#include <cmath>
 #include <span>
 #include <vector>
 
+#include "backend.hpp"
 #include "cpu/dequantize.hpp"
 #include "cpu/gemm.hpp"
-#include "cpu/operations.hpp"
 #include "cpu/outlier.hpp"
 #include "cpu/quantize.hpp"
 #include "cpu/rows.hpp"
@@ -189,15 +190,33 @@ void unroll_zeropoint(const SumsTile& tile, std::int64_t i, const QuantizedX& x,
     }
 }
 
+// acc * (scale_x * scale_w), or, where the product of the scales alone overflows, the smaller one first: then nothing
+// overflows unless the result does.
+float scaled_sum(float acc, float scale_x, float scale_w) {
+    const float scale = scale_x * scale_w;
+    if (!std::isinf(scale)) return acc * scale;
+    return acc * std::min(scale_x, scale_w) * std::max(scale_x, scale_w);
+}
+
+float largest_of(const float* values, std::int64_t count) {
+    float largest = 0.0F;
+    for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, values[i]);  // which a NaN never is
+    return largest;
+}
+
 void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out,
                  const LinearOptions& options) {
     const OutlierElements outliers(x, weight, options);
     const QuantizedX quantized(x, weight, outliers);
+    const float largest_scale = largest_of(quantized.scales.data(), x.rows);
     const std::int64_t k = weight.codes.cols;
     for_each_block(quantized.codes.blocking(), out.rows, out.cols, k, [&](const Block& block) {
         const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
         BlockWeight block_weight(weight, bias, block);
-        const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth;
+        // What the epilogue cannot do: the zeropoints' terms, sums of more than 32 bits, scales whose product
+        // overflows.
+        const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth ||
+                                 std::isinf(largest_scale * largest_of(block_weight.scale, block.cols()));
         const Scratch<float> scaled(scaled_here ? quantized.codes.plan().rows * quantized.codes.plan().cols : 0);
         multiply(quantized.codes, w, block_weight.code_sums, block, [&](const SumsTile& tile) {
             const std::int64_t first_col = tile.col - block.col_begin;
@@ -220,8 +239,8 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                         continue;
                     }
                     for (std::int64_t j = 0; j < tile.cols; ++j) {
-                        const float scale = quantized.scales[tile.row + i] * block_weight.scale[first_col + j];
-                        y[j] = static_cast<float>(tile.sum(i, j)) * scale;
+                        y[j] = scaled_sum(static_cast<float>(tile.sum(i, j)), quantized.scales[tile.row + i],
+                                          block_weight.scale[first_col + j]);
                     }
                 }
             }
@@ -243,6 +262,14 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     });
 }
 
+// Rows with values from 2^90 on, whose sums could overflow where the result does not, are multiplied scaled down.
+constexpr float small = 0x1p-64F;
+bool is_any_large(const float* row, std::int64_t k) {
+    float largest = 0.0F;
+    for (std::int64_t i = 0; i < k; ++i) largest = std::max(largest, std::abs(row[i]));
+    return largest >= 0x1p90F;
+}
+
 // y = scale_w * (X (q + zeropoint)^T) + bias. Few rows read W as it is packed; for more a slice of 16 output features
 // is made float32 once for all of them. The order of sums is that of FloatTile either way.
 void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out) {
@@ -253,10 +280,15 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
     const std::int64_t depth = padded_depth(weight.codes.cols);
     const std::int64_t x_stride = depth + 16;  // no power of two: rows would push each other out of the cache
     const Scratch<float> x_rows(x.rows * x_stride);
+    std::vector<std::uint8_t> is_large(static_cast<std::size_t>(x.rows));  // rows whose sums could overflow
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             float* const row = x_rows.data() + i * x_stride;
             load_row(x, i, 0, x.cols, row);
+            if (is_any_large(row, x.cols)) {
+                is_large[static_cast<std::size_t>(i)] = 1;
+                std::for_each(row, row + x.cols, [](float& value) { value *= small; });
+            }
             std::fill(row + x.cols, row + depth, 0.0F);
             if (weight.rotation != 0) kernels().rotate(row, weight.codes.cols, weight.rotation);
         }
@@ -287,6 +319,10 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
             }
             if (depth == 0) std::fill(sums.data(), sums.data() + block.rows() * block_cols * 4, 0.0F);
             kernels().finish_floats(sums.data(), block.rows(), block_weight.scale + j, y.data());
+            for (std::int64_t i = 0; i < block.rows(); ++i) {
+                if (is_large[static_cast<std::size_t>(block.row_begin + i)] == 0) continue;
+                std::for_each_n(y.data() + i * block_cols, block_cols, [](float& value) { value /= small; });
+            }
             EpilogueTile epilogue{.rows = block.rows(),
                                   .cols = std::min(block_cols, block.cols() - j),
                                   .scaled = y.data(),
@@ -298,7 +334,8 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
 
 }  // namespace
 
-void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options) {
+void Backend::linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out,
+                     const LinearOptions& options, Stream /*stream*/) const {
     switch (options.path) {
         case Path::auto_:
         case Path::int8: return int8_linear(x, weight, bias, out, options);

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <mutex>
 
-#include "cpu/operations.hpp"
+#include "backend.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
 #include "octavo/outlier.hpp"
@@ -144,7 +144,8 @@ std::vector<std::int32_t> outlier_columns(const ConstMatrix& x, const LinearOpti
     return {found.begin(), found.end()};
 }
 
-void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count) {
+void Backend::find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count,
+                            Stream /*stream*/) const {
     const auto found = outlier_columns(x, options);
     for (std::size_t i = 0; i < found.size(); ++i) put(columns, static_cast<std::int64_t>(i), found[i]);
     put(count, 0, static_cast<std::int32_t>(found.size()));

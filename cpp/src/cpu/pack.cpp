@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cpu/operations.hpp"
+#include "backend.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
 
@@ -39,19 +39,19 @@ PackedPanel::PackedPanel(const ConstMatrix& codes, Layout layout, std::int64_t b
     data_ = memory_->data();
 }
 
-void pack(ConstMatrix codes, std::int8_t* packed) {
+void Backend::pack(ConstMatrix codes, Vector packed, Stream /*stream*/) const {
     const std::int64_t blocks = (codes.rows + block_cols - 1) / block_cols;
     parallel_for(blocks, row_grain(block_cols * codes.cols), [&](std::int64_t begin, std::int64_t end) {
         pack_rows(codes, begin * block_cols, std::min(end * block_cols, codes.rows),
-                  packed + begin * block_cols * padded_depth(codes.cols));
+                  static_cast<std::int8_t*>(packed.data) + begin * block_cols * padded_depth(codes.cols));
     });
 }
 
-void unpack(const std::int8_t* packed, Matrix codes) {
+void Backend::unpack(ConstVector packed, Matrix codes, Stream /*stream*/) const {
     const std::int64_t depth = padded_depth(codes.cols);
     parallel_for(codes.rows, row_grain(codes.cols), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t row = begin; row < end; ++row) {
-            const std::int8_t* const source = packed + packed_index(row, 0, depth);
+            const auto* const source = static_cast<const std::int8_t*>(packed.data) + packed_index(row, 0, depth);
             for (std::int64_t col = 0; col < codes.cols; ++col) {
                 *static_cast<std::int8_t*>(at(codes, row, col)) = source[col / 4 * 64 + col % 4];
             }

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/operations.hpp"
+#include "backend.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
 #include "octavo/error.hpp"
@@ -214,8 +214,8 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
     });
 }
 
-void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
-              Vector zeropoint) {
+void Backend::quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
+                       Vector zeropoint, Stream /*stream*/) const {
     std::vector<std::int32_t> columns;
     for (std::int64_t i = 0; i < exclude.size; ++i) {
         const auto column = get<std::int32_t>(exclude, i);
@@ -230,8 +230,8 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
     quantize_rows(x, options, traits, codes, scale, zeropoint, absent_vector);
 }
 
-void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
-                     Vector code_sums) {
+void Backend::quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
+                              Vector zeropoint, Vector code_sums, Stream /*stream*/) const {
     QuantizeOptions of_rows = options;
     of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
     const RowTraits traits{.excluded = [](std::int64_t) { return std::span<const std::int32_t>(); }};
@@ -244,7 +244,7 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
     }
 }
 
-void sum_codes(ConstMatrix codes, Vector code_sums) {
+void Backend::sum_codes(ConstMatrix codes, Vector code_sums, Stream /*stream*/) const {
     parallel_for(codes.rows, row_grain(codes.cols), [&](std::int64_t begin, std::int64_t end) {
         const Scratch<std::int8_t> copy(codes.cols);
         for (std::int64_t i = begin; i < end; ++i) {

@@ -49,6 +49,12 @@ std::atomic<int> chosen_threads{0};
 // What the innermost ThreadLimit of this thread says; 0 without one.
 thread_local int thread_limit = 0;
 
+using Clock = std::chrono::steady_clock;
+
+// The innermost Interruptible of this thread, and when it was asked last.
+thread_local bool (*is_unwanted)() = nullptr;
+thread_local Clock::time_point last_asked;
+
 }  // namespace
 
 int num_threads() noexcept {
@@ -72,8 +78,17 @@ ThreadLimit::ThreadLimit(int count) noexcept
 
 ThreadLimit::~ThreadLimit() { thread_limit = outer_; }
 
+Interruptible::Interruptible(bool (*unwanted)()) noexcept : outer_(std::exchange(is_unwanted, unwanted)) {
+    last_asked = Clock::now();
+}
+
+Interruptible::~Interruptible() { is_unwanted = outer_; }
+
 namespace cpu {
 namespace {
+
+class Job;
+thread_local const Job* current_job = nullptr;  // that this thread works on
 
 // A range of work that threads take pieces of until none is left.
 class Job {
@@ -82,28 +97,39 @@ public:
         : count_(count), piece_(piece), body_(body) {}
 
     void work() noexcept {
-        for (;;) {
-            const std::int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
-            if (begin >= count_) return;
-            try {
-                body_(begin, std::min(begin + piece_, count_));
-            } catch (...) {
-                const std::scoped_lock lock(error_mutex_);
-                if (!error_) error_ = std::current_exception();
-                next_.store(count_, std::memory_order_relaxed);  // the rest is not worth doing
-            }
+        current_job = this;
+        while (work_on_piece()) {
         }
+        current_job = nullptr;
     }
+
+    [[nodiscard]] bool has_failed() const noexcept { return failed_.load(std::memory_order_relaxed); }
 
     void rethrow() const {
         if (error_) std::rethrow_exception(error_);
     }
 
 private:
+    bool work_on_piece() noexcept {
+        const std::int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
+        if (begin >= count_) return false;
+        try {
+            interruption_point();
+            body_(begin, std::min(begin + piece_, count_));
+        } catch (...) {
+            const std::scoped_lock lock(error_mutex_);
+            if (!error_) error_ = std::current_exception();
+            failed_.store(true, std::memory_order_relaxed);
+            next_.store(count_, std::memory_order_relaxed);  // the rest is not worth doing
+        }
+        return true;
+    }
+
     std::int64_t count_;
     std::int64_t piece_;
     const std::function<void(std::int64_t, std::int64_t)>& body_;
     std::atomic<std::int64_t> next_{0};
+    std::atomic<bool> failed_{false};
     std::mutex error_mutex_;
     std::exception_ptr error_;
 };
@@ -115,7 +141,6 @@ private:
 // than this moment it does not keep a processor from others, and not at all where there are fewer than threads.
 template <class Ready>
 bool spin_until(bool spin, const Ready& ready) {
-    using Clock = std::chrono::steady_clock;
     constexpr auto moment = std::chrono::microseconds(50);
     if (!spin) return ready();
     const auto end = Clock::now() + moment;
@@ -221,17 +246,27 @@ Pool& pool() {
 
 }  // namespace
 
+void interruption_point() {
+    if (current_job != nullptr && current_job->has_failed()) throw Interrupted();
+    if (is_unwanted == nullptr) return;
+    const auto now = Clock::now();
+    if (now - last_asked < std::chrono::milliseconds(100)) return;
+    last_asked = now;
+    if (is_unwanted()) throw Interrupted();
+}
+
 void parallel_for(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body) {
     if (count <= 0) return;
     grain = std::max<std::int64_t>(grain, 1);
     const std::int64_t most_pieces = (count + grain - 1) / grain;
     const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads(), most_pieces));
-    if (threads <= 1) return body(0, count);
-
-    // Four pieces a thread even out threads of unequal speed.
-    const std::int64_t pieces = std::min<std::int64_t>(most_pieces, std::int64_t{4} * threads);
-    Job job(count, std::max(grain, (count + pieces - 1) / pieces), body);
-    if (!pool().try_run(job, threads - 1)) job.work();
+    // Four pieces a thread even out threads of unequal speed; none is so large that an interruption would wait for it.
+    constexpr std::int64_t most_grains = 1024;
+    const std::int64_t pieces = threads <= 1 ? 1 : std::min<std::int64_t>(most_pieces, std::int64_t{4} * threads);
+    const std::int64_t piece = std::min(std::max(grain, (count + pieces - 1) / pieces), most_grains * grain);
+    if (piece >= count) return body(0, count);
+    Job job(count, piece, body);
+    if (threads <= 1 || !pool().try_run(job, threads - 1)) job.work();
     job.rethrow();
 }
 
