@@ -4,6 +4,7 @@
 
 #include <exception>
 #include <new>
+#include <stdexcept>
 
 namespace py = pybind11;
 
@@ -27,6 +28,8 @@ void set_error_of_exception() noexcept {
     } catch (const Error& error) {
         set_error(error);
     } catch (const std::bad_alloc& error) {
+        PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const std::length_error& error) {  // more elements than a container can ever hold
         PyErr_SetString(PyExc_MemoryError, error.what());
     } catch (const std::exception& error) {
         PyErr_SetString(PyExc_RuntimeError, error.what());

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/errors.hpp"
+#include "bindings/interpreter.hpp"
 #include "bindings/ops.hpp"
 #include "bindings/torch_op.hpp"
 #include "octavo/octavo.hpp"
@@ -43,7 +44,8 @@ py::dict cuda_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
+// PyInit__octavo_core, which PyInit__core below calls.
+PYBIND11_MODULE(_octavo_core, module, py::mod_gil_not_used()) {
     module.doc() = "The C++ core of octavo. Use the functions of the package `octavo`, which document it.";
     py::register_exception_translator(translate);
     octavo::python::define_operations(module);
@@ -55,4 +57,12 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.def("cuda_info", &cuda_info);
     module.def("release_cuda_memory", &octavo::release_cuda_memory, py::call_guard<py::gil_scoped_release>());
     module.def("set_num_threads", &octavo::set_num_threads, py::arg("count"));
+}
+
+// In a second interpreter pybind11 would wait for ever for the lock of the first.
+PyMODINIT_FUNC PyInit__core() {
+    if (octavo::python::is_main_interpreter()) return PyInit__octavo_core();
+    PyErr_SetString(PyExc_ImportError,
+                    "octavo: expected the main interpreter: octavo cannot be used in subinterpreters");
+    return nullptr;
 }

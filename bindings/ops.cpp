@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "bindings/errors.hpp"
+#include "bindings/interpreter.hpp"
 #include "bindings/tensor.hpp"
 #include "octavo/octavo.hpp"
 
@@ -152,7 +153,9 @@ std::optional<Array> optional_array(py::handle object, Argument argument, Use us
 
 Vector vector_or_absent(const std::optional<Array>& array) { return array ? array->vector() : absent_vector; }
 
-py::object object_or_none(const std::optional<Array>& array) { return array ? array->object() : py::none(); }
+py::object result_or_none(const std::optional<Array>& array, const Array& like) {
+    return array ? result_of(*array, like) : py::none();
+}
 
 // The shape of `x` with its last dimension replaced.
 Shape with_last(const Array& x, std::int64_t last) {
@@ -219,11 +222,10 @@ double work_of(const ConstMatrix& a, std::int64_t b_rows = 1) {
 template <class Call>
 void run(const Array& array, double work, const Call& call) {
     constexpr double small = 1 << 12;
-    const Stream stream = stream_of(array);
+    const Stream stream = array.stream();
     const ThreadLimit limit(threads_of(array.framework()));
-    std::optional<py::gil_scoped_release> release;
-    if (work > small) release.emplace();
-    call(stream);
+    if (work <= small) return call(stream);
+    without_lock([&] { call(stream); });
 }
 
 // The result of an operation: the caller's `out`, or a new array. Memory that the core cannot write as a matrix (its
@@ -231,24 +233,29 @@ void run(const Array& array, double work, const Call& call) {
 class Output {
 public:
     Output(py::handle out, const Array& like, const Shape& shape, DType dtype, Argument argument)
-        : given_(optional_array(out, argument, Use::write)) {
+        : like_(like), given_(optional_array(out, argument, Use::write)) {
         if (given_ && given_->shape() != shape) {
             throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected shape " +
                                   text_of(shape) + ", got " + text_of(given_->shape()));
         }
         if (given_ && given_->can_be_matrix()) return;
+        if (given_ && given_->framework() == Framework::other) {
+            throw py::value_error(std::string(argument.function) + ": " + argument.name +
+                                  ": expected leading dimensions of one stride, got others");
+        }
         fresh_.emplace(allocate(like, shape, given_ ? given_->dtype() : dtype), argument, Use::write);
     }
 
     [[nodiscard]] Matrix matrix() const { return fresh_ ? fresh_->mutable_matrix() : given_->mutable_matrix(); }
 
     [[nodiscard]] py::object finish() const {
-        if (!given_) return object_or_none(fresh_);
-        if (fresh_) py::object(object_or_none(given_))[py::ellipsis()] = fresh_->object();
-        return object_or_none(given_);
+        if (!given_) return result_of(*fresh_, like_);
+        if (fresh_) given_->object()[py::ellipsis()] = fresh_->object();
+        return given_->object();
     }
 
 private:
+    const Array& like_;
     std::optional<Array> given_;
     std::optional<Array> fresh_;
 };
@@ -259,7 +266,7 @@ py::object quantize_op(py::handle x_object, py::handle options_object, py::handl
     constexpr auto function = "quantize";
     Array x(x_object, {function, "x"}, Use::differentiable);
     const QuantizeOptions& options = options_of(options_object, function).quantize;
-    const auto columns = optional_array(exclude, {function, "exclude", "int32"});
+    const auto columns = optional_array(exclude, {function, "exclude", "int32", &x});
     const ConstMatrix source = x.matrix();
     const Shape groups = options.granularity == Granularity::tensor ? Shape{1} : per_row(x);
 
@@ -274,7 +281,7 @@ py::object quantize_op(py::handle x_object, py::handle options_object, py::handl
         octavo::quantize(source, options, vector_or_absent(columns), codes.mutable_matrix(), flat_output(scale),
                          zeropoint ? flat_output(*zeropoint) : absent_vector, stream);
     });
-    return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint));
+    return py::make_tuple(result_of(codes, x), result_of(scale, x), result_or_none(zeropoint, x));
 }
 
 py::object quantize_weight_op(py::handle weight_object, py::handle options_object) {
@@ -297,7 +304,8 @@ py::object quantize_weight_op(py::handle weight_object, py::handle options_objec
         octavo::quantize_weight(source, options, codes.mutable_matrix(), scale.vector(), vector_or_absent(zeropoint),
                                 code_sums.vector(), stream);
     });
-    return py::make_tuple(codes.object(), scale.object(), object_or_none(zeropoint), code_sums.object());
+    return py::make_tuple(result_of(codes, weight), result_of(scale, weight), result_or_none(zeropoint, weight),
+                          result_of(code_sums, weight));
 }
 
 py::object find_outliers_op(py::handle x_object, py::handle options_object) {
@@ -324,7 +332,7 @@ py::object find_outliers_op(py::handle x_object, py::handle options_object) {
     });
     const Array result(allocate(x, {count}, DType::i32), {function, "columns", "int32"}, Use::write);
     std::copy_n(columns.data(), count, static_cast<std::int32_t*>(result.vector().data));
-    return result.object();
+    return result_of(result, x);
 }
 
 py::object pack_op(py::handle codes_object) {
@@ -339,7 +347,7 @@ py::object pack_op(py::handle codes_object) {
         octavo::pack(source, {.data = packed.data(), .dtype = DType::i8, .device = source.device, .size = size},
                      stream);
     });
-    return packed.object();
+    return result_of(packed, codes);
 }
 
 py::object unpack_op(py::handle packed_object, py::handle n_object, py::handle k_object) {
@@ -351,17 +359,46 @@ py::object unpack_op(py::handle packed_object, py::handle n_object, py::handle k
     const Array codes(allocate(packed, {n, k}, DType::i8), {function, "codes", "int8"}, Use::write);
     run(packed, work_of(codes.mutable_matrix()),
         [&](Stream stream) { octavo::unpack(source, codes.mutable_matrix(), stream); });
-    return codes.object();
+    return result_of(codes, packed);
+}
+
+// The columns of a weight in CPU memory and their indices, both of its framework.
+py::object take_columns_op(py::handle weight_object, py::handle indices_object) {
+    constexpr auto function = "quantize_weight";
+    Array weight(weight_object, {function, "weight"});
+    need_rank(weight, {function, "weight"}, 2);
+    const Array indices(indices_object, {function, "outlier_columns", "int32"});
+    const ConstVector taken = indices.vector();
+    const ConstMatrix source = weight.matrix();
+    if (source.device.kind != DeviceKind::cpu || taken.device.kind != DeviceKind::cpu || taken.dtype != DType::i32) {
+        throw py::value_error("quantize_weight: outlier_columns: expected int32 indices and a weight on the CPU");
+    }
+    const Array columns(allocate(weight, {taken.size}, DType::i32), {function, "outlier_columns", "int32"}, Use::write);
+    const Array values(allocate(weight, {source.rows, taken.size}, source.dtype), {function, "outlier_weight"},
+                       Use::write);
+    const auto item = size_of(source.dtype);
+    const auto* const index = static_cast<const std::int32_t*>(taken.data);
+    for (std::int64_t c = 0; c < taken.size; ++c) {
+        static_cast<std::int32_t*>(columns.data())[c] = index[c * taken.stride];
+    }
+    auto* target = static_cast<char*>(values.data());
+    for (std::int64_t i = 0; i < source.rows; ++i) {
+        for (std::int64_t c = 0; c < taken.size; ++c, target += item) {
+            const std::int64_t offset = i * source.row_stride + index[c * taken.stride] * source.col_stride;
+            std::copy_n(static_cast<const char*>(source.data) + offset * item, item, target);
+        }
+    }
+    return py::make_tuple(result_of(columns, weight), result_of(values, weight));
 }
 
 py::object int8_matmul_op(py::handle a_object, py::handle b_object, py::handle out) {
     constexpr auto function = "int8_matmul";
     Array a(a_object, {function, "a", "int8"});
-    Array b(b_object, {function, "b", "int8"});
+    Array b(b_object, {function, "b", "int8", &a});
     need_rank(b, {function, "b"}, 2);
     const ConstMatrix a_matrix = a.matrix();
     const ConstMatrix b_matrix = b.matrix();
-    const Output result(out, a, with_last(a, b_matrix.rows), DType::i32, {function, "out", "int32"});
+    const Output result(out, a, with_last(a, b_matrix.rows), DType::i32, {function, "out", "int32", &a});
     run(a, work_of(a_matrix, b_matrix.rows),
         [&](Stream stream) { octavo::int8_matmul(a_matrix, b_matrix, result.matrix(), Layout::row_major, stream); });
     return result.finish();
@@ -371,8 +408,8 @@ py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::h
                          py::handle rotation_object, py::handle k_object, py::handle dtype_name) {
     constexpr auto function = "dequantize";
     Array codes(codes_object, {function, "codes", "int8"});
-    Array scale(scale_object, {function, "scale", "float32"});
-    auto zeropoint = optional_array(zeropoint_object, {function, "zeropoint", "float32"});
+    Array scale(scale_object, {function, "scale", "float32", &codes});
+    auto zeropoint = optional_array(zeropoint_object, {function, "zeropoint", "float32", &codes});
     const auto dtype = parse(float_dtypes, dtype_name, {function, "dtype"});
     const ConstMatrix source = codes.matrix();
     const ConstVector scales = scale.flat();
@@ -441,7 +478,9 @@ public:
     }
 
     [[nodiscard]] const WeightView& view() const noexcept { return view_; }
-    [[nodiscard]] const py::object& code_sums() const noexcept { return code_sums_->object(); }
+    // Of the framework of the codes, however they came.
+    [[nodiscard]] py::object code_sums() const { return result_of(*code_sums_, codes_); }
+    [[nodiscard]] bool is_on_cpu() const noexcept { return view_.codes.device.kind == DeviceKind::cpu; }
 
 private:
     static constexpr auto function = "Int8Weight";
@@ -459,11 +498,11 @@ py::object linear_op(py::handle x_object, py::handle weight_object, py::handle b
     constexpr auto function = "linear";
     Array x(x_object, {function, "x"}, Use::differentiable);
     const auto& weight = instance_of<Weight>(weight_object, {function, "weight"}, "Int8Weight");
-    const auto bias = optional_array(bias_object, {function, "bias"});
+    const auto bias = optional_array(bias_object, {function, "bias", float_dtype_names, &x});
     const LinearOptions& options = options_of(options_object, function).linear;
     const ConstMatrix source = x.matrix();
     const std::int64_t n = weight.view().codes.rows;
-    const Output result(out, x, with_last(x, n), x.dtype(), {function, "out"});
+    const Output result(out, x, with_last(x, n), x.dtype(), {function, "out", float_dtype_names, &x});
     run(x, work_of(source, n), [&](Stream stream) {
         octavo::linear(source, weight.view(), vector_or_absent(bias), result.matrix(), options, stream);
     });
@@ -524,12 +563,14 @@ const NativeOptions& read_options(const std::string& text) {
 }
 
 void define_operations(py::module_& module) {
+    define_own_array(module);
     static std::array methods{
         method<quantize_op>("quantize", "quantize($module, x, options, exclude, /)\n--\n\n"),
         method<quantize_weight_op>("quantize_weight", "quantize_weight($module, weight, options, /)\n--\n\n"),
         method<find_outliers_op>("find_outliers", "find_outliers($module, x, options, /)\n--\n\n"),
         method<pack_op>("pack", "pack($module, codes, /)\n--\n\n"),
         method<unpack_op>("unpack", "unpack($module, packed, n, k, /)\n--\n\n"),
+        method<take_columns_op>("take_columns", "take_columns($module, weight, indices, /)\n--\n\n"),
         method<int8_matmul_op>("int8_matmul", "int8_matmul($module, a, b, out, /)\n--\n\n"),
         method<dequantize_op>("dequantize",
                               "dequantize($module, codes, scale, zeropoint, rotation, k, dtype, /)\n--\n\n"),
@@ -546,7 +587,8 @@ void define_operations(py::module_& module) {
                       py::handle, py::handle, py::handle, py::handle>(),
              py::arg("codes"), py::arg("shape"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"),
              py::arg("outlier_columns"), py::arg("outlier_weight"), py::arg("options"))
-        .def_property_readonly("code_sums", &Weight::code_sums);
+        .def_property_readonly("code_sums", &Weight::code_sums)
+        .def_property_readonly("is_on_cpu", &Weight::is_on_cpu);
 }
 
 }  // namespace octavo::python

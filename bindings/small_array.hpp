@@ -42,6 +42,12 @@ public:
         size_ = size;
     }
 
+    // The elements of another.
+    void assign(const SmallArray& other) {
+        reset(other.size_);
+        std::copy(other.begin(), other.end(), begin());
+    }
+
     friend bool operator==(const SmallArray& a, const SmallArray& b) noexcept {
         return std::equal(a.begin(), a.end(), b.begin(), b.end());
     }

@@ -1,5 +1,4 @@
-// Arrays of the caller's framework: read as the core's views (PyTorch's and CuPy's over DLPack, NumPy's directly), and
-// allocated for results.
+// Array arguments, read as the core's views: NumPy's directly, all others over DLPack.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,18 +8,21 @@
 #include <string>
 
 #include "bindings/dlpack.hpp"
-#include "bindings/small_array.hpp"
+#include "bindings/frameworks.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo::python {
 
-namespace py = pybind11;
+class Array;
+
+inline constexpr auto float_dtype_names = "float32, float16 or bfloat16";
 
 // The place of an argument in messages.
 struct Argument {
     const char* function;
     const char* name;
-    const char* dtypes = "float32, float16 or bfloat16";  // that the argument may have
+    const char* dtypes = float_dtype_names;  // that the argument may have
+    const Array* leader = nullptr;           // on whose stream the call will work: others wait for their own streams
 };
 
 // What an argument is used for.
@@ -31,19 +33,16 @@ enum class Use {
     write,           // an output: must be writable
 };
 
-enum class Framework { numpy, torch, cupy };
-
-using Shape = SmallArray<std::int64_t>;
-
 // An array argument. Holds the array until it is destroyed.
 class Array {
 public:
-    // Throws TypeError where `object` is no array of a known framework or has a dtype octavo has no use for, ValueError
-    // where its memory cannot be used as `use` says.
+    // Throws TypeError where `object` is no array or has a dtype octavo has no use for, ValueError where its memory
+    // cannot be used as `use` says.
     Array(py::handle object, Argument argument, Use use = Use::read);
 
     [[nodiscard]] const py::object& object() const noexcept { return object_; }
     [[nodiscard]] Framework framework() const noexcept { return framework_; }
+    [[nodiscard]] Stream stream() const { return stream_of(framework_, device_); }
     [[nodiscard]] DType dtype() const noexcept { return dtype_; }
     [[nodiscard]] Device device() const noexcept { return device_; }
     [[nodiscard]] const Shape& shape() const noexcept { return shape_; }
@@ -72,8 +71,11 @@ private:
 
     void import_numpy(Use use);
     void import_torch(Use use);
-    void import_cupy(Use use);
-    void import_capsule(Use use, const py::dict& options = {});
+    void import_own();
+    void import_capsule(Use use);
+    [[nodiscard]] py::object capsule() const;
+    [[nodiscard]] Device known_device(DLDevice device) const;
+    void check_extents() const;
     void read_header(const DLTensor& tensor);
     [[noreturn]] void refuse_dtype() const;
     [[noreturn]] void refuse_conversion(const py::error_already_set& error) const;
@@ -81,6 +83,9 @@ private:
 
     // `object_` reshaped by its framework, held here while it is in use.
     Array& reshaped(const py::tuple& shape);
+
+    // The elements of an array whose framework octavo does not know, contiguous, held likewise.
+    Array& copied();
 
     Argument argument_;
     py::object object_;
@@ -95,19 +100,15 @@ private:
     Shape strides_;
 };
 
-// A new, contiguous, uninitialized array of `like`'s framework on `like`'s device.
+// A new, contiguous, uninitialized array for a result beside `like`, on its device; and what the caller gets of it,
+// once it is written: an array of the framework of `like`.
 py::object allocate(const Array& like, const Shape& shape, DType dtype);
+py::object result_of(const Array& result, const Array& like);
 
 // As `allocate`, of dtype int8, aligned to a cache line.
 py::object allocate_aligned(const Array& like, const Shape& shape);
 
-// The stream that the array's framework orders its work on, on the array's device; none for the CPU.
-Stream stream_of(const Array& array);
-
 // The value of an int32 array of one element, wherever it is; waits for it.
 std::int32_t item(const py::object& array);
-
-// The number of threads that a framework is set to use, for octavo::ThreadLimit; 0 where it has no such setting.
-int threads_of(Framework framework);
 
 }  // namespace octavo::python

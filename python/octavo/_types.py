@@ -7,15 +7,18 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-# An array of a supported framework: numpy.ndarray, torch.Tensor or cupy.ndarray. Results have the type of the first
-# argument.
+from octavo import _core
+
+# An array of any framework: numpy.ndarray, torch.Tensor, cupy.ndarray, or whatever has `__dlpack__`.
 Array: TypeAlias = Any
 Scheme: TypeAlias = Literal["absmax", "zeropoint"]
 Granularity: TypeAlias = Literal["tensor", "row", "vector"]
 Outliers: TypeAlias = Literal["columns", "rows", "static", "none"]
 ProductPath: TypeAlias = Literal["auto", "int8", "weight_only"]
-Path: TypeAlias = ProductPath
 Columns: TypeAlias = Array | Sequence[int]
+
+
+_MOST_COLUMNS = 1 << 24  # of a weight
 
 
 def dtype_name(dtype: Any) -> Any:
@@ -27,12 +30,10 @@ def dtype_name(dtype: Any) -> Any:
         return "float32"
     if isinstance(dtype, str):
         return dtype
-    if type(dtype).__module__ == "torch":
-        return str(dtype).removeprefix("torch.")
     try:
         return np.dtype(dtype).name
-    except TypeError:
-        return dtype
+    except Exception:  # of whatever kind an object that is no dtype raises
+        return str(dtype).rpartition(".")[2] if type(dtype).__name__.lower() == "dtype" else dtype
 
 
 def rotated_size(k: int, rotation: int) -> int:
@@ -51,15 +52,16 @@ def column_indices(function: str, name: str, columns: Columns, count: int) -> np
 
     Raises TypeError where they are no integers, ValueError where they are not of rank 1 or not in [0, count).
     """
-    if hasattr(columns, "detach"):  # torch
-        columns = columns.detach().cpu()
-    elif type(columns).__module__ == "cupy":
-        columns = columns.get()  # type: ignore[union-attr]
-    array = np.asarray(columns)
+    try:
+        array = np.asarray(columns) if isinstance(columns, (Sequence, np.ndarray)) else _on_host(columns)
+    except (TypeError, ValueError, BufferError, RuntimeError) as error:
+        raise TypeError(f"{function}: {name}: expected integers, got {type(columns).__name__} ({error})") from None
     if array.ndim != 1:
         raise ValueError(f"{function}: {name}: expected an array of rank 1, got rank {array.ndim}")
     if array.size == 0:
         return np.empty(0, np.int32)
+    if array.size > _MOST_COLUMNS:
+        raise ValueError(f"{function}: {name}: expected at most {_MOST_COLUMNS} columns, got {array.size}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{function}: {name}: expected integers, got {array.dtype}")
     if array.min() < 0 or array.max() >= count:
@@ -68,8 +70,17 @@ def column_indices(function: str, name: str, columns: Columns, count: int) -> np
     return np.unique(array).astype(np.int32)
 
 
-def beside(array: Array, indices: np.ndarray) -> Array:
-    """The indices as an array of the framework and on the device of `array`."""
+def _on_host(array: Array) -> np.ndarray:
+    """A NumPy array of the values of an array of any framework."""
+    if hasattr(array, "detach"):  # torch
+        array = array.detach().cpu()
+    elif type(array).__module__ == "cupy":
+        array = array.get()
+    return np.from_dlpack(array) if hasattr(array, "__dlpack__") else np.asarray(array)
+
+
+def to_framework_of(array: Array, indices: np.ndarray) -> Array:
+    """The indices as an array on the device of `array`: of its framework if that is PyTorch or CuPy, else of NumPy."""
     if hasattr(array, "detach"):  # torch
         import torch
 
@@ -83,8 +94,10 @@ def beside(array: Array, indices: np.ndarray) -> Array:
 
 
 def take_columns(weight: Array, indices: np.ndarray) -> tuple[Array, Array]:
-    """`beside` of the indices, and a contiguous copy of those columns."""
-    columns = beside(weight, indices)
+    """The indices in the framework of `weight`, and a contiguous copy of those columns."""
+    columns = to_framework_of(weight, indices)
     if hasattr(weight, "detach"):  # torch: outside autograd
         return columns, weight.detach().index_select(1, columns).contiguous()
-    return columns, weight[:, columns].copy(order="C")
+    if type(weight).__module__ == "cupy":
+        return columns, weight[:, columns].copy(order="C")
+    return _core.take_columns(weight, columns)

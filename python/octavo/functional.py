@@ -22,11 +22,11 @@ from octavo._types import (
     Outliers,
     ProductPath,
     Scheme,
-    beside,
     column_indices,
     columns_of,
     dtype_name,
     take_columns,
+    to_framework_of,
 )
 from octavo.options import DEFAULT, Options, native_options, options_of
 from octavo.weight import Int8Weight
@@ -98,7 +98,7 @@ def quantize(
     m under zeropoint has scale ``|m|`` and reproduces m. A group that holds NaN or Inf has scale NaN and codes 0.
     """
     if exclude is not None:
-        exclude = beside(x, column_indices("quantize", "exclude", exclude, columns_of(x)))
+        exclude = to_framework_of(x, column_indices("quantize", "exclude", exclude, columns_of(x)))
     names = ("scheme", "granularity", "rotation")
     native = native_options("quantize", None, names, scheme, granularity, rotation)
     return Quantized(*_core.quantize(x, native, exclude), rotation, columns_of(x))
@@ -148,7 +148,7 @@ def quantize_weight(
         scheme=options.scheme,
         granularity=options.granularity,
         rotation=options.rotation,
-        shape=tuple(weight.shape),
+        shape=(len(codes), columns_of(weight)) if options.rotation else None,
     )
 
 
@@ -236,8 +236,7 @@ def linear(
         relative: instead of `threshold`, as in `find_outliers`; with "rows" of each row as if it were alone.
         cap: the most outlier columns, or with "rows" elements of a row, as in `find_outliers`.
         outliers: what goes through the 16-bit product. "columns" (default): the columns of `find_outliers`, as in the
-            paper. "rows": each row's own outliers, so that with path "int8" a row's result does not depend on the
-            others.
+            paper. "rows": each row's own outliers, so that with path "int8" a row's result depends on no other row.
             "static": ``weight.outlier_columns``, whatever the data; nor does it here. "none": nothing.
         path: "int8" is all of the above. "weight_only" leaves X as it is, ``y = scale_w * sum_k x * (codes + zeropoint)
             + bias`` in float32, and ignores `threshold`, `outliers` and kept columns. "auto" is "int8" on the CPU; on
@@ -258,7 +257,7 @@ def linear(
     """
     try:
         native = weight._native
-    except AttributeError:
+    except Exception:
         raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}") from None
     names = ("threshold", "relative", "cap", "outliers", "path")
     chosen = native_options("linear", options, names, threshold, relative, cap, outliers, path)

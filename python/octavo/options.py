@@ -160,7 +160,7 @@ def options_of(function: str, options: Options | None, **keywords: Any) -> Optio
     return options
 
 
-@lru_cache(maxsize=256, typed=True)
+@lru_cache(maxsize=256, typed=True)  # True is not the number 1
 def _remembered(function: str, names: tuple[str, ...], *values: Any) -> _core.Options:
     return options_of(function, None, **dict(zip(names, values, strict=True)))._native
 
@@ -170,6 +170,6 @@ def native_options(function: str, options: Options | None, names: tuple[str, ...
     if options is None:
         try:
             return _remembered(function, names, *values)
-        except TypeError:  # or the value cannot be hashed
+        except TypeError:  # a wrong value, or one that cannot be remembered
             pass
     return options_of(function, options, **dict(zip(names, values, strict=True)))._native

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 from octavo import _core
@@ -39,7 +40,7 @@ class Int8Weight:
     """
 
     __slots__ = (
-        "_held",
+        "_codes",
         "_native",
         "code_sums",
         "granularity",
@@ -69,6 +70,10 @@ class Int8Weight:
         pack: bool = True,
     ) -> None:
         options = options_of("Int8Weight", None, scheme=scheme, granularity=granularity, rotation=rotation)
+        if not isinstance(pack, bool):
+            raise TypeError(f"Int8Weight: pack: expected a bool, got {type(pack).__name__}")
+        if shape is not None:
+            shape = _extents(shape)
 
         def native(codes: Array, code_sums: Array | None) -> _core.Weight:
             kept = (outlier_columns, outlier_weight)
@@ -77,16 +82,14 @@ class Int8Weight:
         self._native = native(codes, code_sums)
         self.code_sums = self._native.code_sums
         self.is_packed = shape is not None and len(codes.shape) != 2
-        if not self.is_packed:
-            n, k = codes.shape if shape is None else shape
-            shape = (int(n), int(k))
-            device = codes.device  # of PyTorch it has a type, of NumPy it is the string "cpu", of CuPy neither
-            if pack and str(getattr(device, "type", device)) == "cpu":
-                codes = _core.pack(codes)
-                self._native = native(codes, self.code_sums)
-                self.is_packed = True
-        self._held = codes
-        assert shape is not None  # packed codes come with it
+        if shape is None:
+            n, k = codes.shape
+            shape = int(n), int(k)
+        if pack and not self.is_packed and self._native.is_on_cpu:
+            codes = _core.pack(codes)
+            self._native = native(codes, self.code_sums)
+            self.is_packed = True
+        self._codes = codes
         self.shape = shape
         self.scale = scale
         self.zeropoint = zeropoint
@@ -100,12 +103,12 @@ class Int8Weight:
     def codes(self) -> Array:
         """int8 ``[n, k']``; a new array at each access where the weight is packed."""
         n, k = self.shape
-        return _core.unpack(self._held, n, rotated_size(k, self.rotation)) if self.is_packed else self._held
+        return _core.unpack(self._codes, n, rotated_size(k, self.rotation)) if self.is_packed else self._codes
 
     @property
     def packed(self) -> Array | None:
         """The codes in packed order, or None."""
-        return self._held if self.is_packed else None
+        return self._codes if self.is_packed else None
 
     @property
     def device(self) -> Any:
@@ -116,7 +119,7 @@ class Int8Weight:
     def nbytes(self) -> int:
         """Bytes of all arrays that are held."""
         others = (self.scale, self.zeropoint, self.code_sums, self.outlier_columns, self.outlier_weight)
-        return sum(int(array.nbytes) for array in (self._held, *others) if array is not None)
+        return sum(int(array.nbytes) for array in (self._codes, *others) if array is not None)
 
     def _arrays(self) -> dict[str, Array | None]:
         """The constructor's arrays by name."""
@@ -158,6 +161,17 @@ class Int8Weight:
         return (
             f"Int8Weight(shape={self.shape}, scheme={self.scheme!r}, granularity={self.granularity!r}{rotated}{kept})"
         )
+
+
+def _extents(shape: Any) -> tuple[int, int]:
+    """`shape` as two integers that the core can hold."""
+    try:
+        n, k = (index(extent) for extent in shape)
+    except Exception:  # of whatever kind an object that is no shape raises
+        raise TypeError(f"Int8Weight: shape: expected two integers, got {shape!r:.99}") from None
+    if not 0 <= min(n, k) <= max(n, k) < 1 << 62:
+        raise ValueError(f"Int8Weight: shape: expected extents from 0 to 2^62, got {(n, k)}")
+    return n, k
 
 
 def _rebuild(arrays: dict[str, Any], options: dict[str, Any]) -> Int8Weight:

@@ -1,12 +1,18 @@
-"""The DLPack structs that bindings/dlpack.hpp declares have the layout of the standard's own header."""
+"""Arrays of any framework, in and out over DLPack; and producers that lie."""
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import octavo
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,3 +60,237 @@ def test_structs_match_the_standard_header(tmp_path: Path) -> None:
     ours = layout(compiler, ROOT / "bindings" / "dlpack.hpp", tmp_path)
     assert ours.count("\n") > len(FIELDS)
     assert ours == layout(compiler, standard, tmp_path)
+
+
+X = np.array([[1.0, -2.0, 7.0, 0.5], [0.0, 3.0, -9.0, 1.5], [2.0, 0.25, 0.5, -4.0]], np.float32)
+W = np.array([[1.0, 2.0, 3.0, 4.0], [-1.0, 0.5, 0.25, 2.0]], np.float32)
+
+
+class Producer:
+    """An array of no known framework: DLPack and nothing else, of version 1 or of before."""
+
+    def __init__(self, array: Any, *, legacy: bool = False) -> None:
+        self._array, self._legacy = array, legacy
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self._legacy and options:
+            raise TypeError("__dlpack__() got an unexpected keyword argument 'max_version'")
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self._array.__dlpack_device__()
+        return device
+
+
+def own(framework: str) -> tuple[Callable[[np.ndarray[Any, Any]], Any], type]:
+    """How a framework makes an array of NumPy's, and the type that results have."""
+    module = importlib.import_module(framework.split()[0])
+    if framework == "jax":
+        return module.numpy.asarray, module.Array
+    if framework == "tensorflow":
+        return module.constant, module.Tensor
+    if framework == "paddle":
+        return module.to_tensor, module.Tensor
+    if framework == "tvm_ffi":
+        return module.from_dlpack, module.Tensor
+    if framework == "pyarrow":
+        return module.Tensor.from_numpy, octavo.DLPackArray
+    return module.from_numpy, module.Tensor
+
+
+@pytest.mark.parametrize("framework", ["jax", "tensorflow", "paddle", "tvm_ffi", "pyarrow", "torch"])
+def test_frameworks(framework: str) -> None:
+    pytest.importorskip(framework, reason=f"{framework} is not installed")
+    make, kind = own(framework)
+    weight = octavo.quantize_weight(make(W), outlier_columns=[2])
+    expected = octavo.linear(X, octavo.quantize_weight(W, outlier_columns=[2]), W[:, 0].copy())
+    y = octavo.linear(make(X), weight, make(W[:, 0].copy()))
+    for array in (y, weight.codes, weight.scale, weight.outlier_weight, octavo.find_outliers(make(X))):
+        assert isinstance(array, kind)
+    np.testing.assert_array_equal(np.from_dlpack(y), expected)
+    np.testing.assert_array_equal(np.from_dlpack(octavo.find_outliers(make(X))), [2])
+    np.testing.assert_array_equal(np.from_dlpack(weight.outlier_weight), W[:, [2]])
+    codes = octavo.quantize(make(X), exclude=[2])
+    np.testing.assert_array_equal(np.from_dlpack(codes.codes), octavo.quantize(X, exclude=[2]).codes)
+    # Frameworks mix, on one device.
+    np.testing.assert_array_equal(octavo.linear(X, weight, make(W[:, 0].copy())), expected)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_has_dlpack_is_an_array(legacy: bool) -> None:
+    weight = octavo.quantize_weight(Producer(W, legacy=legacy))
+    assert isinstance(weight.scale, octavo.DLPackArray)
+    y = octavo.linear(Producer(X, legacy=legacy), weight)
+    assert (y.shape, y.dtype, y.nbytes, len(y)) == ((3, 2), "float32", 24, 3)
+    assert repr(y) == "<octavo.DLPackArray of shape (3, 2), float32: give it to a framework's from_dlpack>"
+    np.testing.assert_array_equal(np.from_dlpack(y), octavo.linear(X, octavo.quantize_weight(W)))
+    del weight
+    strided = np.zeros((2, 3, 5, 4), np.float32)[:, :, ::2, ::-1]
+    strided[...] = np.arange(72).reshape(strided.shape)
+    codes = octavo.quantize(Producer(strided)).codes
+    np.testing.assert_array_equal(np.from_dlpack(codes), octavo.quantize(strided).codes)
+
+    out = np.zeros((3, 2), np.float32)
+    if legacy:
+        with pytest.raises(ValueError, match=r"^linear: out: expected a writable array, got .*Producer"):
+            octavo.linear(X, octavo.quantize_weight(W), out=Producer(out, legacy=True))
+    else:
+        octavo.linear(X, octavo.quantize_weight(W), out=Producer(out))
+        np.testing.assert_array_equal(out, np.from_dlpack(y))
+        out.flags.writeable = False
+        with pytest.raises(ValueError, match=r"^linear: out: expected a writable array, got a read-only one"):
+            octavo.linear(X, octavo.quantize_weight(W), out=Producer(out))
+
+
+def test_bfloat16_of_ml_dtypes() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x, w = X.astype(ml_dtypes.bfloat16), W.astype(ml_dtypes.bfloat16)
+    weight = octavo.quantize_weight(w, outlier_columns=[2])
+    y = octavo.linear(x, weight)
+    assert y.dtype == weight.outlier_weight.dtype == weight.dequantize("bfloat16").dtype == x.dtype
+    same = octavo.linear(
+        torch.from_numpy(X).bfloat16(), octavo.quantize_weight(torch.from_numpy(W).bfloat16(), outlier_columns=[2])
+    )
+    np.testing.assert_array_equal(y.astype(np.float32), same.float().numpy())
+
+
+def test_other_devices_are_refused() -> None:
+    class Elsewhere(Producer):
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 8, 0  # Metal
+
+    class OnGpu(Producer):
+        def __dlpack__(self, **options: Any) -> Any:
+            raise BufferError(f"on stream {options.get('stream')}")
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+    with pytest.raises(ValueError, match=r"^find_outliers: x: .* or a CUDA device, got .* 8"):
+        octavo.find_outliers(Elsewhere(X))
+    with pytest.raises(TypeError, match=r"^find_outliers: x: expected an array that DLPack can describe, .* stream 1"):
+        octavo.find_outliers(OnGpu(X))
+
+
+def test_classes_that_only_call_themselves_arrays() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    for module, name, base in (("numpy", "ndarray", np.ndarray), ("torch", "Tensor", torch.Tensor)):
+        members = {"__module__": module, "__torch_dispatch__": torch.Tensor.__torch_dispatch__}
+        for extra in ({}, {"__class__": property(lambda self, base=base: base)}):
+            fake = type(name, (), {**members, **extra})()
+            with pytest.raises(TypeError, match=r"^find_outliers: x: expected an array"):
+                octavo.find_outliers(fake)
+    exchange = {"__dlpack_c_exchange_api__": getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)}
+    fake = type("Tensor", (Producer,), {"__module__": "torch", **exchange})(X)
+    np.testing.assert_array_equal(np.from_dlpack(octavo.find_outliers(fake)), [2])
+    # A framework that is told by the module's name alone is not imported for it.
+    fake = type("Array", (Producer,), {"__module__": "tensorflow"})(X)
+    assert octavo.find_outliers(fake).shape == (1,)
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit, MemoryError])
+@pytest.mark.parametrize("where", ["__dlpack__", "__dlpack_device__"])
+def test_interrupts_are_not_swallowed(interrupt: type[BaseException], where: str) -> None:
+    def raises(self: Any, **options: Any) -> Any:
+        raise interrupt
+
+    with pytest.raises(interrupt):
+        octavo.find_outliers(type("Array", (Producer,), {where: raises})(X))
+
+
+@pytest.mark.parametrize("device", [None, 1, (), (1,), ("cpu", 0), (2**40, 0)])
+def test_devices_that_are_none(device: Any) -> None:
+    fake = type("Array", (Producer,), {"__dlpack_device__": lambda self: device})(X)
+    with pytest.raises((TypeError, ValueError), match=r"^find_outliers: x: "):
+        octavo.find_outliers(fake)
+
+
+class Header(ctypes.Structure):
+    """DLTensor with what comes before it in a DLManagedTensorVersioned, and nothing to delete."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("offset", ctypes.c_uint64),
+    )
+
+
+LIES: dict[str, dict[str, Any]] = {
+    "no shape": {"shape": None},
+    "negative extent": {"shape": (-3, 4)},
+    "negative extents": {"shape": (-3, -4)},
+    "wrapping": {"shape": (2**40, 2**40)},
+    "wrapping without strides": {"shape": (2**40, 2**40), "strides": None},
+    "wrapping to 0": {"shape": (2**32, 2**32)},
+    "wrapping strides": {"strides": (2**62, 1)},
+    "least stride": {"strides": (-(2**63), 1)},
+    "negative rank": {"ndim": -1},
+    "no rank": {"ndim": 0},
+    "rank": {"ndim": 2**30},
+    "no data": {"data": None},
+    "lanes": {"lanes": 4},
+    "bits": {"bits": 64},
+    "no version": {"major": 0},
+    "version": {"major": 2},
+    "device": {"device": (14, 0)},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_capsules_that_lie(lie: str) -> None:
+    values = np.ones(12, np.float32)
+    told = {
+        "shape": (3, 4),
+        "strides": (4, 1),
+        "ndim": 2,
+        "data": values.ctypes.data,
+        "lanes": 1,
+        "bits": 32,
+        "major": 1,
+    }
+    told |= {"device": (1, 0), **LIES[lie]}
+    shape, strides = (told[name] and (ctypes.c_int64 * 2)(*told[name]) for name in ("shape", "strides"))
+    header = Header(
+        major=told["major"],
+        data=told["data"],
+        device=told["device"],
+        ndim=told["ndim"],
+        code=2,
+        bits=told["bits"],
+        lanes=told["lanes"],
+        shape=ctypes.addressof(shape) if shape else None,
+        strides=ctypes.addressof(strides) if strides else None,
+    )
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    capsule = new(ctypes.addressof(header), b"dltensor_versioned", None)
+    fake = type("Array", (Producer,), {"__dlpack__": lambda self, **options: capsule})(X)
+    with pytest.raises((TypeError, ValueError), match=r"^find_outliers: x: expected "):
+        octavo.find_outliers(fake)
+
+
+@pytest.mark.parametrize("given", [None, 3, "dltensor", object()])
+def test_capsules_that_are_none(given: Any) -> None:
+    fake = type("Array", (Producer,), {"__dlpack__": lambda self, **options: given})(X)
+    with pytest.raises(TypeError, match=r"^find_outliers: x: expected a capsule of DLPack from __dlpack__, got "):
+        octavo.find_outliers(fake)
+
+
+def test_used_capsules_are_refused() -> None:
+    capsule = X.__dlpack__(max_version=(1, 0))
+    fake = type("Array", (Producer,), {"__dlpack__": lambda self, **options: capsule})(X)
+    octavo.find_outliers(fake)
+    with pytest.raises(TypeError, match=r"^find_outliers: x: expected a capsule of DLPack"):
+        octavo.find_outliers(fake)

@@ -23,8 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 import octavo
-from octavo._types import Granularity, Outliers, Scheme
-from octavo._types import Path as ProductPath
+from octavo._types import Granularity, Outliers, ProductPath, Scheme
 from octavo.checkpoint import format as names
 from octavo.checkpoint.files import Shard, explained, open_shard, opened
 from octavo.checkpoint.layers import Chosen, choose

@@ -1,0 +1,307 @@
+#include "bindings/frameworks.hpp"
+
+#include <pybind11/numpy.h>
+
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <string_view>
+
+namespace octavo::python {
+namespace {
+
+py::object interned(const char* text) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text)); }
+
+// Objects of the frameworks that are looked up once. A framework is imported by whoever made the array, so looking one
+// up costs no import of our own. They are never destroyed: the interpreter may be gone before they would be.
+struct TorchNames {
+    py::object torch = py::module_::import("torch");
+    py::object tensor = torch.attr("Tensor");
+    py::object dispatch = tensor.attr("__torch_dispatch__");
+    py::object strided = torch.attr("strided");
+    py::object is_grad_enabled = torch.attr("is_grad_enabled");
+    py::object get_num_threads = torch.attr("get_num_threads");
+    py::object new_empty = tensor.attr("new_empty");  // unbound: of any tensor
+    py::object forward_ad = py::module_::import("torch.autograd.forward_ad");
+    py::object forward_level = interned("_current_level");
+    py::object dtype_keyword = py::make_tuple(interned("dtype"));
+    py::object requires_grad = interned("requires_grad");
+    py::object is_neg = interned("is_neg");
+    // In the order of octavo::DType.
+    std::array<py::object, 5> dtypes{torch.attr("float32"), torch.attr("float16"), torch.attr("bfloat16"),
+                                     torch.attr("int8"), torch.attr("int32")};
+    const DLPackExchangeAPI* exchange = find_exchange(tensor);
+
+    static const DLPackExchangeAPI* find_exchange(const py::object& tensor_type) {
+        if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return nullptr;
+        const py::capsule capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+        const auto* api =
+            static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        if (api == nullptr) throw py::error_already_set();
+        return api->header.version.major == 1 ? api : nullptr;
+    }
+};
+
+struct NumpyNames {
+    py::module_ numpy = py::module_::import("numpy");
+    py::object array = numpy.attr("ndarray");
+    py::object masked_array = numpy.attr("ma").attr("MaskedArray");
+    py::object empty = numpy.attr("empty");
+    // In the order of octavo::DType; bfloat16 is not NumPy's own.
+    std::array<py::object, 5> dtypes{numpy.attr("dtype")("float32"), numpy.attr("dtype")("float16"), py::none(),
+                                     numpy.attr("dtype")("int8"), numpy.attr("dtype")("int32")};
+};
+
+// The package that gives NumPy bfloat16.
+struct MlDtypes {
+    py::object bfloat16 = find();
+
+    static py::object find() {
+        try {
+            return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+        } catch (py::error_already_set& error) {
+            if (!error.matches(PyExc_ImportError)) throw;
+            throw py::type_error("octavo: NumPy has bfloat16 only where the package ml_dtypes is installed");
+        }
+    }
+};
+
+struct CupyNames {
+    py::module_ cupy = py::module_::import("cupy");
+    py::object empty = cupy.attr("empty");
+    py::object device = cupy.attr("cuda").attr("Device");
+    py::object current_stream = cupy.attr("cuda").attr("get_current_stream");
+    // In the order of octavo::DType; CuPy has no bfloat16.
+    std::array<py::object, 5> dtypes{cupy.attr("dtype")("float32"), cupy.attr("dtype")("float16"), py::none(),
+                                     cupy.attr("dtype")("int8"), cupy.attr("dtype")("int32")};
+};
+
+template <class Names>
+const Names& names() {
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Names> storage;
+    return storage.call_once_and_store_result([] { return Names(); }).get_stored();
+}
+
+bool is_true(const py::object& object) { return object.ptr() == Py_True; }
+
+// A module that somebody has imported, or nothing.
+py::object loaded(const char* module) {
+    PyObject* const found = PyImport_GetModule(py::str(module).ptr());
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+}
+
+// Whether `type` is derived from the class that a loaded module has under that name.
+bool derives(py::handle type, const char* module, const char* name) {
+    const py::object found = loaded(module);
+    if (!found || !py::hasattr(found, name)) return false;
+    const py::object base = found.attr(name);
+    return PyType_Check(base.ptr()) != 0 && PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type.ptr()),
+                                                             reinterpret_cast<PyTypeObject*>(base.ptr())) != 0;
+}
+
+TypeFacts examine(py::handle type) {
+    if (derives(type, "numpy", "ndarray")) {
+        return {Framework::numpy, PyObject_IsSubclass(type.ptr(), names<NumpyNames>().masked_array.ptr()) == 0};
+    }
+    if (derives(type, "torch", "Tensor")) {
+        return {Framework::torch, py::object(type.attr("__torch_dispatch__")).is(names<TorchNames>().dispatch)};
+    }
+    if (derives(type, "cupy", "ndarray")) return {Framework::cupy, true};
+    if (type.is(py::type::of<OwnArray>())) return {Framework::own, true};
+    if (py::hasattr(type, "__dlpack__") && py::hasattr(type, "__dlpack_device__")) return {Framework::other, true};
+    return {};
+}
+
+// How the other frameworks take an array over: the loaded module that their arrays' types come from, and the function.
+struct Takeover {
+    std::string_view root;  // of the type's module
+    const char* module;
+    const char* function;
+    bool takes_capsule;  // of DLPack before 1.0, instead of an object that gives one
+};
+constexpr std::array takeovers{
+    Takeover{"jaxlib", "jax.dlpack", "from_dlpack", false},
+    Takeover{"tensorflow", "tensorflow.experimental.dlpack", "from_dlpack", true},
+    Takeover{"paddle", "paddle", "from_dlpack", false},
+    Takeover{"tvm_ffi", "tvm_ffi", "from_dlpack", false},
+};
+
+py::object allocate_numpy(const Shape& shape, DType dtype) {
+    const auto& numpy = names<NumpyNames>();
+    const py::tuple extents = to_tuple(shape);
+    const py::object element =
+        dtype == DType::bf16 ? names<MlDtypes>().bfloat16 : numpy.dtypes[static_cast<std::size_t>(dtype)];
+    PyObject* const arguments[] = {extents.ptr(), element.ptr()};
+    return checked(PyObject_Vectorcall(numpy.empty.ptr(), arguments, 2, nullptr));
+}
+
+py::object allocate_cupy(Device where, const Shape& shape, DType dtype) {
+    const auto& cupy = names<CupyNames>();
+    if (dtype == DType::bf16) throw py::type_error("CuPy has no bfloat16; expected dtype float32 or float16");
+    const py::object outer = cupy.device();
+    const py::object device = cupy.device(where.index);
+    device.attr("use")();
+    const py::tuple extents = to_tuple(shape);
+    PyObject* const arguments[] = {extents.ptr(), cupy.dtypes[static_cast<std::size_t>(dtype)].ptr()};
+    py::object result;
+    try {
+        result = checked(PyObject_Vectorcall(cupy.empty.ptr(), arguments, 2, nullptr));
+    } catch (...) {
+        outer.attr("use")();
+        throw;
+    }
+    outer.attr("use")();
+    return result;
+}
+
+// like.new_empty(*shape, dtype=dtype). Of PyTorch's ways this is the cheapest that keeps its rules (device, mode,
+// resizable storage); a tuple of extents costs it 350 ns more, dtype another 150.
+py::object allocate_torch(py::handle like, const Shape& shape, DType like_dtype, DType dtype) {
+    const auto& torch = names<TorchNames>();
+    SmallArray<PyObject*> arguments(shape.size() + 2);
+    arguments[0] = like.ptr();
+    for (std::size_t i = 0; i < shape.size(); ++i) arguments[i + 1] = py::int_(shape[i]).release().ptr();
+    arguments.back() = torch.dtypes[static_cast<std::size_t>(dtype)].ptr();
+    PyObject* const keywords = dtype == like_dtype ? nullptr : torch.dtype_keyword.ptr();
+    PyObject* const result = PyObject_Vectorcall(torch.new_empty.ptr(), arguments.begin(), shape.size() + 1, keywords);
+    for (std::size_t i = 0; i < shape.size(); ++i) Py_DECREF(arguments[i + 1]);
+    if (result == nullptr && PyErr_ExceptionMatches(PyExc_RuntimeError) != 0) {
+        py::raise_from(PyExc_MemoryError, "octavo: PyTorch cannot allocate the result");
+    }
+    return checked(result);
+}
+
+}  // namespace
+
+TypeFacts facts_of(py::handle object) {
+    // Remembered for the few types that a program uses. The types are kept alive, so that no other type can come to
+    // have the address of one of them. Entries are only ever added, so that readers need no lock.
+    struct Entry {
+        PyTypeObject* type;
+        TypeFacts facts;
+    };
+    static std::array<Entry, 64> entries;
+    static std::atomic<std::size_t> count{0};
+    static std::mutex adding;
+    PyTypeObject* const type = Py_TYPE(object.ptr());
+    const std::size_t known = count.load(std::memory_order_acquire);
+    for (std::size_t i = 0; i < known; ++i) {
+        if (entries[i].type == type) return entries[i].facts;
+    }
+    const TypeFacts facts = examine(reinterpret_cast<PyObject*>(type));
+    if (!facts.framework) return facts;  // its framework may be half imported
+    const std::lock_guard lock(adding);
+    const std::size_t next = count.load(std::memory_order_relaxed);
+    if (next < entries.size()) {
+        Py_INCREF(type);
+        entries[next] = {type, facts};
+        count.store(next + 1, std::memory_order_release);
+    }
+    return facts;
+}
+
+std::string type_name(py::handle object) {
+    const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+    const auto module = py::str(type.attr("__module__")).cast<std::string>();
+    const auto name = py::str(type.attr("__qualname__")).cast<std::string>();
+    return module == "builtins" ? name : module + "." + name;
+}
+
+py::object checked(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+
+py::tuple to_tuple(const Shape& shape) {
+    py::tuple result(shape.size());
+    for (std::size_t i = 0; i < shape.size(); ++i) result[i] = py::int_(shape[i]);
+    return result;
+}
+
+std::optional<DType> dtype_of(const py::dtype& dtype) {
+    constexpr int numpy_half = 23;                                                  // NPY_HALF
+    constexpr int first_user_dtype = 256;                                           // NPY_USERDEF
+    if (dtype.byteorder() == '>' || dtype.byteorder() == '<') return std::nullopt;  // native is '=' or '|'
+    const int number = dtype.normalized_num();
+    if (number == py::dtype::num_of<float>()) return DType::f32;
+    if (number == numpy_half) return DType::f16;
+    if (number == py::dtype::num_of<std::int8_t>()) return DType::i8;
+    if (number == py::dtype::num_of<std::int32_t>()) return DType::i32;
+    if (number >= first_user_dtype && loaded("ml_dtypes") && dtype.is(names<MlDtypes>().bfloat16)) return DType::bf16;
+    return std::nullopt;
+}
+
+const DLPackExchangeAPI* torch_exchange() { return names<TorchNames>().exchange; }
+
+bool torch_requires_grad(py::handle tensor) {
+    return is_true(checked(PyObject_GetAttr(tensor.ptr(), names<TorchNames>().requires_grad.ptr())));
+}
+
+bool torch_records(py::handle tensor) {
+    const auto& torch = names<TorchNames>();
+    if (is_true(torch.is_grad_enabled()) && torch_requires_grad(tensor)) return true;
+    const py::object level = checked(PyObject_GetAttr(torch.forward_ad.ptr(), torch.forward_level.ptr()));
+    if (PyLong_AsLong(level.ptr()) < 0) return false;
+    return !torch.forward_ad.attr("unpack_dual")(tensor).attr("tangent").is_none();
+}
+
+// As that of `x.conj().imag` does.
+bool torch_is_negated(py::handle tensor) {
+    PyObject* const arguments[] = {tensor.ptr()};
+    return is_true(checked(PyObject_VectorcallMethod(names<TorchNames>().is_neg.ptr(), arguments, 1, nullptr)));
+}
+
+bool torch_is_dense(py::handle tensor) { return py::object(tensor.attr("layout")).is(names<TorchNames>().strided); }
+
+py::object allocate(Framework framework, py::handle like, Device device, const Shape& shape, DType like_dtype,
+                    DType dtype) {
+    switch (framework) {
+        case Framework::numpy: return allocate_numpy(shape, dtype);
+        case Framework::torch: return allocate_torch(like, shape, like_dtype, dtype);
+        case Framework::cupy: return allocate_cupy(device, shape, dtype);
+        case Framework::own:
+        case Framework::other: break;
+    }
+    if (device.kind != DeviceKind::cpu) {
+        throw py::value_error("octavo: expected arrays of PyTorch or CuPy on a CUDA device, where it cannot make a " +
+                              type_name(like));
+    }
+    return py::cast(std::make_shared<OwnArray>(shape, dtype));
+}
+
+py::object handed_over(const py::object& own, py::handle like) {
+    const auto module = py::str(py::type::handle_of(like).attr("__module__")).cast<std::string>();
+    const std::string_view root = std::string_view(module).substr(0, module.find('.'));
+    for (const Takeover& takeover : takeovers) {
+        if (root != takeover.root || !loaded(std::string(root).c_str())) continue;
+        const py::object take = py::module_::import(takeover.module).attr(takeover.function);
+        return takeover.takes_capsule ? take(own.attr("__dlpack__")()) : take(own);
+    }
+    return own;
+}
+
+Stream stream_of(Framework framework, Device device) {
+    if (device.kind == DeviceKind::cpu) return {};
+    if (framework == Framework::cupy) {
+        const py::object stream = names<CupyNames>().current_stream(device.index);
+        return {reinterpret_cast<void*>(stream.attr("ptr").cast<std::uintptr_t>())};
+    }
+    if (framework != Framework::torch) return {};  // CUDA's default stream
+    const auto& torch = names<TorchNames>();
+    if (torch.exchange == nullptr) {
+        const py::object current = torch.torch.attr("cuda").attr("current_stream")(device.index);
+        return {reinterpret_cast<void*>(current.attr("cuda_stream").cast<std::uintptr_t>())};
+    }
+    constexpr std::int32_t cuda = 2;
+    void* stream = nullptr;
+    if (torch.exchange->current_work_stream(cuda, device.index, &stream) != 0) throw py::error_already_set();
+    return {stream};
+}
+
+int threads_of(Framework framework) {
+    if (framework != Framework::torch) return 0;
+    return names<TorchNames>().get_num_threads().cast<int>();
+}
+
+}  // namespace octavo::python

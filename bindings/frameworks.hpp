@@ -1,0 +1,64 @@
+// The frameworks whose arrays octavo takes: which one an object is of, and what octavo asks of each.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "bindings/dlpack.hpp"
+#include "bindings/own_array.hpp"
+#include "octavo/types.hpp"
+
+namespace octavo::python {
+
+// `own` is octavo's DLPackArray. `other` is whatever has `__dlpack__` and `__dlpack_device__`: results beside it are
+// OwnArrays, which its framework takes over where octavo knows that framework's function for it.
+enum class Framework : std::uint8_t { numpy, torch, cupy, own, other };
+
+// What octavo makes of the objects of one type.
+struct TypeFacts {
+    std::optional<Framework> framework;  // nothing: no array
+    bool plain = false;                  // its memory is what it seems: no mask, no FakeTensor, no DTensor
+};
+
+// A type is of NumPy, PyTorch or CuPy if it is derived from that framework's own class, whatever it calls itself.
+[[nodiscard]] TypeFacts facts_of(py::handle object);
+
+// "module.Class" of the object, for messages.
+[[nodiscard]] std::string type_name(py::handle object);
+
+// The result of a call of the C API, checked.
+[[nodiscard]] py::object checked(PyObject* result);
+
+// Python's integers of a shape.
+[[nodiscard]] py::tuple to_tuple(const Shape& shape);
+
+// NumPy's dtype as octavo's; of ml_dtypes its bfloat16. Nothing where octavo has no such dtype.
+[[nodiscard]] std::optional<DType> dtype_of(const py::dtype& dtype);
+
+// PyTorch's functions for C, null before version 2.10: its tensors then go through `__dlpack__`.
+[[nodiscard]] const DLPackExchangeAPI* torch_exchange();
+
+// What DLPack does not tell of a tensor.
+[[nodiscard]] bool torch_records(py::handle tensor);  // autograd, backward or forward, would record an operation
+[[nodiscard]] bool torch_requires_grad(py::handle tensor);
+[[nodiscard]] bool torch_is_negated(py::handle tensor);  // the memory holds the negation of its values
+[[nodiscard]] bool torch_is_dense(py::handle tensor);
+
+// A new, contiguous, uninitialized array on the device of `like`, of its framework or an OwnArray.
+[[nodiscard]] py::object allocate(Framework framework, py::handle like, Device device, const Shape& shape,
+                                  DType like_dtype, DType dtype);
+
+// An OwnArray as an array of the framework of `like`; itself where that has no function for it.
+[[nodiscard]] py::object handed_over(const py::object& own, py::handle like);
+
+// The stream that the framework orders its work on; none for the CPU.
+[[nodiscard]] Stream stream_of(Framework framework, Device device);
+
+// The number of threads that a framework is set to use, for octavo::ThreadLimit; 0 where it has no such setting.
+[[nodiscard]] int threads_of(Framework framework);
+
+}  // namespace octavo::python
