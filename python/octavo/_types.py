@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -70,9 +71,14 @@ def column_indices(function: str, name: str, columns: Columns, count: int) -> np
     return np.unique(array).astype(np.int32)
 
 
+def _is_torch(array: Array) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
 def _on_host(array: Array) -> np.ndarray:
     """A NumPy array of the values of an array of any framework."""
-    if hasattr(array, "detach"):  # torch
+    if _is_torch(array):
         array = array.detach().cpu()
     elif type(array).__module__ == "cupy":
         array = array.get()
@@ -81,7 +87,7 @@ def _on_host(array: Array) -> np.ndarray:
 
 def to_framework_of(array: Array, indices: np.ndarray) -> Array:
     """The indices as an array on the device of `array`: of its framework if that is PyTorch or CuPy, else of NumPy."""
-    if hasattr(array, "detach"):  # torch
+    if _is_torch(array):
         import torch
 
         return torch.from_numpy(indices).to(array.device)
@@ -96,7 +102,7 @@ def to_framework_of(array: Array, indices: np.ndarray) -> Array:
 def take_columns(weight: Array, indices: np.ndarray) -> tuple[Array, Array]:
     """The indices in the framework of `weight`, and a contiguous copy of those columns."""
     columns = to_framework_of(weight, indices)
-    if hasattr(weight, "detach"):  # torch: outside autograd
+    if _is_torch(weight):  # outside autograd
         return columns, weight.detach().index_select(1, columns).contiguous()
     if type(weight).__module__ == "cupy":
         return columns, weight[:, columns].copy(order="C")
