@@ -31,6 +31,8 @@ from octavo._types import (
 from octavo.options import DEFAULT, Options, native_options, options_of
 from octavo.weight import Int8Weight
 
+_DEFAULTS = Options()
+
 
 class _QuantizedArrays(NamedTuple):
     codes: Array
@@ -259,8 +261,12 @@ def linear(
         native = weight._native
     except Exception:
         raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}") from None
-    names = ("threshold", "relative", "cap", "outliers", "path")
-    chosen = native_options("linear", options, names, threshold, relative, cap, outliers, path)
+    if threshold is DEFAULT and relative is DEFAULT and cap is DEFAULT and outliers is DEFAULT and path is DEFAULT:
+        # At once, as a small product takes no longer than to ask what was given.
+        chosen = _DEFAULTS._native if options is None else options_of("linear", options)._native
+    else:
+        names = ("threshold", "relative", "cap", "outliers", "path")
+        chosen = native_options("linear", options, names, threshold, relative, cap, outliers, path)
     return _core.linear(x, native, bias, chosen, out)
 
 
