@@ -261,7 +261,10 @@ def linear(
         native = weight._native
     except Exception:
         raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}") from None
-    if threshold is DEFAULT and relative is DEFAULT and cap is DEFAULT and outliers is DEFAULT and path is DEFAULT:
+    default: Any = DEFAULT
+    policy: Any = outliers
+    product: Any = path
+    if threshold is default and relative is default and cap is default and policy is default and product is default:
         # At once, as a small product takes no longer than to ask what was given.
         chosen = _DEFAULTS._native if options is None else options_of("linear", options)._native
     else:
