@@ -435,8 +435,9 @@ TEST(argument_errors) {
 TEST(memory_of_a_device_without_a_backend) {
     if (octavo::cuda_info().missing.empty()) return;  // there is one
     std::int32_t memory = 0;
+    std::int8_t code = 0;
     const octavo::Device cuda{octavo::DeviceKind::cuda, 0};
-    const octavo::Matrix codes{.data = &memory, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
+    const octavo::Matrix codes{.data = &code, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
     const octavo::Vector sums{.data = &memory, .dtype = DType::i32, .device = cuda, .size = 1};
     CHECK_THROWS(octavo::sum_codes(codes, sums), device, "sum_codes: CUDA: ");
 }

@@ -165,8 +165,9 @@ TEST(a_cuda_backend_that_is_not_there) {
     CHECK_EQ(in_child("OCTAVO_CUDA_LIBRARY", "libm.so.6", missing), "CUDA: libm.so.6 is not a backend of octavo");
     const std::string call = in_child("OCTAVO_CUDA_LIBRARY", "/nowhere/liboctavo_cuda.so", [] {
         std::int32_t memory = 0;
+        std::int8_t code = 0;
         const octavo::Device cuda{octavo::DeviceKind::cuda, 0};
-        const octavo::Matrix codes{.data = &memory, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
+        const octavo::Matrix codes{.data = &code, .dtype = DType::i8, .device = cuda, .rows = 1, .cols = 1};
         const octavo::Vector sums{.data = &memory, .dtype = DType::i32, .device = cuda, .size = 1};
         octavo::sum_codes(codes, sums);
         return std::string("no error");
