@@ -1,8 +1,8 @@
 """Make what is released of octavo, and test it: wheel.py FOLDER [PYTHON...].
 
 The source distribution; from it, for each Python (default: this one), a wheel for every Linux with glibc 2.28; and a
-list of what is in it (SBOM, CycloneDX). Each wheel is installed where there is nothing but what it asks for, NumPy and
-tqdm, and passes the tests that need no more. The .venv of dev.py has the tools (.ci/lock/wheel.txt).
+list of what is in it (SBOM, CycloneDX). Each wheel is installed where there is nothing but what it asks for, NumPy,
+safetensors and tqdm, and passes the tests that need no more. The .venv of dev.py has the tools (.ci/lock/wheel.txt).
 """
 
 from __future__ import annotations
