@@ -66,16 +66,17 @@ def convert(model: Path, output: Path, **options: Any) -> checkpoint.Report:
     return checkpoint.quantize(model, output, progress=False, **options)
 
 
-def killed(work: Callable[[], Any], *, after: float) -> bool:
-    """Whether a process of its own, a fork of this one, was killed before its work was done."""
+def killed(work: Callable[[], Any], *, after: float | None) -> bool:
+    """Whether a process of its own, a fork of this one, was killed, `after` seconds, before its work was done."""
     pid = os.fork()
     if not pid:
         try:
             work()
         finally:
             os._exit(0)
-    time.sleep(after)
-    os.kill(pid, signal.SIGKILL)
+    if after is not None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
@@ -86,15 +87,16 @@ def test_killed_at_random_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tqdm.set_lock(threading.RLock())  # else one that all processes share, which who is killed does not give back
     model = write_model(tmp_path / "m")
     convert(model, tmp_path / "whole", jobs=1)
+    whole = content(tmp_path / "whole")
     started = time.monotonic()
-    convert(model, tmp_path / "again", jobs=1)
-    whole, seconds = content(tmp_path / "whole"), time.monotonic() - started
+    assert not killed(lambda: convert(model, tmp_path / "again", jobs=1), after=None)
+    seconds = time.monotonic() - started  # of a fork, which copies the memory that it writes to
     assert content(tmp_path / "again") == whole
     chance, kills, resumed = random.Random(0), 0, 0
     output = tmp_path / "out"
     while kills < 60:
         for _ in range(chance.randint(1, 6)):
-            kills += killed(lambda: convert(model, output, jobs=1), after=chance.uniform(0, seconds))
+            kills += killed(lambda: convert(model, output, jobs=1), after=chance.uniform(0, 1.5 * seconds))
             if output.exists():  # complete, as soon as it has its name
                 assert whole.items() <= content(output).items()
                 shutil.rmtree(output)
