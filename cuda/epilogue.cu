@@ -10,6 +10,8 @@
 // brought to shared memory once for the block, and each lane does 4 x 8 multiplications for 8 + 4 values read from
 // there. They are added one after the other in the order of the columns, from zero: adding the zeros that the policy
 // `rows` makes of other rows' outliers changes nothing, so a row's result does not depend on the other rows.
+#include <limits>
+
 #include "criterion.cuh"
 #include "device.cuh"
 #include "operations.hpp"
@@ -148,8 +150,9 @@ __device__ float scaled(const Arguments<Y>& a, std::int64_t acc, std::int64_t i,
     const float scale_x = a.coded.scale[group];
     const float scale_w = a.scale_w.of_group(j);
     if constexpr (!zeropoint) {
+        constexpr float largest = std::numeric_limits<float>::max();
         const float scale = scale_x * scale_w;
-        if (!isinf(scale)) return static_cast<float>(acc) * scale;
+        if (!(scale > largest)) return static_cast<float>(acc) * scale;
         return static_cast<float>(acc) * fminf(scale_x, scale_w) * fmaxf(scale_x, scale_w);
     }
     const double zx = a.coded.zeropoint[group];

@@ -15,7 +15,7 @@ struct Dot {
     static constexpr int blocks = 4;
     static constexpr int vectors = 1;
     static constexpr bool x_is_unsigned = true;
-    using Accumulator = std::array<std::int32_t, 16>;
+    using Accumulator = std::array<std::uint32_t, 16>;  // sums wrap, as the instruction's do
     using X = std::int32_t;
     using W = const std::int8_t*;
     static Accumulator zero() { return {}; }
@@ -25,13 +25,15 @@ struct Dot {
         for (std::size_t lane = 0; lane < 16; ++lane) {
             for (std::size_t i = 0; i < 4; ++i) {
                 const auto code = static_cast<std::uint8_t>(static_cast<std::uint32_t>(x) >> (8 * i));
-                acc[lane] += code * w[lane * 4 + i];
+                acc[lane] += static_cast<std::uint32_t>(code * w[lane * 4 + i]);
             }
         }
     }
     static void store(std::int32_t* p, const Accumulator& acc) { std::memcpy(p, acc.data(), sizeof acc); }
     static void add(std::int32_t* p, const Accumulator& acc) {
-        for (std::size_t lane = 0; lane < 16; ++lane) p[lane] += acc[lane];
+        for (std::size_t lane = 0; lane < 16; ++lane) {
+            p[lane] = static_cast<std::int32_t>(static_cast<std::uint32_t>(p[lane]) + acc[lane]);
+        }
     }
 };
 
@@ -44,7 +46,7 @@ struct TileConfig {
 };
 
 struct Register {
-    std::int32_t words[16][16];
+    std::uint32_t words[16][16];
 };
 
 namespace {
@@ -81,11 +83,9 @@ void multiply_tiles() {
         for (std::int64_t col = 0; col < 16; ++col) {
             for (std::int64_t k = 0; k < 64; ++k) {
                 const auto byte = static_cast<std::uint32_t>(8 * (k % 4));
-                const auto x =
-                    static_cast<std::uint8_t>(static_cast<std::uint32_t>(registers[X].words[row][k / 4]) >> byte);
-                const auto w =
-                    static_cast<std::int8_t>(static_cast<std::uint32_t>(registers[W].words[k / 4][col]) >> byte);
-                registers[Acc].words[row][col] += x * w;
+                const auto x = static_cast<std::uint8_t>(registers[X].words[row][k / 4] >> byte);
+                const auto w = static_cast<std::int8_t>(registers[W].words[k / 4][col] >> byte);
+                registers[Acc].words[row][col] += static_cast<std::uint32_t>(x * w);
             }
         }
     }
