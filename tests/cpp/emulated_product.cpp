@@ -63,13 +63,13 @@ inline void release() { current = {}; }
 template <int Tile>
 void load_tile(const void* p, std::int64_t stride) {
     std::memset(&registers[Tile], 0, sizeof registers[Tile]);
-    for (std::int64_t row = 0; row < current.rows[Tile]; ++row) {
+    for (std::int64_t row = 0; row < std::int64_t{current.rows[Tile]}; ++row) {
         std::memcpy(registers[Tile].words[row], static_cast<const char*>(p) + row * stride, 64);
     }
 }
 template <int Tile>
 void store_tile(void* p, std::int64_t stride) {
-    for (std::int64_t row = 0; row < current.rows[Tile]; ++row) {
+    for (std::int64_t row = 0; row < std::int64_t{current.rows[Tile]}; ++row) {
         std::memcpy(static_cast<char*>(p) + row * stride, registers[Tile].words[row], 64);
     }
 }
@@ -79,7 +79,7 @@ void zero_tile() {
 }
 template <int Acc, int X, int W>
 void multiply_tiles() {
-    for (std::int64_t row = 0; row < current.rows[Acc]; ++row) {
+    for (std::int64_t row = 0; row < std::int64_t{current.rows[Acc]}; ++row) {
         for (std::int64_t col = 0; col < 16; ++col) {
             for (std::int64_t k = 0; k < 64; ++k) {
                 const auto byte = static_cast<std::uint32_t>(8 * (k % 4));

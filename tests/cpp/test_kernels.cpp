@@ -267,10 +267,8 @@ TEST(product_of_floats_is_the_equation_to_the_bit) {
                 constexpr std::int64_t depth = 64 + 20;
                 constexpr std::int64_t first_depth = 24;
                 const Guarded<float> x(random_floats(random, rows * depth));
-                std::vector<std::int8_t> codes;
-                for (std::int64_t i = 0; i < 16 * depth; ++i) {
-                    codes.push_back(static_cast<std::int8_t>(random.integer(-128, 127)));
-                }
+                std::vector<std::int8_t> codes(16 * depth);
+                for (auto& code : codes) code = static_cast<std::int8_t>(random.integer(-128, 127));
                 const Guarded<std::int8_t> w(codes);
                 const Guarded<float> zeropoints(random_floats(random, 16, 30));
                 const Guarded<float> scale(random_floats(random, 16));
@@ -618,7 +616,7 @@ TEST(product_of_every_pair_of_codes) {
             half[1] = half[2] = 0;
             // Output feature j has the code w_code + j.
             for (int w_code = -128; w_code <= 112; w_code += 16) {
-                std::vector<std::int8_t> packed(16 * 64);
+                std::vector<std::int8_t> packed(std::size_t{16} * 64);
                 for (std::size_t i = 0; i < 64; ++i)
                     packed[i] = static_cast<std::int8_t>(w_code + static_cast<int>(i) / 4);
                 const Guarded<std::int8_t> w(packed);

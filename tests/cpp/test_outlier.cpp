@@ -4,6 +4,7 @@
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
@@ -53,11 +54,10 @@ Columns expected_columns(const Values& x, const octavo::LinearOptions& options) 
         limit = octavo::times_median(options, x.rows) * std::bit_cast<float>(bits);
     }
     std::vector<std::int32_t> found;
-    for (std::int32_t j = 0; j < static_cast<std::int32_t>(maxima.size()); ++j) {
+    for (std::int32_t j = 0; std::cmp_less(j, maxima.size()); ++j) {
         if (maxima[static_cast<std::size_t>(j)] >= limit) found.push_back(j);
     }
-    std::ranges::stable_sort(found, std::ranges::greater(),
-                             [&](std::int32_t j) { return maxima[static_cast<std::size_t>(j)]; });
+    std::ranges::sort(found, {}, [&](std::int32_t j) { return std::pair(-maxima[static_cast<std::size_t>(j)], j); });
     const auto most = static_cast<std::size_t>(octavo::most_outliers(options, x.cols));
     if (found.size() > most) found.resize(most);
     std::ranges::sort(found);

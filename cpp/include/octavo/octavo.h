@@ -25,10 +25,12 @@
 
 // The version of this header. octavo_version() and octavo_abi_version() tell those of the library: a program and a
 // library of the same OCTAVO_ABI_VERSION fit, which changes where a function or a struct does.
+// NOLINTBEGIN(modernize-macro-to-enum): they are for the preprocessor
 #define OCTAVO_VERSION_MAJOR 0
 #define OCTAVO_VERSION_MINOR 1
 #define OCTAVO_VERSION_PATCH 0
 #define OCTAVO_ABI_VERSION 1
+// NOLINTEND(modernize-macro-to-enum)
 
 #ifdef __cplusplus
 extern "C" {

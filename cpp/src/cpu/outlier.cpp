@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <mutex>
+#include <utility>
 
 #include "backend.hpp"
 #include "cpu/rows.hpp"
@@ -104,7 +105,7 @@ std::span<const std::int32_t> Criterion::find(const void* values) {
     for (; j < k_; ++j) {
         if (mask_[static_cast<std::size_t>(j)] != 0) found_.push_back(static_cast<std::int32_t>(j));
     }
-    if (static_cast<std::int64_t>(found_.size()) > most_) keep_largest(values);
+    if (std::cmp_greater(found_.size(), most_)) keep_largest(values);
     return found_;
 }
 
@@ -197,8 +198,8 @@ void OutlierElements::gather(const ConstMatrix& x) {
     const auto width = static_cast<std::int64_t>(values_.size()) / x.rows;
     parallel_for(x.rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
-            float* value = values_.data() + bounds(i).begin;
-            for (const std::int32_t column : columns_of(i)) load_row(x, i, column, 1, value++);
+            auto place = bounds(i).begin;
+            for (const std::int32_t column : columns_of(i)) load_row(x, i, column, 1, values_.data() + place++);
         }
     });
 }

@@ -39,7 +39,8 @@ public:
             const auto item = static_cast<std::size_t>(size_of(dtype_));
             auto* const copy = reinterpret_cast<char*>(copy_.data());
             __builtin_memcpy(copy, source, static_cast<std::size_t>(x_.cols) * item);
-            for (const std::int32_t column : excluded) __builtin_memset(copy + column * item, 0, item);
+            for (const std::int32_t column : excluded)
+                __builtin_memset(copy + static_cast<std::size_t>(column) * item, 0, item);
             return copy;
         }
         float* const values = copy_.data();

@@ -11,8 +11,8 @@
 #elif defined(__AVX512VNNI__)
 #include "cpu/kernels/product/avx512_vnni.hpp"
 namespace octavo::cpu::OCTAVO_ISA {
-constinit const Plan many = dot_plan<Dot>(192);
-constinit const Plan few = many;
+constexpr Plan many = dot_plan<Dot>(192);
+constexpr Plan few = many;
 }  // namespace octavo::cpu::OCTAVO_ISA
 #elif defined(__AVXVNNI__)
 #include "cpu/kernels/product/avx_vnni.hpp"
@@ -23,8 +23,8 @@ constinit const Plan few = many;
 #elif defined(__ARM_FEATURE_DOTPROD)
 #include "cpu/kernels/product/neon_dotprod.hpp"
 namespace octavo::cpu::OCTAVO_ISA {
-constinit const Plan many = dot_plan(128);
-constinit const Plan few = many;
+constexpr Plan many = dot_plan(128);
+constexpr Plan few = many;
 }  // namespace octavo::cpu::OCTAVO_ISA
 #else
 #include "cpu/kernels/product/scalar.hpp"

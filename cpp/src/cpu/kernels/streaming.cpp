@@ -133,20 +133,20 @@ constexpr int width = 4;
 #endif
 using Floats [[gnu::vector_size(width * 4)]] = float;
 
-// (u, v) -> (u + v, u - v) of the numbers of a vector that are `distance` apart: the vector with each pair swapped,
+// (u, v) -> (u + v, u - v) of the numbers of a vector that are `Distance` apart: the vector with each pair swapped,
 // plus itself with the sign of the second of each pair turned.
-template <int distance>
+template <int Distance>
 [[gnu::always_inline]] inline void butterfly(Floats& x) {
     using Bits [[gnu::vector_size(width * 4)]] = std::uint32_t;
     Bits sign;
     Floats swapped;
-    for (int i = 0; i < width; ++i) sign[i] = (i & distance) != 0 ? 0x80000000U : 0U;
-    if constexpr (width == 8) {
-        swapped = __builtin_shufflevector(x, x, 0 ^ distance, 1 ^ distance, 2 ^ distance, 3 ^ distance, 4 ^ distance,
-                                          5 ^ distance, 6 ^ distance, 7 ^ distance);
-    } else {
-        swapped = __builtin_shufflevector(x, x, 0 ^ distance, 1 ^ distance, 2 ^ distance, 3 ^ distance);
-    }
+    for (int i = 0; i < width; ++i) sign[i] = (i & Distance) != 0 ? 0x80000000U : 0U;
+#if defined(__AVX2__)
+    swapped = __builtin_shufflevector(x, x, 0 ^ Distance, 1 ^ Distance, 2 ^ Distance, 3 ^ Distance, 4 ^ Distance,
+                                      5 ^ Distance, 6 ^ Distance, 7 ^ Distance);
+#else
+    swapped = __builtin_shufflevector(x, x, 0 ^ Distance, 1 ^ Distance, 2 ^ Distance, 3 ^ Distance);
+#endif
     Bits turned;
     __builtin_memcpy(&turned, &x, sizeof x);
     turned ^= sign;
@@ -155,11 +155,11 @@ template <int distance>
     x = swapped + second;
 }
 
-// `count` numbers, at most 64, in registers.
-template <int count>
+// `Count` numbers, at most 64, in registers.
+template <int Count>
 [[gnu::always_inline]] inline void rotate_in_registers(float* x, float factor) {
-    Floats v[count / width];
-    unroll<count / width>([&](auto i) OCTAVO_INLINE {
+    Floats v[Count / width];
+    unroll<Count / width>([&](auto i) OCTAVO_INLINE {
         __builtin_memcpy(&v[i], x + i * width, sizeof v[i]);
         butterfly<1>(v[i]);
         butterfly<2>(v[i]);
@@ -167,8 +167,8 @@ template <int count>
     });
     unroll<6>([&](auto power) OCTAVO_INLINE {
         constexpr int distance = (1 << power) / width;  // of vectors
-        if constexpr (distance > 0 && distance < count / width) {
-            unroll<count / width / 2>([&](auto i) OCTAVO_INLINE {
+        if constexpr (distance > 0 && distance < Count / width) {
+            unroll<Count / width / 2>([&](auto i) OCTAVO_INLINE {
                 constexpr int first = i / distance * 2 * distance + i % distance;
                 const Floats u = v[first];
                 v[first] = u + v[first + distance];
@@ -176,22 +176,22 @@ template <int count>
             });
         }
     });
-    unroll<count / width>([&](auto i) OCTAVO_INLINE {
+    unroll<Count / width>([&](auto i) OCTAVO_INLINE {
         v[i] *= factor;
         __builtin_memcpy(x + i * width, &v[i], sizeof v[i]);
     });
 }
 
-template <int block>
+template <int Block>
 void rotate_block(float* x) {
-    constexpr float factor = block == 16 ? 0.25F : block == 64 ? 0.125F : 0.0625F;
-    if constexpr (block <= 64) {
-        rotate_in_registers<block>(x, factor);
+    constexpr float factor = Block == 16 ? 0.25F : Block == 64 ? 0.125F : 0.0625F;
+    if constexpr (Block <= 64) {
+        rotate_in_registers<Block>(x, factor);
     } else {
-        for (int part = 0; part < block; part += 64) rotate_in_registers<64>(x + part, 1.0F);
-        for (int distance = 64; distance < block; distance *= 2) {
-            const float scale = distance * 2 == block ? factor : 1.0F;
-            for (int first = 0; first < block; first += 2 * distance) {
+        for (int part = 0; part < Block; part += 64) rotate_in_registers<64>(x + part, 1.0F);
+        for (int distance = 64; distance < Block; distance *= 2) {
+            const float scale = distance * 2 == Block ? factor : 1.0F;
+            for (int first = 0; first < Block; first += 2 * distance) {
                 for (int i = first; i < first + distance; ++i) {
                     const float u = x[i];
                     const float v = x[i + distance];

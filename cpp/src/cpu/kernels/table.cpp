@@ -8,6 +8,7 @@
 namespace octavo::cpu::OCTAVO_ISA {
 
 extern const Kernels table;
+// Of the plans only the addresses are taken. NOLINTNEXTLINE(cppcoreguidelines-interfaces-global-init)
 const Kernels table{
     .isa = OCTAVO_NAME_OF(OCTAVO_ISA),
     .load = load,

@@ -15,8 +15,8 @@ namespace tiles {
 
 constexpr std::int64_t rows = 32;
 constexpr std::int64_t cols = 64;
-constexpr std::int64_t acc_stride = cols * 4;  // bytes
-constexpr std::int64_t tile_size = 16 * 64;    // bytes
+constexpr std::int64_t acc_stride = cols * 4;              // bytes
+constexpr std::int64_t tile_size = std::int64_t{16} * 64;  // bytes
 
 // The tile registers: sums 0 to 3, X 4 and 5, W 6 and 7. For panels of up to `panel_rows` rows. The last panel of more
 // may have fewer: then sums are made of what its memory holds there, and nobody reads them.
@@ -95,18 +95,18 @@ inline void multiply(const ProductTile& tile) {
 
 }  // namespace tiles
 
-constinit const Plan few = dot_plan<Dot>(3);
-constinit const Plan many{.rows = tiles::rows,
-                          .cols = tiles::cols,
-                          .depth = 256,  // 16 KiB of W
-                          .block_rows = 256,
-                          .x_size = 1,
-                          .regrouped = 0,
-                          .x_is_unsigned = true,
-                          .place_row = tiles::place_row,
-                          .regroup = nullptr,
-                          .multiply = tiles::multiply,
-                          .enter = tiles::enter,
-                          .leave = tiles::release};
+constexpr Plan few = dot_plan<Dot>(3);
+constexpr Plan many{.rows = tiles::rows,
+                    .cols = tiles::cols,
+                    .depth = 256,  // 16 KiB of W
+                    .block_rows = 256,
+                    .x_size = 1,
+                    .regrouped = 0,
+                    .x_is_unsigned = true,
+                    .place_row = tiles::place_row,
+                    .regroup = nullptr,
+                    .multiply = tiles::multiply,
+                    .enter = tiles::enter,
+                    .leave = tiles::release};
 
 }  // namespace octavo::cpu::OCTAVO_ISA

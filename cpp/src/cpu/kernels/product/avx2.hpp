@@ -92,8 +92,10 @@ void multiply_rows(const ProductTile& tile, std::int64_t j) {
     std::int64_t turns = tile.depth / 32;
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i sixteens = _mm256_set1_epi16(16);
+    // NOLINTBEGIN(misc-const-correctness): the assembly adds to them
     __m256i s0 = _mm256_setzero_si256();
     __m256i s1 = s0, s2 = s0, s3 = s0;
+    // NOLINTEND(misc-const-correctness)
     // clang-format off
     if constexpr (Rows == 1) {
         __asm__ volatile(
@@ -219,8 +221,10 @@ inline void multiply(const ProductTile& tile) {
     const std::int8_t* x = tile.x;
     const std::int8_t* w = tile.w;
     std::int64_t groups = tile.depth / 4;
+    // NOLINTBEGIN(misc-const-correctness): the assembly adds to them
     __m256i s0 = _mm256_setzero_si256();
     __m256i s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0;
+    // NOLINTEND(misc-const-correctness)
     __asm__ volatile(
         ".p2align 5\n"
         "1:\n\t"
@@ -249,29 +253,29 @@ inline void multiply(const ProductTile& tile) {
 
 }  // namespace pairs
 
-constinit const Plan few{.rows = half_bytes::rows,
-                         .cols = half_bytes::cols,
-                         .depth = 256,  // 16 KiB of W
-                         .block_rows = 16,
-                         .x_size = 2,
-                         .regrouped = 0,
-                         .x_is_unsigned = true,
-                         .place_row = half_bytes::place_row,
-                         .regroup = nullptr,
-                         .multiply = half_bytes::multiply,
-                         .enter = nullptr,
-                         .leave = nullptr};
-constinit const Plan many{.rows = pairs::rows,
-                          .cols = 16,
-                          .depth = 512,  // 16 KiB of W
-                          .block_rows = 256,
-                          .x_size = 2,
-                          .regrouped = 2,
-                          .x_is_unsigned = false,
-                          .place_row = pairs::place_row,
-                          .regroup = pairs::regroup,
-                          .multiply = pairs::multiply,
-                          .enter = nullptr,
-                          .leave = nullptr};
+constexpr Plan few{.rows = half_bytes::rows,
+                   .cols = half_bytes::cols,
+                   .depth = 256,  // 16 KiB of W
+                   .block_rows = 16,
+                   .x_size = 2,
+                   .regrouped = 0,
+                   .x_is_unsigned = true,
+                   .place_row = half_bytes::place_row,
+                   .regroup = nullptr,
+                   .multiply = half_bytes::multiply,
+                   .enter = nullptr,
+                   .leave = nullptr};
+constexpr Plan many{.rows = pairs::rows,
+                    .cols = 16,
+                    .depth = 512,  // 16 KiB of W
+                    .block_rows = 256,
+                    .x_size = 2,
+                    .regrouped = 2,
+                    .x_is_unsigned = false,
+                    .place_row = pairs::place_row,
+                    .regroup = pairs::regroup,
+                    .multiply = pairs::multiply,
+                    .enter = nullptr,
+                    .leave = nullptr};
 
 }  // namespace octavo::cpu::OCTAVO_ISA

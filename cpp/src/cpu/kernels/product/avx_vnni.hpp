@@ -29,7 +29,7 @@ struct Dot {
     }
 };
 
-constinit const Plan many = dot_plan<Dot>(192);
-constinit const Plan few = many;
+constexpr Plan many = dot_plan<Dot>(192);
+constexpr Plan few = many;
 
 }  // namespace octavo::cpu::OCTAVO_ISA

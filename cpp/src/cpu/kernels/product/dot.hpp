@@ -91,7 +91,7 @@ void multiply_dots(const ProductTile& tile) {
 
 // The plan of a processor that multiplies by `Dot` whatever the number of rows.
 template <class Dot>
-constexpr Plan dot_plan(std::int64_t block_rows) {
+constexpr Plan dot_plan(std::int64_t block_rows) noexcept {
     return {.rows = Dot::rows,
             .cols = 16 * std::int64_t{Dot::blocks},
             .depth = 512,  // 8 KiB of W for a block

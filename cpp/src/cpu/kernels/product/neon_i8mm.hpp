@@ -68,18 +68,18 @@ inline void multiply_squares(const ProductTile& tile) {
     }
 }
 
-constinit const Plan few = dot_plan(4);
-constinit const Plan many{.rows = 4,
-                          .cols = 16,
-                          .depth = 512,
-                          .block_rows = 128,
-                          .x_size = 1,
-                          .regrouped = 1,
-                          .x_is_unsigned = false,
-                          .place_row = place_signed,
-                          .regroup = regroup,
-                          .multiply = multiply_squares,
-                          .enter = nullptr,
-                          .leave = nullptr};
+constexpr Plan few = dot_plan(4);
+constexpr Plan many{.rows = 4,
+                    .cols = 16,
+                    .depth = 512,
+                    .block_rows = 128,
+                    .x_size = 1,
+                    .regrouped = 1,
+                    .x_is_unsigned = false,
+                    .place_row = place_signed,
+                    .regroup = regroup,
+                    .multiply = multiply_squares,
+                    .enter = nullptr,
+                    .leave = nullptr};
 
 }  // namespace octavo::cpu::OCTAVO_ISA
