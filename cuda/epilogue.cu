@@ -23,6 +23,7 @@ namespace {
 constexpr int warps = 8;
 constexpr int threads = warps * warp_size;
 constexpr int tile_cols = 256;
+constexpr float largest_float = std::numeric_limits<float>::max();
 constexpr int halves = 2;
 constexpr int per_half = 4;              // columns of a lane
 constexpr int mine = halves * per_half;  // all its columns
@@ -150,9 +151,8 @@ __device__ float scaled(const Arguments<Y>& a, std::int64_t acc, std::int64_t i,
     const float scale_x = a.coded.scale[group];
     const float scale_w = a.scale_w.of_group(j);
     if constexpr (!zeropoint) {
-        constexpr float largest = std::numeric_limits<float>::max();
         const float scale = scale_x * scale_w;
-        if (!(scale > largest)) return static_cast<float>(acc) * scale;
+        if (!(scale > largest_float)) return static_cast<float>(acc) * scale;
         return static_cast<float>(acc) * fminf(scale_x, scale_w) * fmaxf(scale_x, scale_w);
     }
     const double zx = a.coded.zeropoint[group];

@@ -42,7 +42,8 @@ std::string with(const char* variable, const char* value, const std::function<st
 // A call on a GPU that gets as far as there is one; its memory is never read.
 std::string call(octavo::Device device) {
     std::int32_t memory = 0;
-    const octavo::Matrix codes{.data = &memory, .dtype = octavo::DType::i8, .device = device, .rows = 1, .cols = 1};
+    std::int8_t code = 0;
+    const octavo::Matrix codes{.data = &code, .dtype = octavo::DType::i8, .device = device, .rows = 1, .cols = 1};
     octavo::sum_codes(codes, {.data = &memory, .dtype = octavo::DType::i32, .device = device, .size = 1});
     return "no error";
 }
