@@ -78,7 +78,7 @@ public:
     Coding() = default;
     __device__ Coding(const Range& range, bool rotated) : absmax_(number_of<T>(range.high)) {
         if (!is_finite(absmax_) || absmax_ == 0.0F) return;
-        if (rotated) {
+        if (sizeof(T) == 4 && rotated) {  // what `rotate` made is float32
             inverse_ = 127.0F / absmax_;
             way_ = is_finite(inverse_) ? Way::multiplied : Way::small;
             return;
@@ -105,8 +105,12 @@ public:
                     const float quotient = __fmul_rn(a, inverse_);
                     return to_code(__fmaf_rn(__fmaf_rn(-quotient, absmax_, a), inverse_, quotient));
                 });
-            case Way::multiplied: return body([this](float x) { return to_code(__fmul_rn(x, inverse_)); });
-            case Way::small: return body([this](float x) { return to_code(__fmul_rn(x / absmax_, 127.0F)); });
+            case Way::multiplied:
+                if constexpr (sizeof(T) == 4) body([this](float x) { return to_code(__fmul_rn(x, inverse_)); });
+                return;
+            case Way::small:
+                if constexpr (sizeof(T) == 4) body([this](float x) { return to_code(__fmul_rn(x / absmax_, 127.0F)); });
+                return;
             case Way::divided:
                 return body([this](float x) {
                     const float product = __fmul_rn(x, 127.0F);
