@@ -46,7 +46,7 @@ def watch(registry: ModuleType) -> None:
 
 def _reader(read: Callable[[dict[str, Any]], Any], ours: str) -> Callable[[dict[str, Any]], Any]:
     def read_ours_too(quantization_config_dict: dict[str, Any]) -> Any:
-        # config.json names no method (see octavo.checkpoint.format), so that a reader without octavo refuses it.
+        # config.json names no method (see octavo.file_format), so that a reader without octavo refuses it.
         is_ours = "octavo" in quantization_config_dict and quantization_config_dict.get("quant_method") is None
         if is_ours or quantization_config_dict.get("quant_method") == "octavo":
             importlib.import_module(ours)

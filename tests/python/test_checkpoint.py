@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from octavo import checkpoint, cli
 from octavo.checkpoint.files import open_shard
-from octavo.checkpoint.format import encode_options
+from octavo.file_format import encode_options
 from octavo.options import Options
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import octavo
 import pytest
-from octavo.checkpoint import format as names
+from octavo import file_format as names
 from support import TORCH
 
 OPTIONS = octavo.Options(scheme="zeropoint", outliers="static", threshold=math.inf, path="int8")

@@ -23,8 +23,8 @@ from typing import Any
 from tqdm import tqdm
 
 import octavo
+from octavo import file_format as names
 from octavo._types import Granularity, Outliers, ProductPath, Scheme
-from octavo.checkpoint import format as names
 from octavo.checkpoint.files import Shard, explained, open_shard, opened
 from octavo.checkpoint.layers import Chosen, choose
 from octavo.checkpoint.reader import Checkpoint

@@ -21,9 +21,9 @@ from typing import Any
 
 from octavo._sizes import shown
 from octavo.checkpoint.files import Entry
-from octavo.checkpoint.format import find_weights
 from octavo.checkpoint.model import meta_model, names_in_model
 from octavo.checkpoint.source import Source
+from octavo.file_format import find_weights
 
 # Not layers that lose little, but layers that others read: the output head's logits are compared with each other, a
 # router's decide which expert runs. The head is also found by its shape; this is for configs without a vocab_size.

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from octavo import file_format as names
 from octavo._sizes import shown
 from octavo._types import Array
-from octavo.checkpoint import format as names
 from octavo.checkpoint.files import NUMPY_DTYPES, TORCH_DTYPES, Entry, Shard, opened
-from octavo.checkpoint.format import StoredWeight
 from octavo.checkpoint.source import Source, open_source
+from octavo.file_format import StoredWeight
 from octavo.options import Options
 from octavo.weight import Int8Weight
 

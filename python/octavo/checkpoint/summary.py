@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from octavo import file_format as names
 from octavo._sizes import shown, table
-from octavo.checkpoint import format as names
 from octavo.checkpoint.reader import Checkpoint
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from octavo import file_format as names
 from octavo._sizes import shown
 from octavo._types import Array, column_indices, rotated_size
-from octavo.checkpoint import format as names
 from octavo.checkpoint.files import TORCH_DTYPES, Entry, Shard
 from octavo.checkpoint.layers import Chosen
 from octavo.checkpoint.source import Source

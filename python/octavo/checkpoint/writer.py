@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import octavo
+from octavo import file_format as names
 from octavo._types import Array
-from octavo.checkpoint import format as names
 from octavo.checkpoint.files import NUMPY_DTYPES, TORCH_DTYPES, header_bytes
 from octavo.checkpoint.tasks import Task
 from octavo.options import Options

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from octavo import _core
-from octavo.checkpoint import format as names
+from octavo import file_format as names
 from octavo.options import Options, options_of
 from octavo.torch.tensor import Int8Tensor
 from octavo.weight import Int8Weight

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 import octavo
-from octavo.checkpoint import format
+from octavo import file_format
 from octavo.options import Options
 from octavo.torch import operation
 from octavo.torch.arrays import NAMES, Arrays, has_memory, pack, unpack
@@ -87,20 +87,20 @@ class Int8Tensor(torch.Tensor):
         return cls(Arrays.of(weight, options), dtype)
 
     def parts(self) -> dict[str, Tensor]:
-        """The tensor as plain ones, as a file holds it: see `octavo.checkpoint.format`.
+        """The tensor as plain ones, as a file holds it: see `octavo.file_format`.
 
         Returns:
             codes int8 ``[n, k]`` (also of a transposed weight), scale, where there are such zeropoint, outlier_columns
             and outlier_weight, and options, JSON as uint8.
         """
-        return format.disassemble(self.int8_weight, self.options, str(self.dtype).removeprefix("torch."))
+        return file_format.disassemble(self.int8_weight, self.options, str(self.dtype).removeprefix("torch."))
 
     @classmethod
     def from_parts(
         cls, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None, options: Options | None = None
     ) -> Int8Tensor:
         """The inverse of `parts`; `dtype` and `options` in place of those that the parts name."""
-        weight, named, original = format.assemble(parts, "Int8Tensor")
+        weight, named, original = file_format.assemble(parts, "Int8Tensor")
         return cls.from_int8_weight(weight, dtype or getattr(torch, original or "float32"), options or named)
 
     @property

@@ -11,7 +11,7 @@ import octavo_autoload
 from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from octavo.checkpoint.format import HEAD, READABLE_VERSIONS, VERSION
+from octavo.file_format import HEAD, READABLE_VERSIONS, VERSION
 from octavo.options import Options
 
 

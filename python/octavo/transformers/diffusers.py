@@ -10,7 +10,7 @@ import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 
-from octavo.checkpoint import format as names
+from octavo import file_format as names
 from octavo.torch import Int8Tensor
 from octavo.torch.convert import hold
 from octavo.transformers.config import METHOD, OctavoConfig

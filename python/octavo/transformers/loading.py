@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     apply_renamings,
 )
 
-from octavo.checkpoint import format as names
+from octavo import file_format as names
 from octavo.options import Options
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import is_conv1d

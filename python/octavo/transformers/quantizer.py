@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
 
-from octavo.checkpoint import format as names
+from octavo import file_format as names
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import is_linear
 from octavo.torch.convert import hold
