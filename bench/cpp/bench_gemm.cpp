@@ -23,9 +23,9 @@ void check(const bench::Array& a, const bench::Array& b, const bench::Array& out
     const std::int64_t n = b.rows();
     std::vector<std::int64_t> r(static_cast<std::size_t>(n));
     std::vector<std::int64_t> b_r(static_cast<std::size_t>(k));
-    bench::Random random(3);
+    Random random(3);
     for (std::int64_t j = 0; j < n; ++j) {
-        const std::int64_t weight = static_cast<std::int64_t>(random.bits() % 2001U) - 1000;
+        const std::int64_t weight = random.integer(-1000, 1000);
         r[static_cast<std::size_t>(j)] = weight;
         const auto* row = b.as<std::int8_t>() + j * k;
         for (std::int64_t c = 0; c < k; ++c) b_r[static_cast<std::size_t>(c)] += weight * row[c];

@@ -10,10 +10,10 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <numbers>
 #include <string>
 
 #include "octavo/octavo.hpp"
+#include "random.hpp"
 
 namespace bench {
 
@@ -76,34 +76,11 @@ private:
     std::unique_ptr<std::byte, Free> memory_;
 };
 
-// splitmix64.
-class Random {
-public:
-    explicit Random(std::uint64_t seed) : state_(seed) {}
-    std::uint64_t bits() {
-        state_ += 0x9E3779B97F4A7C15U;
-        std::uint64_t z = state_;
-        z = (z ^ (z >> 30U)) * 0xBF58476D1CE4E5B9U;
-        z = (z ^ (z >> 27U)) * 0x94D049BB133111EBU;
-        return z ^ (z >> 31U);
-    }
-    // Bell-shaped, mean 0, standard deviation 1, within +-3.5: the sum of four uniform values.
-    float normal() {
-        const std::uint64_t all = bits();
-        const auto sum =
-            static_cast<float>((all & 0xFFFFU) + ((all >> 16U) & 0xFFFFU) + ((all >> 32U) & 0xFFFFU) + (all >> 48U));
-        return (sum / 65536.0F - 2.0F) * std::numbers::sqrt3_v<float>;
-    }
-
-private:
-    std::uint64_t state_;
-};
-
 inline Array normal(octavo::DType dtype, std::int64_t rows, std::int64_t cols, float deviation = 1.0F) {
     Array values(dtype, rows, cols);
     Random random(1);
     for (std::int64_t i = 0; i < rows; ++i) {
-        for (std::int64_t j = 0; j < cols; ++j) values.set(i, j, deviation * random.normal());
+        for (std::int64_t j = 0; j < cols; ++j) values.set(i, j, deviation * static_cast<float>(random.normal()));
     }
     return values;
 }
@@ -113,7 +90,7 @@ inline Array codes(std::int64_t rows, std::int64_t cols, std::uint64_t seed) {
     Array values(octavo::DType::i8, rows, cols);
     Random random(seed);
     for (std::int64_t i = 0; i < rows * cols; ++i) {
-        values.as<std::int8_t>()[i] = static_cast<std::int8_t>(static_cast<int>(random.bits() % 255U) - 127);
+        values.as<std::int8_t>()[i] = static_cast<std::int8_t>(random.integer(-127, 127));
     }
     return values;
 }
