@@ -103,14 +103,17 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     shapes.add_argument("--hidden", type=positive, nargs="+", metavar="W", help=text)
     text = "layers of k input, n output features"
     shapes.add_argument("--shapes", type=shape, nargs="+", metavar="K,N", help=text)
+    text = "what a call costs apart from its product, by framework, instead"
+    shapes.add_argument("--overhead", action="store_true", help=text)
     add = parser.add_argument
     add("--rows", type=positive, nargs="+", default=(1, 16, 512), metavar="M", help="tokens; default: 1 16 512")
     add("--outliers", type=count, nargs="+", default=(6,), metavar="N", help="outlying columns of X; default: 6")
     text = "of torch's linear; the first is also that of what goes in and out of octavo's; default: bfloat16 float32"
     dtypes = ("bfloat16", "float16", "float32")
     add("--dtypes", nargs="+", choices=dtypes, default=("bfloat16", "float32"), metavar="DTYPE", help=text)
-    text = "torchao and bitsandbytes without decomposition, too (with it: always, where it is installed)"
+    text = "torchao, torch._int_mm and bitsandbytes without decomposition, too (with it: always, where it is installed)"
     add("--peers", action="store_true", help=text)
+    add("--compile", action="store_true", help="with --peers: torchao by torch.compile, too, which takes minutes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     text = "read so many MiB for each thread before each call, which empties the caches"
     add("--cold", type=positive, metavar="MIB", help=text)

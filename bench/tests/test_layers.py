@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from octavo import cli
-from octavo_bench.layers import bench, contenders, contest
+from octavo_bench.layers import bench, contenders, contest, overhead
 from octavo_bench.layers.contest import OCTAVO, Case, Contender
 from octavo_bench.turns import Spread, spread, take_turns
 from tiny_models import tiny_model, tiny_opt, write_language_model
@@ -89,6 +90,21 @@ def test_octavo_bench_measures_a_model(tmp_path: Path, tiny: Path, capsys: pytes
     ]  # fmt: skip
     assert [row[:3] for row in totals["rows"]] == [["1", 0, 12], ["1", 2, 12], ["3", 0, 12], ["3", 2, 12]]
     assert {"cpu", "commit", "command", "packages", "instruction_set"} <= set(content["facts"])
+    assert {contenders.INT_MM, contenders.TORCHAO} <= set(cases["columns"])
+
+
+def test_what_a_call_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is over C++ is told where a compiler is there; without one the note says so, and the rest is measured."""
+    monkeypatch.setattr(overhead, "CALLS", 20)
+    for compiler in ("c++", "missing"):
+        monkeypatch.setenv("CXX", shutil.which(compiler) or compiler)
+        assert run("--overhead", "--json", tmp_path / "calls.json") == 0
+        (table,) = json.loads((tmp_path / "calls.json").read_text())["tables"]
+        found = {row[0]: row[1:] for row in table["rows"]}
+        assert ("C++, columns" in found) == (found["octavo.linear, torch, columns"][2] is not None)
+        assert ("C++, columns" in found) != ("No call of C++" in table["note"])
+        assert found["Int8Linear, none"][0] > found["Python's loop alone"][0] > 0
+    assert "C++, columns" not in found
 
 
 def test_a_wrong_layer_of_octavo_ends_with_1(

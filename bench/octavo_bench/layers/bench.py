@@ -25,11 +25,14 @@ from ..models.modules import linear_layers
 from ..progress import Progress
 from ..tables import Cell, Report, Table
 from . import contenders as known
+from . import overhead
 from .contest import OCTAVO, Case, Contender, measure
 
 
 def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) -> tuple[Report, None]:
     """`octavo bench`. Raises RuntimeError for a device that is not there."""
+    if args.overhead:
+        return overhead.run(args.seconds, facts, progress), None
     _check_device(args.device)
     if args.model is not None:
         shapes = model_shapes(args.model)
@@ -65,7 +68,7 @@ def contenders(args: argparse.Namespace) -> dict[str, Contender]:
     found = {**known.of_octavo(args.dtypes[0]), **known.of_torch(args.dtypes)}
     if args.peers or machine.installed("bitsandbytes"):
         found |= known.of_bitsandbytes(known.THRESHOLD, *([0.0] if args.peers else []))
-    return {**found, **(known.of_torchao() if args.peers else {})}
+    return {**found, **({**known.of_torchao(compiled=args.compile), **known.of_int_mm()} if args.peers else {})}
 
 
 def cases_table(cases: list[Case], names: list[str], shapes: Mapping[tuple[int, int], int]) -> Table:

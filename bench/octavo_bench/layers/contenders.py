@@ -17,7 +17,8 @@ from .contest import OCTAVO, Contender, Layer, Problem
 THRESHOLD = 6.0
 INT8_PATH, WEIGHT_ONLY = "octavo int8 path", "octavo weight-only"
 BITSANDBYTES, BITSANDBYTES_PLAIN = "bitsandbytes", "bitsandbytes, threshold 0"
-TORCHAO = "torchao int8"
+TORCHAO, TORCHAO_COMPILED = "torchao int8", "torchao int8, compiled"
+INT_MM = "torch _int_mm"
 # Y is rounded once; X and W are exact in every dtype. What is left is the order of float32 sums.
 ROUNDING = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5}
 WEIGHT_ONLY_ROWS = 256  # beyond, the weight-only path is no contender
@@ -52,10 +53,37 @@ def of_bitsandbytes(*thresholds: float) -> dict[str, Contender]:
     return {names[t]: Contender(partial(prepare, threshold=t), torch.float16, within(t)) for t in thresholds}
 
 
-def of_torchao() -> dict[str, Contender]:
-    """Int8 weights with activations quantized in each call."""
-    bfloat16 = torch.bfloat16
-    return {TORCHAO: Contender(lambda w: variants.torchao_layer(_linear(w, bfloat16)), bfloat16, within(0))}
+def of_torchao(*, compiled: bool = False) -> dict[str, Contender]:
+    """Int8 weights with activations quantized in each call; `compiled`: by `torch.compile`, too."""
+
+    def prepare(weight: Tensor) -> Layer:
+        layer: Layer = variants.torchao_layer(_linear(weight, torch.bfloat16))
+        return layer
+
+    def compile(weight: Tensor) -> Layer:
+        torch.compiler.reset()  # else layers of earlier shapes count against the limit of recompilations
+        layer: Layer = torch.compile(prepare(weight), dynamic=False)
+        return layer
+
+    made = {TORCHAO: prepare, **({TORCHAO_COMPILED: compile} if compiled else {})}
+    return {name: Contender(make, torch.bfloat16, within(0)) for name, make in made.items()}
+
+
+def of_int_mm() -> dict[str, Contender]:
+    """`torch._int_mm` between a quantization of X's rows and a scaling of the sums, all operations of torch."""
+
+    def prepare(weight: Tensor) -> Layer:
+        of_w = weight.abs().amax(1) / 127
+        codes = (weight / of_w[:, None]).round_().to(torch.int8).t()
+
+        def layer(x: Tensor) -> Tensor:
+            of_x = x.abs().amax(1, keepdim=True).float().div_(127)
+            sums = torch._int_mm((x / of_x).round_().to(torch.int8), codes)
+            return sums.float().mul_(of_x).mul_(of_w).to(x.dtype)
+
+        return layer
+
+    return {INT_MM: Contender(prepare, torch.bfloat16, within(0))}
 
 
 def paths_of_octavo(
