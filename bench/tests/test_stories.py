@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def test_only_prose_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text('"""Of the module."""\ndef f():\n    "Of a function."\n    return "no docstring"\n')
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "c.py").write_text("def (")
+    (tmp_path / "README.gz").write_bytes(gzip.compress(b"Of a package."))
+    assert text.read(tmp_path / "README.gz") == "Of a package."
     assert text.read(tmp_path / "a.py") == "Of the module.\n\nOf a function."
     assert text.read(tmp_path / "b.txt") == text.read(tmp_path / "c.py") == ""
 
@@ -86,6 +89,27 @@ def test_training_lowers_the_loss_and_leaves_the_function(lm: Path) -> None:
     perplexities = report.tables[0].column("perplexity")
     assert report.tables[0].column("model") == list(evidence.LANGUAGE_MODELS)
     assert max(perplexities) / min(perplexities) - 1 < 1e-3
+
+
+def test_training_goes_on_where_it_was_ended(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_once() -> list[float]:
+        return train.train(SMALL, tmp_path, tokens, Progress(show=False))
+
+    def ending(setting: train.Setting, tokens: train.Tokens, step: int) -> torch.Tensor:
+        if step == 7:
+            raise KeyboardInterrupt
+        return batch(setting, tokens, step)
+
+    monkeypatch.setattr(train, "KEEP_EVERY", 5)
+    tokens, batch = train.prepare_text(SMALL, tmp_path, [folder]), train.batch
+    whole = train_once()
+    monkeypatch.setattr(train, "batch", ending)
+    with pytest.raises(KeyboardInterrupt):
+        train_once()
+    steps: list[int] = []
+    monkeypatch.setattr(train, "batch", lambda *given: (steps.append(given[2]), batch(*given))[1])
+    assert train_once() == whole
+    assert steps == list(range(5, 12))
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -1,20 +1,22 @@
-"""Real text that is on the machine already: documentation of Python and of its packages.
+"""Real text that is on the machine already: documentation of Python, of its packages, and of the system.
 
-Docstrings of Python files, .rst and .txt files. Everything is ordered by the SHA-256 of paths or of texts, so that the
-same machine gives the same text; another one, where other versions are installed, another. `corpus` gives texts to
-train with, `sentences` single sentences of the standard library.
+Docstrings of Python files, .rst and .txt files, and what Debian keeps in /usr/share/doc, compressed or not. Everything
+is ordered by the SHA-256 of paths or of texts, so that the same machine gives the same text; another one, where other
+versions are installed, another. `corpus` gives texts to train with, `sentences` single sentences of the standard
+library.
 """
 
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-VERSION = 3  # another one where the same files give another corpus
+VERSION = 4  # another one where the same files give another corpus
 SHORTEST = 400  # characters of a text
 LONGEST = 100_000  # of each text: one that is longer is cut, so that no file makes up the corpus alone
 SHORTEST_PARAGRAPH = 40  # characters of one that is looked for in other parts: headings and signatures may be anywhere
@@ -31,8 +33,9 @@ _BOUNDARY = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<=\.
 
 
 def roots() -> set[Path]:
-    """Where documentation is: the standard library and installed packages, or what holds both."""
-    found = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib")}
+    """Where documentation is: the standard library and installed packages, or what holds both; the system's."""
+    places = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "/usr/share/doc")
+    found = {Path(place).resolve() for place in places if Path(place).is_dir()}
     return {root for root in found if not any(root != other and root.is_relative_to(other) for other in found)}
 
 
@@ -100,11 +103,12 @@ def split_sentences(paragraph: str) -> Iterator[str]:
 def read(path: Path) -> str:
     """A file's prose: of Python its docstrings, of others all. "" where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
         if path.suffix != ".py":
             return text
         tree = ast.parse(text)
-    except (OSError, SyntaxError, ValueError, RecursionError):
+    except (OSError, EOFError, SyntaxError, ValueError, RecursionError):
         return ""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
@@ -144,7 +148,8 @@ def _wanted(path: Path) -> bool:
         return False
     if {"test", "tests", "testdata"} & set(path.parts):
         return False
-    return name.endswith((".py", ".rst", ".txt"))
+    stem = name.removesuffix(".gz")
+    return stem.endswith((".py", ".rst", ".txt")) or stem.startswith(("readme", "news", "faq", "todo"))
 
 
 def _is_prose(text: str) -> bool:

@@ -12,9 +12,11 @@ models of `systematic.SIZES`; `heldout.txt` and `calibration.txt`, from files th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from ..accuracy.scores import LOSS, Judge
 from ..machine import Facts
 from ..progress import Progress
-from ..tables import Report, Table, write_text
+from ..tables import Report, Table, write_atomically, write_text
 from . import language, systematic, text
 
 
@@ -50,6 +52,7 @@ SETTINGS = {
     "small": Setting(4_000_000, 1024, 3, 128, 4, 128, 16, 400, 4e-3, 50),
 }
 SEED = 0
+KEEP_EVERY = 50  # steps: training that is ended goes on from there
 Tokens = np.ndarray[Any, Any]
 
 
@@ -129,13 +132,18 @@ def new_optimizers(model: Any, setting: Setting) -> list[torch.optim.Optimizer]:
 
 
 def train(setting: Setting, output: Path, tokens: Tokens, progress: Progress) -> list[float]:
-    """Train, and write the model; returns the losses by step."""
+    """Train, and write the model; returns the losses by step. Goes on where one that was ended had got to."""
     model = new_model(setting)
     optimizers = new_optimizers(model, setting)
     losses: list[float] = []
-    progress.begin(setting.steps)
+    kept, text = output / "state.pt", hashlib.sha256(tokens.tobytes()).hexdigest()
+    if kept.exists() and (state := torch.load(kept))["run"] == [asdict(setting), text]:
+        losses = state["losses"]
+        for owner, values in zip((model, *optimizers), state["values"], strict=True):
+            owner.load_state_dict(values)
+    progress.begin(setting.steps - len(losses))
     model.train()
-    for step in range(setting.steps):
+    for step in range(len(losses), setting.steps):
         with progress.step(f"training: loss {losses[-1]:.3f}" if losses else "training"):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -148,9 +156,14 @@ def train(setting: Setting, output: Path, tokens: Tokens, progress: Progress) ->
                 optimizer.step()
                 optimizer.zero_grad()
             losses.append(loss.item())
+        if len(losses) % KEEP_EVERY == 0:
+            values = [owner.state_dict() for owner in (model, *optimizers)]
+            state = {"run": [asdict(setting), text], "losses": losses, "values": values}
+            write_atomically(kept, partial(torch.save, state))
     if not math.isfinite(losses[-1]):
         raise RuntimeError(f"training: expected a finite loss, got {losses[-1]} at step {len(losses)}")
     model.save_pretrained(output / "model")
+    kept.unlink(missing_ok=True)
     return losses
 
 
