@@ -20,10 +20,29 @@ __host__ __device__ inline Limit rank_of(std::uint32_t magnitude, std::int64_t c
     return Limit{magnitude} << 32 | (0xFFFFFFFFU - static_cast<std::uint32_t>(column));
 }
 
-// Whether an element of row `row` is an outlier under the policy `rows`.
-__device__ inline bool is_outlier(float x, std::int64_t row, std::int64_t column, const ElementCriterion& criterion) {
-    if (criterion.limits == nullptr) return is_outlier(x, criterion.threshold);
-    return rank_of(magnitude_of(x), column) >= criterion.limits[row];
+// The outliers of a row under the policy `rows`: the elements above `magnitude`, and those as large in the first
+// `columns` columns.
+struct RowLimit {
+    std::uint32_t magnitude;
+    std::int32_t columns;
+
+    // The same, for columns that are counted from `first` on. Then a thread's are constants, and need no registers.
+    __device__ RowLimit from(std::int64_t first) const {
+        return {magnitude, static_cast<std::int32_t>(max(columns - first, std::int64_t{0}))};
+    }
+};
+
+__device__ inline RowLimit limit_of_row(const ElementCriterion& criterion, std::int64_t row) {
+    constexpr std::int32_t all = 0x7FFFFFFF;
+    if (criterion.limits == nullptr) return {magnitude_of(criterion.threshold), all};
+    const Limit limit = criterion.limits[row];
+    const std::uint32_t columns = 0U - static_cast<std::uint32_t>(limit);  // 0: all of them, see `rank_of`
+    return {static_cast<std::uint32_t>(limit >> 32),
+            columns - 1 < static_cast<std::uint32_t>(all) ? static_cast<std::int32_t>(columns) : all};
+}
+
+__device__ inline bool is_outlier(float x, std::int32_t column, const RowLimit& limit) {
+    return magnitude_of(x) + (column < limit.columns ? 1U : 0U) > limit.magnitude;
 }
 
 }  // namespace octavo::cuda

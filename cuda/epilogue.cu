@@ -111,8 +111,10 @@ __device__ void load_chunk(const Arguments<Y>& a, std::int64_t begin, int count,
         const int o = e / tile_rows;
         const int r = e % tile_rows;
         const std::int64_t i = row0 + r;
-        const float x = i < a.out.rows ? a.x(i, shared.column[o]) : 0.0F;
-        const bool takes_part = !a.per_element || is_outlier(x, i < a.out.rows ? i : 0, shared.column[o], a.elements);
+        const bool is_row = i < a.out.rows;
+        const float x = is_row ? a.x(i, shared.column[o]) : 0.0F;
+        const bool takes_part =
+            !a.per_element || (is_row && is_outlier(x, shared.column[o], limit_of_row(a.elements, i)));
         shared.x[o][r] = takes_part ? x : 0.0F;
         // With rotation no code is left out of the product.
         if constexpr (zeropoint) shared.is_outlier[o][r] = takes_part && a.rotation == 0 ? 1 : 0;

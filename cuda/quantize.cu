@@ -313,11 +313,15 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
         }
     }
     if (task.per_element) {
+        const RowLimit limit = limit_of_row(task.elements, row);
 #pragma unroll
-        for (int i = 0; i < accesses * elements; ++i) {
-            const float value = element<T>(held.quads[i / elements], i % elements);
-            const std::int64_t column = column_of<T, wide>(team, chunk, i / elements, i % elements);
-            held.left_out |= static_cast<std::uint32_t>(is_outlier(value, row, column, task.elements)) << i;
+        for (int access = 0; access < accesses; ++access) {
+            const RowLimit own = limit.from(column_of<T, wide>(team, chunk, access, 0));
+#pragma unroll
+            for (int e = 0; e < elements; ++e) {
+                const bool is_left_out = is_outlier(element<T>(held.quads[access], e), wide ? e : e * team.size, own);
+                held.left_out |= static_cast<std::uint32_t>(is_left_out) << (access * elements + e);
+            }
         }
     }
     if (held.left_out == 0) return;

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(threads)
         value = to_float(*x.at(row, column));
         const bool left_out =
             exclusion.per_element
-                ? is_outlier(value, row, column, exclusion.elements)
+                ? is_outlier(value, static_cast<std::int32_t>(column), limit_of_row(exclusion.elements, row))
                 : (marked_word(exclusion.marks, words_for(x.cols), column / 32) >> (column % 32) & 1U) != 0;
         if (left_out) value = 0.0F;
     }
