@@ -18,7 +18,8 @@ A layer is sharded from the codes it has; nothing is quantized anew. With R rank
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.nn import functional
 
-from octavo import _core
 from octavo._types import rotated_size
 from octavo.torch import Int8Linear, Int8Tensor
 from octavo.weight import Int8Weight
@@ -56,29 +56,131 @@ class _Int8Style:
     input_layouts: Any
     output_layouts: Any
     use_local_output: bool
-    _dim: int  # of the weight, that is sharded
+    layer: type[_Sharded]
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        weight = _int8_weight(module, device_mesh, type(self).__name__)
-        if weight is None:
+        weight, name = getattr(module, "weight", None), type(self).__name__
+        if not isinstance(module, nn.Linear) or not isinstance(weight, Int8Tensor):
             return super()._apply(module, device_mesh)  # type: ignore[misc, no-any-return]
-        return self._install(module, self._part(weight, device_mesh), device_mesh, weight.shape)
+        if isinstance(module, _Sharded):
+            raise ValueError(f"{name}: module: expected a whole Int8Linear, got one that is sharded already")
+        if device_mesh.ndim != 1:
+            raise ValueError(f"{name}: device_mesh: expected one dimension, such as mesh['tp'], got {device_mesh.ndim}")
+        if weight.device.type == "meta":
+            raise ValueError(f"{name}: module: expected a layer with memory, got one on the meta device")
+        return self.install(module, self.layer.part(weight, device_mesh), device_mesh, weight.shape)
 
-    def _part(self, weight: Int8Tensor, mesh: DeviceMesh) -> Int8Tensor:
-        """This rank's part of a weight."""
-        own = chunk(weight.shape[self._dim], mesh)
-        return part(weight, slice(None), own) if self._dim else part(weight, own, slice(None))
-
-    def _install(self, module: Any, own: Int8Tensor, mesh: DeviceMesh, whole: torch.Size) -> nn.Module:
-        """Make a linear layer a sharded one, with a rank's part of its weight."""
+    def install(self, module: Any, own: Int8Tensor, mesh: DeviceMesh, whole: torch.Size) -> nn.Module:
+        """Make a linear layer, whose weight has the shape `whole`, one that holds a rank's part of it."""
         module.weight = nn.Parameter(own, requires_grad=False)
         module.out_features, module.in_features = own.shape
-        module.__class__ = RowParallelInt8Linear if self._dim else ColumnParallelInt8Linear
-        module.mesh, module.total_features = mesh, whole[self._dim]
-        module.input_layouts, module.output_layouts = self.input_layouts, self.output_layouts
+        module.__class__ = self.layer
+        module.mesh, module.total_features = mesh, whole[self.layer.sharded]
+        module.input_layout, module.output_layout = self.input_layouts[0], self.output_layouts[0]
         module.use_local_output = self.use_local_output
-        module._take_bias()
+        if module.bias is not None and self.layer.sharded == 0:
+            own_bias = module.bias.detach()[chunk(whole[0], mesh)].clone()
+            module.bias = nn.Parameter(own_bias, requires_grad=module.bias.requires_grad)
         return module  # type: ignore[no-any-return]
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+
+
+class _Sharded(Int8Linear):
+    """An Int8Linear that holds one rank's part; `weight` is an Int8Tensor of the rank's own.
+
+    Attributes:
+        mesh: the ranks, one dimension.
+        total_features: of the whole layer, along the dimension that is sharded.
+        input_layout, output_layout, use_local_output: see the styles.
+    """
+
+    sharded: int  # which dimension of the weight is
+    mesh: DeviceMesh
+    total_features: int
+    input_layout: Placement
+    output_layout: Placement
+    use_local_output: bool
+
+    @classmethod
+    def part(cls, weight: Int8Tensor, mesh: DeviceMesh) -> Int8Tensor:
+        """This rank's part of a weight, in memory of its own."""
+        own = chunk(weight.shape[cls.sharded], mesh)
+        return columns(weight, own) if cls.sharded else weight[own].clone()  # type: ignore[return-value]
+
+    def _incoming(self, input: Tensor, wanted: Placement, features: int, gradient: Placement | None = None) -> Tensor:
+        """What this rank multiplies: its part of the input in the layout `wanted`.
+
+        `features` are those of the input on all ranks, `gradient` is the layout of this part's gradient, if another.
+        DTensor, which costs more than a small product, is left out where it has nothing to do.
+        """
+        if not isinstance(input, DTensor):
+            layout = _counted(self.input_layout, input.dim())
+            if layout == wanted and not (gradient and torch.is_grad_enabled() and input.requires_grad):
+                return _arrived(input)
+            input = self._dtensor(_arrived(input), layout, features)
+        local = input.redistribute(placements=(wanted,)).to_local(grad_placements=gradient and (gradient,))
+        return _arrived(local)
+
+    def _dtensor(self, local: Tensor, layout: Placement, features: int) -> DTensor:
+        """A tensor of all ranks, whose last dimension, `features`, may be spread unevenly."""
+        shape = torch.Size((*local.shape[:-1], features))
+        is_part = layout == Shard(local.dim() - 1)
+        whole: Any = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()} if is_part else {}
+        return DTensor.from_local(local, self.mesh, (layout,), run_check=False, **whole)
+
+    def _outgoing(self, output: DTensor) -> Tensor:
+        output = output.redistribute(placements=(_counted(self.output_layout, output.dim()),))
+        return _arrived(output.to_local()) if self.use_local_output else output
+
+    def extra_repr(self) -> str:
+        """As `Int8Linear`'s, with the sizes of this rank, and which rank that is."""
+        part = f"{self.mesh.get_local_rank()} of {self.mesh.size()}"
+        return f"{super().extra_repr()}, rank={part}, total_features={self.total_features}"
+
+
+class ColumnParallelInt8Linear(_Sharded):
+    """An `Int8Linear` of which this rank computes some of the output features: `shard_column`.
+
+    ``out_features`` are this rank's, ``total_features`` all. The gradient of x is summed over the ranks in its dtype.
+    """
+
+    sharded = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., k]`` -> ``[..., n/R]`` (a rank's own; gathered with ``output_layouts=Replicate()``)."""
+        # Each rank's gradient of x lacks what the other ranks' features contribute.
+        y = super().forward(self._incoming(input, Replicate(), self.in_features, Partial()))
+        own = Shard(y.dim() - 1)
+        if self.use_local_output and _counted(self.output_layout, y.dim()) == own:
+            return y
+        return self._outgoing(self._dtensor(y, own, self.total_features))
+
+
+class RowParallelInt8Linear(_Sharded):
+    """An `Int8Linear` of which this rank has some of the input features: `shard_row`.
+
+    ``in_features`` are this rank's, ``total_features`` all. Every rank holds the whole bias.
+    """
+
+    sharded = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., k/R]`` -> ``[..., n]``, the sum over the ranks, in the dtype of input (or autocast's)."""
+        x, bias, device = self._incoming(input, Shard(input.dim() - 1), self.total_features), self.bias, input.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            y = functional.linear(x.to(torch.float32), self.weight)  # has the dtype of x; codes are the same
+        if not torch.is_grad_enabled() and self.use_local_output and self.output_layout == Replicate():
+            dist.all_reduce(y, group=self.mesh.get_group())  # without DTensor
+            return (y if bias is None else y + bias).to(x.dtype)
+        wanted = (_counted(self.output_layout, y.dim()),)
+        total: Any = self._dtensor(y, Partial(), self.out_features).redistribute(placements=wanted)
+        if bias is not None:
+            total = total + self._dtensor(bias.to(torch.float32), Replicate(), self.out_features)
+        return self._outgoing(total.to(x.dtype))
 
 
 class ColwiseInt8Parallel(_Int8Style, ColwiseParallel):
@@ -89,14 +191,14 @@ class ColwiseInt8Parallel(_Int8Style, ColwiseParallel):
         output_layouts: of the output; default ``Shard(-1)``, a rank's own features. ``Replicate()`` gathers them.
         use_local_output: whether a plain tensor goes out, or a DTensor.
 
-    A linear layer whose weight is int8 becomes, in place, a `ColumnParallelInt8Linear`. Every rank takes its part of
+    A linear layer whose weight is int8 becomes, in place, a `ColumnParallelInt8Linear`. Every rank keeps its part of
     what it has itself (``src_data_rank`` is not used), so all ranks must have loaded the same layer. Features are dealt
     out as by ``torch.chunk``: ceil(n/R) to each rank, fewer or none to the last. Other modules go to torch's style.
 
-    Raises ValueError: the mesh has not one dimension (take one of it: ``mesh["tp"]``), or the layer is sharded already.
+    Raises ValueError: the mesh has not one dimension (pass one of it: ``mesh["tp"]``), or the layer is sharded already.
     """
 
-    _dim = 0
+    layer = ColumnParallelInt8Linear
 
 
 class RowwiseInt8Parallel(_Int8Style, RowwiseParallel):
@@ -110,7 +212,7 @@ class RowwiseInt8Parallel(_Int8Style, RowwiseParallel):
     Such a layer becomes, in place, a `RowParallelInt8Linear`; for the rest see `ColwiseInt8Parallel`.
     """
 
-    _dim = 1
+    layer = RowParallelInt8Linear
 
 
 def shard_column(layer: Int8Linear, mesh: DeviceMesh | dist.ProcessGroup, **layouts: Any) -> ColumnParallelInt8Linear:
@@ -122,10 +224,7 @@ def shard_column(layer: Int8Linear, mesh: DeviceMesh | dist.ProcessGroup, **layo
 
 
 def shard_row(layer: Int8Linear, mesh: DeviceMesh | dist.ProcessGroup, **layouts: Any) -> RowParallelInt8Linear:
-    """This rank's part of `layer`, which is left as it is. `mesh` may be a process group.
-
-    `layouts` are the arguments of `RowwiseInt8Parallel`.
-    """
+    """As `shard_column`, with the arguments of `RowwiseInt8Parallel`."""
     return _shard(RowwiseInt8Parallel(**layouts), layer, mesh, "shard_row")  # type: ignore[return-value]
 
 
@@ -139,15 +238,15 @@ def _shard(style: _Int8Style, layer: Int8Linear, mesh: DeviceMesh | dist.Process
     return style._apply(sibling, mesh)
 
 
-# What Transformers calls its styles, and ours: they take nn.Linear and nn.Embedding as well as Int8Linear.
-TRANSFORMERS_STYLES: dict[str, tuple[type[ParallelStyle], dict[str, Placement]]] = {
-    "colwise": (ColwiseInt8Parallel, {}),
-    "colwise_gather_output": (ColwiseInt8Parallel, {"output_layouts": Replicate()}),
-    "colwise_rep": (ColwiseInt8Parallel, {"output_layouts": Replicate()}),
-    "rowwise": (RowwiseInt8Parallel, {}),
-    "rowwise_split_input": (RowwiseInt8Parallel, {"input_layouts": Replicate()}),
-    "rowwise_rep": (RowwiseInt8Parallel, {"input_layouts": Replicate()}),
-    "embedding_rowwise": (RowwiseInt8Parallel, {"input_layouts": Replicate()}),
+# What Transformers calls its styles, and ours, which shard nn.Linear and nn.Embedding as well as Int8Linear.
+TRANSFORMERS_STYLES: dict[str, Callable[[], Any]] = {
+    "colwise": ColwiseInt8Parallel,
+    "colwise_gather_output": partial(ColwiseInt8Parallel, output_layouts=Replicate()),
+    "colwise_rep": partial(ColwiseInt8Parallel, output_layouts=Replicate()),
+    "rowwise": RowwiseInt8Parallel,
+    "rowwise_split_input": partial(RowwiseInt8Parallel, input_layouts=Replicate()),
+    "rowwise_rep": partial(RowwiseInt8Parallel, input_layouts=Replicate()),
+    "embedding_rowwise": partial(RowwiseInt8Parallel, input_layouts=Replicate()),
 }
 
 
@@ -166,128 +265,10 @@ def transformers_plan(model: Any) -> dict[str, ParallelStyle]:
         raise ValueError(
             f"transformers_plan: model: expected a tp_plan of {', '.join(TRANSFORMERS_STYLES)}, got {unknown}"
         )
-    result = {}
-    for name, style in plan.items():
-        make, layouts = TRANSFORMERS_STYLES[style]
-        result[name] = make(**layouts)
-    return result
+    return {name: TRANSFORMERS_STYLES[style]() for name, style in plan.items()}
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
-
-
-class _Sharded(Int8Linear):
-    """An Int8Linear that holds one rank's part; `weight` is an Int8Tensor of the rank's own.
-
-    Attributes:
-        mesh: the ranks, one dimension.
-        total_features: of the whole layer, along the dimension that is sharded.
-        input_layouts, output_layouts, use_local_output: see the styles.
-    """
-
-    mesh: DeviceMesh
-    total_features: int
-    input_layouts: tuple[Placement, ...]
-    output_layouts: tuple[Placement, ...]
-    use_local_output: bool
-
-    def _take_bias(self) -> None:
-        """Leave of a whole bias what this rank adds."""
-
-    def _in_one_place(self, input: Tensor, input_layout: type[Placement], output_layout: type[Placement]) -> bool:
-        """Whether a plain tensor goes in and out as the product takes and gives it, and nobody asks for gradients.
-
-        Then DTensor, which costs more than a small layer's product, has nothing to do.
-        """
-        bias = self.bias
-        wants_grad = torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
-        return (
-            not wants_grad
-            and not isinstance(input, DTensor)
-            and self.use_local_output
-            and _is_layout(self.input_layouts, input_layout, input.dim())
-            and _is_layout(self.output_layouts, output_layout, input.dim())
-        )
-
-    def _incoming(self, input: Tensor, wanted: Placement, features: int) -> DTensor:
-        """The input in the layout that the product needs."""
-        if not isinstance(input, DTensor):
-            whole = _whole(input, features) if _is_layout(self.input_layouts, Shard, input.dim()) else {}
-            input = DTensor.from_local(input, self.mesh, self.input_layouts, run_check=False, **whole)
-        if input.placements != (wanted,):
-            input = input.redistribute(placements=(wanted,))
-        return input
-
-    def _outgoing(self, output: Tensor) -> Tensor:
-        assert isinstance(output, DTensor)
-        return _arrived(output.to_local()) if self.use_local_output else output
-
-    def extra_repr(self) -> str:
-        """As `Int8Linear`'s, with the sizes of this rank, and which rank that is."""
-        part = f"{self.mesh.get_local_rank()} of {self.mesh.size()}"
-        return f"{super().extra_repr()}, rank={part}, total_features={self.total_features}"
-
-
-class ColumnParallelInt8Linear(_Sharded):
-    """An `Int8Linear` of which this rank computes some of the output features: `shard_column`.
-
-    ``out_features`` are this rank's, ``total_features`` all. The gradient of x is summed over the ranks in its dtype.
-    """
-
-    def _take_bias(self) -> None:
-        """Leave of a whole bias this rank's part."""
-        bias = self.bias
-        if bias is not None:
-            own = bias.detach()[chunk(self.total_features, self.mesh)].clone()
-            self.bias = nn.Parameter(own, requires_grad=bias.requires_grad)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., k]`` -> ``[..., n/R]`` (a rank's own; gathered with ``output_layouts=Replicate()``)."""
-        input = _arrived(input)
-        if self._in_one_place(input, Replicate, Shard):
-            return super().forward(input)
-        x = self._incoming(input, Replicate(), self.in_features)
-        # Each rank's gradient of x lacks what the other ranks' features contribute.
-        local = super().forward(_arrived(x.to_local(grad_placements=(Partial(),))))
-        last = Shard(local.dim() - 1)
-        y = DTensor.from_local(local, self.mesh, (last,), run_check=False, **_whole(local, self.total_features))
-        wanted = tuple(_counted(layout, local.dim()) for layout in self.output_layouts)
-        return self._outgoing(y if wanted == (last,) else y.redistribute(placements=wanted))
-
-
-class RowParallelInt8Linear(_Sharded):
-    """An `Int8Linear` of which this rank has some of the input features: `shard_row`.
-
-    ``in_features`` are this rank's, ``total_features`` all. Every rank holds the whole bias.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., k/R]`` -> ``[..., n]``, the sum over the ranks, in the dtype of input (or autocast's)."""
-        input = _arrived(input)
-        bias = self.bias
-        if self._in_one_place(input, Shard, Replicate):
-            x = _autocast(input)
-            y = self._product(x)
-            dist.all_reduce(y, group=self.mesh.get_group())
-            if bias is not None:
-                y += bias
-            return y.to(x.dtype)
-        x = _autocast(_arrived(self._incoming(input, Shard(input.dim() - 1), self.total_features).to_local()))
-        wanted = tuple(_counted(layout, input.dim()) for layout in self.output_layouts)
-        parts = DTensor.from_local(self._product(x), self.mesh, (Partial(),), run_check=False)
-        total: Tensor = parts.redistribute(placements=wanted)
-        if bias is not None:
-            total = total + DTensor.from_local(bias.to(torch.float32), self.mesh, (Replicate(),), run_check=False)
-        return self._outgoing(total.to(x.dtype))
-
-    def _product(self, x: Tensor) -> Tensor:
-        """This rank's part of the sum, float32 ``[..., n]``, without the bias."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            with torch.autocast(x.device.type, enabled=False):
-                return functional.linear(x.to(torch.float32), self.weight)  # has the dtype of x; codes are the same
-        out = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.float32, device=x.device)
-        _core.linear(x, self.int8_weight._native, None, self.weight.options._native, out)
-        return out
+# --- layers whose weight is taken away and brought back ----------------------------------------------------------------
 
 
 class OffloadableInt8Linear(nn.Linear):
@@ -332,37 +313,30 @@ def offloadable_(model: nn.Module) -> nn.Module:
 # --- parts and layouts ------------------------------------------------------------------------------------------------
 
 
-def part(weight: Int8Tensor, rows: slice | Tensor, columns: slice) -> Int8Tensor:
-    """Rows (output features; a range or indices) and columns (input features) of a weight, in memory of their own."""
-    whole = weight.int8_weight
+def columns(weight: Int8Tensor, own: slice) -> Int8Tensor:
+    """Input features of a weight ``[n, k]``, in memory of their own.
 
-    def of_rows(per_output: Tensor | None) -> Tensor | None:
-        # Of other granularities there is one for all.
-        return per_output[rows].clone() if per_output is not None and whole.granularity == "vector" else per_output
-
-    start, stop, _ = columns.indices(whole.shape[1])
-    if start % (whole.rotation or 1) or (stop % (whole.rotation or 1) and stop < whole.shape[1]):
-        raise ValueError(
-            f"part: columns: expected bounds that are multiples of the rotation, {whole.rotation}, got {start}, {stop}"
-        )
-    codes = whole.codes[rows, start : rotated_size(stop, whole.rotation)].clone(memory_format=torch.contiguous_format)
-    outlier_columns, outlier_weight = whole.outlier_columns, whole.outlier_weight
-    if outlier_columns is not None and outlier_weight is not None:
-        here = (outlier_columns >= start) & (outlier_columns < stop)
-        outlier_columns = outlier_columns[here] - start
-        outlier_weight = outlier_weight[rows][:, here]
-    own = Int8Weight(
-        codes,
-        of_rows(whole.scale),
-        zeropoint=of_rows(whole.zeropoint),
-        outlier_columns=outlier_columns,
-        outlier_weight=outlier_weight,
+    Raises ValueError where their bounds are no multiples of the weight's rotation.
+    """
+    whole, (start, stop, _) = weight.int8_weight, own.indices(weight.shape[1])
+    rotation, kept, kept_weight = whole.rotation, whole.outlier_columns, whole.outlier_weight
+    if rotation and (start % rotation or (stop % rotation and stop < weight.shape[1])):
+        raise ValueError(f"columns: expected bounds that are multiples of the rotation, {rotation}, got {start}, {stop}")
+    if kept is not None and kept_weight is not None:
+        here = (kept >= start) & (kept < stop)
+        kept, kept_weight = kept[here] - start, kept_weight[:, here]
+    part = Int8Weight(
+        whole.codes[:, start : rotated_size(stop, rotation)].clone(memory_format=torch.contiguous_format),
+        whole.scale,
+        zeropoint=whole.zeropoint,
+        outlier_columns=kept,
+        outlier_weight=kept_weight,
         scheme=whole.scheme,
         granularity=whole.granularity,
-        rotation=whole.rotation,
-        shape=(codes.shape[0], stop - start),
+        rotation=rotation,
+        shape=(whole.shape[0], stop - start),
     )
-    return Int8Tensor.from_int8_weight(own, weight.dtype, weight.options)
+    return Int8Tensor.from_int8_weight(part, weight.dtype, weight.options)
 
 
 def chunk(size: int, mesh: DeviceMesh) -> slice:
@@ -372,40 +346,9 @@ def chunk(size: int, mesh: DeviceMesh) -> slice:
     return slice(start, min(start + each, size))
 
 
-def _int8_weight(module: nn.Module, mesh: DeviceMesh, style: str) -> Int8Tensor | None:
-    """The weight of a linear layer that octavo is to shard; None of another module."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(module, nn.Linear) or not isinstance(weight, Int8Tensor):
-        return None
-    if isinstance(module, _Sharded):
-        raise ValueError(f"{style}: module: expected a whole Int8Linear, got one that is sharded already")
-    if mesh.ndim != 1:
-        raise ValueError(f"{style}: device_mesh: expected one dimension, such as mesh['tp'], got {mesh.ndim}")
-    if weight.device.type == "meta":
-        raise ValueError(f"{style}: module: expected a layer with memory, got one on the meta device")
-    return weight
-
-
-def _autocast(input: Tensor) -> Tensor:
-    """The input in autocast's dtype where autocast is on."""
-    device = input.device.type
-    return input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
-
-
 def _counted(layout: Placement, dim: int) -> Placement:
-    """The layout with its dimension counted from the front, as redistribution compares it."""
-    return Shard(layout.dim % dim) if isinstance(layout, Shard) and layout.dim < 0 else layout
-
-
-def _is_layout(layouts: Sequence[Placement], kind: type[Placement], dim: int) -> bool:
-    """Whether the layout is Replicate, or Shard of the last of `dim` dimensions."""
-    return layouts == ((Shard(dim - 1) if kind is Shard else kind()),) or (kind is Shard and layouts == (Shard(-1),))
-
-
-def _whole(local: Tensor, features: int) -> dict[str, Any]:
-    """Shape and strides of a tensor whose last dimension is sharded, perhaps unevenly, as ``from_local`` takes them."""
-    shape = torch.Size((*local.shape[:-1], features))
-    return {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+    """The layout with its dimension counted from the front, as DTensor compares it."""
+    return Shard(layout.dim % dim) if isinstance(layout, Shard) else layout
 
 
 def _arrived(x: Tensor) -> Tensor:

@@ -110,15 +110,16 @@ class Arrays:
 
     def rows(self, part: slice) -> Arrays:
         """A copy of some output features."""
-        n, k = self.shape
         codes = unpack(self.codes, *self.rows_shape)[part].clone()
-        # What is not one for each output feature is one for all.
-        others: list[Any] = [
-            array if array is None or array.shape[0] != n else array[part].clone() for array in self.tensors()
-        ]
-        others[4] = self.outlier_columns
-        arrays = [pack(codes), *others[1:]]
-        shape = (codes.shape[0], k)
+        of_rows = ["code_sums", "outlier_weight"]
+        if self.options.granularity == "vector":  # otherwise one scale is for all
+            of_rows += ["scale", "zeropoint"]
+        others = (
+            array[part].clone() if array is not None and name in of_rows else array
+            for name, array in zip(NAMES[1:], self.tensors()[1:], strict=True)
+        )
+        arrays = [pack(codes), *others]
+        shape = (codes.shape[0], self.shape[1])
         whole = (self, part) if self.is_new else None
         return Arrays.named(arrays, shape, self.options, is_part=not self.is_new, whole=whole)
 

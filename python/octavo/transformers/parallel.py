@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.distributed import TRANSFORMERS_STYLES, chunk, part
+from octavo.distributed import TRANSFORMERS_STYLES, chunk, columns
 from octavo.torch import Int8Tensor
 from octavo.transformers.experts import is_convertible
 
