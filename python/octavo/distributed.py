@@ -168,7 +168,11 @@ class RowParallelInt8Linear(_Sharded):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k/R]`` -> ``[..., n]``, the sum over the ranks, in the dtype of input (or autocast's)."""
-        x, bias, device = self._incoming(input, Shard(input.dim() - 1), self.total_features), self.bias, input.device.type
+        x, bias, device = (
+            self._incoming(input, Shard(input.dim() - 1), self.total_features),
+            self.bias,
+            input.device.type,
+        )
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
@@ -268,7 +272,7 @@ def transformers_plan(model: Any) -> dict[str, ParallelStyle]:
     return {name: TRANSFORMERS_STYLES[style]() for name, style in plan.items()}
 
 
-# --- layers whose weight is taken away and brought back ----------------------------------------------------------------
+# --- layers whose weight other tools move -----------------------------------------------------------------------------
 
 
 class OffloadableInt8Linear(nn.Linear):
@@ -321,7 +325,9 @@ def columns(weight: Int8Tensor, own: slice) -> Int8Tensor:
     whole, (start, stop, _) = weight.int8_weight, own.indices(weight.shape[1])
     rotation, kept, kept_weight = whole.rotation, whole.outlier_columns, whole.outlier_weight
     if rotation and (start % rotation or (stop % rotation and stop < weight.shape[1])):
-        raise ValueError(f"columns: expected bounds that are multiples of the rotation, {rotation}, got {start}, {stop}")
+        raise ValueError(
+            f"columns: expected bounds that are multiples of the rotation, {rotation}, got {start}, {stop}"
+        )
     if kept is not None and kept_weight is not None:
         here = (kept >= start) & (kept < stop)
         kept, kept_weight = kept[here] - start, kept_weight[:, here]

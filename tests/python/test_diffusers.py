@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
@@ -23,7 +24,7 @@ from octavo.torch import Int8Tensor, quantize_
 from octavo.transformers import OctavoConfig
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, models
-from tiny_models import tiny_inputs, tiny_model, write_language_model
+from tiny_models import tiny_model, write_language_model
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -113,13 +114,14 @@ def test_a_sentence_transformer(tmp_path: Path) -> None:
         assert torch.equal(torch.tensor(again.encode(texts)), want)
 
 
-def test_accelerate_does_not_take_codes_for_weights(tmp_path: Path) -> None:
-    """load_checkpoint_and_dispatch knows plain tensors only: it finds no weights."""
+@pytest.mark.parametrize("empty", [True, False])
+def test_accelerate_refuses_to_load_codes(tmp_path: Path, empty: bool) -> None:
+    """load_checkpoint_and_dispatch knows plain tensors only, and would leave a model's weights as they are."""
     model = tiny_model("LlamaForCausalLM")
-    model.save_pretrained(tmp_path / "m")
-    int8 = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "m", quantization_config=OctavoConfig())
-    int8.save_pretrained(tmp_path / "int8")
-    with accelerate.init_empty_weights():
-        empty = transformers.LlamaForCausalLM(model.config)
-    with pytest.raises((NotImplementedError, ValueError, RuntimeError, AttributeError)):
-        accelerate.load_checkpoint_and_dispatch(empty, tmp_path / "int8", device_map={"": "cpu"})(**tiny_inputs(model))
+    quantize_(model, progress=False).save_pretrained(tmp_path)
+    with accelerate.init_empty_weights() if empty else contextlib.nullcontext():
+        other = transformers.LlamaForCausalLM(model.config)
+    before = other.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"load_checkpoint_and_dispatch: expected .*: load the folder with from_pre"):
+        accelerate.load_checkpoint_and_dispatch(other, tmp_path, device_map={"": "cpu"})
+    assert other.model.embed_tokens.weight is before

@@ -183,6 +183,25 @@ def test_format_version_1_is_read(tmp_path: Path, folders: Any, name: str) -> No
     assert torch.equal(outputs(load(tmp_path)), outputs(model))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_folders_of_bitsandbytes_are_read(tmp_path: Path, folders: Any, name: str) -> None:
+    """By whoever asks for octavo, with their options where the caller gives none."""
+    their_config = transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=4.0)
+    theirs = load(folders(name), quantization_config=their_config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, rows = convert(tmp_path / "theirs"), convert(tmp_path / "theirs", outliers="rows")
+    their_layers = {name for name, module in theirs.named_modules() if type(module).__name__ == "Linear8bitLt"}
+    assert {f"{layer}.weight" for layer in their_layers} == int8_weights(model).keys()
+    assert {(w.options.outliers, w.options.threshold) for w in int8_weights(model).values()} == {("columns", 4.0)}
+    assert {(w.options.outliers, w.options.threshold) for w in int8_weights(rows).values()} == {("rows", 4.0)}
+    for layer in their_layers:
+        assert torch.equal(model.get_submodule(layer).weight.int8_weight.codes, theirs.get_submodule(layer).weight.data)
+    model.save_pretrained(tmp_path / "ours")
+    assert torch.equal(outputs(load(tmp_path / "ours")), outputs(model))
+    assert relative_error(outputs(model), outputs(load(folders(name)))) < 0.1
+
+
 def test_config_json(tmp_path: Path, folders: Any) -> None:
     model = convert(folders("OPTForCausalLM"), scheme="zeropoint", threshold=3.0, outliers="rows")
     model.save_pretrained(tmp_path)

@@ -22,8 +22,6 @@ class Method(str, Enum):
 
 
 METHOD = Method.OCTAVO
-# Fixed when a weight is quantized; the other options may change whenever a model is loaded.
-OF_THE_WEIGHT = ("scheme", "granularity", "rotation")
 
 
 @auto.register_quantization_config(METHOD)
@@ -42,8 +40,9 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             where octavo is not installed.
         octavo: what config.json says to whoever reads it; ignored.
 
-    Of a model that is int8 already, the options that are given here are followed; the others are those of its file,
-    layer by layer. Its scheme and granularity are fixed: others are refused.
+    Of a model that is int8 already, also of one that bitsandbytes has made, the options that are given here are
+    followed; the others are those of its file, layer by layer. Its scheme, granularity and rotation are fixed: others
+    are refused.
 
     Raises ValueError or TypeError for values that octavo does not have.
     """
@@ -65,8 +64,10 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise TypeError("OctavoConfig: modules_to_not_convert: expected a sequence of names, got a string")
         self.quant_method = METHOD
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
-        self.set_options(Options.from_dict(options, "OctavoConfig"))
-        self.given = {name: getattr(self, name) for name in options}
+        chosen = Options.from_dict(options, "OctavoConfig")
+        for field in fields(Options):
+            setattr(self, field.name, getattr(chosen, field.name))
+        self.given = {name: getattr(chosen, name) for name in options}
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **more: Any) -> Any:
@@ -79,11 +80,6 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """The options of a layer."""
         return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
 
-    def set_options(self, options: Options) -> None:
-        """Take over the options of a layer."""
-        for field in fields(Options):
-            setattr(self, field.name, getattr(options, field.name))
-
     def get_loading_attributes(self) -> dict[str, Any]:
         """What of a caller's config counts when a model is loaded that is int8 already: what he gave."""
         return {**self.given, "given": self.given}
@@ -94,6 +90,19 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {**HEAD, "format_version": VERSION, **self.options().to_dict(), "modules_to_not_convert": left}
 
 
+_merge = auto.AutoHfQuantizer.merge_quantization_configs
+
+
+def _merge_bitsandbytes(stored: Any, given: Any) -> Any:
+    """Transformers' method, which lets an OctavoConfig read what bitsandbytes has made, too."""
+    if not (isinstance(given, OctavoConfig) and isinstance(stored, dict) and stored.get("load_in_8bit")):
+        return _merge(stored, given)
+    threshold = stored.get("llm_int8_threshold", 6.0)
+    theirs = {"threshold": threshold} if threshold else {"outliers": "none"}  # which bitsandbytes means by 0
+    return OctavoConfig(**{**theirs, **given.given}, modules_to_not_convert=stored.get("llm_int8_skip_modules"))
+
+
+auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_bitsandbytes)
 # Transformers asks only configs of these classes what the caller gave.
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (OctavoConfig,)
-octavo_autoload.watch(auto)  # where PyTorch has not done so
+octavo_autoload.install()  # where PyTorch has not done so

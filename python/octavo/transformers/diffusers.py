@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import octavo_autoload
 import torch
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -86,4 +85,3 @@ class OctavoDiffusersQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
 auto.AUTO_QUANTIZER_MAPPING[METHOD] = OctavoDiffusersQuantizer
 auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = OctavoConfig
-octavo_autoload.watch(auto)  # where PyTorch has not done so

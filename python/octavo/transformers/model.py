@@ -20,7 +20,7 @@ from octavo.torch import Int8Linear, Int8Tensor
 from octavo.torch.choice import ROUTERS, choose_layers, is_linear
 from octavo.transformers import experts
 from octavo.transformers.config import METHOD, OctavoConfig
-from octavo.transformers.loading import Deserializer
+from octavo.transformers.loading import Assemble
 
 logger = logging.get_logger(__name__)
 
@@ -91,10 +91,10 @@ def _keep_names(model: Any, int8: Sequence[str]) -> None:
     model._weight_conversions = [
         conversion
         for conversion in conversions
-        if not isinstance(conversion, Deserializer)
-        and not (
-            isinstance(conversion, WeightConverter)
-            and any(re.search(re.escape(target), lines) for target in conversion.target_patterns)
+        if not isinstance(conversion, WeightConverter)
+        or not (
+            isinstance(conversion.operations[0], Assemble)
+            or any(re.search(re.escape(target), lines) for target in conversion.target_patterns)
         )
     ]
 

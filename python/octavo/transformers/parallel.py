@@ -61,8 +61,7 @@ class TensorParallel:
                 continue
             if len(styles) > 1 or not styles <= TRANSFORMERS_STYLES.keys():
                 raise ValueError(_unknown(name, ", ".join(sorted(styles)), TRANSFORMERS_STYLES))
-            make, layouts = TRANSFORMERS_STYLES[styles.pop()]
-            self._styles[name] = make(**layouts)
+            self._styles[name] = TRANSFORMERS_STYLES[styles.pop()]()
 
     def shard(self, parameter: str, weight: Int8Tensor) -> Int8Tensor:
         """This rank's part of a new weight.
@@ -75,23 +74,23 @@ class TensorParallel:
         if name not in self._styles:
             return weight
         self._shapes[name] = weight.shape
-        return self._styles[name]._part(weight, self._mesh)  # type: ignore[no-any-return]
+        return self._styles[name].layer.part(weight, self._mesh)  # type: ignore[no-any-return]
 
     def _shard_expert(self, parameter: str, weight: Int8Tensor) -> Int8Tensor:
         features, matrices = _EXPERTS[self._experts[parameter]]
         n, k = weight.shape
         if features == "columns":
-            return part(weight, slice(None), chunk(k, self._mesh))
+            return columns(weight, chunk(k, self._mesh))
         own = chunk(n // matrices, self._mesh)
-        rows = torch.cat([torch.arange(own.start, own.stop) + i * (n // matrices) for i in range(matrices)])
-        return part(weight, rows, slice(None))
+        rows = [weight[i * (n // matrices) :][own] for i in range(matrices)]
+        return torch.cat(rows)  # type: ignore[return-value]
 
     def finish(self, model: nn.Module) -> None:
         """Shard what could not be before all was read: the layers around the weights, and those that stay in 16 bit."""
         for name, style in self._styles.items():
             layer: Any = model.get_submodule(name)
             if name in self._shapes:
-                style._install(layer, layer.weight, self._mesh, self._shapes[name])
+                style.install(layer, layer.weight, self._mesh, self._shapes[name])
             else:
                 style._apply(layer, self._mesh)
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
@@ -16,16 +15,8 @@ from octavo import file_format as names
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import is_linear
 from octavo.torch.convert import hold
-from octavo.transformers import experts
 from octavo.transformers.config import METHOD, OctavoConfig
-from octavo.transformers.loading import (
-    Deserialize,
-    Deserializer,
-    Quantize,
-    converter_target,
-    stack_target,
-    stored_parts,
-)
+from octavo.transformers.loading import Assemble, Quantize, conversions_of_int8
 from octavo.transformers.model import Patterns, adopt, dequantize_, flat, weights_to_convert
 
 if TYPE_CHECKING:
@@ -39,16 +30,21 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     """Converts a model while it is loaded, or loads one that is int8. Made by `from_pretrained`; see the package."""
 
     quantization_config: OctavoConfig
+    quantized_element_size = 1.0  # bytes of a code; scales and sums are not counted
+    is_trainable = True  # adapters on it
+    is_compileable = True
 
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         # The caller may use his for other models.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.files: Sequence[str] = ()  # of the checkpoint
         self._weights: set[str] = set()  # that are or become int8, by qualified name
-        self._files: Sequence[str] = ()
         self._parallel: TensorParallel | None = None  # while a model is loaded over several processes
         self._is_parallel = False  # and ever after
 
-    # --- what Transformers asks beforehand ----------------------------------------------------------------------------
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
 
     def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
         """Raise ValueError for what cannot be loaded so: "static" without calibration, layers on disk."""
@@ -64,32 +60,14 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 "offloaded to it"
             )
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes of a code; scales and sums are not counted."""
-        return 1
-
-    def is_serializable(self) -> bool:
-        """`save_pretrained` works."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Transformers' Trainer trains adapters on it."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """`torch.compile` works."""
-        return True
-
     # --- loading ------------------------------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
-        self._files = checkpoint_files or ()
-        skip = self.quantization_config.modules_to_not_convert
+        self.files = checkpoint_files or ()
         # Which weights of an int8 model are int8, its file says.
-        self._weights = weights_to_convert(model, [] if self.pre_quantized else skip)
+        self._weights = weights_to_convert(
+            model, [] if self.pre_quantized else self.quantization_config.modules_to_not_convert
+        )
         model._resolve_parallel_plans = partial(self._resolve_parallel_plans, model)
 
     def _resolve_parallel_plans(self, model: Any, config: Any) -> tuple[dict[str, str], ...]:
@@ -113,7 +91,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         self._is_parallel = True
         return plan, *others
 
-    def _finish(self, name: str, weight: Int8Tensor) -> Int8Tensor:
+    def part(self, name: str, weight: Int8Tensor) -> Int8Tensor:
+        """What this process holds of a new weight ``[n, k]``, by qualified name."""
         return weight if self._parallel is None else self._parallel.shard(name, weight)
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
@@ -122,34 +101,19 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> Quantize:
         """What a 16-bit weight goes through."""
-        return Quantize(self.quantization_config.options(), self._weights.__contains__, self._finish)
+        return Quantize(self)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """The parts of an int8 weight are read as they are; the weight itself says that it has the model's dtype."""
         operation = next(iter(getattr(converter, "operations", ())), None)
-        if isinstance(operation, Deserialize):
+        if isinstance(operation, Assemble):
             operation.dtype = dtype
             return None
         return super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The model's own conversions, and before them those of int8 weights."""
-        if not self.pre_quantized:
-            return weight_conversions
-        parts = stored_parts(self._files, [entry for entry in weight_conversions if isinstance(entry, WeightRenaming)])
-        stacked = [name for name, _, _ in experts.stacks(model)]
-        converters = [entry for entry in weight_conversions if isinstance(entry, WeightConverter)]
-        ways = [
-            (stack_target(stacked), None),
-            *((converter_target(converter), converter) for converter in converters),
-            (lambda weight: (weight, 0), None),
-        ]
-        ours = []
-        for i, (target, converter) in enumerate(ways):
-            operation = Deserialize(self.quantization_config.given, self._finish, converter)
-            sources = 1 if converter is None else len(converter.source_patterns)
-            ours.append(Deserializer(f"octavo{i}", parts, target, sources, operation))
-        return [*ours, *weight_conversions]
+        return conversions_of_int8(self, model, weight_conversions) if self.pre_quantized else weight_conversions
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.__dict__.pop("_resolve_parallel_plans", None)
@@ -177,7 +141,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         if not any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
             if self.pre_quantized:
                 raise ValueError(
-                    f"from_pretrained: expected int8 weights, as config.json says, got none in {list(self._files)}"
+                    f"from_pretrained: expected int8 weights, as config.json says, got none in {list(self.files)}"
                 )
             logger.warning("octavo: the model has no layer that was converted: nothing is int8")
         adopt(model, self)
