@@ -120,7 +120,7 @@ class _Sharded(Int8Linear):
             if layout == wanted and not (gradient and torch.is_grad_enabled() and input.requires_grad):
                 return _arrived(input)
             input = self._dtensor(_arrived(input), layout, features)
-        local = input.redistribute(placements=(wanted,)).to_local(grad_placements=gradient and (gradient,))
+        local = input.redistribute(placements=(wanted,)).to_local(grad_placements=(gradient,) if gradient else None)
         return _arrived(local)
 
     def _dtensor(self, local: Tensor, layout: Placement, features: int) -> DTensor:

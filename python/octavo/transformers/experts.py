@@ -69,7 +69,7 @@ class Int8Stack(nn.Module):
         if func is torch.bmm and isinstance(args[1], cls) and not kwargs:
             return torch.stack([x @ weight for x, weight in zip(*args, strict=True)])
         if func is torch.cat and (kwargs or {}).get("dim") == 1:  # before the weights of a model are put
-            return cls(torch.cat(rows) for rows in zip(*args[0], strict=True))  # type: ignore[misc]
+            return cls(torch.cat(rows) for rows in zip(*args[0], strict=True))
         raise TypeError(
             f"{getattr(func, '__name__', func)}: expected one expert's weight, got the int8 weights of {len(args)} "
             "arguments' experts: leave this module in 16 bit with modules_to_not_convert"
