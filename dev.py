@@ -111,7 +111,8 @@ def octavo() -> None:
     }
     run(
         *(*PIP, "install", "--no-deps", "--no-build-isolation", "--force-reinstall", "."),
-        *(f"-C{name}={value}" for name, value in settings.items()),
+        # Not -C, which the pip of Debian 12 does not know.
+        *(f"--config-settings={name}={value}" for name, value in settings.items()),
         CMAKE_BUILD_PARALLEL_LEVEL=CORES,
     )
 
