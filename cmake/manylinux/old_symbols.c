@@ -1,4 +1,5 @@
-/* Stand-ins for libpthread.so.0 and libdl.so.2 as they were before glibc 2.34 moved their functions into libc.so.6.
+/* Stand-ins for libpthread.so.0 and libdl.so.2 as they were before glibc 2.34 moved their functions into libc.so.6, and
+ * for libm.so.6 before glibc 2.29, which gave some of its functions another version.
  * Only the linker sees them: what it links then asks for the old symbols, which every later glibc still has. */
 #define DEFINE(name) \
     void name(void) {}
@@ -8,13 +9,20 @@ DEFINE(pthread_join)
 DEFINE(pthread_detach)
 DEFINE(pthread_once)
 DEFINE(pthread_mutex_trylock)
+DEFINE(pthread_rwlock_rdlock)
+DEFINE(pthread_rwlock_wrlock)
+DEFINE(pthread_rwlock_unlock)
 DEFINE(pthread_key_create)
 DEFINE(__pthread_key_create)
 DEFINE(pthread_key_delete)
 DEFINE(pthread_getspecific)
 DEFINE(pthread_setspecific)
 DEFINE(pthread_setname_np)
-#else
+#endif
+#ifdef OCTAVO_M
+DEFINE(log)
+#endif
+#ifdef OCTAVO_DL
 DEFINE(dlopen)
 DEFINE(dlsym)
 DEFINE(dlerror)
