@@ -696,6 +696,36 @@ def test_calibrate_finds_systematic_columns() -> None:
     assert found["0"].tolist() == [3]
 
 
+def test_calibrate_by_the_relative_criterion() -> None:
+    """Over all batches together what octavo.find_outliers says of one call; the cap takes the largest."""
+    model, batches = nn.Sequential(dense(24, 16)), outlying_batches()
+    together = torch.cat(batches)
+    for options in (octavo.Options(relative=1.5), octavo.Options(relative=1.5, cap=0.1), octavo.Options(cap=0.05)):
+        criterion = {"threshold": options.threshold, "relative": options.relative, "cap": options.cap}
+        expected = octavo.find_outliers(together, **criterion).tolist()
+        assert expected, options
+        found = ot.calibrate_(model, batches, min_fraction=0.0, options=options, progress=False)["0"]
+        assert (found.dtype, found.tolist()) == (torch.int32, expected)
+    assert ot.calibrate_(model, batches, relative=1.5, progress=False)["0"].tolist() == [3, 7, 9, 11]
+    with pytest.raises(TypeError, match="calibrate_: options"):
+        ot.calibrate_(model, batches, relative=4.0, options=octavo.Options())
+
+
+def test_calibrate_without_batches() -> None:
+    """Random token ids of the model's vocabulary; a model that has none is told so."""
+    pytest.importorskip("transformers", reason="transformers makes the language model")
+    from tiny_models import tiny_model
+
+    model = tiny_model("LlamaForCausalLM")
+    found = ot.calibrate_(model, relative=2.0, cap=0.1, progress=False)
+    assert len(found) == len(ot.choice.choose_layers(model).layers)
+    assert any(len(columns) for columns in found.values())
+    again = ot.calibrate_(model, relative=2.0, cap=0.1, progress=False)
+    assert all(torch.equal(again[name], columns) for name, columns in found.items())
+    with pytest.raises(ValueError, match="calibrate_: batches: expected some for a model whose config has no vocab"):
+        ot.calibrate_(nn.Sequential(dense(24, 16)), progress=False)
+
+
 def test_quantize_keeps_what_calibrate_found() -> None:
     linear = dense(24, 16)
     model = nn.Sequential(copy.deepcopy(linear))

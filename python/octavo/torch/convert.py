@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from octavo.options import Options, options_of
+from octavo.functional import find_outliers
+from octavo.options import DEFAULT, Options, options_of
 from octavo.torch.choice import choose_layers
 from octavo.torch.layer import CALIBRATED, Int8Linear, watch_loading
 from octavo.torch.operation import FLOAT_DTYPES
@@ -93,26 +94,34 @@ def hold(layer: Any, weight: nn.Parameter) -> None:
 
 def calibrate_(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     *,
-    threshold: float = 6.0,
+    threshold: float = DEFAULT,
+    relative: float | None = DEFAULT,
+    cap: float | None = DEFAULT,
     min_fraction: float = MIN_FRACTION,
     skip: Sequence[str] | None = None,
     progress: bool = True,
+    options: Options | None = None,
 ) -> dict[str, Tensor]:
     """Find the systematic outlier columns of each linear layer, for `quantize_` to keep in 16 bit.
 
     Runs `batches` through the 16/32-bit model (it needs the original weights, so it comes before `quantize_`) and
     records, layer by layer, the input features whose magnitude is >= `threshold` at a fraction of at least
-    `min_fraction` of all positions. The paper calls outliers systematic from 6 % of positions on (section 4).
+    `min_fraction` of all positions. The paper calls outliers systematic from 6 % of positions on (section 4). With
+    `relative` it records the columns that `octavo.find_outliers` finds in all positions together.
 
     Args:
         batches: each a tensor (``model(batch)``), a tuple or list (``model(*batch)``), or a mapping
-            (``model(**batch)``).
-        threshold: as in `octavo.linear`.
-        min_fraction: in [0, 1]; 0 records every column that was ever an outlier.
+            (``model(**batch)``). Default: for a language model of Transformers, 1536 random token ids. Columns that
+            are large whatever the text are what is looked for: on real models those found with random ids, with text
+            that a model made itself and with text of the kind it was measured on served equally well.
+        threshold, relative: as in `octavo.find_outliers`.
+        cap: the most columns, as a part of k; of more those of the largest magnitude stay.
+        min_fraction: in [0, 1]; 0 records every column that was ever an outlier. Unused with `relative`.
         skip: as in `quantize_`.
         progress: show a progress bar.
+        options: whose `threshold`, `relative` and `cap` to use, instead of single ones.
 
     Returns:
         Qualified name -> int32 ``[r]``, ascending, for every layer that the batches reached.
@@ -120,18 +129,42 @@ def calibrate_(
     The model is run in eval mode without autograd; its mode and parameters are left as they were.
 
     Raises:
-        ValueError: `threshold` < 0 or `min_fraction` outside [0, 1], no batches, no linear layers, or layers that are
-            quantized already.
+        TypeError, ValueError: options that octavo does not have, `min_fraction` outside [0, 1], no batches, no linear
+            layers, or layers that are quantized already; no `batches`, and a model without a vocabulary.
     """
     if any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
         raise ValueError("calibrate_: model: expected the 16/32-bit model, got one that quantize_ has converted")
+    criterion = options_of("calibrate_", options, threshold=threshold, relative=relative, cap=cap)
     layers = choose_layers(model, skip=skip).layers
+    if batches is None:
+        batches = random_tokens(model)
     columns = systematic_columns(
-        model, layers, batches, threshold=threshold, min_fraction=min_fraction, progress=progress
+        model,
+        layers,
+        batches,
+        threshold=criterion.threshold,
+        relative=criterion.relative,
+        cap=criterion.cap,
+        min_fraction=min_fraction,
+        progress=progress,
     )
     for name, own in columns.items():
         setattr(layers[name], CALIBRATED, own)
     return columns
+
+
+def random_tokens(model: Any) -> list[dict[str, Tensor]]:
+    """Six sequences of up to 256 token ids, each drawn from the whole vocabulary; the same for the same vocabulary."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None:
+        raise ValueError("calibrate_: batches: expected some for a model whose config has no vocab_size, got none")
+    length = min(256, getattr(config, "max_position_embeddings", None) or 256)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (6, length), generator=generator).to(next(model.parameters()).device)
+    names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
+    return [dict.fromkeys(names, own) for own in ids.split(1)]
 
 
 def systematic_columns(
@@ -140,6 +173,8 @@ def systematic_columns(
     batches: Iterable[Any],
     *,
     threshold: float,
+    relative: float | None = None,
+    cap: float | None = None,
     min_fraction: float,
     progress: bool,
     function: str = "calibrate_",
@@ -155,15 +190,18 @@ def systematic_columns(
     if not layers:
         raise ValueError(f"{function}: model: expected linear layers, got none")
     counts: dict[nn.Module, Tensor] = {}
+    largest: dict[nn.Module, Tensor] = {}
     positions: dict[nn.Module, int] = {}
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
-        rows = x.detach().reshape(-1, x.shape[-1])
+        magnitudes = x.detach().reshape(-1, x.shape[-1]).float().abs()
         # As in find_outliers: compared in float32, and NaN and Inf count.
-        found = (~(rows.float().abs() < threshold)).sum(0)
+        found = (~(magnitudes < threshold)).sum(0)
+        most = magnitudes.amax(0) if len(magnitudes) else magnitudes.new_zeros(magnitudes.shape[1])
         counts[module] = counts[module] + found if module in counts else found
-        positions[module] = positions.get(module, 0) + rows.shape[0]
+        largest[module] = torch.maximum(largest[module], most) if module in largest else most
+        positions[module] = positions.get(module, 0) + len(magnitudes)
 
     modules = {id(layer): layer for layer in layers.values()}.values()
     handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in modules]
@@ -178,8 +216,12 @@ def systematic_columns(
     columns: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if layer in counts:
-            systematic = (counts[layer] > 0) & (counts[layer] >= min_fraction * positions[layer])
-            columns[name] = systematic.nonzero().flatten().to(torch.int32).cpu()
+            own = largest[layer]
+            if relative is None:
+                own = own.where(counts[layer] >= min_fraction * positions[layer], 0)
+            # The maxima stand for every position: from 512 on, how many there are matters to no criterion.
+            rows = own.cpu().expand(min(positions[layer], 512), -1)
+            columns[name] = find_outliers(rows, threshold=threshold, relative=relative, cap=cap)
     return columns
 
 
