@@ -1,4 +1,8 @@
-"""The command ``octavo``."""
+"""The command ``octavo``.
+
+Each command is a function that adds its arguments to a parser and returns what runs it; the first line of its docstring
+is its help. Other packages add commands in the same way, by entry points of the group ``octavo.commands``.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,26 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
 
-from octavo._sizes import shown
+import octavo
+from octavo import checkpoint, plan
+from octavo._text import format_size, parse_size, shown, table, unexpected
+from octavo.checkpoint.folder import read_json
+from octavo.checkpoint.layers import DEFAULT_SKIP
+from octavo.options import Options
 
 _TRACEBACK = "OCTAVO_TRACEBACK"  # in the environment
+_USAGE, _DOES_NOT_FIT = 2, 3  # exit statuses: arguments that do not fit each other; a model that does not fit
+# Commands of the laboratory, a package of its own.
+_ELSEWHERE = dict.fromkeys(("demo", "eval", "analyze", "bench"), "octavo-bench")
+
+Run = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in _ELSEWHERE and not any(e.name == words[0] for e in entry_points(group="octavo.commands")):
         package = _ELSEWHERE[words[0]]
         print(f"octavo: {words[0]} is a command of {package}: pip install {package}", file=sys.stderr)
-        return 2
+        return _USAGE
     args = parser.parse_args(words)
     # What reports say they were made with.
     args.command_line = shlex.join(["octavo", *words])
@@ -64,83 +81,258 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and where to read on, in the place of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-# Commands of the laboratory, a package of its own.
-_ELSEWHERE = dict.fromkeys(("demo", "eval", "analyze", "bench"), "octavo-bench")
+        self.exit(_USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command and of all its subcommands.
-
-    Other packages add commands by entry points of the group ``octavo.commands``: functions that add their arguments to
-    the parser given and return what runs the command; the first line of their docstring is the command's help.
-    """
-    import octavo
-    from octavo import plan
-    from octavo.checkpoint import commands as checkpoint
-
+    """The parser of the command and of all its subcommands."""
     parser = _Parser(prog="octavo", description="LLM.int8() as a native library.")
     parser.add_argument("--version", action="version", version=f"octavo {octavo.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-
-    for name, add_arguments, run, text in (
-        ("quantize", checkpoint.add_quantize_arguments, checkpoint.run_quantize,
-         "convert a checkpoint to int8, in bounded memory"),
-        ("inspect", checkpoint.add_inspect_arguments, checkpoint.run_inspect,
-         "show what a checkpoint holds and what int8 saves"),
-        ("plan", plan.add_arguments, plan.main, "say whether a model fits on given GPUs in int8 and in 16 bit"),
-        ("info", _add_info_arguments, _info, "show the version, backends and instruction set in use"),
-    ):  # fmt: skip
-        subparser = commands.add_parser(name, help=text)
-        add_arguments(subparser)
-        subparser.set_defaults(run=run)
-
-    for entry in sorted(entry_points(group="octavo.commands"), key=lambda entry: entry.name):
-        register = entry.load()
-        help_line = (register.__doc__ or "").partition("\n")[0]
-        subparser = commands.add_parser(entry.name, help=help_line[:1].lower() + help_line[1:].rstrip("."))
+    registered: dict[str, Any] = {"quantize": _quantize, "inspect": _inspect, "plan": _plan, "info": _info}
+    others = sorted(entry_points(group="octavo.commands"), key=lambda entry: entry.name)
+    for name, register in {**registered, **{entry.name: entry.load() for entry in others}}.items():
+        line = (register.__doc__ or "").partition("\n")[0]
+        subparser = commands.add_parser(name, help=line[:1].lower() + line[1:].rstrip("."))
         subparser.set_defaults(run=register(subparser))
     return parser
 
 
-def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="compute a fixed set of layers on the CPU and compare the hash of their bits",
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+# --- quantize ---------------------------------------------------------------------------------------------------------
+
+
+def _quantize(parser: argparse.ArgumentParser) -> Run:
+    """Convert a checkpoint to int8, in bounded memory."""
+    add = parser.add_argument
+    add("model", type=Path, help="a Hugging Face folder, or a .safetensors, .bin or .pt file")
+    add("output", type=Path, help="the folder to make; run again after an interruption to go on")
+    add("--format", choices=("octavo", "bitsandbytes"), default="octavo", help="default: octavo")
+    add_options(parser)
+    add("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
+    skip = f"no layers that match; may be repeated; default: {' '.join(DEFAULT_SKIP)}"
+    add("--skip", action="append", metavar="PATTERN", help=skip)
+    text = "run the model on a text file and keep its systematic outlier columns in 16 bit (the model stays on the disk"
+    add("--calibrate", type=Path, metavar="TEXT", help=f"{text}; needs transformers and accelerate)")
+    trust = "with --calibrate: run the Python code that the model brings; without, such a model is refused"
+    add("--trust-remote-code", action="store_true", help=trust)
+    columns = "a file of the columns to keep by layer; with --calibrate it is written, or read if it is there; those of"
+    columns += " layers that --include and --skip leave out are not used"
+    add("--outlier-columns", type=Path, metavar="JSON", help=columns)
+    add("--jobs", type=_positive, metavar="N", help="tensors at a time; default: threads, at most 8")
+    memory = "for the weights of all jobs together; default: that of the largest tensor in float32"
+    add("--memory", type=_memory, metavar="SIZE", help=memory)
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--json", action="store_true", help="print the report as JSON")
+    return _run_quantize
+
+
+def _run_quantize(args: argparse.Namespace) -> int:
+    calibrated, options = args.calibrate is not None or args.outlier_columns is not None, options_of(args)
+    wrong = ""
+    if args.format == "bitsandbytes" and (options.scheme, options.granularity, calibrated) != (
+        "absmax",
+        "vector",
+        False,
+    ):
+        wrong = "--format bitsandbytes goes with --scheme absmax, --granularity vector and no outlier columns"
+    elif options.outliers == "static" and not calibrated:
+        wrong = "--outliers static needs --calibrate or --outlier-columns"
+    if wrong:
+        print(f"octavo quantize: {wrong}", file=sys.stderr)
+        return _USAGE
+    report = checkpoint.quantize(
+        args.model,
+        args.output,
+        options=options,
+        include=args.include,
+        skip=args.skip,
+        outlier_columns=_outlier_columns(args, options) if calibrated else None,
+        format=args.format,
+        jobs=args.jobs,
+        memory=args.memory,
+        progress=not args.quiet,
     )
+    print(json.dumps(asdict(report), indent=2) if args.json else _text(report))
+    return 0
 
 
-def _info(args: argparse.Namespace) -> int:
-    import octavo
-
-    info = octavo.info()
-    right = True
-    if args.verify:
-        from octavo.verify import EXPECTED, verify
-
-        found = verify()
-        right = found == EXPECTED
-        info["verify"] = {"hash": found, "expected": EXPECTED, "right": right}
-    if args.json:
-        print(json.dumps(info, indent=2))
-    else:
-        _print_fields(info)
-    return 0 if right else 1
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """An option of the command for each of `octavo.Options`, whose docstring is their help; see `options_of`."""
+    parser.add_argument(
+        "--recipe", choices=("paper", "best"), default="paper", help="the options that are not given; default: paper"
+    )
+    described = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {10,}.+)*)", Options.__doc__ or "", re.MULTILINE))
+    for name, hint in get_type_hints(Options).items():
+        choices = [value for value in get_args(hint) if isinstance(value, str)]
+        kind: dict[str, Any] = {"choices": choices} if choices else {"type": _option(name, hint), "metavar": "X"}
+        text = re.sub(r"\s+", " ", described.get(name, "")).replace("`", "").replace("%", "%%")
+        parser.add_argument(f"--{name}", **kind, help=text)
 
 
-def _print_fields(fields: dict[str, Any], indent: str = "") -> None:
+def _option(name: str, hint: Any) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value: Any = int(text) if hint is int else float(text)
+            return getattr(Options(**{name: value}), name)
+        except (TypeError, ValueError) as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"Options: {name}: ")) from None
+
+    return read
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """The recipe, with the options that were given."""
+    given = {field.name: getattr(args, field.name) for field in fields(Options)}
+    return replace(octavo.recipe(args.recipe), **{name: value for name, value in given.items() if value is not None})
+
+
+def _memory(text: str) -> int:
+    size = parse_size(text)
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"expected at least a byte, got {text!r}")
+    return size
+
+
+def _outlier_columns(args: argparse.Namespace, options: Options) -> dict[str, list[int]]:
+    path: Path | None = args.outlier_columns
+    if path is not None and (path.exists() or args.calibrate is None):
+        # A file of columns may hold those of a run that chose other layers.
+        return {layer: own for layer, own in _read_columns(path).items() if _asked_for(layer, args)}
+    columns = checkpoint.calibrate(
+        args.model,
+        args.calibrate,
+        threshold=options.threshold,
+        include=args.include,
+        skip=args.skip,
+        progress=not args.quiet,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if path is not None:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    return columns
+
+
+def _asked_for(layer: str, args: argparse.Namespace) -> bool:
+    included = args.include is None or any(fnmatchcase(layer, pattern) for pattern in args.include)
+    return included and not any(fnmatchcase(layer, pattern) for pattern in args.skip or ())
+
+
+def _read_columns(path: Path) -> dict[str, list[int]]:
+    columns = read_json(path)
+    if not all(isinstance(own, list) and all(type(item) is int for item in own) for own in columns.values()):
+        raise unexpected(path, '{"layer": [column, ...], ...}', "something else")
+    return columns
+
+
+def _text(report: checkpoint.Report) -> str:
+    lines = [
+        f"{report.output}: {report.layers} linear layers in int8, "
+        f"{format_size(report.source_bytes)} -> {format_size(report.output_bytes)}, {report.seconds:.1f} s"
+    ]
+    if report.left:
+        lines += ["left as they are:", *_some([(shown(name), report.reasons[name]) for name in report.left])]
+    if report.not_copied:
+        lines += ["not copied, as it links out of the model's folder:"]
+        lines += _some([(shown(name),) for name in report.not_copied])
+    if report.resumed:
+        lines.append(f"{report.resumed} of {report.tensors} tensors were there from an interrupted run")
+    return "\n".join(lines)
+
+
+def _some(rows: Sequence[Sequence[str]], limit: int = 8) -> list[str]:
+    more = [f"and {len(rows) - limit} more"] if len(rows) > limit else []
+    return [f"  {line}" for line in [*table(rows[:limit], left=(0, 1)), *more]]
+
+
+# --- inspect, plan, info ----------------------------------------------------------------------------------------------
+
+
+def _inspect(parser: argparse.ArgumentParser) -> Run:
+    """Show what a checkpoint holds and what int8 saves."""
+    parser.add_argument("checkpoint", type=Path, help="a folder or file, int8 (octavo, bitsandbytes) or not")
+    parser.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run(args: argparse.Namespace) -> int:
+        summary = checkpoint.inspect(args.checkpoint, verify=args.verify)
+        print(summary.as_json() if args.json else summary.as_table())
+        return 0
+
+    return run
+
+
+def _plan(parser: argparse.ArgumentParser) -> Run:
+    """Say whether a model fits on given GPUs in int8 and in 16 bit."""
+    parser.epilog = f"Exit status: 0 where the model fits in int8, {_DOES_NOT_FIT} where it does not, 1 for a failure."
+    add = parser.add_argument
+    add("config", type=Path, help="a config.json, or the folder of a model")
+    memory = "of each GPU, such as 24GB (24 * 2^30 bytes)"
+    add("--gpu-memory", type=_gpu_memory, required=True, metavar="SIZE", help=memory)
+    add("--gpus", type=_positive, default=1, metavar="N", help="how many; default: 1")
+    add("--batch", type=_positive, default=1, metavar="N", help="sequences at a time; default: 1")
+    add("--context", type=_positive, default=2048, metavar="N", help="tokens of each; default: 2048")
+    reserve = "of each GPU, for its context, workspace and activations; default: 0.5GB"
+    add("--reserve", type=parse_size, default=plan.DEFAULT_RESERVE, metavar="SIZE", help=reserve)
+    add("--json", action="store_true", help="print JSON")
+
+    def run(args: argparse.Namespace) -> int:
+        asked = {name: getattr(args, name) for name in ("gpu_memory", "gpus", "batch", "context", "reserve")}
+        file: Path = args.config / "config.json" if args.config.is_dir() else args.config
+        if not file.exists():
+            raise unexpected(file, "a model's config.json", "no such file", FileNotFoundError)
+        found = plan.plan(read_json(file), **asked)
+        print(found.as_json() if args.json else found.as_text())
+        return 0 if found.int8.fits else _DOES_NOT_FIT
+
+    return run
+
+
+def _gpu_memory(text: str) -> int:
+    size = parse_size(text)
+    if size < 2**20:
+        raise argparse.ArgumentTypeError(f"expected a size such as 24GB, got {text!r}, which is {size} bytes")
+    return size
+
+
+def _info(parser: argparse.ArgumentParser) -> Run:
+    """Show the version, backends and instruction set in use."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    verify = "compute a fixed set of layers on the CPU and compare the hash of their bits"
+    parser.add_argument("--verify", action="store_true", help=verify)
+
+    def run(args: argparse.Namespace) -> int:
+        info = octavo.info()
+        right = True
+        if args.verify:
+            from octavo.verify import EXPECTED, verify
+
+            found = verify()
+            right = found == EXPECTED
+            info["verify"] = {"hash": found, "expected": EXPECTED, "right": right}
+        print(json.dumps(info, indent=2) if args.json else "\n".join(_lines(info)))
+        return 0 if right else 1
+
+    return run
+
+
+def _lines(fields: Mapping[str, Any], indent: str = "") -> list[str]:
+    lines = []
     for name, value in fields.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             value = {str(index): item for index, item in enumerate(value)}  # CUDA's devices, by their number
         if isinstance(value, dict):
-            print(f"{indent}{name}:")
-            _print_fields(value, indent + "  ")
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
         else:
-            print(f"{indent}{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            lines.append(f"{indent}{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return lines
 
 
 if __name__ == "__main__":

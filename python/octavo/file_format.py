@@ -1,4 +1,4 @@
-"""The names and the JSON of int8 checkpoints: the one place that writes and reads them.
+"""The names and the JSON of int8 weights in files: the one place that writes and reads them.
 
 Version 2. An int8 weight ``<name>`` ("model.layers.0.mlp.up_proj.weight") is stored as the tensors ``<name>.codes``,
 ``<name>.scale``, ...: see `PARTS`. There is no tensor ``<name>``, so that a reader without octavo finds no weight to
@@ -9,23 +9,23 @@ mistake codes for. Version 1 (``<layer>.weight`` int8 beside ``<layer>.scale``, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from octavo._sizes import shown
-from octavo._types import rotated_size
+from octavo._text import shown, unexpected
+from octavo._types import rotated_size, to_framework_of
 from octavo.options import Options
 from octavo.weight import Int8Weight
 
 VERSION = 2
 READABLE_VERSIONS = (1, 2)
+Format = Literal["octavo", "bitsandbytes"]
 
 CODES, SCALE, ZEROPOINT, OPTIONS = "codes", "scale", "zeropoint", "options"
 OUTLIER_COLUMNS, OUTLIER_WEIGHT = "outlier_columns", "outlier_weight"
-IN_FEATURES = "in_features"  # in the JSON, where rotation has padded the codes
 PARTS = (CODES, SCALE, ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT, OPTIONS)
 # The parts of version 1 and of bitsandbytes by the last word of their names, which follows the layer's.
 PARTS_OF_VERSION_1 = {
@@ -35,6 +35,12 @@ PARTS_OF_VERSION_1 = {
 ABSMAX, LAYOUT = "absmax", "layout"
 PARTS_OF_BITSANDBYTES = {"weight": CODES, "SCB": ABSMAX, "weight_format": LAYOUT}
 ROW_MAJOR = 0  # bitsandbytes' layout
+# Whose parts they are, by the last word of their names, and those that are in any file.
+_KINDS: tuple[tuple[Format, Mapping[str, str], set[str]], ...] = (
+    ("octavo", {part: part for part in PARTS}, {SCALE, OPTIONS}),
+    ("octavo", PARTS_OF_VERSION_1, {SCALE, OPTIONS}),
+    ("bitsandbytes", PARTS_OF_BITSANDBYTES, {ABSMAX}),
+)
 
 # Keys of a file's metadata: JSON but for the first. CRC-32 by tensor, names that share a tensor, layers that stay and
 # why, and what a file was made of.
@@ -47,16 +53,16 @@ METADATA: Mapping[str, str] = {"format": "pt", VERSION_KEY: str(VERSION)}  # "fo
 HEAD: Mapping[str, Any] = {"quant_method": None, "octavo": "load with: import octavo.transformers"}
 
 
-def quantization_config(options: Options, kept: Iterable[str], *, bitsandbytes: bool) -> dict[str, Any]:
+def quantization_config(options: Options, kept: Iterable[str], format: Format) -> dict[str, Any]:
     """The ``quantization_config`` of config.json, so that a reader knows what it has before it.
 
     Args:
         options: of the layers; a reader may choose others for what they compute with.
         kept: linear layers that stay in 16 bit.
-        bitsandbytes: in its format, with the keys that Transformers writes for it.
+        format: of the weights; for "bitsandbytes" the keys are those that Transformers writes for it.
     """
     left = sorted({*kept, "lm_head"})  # tied heads are in no file
-    if bitsandbytes:
+    if format == "bitsandbytes":
         return {
             "quant_method": "bitsandbytes",
             "load_in_8bit": True,
@@ -83,11 +89,11 @@ class StoredWeight:
     """
 
     name: str
-    format: Literal["octavo", "bitsandbytes"]
+    format: Format
     parts: dict[str, str]
 
 
-def stored_name(weight: str, part: str, format: Literal["octavo", "bitsandbytes"] = "octavo") -> str:
+def stored_name(weight: str, part: str, format: Format = "octavo") -> str:
     """The name of the tensor that holds a part of a weight."""
     if format == "octavo":
         return f"{weight}.{part}"
@@ -109,21 +115,16 @@ def find_weights(dtypes: Mapping[str, str]) -> dict[str, StoredWeight]:
         base, _, leaf = name.rpartition(".")
         if dtype != "I8" or leaf not in (CODES, "weight"):
             continue
-        version_1: dict[str, str] = {part: word for word, part in PARTS_OF_VERSION_1.items()}
-        theirs = {part: word for word, part in PARTS_OF_BITSANDBYTES.items()}
-        for format, weight, words, needed in (
-            ("octavo", base, {part: part for part in PARTS}, (SCALE, OPTIONS)),
-            ("octavo", name, version_1, (SCALE, OPTIONS)),
-            ("bitsandbytes", name, theirs, (ABSMAX,)),
-        ):
-            if words[CODES] == leaf and all(f"{base}.{words[part]}" in dtypes for part in needed):
-                parts = {part: f"{base}.{word}" for part, word in words.items() if f"{base}.{word}" in dtypes}
-                found[weight] = StoredWeight(weight, format, parts)  # type: ignore[arg-type]
+        for format, words, needed in _KINDS:
+            parts = {part: f"{base}.{word}" for word, part in words.items() if f"{base}.{word}" in dtypes}
+            if words.get(leaf) == CODES and parts.keys() >= needed:
+                weight = base if leaf == CODES else name
+                found[weight] = StoredWeight(weight, format, parts)
                 break
         else:
             theirs_or = "" if leaf == CODES else f" (octavo), or {base}.SCB (bitsandbytes),"
             needs = f"{base}.{SCALE} and {base}.{OPTIONS if leaf == CODES else '_extra_state'}{theirs_or}"
-            raise ValueError(f"{shown(name)}: expected {shown(needs, 400)} beside int8 codes, got none")
+            raise unexpected(shown(name), f"{shown(needs, 400)} beside int8 codes", "none")
     return found
 
 
@@ -136,15 +137,15 @@ def encode_options(options: Options, dtype: str, in_features: int | None = None)
     Args:
         options: of the layer.
         dtype: of the weight before it was quantized: "float32", "float16" or "bfloat16".
-        in_features: its columns, k, where they are known: noted where rotation makes more codes of them.
+        in_features: its columns, k: noted where rotation makes more codes of them.
     """
     is_padded = in_features is not None and in_features != rotated_size(in_features, options.rotation)
-    more = {IN_FEATURES: in_features} if is_padded else {}
+    more = {"in_features": in_features} if is_padded else {}
     return json.dumps({"format_version": VERSION, "dtype": dtype, **more, **options.to_dict()}).encode()
 
 
-def decode_options(data: bytes, where: str) -> tuple[Options, str | None]:
-    """What `encode_options` wrote, or version 1, which does not say a dtype (None).
+def decode_options(data: bytes, where: str) -> tuple[Options, str | None, int | None]:
+    """What `encode_options` was given; in version 1 there is no dtype, and in_features only where it was noted.
 
     Raises:
         ValueError: names `where`; no JSON of octavo's, or a newer version.
@@ -152,32 +153,24 @@ def decode_options(data: bytes, where: str) -> tuple[Options, str | None]:
     try:
         fields = json.loads(data)
         version = fields.pop("format_version")
-        dtype = fields.pop("dtype", None)
-        fields.pop(IN_FEATURES, None)
+        dtype, in_features = fields.pop("dtype", None), fields.pop("in_features", None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        said = shown(repr(error))
-        raise ValueError(f"{where}: expected octavo's options as JSON, got {said}: corrupt") from error
+        raise unexpected(where, "octavo's options as JSON", f"{error!r}: corrupt") from error
     if version not in READABLE_VERSIONS:
-        raise ValueError(f"{where}: expected format_version 1 or 2, got {version!r:.50}: update octavo")
+        raise unexpected(where, "format_version 1 or 2", f"{version!r}: update octavo")
     if dtype not in (("float32", "float16", "bfloat16") if version == VERSION else (None,)):
-        raise ValueError(f"{where}: expected dtype float32, float16 or bfloat16, got {dtype!r:.50}: corrupt")
-    return Options.from_dict(fields, where), dtype
+        raise unexpected(where, "dtype float32, float16 or bfloat16", f"{dtype!r}: corrupt")
+    if in_features is not None and (type(in_features) is not int or in_features < 0):
+        raise unexpected(where, "in_features as a number", f"{in_features!r}: corrupt")
+    return Options.from_dict(fields, where), dtype, in_features
 
 
 def disassemble(weight: Int8Weight, options: Options, dtype: str) -> dict[str, Any]:
     """The tensors to store for a weight, by part: arrays of its framework (of NumPy's or PyTorch's)."""
-    parts = {
-        CODES: weight.codes,
-        SCALE: weight.scale,
-        ZEROPOINT: weight.zeropoint,
-        OUTLIER_COLUMNS: weight.outlier_columns,
-        OUTLIER_WEIGHT: weight.outlier_weight,
-    }
-    shape: Any = weight.shape
-    encoded = np.frombuffer(bytearray(encode_options(options, dtype, int(shape[1]))), np.uint8)
-    return {name: array for name, array in parts.items() if array is not None} | {
-        OPTIONS: _beside(weight.scale, encoded)
-    }
+    arrays = {part: getattr(weight, part) for part in PARTS if part != OPTIONS}
+    parts = {part: array for part, array in arrays.items() if array is not None}
+    encoded = np.frombuffer(bytearray(encode_options(options, dtype, int(weight.shape[1]))), np.uint8)
+    return {**parts, OPTIONS: to_framework_of(weight.scale, encoded)}
 
 
 def assemble(parts: Mapping[str, Any], where: str, **more: Any) -> tuple[Int8Weight, Options, str | None]:
@@ -190,52 +183,44 @@ def assemble(parts: Mapping[str, Any], where: str, **more: Any) -> tuple[Int8Wei
 
     Raises:
         ValueError: names `where` and the part; one that is missing or unknown, whose shape or dtype does not fit, or
-            whose values cannot be: see `_check_values`.
+            whose values no quantization gives: scales are finite and not negative, zeropoints integers, outlier columns
+            ascending without repetitions, in [0, k).
     """
     given = dict(parts)
-    in_features: int | None = None
     try:
-        codes = given.pop(CODES)
         if ABSMAX in given:
-            options, dtype = Options(), None
-            layout = given.pop(LAYOUT, None)
-            if layout is not None and int(layout) != ROW_MAJOR:
-                raise ValueError(
-                    f"{where}: weight_format: expected 0 (row-major codes), got {int(layout)}: load and save the "
-                    "model with a recent bitsandbytes"
-                )
-            given[SCALE] = _beside(codes, _on_host(given.pop(ABSMAX)) / np.float32(127))
+            options, dtype, k = Options(), None, None
+            given[SCALE] = _scale_of_bitsandbytes(given, where)
         else:
-            encoded = bytes(_on_host(given.pop(OPTIONS)))
-            options, dtype = decode_options(encoded, f"{where}: {OPTIONS}")
-            in_features = json.loads(encoded).get(IN_FEATURES)
-        scale = given.pop(SCALE)
+            options, dtype, k = decode_options(bytes(_on_host(given.pop(OPTIONS))), f"{where}: {OPTIONS}")
+        codes, scale = given.pop(CODES), given.pop(SCALE)
     except KeyError as error:
-        raise ValueError(f"{where}: expected a tensor {error}, got none") from error
+        raise unexpected(where, f"a tensor {error}", "none") from error
     kept = {name: given.pop(name, None) for name in (ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT)}
     if given:
-        raise ValueError(f"{where}: expected the tensors of an int8 weight, got {next(iter(given))!r:.50}")
+        raise unexpected(where, "the tensors of an int8 weight", repr(next(iter(given))))
     if len(codes.shape) != 2:
-        raise ValueError(f"{where}: {CODES}: expected rank 2, got shape {list(codes.shape)}")
-    if in_features is not None and (type(in_features) is not int or in_features < 0):
-        raise ValueError(f"{where}: {OPTIONS}: expected in_features as a number, got {in_features!r:.50}: corrupt")
-    shape = (int(codes.shape[0]), int(codes.shape[1]) if in_features is None else in_features)
-    _check_values({SCALE: scale, **kept}, shape[1], where)
+        raise unexpected(f"{where}: {CODES}", "rank 2", f"shape {list(codes.shape)}")
+    shape = None if k is None else (int(codes.shape[0]), k)
     try:
-        how: Any = {"scheme": options.scheme, "granularity": options.granularity, "rotation": options.rotation, **more}
-        how["shape"] = None if in_features is None else shape
-        weight = Int8Weight(codes, scale, **kept, **how)
+        _check_values({SCALE: scale, **kept}, int(codes.shape[1]) if k is None else k)
+        how: Any = {name: getattr(options, name) for name in ("scheme", "granularity", "rotation")}
+        weight = Int8Weight(codes, scale, **kept, **how, shape=shape, **more)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return weight, options, dtype
 
 
-def _check_values(parts: Mapping[str, Any], k: int, where: str) -> None:
-    """Raise ValueError, naming `where` and the part, for values that no quantization of a weight ``[n, k]`` gives.
+def _scale_of_bitsandbytes(given: dict[str, Any], where: str) -> Any:
+    layout = np.ravel(_on_host(given.pop(LAYOUT, np.uint8(ROW_MAJOR))))
+    if layout.tolist() != [ROW_MAJOR]:
+        other = f"{str(layout)[1:-1]}: load and save the model with a recent bitsandbytes"
+        raise unexpected(f"{where}: weight_format", f"{ROW_MAJOR} (row-major codes)", other)
+    return to_framework_of(given[CODES], _on_host(given.pop(ABSMAX)) / np.float32(127))
 
-    Scales are finite and not negative, zeropoints integers, outlier columns ascending without repetitions, in [0, k).
-    """
-    expectations: dict[str, tuple[str, Callable[[Any], Any]]] = {
+
+def _check_values(parts: Mapping[str, Any], k: int) -> None:
+    expectations: dict[str, tuple[str, Any]] = {
         SCALE: ("finite numbers >= 0", lambda values: np.isfinite(values) & (values >= 0)),
         ZEROPOINT: ("integers", lambda values: np.isfinite(values) & (values == np.rint(values))),
         OUTLIER_COLUMNS: (
@@ -244,23 +229,13 @@ def _check_values(parts: Mapping[str, Any], k: int, where: str) -> None:
         ),
     }
     for part, (expected, holds) in expectations.items():
-        if parts.get(part) is None:
-            continue
-        values = _on_host(parts[part])
-        wrong = values.ravel()[~holds(values.ravel())]
-        if len(wrong):
-            raise ValueError(f"{where}: {part}: expected {expected}, got {wrong[0]}: corrupt")
+        if parts[part] is not None:
+            values = np.ravel(_on_host(parts[part]))
+            wrong = values[~holds(values)]
+            if len(wrong):
+                raise unexpected(part, expected, f"{wrong[0]}: corrupt")
 
 
 def _on_host(array: Any) -> Any:
     """A small array, as one of NumPy's."""
     return array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)
-
-
-def _beside(array: Any, values: Any) -> Any:
-    """Values of NumPy as an array of the framework and on the device of `array`."""
-    if not hasattr(array, "detach"):
-        return values
-    import torch
-
-    return torch.from_numpy(values).to(array.device)

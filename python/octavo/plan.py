@@ -1,31 +1,26 @@
 """``octavo plan``: does a model fit on given GPUs, in int8 and in 16 bit? Computed from its config.json alone.
 
-Transformers builds the model without memory, and `octavo.torch.choice.choose_layers` chooses as everywhere. An int8
-weight takes one byte an element and a float32 scale per output feature, everything else two bytes, as
-`octavo.transformers` makes them: experts that are stacked in one parameter are among the int8 weights
-(`octavo.checkpoint.quantize` leaves those that a file stacks). In 16 bit everything takes two. The cache of keys and
-values is in 16 bit; other states, as Mamba's, are not counted. A layer is not split between GPUs.
+Transformers builds the model without memory, and the weights that `octavo.transformers` makes int8 are counted as such:
+one byte an element and a float32 scale per output feature, also of experts that are stacked in one parameter
+(`octavo.checkpoint.quantize` leaves those that a file stacks). Everything else takes two bytes, as in 16 bit everything
+does. The cache of keys and values is in 16 bit; other states, as Mamba's, are not counted. A layer is not split between
+GPUs.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from octavo._sizes import format_size, parse_size, positive, table
-from octavo.checkpoint.model import meta_model
+from octavo._text import format_size, table, unexpected
+from octavo.checkpoint.meta_model import meta_model
 
 __all__ = ["Footprint", "Plan", "plan"]
 
-_GIB = 2**30
-DEFAULT_RESERVE = _GIB // 2  # per GPU: its context, the libraries' workspace, activations of small batches
-
-DOES_NOT_FIT = 3  # the exit status: 1 is a failure's, 2 that of wrong arguments
+DEFAULT_RESERVE = 2**29  # per GPU: its context, the libraries' workspace, activations of small batches
 
 
 @dataclass(frozen=True)
@@ -76,28 +71,23 @@ class Plan:
 
     def as_text(self) -> str:
         """For people."""
-        title = (
-            f"{self.model_type}, {_in_words(self.parameters)} parameters, on {self.gpus} x "
-            f"{format_size(self.gpu_memory)} ({format_size(self.reserve)} of each kept free), batch {self.batch}, "
-            f"context {self.context}"
-        )
+        many = self.parameters >= 1e8
+        parameters = f"{self.parameters / (1e9 if many else 1e6):.2f} {'billion' if many else 'million'} parameters"
         rows = [["", "weights", "cache", "total", "fits", "GPUs needed"]]
         for name, footprint in (("int8", self.int8), ("16 bit", self.bits16)):
             needed = "a layer is too large" if footprint.gpus_needed is None else str(footprint.gpus_needed)
             sizes = [format_size(count) for count in (footprint.weights, footprint.cache, footprint.total)]
             rows.append([name, *sizes, "yes" if footprint.fits else "no", needed])
-        lines = [title, *table(rows)]
-        lines.append(f"weights in 16 bit take {self.ratio:.2f} times as much")
+        lines = [
+            f"{self.model_type}, {parameters}, on {self.gpus} x {format_size(self.gpu_memory)} "
+            f"({format_size(self.reserve)} of each kept free), batch {self.batch}, context {self.context}",
+            *table(rows),
+            f"weights in 16 bit take {self.ratio:.2f} times as much",
+        ]
         if self.stacked_experts:
-            lines.append(
-                f"{self.stacked_experts} weights of experts count as int8, as from_pretrained makes them; octavo "
-                "quantize leaves those that a file stacks"
-            )
+            made = "count as int8, as from_pretrained makes them; octavo quantize leaves those that a file stacks"
+            lines.append(f"{self.stacked_experts} weights of experts {made}")
         return "\n".join(lines)
-
-
-def _in_words(count: int) -> str:
-    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count / 1e6:.2f} million"
 
 
 def plan(
@@ -124,38 +114,38 @@ def plan(
     """
     model = meta_model(config, "bfloat16")
     sizes_in_int8, experts = _sizes_in_int8(model)
-    cache = {unit: size * batch * context for unit, size in _cache_per_token(model).items()}
-    units: dict[str, tuple[int, int]] = {}  # bytes in int8 and in 16 bit
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        int8, bits16 = units.get(_unit(name), (0, 0))
-        own = 2 * parameter.numel()
-        units[_unit(name)] = int8 + sizes_in_int8.get(name, own), bits16 + own
+    sizes_in_16_bit = {name: 2 * parameter.numel() for name, parameter in model.named_parameters()}
+    cache = {layer: size * batch * context for layer, size in _cache_per_token(model).items()}
 
-    def footprint(precision: int) -> Footprint:
-        weights = sum(sizes[precision] for sizes in units.values())
-        sizes = [unit[precision] + cache.get(layer, 0) for layer, unit in units.items()]
-        needed = _gpus_needed(sizes, gpu_memory - reserve)
-        total = sum(sizes)
+    def footprint(sizes: Mapping[str, int]) -> Footprint:
+        layers: dict[str, int] = {}
+        for name, size in sizes.items():
+            layer = _layer(name)
+            layers[layer] = layers.get(layer, cache.get(layer, 0)) + size
+        needed, weights, total = (
+            _gpus_needed(layers.values(), gpu_memory - reserve),
+            sum(sizes.values()),
+            sum(layers.values()),
+        )
         return Footprint(weights, total - weights, total, needed is not None and needed <= gpus, needed)
 
-    in_int8, in_16_bit = footprint(0), footprint(1)
+    int8, bits16 = footprint(sizes_in_16_bit | sizes_in_int8), footprint(sizes_in_16_bit)
     return Plan(
-        str(config.get("model_type", type(model).__name__)),
-        sum(parameter.numel() for parameter in parameters.values()),
-        experts,
-        gpus,
-        gpu_memory,
-        reserve,
-        batch,
-        context,
-        in_int8,
-        in_16_bit,
-        in_16_bit.weights / in_int8.weights,
+        model_type=str(config.get("model_type", type(model).__name__)),
+        parameters=sum(sizes_in_16_bit.values()) // 2,
+        stacked_experts=experts,
+        gpus=gpus,
+        gpu_memory=gpu_memory,
+        reserve=reserve,
+        batch=batch,
+        context=context,
+        int8=int8,
+        bits16=bits16,
+        ratio=bits16.weights / int8.weights,
     )
 
 
-def _unit(name: str) -> str:
+def _layer(name: str) -> str:
     """What a parameter has to share a GPU with: its layer ("model.layers.3"); outside of layers, only itself."""
     match = re.match(r"^(.*?\.\d+)\.", name)
     return match[1] if match else name
@@ -183,71 +173,26 @@ def _cache_per_token(model: Any) -> dict[str, int]:
     text = model.config.get_text_config(decoder=True)
     attention = [name.lower() for name, _ in model.named_parameters() if "attn" in name or "attention" in name.lower()]
     # An encoder keeps none. Its decoder keeps, of each token, those of its own attention and of that to the encoder.
-    decoder = [name for name in attention if not name.startswith(("encoder.", "model.encoder."))]
-    units = dict.fromkeys(_unit(name) for name in decoder)
+    layers = {_layer(name) for name in attention if not name.startswith(("encoder.", "model.encoder."))}
+    if not layers:
+        return {}
     heads = getattr(text, "num_attention_heads", None)
     kv_heads: Any = getattr(text, "num_key_value_heads", None) or heads
     width: Any = getattr(text, "head_dim", None) or (heads and getattr(text, "hidden_size", 0) // heads)
-    if units and not (isinstance(kv_heads, int) and isinstance(width, int) and kv_heads > 0 and width > 0):
-        raise ValueError(
-            "config: expected num_attention_heads and hidden_size, which say how large the cache of model_type "
-            f"{model.config.model_type} is, got none"
-        )
+    if not (isinstance(kv_heads, int) and isinstance(width, int) and kv_heads > 0 and width > 0):
+        sizes = f"num_attention_heads and hidden_size, which say how large the cache of {model.config.model_type} is"
+        raise unexpected("config", sizes, "none")
     attentions = 2 if getattr(model.config, "is_encoder_decoder", False) else 1
-    return dict.fromkeys(units, 4 * attentions * kv_heads * width) if units else {}
+    return dict.fromkeys(layers, 4 * attentions * kv_heads * width)
 
 
-def _gpus_needed(sizes: Sequence[int], capacity: int) -> int | None:
+def _gpus_needed(sizes: Iterable[int], capacity: int) -> int | None:
     """How many GPUs hold the layers in their order: each is filled before the next is begun, which is optimal."""
-    if max(sizes) > capacity:
-        return None
     needed, used = 1, 0
     for size in sizes:
+        if size > capacity:
+            return None
         if used + size > capacity:
             needed, used = needed + 1, 0
         used += size
     return needed
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `octavo plan`."""
-    parser.epilog = f"Exit status: 0 where the model fits in int8, {DOES_NOT_FIT} where it does not, 1 for a failure."
-    add = parser.add_argument
-    add("config", type=Path, help="a config.json, or the folder of a model")
-    memory = "of each GPU, such as 24GB (24 * 2^30 bytes)"
-    add("--gpu-memory", type=_gpu_memory, required=True, metavar="SIZE", help=memory)
-    add("--gpus", type=positive, default=1, metavar="N", help="how many; default: 1")
-    add("--batch", type=positive, default=1, metavar="N", help="sequences at a time; default: 1")
-    add("--context", type=positive, default=2048, metavar="N", help="tokens of each; default: 2048")
-    reserve = "of each GPU, for its context, workspace and activations; default: 0.5GB"
-    add("--reserve", type=parse_size, default=DEFAULT_RESERVE, metavar="SIZE", help=reserve)
-    add("--json", action="store_true", help="print JSON")
-
-
-def _gpu_memory(text: str) -> int:
-    size = parse_size(text)
-    if size < 2**20:
-        raise argparse.ArgumentTypeError(f"expected a size such as 24GB, got {text!r}, which is {size} bytes")
-    return size
-
-
-def main(args: argparse.Namespace) -> int:
-    """`octavo plan`. Returns 0 where the model fits in int8, else `DOES_NOT_FIT`."""
-    asked = {name: getattr(args, name) for name in ("gpu_memory", "gpus", "batch", "context", "reserve")}
-    found = plan(read_config(args.config), **asked)
-    print(found.as_json() if args.json else found.as_text())
-    return 0 if found.int8.fits else DOES_NOT_FIT
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json, given itself or as its folder. Raises OSError or ValueError for what is none."""
-    file = path / "config.json" if path.is_dir() else path
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: expected a model's config.json, got no such file")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: expected JSON, got {error}") from error
-    if not isinstance(config, dict) or not {"model_type", "_class_name"} & config.keys():
-        raise ValueError(f"{file}: expected a JSON object with a model_type, got none")
-    return config

@@ -125,7 +125,9 @@ def test_rotated_weights(tmp_path: Path) -> None:
             assert weight.shape == expected.shape
             same(weight.codes, expected.codes)
             same(weight.scale, expected.scale)
-        assert checkpoint.inspect(output).layers[1].shape in ([24, 16], [16, 32])
+        summary = checkpoint.inspect(output)
+        assert [layer.shape for layer in summary.layers] == [[24, 16], [16, 24]]
+        assert f"absmax, {granularity}, rotation 16" in summary.as_table()
 
 
 def test_one_scale_for_unusual_weights(tmp_path: Path) -> None:

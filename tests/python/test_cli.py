@@ -16,8 +16,7 @@ import octavo
 import octavo.verify
 import pytest
 from octavo import checkpoint, cli
-from octavo._sizes import format_size, parse_size
-from octavo.checkpoint import commands
+from octavo._text import format_size, parse_size
 from octavo.checkpoint.files import header_bytes
 from octavo.options import Options
 
@@ -67,7 +66,7 @@ def test_options_reach_the_conversion(
         given.update(options)
         return checkpoint.Report(str(output), 1, [], 2, 0, 100, 50, 0.5)
 
-    monkeypatch.setattr(commands, "quantize", quantize)
+    monkeypatch.setattr(checkpoint, "quantize", quantize)
     columns = tmp_path / "columns.json"
     columns.write_text('{"a.fc": [3, 1], "a.gate": [2], "a.out": [1]}')
     words = "--scheme zeropoint --granularity row --threshold 4.5 --outliers static --include *.fc --include *.up "
@@ -232,7 +231,7 @@ def test_every_failure_is_one_line(
     def failing(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(commands, "inspect", failing)
+    monkeypatch.setattr(checkpoint, "inspect", failing)
     monkeypatch.delenv("OCTAVO_TRACEBACK", raising=False)
     assert run("inspect", "m") == 1
     assert capsys.readouterr().err == f"octavo inspect: {line}\n"
@@ -248,7 +247,7 @@ def test_an_interrupted_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "inspect", interrupted)
+    monkeypatch.setattr(checkpoint, "inspect", interrupted)
     assert run("inspect", "m") == 130
     assert capsys.readouterr().err == "octavo: interrupted\n"
 

@@ -250,7 +250,8 @@ class TestCommand:
         [
             (None, "expected a model's config.json, got no such file"),
             ("{", "expected JSON"),
-            ("[]", "expected a JSON object with a model_type"),
+            ("[]", "expected a JSON object, got list"),
+            ("{}", "config: expected a model_type, got none"),
             ('{"model_type": "nothing"}', "model_type: expected one that Transformers has, got 'nothing'"),
             ("[" * 100_000, "expected JSON"),
         ],

@@ -7,14 +7,15 @@ are in memory at a time, and the activations of a batch. The price is that each 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint.layers import choose
-from octavo.checkpoint.model import names_in_model
-from octavo.checkpoint.source import Source, open_source
+from octavo._text import unexpected
+from octavo.checkpoint.layers import Patterns, choose
+from octavo.checkpoint.meta_model import names_in_model
+from octavo.checkpoint.reader import Checkpoint
 
 _TOKENS = 256  # of a sequence
 _SEQUENCES = 4  # of a batch
@@ -27,8 +28,8 @@ def calibrate(
     threshold: float = 6.0,
     min_fraction: float = 0.06,
     batches: int = 32,
-    include: Sequence[str] | None = None,
-    skip: Sequence[str] | None = None,
+    include: Patterns = None,
+    skip: Patterns = None,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, list[int]]:
@@ -57,27 +58,30 @@ def calibrate(
 
         from octavo.torch import systematic_columns
     except ImportError as error:
-        raise RuntimeError(
-            f'calibration needs PyTorch, transformers and accelerate: pip install "octavo[transformers]" ({error})'
-        ) from error
-    source = open_source(model)
+        install = 'pip install "octavo[transformers]"'
+        raise RuntimeError(f"calibration needs PyTorch, transformers and accelerate: {install} ({error})") from error
+    source = Checkpoint(model, framework="numpy")
     stored = choose(source, include, skip, function="calibrate").int8
     own_code = "auto_map" in source.config and source.config.get("model_type") not in transformers.CONFIG_MAPPING
     if own_code and not trust_remote_code:
-        raise ValueError(
-            f"{model}: expected a model of Transformers, got one that brings its own code: trust_remote_code=True "
-            "(--trust-remote-code) runs it"
-        )
+        runs_it = "trust_remote_code=True (--trust-remote-code) runs it"
+        raise unexpected(model, "a model of Transformers", f"one that brings its own code: {runs_it}")
     config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    model_class = _model_class(model, source, config)
-    tokens = tokenizer(_read_text(Path(text)))["input_ids"]
+    # The very class that saved the checkpoint: others name its layers otherwise.
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    own = [auto for auto, place in (source.config.get("auto_map") or {}).items() if place.endswith(f".{name}")]
+    model_class = getattr(transformers, own[0] if own else name, None)
+    if model_class is None:
+        raise unexpected(model, "an architecture of transformers in config.json", name)
+    try:
+        tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
+    except UnicodeDecodeError as error:
+        raise unexpected(text, "text in UTF-8", error) from error
     if not tokens:
-        raise ValueError(f"{text}: expected text to calibrate with, got none")
+        raise unexpected(text, "text to calibrate with", "none")
     length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
-    inputs = list(_batches(tokens, length))[:batches]
-    if config.is_encoder_decoder:
-        inputs = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in inputs]
+    inputs = list(_batches(tokens, length, config.is_encoder_decoder))[:batches]
 
     with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
         with _progress_bars(progress):
@@ -90,27 +94,11 @@ def calibrate(
             )
         layers = _layers(loaded, stored)
         if not layers:
-            raise ValueError(
-                f"{model}: expected linear layers that transformers names as the checkpoint does, got none "
-                f"({config.model_type})"
-            )
-        found = systematic_columns(
-            loaded,
-            layers,
-            inputs,
-            threshold=threshold,
-            min_fraction=min_fraction,
-            progress=progress,
-            function="calibrate",
-        )
+            linear = f"linear layers that transformers names as the checkpoint does ({config.model_type})"
+            raise unexpected(model, linear, "none")
+        how: Any = {"threshold": threshold, "min_fraction": min_fraction, "progress": progress}
+        found = systematic_columns(loaded, layers, inputs, **how, function="calibrate")
     return {name: own.tolist() for name, own in found.items()}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected text in UTF-8, got {error}") from error
 
 
 @contextmanager
@@ -128,38 +116,24 @@ def _progress_bars(show: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _batches(tokens: Sequence[int], length: int) -> Iterator[dict[str, Any]]:
+def _batches(tokens: Sequence[int], length: int, has_decoder: bool) -> Iterator[dict[str, Any]]:
     """Sequences of `length` tokens, some at a time; the last one, which is shorter, by itself."""
     import torch
 
-    whole = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
-    for start in range(0, len(whole), _SEQUENCES):
-        yield {"input_ids": torch.tensor(whole[start : start + _SEQUENCES])}
-    rest = tokens[len(whole) * length :]
-    if rest:
-        yield {"input_ids": torch.tensor([rest])}
+    sequences = [tokens[start : start + length] for start in range(0, len(tokens), length)]
+    whole = len(tokens) // length
+    for start in (*range(0, whole, _SEQUENCES), *range(whole, len(sequences))):
+        ids = torch.tensor(sequences[start : min(start + _SEQUENCES, whole) if start < whole else None])
+        yield {"input_ids": ids, "decoder_input_ids": ids} if has_decoder else {"input_ids": ids}
 
 
-def _layers(model: Any, stored: Iterable[str]) -> Mapping[str, Any]:
+def _layers(model: Any, stored: Iterable[str]) -> dict[str, Any]:
     """The modules that hold the weights `stored`, by the names that these layers have in the checkpoint."""
     name_in_model = names_in_model(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {}
-    for name in stored:
-        parameter, operations = name_in_model(name)
-        module = modules.get(parameter.removesuffix(".weight"))
-        if module is not None and operations is None:
-            layers[name.removesuffix(".weight")] = module
-    return layers
-
-
-def _model_class(model: str | Path, source: Source, config: Any) -> Any:
-    """The very class that saved the checkpoint: others name its layers otherwise."""
-    import transformers
-
-    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
-    own = [name for name, place in (source.config.get("auto_map") or {}).items() if place.endswith(f".{architecture}")]
-    model_class = getattr(transformers, own[0] if own else architecture, None)
-    if model_class is None:
-        raise ValueError(f"{model}: expected an architecture of transformers in config.json, got {architecture}")
-    return model_class
+    found = {name: name_in_model(name) for name in stored}
+    return {
+        name.removesuffix(".weight"): modules[own.removesuffix(".weight")]
+        for name, (own, operations) in found.items()
+        if operations is None and own.removesuffix(".weight") in modules
+    }

@@ -11,11 +11,10 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,14 @@ from tqdm import tqdm
 
 import octavo
 from octavo import file_format as names
-from octavo._types import Granularity, Outliers, ProductPath, Scheme
+from octavo._text import unexpected
 from octavo.checkpoint.files import Shard, explained, open_shard, opened
+from octavo.checkpoint.folder import JOB, companions
 from octavo.checkpoint.layers import Chosen, choose
 from octavo.checkpoint.reader import Checkpoint
-from octavo.checkpoint.source import JOB, Source, open_source
-from octavo.checkpoint.tasks import Format, Task, plan_tasks, tied_outputs
-from octavo.checkpoint.writer import Writer, convert
-from octavo.options import DEFAULT, Options, options_of
+from octavo.checkpoint.tasks import Task, Writer, convert, hash_of, plan_tasks
+from octavo.file_format import Format
+from octavo.options import Options, options_of
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 14, 1 << 22  # elements: beyond, nothing gets faster
 
@@ -69,11 +68,6 @@ def quantize(
     output: str | Path,
     *,
     options: Options | None = None,
-    scheme: Scheme = DEFAULT,
-    granularity: Granularity = DEFAULT,
-    threshold: float = DEFAULT,
-    outliers: Outliers = DEFAULT,
-    path: ProductPath = DEFAULT,
     include: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
     outlier_columns: Mapping[str, Sequence[int]] | None = None,
@@ -81,29 +75,24 @@ def quantize(
     jobs: int | None = None,
     memory: int | None = None,
     progress: bool = True,
+    **keywords: Any,
 ) -> Report:
     """Convert a checkpoint's linear layers to int8.
 
-    Run again after an interruption, with the same arguments, it goes on with the first shard that is not finished;
-    finished ones are compared with what they were made of, and with their checksums. The result has the same bytes,
-    whatever was interrupted and however many jobs there are.
+    Run again after an interruption, with the same arguments, it goes on with the first shard that is not finished.
 
     Args:
         model: a folder as Hugging Face lays it out, or a file: safetensors, sharded or not, or a PyTorch state dict.
         output: the folder to make. It appears when it is complete; until then there is ``<output>.partial``.
-        options: see `octavo.Options`; threshold, outliers and path are what the layers compute with unless whoever
-            loads them says otherwise.
-        scheme, granularity, threshold, outliers, path: single options, in the place of `options`.
+        options: see `octavo.Options`; those that do not belong to the weight are what the layers compute with unless
+            whoever loads them says otherwise. Or single ones by name, such as ``threshold=5.0``.
         include, skip: patterns of layer names; see `octavo.checkpoint.layers`.
         outlier_columns: by layer, input features whose 16-bit weights are kept; from `calibrate` or elsewhere.
-        format: "octavo", or "bitsandbytes" for its ``Linear8bitLt`` (absmax, vector, no kept columns).
+        format: "octavo", or "bitsandbytes" for its ``Linear8bitLt`` (absmax, vector, no rotation, no kept columns).
         jobs: tensors converted at a time, as far as `memory` allows; default: octavo's threads, at most 8.
         memory: bytes for the weights that are converted at a time; default: those of the largest tensor in float32, and
             at least those of the largest weight as it is stored.
         progress: show a progress bar on stderr.
-
-    Returns:
-        Report.
 
     Raises:
         OSError: files that cannot be read or written, no space, or `output` exists, or ``<output>.partial`` and is
@@ -114,40 +103,40 @@ def quantize(
             output is removed where this model cannot be converted.
     """
     started = time.monotonic()
-    single = {"scheme": scheme, "granularity": granularity, "threshold": threshold, "outliers": outliers, "path": path}
-    options = options_of("quantize", options, **single)
+    options = options_of("quantize", options, **keywords)
     if format not in ("octavo", "bitsandbytes"):
-        raise ValueError(f"quantize: format: expected 'octavo' or 'bitsandbytes', got {format!r}")
+        raise unexpected("quantize: format", "'octavo' or 'bitsandbytes'", repr(format))
     theirs = (options.scheme, options.granularity, options.rotation, outlier_columns) == ("absmax", "vector", 0, None)
     if format == "bitsandbytes" and not theirs:
-        raise ValueError(
-            "quantize: format: expected scheme absmax, granularity vector, no rotation and no outlier columns for "
-            f"'bitsandbytes', got {options} and {'some' if outlier_columns else 'no'} columns"
-        )
+        fits = "scheme absmax, granularity vector, no rotation and no outlier columns for 'bitsandbytes'"
+        raise unexpected("quantize: format", fits, f"{options} and {'some' if outlier_columns else 'no'} columns")
     jobs = min(8, octavo.get_num_threads()) if jobs is None else jobs
     for argument, value in (("jobs", jobs), ("memory", memory)):
         if value is not None and value < 1:
-            raise ValueError(f"quantize: {argument}: expected at least 1, got {value}")
+            raise unexpected(f"quantize: {argument}", "at least 1", value)
     output = Path(output)
     if output.name in ("", ".."):
-        raise ValueError(f"quantize: output: expected the name of a folder to make, got {str(output)!r}")
+        raise unexpected("quantize: output", "the name of a folder to make", repr(str(output)))
 
-    source = open_source(model)
-    chosen = choose(source, include, skip)
-    tasks = plan_tasks(source, chosen, options, outlier_columns, format)
-    all_tasks = [task for own in tasks for task in own]
-    run = _Run(source, chosen, tasks, options, format, output.with_name(output.name + ".partial"), jobs, memory)
+    with explained(output):
+        source = Checkpoint(model, framework="numpy")
+        chosen = choose(source, include, skip)
+        shards = plan_tasks(source, chosen, options, outlier_columns, format)
+        tasks = [task for own in shards for task in own]
+        beside, elsewhere = companions(Path(model)) if Path(model).is_dir() else ({}, [])
+        partial = output.with_name(output.name + ".partial")
+        resumed = _Run(source, chosen, shards, beside, options, format, partial, jobs, memory).into(output, progress)
     return Report(
         output=str(output),
-        layers=sum(task.shape is not None for task in all_tasks),
+        layers=sum(task.options is not None for task in tasks),
         left=list(chosen.kept),
-        tensors=len(all_tasks),
-        resumed=run.into(output, progress),
-        source_bytes=sum(task.entry.nbytes for task in all_tasks),
+        tensors=len(tasks),
+        resumed=resumed,
+        source_bytes=sum(task.entry.nbytes for task in tasks),
         output_bytes=sum(path.stat().st_size for path in output.glob("*.safetensors")),
         seconds=time.monotonic() - started,
         reasons=chosen.kept,
-        not_copied=source.elsewhere,
+        not_copied=elsewhere,
     )
 
 
@@ -155,9 +144,10 @@ def quantize(
 class _Run:
     """A conversion, under way in the folder `partial`."""
 
-    source: Source
+    source: Checkpoint
     chosen: Chosen
-    tasks: list[list[Task]]
+    tasks: list[list[Task]]  # of each shard
+    companions: dict[str, Path]
     options: Options
     format: Format
     partial: Path
@@ -166,30 +156,27 @@ class _Run:
 
     def into(self, output: Path, progress: bool) -> int:
         """Do it; returns how many tensors were there already."""
-        partial, self._lock = self.partial, threading.Lock()
+        partial = self.partial
         self._job = json.dumps({"format": self.format, **self.options.to_dict()})
+        self._every = [task for own in self.tasks for task in own]
         # Killed after the last rename, before this file went.
         if (output / JOB).exists() and (output / JOB).read_text() == self._job:
             (output / JOB).unlink(missing_ok=True)
-            return sum(map(len, self.tasks))
+            return len(self._every)
         if output.is_file() or (output.is_dir() and any(output.iterdir())):
-            said = "expected a folder that is not there yet, got one: remove it or name another"
-            raise FileExistsError(f"{output}: {said}")
-        with explained(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-        total = sum(task.entry.nbytes for own in self.tasks for task in own)
+            there = "one: remove it or name another"
+            raise unexpected(output, "a folder that is not there yet", there, FileExistsError)
+        total = sum(task.entry.nbytes for task in self._every)
         bar = tqdm(total=total, desc="quantize", unit="B", unit_scale=True, disable=not progress)
-        with _locked(partial), bar as self._bar, _threads_shared_by(self.jobs):
+        with _alone_in(partial), bar as self._bar:
             self._begin()
             try:
                 resumed = sum(map(self._shard, range(len(self.tasks))))
                 self._write_companions()
                 self.source.check_unchanged()
-            except ValueError:
-                shutil.rmtree(partial)  # no second run would get further
-                raise
-            except BaseException:
-                if not any(partial.glob("[!.]*.safetensors")):
+            except BaseException as error:
+                # No second run would get further, or there is nothing to go on with.
+                if isinstance(error, ValueError) or not any(partial.glob("[!.]*.safetensors")):
                     shutil.rmtree(partial)
                 raise
             os.rename(partial, output)
@@ -202,24 +189,18 @@ class _Run:
         job = self.partial / JOB
         if not job.exists():
             if any(not path.name.startswith(".octavo-") for path in self.partial.iterdir()):
-                raise FileExistsError(
-                    f"{self.partial}: expected the beginning of a conversion, or nothing, got a folder of other files: "
-                    "remove it or name another output"
-                )
-            all_tasks = [task for own in self.tasks for task in own]
-            needed = sum(task.entry.numel if task.shape else task.entry.nbytes for task in all_tasks)
+                others = "a folder of other files: remove it or name another output"
+                raise unexpected(self.partial, "the beginning of a conversion, or nothing", others, FileExistsError)
+            needed = sum(task.entry.numel if task.options else task.entry.nbytes for task in self._every)
             free = shutil.disk_usage(self.partial).free
             if free < needed:
-                self.partial.rmdir()
-                raise OSError(f"{self.partial}: expected {needed} bytes of free space, got {free}")
+                got = f"{free}: free some space and run again"
+                raise unexpected(self.partial, f"{needed} bytes of free space", got, OSError)
             with explained(job):
-                job.with_suffix(".new").write_text(self._job)
-            os.replace(job.with_suffix(".new"), job)
+                _replace(job, lambda new: new.write_text(self._job))
         elif job.read_text() != self._job:
-            raise ValueError(
-                f"{self.partial}: expected the beginning of this conversion, got one with other options: remove that "
-                "folder to start anew, or give the same options again"
-            )
+            others = "one with other options: remove that folder to start anew, or give the same options again"
+            raise unexpected(self.partial, "the beginning of this conversion", others)
         finished = [self._file(number).name for number in range(len(self.tasks))]
         for path in self.partial.iterdir():
             if path.is_dir():
@@ -240,31 +221,23 @@ class _Run:
         shard, tasks, path = self.source.shards[number], self.tasks[number], self._file(number)
         if path.exists() and self._is_finished(path, shard, tasks):
             return len(tasks)
-        every = [task for own in self.tasks for task in own]
-        memory = self.memory or 4 * max(task.entry.numel for task in every)
-        jobs = max(1, min(self.jobs, memory // max(task.entry.nbytes for task in every if task.shape)))
+        memory = self.memory or 4 * max(task.entry.numel for task in self._every)
+        jobs = max(1, min(self.jobs, memory // max(task.entry.nbytes for task in self._every if task.options)))
         block = max(1 if self.memory else _SMALLEST_BLOCK, min(_LARGEST_BLOCK, memory // (200 * jobs)))
-        hidden = path.with_name(f".octavo-{path.name}")
-        layers = {task.entry.name.removesuffix(".weight") for task in tasks}
-        kept = {layer: why for layer, why in self.chosen.kept.items() if layer in layers}
+        made = {task.entry.name: task for task in tasks}
+        kept = {layer: why for layer, why in self.chosen.kept.items() if {layer, f"{layer}.weight"} & made.keys()}
+        tied = {n: own for name, first in shard.ties.items() for n, own in made[first].tied_outputs(name).items()}
         metadata = dict(names.METADATA) if self.format == "octavo" else {"format": "pt"}
-        metadata |= {names.KEPT_KEY: json.dumps(kept)} if kept else {}
-        metadata |= {names.TIED_KEY: json.dumps(tied_outputs(shard, tasks))} if shard.ties else {}
-        try:
+        metadata |= {key: json.dumps(value) for key, value in ((names.KEPT_KEY, kept), (names.TIED_KEY, tied)) if value}
+
+        def write(hidden: Path) -> None:
             with opened(shard.path) as file, opened(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as out:
-                outputs = [output for task in tasks for output in task.outputs.values()]
-                writer = Writer(out, outputs, metadata)
-
-                def one(task: Task) -> bytes:
-                    return convert(task, file, writer, self.options, block, self._advance)
-
-                hashes = _in_turns(one, tasks, jobs)
+                writer = Writer(out, [output for task in tasks for output in task.outputs.values()], metadata)
+                hashes = self._in_turns(lambda task: convert(task, file, writer, block), tasks, jobs)
                 self.source.check_unchanged()
                 writer.finish(self._made_of(tasks, hashes))
-            os.replace(hidden, path)
-        except BaseException:
-            hidden.unlink(missing_ok=True)
-            raise
+
+        _replace(path, write)
         _sync(path.parent)
         return 0
 
@@ -276,38 +249,33 @@ class _Run:
         except (OSError, ValueError):
             return False
         with opened(shard.path) as file:
-
-            def one(task: Task) -> bytes:
-                read = hashlib.blake2b(digest_size=32)
-                for chunk in task.entry.bytes_in_file(file):
-                    read.update(chunk)
-                    self._advance(chunk.nbytes)
-                return read.digest()
-
-            hashes = _in_turns(one, tasks, self.jobs)
+            hashes = self._in_turns(lambda task: hash_of(task.entry, file), tasks, self.jobs)
         if made_of == self._made_of(tasks, hashes):
             return True
-        self._advance(-sum(task.entry.nbytes for task in tasks))
+        self._bar.update(-sum(task.entry.nbytes for task in tasks))
         return False
+
+    def _in_turns(self, function: Callable[[Task], bytes], tasks: list[Task], jobs: int) -> list[bytes]:
+        """`function` of each task, some at a time; of several that fail, the first one's error is raised."""
+        results = []
+        with ThreadPoolExecutor(jobs) as pool:
+            for task, result in zip(tasks, pool.map(function, tasks), strict=True):
+                results.append(result)
+                self._bar.update(task.entry.nbytes)
+        return results
 
     def _made_of(self, tasks: list[Task], hashes: list[bytes]) -> str:
         """A hash of what a shard is made of, and how."""
-        read = hashlib.blake2b(self._job.encode(), digest_size=32)
+        made = hashlib.blake2b(self._job.encode(), digest_size=32)
         for task, content in zip(tasks, hashes, strict=True):
-            columns = None if task.columns is None else task.columns.tolist()
-            made = (task.entry.name, task.entry.dtype, task.entry.shape, task.is_transposed, columns, task.outputs)
-            read.update(json.dumps(made).encode() + content)
-        return read.hexdigest()
+            made.update(task.identity() + content)
+        return made.hexdigest()
 
-    def _advance(self, count: int) -> None:
-        with self._lock:
-            self._bar.update(count)
-
-    # --- what is beside -----------------------------------------------------------------------------------------------
+    # --- all else -----------------------------------------------------------------------------------------------------
 
     def _write_companions(self) -> None:
         """The index of shards, config.json with what was done, and copies of all that is no weight."""
-        partial, source = self.partial, self.source
+        partial = self.partial
         files = [self._file(number) for number in range(len(self.tasks))]
         if len(files) > 1:
             weight_map = {
@@ -316,20 +284,16 @@ class _Run:
                 for name in sorted(name for task in own for name, _, _ in task.outputs.values())
             }
             index = {"metadata": {"total_size": sum(file.stat().st_size for file in files)}, "weight_map": weight_map}
-            stem = files[0].name.partition("-0")[0]
-            _write_json(partial / f"{stem}.safetensors.index.json", index)
-        for name, path in source.companions.items():
-            if name != "config.json" and not path.is_relative_to(
-                partial
-            ):  # the output may be inside of the model's folder
+            _write_json(partial / f"{files[0].name.partition('-0')[0]}.safetensors.index.json", index)
+        for name, path in self.companions.items():
+            # The output may be inside of the model's folder.
+            if name != "config.json" and not path.is_relative_to(partial):
                 with explained(partial / name):
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, partial / name)
-        if source.config:
-            config = names.quantization_config(
-                self.options, self.chosen.kept, bitsandbytes=self.format == "bitsandbytes"
-            )
-            _write_json(partial / "config.json", {**source.config, "quantization_config": config})
+        if self.source.config:
+            config = names.quantization_config(self.options, self.chosen.kept, self.format)
+            _write_json(partial / "config.json", {**self.source.config, "quantization_config": config})
         for path in {*partial.rglob("*")} - {*files}:
             _sync(path)
         _sync(partial)
@@ -338,44 +302,36 @@ class _Run:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _in_turns(function: Any, tasks: Sequence[Task], jobs: int) -> list[bytes]:
-    """`function` of each task, some at a time; of several that fail, the first one's error is raised."""
-    if jobs == 1:
-        return [function(task) for task in tasks]
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(function, task) for task in tasks]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            pool.shutdown(cancel_futures=True)
-        # In the order of the source, so that the same fault gives the same message.
-        return [future.result() for future in futures if not future.cancelled()]
-
-
 @contextmanager
-def _threads_shared_by(jobs: int) -> Iterator[None]:
-    """Divide octavo's threads among jobs."""
-    threads = octavo.get_num_threads()
-    octavo.set_num_threads(max(1, threads // jobs))
-    try:
-        yield
-    finally:
-        octavo.set_num_threads(threads)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else converts into this folder. The lock ends with the process, however it ends."""
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Make a folder that nobody else converts into; left empty, it goes. The lock ends with the process, however."""
     import fcntl  # here, so that the rest of octavo's commands work where there is none
 
-    with opened(folder) as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"{folder}: expected to be alone, got another octavo quantize at work here"
-            ) from error
-        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with opened(folder) as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                another = "another octavo quantize at work here"
+                raise unexpected(folder, "to be alone", another, BlockingIOError) from error
+            yield
+    except BaseException as error:
+        if not isinstance(error, BlockingIOError):
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have a file written under a hidden name, and give it its own when it is complete."""
+    hidden = path.with_name(f".octavo-{path.name}")
+    try:
+        write(hidden)
+        os.replace(hidden, path)
+    except BaseException:
+        hidden.unlink(missing_ok=True)
+        raise
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -14,34 +14,29 @@ import mmap
 import os
 import stat
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from octavo._sizes import shown
+from octavo._text import shown, unexpected
 from octavo._types import Array
 
-# What NumPy reads a dtype as: one that it has not, as the bits.
-NUMPY_DTYPES = {
-    **{"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "C64": "<c8", "BOOL": "|b1"},
-    **{"F8_E4M3": "|u1", "F8_E5M2": "|u1", "F8_E8M0": "|u1", "F8_E4M3FNUZ": "|u1", "F8_E5M2FNUZ": "|u1"},
-    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1"},
-}
-# PyTorch's names of dtypes that NumPy has not, or names otherwise.
-TORCH_DTYPES = {
-    **{"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"},
-    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F64": "float64", "F32": "float32"},
-    **{"F16": "float16", "C64": "complex64", "BOOL": "bool", "I64": "int64", "I32": "int32", "I16": "int16"},
-    **{"I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
-}
+# By the name of a dtype in a safetensors header: NumPy's (where NumPy has none: of the bits), and PyTorch's.
+DTYPES = {
+    "F64": ("<f8", "float64"), "F32": ("<f4", "float32"), "F16": ("<f2", "float16"), "BF16": ("<u2", "bfloat16"),
+    "F8_E4M3": ("|u1", "float8_e4m3fn"), "F8_E5M2": ("|u1", "float8_e5m2"), "F8_E8M0": ("|u1", "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": ("|u1", "float8_e4m3fnuz"), "F8_E5M2FNUZ": ("|u1", "float8_e5m2fnuz"), "C64": ("<c8", "complex64"),
+    "I64": ("<i8", "int64"), "I32": ("<i4", "int32"), "I16": ("<i2", "int16"), "I8": ("|i1", "int8"),
+    "U64": ("<u8", "uint64"), "U32": ("<u4", "uint32"), "U16": ("<u2", "uint16"), "U8": ("|u1", "uint8"),
+    "BOOL": ("|b1", "bool"),
+}  # fmt: skip
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
-CHUNK = 1 << 20
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,50 +65,50 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return self.numel * np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
+        return self.numel * itemsize(self.dtype)
+
+    @property
+    def end(self) -> int:
+        """The file's byte after the last one of the tensor."""
+        span = self.numel
+        if self.strides is not None and span:
+            span = 1 + sum((extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True))
+        return self.offset + span * itemsize(self.dtype)
 
     @property
     def where(self) -> str:
         """The file and the tensor, for errors."""
         return f"{self.path}: {shown(self.name)}"
 
-    def bytes_in_file(self, file: int) -> Iterator[Array]:
-        """The file's bytes that hold the tensor, in their order, a MiB at a time, each in the place of the last."""
-        end = self.offset + self._span() * np.dtype(NUMPY_DTYPES[self.dtype]).itemsize
-        memory = _memory(np.dtype(np.uint8), min(CHUNK, end - self.offset))
-        for first in range(self.offset, end, CHUNK):
-            chunk = memory[: end - first]
+    def chunks(self, file: int) -> Iterator[Array]:
+        """The bytes from the tensor's first to its last, a MiB at a time, each in the place of the one before."""
+        memory = _memory(np.dtype(np.uint8), min(_CHUNK, self.end - self.offset))
+        for first in range(self.offset, self.end, _CHUNK):
+            chunk = memory[: self.end - first]
             self._read_into(file, chunk, first)
             yield chunk
 
     def read(self, file: int) -> tuple[Array, Array]:
         """The whole tensor, from the open file, and the memory that holds it, in the file's order."""
-        flat = _memory(np.dtype(NUMPY_DTYPES[self.dtype]), self._span())
+        dtype = np.dtype(DTYPES[self.dtype][0])
+        flat = _memory(dtype, (self.end - self.offset) // dtype.itemsize)
         self._read_into(file, flat.view(np.uint8), self.offset)
         if self.strides is None:
             return flat.reshape(self.shape), flat
-        return as_strided(flat, self.shape, [stride * flat.itemsize for stride in self.strides]), flat
-
-    def crc32(self, file: int) -> str:
-        """Of a contiguous tensor's bytes, as eight digits."""
-        crc = 0
-        for chunk in self.bytes_in_file(file):
-            crc = zlib.crc32(chunk, crc)
-        return f"{crc:08x}"
-
-    def _span(self) -> int:
-        """Elements from the first to the last one."""
-        if self.strides is None or 0 in self.shape:
-            return self.numel
-        return 1 + sum((extent - 1) * stride for extent, stride in zip(self.shape, self.strides, strict=True))
+        return as_strided(flat, self.shape, [stride * dtype.itemsize for stride in self.strides]), flat
 
     def _read_into(self, file: int, buffer: Array, offset: int) -> None:
         view = memoryview(buffer)
         while len(view):
             count = os.preadv(file, [view], offset)
             if count == 0:
-                raise ValueError(f"{self.where}: expected data up to byte {offset + len(view)}: truncated")
+                raise unexpected(self.where, f"data up to byte {offset + len(view)}", "a file that is truncated")
             view, offset = view[count:], offset + count
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element."""
+    return np.dtype(DTYPES[dtype][0]).itemsize
 
 
 def _memory(dtype: Any, count: int) -> Array:
@@ -137,28 +132,26 @@ def open_shard(path: Path) -> Shard:
 
     Raises:
         OSError: it cannot be opened.
-        ValueError: names the file: it is no regular file, truncated, corrupt, or of another format.
+        ValueError: names the file: it is truncated, corrupt, or of another format.
     """
-    identity(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
         return _open_torch_file(path)
-    raise ValueError(f"{path}: expected .safetensors, {', '.join(TORCH_SUFFIXES)} or .index.json, got {path.suffix!r}")
+    raise unexpected(path, f".safetensors, {', '.join(TORCH_SUFFIXES)} or .index.json", repr(path.suffix))
 
 
 def identity(path: Path) -> tuple[int, ...]:
     """What changes when a regular file does; raises ValueError for what is none, such as a pipe."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        kind = "folder" if stat.S_ISDIR(found.st_mode) else "pipe, device or socket"
-        raise ValueError(f"{path}: expected a file, got a {kind}")
+        raise unexpected(path, "a file", "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, device or socket")
     return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
 
 
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """The file, open; ``explained``."""
+    """The file, open; `explained`."""
     with explained(path):
         file = os.open(path, flags, 0o666)
         try:
@@ -170,17 +163,17 @@ def opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Name the file, and what to do, where the disk or the process's open files are at their limit."""
-    advice = {
-        **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run again: finished files are kept"),
-        **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n) and run again"),
-    }
     try:
         yield
     except OSError as error:
-        if error.errno not in advice or advice[error.errno] in str(error):
+        advice, name = "", path
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            advice = "free some space and run again: what is finished is kept"
+        elif error.errno in (errno.EMFILE, errno.ENFILE):
+            advice, name = "allow more open files (ulimit -n) and run again", error.filename or path
+        if not advice or advice in str(error):
             raise
-        said = f"{os.strerror(error.errno)}: {advice[error.errno]}"
-        raise OSError(error.errno, said, str(error.filename or path)) from error
+        raise OSError(error.errno, f"{os.strerror(error.errno or 0)}: {advice}", str(name)) from error
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -199,30 +192,27 @@ def _open_safetensors(path: Path) -> Shard:
                 tensors = [(name, file.get_slice(name)) for name in file.offset_keys()]
                 found = [(name, each.get_dtype(), tuple(each.get_shape())) for name, each in tensors]
         except safetensors.SafetensorError as error:
-            said = f"truncated or corrupt: {shown(str(error), 300)}"
-            raise ValueError(f"{path}: expected a safetensors file, got one that is {said}") from error
+            raise unexpected(path, "a safetensors file", f"one that is truncated or corrupt: {error}") from error
         except OSError as error:  # it names no file
             raise OSError(f"{path}: {error}") from error
     entries = {}
     for name, dtype, shape in found:
-        if dtype not in NUMPY_DTYPES:
-            raise ValueError(f"{path}: {shown(name)}: expected a dtype of {', '.join(NUMPY_DTYPES)}, got {dtype}")
+        if dtype not in DTYPES:
+            raise unexpected(f"{path}: {shown(name)}", f"a dtype of {', '.join(DTYPES)}", dtype)
         entries[name] = Entry(name, dtype, shape, path, offset)
-        offset += entries[name].nbytes
+        offset = entries[name].end
     # As safetensors.torch.save_model notes a tensor that it stored under another name.
     ties = {name: first for name, first in metadata.items() if first in entries and name not in entries}
-    for name, first in ties.items():
-        own = entries[first]
-        entries[name] = Entry(name, own.dtype, own.shape, path, own.offset)
+    entries |= {name: replace(entries[first], name=name) for name, first in ties.items()}
     return Shard(path, entries, ties, metadata)
 
 
-def header_bytes(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
     """The beginning of a safetensors file, up to its data, of tensors (name, dtype, shape) in the order of the data."""
     header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for name, dtype, shape in tensors:
-        end = position + math.prod(shape) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
+        end = position + math.prod(shape) * itemsize(dtype)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -243,29 +233,29 @@ def _open_torch_file(path: Path) -> Shard:
         # On the meta device: no data is read, and each storage says where its data lie in the file.
         state = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # damage fails in whatever way its bytes lead to
-        said = shown(f"{type(error).__name__}: {error}", 300)
-        raise ValueError(f"{path}: expected a PyTorch file with a state dict, got {said}") from error
+        said = f"{type(error).__name__}: {error}"
+        raise unexpected(path, "a PyTorch file with a state dict", said) from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
+        raise unexpected(path, "a state dict", type(state).__name__)
     size = path.stat().st_size
-    kinds = {getattr(torch, name): dtype for dtype, name in TORCH_DTYPES.items() if hasattr(torch, name)}
+    kinds = {getattr(torch, name): dtype for dtype, (_, name) in DTYPES.items() if hasattr(torch, name)}
     entries: dict[str, Entry] = {}
     ties: dict[str, str] = {}
     first: dict[Any, str] = {}
     for name, tensor in state.items():
+        where = f"{path}: {shown(str(name))}"
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            said = f"{shown(str(name))}: expected a tensor, got {type(tensor).__name__}: save the state dict alone"
-            raise ValueError(f"{path}: {said}")
+            raise unexpected(where, "a tensor", f"{type(tensor).__name__}: save the state dict alone")
         if tensor.layout != torch.strided or tensor.dtype not in kinds:
-            raise ValueError(f"{path}: {shown(name)}: expected a dense tensor, got {tensor.layout} of {tensor.dtype}")
+            raise unexpected(where, "a dense tensor", f"{tensor.layout} of {tensor.dtype}")
         start = tensor.untyped_storage()._checkpoint_offset
         if start is None:
             raise RuntimeError(f"{path}: needs PyTorch 2.8 or later to be read, or safetensors")
         strides = None if tensor.is_contiguous() else tensor.stride()
         offset = start + int(tensor.storage_offset()) * tensor.itemsize
         entry = Entry(name, kinds[tensor.dtype], tuple(tensor.shape), path, offset, strides)
-        if offset + entry._span() * tensor.itemsize > size:
-            raise ValueError(f"{entry.where}: expected data up to byte {offset + entry.nbytes}: truncated")
+        if entry.end > size:
+            raise unexpected(where, f"data up to byte {entry.end}", "a file that is truncated")
         entries[name] = entry
         earlier = first.setdefault((offset, entry.dtype, entry.shape, strides), name) if entry.numel else name
         if earlier != name:
@@ -281,22 +271,16 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-            stored = sum(record.file_size for record in records)
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records) or stored > path.stat().st_size:
-                raise ValueError(
-                    f"{path}: expected uncompressed records, as torch.save writes them, got a file of "
-                    f"{path.stat().st_size} bytes that unpacks to {stored}"
-                )
+            stored, size = sum(record.file_size for record in records), path.stat().st_size
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records) or stored > size:
+                said = f"a file of {size} bytes that unpacks to {stored}"
+                raise unexpected(path, "uncompressed records, as torch.save writes them", said)
             damaged = archive.testzip()
-            order = next(
-                (archive.read(record) for record in records if record.filename.endswith("/byteorder")), b"little"
-            )
+            orders = [archive.read(record) for record in records if record.filename.endswith("/byteorder")]
     except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path}: expected a PyTorch zip file, got one that is truncated or corrupt, or saved before PyTorch 1.6 "
-            f"(load it and save it again): {error}"
-        ) from error
+        said = f"truncated or corrupt, or saved before PyTorch 1.6 (load it and save it again): {error}"
+        raise unexpected(path, "a PyTorch zip file", f"one that is {said}") from error
     if damaged is not None:
-        raise ValueError(f"{path}: {shown(damaged)}: expected data with its CRC-32, got others: corrupt")
-    if order != b"little":
-        raise ValueError(f"{path}: expected little-endian data, got another byte order")
+        raise unexpected(f"{path}: {shown(damaged)}", "data with its CRC-32", "others: corrupt")
+    if any(order != b"little" for order in orders):
+        raise unexpected(path, "little-endian data", "another byte order")

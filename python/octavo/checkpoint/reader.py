@@ -1,8 +1,9 @@
-"""Int8 checkpoints, octavo's and bitsandbytes', tensor by tensor."""
+"""`Checkpoint`: tensors and int8 weights of octavo's, bitsandbytes' and 16/32-bit checkpoints, one by one."""
 
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,60 +12,83 @@ from typing import Any, Literal
 import numpy as np
 
 from octavo import file_format as names
-from octavo._sizes import shown
+from octavo._text import shown, unexpected
 from octavo._types import Array
-from octavo.checkpoint.files import NUMPY_DTYPES, TORCH_DTYPES, Entry, Shard, opened
-from octavo.checkpoint.source import Source, open_source
+from octavo.checkpoint.files import DTYPES, Entry, Shard, identity, open_shard, opened
+from octavo.checkpoint.folder import MERGE, read_index, read_json, weights_file
 from octavo.file_format import StoredWeight
 from octavo.options import Options
 from octavo.weight import Int8Weight
 
 Framework = Literal["torch", "numpy"]
 
+_ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|hada_w\d|lokr_w\d|oft_r|vera_\w+)\b"
+)
+
 
 class Checkpoint:
     """A checkpoint, opened: names, shapes and scales at once, other data when asked for.
 
     Args:
-        path: a folder or a file, as `quantize` takes and makes them.
+        path: a folder, a weights file, or an index file: as `quantize` takes and makes them.
         framework: of the arrays: "torch" or "numpy" (which has no bfloat16).
         verify: compare each tensor that is read with its CRC-32, where the file has one. `Checkpoint.verify` does so
             in any case.
 
     Attributes:
+        shards: the files, in the order of their names.
+        config: the content of config.json, empty where there is none.
         entries: every tensor that is stored, by name: its dtype, its shape and where it lies.
         layers: the int8 weights by the name of their layer.
         ties: by name of a tensor that shares the data of another, that one's name.
         kept: by name of a linear layer that stayed in 16 bit, why; where the file says so.
+        checksums: how many tensors have one.
 
-    Raises OSError or ValueError, naming the file and where possible the tensor, for one that is missing, truncated or
-    corrupt: parts of an int8 weight that are missing or do not fit each other, scales that are negative or not finite,
-    zeropoints that are no integers, outlier columns that are not ascending or not in the weight.
+    Raises OSError or ValueError, naming the file and where possible the tensor, for one that is missing, no regular
+    file, truncated or corrupt; an index that does not fit; an adapter; a folder of several models; parts of an int8
+    weight that are missing or do not fit each other, and values in them that no quantization gives.
     """
 
     def __init__(self, path: str | Path, *, framework: Framework = "torch", verify: bool = True) -> None:
         if framework not in ("torch", "numpy"):
-            raise ValueError(f"Checkpoint: framework: expected 'torch' or 'numpy', got {framework!r}")
-        self.source: Source = open_source(path)
-        self.entries = self.source.entries
+            raise unexpected("Checkpoint: framework", "'torch' or 'numpy'", repr(framework))
         self.framework = framework
         self._compare = verify
+        weights = weights_file(Path(path))
+        config = weights.parent / "config.json"
+        self._identities = {each: identity(each) for each in (weights, config) if each == weights or each.exists()}
+        listed = read_index(weights) if weights.name.endswith(".index.json") else {}
+        files = sorted(set(listed.values())) or [weights]
+        self._identities |= {file: identity(file) for file in files}
+        self.config = read_json(config) if config in self._identities else {}
+        self.shards = [open_shard(file) for file in files]
+        self.entries: dict[str, Entry] = {}
         self.ties: dict[str, str] = {}
         self.kept: dict[str, str] = {}
         self._crc32: dict[str, str] = {}
-        for shard in self.source.shards:
+        for shard in self.shards:
+            for name, entry in shard.entries.items():
+                if self.entries.setdefault(name, entry) is not entry:
+                    raise unexpected(entry.where, "each tensor once", f"it in {self.entries[name].path.name} too")
+                if _ADAPTER.search(name):
+                    raise unexpected(entry.where, "a model", f"an adapter: {MERGE}")
             self.ties |= {**shard.ties, **_names(shard, names.TIED_KEY)}
             self.kept |= _names(shard, names.KEPT_KEY)
             self._crc32 |= _names(shard, names.CRC32_KEY)
+        self.checksums = len(self._crc32)
+        for name, file in listed.items():
+            if name not in self.entries or self.entries[name].path != file:
+                raise unexpected(f"{file}: {shown(name)}", f"the tensor that {weights.name} lists", "none")
         for first in self.ties.values():
             if first not in self.entries:
-                raise ValueError(f"{path}: {names.TIED_KEY}: expected tensors of this file, got {shown(repr(first))}")
+                raise unexpected(f"{path}: {names.TIED_KEY}", "tensors of this file", repr(first))
         try:
             stored = names.find_weights({n: entry.dtype for n, entry in self.entries.items() if n not in self.ties})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         self.layers = {name.removesuffix(".weight"): weight for name, weight in stored.items()}
-        self._options = {layer: self._checked(weight) for layer, weight in self.layers.items()}
+        self._checked = {layer: self._check_parts(weight) for layer, weight in self.layers.items()}
 
     def tensor(self, name: str) -> Array:
         """One tensor as it is stored. Raises KeyError for an unknown name, ValueError where its checksum differs."""
@@ -76,9 +100,13 @@ class Checkpoint:
         stored = self.layers[layer]
         return names.assemble({part: self.tensor(name) for part, name in stored.parts.items()}, self._where(stored))[0]
 
+    def shape(self, layer: str) -> tuple[int, int]:
+        """Output and input features ``(n, k)`` of an int8 layer."""
+        return self._checked[layer][0]
+
     def options(self, layer: str) -> Options:
         """How an int8 layer was made and is to be run; the defaults for one of bitsandbytes."""
-        return self._options[layer]
+        return self._checked[layer][1]
 
     def items(self) -> Iterator[tuple[str, Int8Weight | Array]]:
         """Every parameter: int8 weights as an `Int8Weight`, all else as an array.
@@ -103,26 +131,31 @@ class Checkpoint:
         state = {name: self.tensor(name) for name in self.entries if name not in self.ties}
         return {**state, **{name: state[first] for name, first in self.ties.items()}}
 
-    @property
-    def checksums(self) -> int:
-        """How many tensors have a checksum."""
-        return len(self._crc32)
-
     def verify(self) -> int:
         """Read all tensors that have a checksum; returns how many. Raises ValueError naming the first that differs."""
-        for shard in self.source.shards:
+        for shard in self.shards:
             with opened(shard.path) as file:
-                for name, expected in _names(shard, names.CRC32_KEY).items():
-                    _compare(shard.entries[name], expected, shard.entries[name].crc32(file))
-        return len(self._crc32)
+                for name in _names(shard, names.CRC32_KEY):
+                    crc32 = 0
+                    for chunk in shard.entries[name].chunks(file):
+                        crc32 = zlib.crc32(chunk, crc32)
+                    self._check(shard.entries[name], crc32)
+        return self.checksums
 
-    def _checked(self, stored: StoredWeight) -> Options:
-        """The options of an int8 weight, whose parts are what `weight` wants as far as can be told without codes."""
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError, naming the file, where one is no longer what it was when it was opened."""
+        for path, before in self._identities.items():
+            if not path.exists() or identity(path) != before:
+                raise RuntimeError(f"{path}: expected a file at rest, got one that changed meanwhile: run again")
+
+    def _check_parts(self, stored: StoredWeight) -> tuple[tuple[int, int], Options]:
+        """Shape and options of a weight, whose parts are checked as far as can be told without reading large ones."""
         entries = {part: self.entries[name] for part, name in stored.parts.items()}
-        parts = {part: _blank(entry) if part in _LARGE else self._read(entry) for part, entry in entries.items()}
-        parts[names.CODES] = codes = _blank(entries[names.CODES])
-        sums = np.zeros(codes.shape[:1], np.int32)
-        return names.assemble(parts, self._where(stored), code_sums=sums, pack=False)[1]
+        large = (names.CODES, names.OUTLIER_WEIGHT)
+        parts = {part: _blank(entry) if part in large else self._read(entry) for part, entry in entries.items()}
+        sums = np.zeros(parts[names.CODES].shape[:1], np.int32)
+        weight, options, _ = names.assemble(parts, self._where(stored), code_sums=sums, pack=False)
+        return weight.shape, options
 
     def _where(self, stored: StoredWeight) -> str:
         return f"{self.entries[stored.parts[names.CODES]].path}: {shown(stored.name)}"
@@ -132,21 +165,25 @@ class Checkpoint:
         with opened(entry.path) as file:
             array, flat = entry.read(file)
         if self._compare and entry.name in self._crc32:
-            _compare(entry, self._crc32[entry.name], f"{zlib.crc32(flat):08x}")
+            self._check(entry, zlib.crc32(flat))
         return array
+
+    def _check(self, entry: Entry, crc32: int) -> None:
+        expected, found = self._crc32[entry.name], f"{crc32:08x}"
+        if expected != found:
+            raise unexpected(entry.where, f"data with CRC-32 {shown(expected)}", f"{found}: corrupt")
 
     def _native(self, array: Any, entry: Entry) -> Array:
         if self.framework == "numpy":
             if entry.dtype == "BF16" or entry.dtype.startswith("F8"):
-                raise TypeError(f"{entry.where}: expected a dtype of NumPy, got {entry.dtype}: use framework='torch'")
+                raise unexpected(entry.where, "a dtype of NumPy", f"{entry.dtype}: use framework='torch'", TypeError)
             return array
         try:
             import torch
         except ImportError as error:
-            raise RuntimeError(
-                "framework='torch' needs PyTorch: pip install \"octavo[torch]\", or use framework='numpy'"
-            ) from error
-        return torch.from_numpy(array).view(getattr(torch, TORCH_DTYPES[entry.dtype]))
+            install = 'pip install "octavo[torch]"'
+            raise RuntimeError(f"framework='torch' needs PyTorch: {install}, or use framework='numpy'") from error
+        return torch.from_numpy(array).view(getattr(torch, DTYPES[entry.dtype][1]))
 
 
 def load(path: str | Path, *, framework: Framework = "torch", verify: bool = True) -> dict[str, Int8Weight | Array]:
@@ -158,17 +195,9 @@ def load(path: str | Path, *, framework: Framework = "torch", verify: bool = Tru
     return dict(Checkpoint(path, framework=framework, verify=verify).items())
 
 
-_LARGE = (names.CODES, names.OUTLIER_WEIGHT)
-
-
 def _blank(entry: Entry) -> Any:
     """An array of a tensor's shape, and of a dtype that is refused where its own is, that takes no memory."""
-    return np.broadcast_to(np.zeros((), "<f2" if entry.dtype == "BF16" else NUMPY_DTYPES[entry.dtype]), entry.shape)
-
-
-def _compare(entry: Entry, expected: str, found: str) -> None:
-    if found != expected:
-        raise ValueError(f"{entry.where}: expected data with CRC-32 {shown(expected)}, got {found}: corrupt")
+    return np.broadcast_to(np.zeros((), "<f2" if entry.dtype == "BF16" else DTYPES[entry.dtype][0]), entry.shape)
 
 
 def _names(shard: Shard, key: str) -> dict[str, str]:
@@ -176,9 +205,9 @@ def _names(shard: Shard, key: str) -> dict[str, str]:
     try:
         found = json.loads(shard.metadata.get(key, "{}"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shard.path}: expected {key} as JSON, got {shown(str(error))}: corrupt") from error
+        raise unexpected(shard.path, f"{key} as JSON", f"{error}: corrupt") from error
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-        raise ValueError(f"{shard.path}: expected {key} as a JSON object of names, got {shown(repr(found))}: corrupt")
+        raise unexpected(shard.path, f"{key} as a JSON object of names", f"{found!r}: corrupt")
     if key == names.CRC32_KEY and found and set(found) != set(shard.entries):
-        raise ValueError(f"{shard.path}: expected a checksum of every tensor, got others: corrupt")
+        raise unexpected(shard.path, "a checksum of every tensor", "others: corrupt")
     return found

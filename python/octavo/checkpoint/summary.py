@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from octavo import file_format as names
-from octavo._sizes import shown, table
+from octavo._text import shown, table
+from octavo.checkpoint.files import Entry
 from octavo.checkpoint.reader import Checkpoint
+from octavo.options import Options
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class LayerSummary:
     """An int8 layer's weight.
 
     Attributes:
-        name, format, scheme, granularity: "octavo" or "bitsandbytes"; see `octavo.quantize_weight`.
+        name, format: of the layer; "octavo" or "bitsandbytes".
+        scheme, granularity, options: see `octavo.Options`, all of which `options` has by name.
         shape: ``[n, k]``.
         bytes: codes, scales, zeropoints and kept columns.
         bytes_16bit: of the weight in 16 bit.
@@ -31,6 +36,7 @@ class LayerSummary:
     bytes: int
     bytes_16bit: int
     outlier_columns: int | None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,25 +76,25 @@ class Summary:
 
     def as_table(self) -> str:
         """For people."""
-        rows = [("layer", "scheme", "n x k", "MiB", "of 16 bit", "kept columns")]
+        rows = [("layer", "options", "n x k", "MiB", "of 16 bit", "kept columns")]
+        default = Options().to_dict()
         for layer in self.layers:
             kept = "-" if layer.outlier_columns is None else str(layer.outlier_columns)
-            scheme, shape = f"{layer.scheme}, {layer.granularity}", " x ".join(map(str, layer.shape))
-            rows.append((shown(layer.name), scheme, shape, _mib(layer.bytes), _mib(layer.bytes_16bit), kept))
-        int8 = sum(layer.bytes for layer in self.layers)
-        formats = sorted({layer.format for layer in self.layers})
-        checksums = "not compared (--verify does)"
+            more = [f"{name} {value}" for name, value in layer.options.items() if value != default[name]]
+            more = [each for each in more if not each.startswith(("scheme", "granularity"))]
+            options = ", ".join([layer.scheme, layer.granularity, *more])
+            sizes = _mib(layer.bytes), _mib(layer.bytes_16bit)
+            rows.append((shown(layer.name), options, " x ".join(map(str, layer.shape)), *sizes, kept))
+        checksums = "all correct" if self.verified else "not compared (--verify does)"
         if not self.checksums:
             checksums = "in these files, so that damage to data cannot be told"
-        elif self.verified:
-            checksums = "all correct"
         lines = [*table(rows, left=(0, 1)), ""] if self.layers else []
         if self.kept:
             lines += [*table([("in 16 bit", ""), *((shown(name), why) for name, why in self.kept.items())], (0, 1)), ""]
+        formats = ", ".join(sorted({layer.format for layer in self.layers})) or "16/32 bit"
         lines += [
-            f"{shown(self.path)}: {len(self.files)} file{'s' * (len(self.files) != 1)}, "
-            f"format {', '.join(formats) if formats else '16/32 bit'}",
-            f"int8 layers    {len(self.layers):6}  {_mib(int8):>12} MiB",
+            f"{shown(self.path)}: {len(self.files)} file{'s' * (len(self.files) != 1)}, format {formats}",
+            f"int8 layers    {len(self.layers):6}  {_mib(sum(layer.bytes for layer in self.layers)):>12} MiB",
             f"other tensors  {self.other_tensors:6}  {_mib(self.other_bytes):>12} MiB",
         ]
         if self.expert_tensors:
@@ -108,37 +114,37 @@ def inspect(path: str | Path, *, verify: bool = False) -> Summary:
         path: a folder or a file: int8 or not.
         verify: also read all data and compare them with their checksums.
 
-    Raises OSError and ValueError as `Checkpoint` does.
+    Raises OSError or ValueError as `Checkpoint` does.
     """
     checkpoint = Checkpoint(path, framework="numpy")
-    checksums = checkpoint.verify() if verify else checkpoint.checksums
+    if verify:
+        checkpoint.verify()
     layers = [_layer(checkpoint, layer) for layer in checkpoint.layers]
     inside = {name for stored in checkpoint.layers.values() for name in stored.parts.values()}
-    stored = [entry for name, entry in checkpoint.entries.items() if name not in checkpoint.ties]
-    others = [entry for entry in stored if entry.name not in inside]
+    own = [entry for name, entry in checkpoint.entries.items() if name not in checkpoint.ties]
+    others = [entry for entry in own if entry.name not in inside]
     experts = [entry for entry in others if len(entry.shape) == 3 and "experts" in entry.name]
-    size = sum(entry.nbytes for entry in stored)
-    floats = sum(2 * entry.numel if entry.dtype in ("F64", "F32", "F16", "BF16") else entry.nbytes for entry in others)
-    size_16bit = floats + sum(layer.bytes_16bit for layer in layers)
+    floats = sum(2 * each.numel if each.dtype in ("F64", "F32", "F16", "BF16") else each.nbytes for each in others)
+    size, size_16bit = _bytes(own), floats + sum(layer.bytes_16bit for layer in layers)
     return Summary(
         path=str(path),
-        files=[shard.path.name for shard in checkpoint.source.shards],
+        files=[shard.path.name for shard in checkpoint.shards],
         layers=layers,
         other_tensors=len(others),
-        other_bytes=sum(entry.nbytes for entry in others),
+        other_bytes=_bytes(others),
         expert_tensors=len(experts),
-        expert_bytes=sum(entry.nbytes for entry in experts),
+        expert_bytes=_bytes(experts),
         bytes=size,
         bytes_16bit=size_16bit,
         ratio=size_16bit / size if size else 1.0,
-        checksums=checksums,
-        verified=verify and checksums > 0,
+        checksums=checkpoint.checksums,
+        verified=verify and checkpoint.checksums > 0,
         kept=checkpoint.kept,
     )
 
 
 def _layer(checkpoint: Checkpoint, layer: str) -> LayerSummary:
-    options, stored = checkpoint.options(layer), checkpoint.layers[layer]
+    options, stored, (n, k) = checkpoint.options(layer), checkpoint.layers[layer], checkpoint.shape(layer)
     parts = {part: checkpoint.entries[name] for part, name in stored.parts.items()}
     columns = parts.get(names.OUTLIER_COLUMNS)
     return LayerSummary(
@@ -146,11 +152,16 @@ def _layer(checkpoint: Checkpoint, layer: str) -> LayerSummary:
         format=stored.format,
         scheme=options.scheme,
         granularity=options.granularity,
-        shape=list(parts[names.CODES].shape),
-        bytes=sum(entry.nbytes for entry in parts.values()),
-        bytes_16bit=2 * parts[names.CODES].numel,
+        shape=[n, k],
+        bytes=_bytes(parts.values()),
+        bytes_16bit=2 * n * k,
         outlier_columns=None if columns is None else columns.shape[0],
+        options=options.to_dict(),
     )
+
+
+def _bytes(entries: Iterable[Entry]) -> int:
+    return sum(entry.nbytes for entry in entries)
 
 
 def _mib(count: int) -> str:

@@ -1,20 +1,29 @@
-"""What is made of each tensor of a checkpoint, decided from headers alone, before any data is read."""
+"""What is made of each tensor of a checkpoint, decided from headers alone before any data is read; and the making."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
+import numpy as np
+
+import octavo
 from octavo import file_format as names
-from octavo._sizes import shown
+from octavo._text import shown, unexpected
 from octavo._types import Array, column_indices, rotated_size
-from octavo.checkpoint.files import TORCH_DTYPES, Entry, Shard
+from octavo.checkpoint.files import DTYPES, Entry, header_bytes, itemsize
 from octavo.checkpoint.layers import Chosen
-from octavo.checkpoint.source import Source
+from octavo.checkpoint.reader import Checkpoint
+from octavo.file_format import Format
 from octavo.options import Options
 
-Format = Literal["octavo", "bitsandbytes"]
+Output = tuple[str, str, tuple[int, ...]]  # name, dtype and shape of a tensor
 _FLOATS = ("F32", "F16", "BF16")  # what octavo quantizes
 
 
@@ -24,21 +33,34 @@ class Task:
 
     Attributes:
         entry: the tensor.
-        shape: ``(n, k)`` of a weight that becomes int8; None for a tensor that is copied.
+        outputs: what is made, by part; a copy is the part "".
+        options: of a weight that becomes int8; None: it is copied.
         is_transposed: whether the tensor is ``[k, n]``.
         columns: that are kept in 16 bit.
-        outputs: by part the name, dtype and shape of each tensor that is made; a copy is the part "".
     """
 
     entry: Entry
-    shape: tuple[int, int] | None
-    is_transposed: bool
-    columns: Array | None
-    outputs: dict[str, tuple[str, str, tuple[int, ...]]]
+    outputs: dict[str, Output]
+    options: Options | None = None
+    is_transposed: bool = False
+    columns: Array | None = None
+
+    def tied_outputs(self, name: str) -> dict[str, str]:
+        """Where the source has this tensor as `name`, too: by name that is not in the file the one that is."""
+        own = [output for output, _, _ in self.outputs.values()]
+        return {name + output.removeprefix(self.entry.name) if self.options else name: output for output in own}
+
+    def identity(self) -> bytes:
+        """All that decides, with the tensor's data, what is made."""
+        columns = None if self.columns is None else self.columns.tolist()
+        options = None if self.options is None else self.options.to_dict()
+        return json.dumps(
+            (self.entry.name, self.entry.dtype, self.entry.shape, self.is_transposed, columns, self.outputs, options)
+        ).encode()
 
 
 def plan_tasks(
-    source: Source,
+    model: Checkpoint,
     chosen: Chosen,
     options: Options,
     outlier_columns: Mapping[str, Sequence[int]] | None,
@@ -48,61 +70,50 @@ def plan_tasks(
 
     Raises:
         ValueError: a weight of another dtype, columns of other layers or none where they are needed, a name that is
-            needed and taken.
+            needed twice.
     """
-    columns = _columns_by_weight(source, chosen, outlier_columns or {})
-    tasks = [
-        [
-            _task(entry, chosen, columns, options, format)
-            for name, entry in shard.entries.items()
-            if name not in shard.ties
-        ]
-        for shard in source.shards
-    ]
+    columns = _columns_by_weight(model, chosen, outlier_columns or {})
+
+    def task(entry: Entry) -> Task:
+        if entry.name not in chosen.int8:
+            return Task(entry, {"": (entry.name, entry.dtype, entry.shape)})
+        return _int8_task(entry, options, chosen.int8[entry.name], columns.get(entry.name), format)
+
+    tasks = [[task(each) for name, each in shard.entries.items() if name not in shard.ties] for shard in model.shards]
     seen: set[str] = set()
-    for task in (task for own in tasks for task in own):
-        if options.outliers == "static" and task.shape and task.columns is None:
-            raise ValueError(
-                "quantize: outliers: expected outlier columns of every layer for 'static', got none of "
-                f"{shown(task.entry.name)}"
-            )
-        for name, _, _ in task.outputs.values():
-            if name in seen:
-                raise ValueError(
-                    f"quantize: {shown(name)}: expected a name that is free for int8 tensors, got one in use"
-                )
-            seen.add(name)
+    for name, _, _ in (output for own in tasks for each in own for output in each.outputs.values()):
+        if name in seen:
+            raise unexpected(f"quantize: {shown(name)}", "a name that is free for int8 tensors", "one in use")
+        seen.add(name)
     return tasks
 
 
 def _columns_by_weight(
-    source: Source, chosen: Chosen, columns: Mapping[str, Sequence[int]]
+    model: Checkpoint, chosen: Chosen, columns: Mapping[str, Sequence[int]]
 ) -> dict[str, Sequence[int]]:
     """The columns under the names that are stored: layers that share a weight keep the columns of each."""
-    ties = {name: first for shard in source.shards for name, first in shard.ties.items()}
     result: dict[str, Sequence[int]] = {}
     for layer, own in columns.items():
         name = layer if layer in chosen.int8 else f"{layer}.weight"
         if name not in chosen.int8:
-            raise ValueError(
-                f"quantize: outlier_columns: expected layers that are quantized, got {shown(repr(layer))} (include and "
-                "skip choose those)"
-            )
-        first = ties.get(name, name)
+            got = f"{shown(repr(layer))} (include and skip choose those)"
+            raise unexpected("quantize: outlier_columns", "layers that are quantized", got)
+        first = model.ties.get(name, name)
         result[first] = [*result.get(first, ()), *own]
     return result
 
 
-def _task(entry: Entry, chosen: Chosen, columns: Mapping[str, Sequence[int]], options: Options, format: Format) -> Task:
-    if entry.name not in chosen.int8:
-        return Task(entry, None, False, None, {"": (entry.name, entry.dtype, entry.shape)})
+def _int8_task(
+    entry: Entry, options: Options, is_transposed: bool, columns: Sequence[int] | None, format: Format
+) -> Task:
     if entry.dtype not in _FLOATS:
-        raise ValueError(f"{entry.where}: expected a weight of {', '.join(_FLOATS)}, got {entry.dtype}")
-    is_transposed = chosen.int8[entry.name]
+        raise unexpected(entry.where, f"a weight of {', '.join(_FLOATS)}", entry.dtype)
     n, k = entry.shape[::-1] if is_transposed else entry.shape
     kept = None
-    if entry.name in columns:
-        kept = column_indices("quantize", f"outlier_columns of {shown(entry.name)}", columns[entry.name], k)
+    if columns is not None:
+        kept = column_indices("quantize", f"outlier_columns of {shown(entry.name)}", columns, k)
+    elif options.outliers == "static":
+        raise unexpected("quantize: outliers", "outlier columns of every layer for 'static'", f"none of {entry.name}")
     groups = n if options.granularity == "vector" else 1
     parts: dict[str, tuple[str, tuple[int, ...]]] = {names.CODES: ("I8", (n, rotated_size(k, options.rotation)))}
     if format == "bitsandbytes":
@@ -114,16 +125,160 @@ def _task(entry: Entry, chosen: Chosen, columns: Mapping[str, Sequence[int]], op
         if kept is not None:
             parts[names.OUTLIER_COLUMNS] = "I32", (len(kept),)
             parts[names.OUTLIER_WEIGHT] = entry.dtype, (n, len(kept))
-        parts[names.OPTIONS] = "U8", (len(names.encode_options(options, TORCH_DTYPES[entry.dtype], k)),)
+        parts[names.OPTIONS] = "U8", (len(_json(entry, options, k)),)
     outputs = {part: (names.stored_name(entry.name, part, format), *own) for part, own in parts.items()}
-    return Task(entry, (n, k), is_transposed, kept, outputs)
+    return Task(entry, outputs, options, is_transposed, kept)
 
 
-def tied_outputs(shard: Shard, tasks: list[Task]) -> dict[str, str]:
-    """By name that is not in the file, the name of the tensor it shares."""
-    made = {task.entry.name: task for task in tasks}
-    tied = {}
-    for name, first in shard.ties.items():
-        for output, _, _ in made[first].outputs.values():
-            tied[name + output.removeprefix(first) if made[first].shape else name] = output
-    return tied
+def _json(entry: Entry, options: Options, k: int) -> bytes:
+    return names.encode_options(options, DTYPES[entry.dtype][1], k)
+
+
+# --- the output -------------------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """A safetensors file under construction. What it will hold is known, so every tensor has its place at once.
+
+    The header, which carries the CRC-32 of each tensor, is written by `finish`.
+
+    Args:
+        file: open for writing.
+        outputs: the tensors, in any order.
+        metadata: strings; those under `CRC32_KEY` and `MADE_OF_KEY` come with `finish`.
+    """
+
+    def __init__(self, file: int, outputs: Iterable[Output], metadata: dict[str, str]) -> None:
+        self._file = file
+        # Wide elements first, so that each tensor begins at a multiple of its element's size.
+        self._outputs = sorted(outputs, key=lambda each: (-itemsize(each[1]), each[0]))
+        self._metadata = metadata
+        self._crc32 = {name: 0 for name, _, _ in self._outputs}
+        position = len(self._header("0" * 64))
+        self._places: dict[str, int] = {}
+        for name, dtype, shape in self._outputs:
+            self._places[name] = position
+            position += itemsize(dtype) * math.prod(shape)
+        os.ftruncate(file, position)
+
+    def write(self, name: str, data: Any) -> None:
+        """Write what follows of a tensor: an array, or bytes."""
+        data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data)
+        view = memoryview(data.reshape(-1).view(np.uint8))
+        self._crc32[name] = zlib.crc32(view, self._crc32[name])
+        self._write_at(view, self._places[name])
+        self._places[name] += len(view)
+
+    def finish(self, made_of: str) -> None:
+        """Write the header, and wait until everything is on the disk."""
+        self._write_at(memoryview(self._header(made_of)), 0)
+        os.fsync(self._file)
+
+    def _write_at(self, data: memoryview, offset: int) -> None:
+        while len(data):
+            count = os.pwrite(self._file, data, offset)
+            data, offset = data[count:], offset + count
+
+    def _header(self, made_of: str) -> bytes:
+        crc32 = json.dumps({name: f"{crc:08x}" for name, crc in self._crc32.items()}, separators=(",", ":"))
+        metadata = {**self._metadata, names.CRC32_KEY: crc32, names.MADE_OF_KEY: made_of}
+        return header_bytes(self._outputs, metadata)
+
+
+# --- one tensor -------------------------------------------------------------------------------------------------------
+
+
+def convert(task: Task, file: int, writer: Writer, block: int) -> bytes:
+    """Convert or copy one tensor, which is read once.
+
+    A copy takes a MiB of memory, a weight its own size and 9 bytes for each element of a block.
+
+    Args:
+        task: what to do.
+        file: the source's, open.
+        writer: of the output.
+        block: elements that are converted at a time.
+
+    Returns:
+        The hash of the tensor's bytes in the file.
+
+    Raises:
+        ValueError: names file and tensor: NaN or Inf among its values, or the file ends before.
+    """
+    entry = task.entry
+    if task.options is None and entry.strides is None:
+        return hash_of(entry, file, lambda chunk: writer.write(entry.name, chunk))
+    data, flat = entry.read(file)
+    if task.options is None:
+        step = max(1, block * len(data) // max(1, entry.numel))
+        for first in range(0, len(data), step):
+            writer.write(entry.name, data[first : first + step])
+    else:
+        _quantize(task, task.options, data.T if task.is_transposed else data, writer, block)
+    return hashlib.blake2b(flat.view(np.uint8), digest_size=32).digest()
+
+
+def hash_of(entry: Entry, file: int, copy: Callable[[Array], None] = lambda chunk: None) -> bytes:
+    """The hash of a tensor's bytes in the file; `copy` gets each chunk of them."""
+    read = hashlib.blake2b(digest_size=32)
+    for chunk in entry.chunks(file):
+        read.update(chunk)
+        copy(chunk)
+    return read.digest()
+
+
+def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: int) -> None:
+    """Eq. 1-3 of the paper, block by block.
+
+    A scale of the whole weight depends on the weight's extremes only. So where one is wanted, each block is quantized
+    together with two rows that hold the extremes.
+    """
+    (n, k), dtype = data.shape, task.entry.dtype
+    output = {part: name for part, (name, _, _) in task.outputs.items()}
+    how: Any = {"scheme": options.scheme, "granularity": options.granularity, "rotation": options.rotation}
+    whole = options.granularity != "vector"
+    # What a rotation makes of the extremes only the whole weight tells.
+    step = n if whole and options.rotation else max(1, block // k)
+    blocks = [slice(first, first + step) for first in range(0, n, step)]
+    extremes: Array | None = None
+    if whole and len(blocks) > 1:
+        found = np.array([_extremes(_as_numbers(data[rows], dtype)) for rows in blocks])
+        extremes = np.array([found[:, 0].min(), found[:, 1].max()])  # a NaN is one, for quantize_weight to refuse
+    small: dict[str, list[Array]] = {names.SCALE: [], names.ZEROPOINT: [], names.ABSMAX: []}
+
+    def convert_rows(rows: Array) -> None:  # a function, so that nothing of a block is left when the next one is read
+        if task.columns is not None:
+            writer.write(output[names.OUTLIER_WEIGHT], rows[:, task.columns])
+        values = _as_numbers(rows, dtype)
+        if names.ABSMAX in output:
+            small[names.ABSMAX].append(np.maximum(values.max(1), -values.min(1)).astype(np.float32))
+        if extremes is not None:
+            values = np.concatenate([values, np.broadcast_to(extremes[:, None], (2, k))])
+        try:
+            weight = octavo.quantize_weight(values, **how)
+        except ValueError as error:
+            raise ValueError(f"{task.entry.where}: {error}") from error
+        writer.write(output[names.CODES], weight.codes[: len(rows)])
+        small[names.SCALE].append(weight.scale)
+        small[names.ZEROPOINT].append(weight.zeropoint)
+
+    for rows in blocks:
+        convert_rows(data[rows])
+    parts = {part: arrays[0] if whole else np.concatenate(arrays) for part, arrays in small.items() if part in output}
+    parts |= {names.LAYOUT: bytes([names.ROW_MAJOR]), names.OUTLIER_COLUMNS: task.columns}
+    for part, values in {**parts, names.OPTIONS: _json(task.entry, options, k)}.items():
+        if part in output:
+            writer.write(output[part], values)
+
+
+def _extremes(values: Array) -> tuple[Any, Any]:
+    return values.min(), values.max()
+
+
+def _as_numbers(raw: Array, dtype: str) -> Array:
+    """Contiguous; bfloat16 as float32, which has all its values, what NumPy knows as it is."""
+    if dtype != "BF16":
+        return np.ascontiguousarray(raw)
+    bits = raw.astype(np.uint32, order="C")
+    bits <<= 16
+    return bits.view(np.float32)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from octavo._text import unexpected
+
 
 def meta_model(config: Mapping[str, Any], dtype: str) -> Any:
     """A model, all of whose parameters are on the meta device.
@@ -20,32 +22,24 @@ def meta_model(config: Mapping[str, Any], dtype: str) -> Any:
         RuntimeError: PyTorch, or the library that has the model, is missing.
         ValueError: a model that neither Transformers nor diffusers has, or sizes that they refuse.
     """
-    if not isinstance(config.get("model_type"), str) and not isinstance(config.get("_class_name"), str):
-        raise ValueError("config: expected a model_type, got none")
+    model_type, of_diffusers = config.get("model_type"), isinstance(config.get("_class_name"), str)
+    if not isinstance(model_type, str) and not of_diffusers:
+        raise unexpected("config", "a model_type", "none")
     try:
         import torch
         import transformers
     except ImportError as error:
         raise RuntimeError(f'needs PyTorch and Transformers: pip install "octavo[transformers]" ({error})') from error
-    with torch.device("meta"):
-        if isinstance(config.get("_class_name"), str):
-            model = _refused_as_value_error(config, _diffusers_model)
-        elif config.get("model_type") in transformers.CONFIG_MAPPING:
-            model = _refused_as_value_error(config, _transformers_model)
-        else:
-            raise ValueError(
-                f"config: model_type: expected one that Transformers has, got {config.get('model_type')!r:.80}"
-            )
-    return model.to(getattr(torch, dtype))
-
-
-def _refused_as_value_error(config: Mapping[str, Any], make: Callable[[Mapping[str, Any]], Any]) -> Any:
+    if not of_diffusers and model_type not in transformers.CONFIG_MAPPING:
+        raise unexpected("config: model_type", "one that Transformers has", repr(model_type))
     try:
-        return make(config)
+        with torch.device("meta"):
+            model = _diffusers_model(config) if of_diffusers else _transformers_model(config)
     except ImportError as error:
         raise RuntimeError(f"config: {error}") from error
     except Exception as error:  # each class checks its fields in its own way
-        raise ValueError(f"config: expected sizes that make a model, got {type(error).__name__}: {error}") from error
+        raise unexpected("config", "sizes that make a model", f"{type(error).__name__}: {error}") from error
+    return model.to(getattr(torch, dtype))
 
 
 def _transformers_model(config: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Amounts of memory, names and tables, as people read and write them."""
+"""Errors, sizes and tables as people read and write them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ import re
 from collections.abc import Sequence
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def unexpected(where: object, expected: str, got: object, kind: type[Exception] = ValueError) -> Exception:
+    """The error to raise: ``<where>: expected <expected>, got <got>``."""
+    return kind(f"{where}: expected {expected}, got {shown(str(got), 300)}")
+
+
+def shown(text: str, limit: int = 120) -> str:
+    """Text of others for a terminal: its control characters escaped, its middle left out beyond `limit` characters."""
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def parse_size(text: str) -> int:
@@ -25,31 +37,8 @@ def format_size(count: int) -> str:
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, as an argument's type."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def shown(text: str, limit: int = 120) -> str:
-    """Text of others for a terminal: its control characters escaped, its middle left out beyond `limit` characters."""
-    if len(text) > limit:
-        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
-
-
 def table(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
     """Lines of aligned columns, those of the numbers `left` to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number in left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    align = ["<" if number in left else ">" for number in range(len(widths))]
+    return ["  ".join(map("{:{}{}}".format, row, align, widths)).rstrip() for row in rows]
