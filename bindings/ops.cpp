@@ -509,6 +509,20 @@ py::object linear_op(py::handle x_object, py::handle weight_object, py::handle b
     return result.finish();
 }
 
+py::object linear_backward_op(py::handle grad_object, py::handle weight_object, py::handle options_object,
+                              py::handle out) {
+    constexpr auto function = "linear_backward";
+    Array grad(grad_object, {function, "grad"}, Use::differentiable);
+    const auto& weight = instance_of<Weight>(weight_object, {function, "weight"}, "Int8Weight");
+    const LinearOptions& options = options_of(options_object, function).linear;
+    const ConstMatrix source = grad.matrix();
+    const std::int64_t k = features_of(weight.view());
+    const Output result(out, grad, with_last(grad, k), grad.dtype(), {function, "out", float_dtype_names, &grad});
+    run(grad, work_of(source, k),
+        [&](Stream stream) { octavo::linear_backward(source, weight.view(), result.matrix(), options, stream); });
+    return result.finish();
+}
+
 // --- as CPython calls them -------------------------------------------------------------------------------------------
 
 template <auto operation, std::size_t... index>
@@ -575,6 +589,8 @@ void define_operations(py::module_& module) {
         method<dequantize_op>("dequantize",
                               "dequantize($module, codes, scale, zeropoint, rotation, k, dtype, /)\n--\n\n"),
         method<linear_op>("linear", "linear($module, x, weight, bias, options, out, /)\n--\n\n"),
+        method<linear_backward_op>("linear_backward",
+                                   "linear_backward($module, grad, weight, options, out, /)\n--\n\n"),
         PyMethodDef{},
     };
     if (PyModule_AddFunctions(module.ptr(), methods.data()) != 0) throw py::error_already_set();

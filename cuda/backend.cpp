@@ -75,6 +75,11 @@ public:
                 Stream stream) const override {
         call("linear", x.device, [&] { cuda::linear(x, weight, bias, out, options, native(stream)); });
     }
+    void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept,
+                         Stream stream) const override {
+        call("linear_backward", grad.device,
+             [&] { cuda::linear_backward(grad, weight, out, uses_kept, native(stream)); });
+    }
 
     [[nodiscard]] std::vector<CudaDevice> devices() const override {
         int count = 0;

@@ -159,6 +159,10 @@ void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, 
 // already where the weight is.
 void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, cudaStream_t stream);
 
+// --- linear_backward.cu ---------------------------------------------------------------------------------------------
+
+void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, cudaStream_t stream);
+
 // --- linear.cpp -----------------------------------------------------------------------------------------------------
 
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,

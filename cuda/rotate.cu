@@ -1,8 +1,7 @@
 // Rows in blocks of b features times the Hadamard matrix over sqrt(b) (octavo/quantize.hpp), without what is excluded,
 // into float32.
 //
-// A block of threads has 256 features of a row, which are whole blocks of every rotation, a thread one. In each step it
-// reads the number that is `distance` away from shared memory, of which there are two so that one barrier a step does.
+// A block of threads has 256 features of a row, a thread one (rotation.cuh).
 #include "criterion.cuh"
 #include "device.cuh"
 #include "marks.cuh"
@@ -12,7 +11,7 @@
 namespace octavo::cuda {
 namespace {
 
-constexpr int threads = 256;
+constexpr int threads = most_rotation;
 
 template <class T>
 __global__ void __launch_bounds__(threads)
@@ -31,14 +30,8 @@ __global__ void __launch_bounds__(threads)
                 : (marked_word(exclusion.marks, words_for(x.cols), column / 32) >> (column % 32) & 1U) != 0;
         if (left_out) value = 0.0F;
     }
-    int turn = 0;
-    for (int distance = 1; distance < rotation; distance *= 2, turn ^= 1) {
-        values[turn][thread] = value;
-        __syncthreads();
-        const float other = values[turn][thread ^ distance];
-        value = (thread & distance) == 0 ? __fadd_rn(value, other) : __fadd_rn(other, -value);
-    }
-    if (column < width) out[row * width + column] = value / root_of(rotation);
+    value = rotated(value, thread, rotation, values);
+    if (column < width) out[row * width + column] = value;
 }
 
 }  // namespace

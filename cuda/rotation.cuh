@@ -1,4 +1,5 @@
-// Numbers of a weight whose rows were rotated (octavo/quantize.hpp).
+// Rows in blocks of features times the Hadamard matrix over its root (octavo/quantize.hpp), and back, which is the
+// same.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +10,24 @@ namespace octavo::cuda {
 
 // sqrt(rotation), a power of two.
 __host__ __device__ inline float root_of(int rotation) { return rotation == 16 ? 4.0F : rotation == 64 ? 8.0F : 16.0F; }
+
+// The features of the largest block: whole blocks of every rotation.
+inline constexpr int most_rotation = 256;
+
+// Of `most_rotation` features of a row, of which each thread of a block has one, this thread's after rotation. In each
+// step a thread reads the number that is `distance` away from shared memory, of which there are two so that one barrier
+// a step does.
+__device__ inline float rotated(float value, int thread, int rotation, float (&shared)[2][most_rotation]) {
+    if (rotation == 0) return value;
+    int turn = 0;
+    for (int distance = 1; distance < rotation; distance *= 2, turn ^= 1) {
+        shared[turn][thread] = value;
+        __syncthreads();
+        const float other = shared[turn][thread ^ distance];
+        value = (thread & distance) == 0 ? __fadd_rn(value, other) : __fadd_rn(other, -value);
+    }
+    return value / root_of(rotation);
+}
 
 // Column `col` of the rotated row of codes + zeropoint, rotated back: the sum of the codes of its block with the signs
 // of a row of Sylvester's matrix, exact, times the factor; and the zeropoint, which only the first column of a block

@@ -26,6 +26,9 @@ public:
                             Matrix out, Stream stream) const = 0;
     virtual void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out,
                         const LinearOptions& options, Stream stream) const = 0;
+    // `uses_kept`: whether the weight has kept columns that are to be used.
+    virtual void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept,
+                                 Stream stream) const = 0;
 };
 
 // The backend for memory on `device`. Throws Error (device) where this build has none for it.
@@ -53,6 +56,8 @@ public:
                     Stream stream) const override;
     void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
                 Stream stream) const override;
+    void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept,
+                         Stream stream) const override;
 };
 
 }  // namespace octavo::cpu

@@ -307,6 +307,15 @@ octavo_status octavo_linear(const octavo_matrix* x, const octavo_weight_view* we
     });
 }
 
+octavo_status octavo_linear_backward(const octavo_matrix* grad, const octavo_weight_view* weight,
+                                     const octavo_matrix* out, const octavo_linear_options* options, void* stream) {
+    return report([&] {
+        constexpr auto function = "linear_backward";
+        linear_backward(matrix_of({function, "grad"}, grad), weight_of(function, weight),
+                        matrix_of({function, "out"}, out), options_of(function, options), {stream});
+    });
+}
+
 const char* octavo_version(void) { return version(); }
 
 std::int32_t octavo_abi_version(void) { return OCTAVO_ABI_VERSION; }

@@ -68,28 +68,30 @@ void check_weight(const WeightView& weight, const char* function) {
     }
 }
 
-void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
-            Stream stream) {
-    constexpr auto function = "linear";
-    check::is_float({function, "x"}, x);
+namespace {
+
+// What `linear` and `linear_backward` ask of the weight and of their matrices. `extent`: what `in_features` is called.
+void check_matrices(const char* function, const check::Memory& in, const std::string& extent, std::int64_t in_features,
+                    const WeightView& weight, const Matrix& out, std::int64_t out_features, const ConstVector& bias) {
+    check::is_float({function, in.name}, in.view);
     check_weight(weight, function);
-    if (const std::int64_t k = features_of(weight); x.cols != k) {
-        check::fail(ErrorKind::value, {function, "x"},
-                    "k = " + std::to_string(k) + " columns for a weight of shape [" +
-                        std::to_string(weight.codes.rows) + ", " + std::to_string(k) + "]",
-                    check::shape_of(x));
+    if (in.view.cols != in_features) {
+        check::fail(ErrorKind::value, {function, in.name},
+                    extent + " = " + std::to_string(in_features) + " columns for a weight of shape [" +
+                        std::to_string(weight.codes.rows) + ", " + std::to_string(features_of(weight)) + "]",
+                    check::shape_of(in.view));
     }
-    check::on_device({function, "weight.codes"}, weight.codes.device, x.device);
+    check::on_device({function, "weight.codes"}, weight.codes.device, in.view.device);
     if (bias.present) {
         check::is_float({function, "bias"}, bias);
         check::has_size({function, "bias"}, bias.size, weight.codes.rows);
-        check::on_device({function, "bias"}, bias.device, x.device);
+        check::on_device({function, "bias"}, bias.device, in.view.device);
     }
     check::is_float({function, "out"}, out);
-    check::has_shape({function, "out"}, out, x.rows, weight.codes.rows);
-    check::on_device({function, "out"}, out.device, x.device);
+    check::has_shape({function, "out"}, out, in.view.rows, out_features);
+    check::on_device({function, "out"}, out.device, in.view.device);
     check::are_apart(function, {{"out", out}},
-                     {{"x", x},
+                     {in,
                       {"weight.codes", check::memory_of(weight.codes, weight.layout)},
                       {"weight.scale", weight.scale},
                       {"weight.zeropoint", weight.zeropoint},
@@ -97,6 +99,14 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
                       {"weight.outlier_columns", weight.outlier_columns},
                       {"weight.outlier_weight", weight.outlier_weight},
                       {"bias", bias}});
+}
+
+}  // namespace
+
+void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+            Stream stream) {
+    constexpr auto function = "linear";
+    check_matrices(function, {"x", x}, "k", features_of(weight), weight, out, weight.codes.rows, bias);
     check_options(options, function);
     if (options.outliers == Outliers::static_ && options.path != Path::weight_only && !weight.outlier_columns.present) {
         check::fail(ErrorKind::value, {function, "outliers"}, "a weight with calibrated outlier_columns for 'static'",
@@ -105,6 +115,18 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
     const Backend& backend = backend_for(x.device, function);
     if (out.rows == 0 || out.cols == 0) return;
     backend.linear(x, weight, bias, out, options, stream);
+}
+
+void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, const LinearOptions& options,
+                     Stream stream) {
+    constexpr auto function = "linear_backward";
+    check_matrices(function, {"grad", grad}, "n", weight.codes.rows, weight, out, features_of(weight), absent_vector);
+    check_options(options, function);
+    const Backend& backend = backend_for(grad.device, function);
+    if (out.rows == 0 || out.cols == 0) return;
+    const bool uses_kept = weight.outlier_columns.present && weight.outlier_columns.size > 0 &&
+                           options.outliers != Outliers::none && options.path != Path::weight_only;
+    backend.linear_backward(grad, weight, out, uses_kept, stream);
 }
 
 }  // namespace octavo

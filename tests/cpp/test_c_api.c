@@ -188,6 +188,17 @@ static void test_linear(void) {
     CHECK_OK(octavo_linear(&source, &w.view, NULL, &out, &options, NULL));
     CHECK(y[0][0] == 1.0F);
 
+    // Codes [127, 1, 0] with scale 1 and [0, 127, 2] with scale 2; kept in column 2: 0.001 and 3.
+    float gradient[1][3];
+    const octavo_matrix of_x = octavo_cpu_matrix(gradient, octavo_dtype_f32, 1, 3);
+    y[0][0] = 1.0F;
+    y[0][1] = 0.5F;
+    CHECK_OK(octavo_linear_backward(&out, &w.view, &of_x, NULL, NULL));
+    CHECK(gradient[0][0] == 127.0F && gradient[0][1] == 128.0F && fabsf(gradient[0][2] - 1.501F) < 1e-6F);
+    CHECK_OK(octavo_linear_backward(&out, &w.view, &of_x, &options, NULL));  // weight_only
+    CHECK(gradient[0][2] == 2.0F);
+    CHECK_FAILS(octavo_linear_backward(&source, &w.view, &of_x, NULL, NULL), value, "linear_backward: grad: expected");
+
     w.view.outlier_columns = NULL;
     w.view.outlier_weight = NULL;
     options.path = octavo_path_int8;

@@ -56,6 +56,26 @@ struct WeightView {
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options = {},
             Stream stream = {});
 
+// The gradient of a loss with respect to the X of `linear`, from that with respect to its Y:
+//
+//   out[i, h] = sum_j grad[i, j] * w[j, h]
+//
+// w is the weight as `dequantize` gives it in float32, with the kept values in kept columns where `options` has them
+// multiplied: unless they say Outliers::none or Path::weight_only. Rounding X to codes is passed over, as is usual
+// (a straight-through estimator). Sums are float32, of 256 output features at a time in ascending order, then over
+// these; with a rotated weight the sums are rotated back before kept columns are put in. Rounded once to the dtype of
+// `out`; equal bit for bit on every instruction set and on CUDA devices, with any number of threads and rows.
+//
+//   grad  [m, n] f32, f16 or bf16, any strides
+//   out   [m, k] f32, f16 or bf16, any strides; must not overlap an input
+//
+// n of 0 gives zeros. NaN and Inf propagate as IEEE says, in their own row. W is dequantized a tile at a time. CPU:
+// returns when done; scratch memory is at most 0.5 MiB for each thread, whatever the shape (with rotation more where
+// many columns are kept). CUDA: enqueues one kernel, with kept columns two; no scratch memory. Throws Error (type,
+// value, device) naming the argument.
+void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, const LinearOptions& options = {},
+                     Stream stream = {});
+
 // The faults of `weight` that `linear` would report, without a product: for whoever keeps a WeightView and wants
 // to hear of mistakes when it is made. `function` is the name to use in the message.
 void check_weight(const WeightView& weight, const char* function);

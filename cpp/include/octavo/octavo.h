@@ -283,6 +283,19 @@ OCTAVO_API octavo_status octavo_linear(const octavo_matrix* x, const octavo_weig
                                        const octavo_vector* bias, const octavo_matrix* out,
                                        const octavo_linear_options* options, void* stream);
 
+// octavo/linear.hpp: the gradient with respect to x of a loss, from that with respect to y: grad W, with the dequantized
+// weight and its kept values, in float32.
+//
+//   grad     [m, n] f32, f16 or bf16
+//   weight   codes [n, k]
+//   out      [m, k] f32, f16 or bf16; apart from the inputs
+//   options  or NULL for OCTAVO_LINEAR_OPTIONS_DEFAULT; kept values are not used with `none` and `weight_only`
+//
+// Errors: type, value.
+OCTAVO_API octavo_status octavo_linear_backward(const octavo_matrix* grad, const octavo_weight_view* weight,
+                                                const octavo_matrix* out, const octavo_linear_options* options,
+                                                void* stream);
+
 // "major.minor.patch", and OCTAVO_ABI_VERSION, of the library.
 OCTAVO_API const char* octavo_version(void);
 OCTAVO_API int32_t octavo_abi_version(void);

@@ -197,7 +197,6 @@ const std::int32_t* XPanels::offsets(std::int64_t row, std::int64_t begin) const
 void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
                     const std::function<void(const Block&)>& work) {
     constexpr std::int64_t least_rows = 64;
-    constexpr std::int64_t least_cols = 64;
     // Four blocks a thread even out threads of unequal speed.
     const std::int64_t wanted = num_threads() > 1 ? std::int64_t{4} * num_threads() : 1;
     std::int64_t row_blocks = ceiling(m, blocking.block_rows);
@@ -206,9 +205,9 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
         blocks = std::clamp(ceiling(wanted, others), blocks, std::max(blocks, most));
     };
     more(row_blocks, col_blocks, ceiling(m, least_rows));
-    more(col_blocks, row_blocks, ceiling(n, least_cols));
+    more(col_blocks, row_blocks, ceiling(n, blocking.cols));
     const std::int64_t rows = up(ceiling(m, row_blocks), blocking.rows);
-    const std::int64_t cols = up(ceiling(n, col_blocks), least_cols);
+    const std::int64_t cols = up(ceiling(n, col_blocks), blocking.cols);
     row_blocks = ceiling(m, rows);
     col_blocks = ceiling(n, cols);
     // About a million multiplications are worth a thread's waking.

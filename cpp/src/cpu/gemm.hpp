@@ -18,10 +18,11 @@ namespace octavo::cpu {
 // The plan for a product of `rows` rows of X.
 const Plan& plan_for(std::int64_t rows);
 
-// How the output is cut: blocks of it are at most `block_rows` high and begin at multiples of `rows`.
+// How the output is cut: blocks of it are at most `block_rows` high and begin at multiples of `rows` and `cols`.
 struct Blocking {
     std::int64_t rows;
     std::int64_t block_rows;
+    std::int64_t cols = 64;
 };
 
 // The codes of X as a plan's kernel reads them, and what its rows' sums will be too large by:

@@ -46,17 +46,6 @@ struct QuantizedX {
     Scratch<std::int32_t> sums;  // of each row's codes
 };
 
-// `count` values of a vector from `begin` on, or its only one as often; then zeros up to a multiple of 16, the width of
-// the epilogue.
-void gather(const ConstVector& values, std::int64_t begin, std::int64_t count, float* target) {
-    if (values.size == 1) {
-        std::fill(target, target + count, get<float>(values, 0));
-    } else {
-        kernels().load(values.dtype, at(values, begin), values.stride, count, target);
-    }
-    std::fill(target + count, target + whole_blocks(count), 0.0F);
-}
-
 // What the epilogue needs of the weight for the columns of one block, gathered so that its loops are contiguous.
 class BlockWeight {
 public:
@@ -64,9 +53,9 @@ public:
     BlockWeight(const WeightView& weight, const ConstVector& bias, const Block& block)
         : weight_(weight), block_(block), has_bias_(bias.present) {
         const std::int64_t cols = block.cols();
-        gather(weight.scale, block.col_begin, cols, scale);
+        gather_features(weight.scale, block.col_begin, cols, scale);
         if (weight.zeropoint.present) {
-            gather(weight.zeropoint, block.col_begin, cols, zeropoint);
+            gather_features(weight.zeropoint, block.col_begin, cols, zeropoint);
         } else {
             std::fill(zeropoint, zeropoint + whole_blocks(cols), 0.0F);
         }
@@ -311,6 +300,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
                                      .w_floats = w_floats.data(),
                                      .zeropoint = zeropoint,
                                      .depth = end - begin,
+                                     .places = 4,
                                      .first = begin == 0,
                                      .sums = sums.data()};
                 if (widened) kernels().widen(tile.w, tile.depth, zeropoint, w_floats.data());

@@ -28,6 +28,15 @@ void pack_rows(const ConstMatrix& codes, std::int64_t begin, std::int64_t end, s
 
 }  // namespace
 
+void gather_features(const ConstVector& values, std::int64_t begin, std::int64_t count, float* target) {
+    if (values.size == 1) {
+        std::fill(target, target + count, get<float>(values, 0));
+    } else {
+        kernels().load(values.dtype, at(values, begin), values.stride, count, target);
+    }
+    std::fill(target + count, target + whole_blocks(count), 0.0F);
+}
+
 PackedPanel::PackedPanel(const ConstMatrix& codes, Layout layout, std::int64_t begin, std::int64_t end)
     : depth_(padded_depth(codes.cols)) {
     if (layout == Layout::packed) {

@@ -28,6 +28,10 @@ inline constexpr std::int64_t block_cols = 16;  // output features of a block
     return row / 16 * 16 * depth + col / 4 * 64 + row % 16 * 4 + col % 4;
 }
 
+// `count` values of a vector of output features (or its only one as often) from `begin` on as float32, then zeros up to
+// a whole number of blocks.
+void gather_features(const ConstVector& values, std::int64_t begin, std::int64_t count, float* target);
+
 // Output features [begin, end) of codes in packed order, as `product` reads them: the weight's own memory where it is
 // packed (then begin is a multiple of 16), else packed here.
 class PackedPanel {

@@ -28,6 +28,7 @@ const Kernels table{
     .few = &few,
     .many = &many,
     .widen = widen,
+    .dequantize_square = dequantize_square,
     .multiply_floats = multiply_floats,
     .finish_floats = finish_floats,
     .dequantize_column = dequantize_column,

@@ -66,20 +66,23 @@ struct Plan {
     void (*leave)();
 };
 
-// The product of weight_only, of rows of X by one block of 16 output features over a slice of k:
+// A product in float32, of rows of X by 16 columns of a matrix over a slice of the depth:
 //
-//   sums[i, p, j] = (0 or the sum before) + s,   s = fma(x[i, k], w[j, k] + zeropoint[j], s) for k = p, p + 4, p + 8,
-//   ...
+//   sums[i, p, j] = (0 or the sum before) + s,   s = fma(x[i, k], w[k, j], s) for k = p, p + places, ...
+//
+// weight_only has 4 places and 16 output features of W, plus their zeropoints, as columns; linear_backward has 1 place,
+// the output features as depth and 16 input features as columns.
 struct FloatTile {
     const float* x;  // row-major
     std::int64_t x_stride;
     std::int64_t rows;
-    const std::int8_t* w;    // a packed block
-    const float* w_floats;   // the same as `widen` has made it, which is read instead; or null
-    const float* zeropoint;  // [16], or null: 0; taken in by `widen` already
-    std::int64_t depth;      // a multiple of 4
-    bool first;              // whether it is the first slice: there is no sum before
-    float* sums;             // [rows, 4, 16]
+    const std::int8_t* w;   // a packed block; only with 4 places
+    const float* w_floats;  // [depth, 16] as `widen` or `dequantize_square` has made it, which is read instead; or null
+    const float* zeropoint;  // [16], or null: 0; only of `w`
+    std::int64_t depth;      // a multiple of `places`
+    std::int64_t places;
+    bool first;   // whether it is the first slice: there is no sum before
+    float* sums;  // [rows, places, 16]
 };
 
 // What the epilogue does to a tile of sums. All arrays begin at the tile's first row or column and can be read up to
@@ -143,10 +146,15 @@ struct Kernels {
     // For a call of up to few->block_rows rows of X, and for all others.
     const Plan* few;
     const Plan* many;
-    // --- the product of weight_only ----------------------------------------------------------------------------------
+
+    // --- products in float32 -----------------------------------------------------------------------------------------
 
     // target[k, j] = w[j, k] + zeropoint[j] (null: 0), over `depth` along k of a packed block of 16 output features.
     void (*widen)(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
+    // target[j, h] = (w[j, h] + zeropoint[j]) * scale[j] for the first 16 input features of packed W, `w_stride` bytes
+    // from block to block, and `features` output features, a multiple of 16.
+    void (*dequantize_square)(const std::int8_t* w, std::int64_t w_stride, std::int64_t features,
+                              const float* zeropoint, const float* scale, float* target);
     void (*multiply_floats)(const FloatTile& tile);
     // y[i, j] = ((sums[i, 0, j] + sums[i, 1, j]) + (sums[i, 2, j] + sums[i, 3, j])) * scale[j] for 16 output features.
     void (*finish_floats)(const float* sums, std::int64_t rows, const float* scale, float* y);

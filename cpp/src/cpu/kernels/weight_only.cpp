@@ -1,7 +1,7 @@
-// The product of activations as they are by int8 weights, in float32 (table.hpp says in which order).
+// Products of floats by int8 weights, in float32 (table.hpp says in which order).
 //
-// A lane holds 4 neighbors along k of one output feature, which is how packed codes lie in memory. Each of the 4 is
-// shifted out, converted, and multiplied with its value of X, for all output features of a register at once.
+// In packed codes a lane holds 4 neighbors along k of one output feature. For weight_only each of the 4 is shifted out,
+// converted, and multiplied with its value of X, for all output features of a register at once.
 #include "cpu/kernels/floats.hpp"
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
@@ -19,32 +19,32 @@ template <int Place>
     numbers = __builtin_convertvector((groups << (24 - 8 * Place)) >> 24, Floats);
 }
 
-// `Rows` rows of X from row i on by `Vectors` registers of the block, for `Places` places of 4 along k. `load` gives
-// the weights at (group of 4, place, register); the last two are part of their types, as in unroll.hpp.
-template <int Rows, int Places, int Vectors, int FirstPlace, int FirstVector, class Load>
+// `Rows` rows of X from row i on by `Vectors` registers of the block, for `Places` places of `Group` along the depth.
+// `load` gives the weights at (group, place, register); the last two are part of their types, as in unroll.hpp.
+template <int Group, int Rows, int Places, int Vectors, int FirstPlace, int FirstVector, class Load>
 void multiply_square(const FloatTile& tile, std::int64_t i, Load load) {
     Floats sums[Rows * Places * Vectors];
     unroll<Rows * Places * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = Floats{}; });
     const float* const x = tile.x + i * tile.x_stride + FirstPlace;
-    for (std::int64_t group = 0; group < tile.depth / 4; ++group) {
+    for (std::int64_t group = 0; group < tile.depth / Group; ++group) {
         unroll<Places>([&](auto p) OCTAVO_INLINE {
             Floats weights[Vectors];
             unroll<Vectors>([&](auto u) OCTAVO_INLINE {
                 load(group, IndexConstant<FirstPlace + p>{}, IndexConstant<FirstVector + u>{}, weights[u]);
             });
             unroll<Rows>([&](auto r) OCTAVO_INLINE {
-                const Floats value = x[r * tile.x_stride + group * 4 + p] - Floats{};
+                const Floats value = x[r * tile.x_stride + group * Group + p] - Floats{};
                 unroll<Vectors>([&](auto u) OCTAVO_INLINE {
                     fused_multiply_add(value, weights[u], sums[(r * Places + p) * Vectors + u]);
                 });
             });
         });
     }
-    float* const target = tile.sums + (i * 4 + FirstPlace) * features + FirstVector * width;
+    float* const target = tile.sums + (i * Group + FirstPlace) * features + FirstVector * width;
     unroll<Rows * Places * Vectors>([&](auto s) OCTAVO_INLINE {
         constexpr int row = s / (Places * Vectors);
         constexpr int place = s / Vectors % Places;
-        float* const part = target + (row * 4 + place) * features + s % Vectors * width;
+        float* const part = target + (row * Group + place) * features + s % Vectors * width;
         Floats before{};
         if (!tile.first) read(part, before);
         before += sums[s];
@@ -53,11 +53,11 @@ void multiply_square(const FloatTile& tile, std::int64_t i, Load load) {
 }
 
 // The whole width and depth of the tile, for `Rows` rows from row i on.
-template <int Rows, int Places, int Vectors, class Load>
+template <int Group, int Rows, int Places, int Vectors, class Load>
 void multiply_rows(const FloatTile& tile, std::int64_t i, Load load) {
     unroll<vectors / Vectors>([&](auto v) {
-        unroll<4 / Places>(
-            [&](auto p) { multiply_square<Rows, Places, Vectors, p * Places, v * Vectors>(tile, i, load); });
+        unroll<Group / Places>(
+            [&](auto p) { multiply_square<Group, Rows, Places, Vectors, p * Places, v * Vectors>(tile, i, load); });
     });
 }
 
@@ -65,12 +65,21 @@ void multiply_rows(const FloatTile& tile, std::int64_t i, Load load) {
 template <class Load>
 void multiply_codes(const FloatTile& tile, Load load) {
     std::int64_t i = 0;
-    for (; i + 4 <= tile.rows; i += 4) multiply_rows<4, 2, 1>(tile, i, load);
+    for (; i + 4 <= tile.rows; i += 4) multiply_rows<4, 4, 2, 1>(tile, i, load);
     switch (tile.rows - i) {
-        case 3: return multiply_rows<3, 4, 1>(tile, i, load);
-        case 2: return multiply_rows<2, 4, 1>(tile, i, load);
-        case 1: return multiply_rows<1, 4, pair>(tile, i, load);
+        case 3: return multiply_rows<4, 3, 4, 1>(tile, i, load);
+        case 2: return multiply_rows<4, 2, 4, 1>(tile, i, load);
+        case 1: return multiply_rows<4, 1, 4, pair>(tile, i, load);
         default: return;
+    }
+}
+
+// The last rows with one place: at most `Rows`.
+template <int Rows, class Load>
+void multiply_last_rows(const FloatTile& tile, std::int64_t i, Load load) {
+    if constexpr (Rows > 0) {
+        if (tile.rows - i == Rows) return multiply_rows<1, Rows, 1, pair>(tile, i, load);
+        multiply_last_rows<Rows - 1>(tile, i, load);
     }
 }
 
@@ -95,6 +104,23 @@ void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, flo
     }
 }
 
+// Four neighbors along k at a time, which is how they lie in memory.
+void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t features, const float* zeropoint,
+                       const float* scale, float* target) {
+    using FourCodes [[gnu::vector_size(4)]] = std::int8_t;
+    using FourFloats [[gnu::vector_size(16)]] = float;
+    for (std::int64_t j = 0; j < features; ++j, target += 16) {
+        const std::int8_t* const row = w + j / 16 * w_stride + j % 16 * 4;
+        unroll<4>([&](auto group) OCTAVO_INLINE {
+            FourCodes codes;
+            read(row + group * 64, codes);
+            FourFloats numbers = __builtin_convertvector(codes, FourFloats);
+            numbers = (numbers + zeropoint[j]) * scale[j];
+            __builtin_memcpy(target + group * 4, &numbers, sizeof numbers);
+        });
+    }
+}
+
 void multiply_floats(const FloatTile& tile) {
     const auto codes_at = [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
         constexpr std::int64_t ahead = 20 * 64;  // bytes, so that W is there in time
@@ -103,14 +129,21 @@ void multiply_floats(const FloatTile& tile) {
         read(tile.w + group * 64 + v * register_size, codes);
         convert<place>(codes, weights);
     };
-    if (tile.w_floats != nullptr) {
+    if (tile.places == 1) {
+        constexpr int most = vectors == 1 ? 12 : 6;  // rows: sums in 12 registers
+        const auto load = [&](std::int64_t k, auto /*place*/, auto v, Floats& weights)
+                              OCTAVO_INLINE { read(tile.w_floats + k * features + v * width, weights); };
+        std::int64_t i = 0;
+        for (; i + most <= tile.rows; i += most) multiply_rows<1, most, 1, pair>(tile, i, load);
+        multiply_last_rows<most - 1>(tile, i, load);
+    } else if (tile.w_floats != nullptr) {
         const auto load = [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
             read(tile.w_floats + (group * 4 + place) * features + v * width, weights);
         };
         std::int64_t i = 0;
-        for (; i + 6 <= tile.rows; i += 6) multiply_rows<6, 2 / pair, pair>(tile, i, load);
-        for (; i + 2 <= tile.rows; i += 2) multiply_rows<2, 2, pair>(tile, i, load);
-        if (i < tile.rows) multiply_rows<1, 4, pair>(tile, i, load);
+        for (; i + 6 <= tile.rows; i += 6) multiply_rows<4, 6, 2 / pair, pair>(tile, i, load);
+        for (; i + 2 <= tile.rows; i += 2) multiply_rows<4, 2, 2, pair>(tile, i, load);
+        if (i < tile.rows) multiply_rows<4, 1, 4, pair>(tile, i, load);
     } else if (tile.zeropoint == nullptr) {
         multiply_codes(tile, codes_at);
     } else {
