@@ -28,7 +28,7 @@ from octavo._types import (
     take_columns,
     to_framework_of,
 )
-from octavo.options import DEFAULT, Options, native_options, options_of
+from octavo.options import DEFAULT, Options, options_of
 from octavo.weight import Int8Weight
 
 _DEFAULTS = Options()
@@ -71,19 +71,16 @@ def quantize(
     rotation: int = 0,
     exclude: Columns | None = None,
 ) -> Quantized:
-    """Quantize activations to int8, one scale per tensor or per row.
+    """Quantize activations to int8, one scale per tensor or per row; in float32, rounding half to even.
 
     absmax (Eq. 1): ``codes = clip(rint(x * 127 / absmax), -127, 127)``, ``scale = absmax / 127``.
 
     zeropoint (Eq. 2-3): ``nd = 254 / (max - min)``, ``zeropoint = rint(nd * min) + 127``,
     ``codes = clip(rint(nd * x) - zeropoint, -127, 127)``, ``scale = 1 / nd``.
 
-    All in float32, half to even, one rounding per operation.
-
     With `rotation` b, each block of b consecutive features (k padded with zeros to whole blocks) is first multiplied by
-    the Sylvester-Hadamard matrix over sqrt(b), which spreads what is large in one feature over its block. The matrix is
-    its own inverse, so a product of two rotated matrices is what it was. absmax is then
-    ``codes = clip(rint(x * (127 / absmax)), -127, 127)``.
+    the Sylvester-Hadamard matrix over sqrt(b), which spreads what is large in one feature over its block and is its own
+    inverse. absmax is then ``codes = clip(rint(x * (127 / absmax)), -127, 127)``.
 
     Args:
         x: float32, float16 or bfloat16 ``[..., k]``, rank >= 1. A rank-1 x is one row.
@@ -101,9 +98,8 @@ def quantize(
     """
     if exclude is not None:
         exclude = to_framework_of(x, column_indices("quantize", "exclude", exclude, columns_of(x)))
-    names = ("scheme", "granularity", "rotation")
-    native = native_options("quantize", None, names, scheme, granularity, rotation)
-    return Quantized(*_core.quantize(x, native, exclude), rotation, columns_of(x))
+    options = options_of("quantize", scheme=scheme, granularity=granularity, rotation=rotation)
+    return Quantized(*_core.quantize(x, options._native, exclude), rotation, columns_of(x))
 
 
 def quantize_weight(
@@ -190,8 +186,8 @@ def find_outliers(
     Returns:
         int32 ``[r]``, ascending.
     """
-    options = native_options("find_outliers", None, ("threshold", "relative", "cap"), threshold, relative, cap)
-    return _core.find_outliers(x, options)
+    options = options_of("find_outliers", threshold=threshold, relative=relative, cap=cap)
+    return _core.find_outliers(x, options._native)
 
 
 def int8_matmul(a: Array, b: Array, *, out: Array | None = None) -> Array:
@@ -261,23 +257,22 @@ def linear(
         native = weight._native
     except Exception:
         raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}") from None
-    default: Any = DEFAULT
     policy: Any = outliers
     product: Any = path
-    if threshold is default and relative is default and cap is default and policy is default and product is default:
-        # At once, as a small product takes no longer than to ask what was given.
-        chosen = _DEFAULTS._native if options is None else options_of("linear", options)._native
+    if options is None and threshold is relative is cap is policy is product is DEFAULT:
+        options = _DEFAULTS  # at once: a small product takes no longer than to ask what was given
     else:
-        names = ("threshold", "relative", "cap", "outliers", "path")
-        chosen = native_options("linear", options, names, threshold, relative, cap, outliers, path)
-    return _core.linear(x, native, bias, chosen, out)
+        options = options_of(
+            "linear", options, threshold=threshold, relative=relative, cap=cap, outliers=outliers, path=path
+        )
+    return _core.linear(x, native, bias, options._native, out)
 
 
 def get_num_threads() -> int:
     """Threads that octavo's CPU backend may use, the caller's included.
 
-    What `set_num_threads` was given. Before that ``OMP_NUM_THREADS`` where it is set, else the processors this process
-    may run on; and a call with PyTorch tensors uses ``torch.get_num_threads()`` threads instead, whatever this says.
+    What `set_num_threads` was given. Before that ``OMP_NUM_THREADS``, or else the processors this process may run on;
+    but a call with PyTorch tensors uses ``torch.get_num_threads()`` threads.
     """
     return _core.num_threads()
 
@@ -285,9 +280,9 @@ def get_num_threads() -> int:
 def set_num_threads(count: int) -> None:
     """Let octavo's CPU backend use up to `count` threads (1 to 1024) in every call from now on.
 
-    Also for PyTorch tensors, whose calls otherwise follow ``torch.set_num_threads``. Calls that several Python threads
-    make at once share one set of ``count - 1`` helper threads: one of them has it, the others work alone meanwhile. A
-    product too small to be worth waking a helper is computed by the caller alone. Results do not depend on any of this.
+    Also for PyTorch tensors, whose calls otherwise follow ``torch.set_num_threads``. Of calls that several Python
+    threads make at once, one has the ``count - 1`` helper threads and the others work alone. Results do not depend on
+    any of this.
     """
     _core.set_num_threads(count)
 

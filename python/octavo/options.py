@@ -12,15 +12,8 @@ from typing import Any
 from octavo import _core
 from octavo._types import Granularity, Outliers, ProductPath, Scheme
 
-
-class _Default:
-    """Stands for the default of a keyword, so that one that is not given differs from one that is."""
-
-    def __repr__(self) -> str:
-        return "<default>"
-
-
-DEFAULT: Any = _Default()
+# The default of a keyword, so that one that is not given differs from one that is.
+DEFAULT: Any = type("Default", (), {"__repr__": lambda _: "<default>"})()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,35 +134,28 @@ def recipe(name: str) -> Options:
     return _RECIPES[name]
 
 
-def options_of(function: str, options: Options | None, **keywords: Any) -> Options:
+@lru_cache(maxsize=256, typed=True)  # a small product takes no longer than to make them; and True is not the number 1
+def _single(function: str, **keywords: Any) -> Options:
+    try:
+        return Options(**{name: value for name, value in keywords.items() if value is not DEFAULT})
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("Options", function, 1)) from None
+
+
+def options_of(function: str, options: Options | None = None, **keywords: Any) -> Options:
     """The options of a call of `function`: `options`, or else the defaults with the keywords that are not `DEFAULT`.
 
     Raises:
         TypeError: both are given, or a value of the wrong kind; ValueError: a value that octavo does not have.
     """
-    given = {name: value for name, value in keywords.items() if value is not DEFAULT}
     if options is None:
         try:
-            return Options(**given)
-        except (TypeError, ValueError) as error:
-            raise type(error)(str(error).replace("Options", function, 1)) from None
+            return _single(function, **keywords)
+        except TypeError:  # a wrong value, or one that cannot be remembered
+            return _single.__wrapped__(function, **keywords)
     if not isinstance(options, Options):
         raise TypeError(f"{function}: options: expected octavo.Options, got {type(options).__name__}")
+    given = [name for name, value in keywords.items() if value is not DEFAULT]
     if given:
         raise TypeError(f"{function}: options: expected none beside single options, got both it and {', '.join(given)}")
     return options
-
-
-@lru_cache(maxsize=256, typed=True)  # True is not the number 1
-def _remembered(function: str, names: tuple[str, ...], *values: Any) -> _core.Options:
-    return options_of(function, None, **dict(zip(names, values, strict=True)))._native
-
-
-def native_options(function: str, options: Options | None, names: tuple[str, ...], *values: Any) -> _core.Options:
-    """`options_of` for the core, with keywords as names and values; remembered, as a small product takes no longer."""
-    if options is None:
-        try:
-            return _remembered(function, names, *values)
-        except TypeError:  # a wrong value, or one that cannot be remembered
-            pass
-    return options_of(function, options, **dict(zip(names, values, strict=True)))._native

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import index
 from typing import Any
 
 from octavo import _core
 from octavo._types import Array, Granularity, Scheme, dtype_name, rotated_size
 from octavo.options import options_of
+
+_ARRAYS = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
 
 
 class Int8Weight:
@@ -33,10 +36,10 @@ class Int8Weight:
         rotation: 0, 16, 64 or 256.
 
     All arrays belong to one framework and device and are not to be changed: what the products need of them is read
-    once, here. Codes in CPU memory are packed, into an array of the weight's own, unless `pack` is false; then products
-    pack them anew each time. Codes that are packed already are given with their `shape` ``(n, k)`` and their
-    `code_sums`, and go on being used. A `shape` is also needed where ``k'`` is not k. Raises TypeError or ValueError
-    naming the argument where the arrays do not fit each other.
+    once, here. Codes in CPU memory are packed into an array of the weight's own, unless `pack` is false: then products
+    pack them each time. Codes that are packed already are given with their `shape` ``(n, k)`` and their `code_sums`,
+    and stay shared. A `shape` is also needed where ``k'`` is not k. Raises TypeError or ValueError naming the argument
+    where the arrays do not fit each other.
     """
 
     __slots__ = (
@@ -69,7 +72,7 @@ class Int8Weight:
         shape: tuple[int, int] | None = None,
         pack: bool = True,
     ) -> None:
-        options = options_of("Int8Weight", None, scheme=scheme, granularity=granularity, rotation=rotation)
+        options = options_of("Int8Weight", scheme=scheme, granularity=granularity, rotation=rotation)
         if not isinstance(pack, bool):
             raise TypeError(f"Int8Weight: pack: expected a bool, got {type(pack).__name__}")
         if shape is not None:
@@ -83,8 +86,7 @@ class Int8Weight:
         self.code_sums = self._native.code_sums
         self.is_packed = shape is not None and len(codes.shape) != 2
         if shape is None:
-            n, k = codes.shape
-            shape = int(n), int(k)
+            shape = int(codes.shape[0]), int(codes.shape[1])
         if pack and not self.is_packed and self._native.is_on_cpu:
             codes = _core.pack(codes)
             self._native = native(codes, self.code_sums)
@@ -118,17 +120,14 @@ class Int8Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays that are held."""
-        others = (self.scale, self.zeropoint, self.code_sums, self.outlier_columns, self.outlier_weight)
-        return sum(int(array.nbytes) for array in (self._codes, *others) if array is not None)
+        arrays = (self._codes, *(getattr(self, name) for name in _ARRAYS[1:]))
+        return sum(int(array.nbytes) for array in arrays if array is not None)
 
-    def _arrays(self) -> dict[str, Array | None]:
-        """The constructor's arrays by name."""
-        names = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
-        return {name: getattr(self, name) for name in names}
-
-    def _options(self) -> dict[str, Any]:
-        """The constructor's other arguments by name."""
-        return {name: getattr(self, name) for name in ("scheme", "granularity", "rotation", "shape")}
+    def _arguments(self, change: Callable[[Array], Array] = lambda array: array) -> dict[str, Any]:
+        """Those that make this weight, by name, the arrays changed."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        changed = {name: None if array is None else change(array) for name, array in arrays.items()}
+        return {**changed, **{name: getattr(self, name) for name in ("scheme", "granularity", "rotation", "shape")}}
 
     def dequantize(self, dtype: Any = None) -> Array:
         """``(codes + zeropoint) * scale``, ``[n, k]`` in `dtype` (float32, float16 or bfloat16; default float32).
@@ -141,19 +140,14 @@ class Int8Weight:
     def to(self, device: Any) -> Int8Weight:
         """The weight on another device of its framework; itself where it is there already."""
 
-        def move(array: Array | None) -> Array | None:
-            if array is None:
-                return None
+        def move(array: Array) -> Array:
             # PyTorch; the array API standard's name
             return array.to(device) if hasattr(array, "to") else array.to_device(device)
 
-        if move(self.scale) is self.scale:
-            return self
-        moved = {name: move(array) for name, array in self._arrays().items()}
-        return _rebuild(moved, self._options())
+        return self if move(self.scale) is self.scale else Int8Weight(**self._arguments(move))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._arrays(), self._options())
+        return _rebuild, (self._arguments(),)
 
     def __repr__(self) -> str:
         kept = "" if self.outlier_columns is None else f", {len(self.outlier_columns)} columns kept"
@@ -174,6 +168,6 @@ def _extents(shape: Any) -> tuple[int, int]:
     return n, k
 
 
-def _rebuild(arrays: dict[str, Any], options: dict[str, Any]) -> Int8Weight:
-    """`Int8Weight` from its arrays, for pickle and copy."""
-    return Int8Weight(**arrays, **options)
+def _rebuild(arguments: dict[str, Any]) -> Int8Weight:
+    """From a pickle, which has no keywords."""
+    return Int8Weight(**arguments)
