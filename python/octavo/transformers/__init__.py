@@ -36,6 +36,7 @@ disk.
 
 from octavo.transformers.config import OctavoConfig
 from octavo.transformers.experts import Int8Stack
+from octavo.transformers.padding import drop_padding_
 from octavo.transformers.quantizer import OctavoQuantizer
 
-__all__ = ["Int8Stack", "OctavoConfig", "OctavoQuantizer"]
+__all__ = ["Int8Stack", "OctavoConfig", "OctavoQuantizer", "drop_padding_"]

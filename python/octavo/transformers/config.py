@@ -35,6 +35,8 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: layers to leave as they are: qualified names or patterns as in a shell, each also for
             all that is below it and as the last parts of a name ("lm_head", "model.layers.0", "*.mlp.*"). None: the
             output head and the routers of mixtures of experts. See `octavo.torch.choice.choose_layers`.
+        drop_padding: False: int8 layers of encoders (BERT and its family, MPNet) compute padded rows, too; see
+            `octavo.transformers.drop_padding_`.
         format_version: of the checkpoint.
         quant_method: "octavo", or None, as config.json has it: without a method Transformers refuses to load the model
             where octavo is not installed.
@@ -51,6 +53,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         *,
         modules_to_not_convert: Sequence[str] | None = None,
+        drop_padding: bool | None = None,
         format_version: int = VERSION,
         quant_method: str | None = METHOD,
         octavo: str | None = None,
@@ -64,6 +67,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise TypeError("OctavoConfig: modules_to_not_convert: expected a sequence of names, got a string")
         self.quant_method = METHOD
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.drop_padding = drop_padding
         chosen = Options.from_dict(options, "OctavoConfig")
         for field in fields(Options):
             setattr(self, field.name, getattr(chosen, field.name))
@@ -82,12 +86,14 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What of a caller's config counts when a model is loaded that is int8 already: what he gave."""
-        return {**self.given, "given": self.given}
+        more = {} if self.drop_padding is None else {"drop_padding": self.drop_padding}
+        return {**self.given, "given": self.given, **more}
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json carries."""
-        left = self.modules_to_not_convert
-        return {**HEAD, "format_version": VERSION, **self.options().to_dict(), "modules_to_not_convert": left}
+        more = {"drop_padding": False} if self.drop_padding is False else {}
+        left = {"modules_to_not_convert": self.modules_to_not_convert}
+        return {**HEAD, "format_version": VERSION, **self.options().to_dict(), **left, **more}
 
 
 _merge = auto.AutoHfQuantizer.merge_quantization_configs
@@ -99,7 +105,8 @@ def _merge_bitsandbytes(stored: Any, given: Any) -> Any:
         return _merge(stored, given)
     threshold = stored.get("llm_int8_threshold", 6.0)
     theirs = {"threshold": threshold} if threshold else {"outliers": "none"}  # which bitsandbytes means by 0
-    return OctavoConfig(**{**theirs, **given.given}, modules_to_not_convert=stored.get("llm_int8_skip_modules"))
+    left = stored.get("llm_int8_skip_modules")
+    return OctavoConfig(**{**theirs, **given.given}, modules_to_not_convert=left, drop_padding=given.drop_padding)
 
 
 auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_bitsandbytes)

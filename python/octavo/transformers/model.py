@@ -21,6 +21,7 @@ from octavo.torch.choice import ROUTERS, choose_layers, is_linear
 from octavo.transformers import experts
 from octavo.transformers.config import METHOD, OctavoConfig
 from octavo.transformers.loading import Assemble
+from octavo.transformers.padding import drop_padding_
 
 logger = logging.get_logger(__name__)
 
@@ -79,6 +80,7 @@ def adopt(model: nn.Module, quantizer: Any) -> None:
             _keep_names(part, int8)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = config
+    drop_padding_(model, config.drop_padding is not False)
 
 
 def _keep_names(model: Any, int8: Sequence[str]) -> None:
@@ -142,6 +144,7 @@ def dequantize_(model: Any, dtype: torch.dtype | str | None) -> Any:
     """Give the layers of `model` floating-point weights again, in place."""
     # The config of a model that was saved has a string.
     to: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    drop_padding_(model, False)
     for module in model.modules():
         if is_linear(module) and isinstance(module.weight, Int8Tensor):
             module.weight = nn.Parameter(module.weight.dequantize(to))
