@@ -641,6 +641,18 @@ def test_pytorch_files_that_are_damaged_or_none(tmp_path: Path) -> None:
         refuse(path, r"model\.pt: expected a PyTorch zip file, got one that is truncated or corrupt")
 
 
+def test_a_tensor_that_reaches_beyond_its_record(tmp_path: Path) -> None:
+    """Else it would get the bytes of whatever comes next in the file."""
+    path = tmp_path / "model.pt"
+    torch.save({"fc.weight": torch.ones(3, 2), "next.weight": torch.zeros(3, 200)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content[:8] if name.endswith("data/0") else content)
+    refuse(path, r"model\.pt: fc\.weight: expected a record with 24 bytes, got 8: corrupt")
+
+
 def test_an_archive_that_unpacks_to_more_than_it_is(tmp_path: Path) -> None:
     """What is read of a file is bounded by its size, before anything of it is unpacked."""
     path = tmp_path / "model.bin"

@@ -259,6 +259,43 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (tmp_path / "other.partial").exists()
 
 
+def test_a_real_limit(tmp_path: Path) -> None:
+    """Of the size of files, which the system keeps to as to that of a disk: one line, no beginning of nothing."""
+    model = write_model(tmp_path / "m", {"fc.weight": (600, 40)}, shards=1)
+    result = subprocess.run(
+        [sys.executable, "-m", "octavo", "quantize", str(model), str(tmp_path / "out"), "--quiet"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "File too large: free some space and run again" in result.stderr
+    assert result.stderr.endswith("out.partial/.octavo-model.safetensors'\n")
+    assert result.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m"]
+
+
+@pytest.mark.parametrize("full", [".octavo-job.json", "config.json", "tokenizer.json", "model.safetensors.index.json"])
+def test_a_disk_that_is_full_for_small_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+    """Whatever file it is, it is named; a folder without weights does not stay."""
+    model = write_model(tmp_path / "m", model_type="tiny")
+    for owner, name in ((Path, "write_text"), (shutil, "copyfile")):
+        original: Any = getattr(owner, name)
+
+        def write(*arguments: Any, original: Any = original, **more: Any) -> Any:
+            if any(isinstance(each, Path) and each.name.endswith(full) for each in arguments):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return original(*arguments, **more)
+
+        monkeypatch.setattr(owner, name, write)
+    with pytest.raises(OSError, match=rf"free some space and run again.*{full}'"):
+        convert(model, tmp_path / "out")
+    assert (tmp_path / "out.partial").exists() == (full != ".octavo-job.json")
+    monkeypatch.undo()
+    assert convert(model, tmp_path / "out").resumed == (0 if full == ".octavo-job.json" else len(SHAPES))
+
+
 def test_few_files_are_open_at_a_time(tmp_path: Path) -> None:
     """More shards than a process may have open files: converted, and read; without any, the file is named."""
     shapes = {f"layers.{i}.fc.weight": (4, 4) for i in range(120)}

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_options_reach_the_conversion(
         "memory": 2 * 2**30,
         "progress": False,
     }
+
+
+def test_options_of_the_command_are_those_of_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe, and what is given in its place; every field has an option."""
+    model = write_model(tmp_path / "m")
+    words = ["--recipe", "best", "--rotation", "16", "--cap", "0.5", "--quiet"]
+    assert run("quantize", model, tmp_path / "out", *words) == 0
+    expected = replace(octavo.recipe("best"), rotation=16, cap=0.5)
+    assert checkpoint.Checkpoint(tmp_path / "out", framework="numpy").options("model.layers.0.fc") == expected
+    capsys.readouterr()
+    assert run("inspect", tmp_path / "out") == 0
+    assert "absmax, vector, rotation 16, outliers rows, relative 6.3, cap 0.5" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("quantize", "--help")
+    shown = capsys.readouterr().out
+    assert all(f"--{field.name} " in shown for field in fields(Options))
+    for wrong in ("--rotation 3", "--rotation 1.5", "--relative 0", "--cap 2", "--recipe worst"):
+        with pytest.raises(SystemExit) as caught:
+            run("quantize", model, "out", *wrong.split())
+        assert caught.value.code == 2
+        assert f"argument {wrong.split()[0]}: " in capsys.readouterr().err
 
 
 def test_kept_columns_from_a_file(tmp_path: Path) -> None:

@@ -159,6 +159,10 @@ class _Run:
         partial = self.partial
         self._job = json.dumps({"format": self.format, **self.options.to_dict()})
         self._every = [task for own in self.tasks for task in own]
+        memory = self.memory or 4 * max(task.entry.numel for task in self._every)
+        largest = max(task.entry.nbytes for task in self._every if task.options)
+        self.jobs = max(1, min(self.jobs, memory // largest))
+        self._block = max(1 if self.memory else _SMALLEST_BLOCK, min(_LARGEST_BLOCK, memory // (200 * self.jobs)))
         # Killed after the last rename, before this file went.
         if (output / JOB).exists() and (output / JOB).read_text() == self._job:
             (output / JOB).unlink(missing_ok=True)
@@ -221,9 +225,6 @@ class _Run:
         shard, tasks, path = self.source.shards[number], self.tasks[number], self._file(number)
         if path.exists() and self._is_finished(path, shard, tasks):
             return len(tasks)
-        memory = self.memory or 4 * max(task.entry.numel for task in self._every)
-        jobs = max(1, min(self.jobs, memory // max(task.entry.nbytes for task in self._every if task.options)))
-        block = max(1 if self.memory else _SMALLEST_BLOCK, min(_LARGEST_BLOCK, memory // (200 * jobs)))
         made = {task.entry.name: task for task in tasks}
         kept = {layer: why for layer, why in self.chosen.kept.items() if {layer, f"{layer}.weight"} & made.keys()}
         tied = {n: own for name, first in shard.ties.items() for n, own in made[first].tied_outputs(name).items()}
@@ -233,8 +234,8 @@ class _Run:
         def write(hidden: Path) -> None:
             with opened(shard.path) as file, opened(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as out:
                 writer = Writer(out, [output for task in tasks for output in task.outputs.values()], metadata)
-                hashes = self._in_turns(lambda task: convert(task, file, writer, block), tasks, jobs)
-                self.source.check_unchanged()
+                hashes = self._in_turns(lambda task: convert(task, file, writer, self._block), tasks)
+                self.source.check_unchanged(shard.path)
                 writer.finish(self._made_of(tasks, hashes))
 
         _replace(path, write)
@@ -249,16 +250,16 @@ class _Run:
         except (OSError, ValueError):
             return False
         with opened(shard.path) as file:
-            hashes = self._in_turns(lambda task: hash_of(task.entry, file), tasks, self.jobs)
+            hashes = self._in_turns(lambda task: hash_of(task.entry, file), tasks)
         if made_of == self._made_of(tasks, hashes):
             return True
         self._bar.update(-sum(task.entry.nbytes for task in tasks))
         return False
 
-    def _in_turns(self, function: Callable[[Task], bytes], tasks: list[Task], jobs: int) -> list[bytes]:
+    def _in_turns(self, function: Callable[[Task], bytes], tasks: list[Task]) -> list[bytes]:
         """`function` of each task, some at a time; of several that fail, the first one's error is raised."""
         results = []
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(self.jobs) as pool:
             for task, result in zip(tasks, pool.map(function, tasks), strict=True):
                 results.append(result)
                 self._bar.update(task.entry.nbytes)

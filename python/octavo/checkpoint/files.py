@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import stat
+import struct
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -224,7 +225,7 @@ def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: 
 
 
 def _open_torch_file(path: Path) -> Shard:
-    _check_archive(path)
+    records = _records(path)
     try:
         import torch
     except ImportError as error:
@@ -237,7 +238,6 @@ def _open_torch_file(path: Path) -> Shard:
         raise unexpected(path, "a PyTorch file with a state dict", said) from error
     if not isinstance(state, dict):
         raise unexpected(path, "a state dict", type(state).__name__)
-    size = path.stat().st_size
     kinds = {getattr(torch, name): dtype for dtype, (_, name) in DTYPES.items() if hasattr(torch, name)}
     entries: dict[str, Entry] = {}
     ties: dict[str, str] = {}
@@ -254,8 +254,8 @@ def _open_torch_file(path: Path) -> Shard:
         strides = None if tensor.is_contiguous() else tensor.stride()
         offset = start + int(tensor.storage_offset()) * tensor.itemsize
         entry = Entry(name, kinds[tensor.dtype], tuple(tensor.shape), path, offset, strides)
-        if entry.end > size:
-            raise unexpected(where, f"data up to byte {entry.end}", "a file that is truncated")
+        if entry.end > start + records.get(start, 0):
+            raise unexpected(where, f"a record with {entry.end - start} bytes", f"{records.get(start, 0)}: corrupt")
         entries[name] = entry
         earlier = first.setdefault((offset, entry.dtype, entry.shape, strides), name) if entry.numel else name
         if earlier != name:
@@ -263,24 +263,31 @@ def _open_torch_file(path: Path) -> Shard:
     return Shard(path, entries, ties)
 
 
-def _check_archive(path: Path) -> None:
-    """Raise ValueError unless the file is an archive of uncompressed records whose checksums are right.
+def _records(path: Path) -> dict[int, int]:
+    """The sizes of the records of an archive by the places of their data in the file.
 
-    So what it takes to read it is bounded by its size.
+    Raises ValueError unless they are uncompressed, so that what it takes to read them is bounded by the file's size,
+    and their checksums are right.
     """
+    sizes = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             records = archive.infolist()
             stored, size = sum(record.file_size for record in records), path.stat().st_size
             if any(record.compress_type != zipfile.ZIP_STORED for record in records) or stored > size:
                 said = f"a file of {size} bytes that unpacks to {stored}"
                 raise unexpected(path, "uncompressed records, as torch.save writes them", said)
             damaged = archive.testzip()
+            for record in records:
+                file.seek(record.header_offset + 26)  # the local header's lengths of its name and what follows it
+                start = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                sizes[start] = record.file_size
             orders = [archive.read(record) for record in records if record.filename.endswith("/byteorder")]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, struct.error) as error:
         said = f"truncated or corrupt, or saved before PyTorch 1.6 (load it and save it again): {error}"
         raise unexpected(path, "a PyTorch zip file", f"one that is {said}") from error
     if damaged is not None:
         raise unexpected(f"{path}: {shown(damaged)}", "data with its CRC-32", "others: corrupt")
     if any(order != b"little" for order in orders):
         raise unexpected(path, "little-endian data", "another byte order")
+    return sizes

@@ -142,10 +142,10 @@ class Checkpoint:
                     self._check(shard.entries[name], crc32)
         return self.checksums
 
-    def check_unchanged(self) -> None:
-        """Raise RuntimeError, naming the file, where one is no longer what it was when it was opened."""
-        for path, before in self._identities.items():
-            if not path.exists() or identity(path) != before:
+    def check_unchanged(self, *files: Path) -> None:
+        """Raise RuntimeError, naming it, where one of the files, or of all, is no longer what it was when opened."""
+        for path in files or self._identities:
+            if not path.exists() or identity(path) != self._identities[path]:
                 raise RuntimeError(f"{path}: expected a file at rest, got one that changed meanwhile: run again")
 
     def _check_parts(self, stored: StoredWeight) -> tuple[tuple[int, int], Options]:
