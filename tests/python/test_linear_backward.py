@@ -1,9 +1,8 @@
 """``_core.linear_backward``, which PyTorch's autograd calls (octavo.torch): what `tests/cpp` cannot ask, arrays."""
 
 import numpy as np
-import pytest
-
 import octavo
+import pytest
 from octavo import _core
 
 NATIVE = octavo.Options()._native

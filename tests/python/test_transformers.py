@@ -397,6 +397,27 @@ def test_an_int8_head(tmp_path: Path) -> None:
     assert relative_error(outputs(model)[..., :17], outputs(original)) < 0.05
 
 
+@pytest.mark.parametrize(
+    "name", ["OPTForCausalLM", "LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"]
+)
+def test_a_head_when_asked_for(tmp_path: Path, folders: Any, name: str) -> None:
+    """Also one that is tied: its int8 weight stands beside the embedding, which stays as it is."""
+    original, model = load(folders(name)), convert(folders(name), head=True)
+    head = model.get_output_embeddings()
+    assert isinstance(head.weight, Int8Tensor)
+    assert left_layers(model) == set()
+    assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
+    in_place = quantize_(load(folders(name)), head=True, progress=False)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    for other in (in_place, again):
+        assert int8_weights(other).keys() == int8_weights(model).keys()
+        assert torch.equal(outputs(other), outputs(model))
+    assert relative_error(outputs(model), outputs(original)) < 0.1
+    again.dequantize()
+    assert {key for key, _ in again.named_parameters()} == {key for key, _ in original.named_parameters()}
+
+
 @pytest.mark.parametrize("made_by", ["from_pretrained", "octavo quantize"])
 def test_t5_in_float16(tmp_path: Path, made_by: str) -> None:
     """`wo` overflows float16, so Transformers keeps it in float32: an int8 one computes in float32, too."""

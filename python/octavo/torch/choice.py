@@ -31,7 +31,7 @@ class Choice:
 
 
 def choose_layers(
-    model: nn.Module, *, include: Sequence[str] | None = None, skip: Sequence[str] | None = None
+    model: nn.Module, *, include: Sequence[str] | None = None, skip: Sequence[str] | None = None, head: bool = False
 ) -> Choice:
     """The linear layers of `model` whose weight becomes int8, and why the others' does not.
 
@@ -47,12 +47,13 @@ def choose_layers(
         include: patterns of qualified names ("decoder.layers.0.fc1"), as in a shell ("*", "?", "[...]"); given, only
             layers that one of them matches, the output head and routers too.
         skip: patterns of layers to leave, in place of the output head and routers.
+        head: do not leave the output head (``get_output_embeddings()``), even where it is tied to the embedding.
     """
     for name, patterns in (("include", include), ("skip", skip)):
         if isinstance(patterns, str):
             raise TypeError(f"{name}: expected a sequence of patterns, got a string")
     found = [(name, layer) for name, layer in model.named_modules(remove_duplicate=False) if is_linear(layer)]
-    reason = _Reasons(model, include, skip)
+    reason = _Reasons(model, include, skip, head)
     layers: dict[str, Any] = {}
     kept: dict[str, str] = {}
     for name, layer in found:
@@ -79,7 +80,9 @@ def is_linear(module: nn.Module) -> bool:
 class _Reasons:
     """Why a layer stays as it is: "" where it does not."""
 
-    def __init__(self, model: nn.Module, include: Sequence[str] | None, skip: Sequence[str] | None) -> None:
+    def __init__(
+        self, model: nn.Module, include: Sequence[str] | None, skip: Sequence[str] | None, with_head: bool
+    ) -> None:
         self._include = include
         self._skip = skip
         self._users: dict[int, str] = {
@@ -90,6 +93,7 @@ class _Reasons:
         }
         head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
         self._head = _quietly(head)
+        self._chosen_head = self._head if with_head else None
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         self._tied: dict[str, str] = dict(tied) | {source: target for target, source in dict(tied).items()}
         plan = getattr(model, "_get_dtype_plan", None)
@@ -108,7 +112,7 @@ class _Reasons:
         if weight.dim() != 2 or not weight.is_floating_point():
             return f"its weight is {weight.dtype} of {weight.dim()} dimensions"
         user = self._users.get(id(weight)) or self._tied.get(f"{name}.weight")
-        if user:
+        if user and layer is not self._chosen_head:
             return f"its weight is also that of {user}"
         if any(name.startswith(above) and not f"{name}.".startswith(f"{above}base_layer.") for above in self._adapters):
             return "it belongs to an adapter"
@@ -124,7 +128,7 @@ class _Reasons:
         if self._skip is not None:
             return ""
         if layer is self._head or _matches(name, HEADS):
-            return "it is the output head"
+            return "" if layer is self._chosen_head else "it is the output head"
         return "it is a router" if _matches(name, ROUTERS) else ""
 
 

@@ -35,6 +35,8 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: layers to leave as they are: qualified names or patterns as in a shell, each also for
             all that is below it and as the last parts of a name ("lm_head", "model.layers.0", "*.mlp.*"). None: the
             output head and the routers of mixtures of experts. See `octavo.torch.choice.choose_layers`.
+        head: convert the output head, too; one that is tied to the embedding gets a weight of its own beside it, which
+            takes memory and makes decoding faster on CPUs.
         drop_padding: False: int8 layers of encoders (BERT and its family, MPNet) compute padded rows, too; see
             `octavo.transformers.drop_padding_`.
         format_version: of the checkpoint.
@@ -53,6 +55,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         *,
         modules_to_not_convert: Sequence[str] | None = None,
+        head: bool = False,
         drop_padding: bool | None = None,
         format_version: int = VERSION,
         quant_method: str | None = METHOD,
@@ -67,6 +70,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise TypeError("OctavoConfig: modules_to_not_convert: expected a sequence of names, got a string")
         self.quant_method = METHOD
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.head = head
         self.drop_padding = drop_padding
         chosen = Options.from_dict(options, "OctavoConfig")
         for field in fields(Options):

@@ -44,6 +44,7 @@ class _Operation(ConversionOps):  # type: ignore[misc]
         layer = model.get_submodule(module)
         if isinstance(weight, Int8Tensor):
             own = self.quantizer.part(name, weight)
+            self.quantizer.untie(model, name)
             return {name: nn.Parameter(own.t() if is_conv1d(layer) else own, requires_grad=False)}
         if isinstance(weight, Tensor):  # an operation of the model's own has dequantized it
             return {name: weight}

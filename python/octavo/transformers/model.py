@@ -24,6 +24,7 @@ from octavo.transformers.loading import Assemble
 from octavo.transformers.padding import drop_padding_
 
 logger = logging.get_logger(__name__)
+_UNTIED = "_octavo_untied"  # of a model: what was tied, and to what
 
 
 class Patterns:
@@ -38,10 +39,10 @@ class Patterns:
         return any(fnmatchcase(str(name), pattern) for pattern in self.whole)
 
 
-def weights_to_convert(model: nn.Module, patterns: Sequence[str] | None) -> set[str]:
+def weights_to_convert(model: nn.Module, patterns: Sequence[str] | None, head: bool = False) -> set[str]:
     """The weights of `model` that become int8, by qualified name: of linear layers and of stacked experts."""
     left = Patterns(ROUTERS if patterns is None else patterns)
-    layers = choose_layers(model, skip=None if patterns is None else left.whole).layers
+    layers = choose_layers(model, skip=None if patterns is None else left.whole, head=head).layers
     return {f"{name}.weight" for name in layers} | stacks_to_convert(model, left)
 
 
@@ -80,7 +81,16 @@ def adopt(model: nn.Module, quantizer: Any) -> None:
             _keep_names(part, int8)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = config
+        for name in int8:
+            untie(model, name)
     drop_padding_(model, config.drop_padding is not False)
+
+
+def untie(model: Any, name: str) -> None:
+    """Let an int8 weight, by qualified name, stand beside the embedding to which it was tied."""
+    source = model.all_tied_weights_keys.get(name)
+    if source is not None and not is_linear(model.get_submodule(source.rpartition(".")[0])):
+        model.__dict__.setdefault(_UNTIED, {})[name] = model.all_tied_weights_keys.pop(name)
 
 
 def _keep_names(model: Any, int8: Sequence[str]) -> None:
@@ -150,6 +160,10 @@ def dequantize_(model: Any, dtype: torch.dtype | str | None) -> Any:
             module.weight = nn.Parameter(module.weight.dequantize(to))
             if type(module) is Int8Linear:
                 module.__class__ = nn.Linear  # type: ignore[assignment]
+    for name, source in model.__dict__.pop(_UNTIED, {}).items():
+        layer, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(layer), leaf, model.get_parameter(source))
+        model.all_tied_weights_keys[name] = source
     for _, module, leaf in list(experts.stacks(model)):
         stack = getattr(module, leaf)
         if isinstance(stack, experts.Int8Stack):

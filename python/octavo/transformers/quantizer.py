@@ -14,10 +14,10 @@ from transformers.utils import logging
 from octavo import file_format as names
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import is_linear
-from octavo.torch.convert import hold
+from octavo.torch.convert import convert_, hold
 from octavo.transformers.config import METHOD, OctavoConfig
 from octavo.transformers.loading import Assemble, Quantize, conversions_of_int8
-from octavo.transformers.model import Patterns, adopt, dequantize_, flat, weights_to_convert
+from octavo.transformers.model import Patterns, adopt, dequantize_, flat, untie, weights_to_convert
 
 if TYPE_CHECKING:
     from octavo.transformers.parallel import TensorParallel
@@ -65,8 +65,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         self.files = checkpoint_files or ()
         # Which weights of an int8 model are int8, its file says.
+        config = self.quantization_config
         self._weights = weights_to_convert(
-            model, [] if self.pre_quantized else self.quantization_config.modules_to_not_convert
+            model, [] if self.pre_quantized else config.modules_to_not_convert, self.pre_quantized or config.head
         )
         model._resolve_parallel_plans = partial(self._resolve_parallel_plans, model)
 
@@ -90,6 +91,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         self._is_parallel = True
         return plan, *others
+
+    untie = staticmethod(untie)
 
     def part(self, name: str, weight: Int8Tensor) -> Int8Tensor:
         """What this process holds of a new weight ``[n, k]``, by qualified name."""
@@ -125,6 +128,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 "from_pretrained: tp_plan: this version of Transformers shards a model in another way than octavo "
                 "knows (tested: 5.23): load it without, and use octavo.distributed.transformers_plan"
             )
+        head = model.get_output_embeddings() if self.quantization_config.head and not self.pre_quantized else None
+        if head is not None and not isinstance(head.weight, Int8Tensor):  # it was tied
+            convert_(head, self.quantization_config.options())
         for name, module in model.named_modules():
             weight: Any = getattr(module, "weight", None)
             if is_linear(module) and isinstance(weight, Int8Tensor):
