@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ if importlib.util.find_spec("transformers") is None:
 if importlib.util.find_spec("accelerate") is None:
     pytest.skip("accelerate is not installed", allow_module_level=True)
 
+import huggingface_hub
 import octavo
+import safetensors.torch
 import torch
 import transformers
 from model_families import FAMILIES, family_inputs, family_model, relative_error
@@ -370,6 +373,31 @@ def test_shards(tmp_path: Path, folders: Any) -> None:
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert torch.equal(outputs(load(tmp_path)), outputs(model))
+
+
+def test_push_to_hub(tmp_path: Path, folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent are the files that save_pretrained writes."""
+    sent: dict[str, bytes] = {}
+
+    def commit(_: Any, *, operations: Any, **more: Any) -> None:
+        sent.update({one.path_in_repo: Path(one.path_or_fileobj).read_bytes() for one in operations})
+
+    repository = types.SimpleNamespace(repo_id="somebody/int8")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: repository)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
+    card = huggingface_hub.ModelCard("---\n{}\n---\n")
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card)
+    model = convert(folders("LlamaForCausalLM"))
+    model.push_to_hub("somebody/int8", max_shard_size="10KB")
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert {name for name in sent if name != "README.md"} == {file.name for file in tmp_path.iterdir()}
+    for file in tmp_path.iterdir():
+        if file.suffix == ".safetensors":  # whose header has no order
+            ours, theirs = load_file(file), safetensors.torch.load(sent[file.name])
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        else:
+            assert sent[file.name] == file.read_bytes()
 
 
 def test_what_is_left(folders: Any) -> None:

@@ -97,4 +97,4 @@ def _scatter(layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | Non
     if _call.shape is None or args[0] is not _call.tokens:
         return None
     padded = y.new_zeros(_call.shape.numel(), y.shape[-1]).index_copy_(0, _call.rows, y)
-    return padded.unflatten(0, _call.shape)
+    return padded.unflatten(0, _call.shape)  # type: ignore[no-any-return]
