@@ -155,7 +155,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def _model_and_text(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     """The model, the text, and how much of it; returns what adds further arguments."""
     add = parser.add_argument
-    text = "a Hugging Face folder: config, weights, tokenizer; or minilm, smollm2"
+    text = "a Hugging Face folder: config, weights, tokenizer; or minilm, mpnet, smollm2"
     add("model", type=Path, metavar="MODEL", help=text)
     add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to run the model on")
     add("--window", type=positive, metavar="N", help="tokens at a time; default: what the model takes, at most 512")

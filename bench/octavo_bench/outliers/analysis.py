@@ -20,7 +20,7 @@ from ..models.language import Language, read_windows
 from ..pictures import BLUE, GRAY, GREEN, ORANGE, VERMILION, Figures, quiet
 from ..progress import Progress
 from ..tables import Report
-from . import ablation, observe, worth
+from . import ablation, observe
 from .observe import Feature, Observation, Settings
 
 _STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, GREEN, ORANGE)]
@@ -38,7 +38,7 @@ def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple
 def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
     """Measure everything. Raises ValueError and OSError for a model or text that cannot be used."""
     windows = read_windows(loaded, text, settings.window, limit=settings.limit)
-    progress.begin(len(windows) * (6 + (settings.draws if settings.ablate else 0)))
+    progress.begin(len(windows) * (3 + (settings.draws if settings.ablate else 0)))
 
     # 1. Which features are outliers, where, and what their values are like.
     seen = observe.observe(loaded, windows, settings.threshold, progress)
@@ -56,12 +56,10 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
         for chosen in modules.random_features(others, seen.width, excluded, settings.draws):
             drawn.append(ablate(chosen, doing="without random features"))
 
-    # 3. What their 16-bit weights are worth.
     tables = [
         observe.model_table(seen, features, settings, untouched.top, without.top if without else None),
         observe.feature_table(features),
         observe.projection_table(seen),
-        worth.table(loaded, windows, progress),
     ]
     if settings.ablate:
         tables.append(ablation.table(untouched, without, drawn, causal=loaded.causal))

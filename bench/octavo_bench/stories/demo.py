@@ -1,8 +1,9 @@
-"""`octavo demo`: LLM.int8() on a real model and real sentences, with what it costs and why it is needed.
+"""`octavo demo`: LLM.int8() on real models and real sentences, with what it costs and why it is needed.
 
-MiniLM, a sentence transformer, embeds 200 sentences of Python's own documentation. All its 36 linear layers are
-converted to int8, by every scheme of the paper's Table 1, and the embeddings compared with float32's. `run` tells the
-story from top to bottom.
+First SmolLM2 answers three questions in bfloat16 and in int8, where it is there or can be downloaded. Then MiniLM, a
+sentence transformer, embeds 200 sentences of Python's own documentation. All its 36 linear layers are converted to
+int8, by every scheme of the paper's Table 1, and the embeddings compared with float32's. `run` tells the story from top
+to bottom.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ..outliers import analysis, observe
 from ..pictures import Figures
 from ..progress import Progress
 from ..tables import Report, Table, write_text
+from . import answers
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Demo:
     draws: int = 3  # of random features, for the ablation
     batch_sizes: tuple[int, ...] = (1, 16, 64)
     seconds: float = 2.5  # of timing, for each batch size and dtype
+    tokens: int = 40  # of an answer; 0: no questions are asked
 
 
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
@@ -50,50 +53,71 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
         write_text(output / "sentences.txt", "\n".join(evaluated) + "\n")
         write_text(output / "calibration.txt", "\n".join(calibration) + "\n")
         loaded = find(Path("minilm"))
-    every = (*variants.TABLE_1, variants.KEPT_COLUMNS, variants.KEPT_STATIC)
-    few = (variants.ABSMAX, VECTOR_WISE, variants.ZEROPOINT_VECTOR, LLM_INT8, KEPT_COLUMNS)
+    every = (*variants.TABLE_1, KEPT_COLUMNS, variants.BEST, variants.BEST_KEPT)
+    few = (variants.ABSMAX, VECTOR_WISE, variants.ZEROPOINT_VECTOR, LLM_INT8, KEPT_COLUMNS, variants.BEST)
 
     def evaluate(model: Language, shown: Sequence[Variant], part: Progress) -> Report:
         keys, text = [each.key for each in shown], output / "calibration.txt"
         chosen = measurement.Settings(keys, calibration=text, calibration_windows=settings.calibration)
         return measurement.run(model, output / "sentences.txt", chosen, facts, part)
 
-    # 1. The model as it is: memory, and every scheme of Table 1.
-    natural = evaluate(loaded, every, progress.part(25))
-    tables = list(natural.tables)
+    # 1. What a user sees: answers of a language model.
+    tables, told = _answers(settings.tokens, progress.part(25))
 
-    # 2. Why decomposition is needed: the model's own outlier features, and what they carry.
+    # 2. An encoder as it is: memory, and every scheme of Table 1.
+    natural = evaluate(loaded, every, progress.part(20))
+    tables += natural.tables
+
+    # 3. Why decomposition is needed: the model's own outlier features, and what they carry.
     analyzed = observe.Settings(ablate=True, draws=settings.draws)
-    analyzed_report, figures = analysis.run(loaded, output / "sentences.txt", analyzed, facts, progress.part(25))
+    analyzed_report, figures = analysis.run(loaded, output / "sentences.txt", analyzed, facts, progress.part(15))
     tables += analyzed_report.tables
 
-    # 3. The same function with the outliers of large models.
+    # 4. The same function with the outliers of large models.
     with progress.step("looking at the spread of features", 1):
         windows = read_windows(loaded, output / "calibration.txt")
         seen = systematic.observe(loaded.model, [window.inputs for window in windows])
         features = systematic.largest_features(seen)
     losses = {"as it is": natural}
-    for name in ("outliers-40", "outliers-58"):
-        model = systematic.with_outliers(loaded.model, features, systematic.SIZES[name], seen)
-        where = f"with systematic outliers of size {systematic.SIZES[name].magnitude:g}"
-        losses[where] = evaluate(replace(loaded, model=model), few, progress.part(13))
-        tables += [replace(table, title=f"{table.title}, {where}") for table in losses[where].tables]
+    size = systematic.SIZES["outliers-58"]
+    model, where = systematic.with_outliers(loaded.model, features, size, seen), "with systematic outliers of size 58"
+    losses[where] = evaluate(replace(loaded, model=model), few, progress.part(12))
+    tables += [replace(table, title=f"{table.title}, {where}") for table in losses[where].tables]
 
-    # 4. Speed, with all but the linear layers in float32 and in bfloat16.
+    # 5. Speed, with all but the linear layers in float32 and in bfloat16.
     times = []
     for size in settings.batch_sizes:
         batch = dict(loaded.tokenizer(evaluated[:size], padding="longest", return_tensors="pt"))
         for model in (loaded.model, copy.deepcopy(loaded.model).bfloat16()):
-            with progress.step(f"timing batches of {size}", 7.5 / len(settings.batch_sizes)):
+            with progress.step(f"timing batches of {size}", 9 / len(settings.batch_sizes)):
                 times.append(measurement.times(variants.Maker(model, []), (), batch, settings.seconds))
     tables += times
     figures = {**figures, **measurement.figures(natural)}
-    told = [line for where, report in losses.items() for line in _about(where, report)]
+    told += [line for where, report in losses.items() for line in _about(where, report)]
     about = {**analyzed_report.facts, **facts.now(package=f"{MINILM}=={MINILM_VERSION}", sha256=MINILM_SHA256)}
-    report = Report("octavo demo: MiniLM in int8", about, tables, [*told, *map(_about_times, times)], list(figures))
+    report = Report(
+        "octavo demo: SmolLM2 and MiniLM in int8", about, tables, [*told, *map(_about_times, times)], list(figures)
+    )
     with progress.step("writing report.json", 4):
         write_text(output / "report.json", report.json())
     return report, figures
+
+
+def _answers(tokens: int, progress: Progress) -> tuple[list[Table], list[str]]:
+    """SmolLM2's tables and what they come to."""
+    if not tokens:
+        return [], []
+    try:
+        tables = answers.run(find(Path("smollm2")), tokens, progress)
+    except (ImportError, OSError, RuntimeError) as error:
+        return [], [f"SmolLM2, whose weights are downloaded once, was left out: {variants.reason(error)}"]
+    costs = tables[0]
+    named = zip(*map(costs.column, ("linear layers", "KL", "same argmax, %", "MiB")), strict=True)
+    return tables, [
+        f"SmolLM2 (weights that its packer rounded to 4 bits), {name}: KL {cost:.4f}, {same:.1f} % of the likeliest "
+        f"tokens as in bfloat16, linear layers of {size:.0f} MiB."
+        for name, cost, same, size in named
+    ]
 
 
 def _about(where: str, report: Report) -> list[str]:
