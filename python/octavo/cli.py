@@ -117,8 +117,11 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     add("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     skip = f"no layers that match; may be repeated; default: {' '.join(DEFAULT_SKIP)}"
     add("--skip", action="append", metavar="PATTERN", help=skip)
-    text = "run the model on a text file and keep its systematic outlier columns in 16 bit (the model stays on the disk"
-    add("--calibrate", type=Path, metavar="TEXT", help=f"{text}; needs transformers and accelerate)")
+    text = (
+        "run the model on a text file, without TEXT on random token ids, and keep its systematic outlier columns in 16 "
+    )
+    text += "bit (the model stays on the disk; needs transformers and accelerate)"
+    add("--calibrate", type=Path, nargs="?", const=False, metavar="TEXT", help=text)
     trust = "with --calibrate: run the Python code that the model brings; without, such a model is refused"
     add("--trust-remote-code", action="store_true", help=trust)
     columns = "a file of the columns to keep by layer; with --calibrate it is written, or read if it is there; those of"
@@ -206,8 +209,10 @@ def _outlier_columns(args: argparse.Namespace, options: Options) -> dict[str, li
         return {layer: own for layer, own in _read_columns(path).items() if _asked_for(layer, args)}
     columns = checkpoint.calibrate(
         args.model,
-        args.calibrate,
+        args.calibrate or None,
         threshold=options.threshold,
+        relative=options.relative,
+        cap=options.cap,
         include=args.include,
         skip=args.skip,
         progress=not args.quiet,

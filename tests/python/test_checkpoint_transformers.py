@@ -261,6 +261,21 @@ def test_calibration_from_the_disk_finds_what_calibrate_finds(tmp_path: Path, fi
     }
 
 
+def test_calibration_without_a_text(tmp_path: Path) -> None:
+    """What calibrate_ finds in memory; from the shell by the criterion of a recipe. There is no tokenizer."""
+    model = tiny_model("LlamaForCausalLM")
+    model.save_pretrained(tmp_path / "m")
+    criterion: Any = {"relative": 2.0, "cap": 0.1}
+    expected = ot.calibrate_(model, skip=("lm_head",), progress=False, **criterion)
+    assert any(map(len, expected.values()))
+    found = {name: own.tolist() for name, own in expected.items()}
+    assert checkpoint.calibrate(tmp_path / "m", progress=False, **criterion) == found
+    words = f"quantize {tmp_path / 'm'} {tmp_path / 'q'} --recipe best --relative 2 --cap 0.1 --quiet"
+    words += f" --outlier-columns {tmp_path / 'columns.json'} --calibrate"
+    assert cli.main(words.split()) == 0
+    assert json.loads((tmp_path / "columns.json").read_text()) == found
+
+
 # What is freed goes back at once: what glibc keeps for the next time, by thread and as a heap with holes, differs from
 # run to run by more than what is measured.
 GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

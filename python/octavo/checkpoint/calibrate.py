@@ -23,9 +23,11 @@ _SEQUENCES = 4  # of a batch
 
 def calibrate(
     model: str | Path,
-    text: str | Path,
+    text: str | Path | None = None,
     *,
     threshold: float = 6.0,
+    relative: float | None = None,
+    cap: float | None = None,
     min_fraction: float = 0.06,
     batches: int = 32,
     include: Patterns = None,
@@ -38,8 +40,9 @@ def calibrate(
     Args:
         model: a folder with weights, config and tokenizer. Weights that transformers rearranges while it reads them
             (mixtures of experts), and those of PyTorch files, are first copied into a temporary folder (``TMPDIR``).
-        text: a file of text like what the model will see; up to `batches` times 1024 tokens of it are used.
-        threshold, min_fraction: see `octavo.torch.calibrate_`.
+        text: a file of text like what the model will see; up to `batches` times 1024 tokens of it are used. Default:
+            random token ids.
+        threshold, relative, cap, min_fraction: see `octavo.torch.calibrate_`.
         batches: how many, of four sequences of up to 256 tokens; each reads the model once.
         include, skip: patterns of layer names, as `quantize` will be given.
         progress: show a progress bar.
@@ -57,6 +60,7 @@ def calibrate(
         import transformers
 
         from octavo.torch import systematic_columns
+        from octavo.torch.convert import random_tokens
     except ImportError as error:
         install = 'pip install "octavo[transformers]"'
         raise RuntimeError(f"calibration needs PyTorch, transformers and accelerate: {install} ({error})") from error
@@ -67,21 +71,24 @@ def calibrate(
         runs_it = "trust_remote_code=True (--trust-remote-code) runs it"
         raise unexpected(model, "a model of Transformers", f"one that brings its own code: {runs_it}")
     config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     # The very class that saved the checkpoint: others name its layers otherwise.
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     own = [auto for auto, place in (source.config.get("auto_map") or {}).items() if place.endswith(f".{name}")]
     model_class = getattr(transformers, own[0] if own else name, None)
     if model_class is None:
         raise unexpected(model, "an architecture of transformers in config.json", name)
-    try:
-        tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
-    except UnicodeDecodeError as error:
-        raise unexpected(text, "text in UTF-8", error) from error
-    if not tokens:
-        raise unexpected(text, "text to calibrate with", "none")
-    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
-    inputs = list(_batches(tokens, length, config.is_encoder_decoder))[:batches]
+    if text is None:
+        inputs = random_tokens(config)
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        try:
+            tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
+        except UnicodeDecodeError as error:
+            raise unexpected(text, "text in UTF-8", error) from error
+        if not tokens:
+            raise unexpected(text, "text to calibrate with", "none")
+        length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+        inputs = list(_batches(tokens, length, config.is_encoder_decoder))[:batches]
 
     with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
         with _progress_bars(progress):
@@ -96,8 +103,8 @@ def calibrate(
         if not layers:
             linear = f"linear layers that transformers names as the checkpoint does ({config.model_type})"
             raise unexpected(model, linear, "none")
-        how: Any = {"threshold": threshold, "min_fraction": min_fraction, "progress": progress}
-        found = systematic_columns(loaded, layers, inputs, **how, function="calibrate")
+        criterion: Any = {"threshold": threshold, "relative": relative, "cap": cap, "min_fraction": min_fraction}
+        found = systematic_columns(loaded, layers, inputs, **criterion, progress=progress, function="calibrate")
     return {name: own.tolist() for name, own in found.items()}
 
 

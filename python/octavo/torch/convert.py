@@ -140,7 +140,7 @@ def calibrate_(
     criterion = options_of("calibrate_", options, threshold=threshold, relative=relative, cap=cap)
     layers = choose_layers(model, skip=skip).layers
     if batches is None:
-        batches = random_tokens(model)
+        batches = random_tokens(getattr(model, "config", None), next(model.parameters()).device)
     columns = systematic_columns(
         model,
         layers,
@@ -156,18 +156,19 @@ def calibrate_(
     return columns
 
 
-def random_tokens(model: Any) -> list[dict[str, Tensor]]:
-    """Six sequences of up to 256 token ids, each drawn from the whole vocabulary; the same for the same vocabulary."""
-    config = getattr(model, "config", None)
+def random_tokens(config: Any, device: Any = "cpu") -> list[dict[str, Tensor]]:
+    """Two batches of three sequences of up to 256 token ids, drawn from the vocabulary of a model's `config`.
+
+    The same for the same vocabulary. Raises ValueError for a config without one.
+    """
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is None:
         raise ValueError("calibrate_: batches: expected some for a model whose config has no vocab_size, got none")
     length = min(256, getattr(config, "max_position_embeddings", None) or 256)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (6, length), generator=generator).to(next(model.parameters()).device)
+    ids = torch.randint(vocabulary, (6, length), generator=torch.Generator().manual_seed(0)).to(device)
     names = ("input_ids", "decoder_input_ids") if getattr(config, "is_encoder_decoder", False) else ("input_ids",)
-    return [dict.fromkeys(names, own) for own in ids.split(1)]
+    return [dict.fromkeys(names, own) for own in ids.split(3)]
 
 
 def systematic_columns(
