@@ -1,5 +1,4 @@
-/* Stand-ins for libpthread.so.0 and libdl.so.2 as they were before glibc 2.34 moved their functions into libc.so.6, and
- * for libm.so.6 before glibc 2.29, which gave some of its functions another version.
+/* Stand-ins for libpthread.so.0 and libdl.so.2 as they were before glibc 2.34 moved their functions into libc.so.6.
  * Only the linker sees them: what it links then asks for the old symbols, which every later glibc still has. */
 #define DEFINE(name) \
     void name(void) {}
@@ -18,11 +17,7 @@ DEFINE(pthread_key_delete)
 DEFINE(pthread_getspecific)
 DEFINE(pthread_setspecific)
 DEFINE(pthread_setname_np)
-#endif
-#ifdef OCTAVO_M
-DEFINE(log)
-#endif
-#ifdef OCTAVO_DL
+#else
 DEFINE(dlopen)
 DEFINE(dlsym)
 DEFINE(dlerror)
