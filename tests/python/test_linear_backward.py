@@ -26,5 +26,5 @@ def test_errors() -> None:
     weight = octavo.quantize_weight(np.ones((5, 7), np.float32))
     with pytest.raises(ValueError, match=r"linear_backward: grad: expected n = 5 columns .*, got \[2, 7\]"):
         _core.linear_backward(np.ones((2, 7), np.float32), weight._native, NATIVE, None)
-    with pytest.raises(TypeError, match="linear_backward: weight: expected .*Int8Weight"):
+    with pytest.raises(TypeError, match=r"linear_backward: weight: expected .*Int8Weight"):
         _core.linear_backward(np.ones((2, 5), np.float32), np.ones((5, 7), np.int8), NATIVE, None)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
 
-constexpr std::int64_t features = 16;
+constexpr std::int64_t features = 16;                        // of a block
 constexpr int vectors = static_cast<int>(features / width);  // registers of a block
 constexpr int pair = vectors < 2 ? vectors : 2;
 
@@ -104,20 +104,27 @@ void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, flo
     }
 }
 
-// Four neighbors along k at a time, which is how they lie in memory.
-void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t features, const float* zeropoint,
+// Fours of codes are brought into rows before they are converted, some rows ahead, so that no load waits for a store.
+void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, const float* zeropoint,
                        const float* scale, float* target) {
-    using FourCodes [[gnu::vector_size(4)]] = std::int8_t;
-    using FourFloats [[gnu::vector_size(16)]] = float;
-    for (std::int64_t j = 0; j < features; ++j, target += 16) {
-        const std::int8_t* const row = w + j / 16 * w_stride + j % 16 * 4;
-        unroll<4>([&](auto group) OCTAVO_INLINE {
-            FourCodes codes;
-            read(row + group * 64, codes);
-            FourFloats numbers = __builtin_convertvector(codes, FourFloats);
-            numbers = (numbers + zeropoint[j]) * scale[j];
-            __builtin_memcpy(target + group * 4, &numbers, sizeof numbers);
-        });
+    constexpr std::int64_t columns = 16;
+    std::int8_t rows[features][columns];
+    for (std::int64_t first = 0; first < count; first += features, w += w_stride, target += features * columns) {
+        for (std::int64_t j = 0; j < features; ++j) {
+            for (std::int64_t column = 0; column < columns; column += 4) {
+                __builtin_memcpy(&rows[j][column], w + column * features + j * 4, 4);
+            }
+        }
+        for (std::int64_t j = 0; j < features; ++j) {
+            const Floats shift = zeropoint[first + j] - Floats{};
+            const Floats factor = scale[first + j] - Floats{};
+            unroll<vectors>([&](auto v) OCTAVO_INLINE {
+                Ints codes;
+                read_codes(&rows[j][v * width], codes);
+                const Floats numbers = (__builtin_convertvector(codes, Floats) + shift) * factor;
+                __builtin_memcpy(target + j * columns + v * width, &numbers, sizeof numbers);
+            });
+        }
     }
 }
 
