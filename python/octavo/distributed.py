@@ -135,7 +135,7 @@ class _Sharded(Int8Linear):
         return _arrived(output.to_local()) if self.use_local_output else output
 
     def extra_repr(self) -> str:
-        """As `Int8Linear`'s, with the sizes of this rank, and which rank that is."""
+        """As `Int8Linear`'s, and which rank this is."""
         part = f"{self.mesh.get_local_rank()} of {self.mesh.size()}"
         return f"{super().extra_repr()}, rank={part}, total_features={self.total_features}"
 
@@ -190,14 +190,10 @@ class RowParallelInt8Linear(_Sharded):
 class ColwiseInt8Parallel(_Int8Style, ColwiseParallel):
     """torch's ``ColwiseParallel``, also for int8 weights: output features are spread over the ranks of a mesh.
 
-    Args (as torch's):
-        input_layouts: the layout of a plain tensor that comes in; default ``Replicate()``.
-        output_layouts: of the output; default ``Shard(-1)``, a rank's own features. ``Replicate()`` gathers them.
-        use_local_output: whether a plain tensor goes out, or a DTensor.
-
-    A linear layer whose weight is int8 becomes, in place, a `ColumnParallelInt8Linear`. Every rank keeps its part of
-    what it has itself (``src_data_rank`` is not used), so all ranks must have loaded the same layer. Features are dealt
-    out as by ``torch.chunk``: ceil(n/R) to each rank, fewer or none to the last. Other modules go to torch's style.
+    The arguments and their defaults are torch's. A linear layer whose weight is int8 becomes, in place, a
+    `ColumnParallelInt8Linear`; other modules go to torch's style. Every rank keeps its part of what it has itself
+    (``src_data_rank`` is not used), so all ranks must have loaded the same layer. Features are dealt out as by
+    ``torch.chunk``: ceil(n/R) to each rank, fewer or none to the last.
 
     Raises ValueError: the mesh has not one dimension (pass one of it: ``mesh["tp"]``), or the layer is sharded already.
     """
@@ -208,12 +204,7 @@ class ColwiseInt8Parallel(_Int8Style, ColwiseParallel):
 class RowwiseInt8Parallel(_Int8Style, RowwiseParallel):
     """torch's ``RowwiseParallel``, also for int8 weights: input features are spread over the ranks of a mesh.
 
-    Args (as torch's):
-        input_layouts: the layout of a plain tensor that comes in; default ``Shard(-1)``, a rank's own features.
-        output_layouts: of the output; default ``Replicate()``. ``Shard(1)`` scatters the sum along the sequence.
-        use_local_output: whether a plain tensor goes out, or a DTensor.
-
-    Such a layer becomes, in place, a `RowParallelInt8Linear`; for the rest see `ColwiseInt8Parallel`.
+    A linear layer whose weight is int8 becomes a `RowParallelInt8Linear`; for the rest see `ColwiseInt8Parallel`.
     """
 
     layer = RowParallelInt8Linear

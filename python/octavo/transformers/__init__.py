@@ -11,21 +11,23 @@ under the name of a 16-bit weight.
 
 **Converting.** Weights are converted one by one as they are read, so the 16-bit model is never held. What becomes int8:
 the linear layers that `octavo.torch.choice.choose_layers` names, and expert weights that a model keeps stacked in one
-parameter (`Int8Stack`). Everything else stays as it is: embeddings, the output head, routers, biases, layers that the
-checkpoint has no weights for. A model that `octavo.torch.quantize_` converted is in the same state.
+parameter (`Int8Stack`). Everything else stays as it is: embeddings, the output head (``OctavoConfig(head=True)``
+converts it, too), routers, biases. A model that `octavo.torch.quantize_` converted is in the same state.
 
 **The model stays the model's own.** An int8 weight is an `octavo.torch.Int8Tensor`, a parameter of the original shape
 and dtype, in the model's own layers. So PEFT, accelerate and the Trainer work with it as with the 16-bit one, and
 ``model.dequantize()`` makes it one again.
 
-**Loading int8.** The file decides which layers are int8; it may come from `save_pretrained` or from ``octavo quantize``
-(`octavo.checkpoint`), in format version 1 or 2. How a layer computes (threshold, outliers, path) is what the
-`OctavoConfig` says that `from_pretrained` is given, and what its file says where none is given. Transformers reads the
-file, so its checksums are not compared here: ``octavo inspect --verify`` does that.
+**Loading int8.** The file decides which layers are int8; it may come from `save_pretrained`, from ``octavo quantize``
+(`octavo.checkpoint`), or, where an `OctavoConfig` is given, from bitsandbytes. How a layer computes (threshold,
+outliers, path) is what the given `OctavoConfig` says, and what the file says where none is given. Transformers reads
+the file, so its checksums are not compared here: ``octavo inspect --verify`` does that.
 
 **Memory.** While a 16-bit model is converted: the int8 model, one weight of the 16-bit one (where a model stacks its
-experts, those of one layer) and its codes. Transformers maps the files; the pages of them that have been read count as
-resident until the system takes them back or loading ends. `save_pretrained` makes a second copy of the codes.
+experts, those of one layer) and its codes. Pages of the files, which Transformers maps, count as resident until loading
+ends. `save_pretrained` makes a second copy of the codes.
+
+**Encoders.** Padded rows of a batch are left out of the int8 products of BERT's family and MPNet: `drop_padding_`.
 
 **Compiling.** ``torch.compile(model, fullgraph=True)`` works but for mixtures of experts, whose loop over the experts
 that a batch needs breaks the graph.

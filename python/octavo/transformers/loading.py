@@ -7,6 +7,7 @@ They give the loader an `octavo.torch.Int8Tensor` for each weight that is int8, 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,16 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter, WeightRenaming
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from octavo import file_format as names
 from octavo.torch import Int8Tensor
-from octavo.torch.choice import is_conv1d
+from octavo.torch.choice import is_conv1d, is_linear
 from octavo.transformers import experts
 
 if TYPE_CHECKING:
     from octavo.transformers.quantizer import OctavoQuantizer
 
+UNTIED = "_octavo_untied"  # of a model: what was tied, and to what
 PARTS = (*names.PARTS, names.ABSMAX, names.LAYOUT)
 
 
@@ -44,7 +53,7 @@ class _Operation(ConversionOps):  # type: ignore[misc]
         layer = model.get_submodule(module)
         if isinstance(weight, Int8Tensor):
             own = self.quantizer.part(name, weight)
-            self.quantizer.untie(model, name)
+            untie(model, name)
             return {name: nn.Parameter(own.t() if is_conv1d(layer) else own, requires_grad=False)}
         if isinstance(weight, Tensor):  # an operation of the model's own has dequantized it
             return {name: weight}
@@ -205,3 +214,31 @@ class Place(_Operation):
             name = full_layer_name.replace(target_patterns[0], target) if len(target_patterns) > 1 else full_layer_name
             result |= self.place(model, name, weight[0] if isinstance(weight, list) else weight, missing_keys)
         return result
+
+
+# --- what follows from it --------------------------------------------------------------------------------------------
+
+
+def untie(model: Any, name: str) -> None:
+    """Let an int8 weight, by qualified name, stand beside the embedding to which it was tied."""
+    source = model.all_tied_weights_keys.get(name)
+    if source is not None and not is_linear(model.get_submodule(source.rpartition(".")[0])):
+        model.__dict__.setdefault(UNTIED, {})[name] = model.all_tied_weights_keys.pop(name)
+
+
+def keep_names(model: Any, int8: Sequence[str]) -> None:
+    """Int8 weights are saved under the names that they have in the model, not taken apart again."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # not made by from_pretrained
+        known = get_model_conversion_mapping(model, add_legacy=False) or []
+        conversions = [conversion for conversion in known if not isinstance(conversion, PrefixChange)]
+    lines = "\n".join(int8)
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not isinstance(conversion, WeightConverter)
+        or not (
+            isinstance(conversion.operations[0], Assemble)
+            or any(re.search(re.escape(target), lines) for target in conversion.target_patterns)
+        )
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.utils import logging
 
 from octavo.options import Options
@@ -20,11 +17,10 @@ from octavo.torch import Int8Linear, Int8Tensor
 from octavo.torch.choice import ROUTERS, choose_layers, is_linear
 from octavo.transformers import experts
 from octavo.transformers.config import METHOD, OctavoConfig
-from octavo.transformers.loading import Assemble
+from octavo.transformers.loading import UNTIED, keep_names, untie
 from octavo.transformers.padding import drop_padding_
 
 logger = logging.get_logger(__name__)
-_UNTIED = "_octavo_untied"  # of a model: what was tied, and to what
 
 
 class Patterns:
@@ -78,37 +74,12 @@ def adopt(model: nn.Module, quantizer: Any) -> None:
             part.hf_quantizer = quantizer
             part.is_quantized = True
             part.quantization_method = METHOD
-            _keep_names(part, int8)
+            keep_names(part, int8)
     if isinstance(model, PreTrainedModel):
         model.config.quantization_config = config
         for name in int8:
             untie(model, name)
     drop_padding_(model, config.drop_padding is not False)
-
-
-def untie(model: Any, name: str) -> None:
-    """Let an int8 weight, by qualified name, stand beside the embedding to which it was tied."""
-    source = model.all_tied_weights_keys.get(name)
-    if source is not None and not is_linear(model.get_submodule(source.rpartition(".")[0])):
-        model.__dict__.setdefault(_UNTIED, {})[name] = model.all_tied_weights_keys.pop(name)
-
-
-def _keep_names(model: Any, int8: Sequence[str]) -> None:
-    """Int8 weights are saved under the names that they have in the model, not taken apart again."""
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:  # not made by from_pretrained
-        known = get_model_conversion_mapping(model, add_legacy=False) or []
-        conversions = [conversion for conversion in known if not isinstance(conversion, PrefixChange)]
-    lines = "\n".join(int8)
-    model._weight_conversions = [
-        conversion
-        for conversion in conversions
-        if not isinstance(conversion, WeightConverter)
-        or not (
-            isinstance(conversion.operations[0], Assemble)
-            or any(re.search(re.escape(target), lines) for target in conversion.target_patterns)
-        )
-    ]
 
 
 def finish_(model: nn.Module, options: Options, skip: Sequence[str] | None) -> None:
@@ -160,7 +131,7 @@ def dequantize_(model: Any, dtype: torch.dtype | str | None) -> Any:
             module.weight = nn.Parameter(module.weight.dequantize(to))
             if type(module) is Int8Linear:
                 module.__class__ = nn.Linear  # type: ignore[assignment]
-    for name, source in model.__dict__.pop(_UNTIED, {}).items():
+    for name, source in model.__dict__.pop(UNTIED, {}).items():
         layer, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(layer), leaf, model.get_parameter(source))
         model.all_tied_weights_keys[name] = source

@@ -17,7 +17,7 @@ from octavo.torch.choice import is_linear
 from octavo.torch.convert import convert_, hold
 from octavo.transformers.config import METHOD, OctavoConfig
 from octavo.transformers.loading import Assemble, Quantize, conversions_of_int8
-from octavo.transformers.model import Patterns, adopt, dequantize_, flat, untie, weights_to_convert
+from octavo.transformers.model import Patterns, adopt, dequantize_, flat, weights_to_convert
 
 if TYPE_CHECKING:
     from octavo.transformers.parallel import TensorParallel
@@ -91,8 +91,6 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         )
         self._is_parallel = True
         return plan, *others
-
-    untie = staticmethod(untie)
 
     def part(self, name: str, weight: Int8Tensor) -> Int8Tensor:
         """What this process holds of a new weight ``[n, k]``, by qualified name."""
