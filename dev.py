@@ -48,14 +48,10 @@ CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidi
 # The files of tests/python with tests that run on every backend.
 EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "threads", "weight")
 # Those that need more packages than NumPy, PyTorch and Transformers, or start many processes.
-INTEGRATION_FILES: tuple[str, ...] = (
-    "checkpoint_bitsandbytes",
-    "checkpoint_kill",
-    "checkpoint_resume",
-    "checkpoint_transformers",
+INTEGRATION_FILES = (
+    *("checkpoint_bitsandbytes", "checkpoint_kill", "checkpoint_resume", "checkpoint_transformers", "diffusers"),
+    *("distributed", "jax", "onnx*", "peft", "sentence_transformers", "serve", "torch_op", "transformers*"),
 )
-INTEGRATION_FILES += ("diffusers", "distributed", "frameworks", "onnx*", "peft", "sentence_transformers", "serve")
-INTEGRATION_FILES += ("torch_op", "transformers*")
 CPP_FOLDERS = ("cpp", "cuda", "bindings", "tests/cpp", "tests/simt", "examples", "bench")
 PYTHON_FOLDERS = ("python", "tests", "examples", "bench", ".ci", "docs", "dev.py")
 
@@ -189,7 +185,7 @@ def integration() -> None:
     """Octavo within Transformers, PEFT and others, and among processes; the examples in Python."""
     pip("integration")
     files = [path for name in INTEGRATION_FILES for path in sorted((ROOT / "tests/python").glob(f"test_{name}.py"))]
-    pytest(*files)
+    pytest(*files, "tests/python/test_dlpack.py::test_frameworks")  # with those that are installed now
     for example in sorted((ROOT / "examples").glob("*.py")):
         run(PYTHON, example)
 

@@ -4,6 +4,7 @@
 
 #include "bindings/errors.hpp"
 #include "bindings/interpreter.hpp"
+#include "bindings/jax_ops.hpp"
 #include "bindings/ops.hpp"
 #include "bindings/torch_op.hpp"
 #include "octavo/octavo.hpp"
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_octavo_core, module, py::mod_gil_not_used()) {
     py::register_exception_translator(translate);
     octavo::python::define_operations(module);
     module.def("register_torch_operation", &octavo::python::register_torch_operation);
+    module.def("jax_targets", &octavo::python::jax_targets);
     module.def("version", &octavo::version);
     module.def("cpu_isa", &octavo::cpu_isa);
     module.def("cpu_isas_available", &octavo::cpu_isas_available);

@@ -1,0 +1,269 @@
+"""octavo in JAX: the same core inside and outside of ``jax.jit``, through XLA's foreign function interface.
+
+``weight = octavo.jax.quantize_weight(w)`` and ``octavo.jax.linear(x, weight)`` work eagerly, under ``jit``, ``vmap``,
+``grad`` and ``shard_map``. A weight is a pytree: a model's parameters may hold it.
+
+Under ``vmap`` each example is a call of its own: with the policy "columns" its outliers are looked for in it alone.
+Sharded by the compiler itself (``jit`` without ``shard_map``), an operation is computed whole on each device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+import octavo
+from octavo import _core
+from octavo._types import rotated_size
+from octavo.options import Options
+
+__all__ = ["Int8Weight", "find_outliers", "int8_matmul", "linear", "linear_backward", "quantize_weight"]
+
+for _platform, _targets in _core.jax_targets().items():
+    for _name, _target in _targets.items():
+        jax.ffi.register_ffi_target(_name, _target, platform=_platform)
+
+_FIXED = ("scheme", "granularity", "rotation")  # options that are the weight's
+_FLOATS = (jnp.float32, jnp.float16, jnp.bfloat16)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight"],
+    meta_fields=["in_features", "options"],
+)
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight ``[n, k]`` as int8 codes, ``weight ~ (codes + zeropoint) * scale``, and a pytree of arrays.
+
+    Attributes:
+        codes: int8: ``[n, k']``, or, on the CPU, in packed order ``[ceil(n / 16), ceil(k' / 64) * 16, 16, 4]``; see
+            `octavo.Int8Weight`.
+        scale, code_sums, zeropoint, outlier_columns, outlier_weight: as there.
+        in_features: k.
+        options: what the weight was quantized with, and what `linear` runs with unless told otherwise.
+    """
+
+    codes: Array
+    scale: Array
+    code_sums: Array
+    zeropoint: Array | None = None
+    outlier_columns: Array | None = None
+    outlier_weight: Array | None = None
+    in_features: int = 0
+    options: Options = field(default_factory=Options)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, k)``."""
+        return self.code_sums.shape[0], self.in_features
+
+    @classmethod
+    def from_int8_weight(cls, weight: octavo.Int8Weight, options: Options | None = None) -> Int8Weight:
+        """The same weight from one of `octavo`, in JAX's memory."""
+        own: dict[str, Any] = {name: getattr(weight, name) for name in _FIXED}
+        names = ("scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight")
+        given = {"codes": weight.packed if weight.is_packed else weight.codes}
+        given |= {name: getattr(weight, name) for name in names}
+        arrays = {name: None if array is None else jnp.asarray(array) for name, array in given.items()}
+        return cls(**arrays, in_features=weight.shape[1], options=replace(options or Options(), **own))
+
+    def specs(self, axis: str) -> Int8Weight:
+        """How `shard_map` divides the weight by output features: a pytree of PartitionSpecs.
+
+        Args:
+            axis: name of the mesh's axis. n must be a multiple of 16 times its size.
+        """
+        rows, whole = PartitionSpec(axis), PartitionSpec()
+        of_scale = rows if self.options.granularity == "vector" else whole
+        return Int8Weight(
+            codes=rows,
+            scale=of_scale,
+            code_sums=rows,
+            zeropoint=None if self.zeropoint is None else of_scale,
+            outlier_columns=None if self.outlier_columns is None else whole,
+            outlier_weight=None if self.outlier_weight is None else rows,
+            in_features=self.in_features,
+            options=self.options,
+        )
+
+    def dequantize(self) -> Array:
+        """``(codes + zeropoint) * scale``, float32 ``[n, k]``, rotated back. Kept outlier columns are not put in."""
+        return _weight_call("octavo_dequantize", jax.ShapeDtypeStruct(self.shape, jnp.float32), self, self.options)
+
+
+def quantize_weight(
+    weight: Array, *, options: Options | None = None, outlier_columns: Array | None = None
+) -> Int8Weight:
+    """Quantize a weight for `linear` (see `octavo.quantize_weight`).
+
+    Args:
+        weight: ``[n, k]``, float32, float16 or bfloat16, finite: the transpose of a Flax kernel.
+        options: see `octavo.Options`.
+        outlier_columns: int32 ``[r]``: input features whose values are kept beside the codes.
+
+    Raises:
+        TypeError, ValueError: `weight` is of another dtype or rank, or holds NaN or Inf.
+    """
+    options = options or Options()
+    weight = _array("quantize_weight", "weight", weight, _FLOATS)
+    if weight.ndim != 2:
+        raise ValueError(f"quantize_weight: weight: expected two dimensions, got {weight.ndim}")
+    n, k = weight.shape
+    width = rotated_size(k, options.rotation)
+    packed = (-(-n // 16), -(-width // 64) * 16, 16, 4)
+    scales = jax.ShapeDtypeStruct((n if options.granularity == "vector" else 1,), jnp.float32)
+    results = [
+        jax.ShapeDtypeStruct(packed if jax.default_backend() == "cpu" else (n, width), jnp.int8),
+        scales,
+        jax.ShapeDtypeStruct((n,), jnp.int32),
+        *([scales] if options.scheme == "zeropoint" else []),
+    ]
+    codes, scale, code_sums, *zeropoint = _call("octavo_quantize_weight", results, weight, options=options.text)
+    columns = kept = None
+    if outlier_columns is not None:
+        columns = jnp.sort(_array("quantize_weight", "outlier_columns", outlier_columns, (jnp.int32,)))
+        kept = weight[:, columns]
+    return Int8Weight(
+        codes=codes,
+        scale=scale,
+        code_sums=code_sums,
+        zeropoint=zeropoint[0] if zeropoint else None,
+        outlier_columns=columns,
+        outlier_weight=kept,
+        in_features=k,
+        options=options,
+    )
+
+
+def linear(x: Array, weight: Int8Weight, bias: Array | None = None, *, options: Options | None = None) -> Array:
+    """``y = x W^T + bias`` by LLM.int8() (see `octavo.linear`). Differentiable in x and bias.
+
+    Args:
+        x: ``[..., k]``, float32, float16 or bfloat16.
+        weight: from `quantize_weight`.
+        bias: ``[n]``, or None.
+        options: what to run with; default: the weight's. Scheme, granularity and rotation must be the weight's.
+
+    Returns:
+        ``[..., n]`` in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other.
+    """
+    options = options or weight.options
+    if any(getattr(options, name) != getattr(weight.options, name) for name in _FIXED):
+        raise ValueError(
+            f"linear: options: expected {', '.join(_FIXED)} of the weight, {weight.options}, got {options}"
+        )
+    x = _array("linear", "x", x, _FLOATS)
+    _, k = weight.shape
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"linear: x: expected k = {k} columns, got shape {x.shape}")
+    return _linear(options, x, weight, bias)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(options: Options, x: Array, weight: Int8Weight, bias: Array | None) -> Array:
+    result = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[0]), x.dtype)
+    return _weight_call("octavo_linear", result, weight, options, x, bias=bias)
+
+
+def _forward(options: Options, x: Array, weight: Int8Weight, bias: Array | None) -> tuple[Array, Any]:
+    return _linear(options, x, weight, bias), (weight, bias)
+
+
+def _backward(options: Options, held: Any, grad: Array) -> tuple[Array, None, Array | None]:
+    weight, bias = held
+    grad_x = linear_backward(grad, weight, options=options)
+    grad_bias = None if bias is None else grad.sum(tuple(range(grad.ndim - 1))).astype(bias.dtype)
+    return grad_x, None, grad_bias
+
+
+_linear.defvjp(_forward, _backward)
+
+
+def linear_backward(grad: Array, weight: Int8Weight, *, options: Options | None = None) -> Array:
+    """The gradient of `linear` with respect to x: ``grad W`` in float32 sums, W dequantized with its kept columns.
+
+    Args:
+        grad: ``[..., n]``, float32, float16 or bfloat16.
+        weight: from `quantize_weight`.
+        options: what the product ran with; default: the weight's.
+
+    Returns:
+        ``[..., k]`` in the dtype of grad.
+    """
+    grad = _array("linear_backward", "grad", grad, _FLOATS)
+    result = jax.ShapeDtypeStruct((*grad.shape[:-1], weight.in_features), grad.dtype)
+    return _weight_call("octavo_linear_backward", result, weight, options or weight.options, grad)
+
+
+def find_outliers(x: Array, *, options: Options | None = None, size: int | None = None) -> Array:
+    """The outlier columns of x, ascending (see `octavo.find_outliers`).
+
+    Args:
+        x: ``[..., k]``, float32, float16 or bfloat16; leading dimensions are rows.
+        options: threshold, relative and cap count.
+        size: how many to return, as for ``jnp.nonzero``: the rest is k. Under ``jit`` it must be given.
+
+    Returns:
+        int32 ``[size]``, or as many as there are.
+    """
+    x = _array("find_outliers", "x", x, _FLOATS)
+    k = x.shape[-1]
+    results = [jax.ShapeDtypeStruct((k,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)]
+    columns, count = _call("octavo_find_outliers", results, x, options=(options or Options()).text)
+    if size is None:
+        return columns[: int(count[0])]
+    columns = jnp.where(jnp.arange(k) < count[0], columns, k)
+    return jnp.pad(columns, (0, max(size - k, 0)), constant_values=k)[:size]
+
+
+def int8_matmul(a: Array, b: Array) -> Array:
+    """The exact product ``a b^T`` of int8 ``[..., k]`` and ``[n, k]``, int32 ``[..., n]``."""
+    a, b = (_array("int8_matmul", name, array, (jnp.int8,)) for name, array in (("a", a), ("b", b)))
+    if a.ndim == 0 or b.ndim != 2 or a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"int8_matmul: b: expected [n, k] with the k of a {a.shape}, got {b.shape}")
+    return _call("octavo_int8_matmul", jax.ShapeDtypeStruct((*a.shape[:-1], b.shape[0]), jnp.int32), a, b)
+
+
+def _call(target: str, results: Any, *arrays: Array, **attributes: Any) -> Any:
+    return jax.ffi.ffi_call(target, results, vmap_method="sequential")(*arrays, **attributes)
+
+
+def _weight_call(
+    target: str, result: Any, weight: Int8Weight, options: Options, *before: Array, bias: Array | None = None
+) -> Any:
+    """An operation whose last arguments are a weight's arrays and a bias; letters say which there are."""
+    optional = {
+        "z": [weight.zeropoint],
+        "o": [weight.outlier_columns, weight.outlier_weight],
+        "b": [bias],
+    }
+    given = {letter: arrays for letter, arrays in optional.items() if arrays[0] is not None}
+    arrays = [weight.codes, weight.scale, weight.code_sums, *(array for own in given.values() for array in own)]
+    return _call(
+        target,
+        result,
+        *before,
+        *arrays,
+        options=options.text,
+        weight=("p" if weight.codes.ndim == 4 else "") + "".join(given),
+        in_features=np.int64(weight.in_features),
+    )
+
+
+def _array(function: str, name: str, given: Any, dtypes: tuple[Any, ...]) -> Array:
+    if not hasattr(given, "dtype") or given.dtype not in dtypes:
+        names = ", ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        got = getattr(given, "dtype", type(given).__name__)
+        raise TypeError(f"{function}: {name}: expected an array of {names}, got {got}")
+    return jnp.asarray(given)
