@@ -84,20 +84,26 @@ struct Layer {
 
     // `sum` over k of x * (code + near); `x_sum` over k of x, needed only where there is a rest.
     __device__ void finish(std::int64_t row, std::int64_t feature, float sum, float rest, float x_sum) const {
-        if (rest != 0.0F) sum = x_sum - x_sum == 0.0F ? sum + rest * x_sum : plain_sum(row, feature);
-        const float y = sum * scale.of_group(feature);
+        if (rest != 0.0F) sum += rest * x_sum;
+        const float factor = scale.of_group(feature);
+        const float y = sum - sum == 0.0F ? sum * factor : small_sum(row, feature) * factor / small;
         out.set(row, feature, bias.present() ? y + bias[feature] : y);
     }
 
-    // Not split, for an X that is not finite: infinities whose parts would cancel come out as they should.
-    __device__ float plain_sum(std::int64_t row, std::int64_t feature) const {
+    // The whole sum times `small`, where it came out as Inf or NaN: sums of large numbers overflow where the result
+    // does not, and infinities whose parts would cancel come out as they should.
+    static constexpr float small = 0x1p-64F;
+    __device__ float small_sum(std::int64_t row, std::int64_t feature) const {
         float sum = 0.0F;
 #pragma unroll 1
         for (std::int64_t depth = 0; depth < x.cols; ++depth) {
-            const float code = static_cast<float>(*codes.at(feature, depth)) + zeropoint.of_group(feature);
-            sum += to_float(*x.at(row, depth)) * code;
+            const float code = static_cast<float>(*codes.at(feature, depth)) + zeropoint_of(feature);
+            sum += to_float(*x.at(row, depth)) * small * code;
         }
         return sum;
+    }
+    __device__ float zeropoint_of(std::int64_t feature) const {
+        return zeropoint.present() ? zeropoint.of_group(feature) : 0.0F;
     }
 };
 

@@ -445,6 +445,37 @@ TEST(large_results) {
     }
 }
 
+// Sums of weight_only overflow before the scale makes them small: products of large numbers by codes, however many
+// rows.
+TEST(weight_only_of_large_numbers) {
+    constexpr std::int64_t k = 64;
+    Values w(2, k);
+    for (std::int64_t h = 0; h < k; ++h) {
+        w(0, h) = 0x1p-10;
+        w(1, h) = h % 2 == 0 ? 0x1p-10 : 0x1p-11;
+    }
+    for (const Scheme scheme : schemes) {
+        const Weight weight(Array(DType::f32, w), scheme, Granularity::vector);
+        for (const DType dtype : {DType::f32, DType::bf16}) {
+            for (const std::int64_t m : {1, 2, 3, 20}) {
+                Values x(m, k);
+                for (double& value : x.v) value = 0x1p126;
+                if (m > 1) x(1, 5) = infinity;
+                const Array y = linear(Array(dtype, x), weight, std::nullopt, {.path = Path::weight_only}, DType::f32);
+                for (std::int64_t i = 0; i < m; ++i) {
+                    const check::Context context(check::show(scheme), " ", name_of(dtype), " row ", i, " of ", m);
+                    if (i == 1) {
+                        CHECK_EQ(y.get(i, 0), infinity);
+                    } else {
+                        CHECK(std::fabs(y.get(i, 0) / 0x1p122 - 1) < 1e-5);
+                        CHECK(std::fabs(y.get(i, 1) / (0.75 * 0x1p122) - 1) < 1e-2);
+                    }
+                }
+            }
+        }
+    }
+}
+
 TEST(argument_errors) {
     const Array x(DType::f32, 2, 3);
     const Array w(DType::f32, 4, 3);
