@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(threads) backward_kernel(FloatView grad, Weigh
             const bool inside = row < out.rows && feature < weight.features();
             grads[e % depth][e / depth] = inside ? grad(row, feature) : 0.0F;
         }
+#pragma unroll 4  // more of them keep more addresses than sm_75 has registers for
         for (int j = 0; j < depth; ++j) {
             const bool inside = begin + j < weight.features() && col < weight.cols();
             weights[j][thread] = inside ? weight(begin + j, col) : 0.0F;
