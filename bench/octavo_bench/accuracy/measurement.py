@@ -232,11 +232,13 @@ def peers(report: Report, measure: str, label: str) -> Figure:
     names = [name for name in ratios if name in held]
     relative = {name: ratios[name] / ratios[FLOAT32.name] for name in names}
     panels = {"time, torch float32 is 1": relative, "memory of the linear layers, MiB": held, label: lost}
-    shown = {LLM_INT8.name: "octavo int8", FLOAT32.name: "torch float32"}
+    own = {each.name for each in variants.ALL if each.options is not None}
+    shown = {LLM_INT8.name: "octavo LLM.int8()", FLOAT32.name: "torch float32"}
+    shown |= {name: f"octavo {name.removeprefix('absmax ')}" for name in own if name not in shown}
     figure: Figure = plt.figure(figsize=(12, 1.3 + 0.45 * len(names)))
     for axis, (head, values) in zip(figure.subplots(1, 3, sharey=True), panels.items(), strict=True):
         for place, name in enumerate(names):
-            axis.barh(place, values[name], color=BLUE if name == LLM_INT8.name else GRAY)
+            axis.barh(place, values[name], color=BLUE if name in own else GRAY)
             axis.annotate(f" {values[name]:.3g}", (values[name], place), va="center")
         axis.set_yticks(range(len(names)), [shown.get(name, name) for name in names])
         axis.set_title(head, fontsize=11)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from octavo.torch.convert import random_tokens
 from torch import Tensor
 
 from ..accuracy.scores import AGREED, DIVERGENCE, Judge
@@ -32,7 +33,7 @@ def run(loaded: Language, tokens: int, progress: Progress) -> list[Table]:
     model = copy.deepcopy(loaded.model).bfloat16()
     loaded = replace(loaded, model=model)
     prompts = [_prompt(loaded.tokenizer, question) for question in QUESTIONS]
-    maker = Maker(model, [{"input_ids": prompt} for prompt in prompts])
+    maker = Maker(model, random_tokens(model.config))
     exact: list[Tensor] = []
     costs: list[list[Any]] = []
     answers: list[list[list[Any]]] = [[] for _ in QUESTIONS]
