@@ -214,7 +214,7 @@ def figures(report: Report) -> Figures:
     table = report.table(AGAINST)
     labels = {"loss": "1 - cosine of the embedding"}
     if "KL" in table.columns:
-        labels = {"KL": "Kullback-Leibler divergence, nats per token", "loss": "log-likelihood lost, nats per token"}
+        labels = {"KL": "KL divergence from float32, nats per token", "loss": "log-likelihood lost, nats per token"}
     found: dict[str, Callable[[], Figure]] = {}
     for name, label in labels.items():
         names, values, errors = map(table.column, ("scheme", name, f"{name} ±"))
@@ -229,10 +229,11 @@ def peers(report: Report, measure: str, label: str) -> Figure:
     times, table = report.table(TIMES), report.table(AGAINST)
     ratios = dict(zip(times.column("linear layers"), times.column(RATIO), strict=True))
     held, lost = (dict(zip(table.column("scheme"), table.column(name), strict=True)) for name in ("MiB", measure))
-    names = [name for name in ratios if name in held]
+    own = {each.name for each in variants.ALL if each.options is not None}
+    both = [name for name in ratios if name in held and name != variants.VECTOR_WISE.name]
+    names = sorted(both, key=lambda name: name not in own)
     relative = {name: ratios[name] / ratios[FLOAT32.name] for name in names}
     panels = {"time, torch float32 is 1": relative, "memory of the linear layers, MiB": held, label: lost}
-    own = {each.name for each in variants.ALL if each.options is not None}
     shown = {LLM_INT8.name: "octavo LLM.int8()", FLOAT32.name: "torch float32"}
     shown |= {name: f"octavo {name.removeprefix('absmax ')}" for name in own if name not in shown}
     figure: Figure = plt.figure(figsize=(12, 1.3 + 0.45 * len(names)))
@@ -246,6 +247,8 @@ def peers(report: Report, measure: str, label: str) -> Figure:
         quiet(axis, "x")
     figure.axes[0].invert_yaxis()
     facts = report.facts
-    figure.suptitle(f"{facts['model']}, {facts['threads']} threads of {facts['cpu']}: less is better")
+    figure.suptitle(
+        f"{facts['model']} by its linear layers: less is better (threads: {facts['threads']}, {facts['cpu']})"
+    )
     figure.tight_layout()
     return figure
