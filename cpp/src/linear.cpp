@@ -11,10 +11,12 @@ namespace octavo {
 
 void check_options(const LinearOptions& options, const char* function) {
     check::threshold({function, "threshold"}, options.threshold);
-    if (!(options.relative >= 0.0F && std::isfinite(options.relative))) {
+    const bool is_relative = options.relative >= 0.0F && std::isfinite(options.relative);  // false of NaN
+    if (!is_relative) {
         check::fail(ErrorKind::value, {function, "relative"}, "a finite number >= 0", std::to_string(options.relative));
     }
-    if (!(options.cap >= 0.0 && options.cap <= 1.0)) {
+    const bool is_part = options.cap >= 0.0 && options.cap <= 1.0;
+    if (!is_part) {
         check::fail(ErrorKind::value, {function, "cap"}, "a number from 0 to 1", std::to_string(options.cap));
     }
 }

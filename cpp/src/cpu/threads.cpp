@@ -53,7 +53,7 @@ using Clock = std::chrono::steady_clock;
 
 // The innermost Interruptible of this thread, and when it was asked last.
 thread_local bool (*is_unwanted)() = nullptr;
-thread_local Clock::time_point last_asked;
+thread_local Clock::duration last_asked{};  // on that clock
 
 }  // namespace
 
@@ -79,7 +79,7 @@ ThreadLimit::ThreadLimit(int count) noexcept
 ThreadLimit::~ThreadLimit() { thread_limit = outer_; }
 
 Interruptible::Interruptible(bool (*unwanted)()) noexcept : outer_(std::exchange(is_unwanted, unwanted)) {
-    last_asked = Clock::now();
+    last_asked = Clock::now().time_since_epoch();
 }
 
 Interruptible::~Interruptible() { is_unwanted = outer_; }
@@ -249,7 +249,7 @@ Pool& pool() {
 void interruption_point() {
     if (current_job != nullptr && current_job->has_failed()) throw Interrupted();
     if (is_unwanted == nullptr) return;
-    const auto now = Clock::now();
+    const auto now = Clock::now().time_since_epoch();
     if (now - last_asked < std::chrono::milliseconds(100)) return;
     last_asked = now;
     if (is_unwanted()) throw Interrupted();

@@ -130,7 +130,7 @@ void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t
 
 void multiply_floats(const FloatTile& tile) {
     const auto codes_at = [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
-        constexpr std::int64_t ahead = 20 * 64;  // bytes, so that W is there in time
+        constexpr std::int64_t ahead = std::int64_t{20} * 64;  // bytes, so that W is there in time
         if constexpr (place == 0) __builtin_prefetch(tile.w + group * 64 + v * register_size + ahead);
         Ints codes;
         read(tile.w + group * 64 + v * register_size, codes);
