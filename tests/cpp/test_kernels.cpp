@@ -408,7 +408,8 @@ struct Tile {
           scale_w(random_floats(random, static_cast<std::int64_t>(width), 1e-6)),
           bias(random_floats(random, static_cast<std::int64_t>(width))),
           outlier_x(random_floats(random, most_rows * outliers)),
-          outlier_w(random_floats(random, (outliers - 1) * octavo::cpu::most_cols + static_cast<std::int64_t>(width))) {
+          outlier_w(
+              random_floats(random, (outliers - 1) * octavo::cpu::outlier_stride + static_cast<std::int64_t>(width))) {
         for (const auto* ints : {&acc, &row_offsets, &col_offsets}) {
             for (std::size_t i = 0; i < ints->bytes().size() / 4; ++i) {
                 ints->data()[i] = static_cast<std::int32_t>(random.bits());
@@ -439,9 +440,12 @@ float expected_output(const octavo::cpu::EpilogueTile& tile, std::int64_t i, std
                                                    static_cast<std::uint32_t>(tile.col_offsets[j]));
         y = static_cast<float>(sum) * (tile.scale_x[i] * tile.scale_w[j]);
     }
-    for (std::int64_t o = 0; o < tile.outliers; ++o) {
-        const std::int64_t place = tile.outlier_places != nullptr ? tile.outlier_places[o] : o;
-        y = std::fma(tile.outlier_x[i * tile.outliers + o], tile.outlier_w[place * octavo::cpu::most_cols + j], y);
+    const bool own = tile.outlier_begin != nullptr;
+    const std::int64_t begin = own ? tile.outlier_begin[i] : i * tile.outliers;
+    const std::int64_t end = own ? tile.outlier_begin[i + 1] : begin + tile.outliers;
+    for (std::int64_t o = begin; o < end; ++o) {
+        const std::int64_t place = own ? tile.outlier_places[o] : o - begin;
+        y = std::fma(tile.outlier_x[o], tile.outlier_w[place * octavo::cpu::outlier_stride + j], y);
     }
     return tile.bias != nullptr ? y + tile.bias[j] : y;
 }
@@ -449,7 +453,8 @@ float expected_output(const octavo::cpu::EpilogueTile& tile, std::int64_t i, std
 }  // namespace
 
 TEST(epilogue_is_the_equation_to_the_bit) {
-    const Guarded<std::int32_t> places(std::vector<std::int32_t>{4, 0, 3, 3, 1});
+    const Guarded<std::int64_t> begin(std::vector<std::int64_t>{0, 2, 5, 7, 10, 10, 13, 14});
+    const Guarded<std::int32_t> places(std::vector<std::int32_t>{4, 0, 3, 3, 1, 2, 4, 0, 1, 2, 0, 0, 4, 3});
     for (const Kernels* table : tables()) {
         Random random(9);
         for (std::int64_t cols = 1; cols <= Tile::stride; cols += cols < 40 ? 1 : 19) {
@@ -469,7 +474,8 @@ TEST(epilogue_is_the_equation_to_the_bit) {
                                                      .scale_w = given.scale_w.data(),
                                                      .outliers = kind / 2 % 2 * Tile::outliers,
                                                      .outlier_x = given.outlier_x.data(),
-                                                     .outlier_places = kind / 4 % 2 != 0 ? places.data() : nullptr,
+                                                     .outlier_begin = kind / 4 % 2 != 0 ? begin.data() : nullptr,
+                                                     .outlier_places = places.data(),
                                                      .outlier_w = given.outlier_w.data(),
                                                      .bias = kind >= 8 ? given.bias.data() : nullptr};
                 const std::int64_t y_cols = cols + kind % 3;  // the last row ends at the guard page

@@ -81,7 +81,7 @@ public:
         const auto count = static_cast<std::int64_t>(columns.size());
         const bool needs_codes = weight_.scheme == Scheme::zeropoint && weight_.rotation == 0;
         if (first == 0) {
-            outlier_weight_ = Scratch<float>(count * most_cols);
+            outlier_weight_ = Scratch<float>(count * outlier_stride);
             if (needs_codes) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
         }
         std::vector<std::int32_t> rotated;  // columns that are not kept, and where they go
@@ -95,7 +95,7 @@ public:
                     outlier_codes_[o * most_cols + j] = codes.code(j, column);
                 }
             }
-            float* const target = outlier_weight_.data() + o * most_cols + first;
+            float* const target = outlier_weight_.data() + o * outlier_stride + first;
             while (kept < list.size && get<std::int32_t>(list, kept) < column) ++kept;
             if (kept < list.size && get<std::int32_t>(list, kept) == column) {
                 const ConstMatrix& original = weight_.outlier_weight;
@@ -156,7 +156,7 @@ private:
     const WeightView& weight_;
     Block block_;
     bool has_bias_;
-    Scratch<float> outlier_weight_{0};       // [|O|, most_cols]
+    Scratch<float> outlier_weight_{0};       // [|O|, outlier_stride]
     Scratch<std::int8_t> outlier_codes_{0};  // [|O|, most_cols]; only for zeropoint
     float bias_[most_cols];
 };
@@ -233,20 +233,8 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                     }
                 }
             }
-            // Rows that share their outlier columns are finished together, others one by one.
-            const std::int64_t together = outliers.per_row() ? 1 : tile.rows;
-            epilogue.rows = together;
-            for (std::int64_t i = 0; i < tile.rows; i += together) {
-                const OutlierElements::Row elements = outliers.row(tile.row + i);
-                epilogue.outliers = static_cast<std::int64_t>(elements.values.size());
-                epilogue.outlier_x = elements.values.data();
-                epilogue.outlier_places = elements.positions;
-                block_weight.finish(epilogue, tile.row + i, tile.col, out);
-                epilogue.acc += together * epilogue.stride;
-                epilogue.row_offsets += together;
-                if (scaled_here) epilogue.scaled += together * epilogue.stride;
-                epilogue.scale_x += together;
-            }
+            outliers.describe(tile.row, epilogue);
+            block_weight.finish(epilogue, tile.row, tile.col, out);
         });
     });
 }

@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <iterator>
 #include <mutex>
 #include <utility>
 
@@ -181,7 +182,7 @@ void OutlierElements::find_per_row(const ConstMatrix& x, const LinearOptions& op
     row_begin_.push_back(0);
     for (const auto& columns : of_row) {
         row_columns_.insert(row_columns_.end(), columns.begin(), columns.end());
-        row_begin_.push_back(row_columns_.size());
+        row_begin_.push_back(std::ssize(row_columns_));
         for (const std::int32_t column : columns) places[static_cast<std::size_t>(column)] = 0;
     }
     for (std::size_t j = 0; j < places.size(); ++j) {
@@ -206,13 +207,27 @@ void OutlierElements::gather(const ConstMatrix& x) {
 
 OutlierElements::Bounds OutlierElements::bounds(std::int64_t row) const noexcept {
     const auto index = static_cast<std::size_t>(row);
-    if (per_row_) return {row_begin_[index], row_begin_[index + 1] - row_begin_[index]};
+    if (per_row_) {
+        const auto begin = static_cast<std::size_t>(row_begin_[index]);
+        return {begin, static_cast<std::size_t>(row_begin_[index + 1]) - begin};
+    }
     return {index * columns_.size(), columns_.size()};
 }
 
 OutlierElements::Row OutlierElements::row(std::int64_t index) const noexcept {
     const auto [begin, size] = bounds(index);
     return {std::span(values_).subspan(begin, size), per_row_ ? positions_.data() + begin : nullptr};
+}
+
+void OutlierElements::describe(std::int64_t first, EpilogueTile& tile) const noexcept {
+    if (per_row_) {
+        tile.outlier_x = values_.data();
+        tile.outlier_begin = row_begin_.data() + first;
+        tile.outlier_places = positions_.data();
+    } else {
+        tile.outliers = std::ssize(columns_);
+        tile.outlier_x = values_.data() + first * tile.outliers;
+    }
 }
 
 std::span<const std::int32_t> OutlierElements::columns_of(std::int64_t row) const noexcept {

@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "cpu/kernels/table.hpp"
 #include "octavo/linear.hpp"
 #include "octavo/types.hpp"
 
@@ -47,15 +48,15 @@ public:
     // The columns of row i's own elements: all of columns(), except under the policy `rows`.
     [[nodiscard]] std::span<const std::int32_t> columns_of(std::int64_t row) const noexcept;
 
-    // Whether rows have columns of their own: the policy `rows`.
-    [[nodiscard]] bool per_row() const noexcept { return per_row_; }
-
     // Row i's own elements.
     struct Row {
         std::span<const float> values;
         const std::int32_t* positions;  // of their columns in columns(); null: 0, 1, 2, ...
     };
     [[nodiscard]] Row row(std::int64_t index) const noexcept;
+
+    // Those of the rows from `first` on, as the epilogue takes them.
+    void describe(std::int64_t first, EpilogueTile& tile) const noexcept;
 
 private:
     struct Bounds {
@@ -70,7 +71,7 @@ private:
     std::vector<float> values_;  // row after row
     bool per_row_ = false;
     // Only under `rows`: where each row's elements begin, their columns, and the places of those in columns_.
-    std::vector<std::size_t> row_begin_;
+    std::vector<std::int64_t> row_begin_;
     std::vector<std::int32_t> row_columns_;
     std::vector<std::int32_t> positions_;
 };

@@ -47,8 +47,49 @@ template <DType Type>
 constexpr int square_rows = 4;
 constexpr int square_vectors = register_size == 32 ? 2 : 4;
 
-// `Rows` rows from row i on, by `Vectors` vectors from column j on; y is where its first element goes. A row of outlier
-// weights is loaded once for all of them.
+// The outliers of `Rows` rows from row i on, in `Vectors` vectors from column j on. A row of outlier weights is loaded
+// once for all of them.
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void add_shared_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
+                                                       Floats* sums) {
+    for (std::int64_t o = 0; o < tile.outliers; ++o) {
+        Floats weights[Vectors];
+        unroll<Vectors>([&](auto v)
+                            OCTAVO_INLINE { read(tile.outlier_w + o * outlier_stride + j + v * width, weights[v]); });
+        unroll<Rows>([&](auto r) OCTAVO_INLINE {
+            const Floats x = tile.outlier_x[(i + r) * tile.outliers + o] - Floats{};
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE { fused_multiply_add(x, weights[v], sums[r * Vectors + v]); });
+        });
+    }
+}
+
+// The same where each row has its own: one of each row at a time, as long as all have some, since each addition waits
+// for the one before it in its row.
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void add_own_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
+                                                    Floats* sums) {
+    const std::int64_t* const begin = tile.outlier_begin + i;
+    const auto add = [&](auto r, std::int64_t o) OCTAVO_INLINE {
+        const float* const weights = tile.outlier_w + tile.outlier_places[o] * outlier_stride + j;
+        const Floats x = tile.outlier_x[o] - Floats{};
+        unroll<Vectors>([&](auto v) OCTAVO_INLINE {
+            Floats weight;
+            read(weights + v * width, weight);
+            fused_multiply_add(x, weight, sums[r * Vectors + v]);
+        });
+    };
+    std::int64_t common = begin[1] - begin[0];
+    unroll<Rows>([&](auto r) OCTAVO_INLINE {
+        const std::int64_t count = begin[r + 1] - begin[r];
+        common = count < common ? count : common;
+    });
+    for (std::int64_t o = 0; o < common; ++o) unroll<Rows>([&](auto r) OCTAVO_INLINE { add(r, begin[r] + o); });
+    unroll<Rows>([&](auto r) OCTAVO_INLINE {
+        for (std::int64_t o = begin[r] + common; o < begin[r + 1]; ++o) add(r, o);
+    });
+}
+
+// `Rows` rows from row i on, by `Vectors` vectors from column j on; y is where its first element goes.
 template <DType Type, int Rows, int Vectors>
 [[gnu::always_inline]] inline void finish_square(const EpilogueTile& tile, std::int64_t i, std::int64_t j, char* y,
                                                  std::int64_t y_stride) {
@@ -78,15 +119,10 @@ template <DType Type, int Rows, int Vectors>
             });
         });
     }
-    for (std::int64_t o = 0; o < tile.outliers; ++o) {
-        const std::int64_t place = tile.outlier_places != nullptr ? tile.outlier_places[o] : o;
-        Floats weights[Vectors];
-        unroll<Vectors>([&](auto v)
-                            OCTAVO_INLINE { read(tile.outlier_w + place * most_cols + j + v * width, weights[v]); });
-        unroll<Rows>([&](auto r) OCTAVO_INLINE {
-            const Floats x = tile.outlier_x[(i + r) * tile.outliers + o] - Floats{};
-            unroll<Vectors>([&](auto v) OCTAVO_INLINE { fused_multiply_add(x, weights[v], sums[r * Vectors + v]); });
-        });
+    if (tile.outlier_begin == nullptr) {
+        add_shared_outliers<Rows, Vectors>(tile, i, j, sums);
+    } else {
+        add_own_outliers<Rows, Vectors>(tile, i, j, sums);
     }
     if (tile.bias != nullptr) {
         unroll<Vectors>([&](auto v) OCTAVO_INLINE {
@@ -102,14 +138,22 @@ template <DType Type, int Rows, int Vectors>
     });
 }
 
+// Columns from j on, by `Vectors` vectors as long as there are so many, then by half as many; the column behind the
+// last.
+template <DType Type, int Rows, int Vectors>
+std::int64_t finish_columns(const EpilogueTile& tile, std::int64_t i, std::int64_t j, char* y, std::int64_t y_stride) {
+    for (; j + Vectors * width <= tile.cols; j += Vectors * width) {
+        finish_square<Type, Rows, Vectors>(tile, i, j, y + j * size_of(Type), y_stride);
+    }
+    if constexpr (Vectors > 1) j = finish_columns<Type, Rows, Vectors / 2>(tile, i, j, y, y_stride);
+    return j;
+}
+
 template <DType Type, int Rows>
 void finish_rows(const EpilogueTile& tile, std::int64_t i, char* y, std::int64_t y_stride) {
     constexpr std::int64_t item = size_of(Type);
-    std::int64_t j = 0;
-    for (; j + square_vectors * width <= tile.cols; j += square_vectors * width) {
-        finish_square<Type, Rows, square_vectors>(tile, i, j, y + j * item, y_stride);
-    }
-    for (; j + width <= tile.cols; j += width) finish_square<Type, Rows, 1>(tile, i, j, y + j * item, y_stride);
+    constexpr int vectors = Rows == 1 ? 8 : Rows == 2 ? 4 : square_vectors;  // sums enough to wait for none
+    const std::int64_t j = finish_columns<Type, Rows, vectors>(tile, i, 0, y, y_stride);
     if (j == tile.cols) return;
     char last[Rows * 64];
     finish_square<Type, Rows, 1>(tile, i, j, last, 64);
@@ -125,7 +169,12 @@ void finish_tile(const EpilogueTile& tile, char* y, std::int64_t y_stride) {
     for (; i + square_rows <= tile.rows; i += square_rows) {
         finish_rows<Type, square_rows>(tile, i, y + i * y_stride, y_stride);
     }
-    for (; i < tile.rows; ++i) finish_rows<Type, 1>(tile, i, y + i * y_stride, y_stride);
+    switch (tile.rows - i) {
+        case 3: return finish_rows<Type, 3>(tile, i, y + i * y_stride, y_stride);
+        case 2: return finish_rows<Type, 2>(tile, i, y + i * y_stride, y_stride);
+        case 1: return finish_rows<Type, 1>(tile, i, y + i * y_stride, y_stride);
+        default: return;
+    }
 }
 
 }  // namespace

@@ -98,10 +98,13 @@ struct EpilogueTile {
     std::int64_t stride = 0;        // of `acc` or `scaled`
     const float* scale_x = nullptr;
     const float* scale_w = nullptr;
-    std::int64_t outliers = 0;                     // of a row
-    const float* outlier_x = nullptr;              // [rows, outliers]
-    const std::int32_t* outlier_places = nullptr;  // [outliers]: their rows of outlier_w; null: 0, 1, 2, ...
-    const float* outlier_w = nullptr;              // [..., most_cols]
+    // Rows that share their outliers: `outliers` of each, of which number o meets row o of outlier_w.
+    std::int64_t outliers = 0;
+    const float* outlier_x = nullptr;  // [rows, outliers]
+    // Rows with outliers of their own: those of row i are outlier_begin[i] to outlier_begin[i + 1] of outlier_x.
+    const std::int64_t* outlier_begin = nullptr;   // [rows + 1], or null
+    const std::int32_t* outlier_places = nullptr;  // the rows of outlier_w that they meet
+    const float* outlier_w = nullptr;              // rows `outlier_stride` apart
     const float* bias = nullptr;                   // or null
 };
 
@@ -165,14 +168,17 @@ struct Kernels {
     // of packed W, `w_stride` bytes from block to block.
     void (*dequantize_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
                               const float* zeropoint, const float* scale, float* target);
-    // y[i, j] = acc * (scale_x[i] * scale_w[j]), then y = fma(outlier_x[i, o], outlier_w[o, j], y) for o = 0, 1, ...,
+    // y[i, j] = acc * (scale_x[i] * scale_w[j]), then y = fma(outlier x, outlier_w, y) for the row's outliers in order,
     // then y + bias[j], in float32, in this order, rounded once to f32, f16 or bf16. Rows of y are contiguous, y_stride
     // bytes apart.
     void (*epilogue)(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
 };
 
-// The most columns of a block of work, and the distance of the rows of `outlier_w`.
+// The most columns of a block of work.
 inline constexpr std::int64_t most_cols = 256;
+
+// The distance of the rows of `outlier_w`: no power of two, or they would push each other out of the cache.
+inline constexpr std::int64_t outlier_stride = most_cols + 16;
 
 // The largest k for which a sum of products of int8 values (-128 included) fits an int32: floor((2^31 - 1) / 2^14),
 // down to a multiple of 64.
