@@ -118,11 +118,14 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     skip = f"no layers that match; may be repeated; default: {' '.join(DEFAULT_SKIP)}"
     add("--skip", action="append", metavar="PATTERN", help=skip)
     text = (
-        "run the model on a text file, without TEXT on random token ids, and keep its systematic outlier columns in 16 "
+        "run the model on a text file, or else on random tokens, and keep its systematic outlier columns in 16 bit (the"
     )
-    text += "bit (the model stays on the disk; needs transformers and accelerate)"
+    text += " model stays on the disk; needs transformers and accelerate)"
     add("--calibrate", type=Path, nargs="?", const=False, metavar="TEXT", help=text)
-    trust = "with --calibrate: run the Python code that the model brings; without, such a model is refused"
+    bound = "choose options for each layer such that the model's divergence from what it was, measured on text, stays"
+    bound += " within this, in nats a token (with --calibrate TEXT on that text; the model is in memory, in float32)"
+    add("--kl", type=float, metavar="X", help=bound)
+    trust = "with --calibrate and --kl: run the Python code that the model brings; without, such a model is refused"
     add("--trust-remote-code", action="store_true", help=trust)
     columns = "a file of the columns to keep by layer; with --calibrate it is written, or read if it is there; those of"
     columns += " layers that --include and --skip leave out are not used"
@@ -136,30 +139,32 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
 
 
 def _run_quantize(args: argparse.Namespace) -> int:
-    calibrated, options = args.calibrate is not None or args.outlier_columns is not None, options_of(args)
-    wrong = ""
-    if args.format == "bitsandbytes" and (options.scheme, options.granularity, calibrated) != (
-        "absmax",
-        "vector",
-        False,
-    ):
+    options, text = options_of(args), args.calibrate or None
+    calibrated = args.outlier_columns is not None or (args.calibrate is not None and args.kl is None)
+    wrong, how = "", (options.scheme, options.granularity, calibrated)
+    if args.format == "bitsandbytes" and how != ("absmax", "vector", False):
         wrong = "--format bitsandbytes goes with --scheme absmax, --granularity vector and no outlier columns"
     elif options.outliers == "static" and not calibrated:
         wrong = "--outliers static needs --calibrate or --outlier-columns"
+    elif args.kl is not None and (options != Options() or calibrated or args.format != "octavo"):
+        wrong = "--kl chooses the options, and goes with no others, with --format octavo and no outlier columns"
     if wrong:
         print(f"octavo quantize: {wrong}", file=sys.stderr)
         return _USAGE
+    which: dict[str, Any] = {"include": args.include, "skip": args.skip, "progress": not args.quiet}
+    run = {**which, "text": text, "trust_remote_code": args.trust_remote_code}
+    choice = None if args.kl is None else checkpoint.choose_options(args.model, args.kl, **run)
     report = checkpoint.quantize(
         args.model,
         args.output,
         options=options,
-        include=args.include,
-        skip=args.skip,
-        outlier_columns=_outlier_columns(args, options) if calibrated else None,
+        layer_options=choice.options if choice else None,
+        measured=choice.notes() if choice else None,
+        outlier_columns=_outlier_columns(args, options, run) if calibrated else None,
         format=args.format,
         jobs=args.jobs,
         memory=args.memory,
-        progress=not args.quiet,
+        **which,
     )
     print(json.dumps(asdict(report), indent=2) if args.json else _text(report))
     return 0
@@ -167,9 +172,8 @@ def _run_quantize(args: argparse.Namespace) -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """An option of the command for each of `octavo.Options`, whose docstring is their help; see `options_of`."""
-    parser.add_argument(
-        "--recipe", choices=("paper", "best"), default="paper", help="the options that are not given; default: paper"
-    )
+    recipe = "the options that are not given; default: paper"
+    parser.add_argument("--recipe", choices=("paper", "best"), default="paper", help=recipe)
     described = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {10,}.+)*)", Options.__doc__ or "", re.MULTILINE))
     for name, hint in get_type_hints(Options).items():
         choices = [value for value in get_args(hint) if isinstance(value, str)]
@@ -202,22 +206,13 @@ def _memory(text: str) -> int:
     return size
 
 
-def _outlier_columns(args: argparse.Namespace, options: Options) -> dict[str, list[int]]:
+def _outlier_columns(args: argparse.Namespace, options: Options, run: dict[str, Any]) -> dict[str, list[int]]:
     path: Path | None = args.outlier_columns
     if path is not None and (path.exists() or args.calibrate is None):
         # A file of columns may hold those of a run that chose other layers.
         return {layer: own for layer, own in _read_columns(path).items() if _asked_for(layer, args)}
-    columns = checkpoint.calibrate(
-        args.model,
-        args.calibrate or None,
-        threshold=options.threshold,
-        relative=options.relative,
-        cap=options.cap,
-        include=args.include,
-        skip=args.skip,
-        progress=not args.quiet,
-        trust_remote_code=args.trust_remote_code,
-    )
+    criterion = {name: getattr(options, name) for name in ("threshold", "relative", "cap")}
+    columns = checkpoint.calibrate(args.model, **criterion, **run)
     if path is not None:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")

@@ -43,9 +43,9 @@ _KINDS: tuple[tuple[Format, Mapping[str, str], set[str]], ...] = (
 )
 
 # Keys of a file's metadata: JSON but for the first. CRC-32 by tensor, names that share a tensor, layers that stay and
-# why, and what a file was made of.
+# why, what was measured of the model, and what a file was made of.
 VERSION_KEY, CRC32_KEY, TIED_KEY = "octavo.format_version", "octavo.crc32", "octavo.tied"
-KEPT_KEY, MADE_OF_KEY = "octavo.kept", "octavo.made_of"
+KEPT_KEY, MEASURED_KEY, MADE_OF_KEY = "octavo.kept", "octavo.measured", "octavo.made_of"
 METADATA: Mapping[str, str] = {"format": "pt", VERSION_KEY: str(VERSION)}  # "format" is for Transformers
 
 # Transformers refuses a model without a quant_method. One that it does not know, it loads with a warning, and makes new

@@ -21,6 +21,7 @@ if importlib.util.find_spec("transformers") is None:
 if importlib.util.find_spec("accelerate") is None:
     pytest.skip("accelerate is not installed", allow_module_level=True)
 
+import octavo
 import octavo.torch as ot
 import safetensors.torch
 import tokenizers
@@ -328,3 +329,72 @@ def test_calibration_does_not_hold_the_model(tmp_path: Path, name: str) -> None:
     print(f"model {size / 1e6:.0f} MB, largest weight {largest / 1e6:.1f} MB, peak {peak / 1e6:.1f} MB")
     assert layers == (32 if name == "GPT2LMHeadModel" else 56)
     assert 0 < peak < 2 * largest + 20e6
+
+
+class TestKL:
+    """The dial."""
+
+    def model(self, tmp_path: Path) -> tuple[Any, Path, Path]:
+        """A model whose logits differ, its folder, and a text of 11 sequences."""
+        model = tiny_model("LlamaForCausalLM")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(6 if parameter.dim() == 2 else 1)
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join("the quick brown fox jumps over a lazy dog".replace(" ", "") * 20))
+        return model, with_tokenizer(model, tmp_path / "m"), text
+
+    def test_what_is_asked_is_kept_noted_and_loaded(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model, folder, text = self.model(tmp_path)
+        loose = checkpoint.choose_options(folder, 10.0, text, progress=False)
+        asked = loose.kl / 4
+        output = tmp_path / "out"
+        words = ["quantize", str(folder), str(output), "--kl", str(asked), "--calibrate", str(text), "--quiet"]
+        assert cli.main(words) == 0
+        tight = checkpoint.choose_options(folder, asked, text, progress=False)
+        ways = {str(options) for options in tight.options.values()}
+        assert {str(options) for options in loose.options.values()} == {str(octavo.Options(outliers="none"))}
+        assert len(ways) > 2
+        assert 0 < tight.kl <= asked < loose.kl
+        # The files have what was chosen ...
+        opened = checkpoint.Checkpoint(output)
+        int8 = {layer: options for layer, options in tight.options.items() if options is not None}
+        assert {layer: opened.options(layer) for layer in opened.layers} == int8
+        assert opened.measured == tight.notes()
+        assert set(opened.kept) == {"lm_head", *tight.options.keys() - int8.keys()}
+        capsys.readouterr()
+        assert cli.main(["inspect", str(output)]) == 0
+        assert f"kl             {tight.kl:.3g}\n" in capsys.readouterr().out
+        # ... and whoever loads them gets the divergence that was measured, on the second half of the text.
+        loaded = type(model).from_pretrained(output, dtype=torch.float32)
+        letters = text.read_text().split()
+        ids = torch.tensor([ord(letter) - 97 for letter in letters])
+        sequences = list(ids.split(64))
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for sequence in sequences[len(sequences) // 2 :]:
+                exact, found = (each(sequence[None]).logits[0].log_softmax(-1) for each in (model, loaded))
+                total += float((exact.exp() * (exact - found)).sum())
+                tokens += len(sequence)
+        assert tokens == tight.tokens
+        assert total / tokens == pytest.approx(tight.kl, rel=1e-3)
+
+    def test_what_cannot_be(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        _, folder, text = self.model(tmp_path)
+        for bound in (0.0, -1.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match=r"^quantize: kl: expected a number above 0, got "):
+                checkpoint.choose_options(folder, bound, text, progress=False)
+        (tmp_path / "short.txt").write_text("a b c")
+        with pytest.raises(ValueError, match=r"short\.txt: expected text of more than"):
+            checkpoint.choose_options(folder, 0.1, tmp_path / "short.txt", progress=False)
+        encoder = with_tokenizer(tiny_model("BertModel", **SIZES["BertForMaskedLM"]), tmp_path / "encoder")
+        with pytest.raises(ValueError, match=r"^quantize: kl: expected a model that gives logits, got BaseModel"):
+            checkpoint.choose_options(encoder, 0.1, text, progress=False)
+        assert cli.main(["quantize", str(folder), str(tmp_path / "out"), "--kl", "1", "--rotation", "16"]) == 2
+        assert "--kl chooses the options" in capsys.readouterr().err
+        output = tmp_path / "out"
+        layers = {"model.layers.0.mlp.up_proj": None}
+        with pytest.raises(ValueError, match="layer_options: expected a layer that becomes int8, got 16 bit for all"):
+            checkpoint.quantize(folder, output, include=["*0.mlp.up_proj"], layer_options=layers, progress=False)
+        with pytest.raises(ValueError, match="layer_options: expected layers that are quantized, got 'lm_head'"):
+            checkpoint.quantize(folder, output, layer_options={"lm_head": None}, progress=False)

@@ -78,6 +78,8 @@ def test_options_reach_the_conversion(
         "options": Options(scheme="zeropoint", granularity="row", threshold=4.5, outliers="static"),
         "include": ["*.fc", "*.up"],
         "skip": ["*.gate"],
+        "layer_options": None,
+        "measured": None,
         "outlier_columns": {"a.fc": [3, 1]},  # the others' are of layers that the patterns leave out
         "format": "octavo",
         "jobs": 3,

@@ -49,7 +49,19 @@ is an error.
 
 from octavo.checkpoint.calibrate import calibrate
 from octavo.checkpoint.convert import Report, quantize
+from octavo.checkpoint.dial import Choice, choose_options
 from octavo.checkpoint.reader import Checkpoint, load
 from octavo.checkpoint.summary import LayerSummary, Summary, inspect
 
-__all__ = ["Checkpoint", "LayerSummary", "Report", "Summary", "calibrate", "inspect", "load", "quantize"]
+__all__ = [
+    "Checkpoint",
+    "Choice",
+    "LayerSummary",
+    "Report",
+    "Summary",
+    "calibrate",
+    "choose_options",
+    "inspect",
+    "load",
+    "quantize",
+]

@@ -26,7 +26,7 @@ from octavo import file_format as names
 from octavo._text import unexpected
 from octavo.checkpoint.files import Shard, explained, open_shard, opened
 from octavo.checkpoint.folder import JOB, companions
-from octavo.checkpoint.layers import Chosen, choose
+from octavo.checkpoint.layers import Chosen, choose, keep_in_16_bit
 from octavo.checkpoint.reader import Checkpoint
 from octavo.checkpoint.tasks import Task, Writer, convert, hash_of, plan_tasks
 from octavo.file_format import Format
@@ -70,7 +70,9 @@ def quantize(
     options: Options | None = None,
     include: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
+    layer_options: Mapping[str, Options | None] | None = None,
     outlier_columns: Mapping[str, Sequence[int]] | None = None,
+    measured: Mapping[str, str] | None = None,
     format: Format = "octavo",
     jobs: int | None = None,
     memory: int | None = None,
@@ -87,6 +89,8 @@ def quantize(
         options: see `octavo.Options`; those that do not belong to the weight are what the layers compute with unless
             whoever loads them says otherwise. Or single ones by name, such as ``threshold=5.0``.
         include, skip: patterns of layer names; see `octavo.checkpoint.layers`.
+        layer_options: by layer, options in the place of those; None: it stays in 16 bit. From `choose_options`.
+        measured: to be noted in the files, as `choose_options` gives it.
         outlier_columns: by layer, input features whose 16-bit weights are kept; from `calibrate` or elsewhere.
         format: "octavo", or "bitsandbytes" for its ``Linear8bitLt`` (absmax, vector, no rotation, no kept columns).
         jobs: tensors converted at a time, as far as `memory` allows; default: octavo's threads, at most 8.
@@ -121,11 +125,14 @@ def quantize(
     with explained(output):
         source = Checkpoint(model, framework="numpy")
         chosen = choose(source, include, skip)
-        shards = plan_tasks(source, chosen, options, outlier_columns, format)
+        keep_in_16_bit(chosen, layer_options or {})
+        shards = plan_tasks(source, chosen, options, layer_options or {}, outlier_columns or {}, format)
         tasks = [task for own in shards for task in own]
         beside, elsewhere = companions(Path(model)) if Path(model).is_dir() else ({}, [])
         partial = output.with_name(output.name + ".partial")
-        resumed = _Run(source, chosen, shards, beside, options, format, partial, jobs, memory).into(output, progress)
+        noted = dict(measured or {})
+        run = _Run(source, chosen, shards, beside, options, format, noted, partial, jobs, memory)
+        resumed = run.into(output, progress)
     return Report(
         output=str(output),
         layers=sum(task.options is not None for task in tasks),
@@ -150,6 +157,7 @@ class _Run:
     companions: dict[str, Path]
     options: Options
     format: Format
+    measured: dict[str, str]
     partial: Path
     jobs: int
     memory: int | None
@@ -229,7 +237,8 @@ class _Run:
         kept = {layer: why for layer, why in self.chosen.kept.items() if {layer, f"{layer}.weight"} & made.keys()}
         tied = {n: own for name, first in shard.ties.items() for n, own in made[first].tied_outputs(name).items()}
         metadata = dict(names.METADATA) if self.format == "octavo" else {"format": "pt"}
-        metadata |= {key: json.dumps(value) for key, value in ((names.KEPT_KEY, kept), (names.TIED_KEY, tied)) if value}
+        noted = {names.KEPT_KEY: kept, names.TIED_KEY: tied, names.MEASURED_KEY: self.measured}
+        metadata |= {key: json.dumps(value) for key, value in noted.items() if value}
 
         def write(hidden: Path) -> None:
             with opened(shard.path) as file, opened(hidden, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as out:
@@ -267,7 +276,7 @@ class _Run:
 
     def _made_of(self, tasks: list[Task], hashes: list[bytes]) -> str:
         """A hash of what a shard is made of, and how."""
-        made = hashlib.blake2b(self._job.encode(), digest_size=32)
+        made = hashlib.blake2b(f"{self._job}{self.measured}".encode(), digest_size=32)
         for task, content in zip(tasks, hashes, strict=True):
             made.update(task.identity() + content)
         return made.hexdigest()

@@ -97,6 +97,22 @@ def choose(model: Checkpoint, include: Patterns, skip: Patterns, *, function: st
     return chosen
 
 
+def keep_in_16_bit(chosen: Chosen, options: Mapping[str, object]) -> None:
+    """Leave the layers whose options are None.
+
+    Raises:
+        ValueError: options of a layer that does not become int8, or no layer is left that does.
+    """
+    for layer, own in options.items():
+        if f"{layer}.weight" not in chosen.int8:
+            raise unexpected("quantize: layer_options", "layers that are quantized", repr(layer))
+        if own is None:
+            del chosen.int8[f"{layer}.weight"]
+            chosen.kept[layer] = "its options say so"
+    if not chosen.int8:
+        raise unexpected("quantize: layer_options", "a layer that becomes int8", "16 bit for all")
+
+
 Decide = Callable[[str, Entry], Decision]
 
 

@@ -43,6 +43,7 @@ class Checkpoint:
         layers: the int8 weights by the name of their layer.
         ties: by name of a tensor that shares the data of another, that one's name.
         kept: by name of a linear layer that stayed in 16 bit, why; where the file says so.
+        measured: what was measured of the model when it was quantized, by name (`octavo.checkpoint.choose_options`).
         checksums: how many tensors have one.
 
     Raises OSError or ValueError, naming the file and where possible the tensor, for one that is missing, no regular
@@ -66,6 +67,7 @@ class Checkpoint:
         self.entries: dict[str, Entry] = {}
         self.ties: dict[str, str] = {}
         self.kept: dict[str, str] = {}
+        self.measured: dict[str, str] = {}
         self._crc32: dict[str, str] = {}
         for shard in self.shards:
             for name, entry in shard.entries.items():
@@ -75,6 +77,7 @@ class Checkpoint:
                     raise unexpected(entry.where, "a model", f"an adapter: {MERGE}")
             self.ties |= {**shard.ties, **_names(shard, names.TIED_KEY)}
             self.kept |= _names(shard, names.KEPT_KEY)
+            self.measured |= _names(shard, names.MEASURED_KEY)
             self._crc32 |= _names(shard, names.CRC32_KEY)
         self.checksums = len(self._crc32)
         for name, file in listed.items():

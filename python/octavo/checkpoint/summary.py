@@ -54,6 +54,7 @@ class Summary:
         checksums: tensors with a CRC-32.
         verified: whether they were compared.
         kept: linear layers that `quantize` left in 16 bit, and why.
+        measured: see `Checkpoint`.
     """
 
     path: str
@@ -69,6 +70,7 @@ class Summary:
     checksums: int
     verified: bool
     kept: dict[str, str] = field(default_factory=dict)
+    measured: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> str:
         """For programs."""
@@ -103,6 +105,7 @@ class Summary:
         lines += [
             f"all                    {_mib(self.bytes):>12} MiB, 16 bit would take {self.ratio:.2f} times as much",
             f"checksums      {self.checksums:6}  {checksums}",
+            *(f"{name:14} {shown(value):>6}" for name, value in self.measured.items()),
         ]
         return "\n".join(lines)
 
@@ -140,6 +143,7 @@ def inspect(path: str | Path, *, verify: bool = False) -> Summary:
         checksums=checkpoint.checksums,
         verified=verify and checkpoint.checksums > 0,
         kept=checkpoint.kept,
+        measured=checkpoint.measured,
     )
 
 

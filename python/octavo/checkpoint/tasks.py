@@ -63,7 +63,8 @@ def plan_tasks(
     model: Checkpoint,
     chosen: Chosen,
     options: Options,
-    outlier_columns: Mapping[str, Sequence[int]] | None,
+    layer_options: Mapping[str, Options | None],
+    outlier_columns: Mapping[str, Sequence[int]],
     format: Format,
 ) -> list[list[Task]]:
     """For each shard what is to be done with each of its tensors.
@@ -72,12 +73,13 @@ def plan_tasks(
         ValueError: a weight of another dtype, columns of other layers or none where they are needed, a name that is
             needed twice.
     """
-    columns = _columns_by_weight(model, chosen, outlier_columns or {})
+    columns = _columns_by_weight(model, chosen, outlier_columns)
 
     def task(entry: Entry) -> Task:
         if entry.name not in chosen.int8:
             return Task(entry, {"": (entry.name, entry.dtype, entry.shape)})
-        return _int8_task(entry, options, chosen.int8[entry.name], columns.get(entry.name), format)
+        own = layer_options.get(entry.name.removesuffix(".weight")) or options
+        return _int8_task(entry, own, chosen.int8[entry.name], columns.get(entry.name), format)
 
     tasks = [[task(each) for name, each in shard.entries.items() if name not in shard.ties] for shard in model.shards]
     seen: set[str] = set()

@@ -1,0 +1,252 @@
+"""Options per layer such that a model stays as close to itself as is asked for: ``octavo quantize --kl``.
+
+How far an int8 model is from the one it was made of is the Kullback-Leibler divergence of its next tokens, in nats a
+token. To second order it is the sum of what each layer adds, for the errors of layers are independent: with g the
+gradient of the log-probability of a token drawn from the model's own distribution, and e the error of a layer's output,
+half the mean of (g e)^2 (the Fisher information, along e). One pass forward and back gives g of all layers; each way to
+run a layer has its e on the same inputs. Then each layer takes the cheapest way that the bound leaves it, and the whole
+model is measured on text that the pass did not see; where it is not within the bound, the sum is corrected by what was
+measured, and the layers choose again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import octavo
+from octavo._text import unexpected
+from octavo.checkpoint.layers import Patterns, choose
+from octavo.checkpoint.reader import Checkpoint
+from octavo.checkpoint.running import Running, modules_of
+from octavo.options import Options
+
+TEXT = Path(__file__).with_name("text.txt")  # of the public domain: Jefferson, Darwin, Carroll, Austen
+_BEST = octavo.recipe("best")
+# The ways to run a layer, by what they cost, in units of a vector-wise product: of time (docs/guide/speed.md), and for
+# weights that stay in 16 bit of memory, too.
+WAYS: tuple[tuple[Options | None, float], ...] = (
+    (Options(outliers="none"), 1.0),  # vector-wise
+    (Options(outliers="none", rotation=_BEST.rotation), 1.05),
+    (replace(_BEST, rotation=0), 1.1),  # the criterion alone
+    (_BEST, 1.15),  # both
+    (Options(path="weight_only"), 1.5),
+    (None, 3.0),  # 16 bit
+)
+_ATTEMPTS = 6
+_SEQUENCES = 8  # of text, at most, that the pass sees, and that is held out
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose_options` found.
+
+    Attributes:
+        options: of each layer, by the checkpoint's names; None: it stays in 16 bit.
+        kl: measured on held-out text, nats a token.
+        asked: the bound.
+        tokens: of the held-out text.
+    """
+
+    options: dict[str, Options | None]
+    kl: float
+    asked: float
+    tokens: int
+
+    def notes(self) -> dict[str, str]:
+        """What is noted in the files."""
+        return {"kl": f"{self.kl:.3g}", "kl_asked": f"{self.asked:g}", "held_out_tokens": str(self.tokens)}
+
+
+def choose_options(
+    model: str | Path,
+    kl: float,
+    text: str | Path | None = None,
+    *,
+    include: Patterns = None,
+    skip: Patterns = None,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+) -> Choice:
+    """Choose how each linear layer of a checkpoint is run, for `quantize` to write (``layer_options``).
+
+    Args:
+        model: a folder with weights, config and tokenizer, of a model that Transformers has and that gives logits. It
+            is run in float32, in memory, with the activations of all layers.
+        kl: the divergence from the model in float32 that is allowed, nats a token.
+        text: a file; its first half is for choosing, its second half for measuring. Default: one that octavo has.
+        include, skip, progress, trust_remote_code: see `calibrate`.
+
+    Raises:
+        RuntimeError, OSError: see `calibrate`.
+        ValueError: too; or a bound that was not reached, with the closest that was.
+    """
+    if not 0 < kl < float("inf"):
+        raise unexpected("quantize: kl", "a number above 0", kl)
+    source = Checkpoint(model, framework="numpy")
+    stored = choose(source, include, skip).int8
+    running = Running(model, source, trust_remote_code)
+    sequences = running.batches(TEXT if text is None else text, 1)[: 2 * _SEQUENCES]
+    if len(sequences) < 2:
+        raise unexpected(str(text), "text of more than 256 tokens", "less")
+    seen, held_out = sequences[: len(sequences) // 2], sequences[len(sequences) // 2 :]
+    import torch
+
+    loaded = running.load(progress, dtype=torch.float32).eval().requires_grad_(False)
+    layers = _Layers(modules_of(loaded, stored))
+    with tqdm(total=len(seen) + _ATTEMPTS, desc="choose", disable=not progress) as bar:
+        effects = layers.effects(loaded, seen, bar)
+        exact = [_log_probabilities(loaded, each) for each in held_out]
+        best: tuple[float, dict[str, int], float] | None = None  # cost, choice, KL
+        closest, correction = float("inf"), 1.0
+        for _ in range(_ATTEMPTS):
+            ways = layers.cheapest(effects, kl / correction)
+            with layers.run_as(ways):
+                found = sum(
+                    float((own.exp() * (own - _log_probabilities(loaded, each))).sum())
+                    for each, own in zip(held_out, exact, strict=True)
+                ) / sum(map(len, exact))
+            bar.update()
+            cost = layers.cost(ways)
+            if found <= kl and (best is None or cost < best[0]):
+                best = cost, ways, found
+            closest = min(closest, found)
+            predicted = sum(effects[name][way] for name, way in ways.items())
+            before, correction = correction, max(found, 1e-12) / max(predicted, 1e-12) * (1.1 if found > kl else 1.0)
+            if abs(correction / before - 1) < 0.02:
+                break
+    if best is None:
+        raise unexpected("quantize: kl", "a bound that was reached", f"{kl:g}: the closest is {closest:.3g}")
+    options: dict[str, Options | None] = {name.removesuffix(".weight"): None for name in stored}
+    options |= {name: WAYS[best[1][layers.first[name]]][0] for name in layers.first}
+    return Choice(options, best[2], kl, sum(map(len, exact)))
+
+
+class _Layers:
+    """The linear layers that are run, by name.
+
+    Attributes:
+        modules: the first layer of each weight, by name.
+        first: by name of every layer, that of the first one with its weight.
+    """
+
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        names: dict[int, str] = {}
+        self.first = {name: names.setdefault(id(layer.weight), name) for name, layer in layers.items()}
+        self.modules = {name: layers[name] for name in names.values()}
+        self._every = layers
+
+    def weight(self, name: str) -> Any:
+        """``[n, k]``, also of a Conv1D."""
+        from octavo.torch.choice import is_conv1d
+
+        module = self.modules[name]
+        return module.weight.detach().t() if is_conv1d(module) else module.weight.detach()
+
+    def effects(self, model: Any, batches: Sequence[Mapping[str, Any]], bar: Any) -> dict[str, list[float]]:
+        """What each way to run a layer adds to the divergence, by layer, nats a token."""
+        import torch
+
+        effects = {name: [0.0] * len(WAYS) for name in self.modules}
+        generator = torch.Generator().manual_seed(0)
+        calls: list[tuple[str, Any, Any]] = []  # layer, input, output
+
+        def note(name: str) -> Any:
+            def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+                output.retain_grad()
+                calls.append((self.first[name], arguments[0].detach(), output))
+
+            return hook
+
+        tokens = 0
+        embeddings = model.get_input_embeddings()
+        handles = [layer.register_forward_hook(note(name)) for name, layer in self._every.items()]
+        handles.append(embeddings.register_forward_hook(lambda module, arguments, output: output.requires_grad_()))
+        try:
+            for batch in batches:
+                calls.clear()
+                logits = _logits(model(**batch))
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                logits.log_softmax(-1).gather(-1, drawn).sum().backward()
+                tokens += len(logits)
+                for name, x, output in calls:
+                    if output.grad is None:
+                        continue
+                    gradient, x = output.grad.reshape(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
+                    exact = x @ self.weight(name).t()
+                    for way, (options, _) in enumerate(WAYS):
+                        if options is not None:
+                            weight = octavo.quantize_weight(self.weight(name), options=options)
+                            error = octavo.linear(x, weight, options=options) - exact
+                            effects[name][way] += float((gradient * error).sum(1).square().sum()) / 2
+                bar.update()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: [value / tokens for value in own] for name, own in effects.items()}
+
+    def cheapest(self, effects: Mapping[str, Sequence[float]], bound: float) -> dict[str, int]:
+        """The way of each layer: from the cheapest on, what lessens the sum most for its cost, until it is in bound."""
+        ways = dict.fromkeys(self.modules, 0)
+        left = sum(effects[name][0] for name in ways)
+        while left > bound and any(way < len(WAYS) - 1 for way in ways.values()):
+            gain, name, way = max(
+                (self._gain(effects[name], name, now, way), name, way)
+                for name, now in ways.items()
+                for way in range(now + 1, len(WAYS))
+            )
+            if gain <= 0:
+                break
+            left -= effects[name][ways[name]] - effects[name][way]
+            ways[name] = way
+        return ways
+
+    def cost(self, ways: Mapping[str, int]) -> float:
+        """Of all layers."""
+        return sum(self._cost(name, way) for name, way in ways.items())
+
+    def _gain(self, effects: Sequence[float], name: str, now: int, way: int) -> float:
+        return (effects[now] - effects[way]) / (self._cost(name, way) - self._cost(name, now))
+
+    def _cost(self, name: str, way: int) -> float:
+        return WAYS[way][1] * float(self.modules[name].weight.numel())
+
+    @contextmanager
+    def run_as(self, ways: Mapping[str, int]) -> Iterator[None]:
+        """Run the layers with int8 weights; afterwards they have their own again."""
+        from torch import nn
+
+        from octavo.torch import Int8Tensor
+        from octavo.torch.choice import is_conv1d
+
+        own = {name: layer.weight for name, layer in self._every.items()}
+        try:
+            for name, way in ways.items():
+                options, layer = WAYS[way][0], self.modules[name]
+                if options is not None:
+                    weight: Any = Int8Tensor.from_float(self.weight(name), options)
+                    layer.weight = nn.Parameter(weight.t() if is_conv1d(layer) else weight, requires_grad=False)
+            for name, first in self.first.items():
+                self._every[name].weight = self.modules[first].weight
+            yield
+        finally:
+            for name, weight in own.items():
+                self._every[name].weight = weight
+
+
+def _logits(output: Any) -> Any:
+    if getattr(output, "logits", None) is None:
+        raise unexpected("quantize: kl", "a model that gives logits", type(output).__name__)
+    return output.logits.float().flatten(0, -2)
+
+
+def _log_probabilities(model: Any, batch: Mapping[str, Any]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return _logits(model(**batch)).log_softmax(-1)

@@ -1,0 +1,103 @@
+"""The model of a checkpoint, run by Transformers: its class, its tokens, and the modules behind its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from octavo._text import unexpected
+from octavo.checkpoint.meta_model import names_in_model
+from octavo.checkpoint.reader import Checkpoint
+
+_TOKENS = 256  # of a sequence
+
+
+class Running:
+    """A model that Transformers can run.
+
+    Args:
+        model: its folder, with weights, config and tokenizer.
+        source: the same, opened.
+        trust_remote_code: run the code that the folder brings, where Transformers has not the model itself.
+
+    Raises:
+        RuntimeError: PyTorch, transformers or accelerate is missing.
+        OSError, ValueError: files that cannot be read, or a model that transformers does not know.
+    """
+
+    def __init__(self, model: str | Path, source: Checkpoint, trust_remote_code: bool) -> None:
+        try:
+            import accelerate  # noqa: F401 - transformers needs it, and says so late
+            import transformers
+        except ImportError as error:
+            install = 'pip install "octavo[transformers]"'
+            raise RuntimeError(f"this needs PyTorch, transformers and accelerate: {install} ({error})") from error
+        own_code = "auto_map" in source.config and source.config.get("model_type") not in transformers.CONFIG_MAPPING
+        if own_code and not trust_remote_code:
+            runs_it = "trust_remote_code=True (--trust-remote-code) runs it"
+            raise unexpected(model, "a model of Transformers", f"one that brings its own code: {runs_it}")
+        self.model, self._trust = model, {"trust_remote_code": trust_remote_code}
+        self.config = transformers.AutoConfig.from_pretrained(model, **self._trust)
+        # The very class that saved the checkpoint: others name its layers otherwise.
+        name = (self.config.architectures or ["AutoModelForCausalLM"])[0]
+        own = [auto for auto, place in (source.config.get("auto_map") or {}).items() if place.endswith(f".{name}")]
+        self._class: Any = getattr(transformers, own[0] if own else name, None)
+        if self._class is None:
+            raise unexpected(model, "an architecture of transformers in config.json", name)
+
+    def load(self, progress: bool, **how: Any) -> Any:
+        """``from_pretrained`` with arguments of its own."""
+        with _progress_bars(progress):
+            return self._class.from_pretrained(self.model, **how, **self._trust)
+
+    def batches(self, text: str | Path, sequences: int = 4) -> list[dict[str, Any]]:
+        """The model's arguments for a file of text: some sequences of 256 tokens at a time; a shorter one alone.
+
+        Raises:
+            OSError, ValueError: no file, or no text in UTF-8.
+        """
+        import torch
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, **self._trust)
+        try:
+            tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
+        except UnicodeDecodeError as error:
+            raise unexpected(text, "text in UTF-8", error) from error
+        if not tokens:
+            raise unexpected(text, "text to calibrate with", "none")
+        length = min(_TOKENS, getattr(self.config, "max_position_embeddings", None) or _TOKENS)
+        whole = len(tokens) // length * length
+        ids = list(torch.tensor(tokens[:whole], dtype=torch.int64).reshape(-1, length).split(sequences))
+        ids = [each for each in (*ids, torch.tensor(tokens[whole:], dtype=torch.int64)[None]) if each.numel()]
+        names = ("input_ids", "decoder_input_ids") if self.config.is_encoder_decoder else ("input_ids",)
+        return [dict.fromkeys(names, own) for own in ids]
+
+
+def modules_of(model: Any, stored: Iterable[str]) -> dict[str, Any]:
+    """The modules that hold the weights `stored`, by the names that these layers have in the checkpoint."""
+    name_in_model = names_in_model(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {name: name_in_model(name) for name in stored}
+    return {
+        name.removesuffix(".weight"): modules[own.removesuffix(".weight")]
+        for name, (own, operations) in found.items()
+        if operations is None and own.removesuffix(".weight") in modules
+    }
+
+
+@contextmanager
+def _progress_bars(show: bool) -> Iterator[None]:
+    """Whether transformers shows its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not show:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
