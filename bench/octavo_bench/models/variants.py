@@ -222,7 +222,7 @@ def share_in_16_bit(model: nn.Module, inputs: Mapping[str, Tensor]) -> float | N
             outlying += sum(len(octavo.find_outliers(row, **criterion)) for row in x)
         total += x.numel()
 
-    layers = [module for _, module in linear_layers(model) if isinstance(module.weight, octavo.torch.Int8Tensor)]
+    layers: list[Any] = [each for _, each in linear_layers(model) if isinstance(each.weight, octavo.torch.Int8Tensor)]
     if not layers or layers[0].weight.options.path == "weight_only":
         return None
     with hooked((layer, count) for layer in layers):

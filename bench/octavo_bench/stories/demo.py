@@ -79,8 +79,8 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
         seen = systematic.observe(loaded.model, [window.inputs for window in windows])
         features = systematic.largest_features(seen)
     losses = {"as it is": natural}
-    size = systematic.SIZES["outliers-58"]
-    model, where = systematic.with_outliers(loaded.model, features, size, seen), "with systematic outliers of size 58"
+    where = "with systematic outliers of size 58"
+    model = systematic.with_outliers(loaded.model, features, systematic.SIZES["outliers-58"], seen)
     losses[where] = evaluate(replace(loaded, model=model), few, progress.part(12))
     tables += [replace(table, title=f"{table.title}, {where}") for table in losses[where].tables]
 
