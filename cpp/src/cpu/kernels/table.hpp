@@ -50,20 +50,21 @@ struct Plan {
     std::int64_t cols;  // a multiple of 16
     std::int64_t depth;
     std::int64_t block_rows;
-    std::int64_t x_size;     // bytes of a code in a panel of X
-    std::int64_t regrouped;  // bytes of a code in a slice that `regroup` has made
-    bool x_is_unsigned;      // codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much
+    std::int64_t x_size = 1;     // bytes of a code in a panel of X
+    std::int64_t regrouped = 0;  // bytes of a code in a slice that `regroup` has made
+    // Whether codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much.
+    bool x_is_unsigned = false;
     // One row of a slice into row `row` of its panel (depth * rows * x_size bytes). What its sums will have too much.
     std::int32_t (*place_row)(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel);
     // The slice of W for one tile in the order that `multiply` wants (cols * depth * regrouped bytes, w_stride
     // 16 * depth * regrouped); offsets[j] += what the sums of output feature j will have too much. Null: the packed
     // order is what it wants.
     void (*regroup)(const std::int8_t* w, std::int64_t w_stride, std::int64_t cols, std::int64_t depth,
-                    std::int8_t* target, std::int32_t* offsets);
+                    std::int8_t* target, std::int32_t* offsets) = nullptr;
     void (*multiply)(const ProductTile& tile);
     // Before and behind a run of `multiply` in one thread, for panels of up to `rows` rows; may be null.
-    void (*enter)(std::int64_t rows);
-    void (*leave)();
+    void (*enter)(std::int64_t rows) = nullptr;
+    void (*leave)() = nullptr;
 };
 
 // A product in float32, of rows of X by 16 columns of a matrix over a slice of the depth:

@@ -258,24 +258,17 @@ constexpr Plan few{.rows = half_bytes::rows,
                    .depth = 256,  // 16 KiB of W
                    .block_rows = 16,
                    .x_size = 2,
-                   .regrouped = 0,
                    .x_is_unsigned = true,
                    .place_row = half_bytes::place_row,
-                   .regroup = nullptr,
-                   .multiply = half_bytes::multiply,
-                   .enter = nullptr,
-                   .leave = nullptr};
+                   .multiply = half_bytes::multiply};
 constexpr Plan many{.rows = pairs::rows,
                     .cols = 16,
                     .depth = 512,  // 16 KiB of W
                     .block_rows = 256,
                     .x_size = 2,
                     .regrouped = 2,
-                    .x_is_unsigned = false,
                     .place_row = pairs::place_row,
                     .regroup = pairs::regroup,
-                    .multiply = pairs::multiply,
-                    .enter = nullptr,
-                    .leave = nullptr};
+                    .multiply = pairs::multiply};
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -96,14 +96,9 @@ constexpr Plan dot_plan(std::int64_t block_rows) noexcept {
             .cols = 16 * std::int64_t{Dot::blocks},
             .depth = 512,  // 8 KiB of W for a block
             .block_rows = block_rows,
-            .x_size = 1,
-            .regrouped = 0,
             .x_is_unsigned = Dot::x_is_unsigned,
             .place_row = Dot::x_is_unsigned ? place_unsigned : place_signed,
-            .regroup = nullptr,
-            .multiply = multiply_dots<Dot>,
-            .enter = nullptr,
-            .leave = nullptr};
+            .multiply = multiply_dots<Dot>};
 }
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -56,14 +56,8 @@ constexpr Plan dot_plan(std::int64_t block_rows) {
             .cols = 16,
             .depth = 512,
             .block_rows = block_rows,
-            .x_size = 1,
-            .regrouped = 0,
-            .x_is_unsigned = false,
             .place_row = place_signed,
-            .regroup = nullptr,
-            .multiply = multiply_dots,
-            .enter = nullptr,
-            .leave = nullptr};
+            .multiply = multiply_dots};
 }
 
 }  // namespace octavo::cpu::OCTAVO_ISA

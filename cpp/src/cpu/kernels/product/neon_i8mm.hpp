@@ -73,13 +73,9 @@ constexpr Plan many{.rows = 4,
                     .cols = 16,
                     .depth = 512,
                     .block_rows = 128,
-                    .x_size = 1,
                     .regrouped = 1,
-                    .x_is_unsigned = false,
                     .place_row = place_signed,
                     .regroup = regroup,
-                    .multiply = multiply_squares,
-                    .enter = nullptr,
-                    .leave = nullptr};
+                    .multiply = multiply_squares};
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -27,18 +27,8 @@ inline void plain_product(const ProductTile& tile) {
     }
 }
 
-constexpr Plan many{.rows = 4,
-                    .cols = 16,
-                    .depth = 512,
-                    .block_rows = 128,
-                    .x_size = 1,
-                    .regrouped = 0,
-                    .x_is_unsigned = false,
-                    .place_row = place_signed,
-                    .regroup = nullptr,
-                    .multiply = plain_product,
-                    .enter = nullptr,
-                    .leave = nullptr};
+constexpr Plan many{
+    .rows = 4, .cols = 16, .depth = 512, .block_rows = 128, .place_row = place_signed, .multiply = plain_product};
 constexpr Plan few = many;
 
 }  // namespace octavo::cpu::OCTAVO_ISA
