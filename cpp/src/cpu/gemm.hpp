@@ -20,8 +20,8 @@ const Plan& plan_for(std::int64_t rows);
 
 // How the output is cut: blocks of it are at most `block_rows` high and begin at multiples of `rows` and `cols`.
 struct Blocking {
-    std::int64_t rows;
-    std::int64_t block_rows;
+    std::int64_t rows = 0;
+    std::int64_t block_rows = 0;
     std::int64_t cols = 64;
 };
 
