@@ -171,6 +171,12 @@ def test_what_octavo_quantize_wrote(ranks: Ranks, folders: Any, tmp_path: Path) 
     ranks.run(_int8, tmp_path / "int8")
 
 
+def test_experts_whose_projections_are_stored_apart(ranks: Ranks, folders: Any, tmp_path: Path) -> None:
+    """As octavo quantize writes them: each rank's rows are those of both projections, once they are together."""
+    checkpoint.quantize(folders("MixtralForCausalLM"), tmp_path / "int8", progress=False, path="weight_only")
+    ranks.run(_int8, tmp_path / "int8")
+
+
 def _llm_int8(mesh: DeviceMesh, folder: Path) -> None:
     """Scales of X are a rank's own, and finer: as close to the float32 model, give or take chance."""
     exact = _logits(_load(folder))
