@@ -37,7 +37,7 @@ class Demo:
     draws: int = 3  # of random features, for the ablation
     batch_sizes: tuple[int, ...] = (1, 16, 64)
     seconds: float = 2.5  # of timing, for each batch size and dtype
-    tokens: int = 40  # of an answer; 0: no questions are asked
+    tokens: int = 24  # of an answer; 0: no questions are asked
 
 
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
