@@ -238,7 +238,7 @@ def _text(report: checkpoint.Report) -> str:
         f"{format_size(report.source_bytes)} -> {format_size(report.output_bytes)}, {report.seconds:.1f} s"
     ]
     if report.left:
-        lines += ["left as they are:", *_some([(shown(name), report.reasons[name]) for name in report.left])]
+        lines += ["left as they are:", *_some([(shown(name), shown(report.reasons[name])) for name in report.left])]
     if report.not_copied:
         lines += ["not copied, as it links out of the model's folder:"]
         lines += _some([(shown(name),) for name in report.not_copied])

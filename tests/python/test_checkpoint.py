@@ -742,6 +742,13 @@ def test_names_are_escaped_and_clipped(tmp_path: Path, capsys: pytest.CaptureFix
         shown = capsys.readouterr().out
         assert "\x1b" not in shown
         assert len(shown) < 2000
+    metadata = {f"octavo.{key}": json.dumps({f"{red}{long}": f"{red}{long}"}) for key in ("kept", "measured")}
+    safetensors.torch.save_file({f"{red}.weight": torch.zeros(4, 4)}, path, metadata=metadata)
+    assert cli.main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\\x1b[31mred" in shown
+    assert "\x1b" not in shown
+    assert len(shown) < 2000
     safetensors.torch.save_file({f"{red}{long}.weight": torch.zeros(4, 4, dtype=torch.float64)}, path)
     torch.save({f"{red}{long}": 3}, tmp_path / "model.bin")
     for file in (path, tmp_path / "model.bin"):

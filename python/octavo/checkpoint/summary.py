@@ -92,7 +92,8 @@ class Summary:
             checksums = "in these files, so that damage to data cannot be told"
         lines = [*table(rows, left=(0, 1)), ""] if self.layers else []
         if self.kept:
-            lines += [*table([("in 16 bit", ""), *((shown(name), why) for name, why in self.kept.items())], (0, 1)), ""]
+            kept_rows = [(shown(name), shown(why)) for name, why in self.kept.items()]
+            lines += [*table([("in 16 bit", ""), *kept_rows], (0, 1)), ""]
         formats = ", ".join(sorted({layer.format for layer in self.layers})) or "16/32 bit"
         lines += [
             f"{shown(self.path)}: {len(self.files)} file{'s' * (len(self.files) != 1)}, format {formats}",
@@ -105,7 +106,7 @@ class Summary:
         lines += [
             f"all                    {_mib(self.bytes):>12} MiB, 16 bit would take {self.ratio:.2f} times as much",
             f"checksums      {self.checksums:6}  {checksums}",
-            *(f"{name:14} {shown(value):>6}" for name, value in self.measured.items()),
+            *(f"{shown(name):14} {shown(value):>6}" for name, value in self.measured.items()),
         ]
         return "\n".join(lines)
 
