@@ -75,6 +75,8 @@ def choose_options(
 ) -> Choice:
     """Choose how each linear layer of a checkpoint is run, for `quantize` to write (``layer_options``).
 
+    Layers that Transformers rearranges while it reads them, as stacked experts, stay in 16 bit.
+
     Args:
         model: a folder with weights, config and tokenizer, of a model that Transformers has and that gives logits. It
             is run in float32, in memory, with the activations of all layers.
