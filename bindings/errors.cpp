@@ -31,6 +31,8 @@ void set_error_of_exception() noexcept {
         PyErr_SetString(PyExc_MemoryError, error.what());
     } catch (const std::length_error& error) {  // more elements than a container can ever hold
         PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
     } catch (const std::exception& error) {
         PyErr_SetString(PyExc_RuntimeError, error.what());
     }

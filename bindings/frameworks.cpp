@@ -24,6 +24,14 @@ struct TorchNames {
     py::object new_empty = tensor.attr("new_empty");  // unbound: of any tensor
     py::object forward_ad = py::module_::import("torch.autograd.forward_ad");
     py::object forward_level = interned("_current_level");
+    // Each true of a tensor, or where anything is active, that an operation must not go past the dispatcher.
+    py::object has_torch_function = torch.attr("_C").attr("_has_torch_function_unary");
+    py::object dispatch_modes = torch.attr("_C").attr("_len_torch_dispatch_stack");
+    py::object are_transforms_active = torch.attr("_C").attr("_are_functorch_transforms_active");
+    py::object tracing_state = torch.attr("_C").attr("_get_tracing_state");
+    py::object is_autocast_enabled = torch.attr("_C").attr("_is_any_autocast_enabled");
+    py::object is_nested = interned("is_nested");
+    py::object is_meta = interned("is_meta");
     py::object dtype_keyword = py::make_tuple(interned("dtype"));
     py::object requires_grad = interned("requires_grad");
     py::object is_neg = interned("is_neg");
@@ -83,6 +91,13 @@ const Names& names() {
 }
 
 bool is_true(const py::object& object) { return object.ptr() == Py_True; }
+
+// What a function without arguments returns.
+py::object call(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
+
+py::object attribute(py::handle object, const py::object& name) {
+    return checked(PyObject_GetAttr(object.ptr(), name.ptr()));
+}
 
 // A module that somebody has imported, or nothing.
 py::object loaded(const char* module) {
@@ -234,16 +249,28 @@ std::optional<DType> dtype_of(const py::dtype& dtype) {
 
 const DLPackExchangeAPI* torch_exchange() { return names<TorchNames>().exchange; }
 
-bool torch_requires_grad(py::handle tensor) {
-    return is_true(checked(PyObject_GetAttr(tensor.ptr(), names<TorchNames>().requires_grad.ptr())));
-}
+bool torch_requires_grad(py::handle tensor) { return is_true(attribute(tensor, names<TorchNames>().requires_grad)); }
 
 bool torch_records(py::handle tensor) {
     const auto& torch = names<TorchNames>();
-    if (is_true(torch.is_grad_enabled()) && torch_requires_grad(tensor)) return true;
-    const py::object level = checked(PyObject_GetAttr(torch.forward_ad.ptr(), torch.forward_level.ptr()));
-    if (PyLong_AsLong(level.ptr()) < 0) return false;
+    if (torch_requires_grad(tensor) && is_true(call(torch.is_grad_enabled))) return true;
+    if (PyLong_AsLong(attribute(torch.forward_ad, torch.forward_level).ptr()) < 0) return false;
     return !torch.forward_ad.attr("unpack_dual")(tensor).attr("tangent").is_none();
+}
+
+bool torch_is_plain_below_autograd(py::handle tensor) {
+    const auto& torch = names<TorchNames>();
+    return py::type::handle_of(tensor).is(torch.tensor) && PyLong_AsLong(call(torch.dispatch_modes).ptr()) == 0 &&
+           !is_true(call(torch.are_transforms_active)) && !is_true(attribute(tensor, torch.is_nested)) &&
+           !is_true(attribute(tensor, torch.is_meta));
+}
+
+bool torch_is_plain(py::handle tensor) {
+    const auto& torch = names<TorchNames>();
+    PyObject* const arguments[] = {tensor.ptr()};
+    return torch_is_plain_below_autograd(tensor) &&
+           !is_true(checked(PyObject_Vectorcall(torch.has_torch_function.ptr(), arguments, 1, nullptr))) &&
+           call(torch.tracing_state).is_none() && !is_true(call(torch.is_autocast_enabled));
 }
 
 // As that of `x.conj().imag` does.

@@ -48,6 +48,11 @@ struct TypeFacts {
 [[nodiscard]] bool torch_is_negated(py::handle tensor);  // the memory holds the negation of its values
 [[nodiscard]] bool torch_is_dense(py::handle tensor);
 
+// Whether an operation on `tensor`, apart from its gradient, is nothing but its computation: nobody traces, transforms,
+// intercepts or casts it. Below autograd the dispatcher has seen to some of these.
+[[nodiscard]] bool torch_is_plain(py::handle tensor);
+[[nodiscard]] bool torch_is_plain_below_autograd(py::handle tensor);
+
 // A new, contiguous, uninitialized array on the device of `like`, of its framework or an OwnArray.
 [[nodiscard]] py::object allocate(Framework framework, py::handle like, Device device, const Shape& shape,
                                   DType like_dtype, DType dtype);

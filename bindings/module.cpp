@@ -50,8 +50,8 @@ PYBIND11_MODULE(_octavo_core, module, py::mod_gil_not_used()) {
     module.doc() = "The C++ core of octavo. Use the functions of the package `octavo`, which document it.";
     py::register_exception_translator(translate);
     octavo::python::define_operations(module);
-    module.def("register_torch_operation", &octavo::python::register_torch_operation);
     module.def("jax_targets", &octavo::python::jax_targets);
+    module.def("register_torch_operations", &octavo::python::register_torch_operations);
     module.def("version", &octavo::version);
     module.def("cpu_isa", &octavo::cpu_isa);
     module.def("cpu_isas_available", &octavo::cpu_isas_available);

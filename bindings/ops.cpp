@@ -21,6 +21,7 @@
 #include "bindings/errors.hpp"
 #include "bindings/interpreter.hpp"
 #include "bindings/tensor.hpp"
+#include "bindings/torch_op.hpp"
 #include "octavo/octavo.hpp"
 
 namespace octavo::python {
@@ -243,7 +244,7 @@ public:
             throw py::value_error(std::string(argument.function) + ": " + argument.name +
                                   ": expected leading dimensions of one stride, got others");
         }
-        fresh_.emplace(allocate(like, shape, given_ ? given_->dtype() : dtype), argument, Use::write);
+        fresh_.emplace(allocate(like, shape, given_ ? given_->dtype() : dtype), argument, Use::fresh);
     }
 
     [[nodiscard]] Matrix matrix() const { return fresh_ ? fresh_->mutable_matrix() : given_->mutable_matrix(); }
@@ -426,19 +427,25 @@ py::object dequantize_op(py::handle codes_object, py::handle scale_object, py::h
 // packed order; `shape` is (n, k), and only of a matrix of k columns may be missing.
 class Weight {
 public:
-    Weight(py::handle codes, const std::optional<std::pair<std::int64_t, std::int64_t>>& shape, py::handle scale,
-           py::handle zeropoint, py::handle code_sums, py::handle outlier_columns, py::handle outlier_weight,
-           py::handle options_object)
-        : codes_(codes, {function, "codes", "int8"}, Use::keep),
-          scale_(scale, {function, "scale", "float32"}, Use::keep),
-          zeropoint_(optional_array(zeropoint, {function, "zeropoint", "float32"}, Use::keep)),
-          code_sums_(optional_array(code_sums, {function, "code_sums", "int32"}, Use::keep)),
-          outlier_columns_(optional_array(outlier_columns, {function, "outlier_columns", "int32"}, Use::keep)),
-          outlier_weight_(optional_array(outlier_weight, {function, "outlier_weight"}, Use::keep)) {
+    using Shape2 = std::optional<std::pair<std::int64_t, std::int64_t>>;
+
+    Weight(py::handle codes, const Shape2& shape, py::handle scale, py::handle zeropoint, py::handle code_sums,
+           py::handle outlier_columns, py::handle outlier_weight, py::handle options)
+        : Weight(codes, shape, scale, zeropoint, code_sums, outlier_columns, outlier_weight,
+                 options_of(options, function).quantize, Use::keep) {}
+
+    // `use`: read for a weight that lives no longer than the arrays.
+    Weight(py::handle codes, const Shape2& shape, py::handle scale, py::handle zeropoint, py::handle code_sums,
+           py::handle outlier_columns, py::handle outlier_weight, const QuantizeOptions& options, Use use)
+        : codes_(codes, {function, "codes", "int8"}, use),
+          scale_(scale, {function, "scale", "float32"}, use),
+          zeropoint_(optional_array(zeropoint, {function, "zeropoint", "float32"}, use)),
+          code_sums_(optional_array(code_sums, {function, "code_sums", "int32"}, use)),
+          outlier_columns_(optional_array(outlier_columns, {function, "outlier_columns", "int32"}, use)),
+          outlier_weight_(optional_array(outlier_weight, {function, "outlier_weight"}, use)) {
         if (codes_.dtype() != DType::i8) {
             throw py::type_error(std::string("Int8Weight: codes: expected dtype int8, got ") + name_of(codes_.dtype()));
         }
-        const QuantizeOptions& options = options_of(options_object, function).quantize;
         const bool packed = shape && codes_.shape().size() != 2;
         if (packed) {
             const std::int64_t width = rotated_size(shape->second, options.rotation);
@@ -493,20 +500,49 @@ private:
     WeightView view_;
 };
 
-py::object linear_op(py::handle x_object, py::handle weight_object, py::handle bias_object, py::handle options_object,
+py::object product(Array& x, const WeightView& weight, py::handle bias_object, const LinearOptions& options,
+                   py::handle out) {
+    constexpr auto function = "linear";
+    const auto bias = optional_array(bias_object, {function, "bias", float_dtype_names, &x});
+    const ConstMatrix source = x.matrix();
+    const std::int64_t n = weight.codes.rows;
+    const Output result(out, x, with_last(x, n), x.dtype(), {function, "out", float_dtype_names, &x});
+    run(x, work_of(source, n), [&](Stream stream) {
+        octavo::linear(source, weight, vector_or_absent(bias), result.matrix(), options, stream);
+    });
+    return result.finish();
+}
+
+py::object linear_op(py::handle x_object, py::handle weight_object, py::handle bias, py::handle options,
                      py::handle out) {
     constexpr auto function = "linear";
     Array x(x_object, {function, "x"}, Use::differentiable);
     const auto& weight = instance_of<Weight>(weight_object, {function, "weight"}, "Int8Weight");
-    const auto bias = optional_array(bias_object, {function, "bias", float_dtype_names, &x});
-    const LinearOptions& options = options_of(options_object, function).linear;
-    const ConstMatrix source = x.matrix();
-    const std::int64_t n = weight.view().codes.rows;
-    const Output result(out, x, with_last(x, n), x.dtype(), {function, "out", float_dtype_names, &x});
-    run(x, work_of(source, n), [&](Stream stream) {
-        octavo::linear(source, weight.view(), vector_or_absent(bias), result.matrix(), options, stream);
-    });
-    return result.finish();
+    return product(x, weight.view(), bias, options_of(options, function).linear, out);
+}
+
+// Whether PyTorch wants nothing of a product but its result.
+py::object is_plain_op(py::handle x, py::handle bias) {
+    return py::bool_(torch_is_plain(x) && !torch_records(x) && (bias.is_none() || !torch_records(bias)));
+}
+
+// octavo::linear as autograd calls it: where nothing is to be recorded, the product, past the rest of the dispatcher;
+// else what `register_torch_operations` was given.
+py::object torch_linear_op(py::handle x_object, py::handle codes, py::handle scale, py::handle code_sums,
+                           py::handle zeropoint, py::handle outlier_columns, py::handle outlier_weight, py::handle bias,
+                           py::handle text, py::handle k) {
+    if (!torch_is_plain_below_autograd(x_object) || torch_records(x_object) ||
+        (!bias.is_none() && torch_records(bias))) {
+        return recorded_torch_linear()(x_object, codes, scale, code_sums, zeropoint, outlier_columns, outlier_weight,
+                                       bias, text, k);
+    }
+    Array x(x_object, {"linear", "x"});
+    const NativeOptions& options = read_options(text.cast<std::string>());
+    const Array sums(code_sums, {"linear", "code_sums", "int32"});
+    const std::pair shape{sums.vector().size, parse_extent(k, {"linear", "in_features"})};
+    const Weight weight(codes, shape, scale, zeropoint, code_sums, outlier_columns, outlier_weight, options.quantize,
+                        Use::read);
+    return product(x, weight.view(), bias, options.linear, py::none());
 }
 
 py::object linear_backward_op(py::handle grad_object, py::handle weight_object, py::handle options_object,
@@ -591,6 +627,10 @@ void define_operations(py::module_& module) {
         method<linear_op>("linear", "linear($module, x, weight, bias, options, out, /)\n--\n\n"),
         method<linear_backward_op>("linear_backward",
                                    "linear_backward($module, grad, weight, options, out, /)\n--\n\n"),
+        method<is_plain_op>("is_plain", "is_plain($module, x, bias, /)\n--\n\n"),
+        method<torch_linear_op>("torch_linear",
+                                "torch_linear($module, x, codes, scale, code_sums, zeropoint, outlier_columns, "
+                                "outlier_weight, bias, options, in_features, /)\n--\n\n"),
         PyMethodDef{},
     };
     if (PyModule_AddFunctions(module.ptr(), methods.data()) != 0) throw py::error_already_set();
@@ -599,8 +639,8 @@ void define_operations(py::module_& module) {
              py::arg("scheme"), py::arg("granularity"), py::arg("rotation"), py::arg("outliers"), py::arg("threshold"),
              py::arg("relative"), py::arg("cap"), py::arg("path"));
     py::class_<Weight>(module, "Weight", py::is_final())
-        .def(py::init<py::handle, const std::optional<std::pair<std::int64_t, std::int64_t>>&, py::handle, py::handle,
-                      py::handle, py::handle, py::handle, py::handle>(),
+        .def(py::init<py::handle, const Weight::Shape2&, py::handle, py::handle, py::handle, py::handle, py::handle,
+                      py::handle>(),
              py::arg("codes"), py::arg("shape"), py::arg("scale"), py::arg("zeropoint"), py::arg("code_sums"),
              py::arg("outlier_columns"), py::arg("outlier_weight"), py::arg("options"))
         .def_property_readonly("code_sums", &Weight::code_sums)

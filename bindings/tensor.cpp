@@ -123,7 +123,7 @@ void Array::import_torch(Use use) {
         refuse("value", "a tensor outside autograd (use .detach(), torch.no_grad() or octavo.torch.Int8Linear)",
                "one that requires grad");
     }
-    if (torch_is_negated(object_)) {
+    if (use != Use::fresh && torch_is_negated(object_)) {
         if (writes) refuse("value", "a tensor without the negative bit", "one with it");
         object_ = object_.attr("resolve_neg")();
     }
@@ -139,13 +139,14 @@ void Array::import_torch(Use use) {
             refuse_conversion(py::error_already_set());
         }
         versioned_.reset(tensor);
-        return read_header(tensor->dl_tensor);
+        read_header(tensor->dl_tensor);
+    } else {
+        DLTensor tensor{};
+        if (exchange->dltensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
+            refuse_conversion(py::error_already_set());
+        }
+        read_header(tensor);
     }
-    DLTensor tensor{};
-    if (exchange->dltensor_from_py_object_no_sync(object_.ptr(), &tensor) != 0) {
-        refuse_conversion(py::error_already_set());
-    }
-    read_header(tensor);
 }
 
 void Array::refuse_dtype() const {

@@ -31,6 +31,7 @@ enum class Use {
     keep,            // as read, after the call too: the memory stays even if the tensor is given other memory
     differentiable,  // as read, but refused while autograd would want to record the operation
     write,           // an output: must be writable
+    fresh,           // an output that `allocate` has made
 };
 
 // An array argument. Holds the array until it is destroyed.

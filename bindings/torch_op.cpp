@@ -1,6 +1,6 @@
-// octavo::linear as PyTorch's dispatcher calls it, without Python in between. PyTorch is not linked, and none of its
-// headers is used: the functions are those of its stable C interface (torch/csrc/stable/c/shim.h, PyTorch 2.10), found
-// at run time in the library that `import torch` has loaded.
+// octavo::linear and octavo::linear_backward as PyTorch's dispatcher calls them, without Python in between. PyTorch is
+// not linked, and none of its headers is used: the functions are those of its stable C interface
+// (torch/csrc/stable/c/shim.h, PyTorch 2.10), found at run time in the library that `import torch` has loaded.
 #include "bindings/torch_op.hpp"
 
 #include <dlfcn.h>
@@ -261,64 +261,125 @@ std::string string_of(Value value) {
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
-// linear(Tensor x, Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns,
-//        Tensor? outlier_weight, Tensor? bias, str options, SymInt in_features) -> Tensor
-void linear_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
-    Tensor x(stack[0], "x");
-    Tensor codes(stack[1], "codes");
-    const Tensor scale(stack[2], "scale");
-    const Tensor code_sums(stack[3], "code_sums");
-    const auto zeropoint = optional_tensor(stack[4], "zeropoint");
-    const auto outlier_columns = optional_tensor(stack[5], "outlier_columns");
-    auto outlier_weight = optional_tensor(stack[6], "outlier_weight");
-    const auto bias = optional_tensor(stack[7], "bias");
-    const std::string options_text = string_of(stack[8]);
-    const auto k = static_cast<std::int64_t>(stack[9]);
-    try {
-        const NativeOptions& options = read_options(options_text);
-        const std::int64_t n = code_sums.vector().size;
-        const bool is_packed = codes.sizes().size() == 4;
-        const std::int64_t width = rotated_size(k, options.quantize.rotation);
-        WeightView weight{.codes = is_packed ? codes.packed(n, width) : ConstMatrix(codes.matrix()),
-                          .scale = scale.vector(),
-                          .zeropoint = vector_or_absent(zeropoint),
-                          .code_sums = code_sums.vector(),
-                          .outlier_columns = vector_or_absent(outlier_columns)};
-        if (outlier_weight) weight.outlier_weight = outlier_weight->matrix();
-        weight.scheme = options.quantize.scheme;
-        weight.granularity = options.quantize.granularity;
-        weight.rotation = options.quantize.rotation;
-        weight.k = k;
-        weight.layout = is_packed ? Layout::packed : Layout::row_major;
+// The arguments that an int8 weight is, and what it is multiplied with: of each kernel the last ones but for
+// `in_features`.
+class WeightArguments {
+public:
+    // From `stack[1]` on: Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns,
+    // Tensor? outlier_weight.
+    WeightArguments(const Value* stack, Value options, Value in_features)
+        : codes_(stack[1], "codes"),
+          scale_(stack[2], "scale"),
+          code_sums_(stack[3], "code_sums"),
+          zeropoint_(optional_tensor(stack[4], "zeropoint")),
+          outlier_columns_(optional_tensor(stack[5], "outlier_columns")),
+          outlier_weight_(optional_tensor(stack[6], "outlier_weight")),
+          options_(string_of(options)),
+          k_(static_cast<std::int64_t>(in_features)) {}
 
-        std::vector<std::int64_t> sizes(x.sizes().begin(), x.sizes().end());
-        if (sizes.empty()) refuse("x: expected at least one dimension, got none");
-        sizes.back() = n;
-        Tensor out = Tensor::empty(x, sizes);
-        Stream stream;
-        if (x.device().kind == DeviceKind::cuda) {
-            if (torch().get_current_cuda_stream == nullptr)
-                throw std::runtime_error("octavo::linear: PyTorch has no CUDA");
-            check(torch().get_current_cuda_stream(x.device().index, &stream.handle));
-        }
-        std::uint32_t threads = 0;
-        check(torch().get_num_threads(&threads));
-        const ThreadLimit limit(static_cast<int>(threads));
-        octavo::linear(x.matrix(), weight, vector_or_absent(bias), out.matrix(), options.linear, stream);
-        stack[0] = out.release();
+    [[nodiscard]] const NativeOptions& options() const { return read_options(options_); }
+    [[nodiscard]] std::int64_t out_features() const { return code_sums_.vector().size; }
+    [[nodiscard]] std::int64_t in_features() const noexcept { return k_; }
+
+    [[nodiscard]] WeightView view() {
+        const QuantizeOptions& options = this->options().quantize;
+        const bool is_packed = codes_.sizes().size() == 4;
+        const std::int64_t width = rotated_size(k_, options.rotation);
+        WeightView weight{.codes = is_packed ? codes_.packed(out_features(), width) : ConstMatrix(codes_.matrix()),
+                          .scale = scale_.vector(),
+                          .zeropoint = vector_or_absent(zeropoint_),
+                          .code_sums = code_sums_.vector(),
+                          .outlier_columns = vector_or_absent(outlier_columns_)};
+        if (outlier_weight_) weight.outlier_weight = outlier_weight_->matrix();
+        weight.scheme = options.scheme;
+        weight.granularity = options.granularity;
+        weight.rotation = options.rotation;
+        weight.k = k_;
+        weight.layout = is_packed ? Layout::packed : Layout::row_major;
+        return weight;
+    }
+
+private:
+    Tensor codes_;
+    Tensor scale_;
+    Tensor code_sums_;
+    std::optional<Tensor> zeropoint_;
+    std::optional<Tensor> outlier_columns_;
+    std::optional<Tensor> outlier_weight_;
+    std::string options_;
+    std::int64_t k_;
+};
+
+// A new tensor like `x`, its last extent replaced, that `compute(out, stream)` has written.
+template <class Compute>
+Value result_like(const Tensor& x, std::int64_t last, const Compute& compute) {
+    std::vector<std::int64_t> sizes(x.sizes().begin(), x.sizes().end());
+    if (sizes.empty()) refuse("x: expected at least one dimension, got none");
+    sizes.back() = last;
+    Tensor out = Tensor::empty(x, sizes);
+    Stream stream;
+    if (x.device().kind == DeviceKind::cuda) {
+        if (torch().get_current_cuda_stream == nullptr) throw std::runtime_error("octavo::linear: PyTorch has no CUDA");
+        check(torch().get_current_cuda_stream(x.device().index, &stream.handle));
+    }
+    std::uint32_t threads = 0;
+    check(torch().get_num_threads(&threads));
+    const ThreadLimit limit(static_cast<int>(threads));
+    compute(out.matrix(), stream);
+    return out.release();
+}
+
+// The exceptions of which PyTorch makes a ValueError or a RuntimeError.
+template <class Kernel>
+Value translated(const Kernel& kernel) {
+    try {
+        return kernel();
     } catch (const Error& error) {
         if (error.kind() == ErrorKind::device) throw std::runtime_error(error.what());
         throw std::invalid_argument(error.what());
     }
 }
 
+// linear(Tensor x, <weight>, Tensor? bias, str options, SymInt in_features) -> Tensor
+void linear_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
+    Tensor x(stack[0], "x");
+    WeightArguments weight(stack, stack[8], stack[9]);
+    const auto bias = optional_tensor(stack[7], "bias");
+    stack[0] = translated([&] {
+        const WeightView view = weight.view();
+        return result_like(x, weight.out_features(), [&](Matrix out, Stream stream) {
+            octavo::linear(x.matrix(), view, vector_or_absent(bias), out, weight.options().linear, stream);
+        });
+    });
+}
+
+// linear_backward(Tensor grad, <weight>, str options, SymInt in_features) -> Tensor
+void linear_backward_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
+    Tensor grad(stack[0], "grad");
+    WeightArguments weight(stack, stack[7], stack[8]);
+    stack[0] = translated([&] {
+        const WeightView view = weight.view();
+        return result_like(grad, weight.in_features(), [&](Matrix out, Stream stream) {
+            octavo::linear_backward(grad.matrix(), view, out, weight.options().linear, stream);
+        });
+    });
+}
+
 }  // namespace
 
-void register_torch_operation() {
+namespace {
+PyObject* recorded_linear = nullptr;  // held for as long as the process runs
+}
+
+py::handle recorded_torch_linear() { return recorded_linear; }
+
+void register_torch_operations(const py::function& recorded) {
+    recorded_linear = py::object(recorded).release().ptr();
     for (const char* const key : {"CPU", "CUDA"}) {
         void* library = nullptr;  // never deleted: it is registered for as long as the process runs
         check(torch().library_init("octavo", key, __FILE__, __LINE__, &library));
         check(torch().library_impl(library, "linear", linear_kernel, torch_2_10));
+        check(torch().library_impl(library, "linear_backward", linear_backward_kernel, torch_2_10));
     }
 }
 

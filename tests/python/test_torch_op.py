@@ -54,8 +54,8 @@ def arguments(weight: ot.Int8Tensor, x: Tensor, bias: Tensor | None = None) -> t
     return (x, *weight._arrays.tensors(), bias, weight.options.text, weight._arrays.shape[1])
 
 
-def product_arguments(weight: ot.Int8Tensor, x: Tensor, transpose: bool) -> tuple[Any, ...]:
-    return (x, *weight._arrays.tensors(), weight._arrays.shape[1], transpose, weight.options.rotation)
+def backward_arguments(weight: ot.Int8Tensor, grad: Tensor) -> tuple[Any, ...]:
+    return (grad, *weight._arrays.tensors(), weight.options.text, weight._arrays.shape[1])
 
 
 # --- the operations ---------------------------------------------------------------------------------------------------
@@ -76,12 +76,18 @@ def test_is_octavo_linear_in_16_bit(dtype: torch.dtype) -> None:
     assert torch.equal(torch.ops.octavo.linear(*arguments(layer.weight, x, layer.bias)), layer(x))
 
 
-def test_float_product_is_that_of_the_dequantized_weight(policy: dict[str, Any]) -> None:
+def test_backward_is_the_product_with_the_dequantized_weight(policy: dict[str, Any]) -> None:
+    """With the kept columns that the forward pass reads."""
     weight = mlp(policy)[0].weight
+    options = weight.options
     whole = weight.dequantize()
-    for transpose, x in ((True, inputs()), (False, torch.randn(2, 3, 70))):
-        found = torch.ops.octavo.float_product(*product_arguments(weight, x, transpose))
-        torch.testing.assert_close(found, x @ (whole.t() if transpose else whole))
+    if options.path == "weight_only" or options.outliers == "none":
+        whole = weight.int8_weight.dequantize()
+    grad = torch.randn(2, 3, 70)
+    for given in (grad, grad.transpose(0, 1), grad[0, 0], grad.bfloat16()):
+        found = torch.ops.octavo.linear_backward(*backward_arguments(weight, given))
+        tolerance = {"rtol": 1e-2, "atol": 1e-2} if given.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(found, (given.float() @ whole).to(given.dtype), **tolerance)
 
 
 def test_refuses_what_does_not_fit() -> None:
@@ -105,8 +111,8 @@ def test_opcheck(policy: dict[str, Any]) -> None:
     weight = mlp(policy)[0].weight
     bias = torch.randn(70, requires_grad=True)
     torch.library.opcheck(torch.ops.octavo.linear.default, arguments(weight, inputs().requires_grad_(), bias))
-    product = product_arguments(weight, inputs().requires_grad_(), True)
-    torch.library.opcheck(torch.ops.octavo.float_product.default, product)
+    grad = torch.randn(6, 70, requires_grad=True)
+    torch.library.opcheck(torch.ops.octavo.linear_backward.default, backward_arguments(weight, grad))
 
 
 # --- tracers and compilers --------------------------------------------------------------------------------------------
@@ -220,18 +226,27 @@ def test_vmap_is_a_call_for_each_example(policy: dict[str, Any]) -> None:
     torch.testing.assert_close(per_sample, torch.stack(expected))
 
 
-def test_the_backward_pass_dequantizes_a_block_at_a_time() -> None:
-    """Beyond the result, less than a tenth of the dequantized weight is in memory at once."""
-    weight = ot.Int8Tensor.from_float(torch.randn(2048, 1024), Options(scheme="zeropoint"), [3])
-    grad = torch.randn(8, 2048)
+def peak_of_resident_memory() -> int:
+    """Bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def test_the_backward_pass_dequantizes_a_tile_at_a_time() -> None:
+    """Beyond the result, PyTorch allocates nothing, and the process less than a tenth of the dequantized weight."""
+    options = Options(scheme="zeropoint", rotation=16)
+    weight = ot.Int8Tensor.from_float(torch.randn(4096, 4096), options, [3])
+    grad = torch.randn(8, 4096)
+    clear_refs = Path("/proc/self/clear_refs")
+    if not clear_refs.exists():
+        pytest.skip("the peak of resident memory is read from Linux's /proc")
+    clear_refs.write_text("5")  # the peak begins anew
+    before = peak_of_resident_memory()
     with torch.profiler.profile(profile_memory=True) as profile:
-        torch.ops.octavo.float_product(*product_arguments(weight, grad, False))
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    assert 0 < peak <= 8 * 1024 * 4 + 8 * 2048 * 4 + 0.1 * 2048 * 1024 * 4, peak
+        torch.ops.octavo.linear_backward(*backward_arguments(weight, grad))
+    sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sum(size for size in sizes if size > 0) == 8 * 4096 * 4
+    assert peak_of_resident_memory() - before < 0.1 * 4096 * 4096 * 4
 
 
 # --- modes and modules of PyTorch -------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional
 
 from octavo import _core
@@ -128,14 +127,12 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
-        if torch.compiler.is_compiling():
-            return functional.linear(input, self.weight, self.bias)
         parameters: dict[str, Any] = self._parameters  # found faster than as attributes
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if type(weight) is not Int8Tensor or not _is_plain(input, bias):
-            return functional.linear(input, self.weight, self.bias)
-        arrays = weight._arrays
-        return _core.linear(input, arrays.int8_weight._native, bias, arrays.options._native, None)  # type: ignore[no-any-return]
+        if type(weight) is Int8Tensor and not torch.compiler.is_compiling() and _core.is_plain(input, bias):
+            arrays = weight._arrays
+            return _core.linear(input, arrays.int8_weight._native, bias, arrays.options._native, None)  # type: ignore[no-any-return]
+        return functional.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """The layer's options, for ``print(model)``."""
@@ -147,22 +144,6 @@ class Int8Linear(nn.Linear):
             f"{super().extra_repr()}, scheme={options.scheme!r}, granularity={options.granularity!r}, "
             f"threshold={options.threshold:g}, outliers={options.outliers!r}, path={options.path!r}{kept}"
         )
-
-
-def _is_plain(input: Any, bias: Any) -> bool:
-    """Whether nothing but a product of `input` is wanted: nobody traces, differentiates, maps or casts it."""
-    return not (
-        type(input) is not Tensor
-        or torch._C._has_torch_function_unary(input)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
-        or (torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)))
-        or input.is_nested
-        or input.is_meta
-    )
 
 
 # --- state dicts ------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The operations ``torch.ops.octavo.*``, and what PyTorch is told about them, so that it can trace and transform them.
 
-``linear`` is `octavo.linear`; its kernel is C++ (bindings/torch_op.cpp). ``float_product`` multiplies with the
-dequantized weight, a block of it at a time: gradients and tangents of ``linear``.
+``linear`` is `octavo.linear`; ``linear_backward`` is the gradient of its x. Their kernels are C++
+(bindings/torch_op.cpp).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,28 +20,33 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from octavo import _core
-from octavo._types import rotated_size
 from octavo.options import Options
 from octavo.torch import onnx
-from octavo.torch.arrays import Arrays, unpack
+from octavo.torch.arrays import Arrays
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_BLOCKS = 16  # of a weight, of which one is dequantized at a time
 
 _library = torch.library.Library("octavo", "DEF")
-_ARRAYS = (
+_WEIGHT = (
     "Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns, Tensor? outlier_weight"
 )
-_library.define(f"linear(Tensor x, {_ARRAYS}, Tensor? bias, str options, SymInt in_features) -> Tensor")
-_library.define(f"float_product(Tensor x, {_ARRAYS}, SymInt in_features, bool transpose, int rotation) -> Tensor")
-_core.register_torch_operation()
-_options = lru_cache(Options.from_text)
+_library.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, str options, SymInt in_features) -> Tensor")
+_library.define(f"linear_backward(Tensor grad, {_WEIGHT}, str options, SymInt in_features) -> Tensor")
 _linear_op: Any = torch.ops.octavo.linear.default
-_float_product_op: Any = torch.ops.octavo.float_product.default
+_backward_op: Any = torch.ops.octavo.linear_backward.default
+_options = lru_cache(Options.from_text)
+
+
+@lru_cache
+def _with(text: str, **changes: Any) -> str:
+    """The text of changed options."""
+    return replace(_options(text), **changes).text
 
 
 def linear(x: Tensor, arrays: Arrays, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` by `octavo.linear`, ``[..., k]`` -> ``[..., n]``."""
+    if not torch.compiler.is_compiling() and _core.is_plain(x, bias):
+        return _core.linear(x, arrays.int8_weight._native, bias, arrays.options._native, None)  # type: ignore[no-any-return]
     if x.is_nested:
         return torch.nested.as_nested_tensor([linear(part, arrays, bias) for part in x.unbind()], layout=x.layout)
     if onnx.is_exporting():
@@ -50,10 +56,20 @@ def linear(x: Tensor, arrays: Arrays, bias: Tensor | None = None) -> Tensor:
     return _linear_op(x, *arrays.tensors(), bias, arrays.options.text, arrays.shape[1])  # type: ignore[no-any-return]
 
 
-def float_product(x: Tensor, arrays: Arrays, *, transpose: bool) -> Tensor:
-    """``x @ weight.T`` (`transpose`) or ``x @ weight``, with the dequantized weight and its kept columns."""
-    own = (*arrays.tensors(), arrays.shape[1])
-    return _float_product_op(x, *own, transpose, arrays.options.rotation)  # type: ignore[no-any-return]
+def transposed_linear(x: Tensor, arrays: Arrays) -> Tensor:
+    """``x @ weight`` with the dequantized weight and its kept columns, ``[..., n]`` -> ``[..., k]``."""
+    text = _with(arrays.options.text, path="auto", outliers="columns")
+    return _backward_op(x, *arrays.tensors(), text, arrays.shape[1])  # type: ignore[no-any-return]
+
+
+def _dequantized_linear(x: Tensor, arrays: Any, text: str, k: int) -> Tensor:
+    """``x @ weight.T`` with the dequantized weight, in which are the kept columns that `linear` reads."""
+    columns, kept = arrays[4:]
+    weight_only = (None, _with(text, path="weight_only"), k)
+    if columns is None or _options(text).path == "weight_only" or _options(text).outliers == "none":
+        return _linear_op(x, *arrays, *weight_only)  # type: ignore[no-any-return]
+    others = _linear_op(x.index_fill(-1, columns.long(), 0), *arrays, *weight_only)
+    return others + x.index_select(-1, columns.long()) @ kept.t().to(x.dtype)  # type: ignore[no-any-return]
 
 
 def dequantize(
@@ -92,58 +108,6 @@ def _rotated(rows: Tensor, rotation: int) -> Tensor:
     return rows / math.sqrt(rotation)
 
 
-def _float_product(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    code_sums: Tensor,
-    zeropoint: Tensor | None,
-    outlier_columns: Tensor | None,
-    outlier_weight: Tensor | None,
-    k: int,
-    transpose: bool,
-    rotation: int,
-) -> Tensor:
-    n = code_sums.shape[0]
-    rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-    result = rows.new_zeros((rows.shape[0], n if transpose else k))
-    step = max(16, -(-n // (_BLOCKS * 16)) * 16)
-
-    scaled = rows * scale if not transpose else rows
-
-    def codes_of(part: slice) -> Tensor:
-        if codes.dim() != 4:
-            return codes[part]
-        blocks = codes[part.start // 16 : -(-part.stop // 16)]
-        return unpack(blocks, part.stop - part.start, rotated_size(k, rotation))
-
-    def block(part: slice) -> Tensor:
-        own_scale, own_zeropoint, kept = (
-            array if array is None or array.shape[0] != n else array[part]
-            for array in (scale, zeropoint, outlier_weight)
-        )
-        assert own_scale is not None
-        return dequantize(codes_of(part), own_scale, own_zeropoint, outlier_columns, kept, torch.float32, rotation, k)
-
-    for start in range(0, n, step):
-        part = slice(start, min(start + step, n))
-        if transpose:
-            result[:, part] = rows @ block(part).t()
-        elif rotation:
-            result.addmm_(rows[:, part], block(part))
-        else:  # the scales are applied to the few rows, not to the weight
-            result.addmm_(scaled[:, part], codes_of(part).to(torch.float32))
-    if not transpose and not rotation:
-        if zeropoint is not None:
-            result += (scaled * zeropoint).sum(1, keepdim=True)
-        if outlier_columns is not None and outlier_weight is not None:
-            result[:, outlier_columns.long()] = rows @ outlier_weight.to(torch.float32)
-    return result.to(x.dtype).reshape(*x.shape[:-1], result.shape[1])
-
-
-_library.impl("float_product", _float_product, "CompositeExplicitAutograd")
-
-
 # --- shapes and work --------------------------------------------------------------------------------------------------
 
 
@@ -152,45 +116,63 @@ def _linear_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *_:
     return x.new_empty((*x.shape[:-1], code_sums.shape[0]))
 
 
-@torch.library.register_fake("octavo::float_product", lib=_library)  # type: ignore[untyped-decorator]
-def _float_product_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *rest: Any) -> Tensor:
-    k, transpose, _ = rest[-3:]
-    return x.new_empty((*x.shape[:-1], code_sums.shape[0] if transpose else k))
+@torch.library.register_fake("octavo::linear_backward", lib=_library)  # type: ignore[untyped-decorator]
+def _backward_fake(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], rest[-1]))
 
 
-@register_flop_formula([torch.ops.octavo.linear, torch.ops.octavo.float_product])
+@register_flop_formula([torch.ops.octavo.linear, torch.ops.octavo.linear_backward])
 def _flops(x_shape: Any, codes: Any, scale: Any, code_sums_shape: Any, *rest: Any, **named: Any) -> int:
     """Multiplications and additions, as of a dense product."""
-    k = next(value for value in rest if isinstance(value, int))
-    rows = torch.Size(x_shape[:-1]).numel()
-    return 2 * rows * int(code_sums_shape[0]) * k
+    return 2 * torch.Size(x_shape[:-1]).numel() * int(code_sums_shape[0]) * int(rest[-1])
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
 
 
-class _Linear(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """An operation and its derivatives, which are operations, too; of its arguments x is the first, k the last."""
+
+    operation: Any
+
+    @classmethod
+    def kernel(cls, *args: Any) -> Tensor:
+        """What PyTorch calls of the operation."""
+        wanted = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        if wanted or forward_ad._current_level >= 0:
+            with enable_single_level_autograd_function():
+                # Not Function's own `apply`: that would have torch.func take the call apart a second time, which it
+                # has done before this kernel is called.
+                return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc, no-any-return]
+        return cls._below_autograd(*args)
+
+    @classmethod
+    def _below_autograd(cls, *args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return cls.operation(*args)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.text, ctx.k = inputs[-2:]
+        ctx.save_for_backward(*inputs[1:7])
+        ctx.save_for_forward(*inputs[1:7])
+
+
+class _Linear(_Function):
     """y = x @ W.T + b: gradients and tangents of x through the dequantized weight, and those of the bias."""
+
+    operation = _linear_op
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
         with _outer_derivatives():
-            return _below_autograd(_linear_op, args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, *arrays, _, text, ctx.k = inputs
-        ctx.rotation = _options(text).rotation
-        if _options(text).path == "weight_only":  # which does not use kept columns
-            arrays[4:] = None, None
-        ctx.save_for_backward(*arrays)
-        ctx.save_for_forward(*arrays)
+            return _Linear._below_autograd(*args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _float_product_op(grad, *ctx.saved_tensors, ctx.k, False, ctx.rotation)
+            grad_x = _backward_op(grad, *ctx.saved_tensors, ctx.text, ctx.k)
         if ctx.needs_input_grad[7]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
         return (grad_x, *[None] * 6, grad_bias, None, None)
@@ -201,38 +183,28 @@ class _Linear(torch.autograd.Function):
         if x is None:
             return bias
         with _outer_derivatives():
-            y = _float_product_op(x, *ctx.saved_tensors, ctx.k, True, ctx.rotation)
+            y = _dequantized_linear(x, ctx.saved_tensors, ctx.text, ctx.k)
             return y if bias is None else y + bias
 
 
-class _FloatProduct(torch.autograd.Function):
-    """Linear in x; its transpose is the same operation the other way."""
+class _LinearBackward(_Function):
+    """Linear in the gradient; its transpose is the product with the dequantized weight."""
+
+    operation = _backward_op
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
         with _outer_derivatives():
-            return _below_autograd(_float_product_op, args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, *arrays, ctx.k, ctx.transpose, ctx.rotation = inputs
-        ctx.save_for_backward(*arrays)
-        ctx.save_for_forward(*arrays)
+            return _LinearBackward._below_autograd(*args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grad_x = _float_product_op(grad, *ctx.saved_tensors, ctx.k, not ctx.transpose, ctx.rotation)
-        return (grad_x, *[None] * 9)
+        return (_dequantized_linear(grad, ctx.saved_tensors, ctx.text, ctx.k), *[None] * 8)
 
     @staticmethod
-    def jvp(ctx: Any, x: Tensor, *_: Any) -> Any:
+    def jvp(ctx: Any, grad: Tensor, *_: Any) -> Any:
         with _outer_derivatives():
-            return _float_product_op(x, *ctx.saved_tensors, ctx.k, ctx.transpose, ctx.rotation)
-
-
-def _below_autograd(op: Any, args: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)  # type: ignore[no-any-return]
+            return _backward_op(grad, *ctx.saved_tensors, ctx.text, ctx.k)
 
 
 @contextlib.contextmanager
@@ -244,24 +216,9 @@ def _outer_derivatives() -> Iterator[None]:
         yield
 
 
-def _differentiable(op: Any, function: type[torch.autograd.Function], inputs: tuple[int, ...]) -> Callable[..., Tensor]:
-    """The kernel of `op` that PyTorch asks first; `inputs`: the arguments that may require gradients."""
-    # Not Function's own `apply`: that would have torch.func take the call apart a second time, which it has done before
-    # this kernel is called.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def kernel(*args: Any) -> Tensor:
-        wanted = torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in inputs)
-        if wanted or forward_ad._current_level >= 0:
-            with enable_single_level_autograd_function():
-                return apply(*args)  # type: ignore[no-any-return]
-        return _below_autograd(op, args)
-
-    return kernel
-
-
-_library.impl("linear", _differentiable(_linear_op, _Linear, (0, 7)), "Autograd")
-_library.impl("float_product", _differentiable(_float_product_op, _FloatProduct, (0,)), "Autograd")
+_core.register_torch_operations(_Linear.kernel)
+_library.impl("linear", _core.torch_linear, "Autograd")
+_library.impl("linear_backward", _LinearBackward.kernel, "Autograd")
 
 
 # --- autocast and vmap ------------------------------------------------------------------------------------------------
@@ -279,12 +236,12 @@ _library.impl("linear", _cast("cpu", torch._C.DispatchKey.AutocastCPU), "Autocas
 _library.impl("linear", _cast("cuda", torch._C.DispatchKey.AutocastCUDA), "AutocastCUDA")
 
 
-def _mapped(op: Any, by_row: Callable[..., bool]) -> Callable[..., tuple[Tensor, int]]:
+def _mapped(op: Any, by_row: Callable[[Options], bool]) -> Callable[..., tuple[Tensor, int]]:
     """The rule of vmap: one call where only x is mapped and rows do not depend on each other, else one per example."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         x_dim, *others = in_dims
-        if x_dim is not None and all(dim is None for dim in others) and by_row(*args):
+        if x_dim is not None and all(dim is None for dim in others) and by_row(_options(args[-2])):
             return op(args[0].movedim(x_dim, 0), *args[1:]), 0
 
         def example(i: int) -> Any:
@@ -295,10 +252,9 @@ def _mapped(op: Any, by_row: Callable[..., bool]) -> Callable[..., tuple[Tensor,
     return rule
 
 
-def _rows_are_independent(*args: Any) -> bool:
-    options = _options(args[8])
+def _rows_are_independent(options: Options) -> bool:
     return options.path == "weight_only" or (options.outliers != "columns" and options.granularity != "tensor")
 
 
 torch.library.register_vmap("octavo::linear", _mapped(_linear_op, _rows_are_independent), lib=_library)
-torch.library.register_vmap("octavo::float_product", _mapped(_float_product_op, lambda *_: True), lib=_library)
+torch.library.register_vmap("octavo::linear_backward", _mapped(_backward_op, lambda _: True), lib=_library)

@@ -220,7 +220,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise ValueError(f"Int8Tensor: expected x on the device of the weight, {weight.device}, got {input.device}")
     if not weight._transposed:
         return operation.linear(input, weight._arrays, bias)
-    y = operation.float_product(input, weight._arrays, transpose=False)
+    y = operation.transposed_linear(input, weight._arrays)
     return y if bias is None else y + bias
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo import _core
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import is_linear
-from octavo.torch.layer import _is_plain
 
 # Encoders whose attention is masked, and whose other parts compute each position by itself.
 MODEL_TYPES = ("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
@@ -73,7 +73,7 @@ def _begin(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
         return
-    if torch.compiler.is_compiling() or not _is_plain(mask, None):
+    if torch.compiler.is_compiling() or not _core.is_plain(mask, None):
         return
     rows = mask.flatten().nonzero().flatten()
     if len(rows) <= (1 - _LEAST) * mask.numel():
