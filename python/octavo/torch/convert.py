@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -74,7 +77,25 @@ def quantize_(
         from octavo.transformers.model import finish_
 
         finish_(model, chosen, skip)
+    for module in model.modules():
+        # A module of sentence-transformers that writes its own state dict, such as a Dense one.
+        if hasattr(module, "save_torch_weights") and not any(
+            hasattr(own, "save_pretrained") for own in module.modules()
+        ):
+            module.save_torch_weights = partial(_save_dequantized, module)  # type: ignore[assignment]
     return model
+
+
+def _save_dequantized(module: nn.Module, output_path: str, safe_serialization: bool = True) -> None:
+    """``save_torch_weights`` of sentence-transformers, whose readers know no int8: the weights are dequantized."""
+    state = {
+        name: value.dequantize() if isinstance(value, Int8Tensor) else value
+        for name, value in module.state_dict().items()
+    }
+    if safe_serialization:
+        save_file(state, Path(output_path, "model.safetensors"))
+    else:
+        torch.save(state, Path(output_path, "pytorch_model.bin"))
 
 
 def convert_(layer: Any, options: Options) -> None:
