@@ -287,13 +287,20 @@ def test_nested_tensors() -> None:
             assert torch.equal(own, layer(x))
 
 
-@pytest.mark.parametrize("name", ["columns", "rows", "none"])
+ONNX = POLICIES | {
+    "relative columns": {"relative": 4.0, "cap": 0.05},
+    "rotated columns": {"rotation": 16, "threshold": 2.5, "scheme": "zeropoint", "cap": 0.1},
+    "rotated weight only": {"rotation": 64, "path": "weight_only"},
+}
+
+
+@pytest.mark.parametrize("name", ONNX)
 def test_onnx_is_a_graph_of_standard_operators(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     import onnx
 
-    model, other = mlp(POLICIES[name]), inputs(9, seed=2)
+    model, other = mlp(ONNX[name]), inputs(9, seed=2)
     path = str(tmp_path / "model.onnx")
     rows = torch.export.Dim("rows", min=2)
     with warnings.catch_warnings():
