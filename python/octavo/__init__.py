@@ -9,6 +9,7 @@ The functions take arrays of any framework (NumPy, PyTorch, CuPy, JAX: whatever 
 the caller's. ``octavo.torch`` converts whole PyTorch models; importing it needs PyTorch, this package does not.
 """
 
+from octavo import _core
 from octavo._core import DLPackArray
 from octavo.embedding import cmake_prefix
 from octavo.functional import (
@@ -24,11 +25,10 @@ from octavo.functional import (
     release_cuda_memory,
     set_num_threads,
 )
-from octavo.functional import version as _version
 from octavo.options import Options, recipe
 from octavo.weight import Int8Weight
 
-__version__ = _version()
+__version__ = _core.version()
 
 __all__ = [
     "DLPackArray",

@@ -128,14 +128,12 @@ def quantize_weight(
     Raises:
         ValueError: the weight holds NaN or Inf, is not of rank 2, or a column is out of range.
     """
-    kept: Array | None = None
-    kept_weight: Array | None = None
+    indices = None
     if outlier_columns is not None:
         indices = column_indices("quantize_weight", "outlier_columns", outlier_columns, columns_of(weight))
     options = options_of("quantize_weight", options, scheme=scheme, granularity=granularity, rotation=rotation)
     codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, options._native)
-    if outlier_columns is not None:
-        kept, kept_weight = take_columns(weight, indices)
+    kept, kept_weight = (None, None) if indices is None else take_columns(weight, indices)
     return Int8Weight(
         codes,
         scale,
@@ -287,11 +285,6 @@ def set_num_threads(count: int) -> None:
     _core.set_num_threads(count)
 
 
-def version() -> str:
-    """The version of the compiled core."""
-    return _core.version()
-
-
 def info() -> dict[str, Any]:
     """What this installation and this machine offer.
 
@@ -304,7 +297,7 @@ def info() -> dict[str, Any]:
     """
     cuda = _core.cuda_info()
     return {
-        "version": version(),
+        "version": _core.version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "backends": ["cpu"] if "missing" in cuda else ["cpu", "cuda"],
