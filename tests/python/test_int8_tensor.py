@@ -386,6 +386,42 @@ def test_fsdp(rank_pools: Any, options: dict[str, Any]) -> None:
     pool(rank_pools, 2).run(_fsdp, options)
 
 
+# --- DDP --------------------------------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """An int8 layer, and beside it what is trained, as LoRA has it; each rank begins with values of its own."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.base = ot.Int8Linear.from_linear(mlp(seed=rank)[0].requires_grad_(False))
+        self.down, self.up = nn.Linear(24, 4, bias=False), nn.Linear(4, 40, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+def _ddp(mesh: Any) -> None:
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank, x = mesh.get_local_rank(), values(4, 24)
+    model, alone = DistributedDataParallel(Adapted(rank)), Adapted(0)
+    assert type(model.module.base.weight) is ot.Int8Tensor
+    alone(x).square().mean().backward()
+    model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    for (name, own), (_, expected) in zip(model.module.named_parameters(), alone.named_parameters(), strict=True):
+        if own.requires_grad:
+            torch.testing.assert_close(own.grad, expected.grad, msg=name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes meet over gloo, as Linux has it")
+def test_ddp(rank_pools: Any) -> None:
+    """Ranks begin with the parameters of the first one, the int8 weights too, and share gradients."""
+    from ranks import pool
+
+    pool(rank_pools, 2).run(_ddp)
+
+
 # --- the choice of layers ---------------------------------------------------------------------------------------------
 
 
