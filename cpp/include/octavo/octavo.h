@@ -283,8 +283,8 @@ OCTAVO_API octavo_status octavo_linear(const octavo_matrix* x, const octavo_weig
                                        const octavo_vector* bias, const octavo_matrix* out,
                                        const octavo_linear_options* options, void* stream);
 
-// octavo/linear.hpp: the gradient with respect to x of a loss, from that with respect to y: grad W, with the dequantized
-// weight and its kept values, in float32.
+// octavo/linear.hpp: the gradient with respect to x of a loss, from that with respect to y: grad W, with the
+// dequantized weight and its kept values, in float32.
 //
 //   grad     [m, n] f32, f16 or bf16
 //   weight   codes [n, k]
