@@ -124,11 +124,12 @@ def times(maker: Maker, others: Sequence[Variant], inputs: Mapping[str, Tensor],
     """
     calls: dict[str, Callable[[], object]] = {}
     untimed = {}
-    exact = maker.model(**inputs)[0].double().flatten()
+    tokens = inputs["attention_mask"].bool()  # what stands in padded rows is nobody's concern
+    exact = maker.model(**inputs)[0][tokens].double().flatten()
     for variant in (LLM_INT8, FLOAT32, *others):
         try:
             call = partial(maker.make(variant, **({"path": "auto"} if variant.options else {})), **inputs)
-            cosine = float(torch.nn.functional.cosine_similarity(call()[0].double().flatten(), exact, dim=0))
+            cosine = float(torch.nn.functional.cosine_similarity(call()[0][tokens].double().flatten(), exact, dim=0))
             if not cosine >= MIN_COSINE:
                 raise RuntimeError(f"wrong: cosine {cosine:.3f} with the output of the model as it is")
         except BROKEN as error:
@@ -142,9 +143,9 @@ def times(maker: Maker, others: Sequence[Variant], inputs: Mapping[str, Tensor],
         own = spread(values)
         ratio = statistics.median(map(truediv, values, samples[next(iter(samples))]))  # a round's load meets both
         rows.append([name, own.median, own.lower, own.upper, ratio])
-    sequences, tokens = inputs["input_ids"].shape
+    sequences, length = inputs["input_ids"].shape
     return Table(
-        f"{TIMES} in {maker.dtype}: {sequences} x {tokens} tokens, {own.calls} rounds in turns",
+        f"{TIMES} in {maker.dtype}: {sequences} x {length} tokens, {own.calls} rounds in turns",
         {
             "linear layers": "",
             "CPU ms" if alone else "ms": ".2f",
