@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,16 @@ def test_export() -> None:
     model, other = mlp({}), inputs(9)
     program = torch.export.export(model, (inputs(),), dynamic_shapes=({0: rows},))
     assert torch.equal(program.module()(other), model(other))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs g++")
+def test_ahead_of_time_compilation(tmp_path: Path) -> None:
+    """A package of AOTInductor calls the operation without Python's dispatcher."""
+    rows = torch.export.Dim("rows", min=2)
+    model, other = mlp(POLICIES["static"]), inputs(9, seed=2)
+    program = torch.export.export(model, (inputs(),), dynamic_shapes=({0: rows},))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(package)(other), model(other))
 
 
 def test_fake_and_meta_tensors() -> None:
