@@ -24,7 +24,7 @@ void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoi
 std::int32_t sum(const std::int8_t* codes, std::int64_t size);
 void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
 void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
-void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t features, const float* zeropoint,
+void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, const float* zeropoint,
                        const float* scale, float* target);
 void multiply_floats(const FloatTile& tile);
 void finish_floats(const float* sums, std::int64_t rows, const float* scale, float* y);

@@ -46,22 +46,23 @@ struct ProductTile {
 // modulo 2^32. `place_row` tells the row's, `regroup` the feature's; unless x_is_unsigned, a plan without `regroup`
 // adds nothing to a feature.
 struct Plan {
-    std::int64_t rows;
-    std::int64_t cols;  // a multiple of 16
-    std::int64_t depth;
-    std::int64_t block_rows;
+    std::int64_t rows = 0;
+    std::int64_t cols = 0;  // a multiple of 16
+    std::int64_t depth = 0;
+    std::int64_t block_rows = 0;
     std::int64_t x_size = 1;     // bytes of a code in a panel of X
     std::int64_t regrouped = 0;  // bytes of a code in a slice that `regroup` has made
     // Whether codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much.
     bool x_is_unsigned = false;
     // One row of a slice into row `row` of its panel (depth * rows * x_size bytes). What its sums will have too much.
-    std::int32_t (*place_row)(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel);
+    std::int32_t (*place_row)(const std::int8_t* codes, std::int64_t depth, std::int64_t row,
+                              std::int8_t* panel) = nullptr;
     // The slice of W for one tile in the order that `multiply` wants (cols * depth * regrouped bytes, w_stride
     // 16 * depth * regrouped); offsets[j] += what the sums of output feature j will have too much. Null: the packed
     // order is what it wants.
     void (*regroup)(const std::int8_t* w, std::int64_t w_stride, std::int64_t cols, std::int64_t depth,
                     std::int8_t* target, std::int32_t* offsets) = nullptr;
-    void (*multiply)(const ProductTile& tile);
+    void (*multiply)(const ProductTile& tile) = nullptr;
     // Before and behind a run of `multiply` in one thread, for panels of up to `rows` rows; may be null.
     void (*enter)(std::int64_t rows) = nullptr;
     void (*leave)() = nullptr;
@@ -156,9 +157,9 @@ struct Kernels {
     // target[k, j] = w[j, k] + zeropoint[j] (null: 0), over `depth` along k of a packed block of 16 output features.
     void (*widen)(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
     // target[j, h] = (w[j, h] + zeropoint[j]) * scale[j] for the first 16 input features of packed W, `w_stride` bytes
-    // from block to block, and `features` output features, a multiple of 16.
-    void (*dequantize_square)(const std::int8_t* w, std::int64_t w_stride, std::int64_t features,
-                              const float* zeropoint, const float* scale, float* target);
+    // from block to block, and `count` output features, a multiple of 16.
+    void (*dequantize_square)(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, const float* zeropoint,
+                              const float* scale, float* target);
     void (*multiply_floats)(const FloatTile& tile);
     // y[i, j] = ((sums[i, 0, j] + sums[i, 1, j]) + (sums[i, 2, j] + sums[i, 3, j])) * scale[j] for 16 output features.
     void (*finish_floats)(const float* sums, std::int64_t rows, const float* scale, float* y);
