@@ -202,29 +202,43 @@ def test_folders_of_somebody_else(tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("change", ["replaced", "rewritten"])
-def test_a_model_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    """A shard that is another than it was is named; nothing of it is kept, and a second run goes on."""
+@pytest.mark.parametrize("change", ["replaced", "rewritten", "rewritten, with its time kept"])
+@pytest.mark.parametrize("file", ["model-00002-of-00003.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_that_changes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: str
+) -> None:
+    """A file that is another than it was is named; nothing of it is kept, and a second run goes on."""
     from octavo.checkpoint import convert as module
 
-    model = write_model(tmp_path / "m")
-    convert_tensor, path = module.convert, model / "model-00002-of-00003.safetensors"
+    model = write_model(tmp_path / "m", version=1)
+    path, other = model / file, tmp_path / "other"
+    before = path.stat()
+    if file.startswith("model"):
+        write_shard(other, {name: SHAPES[name] for name in list(SHAPES)[1::3]}, seed=9)
+    else:
+        other.write_text({"config.json": '{"version": 2}', "tokenizer.json": "[]"}[file])
+    assert other.stat().st_size == before.st_size
+    convert_tensor, shard = module.convert, model / "model-00002-of-00003.safetensors"
 
     def change_then_convert(task: Any, *arguments: Any) -> bytes:
-        if task.entry.path == path:
-            other = tmp_path / "other.safetensors"
-            write_shard(other, {name: SHAPES[name] for name in list(SHAPES)[1::3]}, seed=9)
-            os.replace(other, path) if change == "replaced" else path.write_bytes(other.read_bytes())
+        if task.entry.path == shard and other.exists():
+            if change == "replaced":
+                os.replace(other, path)
+            else:
+                path.write_bytes(other.read_bytes())
+                other.unlink()
+            if change.endswith("kept"):
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         return convert_tensor(task, *arguments)
 
     monkeypatch.setattr(module, "convert", change_then_convert)
-    with pytest.raises(
-        RuntimeError, match=r"00002-of-00003\.safetensors: expected a file at rest, got one that changed"
-    ):
+    with pytest.raises(RuntimeError, match=rf"m/{file}: expected a file at rest, got one that changed meanwhile"):
         convert(model, tmp_path / "out", jobs=1)
     monkeypatch.undo()
-    assert [file.name for file in (tmp_path / "out.partial").glob("*model*")] == ["model-00001-of-00003.safetensors"]
-    assert convert(model, tmp_path / "out").resumed == 3
+    assert not (tmp_path / "out").exists()
+    finished = 1 if path == shard else 3
+    assert len([*(tmp_path / "out.partial").glob("*model-*.safetensors")]) == finished
+    assert convert(model, tmp_path / "out").resumed == (3 if path == shard else len(SHAPES))
     convert(model, tmp_path / "new")
     assert content(tmp_path / "out") == content(tmp_path / "new")
 

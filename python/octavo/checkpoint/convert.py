@@ -24,7 +24,7 @@ from tqdm import tqdm
 import octavo
 from octavo import file_format as names
 from octavo._text import unexpected
-from octavo.checkpoint.files import Shard, explained, open_shard, opened
+from octavo.checkpoint.files import Shard, check_unchanged, explained, identity, open_shard, opened
 from octavo.checkpoint.folder import JOB, companions
 from octavo.checkpoint.layers import Chosen, choose, keep_in_16_bit
 from octavo.checkpoint.reader import Checkpoint
@@ -165,6 +165,9 @@ class _Run:
     def into(self, output: Path, progress: bool) -> int:
         """Do it; returns how many tensors were there already."""
         partial = self.partial
+        # The output may be inside of the model's folder.
+        self.companions = {name: at for name, at in self.companions.items() if not at.is_relative_to(partial)}
+        at_first = {path: identity(path) for path in self.companions.values()}
         self._job = json.dumps({"format": self.format, **self.options.to_dict()})
         self._every = [task for own in self.tasks for task in own]
         memory = self.memory or 4 * max(task.entry.numel for task in self._every)
@@ -186,6 +189,7 @@ class _Run:
                 resumed = sum(map(self._shard, range(len(self.tasks))))
                 self._write_companions()
                 self.source.check_unchanged()
+                check_unchanged(at_first)
             except BaseException as error:
                 # No second run would get further, or there is nothing to go on with.
                 if isinstance(error, ValueError) or not any(partial.glob("[!.]*.safetensors")):
@@ -296,8 +300,7 @@ class _Run:
             index = {"metadata": {"total_size": sum(file.stat().st_size for file in files)}, "weight_map": weight_map}
             _write_json(partial / f"{files[0].name.partition('-0')[0]}.safetensors.index.json", index)
         for name, path in self.companions.items():
-            # The output may be inside of the model's folder.
-            if name != "config.json" and not path.is_relative_to(partial):
+            if name != "config.json":
                 with explained(partial / name):
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, partial / name)

@@ -15,7 +15,7 @@ import os
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,7 +147,15 @@ def identity(path: Path) -> tuple[int, ...]:
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise unexpected(path, "a file", "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, device or socket")
-    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+    # st_ctime: the system sets it whatever was written, and lets nobody set it, as st_mtime is by `touch -r`.
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
+
+
+def check_unchanged(identities: Mapping[Path, tuple[int, ...]]) -> None:
+    """Raise RuntimeError, naming it, where one of the files has another `identity` than it had."""
+    for path, before in identities.items():
+        if not path.exists() or identity(path) != before:
+            raise RuntimeError(f"{path}: expected a file at rest, got one that changed meanwhile: run again")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from octavo import file_format as names
 from octavo._text import shown, unexpected
 from octavo._types import Array
-from octavo.checkpoint.files import DTYPES, Entry, Shard, identity, open_shard, opened
+from octavo.checkpoint.files import DTYPES, Entry, Shard, check_unchanged, identity, open_shard, opened
 from octavo.checkpoint.folder import MERGE, read_index, read_json, weights_file
 from octavo.file_format import StoredWeight
 from octavo.options import Options
@@ -147,9 +147,7 @@ class Checkpoint:
 
     def check_unchanged(self, *files: Path) -> None:
         """Raise RuntimeError, naming it, where one of the files, or of all, is no longer what it was when opened."""
-        for path in files or self._identities:
-            if not path.exists() or identity(path) != self._identities[path]:
-                raise RuntimeError(f"{path}: expected a file at rest, got one that changed meanwhile: run again")
+        check_unchanged({path: self._identities[path] for path in files or self._identities})
 
     def _check_parts(self, stored: StoredWeight) -> tuple[tuple[int, int], Options]:
         """Shape and options of a weight, whose parts are checked as far as can be told without reading large ones."""
