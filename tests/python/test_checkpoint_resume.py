@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,44 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OSError, match=r"expected \d+ bytes of free space, got 10"):
         convert(model, tmp_path / "other")
     assert not (tmp_path / "other.partial").exists()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system in memory, by its size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(how: str) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", folder], capture_output=True, check=False)
+        if done.returncode:
+            pytest.skip(f"mounting needs root's rights: {done.stderr.decode().strip()}")
+        return folder
+
+    if shutil.which("mount") is None:
+        pytest.skip("there is no program mount")
+    yield mount
+    while folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize(("shards", "finished"), [(3, 1), (1, 0)])
+def test_a_disk_that_is_really_full(tmp_path: Path, disk: Callable[[str], Path], shards: int, finished: int) -> None:
+    """It has the room that is asked for at first, not that of headers and scales; with more, it goes on."""
+    model = write_model(tmp_path / "m", shards=shards)
+    convert(model, tmp_path / "whole")
+    room = disk("size=20k")
+    with pytest.raises(
+        OSError, match=r"No space left on device: free some space and run again.*out\.partial/\.octavo-model"
+    ) as caught:
+        convert(model, room / "out", jobs=1)
+    assert caught.value.errno == errno.ENOSPC
+    found = sorted(path.name for path in room.rglob("*"))
+    assert found == ([".octavo-job.json", f"model-00001-of-{shards:05}.safetensors", "out.partial"] if finished else [])
+    disk("remount,size=1m")
+    assert convert(model, room / "out").resumed == 3 * finished
+    assert [path.name for path in room.iterdir()] == ["out"]
+    assert content(room / "out") == content(tmp_path / "whole")
 
 
 def test_a_real_limit(tmp_path: Path) -> None:
