@@ -28,7 +28,10 @@ def hooks() -> ModuleType:
 def test_public_names_are_those_that_python_sees(hooks: ModuleType) -> None:
     found = hooks.public_names()
     assert {"octavo", "octavo.torch", "octavo.transformers", "octavo.checkpoint", "octavo.distributed"} <= set(found)
+    needs = {"octavo.jax": "jax", "octavo.flax": "flax"}  # test_jax.py imports them where these are installed
     for module, names in found.items():
+        if importlib.util.find_spec(needs.get(module, "octavo")) is None:
+            continue
         imported = importlib.import_module(module)
         assert set(names) == {name for name in imported.__all__ if not name.startswith("__")}
         assert all(hasattr(imported, name) for name in names)
