@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -143,18 +143,26 @@ def test_peers_compute_the_layer() -> None:
         assert 48 * 64 < linear_bytes(made) < 2 * 48 * 64
 
 
-def test_code_that_a_model_brings_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless it is trusted; and nobody is asked."""
+@pytest.mark.parametrize("command", ["eval", "analyze"])
+@pytest.mark.parametrize("model_type", ["own", "vit"])  # of which Transformers has nothing; no language model
+def test_code_that_a_model_brings_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_type: str, command: str
+) -> None:
+    """Unless it is trusted; and nobody is asked: one line says what to do."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
-    (tmp_path / "own.py").write_text(
-        f"open({str(tmp_path / 'was_run')!r}, 'w').close()\nraise OSError('so it was run')\n"
-    )
-    with pytest.raises(
-        ValueError, match="^" + re.escape(f"{tmp_path}: the model brings Python code of its own: --trust")
-    ):
-        language.load(tmp_path)
-    assert not (tmp_path / "was_run").exists()
-    with pytest.raises(OSError, match="so it was run"):
-        language.load(tmp_path, trust_remote_code=True)
-    assert (tmp_path / "was_run").exists()
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    places = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config = {"model_type": model_type, "architectures": ["OwnForCausalLM"], "auto_map": places}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    was_run = tmp_path / "was_run"
+    (tmp_path / "own.py").write_text(f"open({str(was_run)!r}, 'w').close()\nraise OSError('so it was run')\n")
+    (tmp_path / "text").write_text("a b c")
+    words = [command, str(tmp_path), "--text", str(tmp_path / "text"), "--quiet"]
+    capsys.readouterr()
+    assert cli.main(words) == 1
+    said = f"octavo {command}: {tmp_path}: the model brings Python code of its own: --trust-remote-code runs it\n"
+    assert capsys.readouterr().err == said
+    assert not was_run.exists()
+    assert cli.main([*words, "--trust-remote-code"]) == 1
+    assert "so it was run" in capsys.readouterr().err
+    assert was_run.exists()

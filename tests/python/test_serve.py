@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -98,3 +99,20 @@ def test_a_request_that_is_not_understood_is_refused(url: str, folder: Path) -> 
     with pytest.raises(urllib.error.HTTPError, match="400"):
         complete(url, folder, 3)
     assert complete(url, folder, "w5 w6")["usage"]["completion_tokens"] == TOKENS
+
+
+def test_code_that_a_model_brings_is_not_run(folder: Path, tmp_path: Path) -> None:
+    """Unless it is trusted; nobody is asked, though somebody would answer; one line says what to do."""
+    model = shutil.copytree(folder, tmp_path / "own")
+    config = json.loads((model / "config.json").read_text())
+    places = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": places}))
+    was_run = tmp_path / "was_run"
+    (model / "own.py").write_text(f"open({str(was_run)!r}, 'w').close()\nraise OSError('so it was run')\n")
+    command = [sys.executable, "-m", "octavo.transformers", "serve", str(model), "--device", "cpu"]
+    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, check=False, timeout=START)
+    assert done.returncode == 1
+    said = "octavo.transformers: the model brings Python code of its own: --trust-remote-code runs it"
+    assert done.stderr.splitlines()[-1] == said
+    assert "Traceback" not in done.stderr
+    assert not was_run.exists()

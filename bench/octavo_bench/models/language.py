@@ -88,21 +88,21 @@ def load(path: Path, *, trust_remote_code: bool = False) -> Language:
     options = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(path, **options)
+        kinds = config.architectures or [config.model_type]
+        causal = any(name.endswith(_CAUSAL) for name in kinds)
+        if config.is_encoder_decoder and not causal:
+            raise ValueError(f"{path}: expected a causal language model or an encoder, got {', '.join(kinds)}")
+        if causal:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+        else:  # eager attention is the kind whose softmax can be read out
+            model = transformers.AutoModel.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="eager", **options
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):
             raise
         raise ValueError(f"{path}: the model brings Python code of its own: --trust-remote-code runs it") from error
-    kinds = config.architectures or [config.model_type]
-    causal = any(name.endswith(_CAUSAL) for name in kinds)
-    if config.is_encoder_decoder and not causal:
-        raise ValueError(f"{path}: expected a causal language model or an encoder, got {', '.join(kinds)}")
-    if causal:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-    else:  # eager attention is the kind whose softmax can be read out
-        model = transformers.AutoModel.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="eager", **options
-        )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     model.requires_grad_(False).eval()
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # embeddings are means of the last hidden states
