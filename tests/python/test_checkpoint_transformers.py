@@ -129,12 +129,14 @@ def test_code_that_a_model_brings_is_not_run(tmp_path: Path, capsys: pytest.Capt
     folder = with_tokenizer(tiny_model("OPTForCausalLM"), tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    auto_map |= {"AutoTokenizer": [None, "own.OwnTokenizer"]}
     own = {**config, "model_type": "own", "architectures": ["OwnModel"], "auto_map": auto_map}
     (folder / "config.json").write_text(json.dumps(own))
     (folder / "own.py").write_text(
         "import transformers\nprint('code of the model')\n"
         "class OwnConfig(transformers.OPTConfig): model_type = 'own'\n"
         "class OwnModel(transformers.OPTForCausalLM): config_class = OwnConfig\n"
+        "class OwnTokenizer(transformers.PreTrainedTokenizerFast): pass\n"
     )
     (tmp_path / "t").write_text("a b c d e f")
     arguments = ["quantize", str(folder), str(tmp_path / "out"), "--calibrate", str(tmp_path / "t"), "--quiet"]

@@ -42,7 +42,8 @@ class Running:
         self.config = transformers.AutoConfig.from_pretrained(model, **self._trust)
         # The very class that saved the checkpoint: others name its layers otherwise.
         name = (self.config.architectures or ["AutoModelForCausalLM"])[0]
-        own = [auto for auto, place in (source.config.get("auto_map") or {}).items() if place.endswith(f".{name}")]
+        places = source.config.get("auto_map") or {}  # a model's is a string, a tokenizer's a pair
+        own = [auto for auto, place in places.items() if isinstance(place, str) and place.endswith(f".{name}")]
         self._class: Any = getattr(transformers, own[0] if own else name, None)
         if self._class is None:
             raise unexpected(model, "an architecture of transformers in config.json", name)
