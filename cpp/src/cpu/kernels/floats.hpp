@@ -39,7 +39,7 @@ void read(const T* p, Vector& vector) {
 #elif defined(__AVX2__)
     codes = reinterpret_cast<Ints>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 #else
-    for (std::int64_t i = 0; i < width; ++i) codes[i] = static_cast<std::int32_t>(p[i]);
+    for (std::int64_t i = 0; i < width; ++i) codes[i] = p[i];  // NOLINT(bugprone-signed-char-misuse): numbers
 #endif
 }
 
