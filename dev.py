@@ -46,7 +46,7 @@ CORES = str(os.cpu_count() or 1)
 # Of CUDA, tests/simt needs the headers only. They are those of pyproject.toml's compiler.
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
 # The files of tests/python with tests that run on every backend.
-EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "threads", "weight")
+EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "ranges", "threads", "weight")
 # Those that need more packages than NumPy, PyTorch and Transformers, or start many processes.
 INTEGRATION_FILES = (
     *("checkpoint_bitsandbytes", "checkpoint_kill", "checkpoint_resume", "checkpoint_transformers", "diffusers"),

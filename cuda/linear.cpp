@@ -104,17 +104,18 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                   weight, bias, list, per_element, exclusion.elements, out, stream);
 }
 
-// `weight_only_linear` of an x that is rotated first where the weight is.
+// `weight_only_linear` of an x that is rotated first where the weight is; times 2^-8 meanwhile, as a rotated number can
+// be larger than a float32, and the sums that make it, up to 256 numbers, too.
 void rotated_weight_only(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out,
                          cudaStream_t stream) {
-    if (weight.rotation == 0) return weight_only_linear(x, weight, bias, out, stream);
+    if (weight.rotation == 0) return weight_only_linear(x, 1.0F, weight, bias, out, stream);
     const std::int64_t width = weight.codes.cols;
     Workspace workspace(stream);
     const auto rotated = workspace.reserve<float>(x.rows * width);
     workspace.allocate();
-    rotate(x, weight.rotation, {}, workspace.at(rotated), stream);
-    weight_only_linear({workspace.at(rotated), DType::f32, x.device, x.rows, width, width, 1}, weight, bias, out,
-                       stream);
+    rotate(x, weight.rotation, {}, 0x1p-8F, workspace.at(rotated), stream);
+    weight_only_linear({workspace.at(rotated), DType::f32, x.device, x.rows, width, width, 1}, 0x1p8F, weight, bias,
+                       out, stream);
 }
 
 }  // namespace

@@ -108,8 +108,9 @@ void sum_codes(ConstMatrix codes, Vector code_sums, cudaStream_t stream);
 
 // --- rotate.cu ------------------------------------------------------------------------------------------------------
 
-// `x` without what is excluded, rotated, to `out` [m, rotated_size(k, rotation)].
-void rotate(ConstMatrix x, std::int32_t rotation, const Exclusion& exclusion, float* out, cudaStream_t stream);
+// `x` without what is excluded, times `factor`, rotated, to `out` [m, rotated_size(k, rotation)].
+void rotate(ConstMatrix x, std::int32_t rotation, const Exclusion& exclusion, float factor, float* out,
+            cudaStream_t stream);
 
 // --- dequantize.cu --------------------------------------------------------------------------------------------------
 
@@ -155,9 +156,10 @@ void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, 
 
 // --- weight_only.cu -------------------------------------------------------------------------------------------------
 
-// y[i, j] = scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j], any m, n, k and strides. `x` is rotated
-// already where the weight is.
-void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, cudaStream_t stream);
+// y[i, j] = scale_x * scale_w[j] * sum_k x[i, k] * (q[j, k] + zeropoint[j]) + bias[j], any m, n, k and strides. `x` is
+// rotated already where the weight is. `scale_x` is a power of two.
+void weight_only_linear(ConstMatrix x, float scale_x, const WeightView& weight, ConstVector bias, Matrix out,
+                        cudaStream_t stream);
 
 // --- linear_backward.cu ---------------------------------------------------------------------------------------------
 

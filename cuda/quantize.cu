@@ -565,7 +565,7 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool ro
         const std::int64_t rotated_width = rotated_size(x.cols, options.rotation);
         const auto place = workspace.reserve<float>(x.rows * rotated_width);
         workspace.allocate();
-        rotate(x, options.rotation, exclusion, workspace.at(place), stream);
+        rotate(x, options.rotation, exclusion, 1.0F, workspace.at(place), stream);
         if (exclusion.list.columns != nullptr) list_columns(exclusion.marks, x.cols, exclusion.list, stream);
         const ConstMatrix of_blocks{workspace.at(place), DType::f32, x.device, x.rows, rotated_width, rotated_width, 1};
         return quantize_rows(of_blocks, options, true, {}, codes, width, scale, zeropoint, code_sums, first_not_finite,

@@ -15,7 +15,7 @@ constexpr int threads = most_rotation;
 
 template <class T>
 __global__ void __launch_bounds__(threads)
-    rotate_kernel(View<const T> x, int rotation, Exclusion exclusion, float* out, std::int64_t width) {
+    rotate_kernel(View<const T> x, int rotation, Exclusion exclusion, float factor, float* out, std::int64_t width) {
     __shared__ float values[2][threads];
     const int thread = static_cast<int>(threadIdx.x);
     const std::int64_t chunks = (width + threads - 1) / threads;
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(threads)
             exclusion.per_element
                 ? is_outlier(value, static_cast<std::int32_t>(column), limit_of_row(exclusion.elements, row))
                 : (marked_word(exclusion.marks, words_for(x.cols), column / 32) >> (column % 32) & 1U) != 0;
-        if (left_out) value = 0.0F;
+        value = left_out ? 0.0F : value * factor;
     }
     value = rotated(value, thread, rotation, values);
     if (column < width) out[row * width + column] = value;
@@ -36,13 +36,14 @@ __global__ void __launch_bounds__(threads)
 
 }  // namespace
 
-void rotate(ConstMatrix x, std::int32_t rotation, const Exclusion& exclusion, float* out, cudaStream_t stream) {
+void rotate(ConstMatrix x, std::int32_t rotation, const Exclusion& exclusion, float factor, float* out,
+            cudaStream_t stream) {
     const std::int64_t width = rotated_size(x.cols, rotation);
     const std::int64_t blocks = x.rows * blocks_for(width, threads);
     if (blocks == 0) return;
     with_float(x.dtype, [&]<class T>(Type<T>) {
         launch(rotate_kernel<T>, Grid{static_cast<unsigned>(blocks), threads}, stream, view_of<T>(x), rotation,
-               exclusion, out, width);
+               exclusion, factor, out, width);
     });
 }
 

@@ -68,6 +68,7 @@ struct Shift {
 template <class X>
 struct Layer {
     View<const X> x;
+    float scale_x;
     View<const std::int8_t> codes;
     Span<const float> scale;
     Span<const float> zeropoint;
@@ -86,7 +87,7 @@ struct Layer {
     __device__ void finish(std::int64_t row, std::int64_t feature, float sum, float rest, float x_sum) const {
         if (rest != 0.0F) sum += rest * x_sum;
         const float factor = scale.of_group(feature);
-        const float y = sum - sum == 0.0F ? sum * factor : small_sum(row, feature) * factor / small;
+        const float y = (sum - sum == 0.0F ? sum * factor : small_sum(row, feature) * factor / small) * scale_x;
         out.set(row, feature, bias.present() ? y + bias[feature] : y);
     }
 
@@ -593,8 +594,10 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
 // --- launchers ------------------------------------------------------------------------------------------------------
 
 template <class X>
-Layer<X> layer_of(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out) {
+Layer<X> layer_of(const ConstMatrix& x, float scale_x, const WeightView& weight, const ConstVector& bias,
+                  const Matrix& out) {
     return {.x = view_of<X>(x),
+            .scale_x = scale_x,
             .codes = view_of<std::int8_t>(weight.codes),
             .scale = span_of<float>(weight.scale),
             .zeropoint = span_of<float>(weight.zeropoint),
@@ -668,13 +671,14 @@ bool launch_mma(const Layer<X>& layer, cudaStream_t stream) {
 
 }  // namespace
 
-void weight_only_linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, cudaStream_t stream) {
+void weight_only_linear(ConstMatrix x, float scale_x, const WeightView& weight, ConstVector bias, Matrix out,
+                        cudaStream_t stream) {
     constexpr std::int64_t most_dot_rows = 2;
     const std::int64_t m = out.rows;
     if (m == 0 || out.cols == 0) return;
     const bool wide = x.cols % codes_per_load == 0 && rows_are_aligned(weight.codes, 16) && rows_are_aligned(x, 16);
     with_float(x.dtype, [&]<class X>(Type<X>) {
-        const Layer<X> layer = layer_of<X>(x, weight, bias, out);
+        const Layer<X> layer = layer_of<X>(x, scale_x, weight, bias, out);
         if constexpr (sizeof(X) == 2) {
             const bool by_mma = device_facts().architecture >= first_mma_architecture;
             if (wide && by_mma && m > most_dot_rows && launch_mma(layer, stream)) return;
