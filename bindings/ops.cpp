@@ -119,11 +119,13 @@ private:
         if (PyLong_Check(given.ptr()) == 0) {
             throw py::type_error("Options: rotation: expected an integer, got " + py::repr(given).cast<std::string>());
         }
-        const std::int64_t value = parse_extent(given, {function, "rotation"});
+        const long value = PyLong_AsLong(given.ptr());
+        if (value == -1) PyErr_Clear();  // also of an integer that is too large for it
         for (const std::int32_t rotation : {0, 16, 64, 256}) {
             if (value == rotation) return rotation;
         }
-        throw py::value_error("Options: rotation: expected 0, 16, 64 or 256, got " + std::to_string(value));
+        throw py::value_error("Options: rotation: expected 0, 16, 64 or 256, got " +
+                              py::repr(given).cast<std::string>());
     }
 };
 

@@ -55,12 +55,12 @@ class Options:
         for name in numbers:
             if isinstance(getattr(self, name), bool):
                 raise TypeError(f"Options: {name}: expected a number, got bool")
-        if self.relative == 0:
-            raise ValueError("Options: relative: expected a number above 0 or None, got 0")
         _ = self._native  # the core checks the values
         for name in numbers:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, float(value))
+        if self.relative == 0:  # which to the core is None
+            raise ValueError("Options: relative: expected a number above 0 or None, got 0")
 
     @cached_property
     def _native(self) -> _core.Options:
@@ -127,8 +127,11 @@ def recipe(name: str) -> Options:
             most 2 %, in 16 bit. No row depends on another.
 
     Raises:
+        TypeError: `name` is no string.
         ValueError: no recipe has that name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"recipe: name: expected a string, got {type(name).__name__}")
     if name not in _RECIPES:
         raise ValueError(f"recipe: name: expected one of {', '.join(map(repr, _RECIPES))}, got {name!r}")
     return _RECIPES[name]

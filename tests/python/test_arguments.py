@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import fractions
+import inspect
 import io
 import re
 from collections.abc import Callable
@@ -96,23 +97,29 @@ def objects() -> dict[str, Any]:
 
 OBJECTS = objects()
 FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "quantize": (octavo.quantize, {"x": X, "scheme": "absmax", "granularity": "row", "exclude": None}),
+    "quantize": (octavo.quantize, {"x": X, "scheme": "absmax", "granularity": "row", "rotation": 0, "exclude": None}),
     "quantize_weight": (
         octavo.quantize_weight,
-        {"weight": W, "scheme": "absmax", "granularity": "row", "outlier_columns": None},
+        {"weight": W, "scheme": "absmax", "granularity": "row", "rotation": 0, "outlier_columns": None},
     ),
     "quantize_weight options": (octavo.quantize_weight, {"weight": W, "options": None}),
     "dequantize": (octavo.dequantize, {"q": WEIGHT, "dtype": None}),
-    "find_outliers": (octavo.find_outliers, {"x": X, "threshold": 6.0}),
+    "find_outliers": (octavo.find_outliers, {"x": X, "threshold": 6.0, "relative": None, "cap": None}),
     "int8_matmul": (octavo.int8_matmul, {"a": CODES, "b": CODES, "out": None}),
     "linear": (
         octavo.linear,
-        {"x": X, "weight": WEIGHT, "bias": None, "threshold": 6.0, "outliers": "columns", "path": "int8", "out": None},
+        {
+            **{"x": X, "weight": WEIGHT, "bias": None, "threshold": 6.0, "relative": None, "cap": None},
+            **{"outliers": "columns", "path": "int8", "out": None},
+        },
     ),
     "linear options": (octavo.linear, {"x": X, "weight": WEIGHT, "options": None}),
     "Options": (
         octavo.Options,
-        {"scheme": "absmax", "granularity": "row", "outliers": "none", "threshold": 6.0, "path": "auto"},
+        {
+            **{"scheme": "absmax", "granularity": "row", "rotation": 0, "outliers": "none", "threshold": 6.0},
+            **{"relative": None, "cap": None, "path": "auto"},
+        },
     ),
     "Int8Weight": (
         octavo.Int8Weight,
@@ -125,6 +132,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "code_sums": np.full(2, 4, np.int32),
             "scheme": "absmax",
             "granularity": "vector",
+            "rotation": 0,
             "shape": None,
             "pack": True,
         },
@@ -133,8 +141,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         octavo.Int8Weight,
         {"codes": WEIGHT.packed, "scale": WEIGHT.scale, "code_sums": WEIGHT.code_sums, "shape": (2, 4)},
     ),
+    "recipe": (octavo.recipe, {"name": "best"}),
     "set_num_threads": (octavo.set_num_threads, {"count": octavo.get_num_threads()}),
 }
+
+
+def test_every_argument_is_tried() -> None:
+    for name in octavo.__all__:
+        function = getattr(octavo, name)
+        if not callable(function) or name in ("DLPackArray", "Quantized"):  # made by octavo; a tuple
+            continue
+        tried = {argument for key, (call, arguments) in FUNCTIONS.items() for argument in arguments if call is function}
+        assert tried == set(inspect.signature(function).parameters), name
 
 
 @pytest.mark.parametrize(
