@@ -36,6 +36,7 @@ public:
           scale_(DType::f32, 1, options.granularity == Granularity::vector ? weight.matrix().rows : 1, layout),
           code_sums_(DType::i32, 1, weight.matrix().rows, layout),
           columns_(int32_array(kept, layout)),
+          kept_(weight.matrix().dtype, columns_of(weight, kept), layout),
           dequantized(DType::f32, weight.matrix().rows, k_) {
         if (options.scheme == Scheme::zeropoint) zeropoint_.emplace(DType::f32, 1, scale_.matrix().cols, layout);
         octavo::quantize_weight(weight.matrix(), options, codes_.matrix(), scale_.vector(), vector_of(zeropoint_),
@@ -43,13 +44,6 @@ public:
         octavo::dequantize(codes_.matrix(), scale_.vector(), vector_of(zeropoint_), options.rotation,
                            dequantized.matrix());
         wait_for_device();
-        Values original(weight.matrix().rows, static_cast<std::int64_t>(kept.size()));
-        for (std::int64_t j = 0; j < original.rows; ++j) {
-            for (std::int64_t o = 0; o < original.cols; ++o) {
-                original(j, o) = weight.get(j, kept[static_cast<std::size_t>(o)]);
-            }
-        }
-        kept_.emplace(weight.matrix().dtype, original, layout);
     }
 
     [[nodiscard]] octavo::WeightView view() const {
@@ -58,7 +52,7 @@ public:
                 .zeropoint = vector_of(zeropoint_),
                 .code_sums = code_sums_.vector(),
                 .outlier_columns = columns_.vector(),
-                .outlier_weight = kept_->matrix(),
+                .outlier_weight = kept_.matrix(),
                 .scheme = options_.scheme,
                 .granularity = options_.granularity,
                 .rotation = options_.rotation,
@@ -70,7 +64,7 @@ public:
         Values result = dequantized.values();
         for (std::int64_t o = 0; with_kept && o < columns_.matrix().cols; ++o) {
             for (std::int64_t j = 0; j < result.rows; ++j) {
-                result(j, static_cast<std::int64_t>(columns_.get(o))) = kept_->get(j, o);
+                result(j, static_cast<std::int64_t>(columns_.get(o))) = kept_.get(j, o);
             }
         }
         return result;
@@ -78,14 +72,24 @@ public:
     [[nodiscard]] std::int64_t rotation() const { return options_.rotation; }
 
 private:
+    static Values columns_of(const Array& weight, const std::vector<std::int32_t>& kept) {
+        Values columns(weight.matrix().rows, static_cast<std::int64_t>(kept.size()));
+        for (std::int64_t j = 0; j < columns.rows; ++j) {
+            for (std::int64_t o = 0; o < columns.cols; ++o) {
+                columns(j, o) = weight.get(j, kept[static_cast<std::size_t>(o)]);
+            }
+        }
+        return columns;
+    }
+
     std::int64_t k_;
     QuantizeOptions options_;
     Array codes_;
     Array scale_;
     Array code_sums_;
     Array columns_;
+    Array kept_;
     std::optional<Array> zeropoint_;
-    std::optional<Array> kept_;
 
 public:
     Array dequantized;
