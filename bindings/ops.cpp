@@ -78,10 +78,14 @@ double parse_number(py::handle given, Argument argument) {
 
 std::int64_t parse_extent(py::handle given, Argument argument) {
     const long long value = PyLong_AsLongLong(given.ptr());
-    if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
     if (value < 0) {
-        throw py::value_error(std::string(argument.function) + ": " + argument.name + ": expected a number >= 0, got " +
-                              std::to_string(value));
+        const bool is_integer = PyLong_Check(given.ptr()) != 0;
+        PyErr_Clear();  // of what is no integer, or too large for this one
+        const std::string message = std::string(argument.function) + ": " + argument.name +
+                                    ": expected an integer from 0 to 2^63 - 1, got " +
+                                    py::repr(given).cast<std::string>();
+        if (is_integer) throw py::value_error(message);
+        throw py::type_error(message);
     }
     return value;
 }

@@ -182,3 +182,10 @@ def test_any_object_as_any_argument(function: str, argument: str) -> None:
         fits = value is None or isinstance(value, (np.ndarray, octavo.Int8Weight, tuple))
         named = f"({'|'.join(good)}|scale|codes|code_sums|out)" if fits else argument
         assert re.search(rf"^{name}: (\w+\.)*{named}: ", str(raised)), f"{kind}: {raised!r}"
+
+
+@pytest.mark.parametrize("value", [2**70, -1, 1.5, "16"])
+def test_what_a_tuple_of_codes_says(value: Any) -> None:
+    codes = octavo.Quantized(CODES, np.ones(2, np.float32), rotation=value, k=4)
+    with pytest.raises((TypeError, ValueError), match="^dequantize: rotation: expected "):
+        octavo.dequantize(codes)
