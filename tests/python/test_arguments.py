@@ -187,5 +187,5 @@ def test_any_object_as_any_argument(function: str, argument: str) -> None:
 @pytest.mark.parametrize("value", [2**70, -1, 1.5, "16"])
 def test_what_a_tuple_of_codes_says(value: Any) -> None:
     codes = octavo.Quantized(CODES, np.ones(2, np.float32), rotation=value, k=4)
-    with pytest.raises((TypeError, ValueError), match="^dequantize: rotation: expected "):
+    with pytest.raises((TypeError, ValueError), match=r"^dequantize: rotation: expected "):
         octavo.dequantize(codes)
