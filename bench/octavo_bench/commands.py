@@ -75,6 +75,8 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     text += "are then left out of the evaluation"
     add("--calibration", type=Path, metavar="FILE", help=text)
     add("--calibration-windows", type=positive, default=8, metavar="N", help="how many; default: %(default)s")
+    text = "give each linear layer so many tokens at a time, as decoding does; default: a window's"
+    add("--rows", type=positive, metavar="M", help=text)
     text = "bitsandbytes and torchao in the same table where they are installed, and how long each takes"
     add("--peers", action="store_true", help=text)
     add("--seconds", type=number, default=5.0, metavar="X", help="of timing the peers; default: %(default)g")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from octavo_bench.accuracy import measurement, order
 from octavo_bench.accuracy.scores import Judge, Scores, ratio_of_sums
 from octavo_bench.models import language, variants
 from octavo_bench.models.language import Window, cut
-from octavo_bench.models.modules import linear_bytes
+from octavo_bench.models.modules import linear_bytes, rows_at_a_time
 from octavo_bench.progress import Progress
 from tiny_models import tiny_model, write_language_model
 
@@ -94,6 +95,31 @@ def test_eval_of_an_encoder(tmp_path: Path, facts: Any, progress: Progress) -> N
     assert exact["loss"] == pytest.approx(0, abs=1e-9)
     assert exact["neighbors kept"] == 8
     assert 0 < row(report, measurement.AGAINST, "absmax LLM.int8() (vector-wise + decomp)")["loss"] < 0.01
+
+
+class Noting(torch.nn.Linear):
+    """Notes the shapes it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = [*getattr(self, "seen", []), tuple(x.shape)]
+        return super().forward(x)
+
+
+def test_a_layer_takes_its_rows_in_calls_as_decoding_does() -> None:
+    model, x = torch.nn.Sequential(Noting(4, 5)), torch.randn(2, 3, 4)
+    with rows_at_a_time(model, 4):
+        assert torch.allclose(model(x), torch.nn.Linear.forward(model[0], x))
+    with rows_at_a_time(model, None):
+        model(x)
+    assert model[0].seen == [(4, 4), (2, 4), (2, 3, 4)]
+
+
+def test_recipe_best_costs_the_same_for_any_number_of_rows(tiny: Path, facts: Any, progress: Progress) -> None:
+    loaded = language.load(tiny / "model")
+    settings = measurement.Settings(["best"], window=32, limit=2)
+    whole = measurement.run(loaded, tiny / "text.txt", settings, facts, progress)
+    single = measurement.run(loaded, tiny / "text.txt", replace(settings, rows=1), facts, progress)
+    assert whole.table(measurement.AGAINST).rows == single.table(measurement.AGAINST).rows
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ..machine import Facts
 from ..models import variants
 from ..models.find import find
 from ..models.language import Language, Window, read_windows, set_aside
-from ..models.modules import linear_bytes
+from ..models.modules import linear_bytes, rows_at_a_time
 from ..models.variants import BROKEN, FLOAT32, LLM_INT8, PEERS, Maker, Variant, chosen, reason
 from ..pictures import BLUE, GRAY, Figures, draw_losses, quiet
 from ..progress import Progress
@@ -49,6 +49,7 @@ class Settings:
     # Text for kept columns and SmoothQuant; None: the first windows, which are then not scored.
     calibration: Path | None = None
     calibration_windows: int = 8
+    rows: int | None = None  # of a call of a linear layer; None: a window's
     peers: bool = False
     seconds: float = 5.0  # of timing the peers
 
@@ -76,13 +77,14 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
     for variant in listed:
         try:
             model = maker.make(variant)
-            found = judge.score(model, progress, variant.name)
+            with rows_at_a_time(model, None if model is loaded.model else settings.rows):
+                found = judge.score(model, progress, variant.name)
         except (*BROKEN, ValueError) as error:
             if variant not in PEERS and not (variant.smooth and settings.schemes is None):
                 raise
             left_out[variant.key] = reason(error)
             continue
-        share = variants.share_in_16_bit(model, windows[0].inputs)
+        share = variants.share_in_16_bit(model, windows[0].inputs, settings.rows)
         scores[variant.key], held[variant.key] = found, [share and 100 * share, linear_bytes(model) / MIB]
     tables = [_table(listed, scores, held, judge, causal=loaded.causal)]
     tables[0] = replace(tables[0], note=tables[0].note + _reasons(left_out))
@@ -94,6 +96,7 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
     claims = order.table(scores, causal=loaded.causal)
     about = {"model": loaded.path.name, "parameters": loaded.model.num_parameters(), "text": str(text)}
     about |= {"calibration": str(settings.calibration or text), "calibration_windows": len(calibration)}
+    about |= {"rows": settings.rows}
     title = f"octavo eval: {loaded.path.name}"
     return Report(title, facts.now(**about), [*tables, *([claims] if claims.rows else [])])
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,25 @@ def hooked(modules: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def rows_at_a_time(model: nn.Module, rows: int | None) -> Iterator[None]:
+    """While it lasts, each linear layer takes its tokens in calls of `rows`, as in decoding; None: all at once."""
+    layers = [layer for _, layer in linear_layers(model)] if rows else []
+
+    def split(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        parts = x.flatten(0, -2).split(rows or len(x))
+        y = torch.cat([forward(part) for part in parts])
+        return y.view(*x.shape[:-1], -1)
+
+    for layer in layers:
+        vars(layer)["forward"] = partial(split, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
 
 
 def zeroing(features: Sequence[int]) -> Callable[..., Any]:

@@ -202,8 +202,8 @@ class Maker:
 
 
 @torch.inference_mode()
-def share_in_16_bit(model: nn.Module, inputs: Mapping[str, Tensor]) -> float | None:
-    """Of the elements that octavo's layers are given, the part that goes through their 16-bit product.
+def share_in_16_bit(model: nn.Module, inputs: Mapping[str, Tensor], rows: int | None = None) -> float | None:
+    """Of the elements that octavo's layers are given, `rows` at a time, the part that goes through 16 bit.
 
     None where there are no such layers, and where X is not quantized at all.
     """
@@ -217,7 +217,8 @@ def share_in_16_bit(model: nn.Module, inputs: Mapping[str, Tensor]) -> float | N
         if own.outliers == "static":
             outlying += len(x) * len(weight.int8_weight.outlier_columns)
         elif own.outliers == "columns":
-            outlying += len(x) * len(octavo.find_outliers(x, **criterion))
+            calls = x.split(rows or len(x))
+            outlying += sum(len(call) * len(octavo.find_outliers(call, **criterion)) for call in calls)
         elif own.outliers == "rows":
             outlying += sum(len(octavo.find_outliers(row, **criterion)) for row in x)
         total += x.numel()
