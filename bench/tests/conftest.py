@@ -11,7 +11,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "python"), str(ROOT / "bench")]
+sys.path.insert(0, str(ROOT / "tests" / "python"))
 
 import pytest
 from octavo_bench.progress import Progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import FixedFacts
 from octavo import cli
+from octavo_bench import commands
 from octavo_bench.layers import bench, contenders, contest, overhead
 from octavo_bench.layers.contest import OCTAVO, Case, Contender
+from octavo_bench.progress import Progress
 from octavo_bench.turns import Spread, spread, take_turns
 from tiny_models import tiny_model, tiny_opt, write_language_model
 from torch import Tensor
@@ -110,7 +114,7 @@ def test_what_a_call_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_wrong_layer_of_octavo_ends_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(contenders, "within", lambda threshold: lambda given: 0.0)
+    monkeypatch.setattr(contenders, "within", lambda threshold, **how: lambda given: 0.0)
     assert run("--shapes", "64,48", "--rows", 2) == 1
     assert "octavo bench: k=64 n=48 m=2: octavo int8: wrong: error 0.0" in capsys.readouterr().err
 
@@ -127,6 +131,65 @@ def test_wrong_options(words: tuple[str, ...], capsys: pytest.CaptureFixture[str
 def test_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--device", "cuda") == 1
     assert "sees no GPU" in capsys.readouterr().err
+
+
+def on_the_gpu(*words: str) -> Any:
+    """The arguments of a run on a GPU."""
+    parser = argparse.ArgumentParser()
+    commands.bench(parser)
+    return parser.parse_args(["--device", "cuda", "--seconds", "0", *words])
+
+
+def measured(groups: list[bench.Group], *words: str, peak: dict[str, float] | None = None) -> Any:
+    """Groups of a GPU, measured here."""
+    args = on_the_gpu(*words)
+    args.device = "cpu"
+    return bench.run(args, groups, lambda name: None, peak or {}, FixedFacts(), Progress(show=False))
+
+
+def test_the_plan_of_a_gpu() -> None:
+    groups = bench.plan(on_the_gpu())
+    assert [group.name for group in groups[:4]] == [
+        "4096 x 16384 tensor", "4098 x 16384 unaligned", "4096 x 16384 zeropoint", "768 x 3072"
+    ]  # fmt: skip
+    cases = [(case.k, case.n, case.m, case.outliers) for group in groups[3:] for case in group.cases]
+    assert len(cases) == len(set(cases)) == 21 * 9 * 3
+    assert (12288, 49152, 4096, 64) in cases
+
+
+def test_paths_and_other_options_are_checked_and_timed() -> None:
+    """As on a GPU, on the CPU: every path of octavo, and each of the variants."""
+    words = ("--shapes", "64,256", "--rows", "1", "5", "--outliers", "0", "3")
+    others = [bench.Group(name, known, [Case(66, 32, 40, 3)]) for name, known in of_variants().items()]
+    groups = [*others, *bench.plan(on_the_gpu(*words))]
+    report = measured(groups, peak={"bytes_per_second": 1e12, "int8_operations_per_second": 1e15})
+    for case in (case for group in groups for case in group.cases):
+        assert {*contenders.PATHS.values(), "torch float16"} <= set(case.times), case.left_out
+        assert all(0 < error < 0.05 for error in case.error.values())
+    assert not report.failure
+    (table,) = report.tables
+    assert [row[:4] for row in table.rows[3:6]] == [["64 x 256", 1, 1, 0], ["64 x 256", 1, 1, 3], ["64 x 256", 1, 5, 0]]
+    assert 0 < table.rows[3][-2] < 100
+    assert table.rows[3][-1] > 0
+
+
+def of_variants() -> dict[str, dict[str, Contender]]:
+    return {
+        name: {**contenders.of_octavo("float16", list(contenders.PATHS), **options), **contenders.of_torch(["float16"])}
+        for name, options, _ in bench.VARIANTS
+    }
+
+
+def test_what_goes_wrong_costs_a_shape_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no memory")
+
+    groups = bench.plan(on_the_gpu("--shapes", "64,32", "--rows", "1"))
+    assert not measured(groups, "--limit", "1e-9").failure
+    assert {why for case in groups[0].cases for why in case.left_out.values()} == {contest.LATE}
+    monkeypatch.setattr(contest, "problem", fail)
+    groups = bench.plan(on_the_gpu("--shapes", "64,32", "--rows", "1"))
+    assert measured(groups).failure == "k=64 n=32 m=1: all: MemoryError: no memory"
 
 
 def test_shapes_of_a_model(tmp_path: Path) -> None:

@@ -6,15 +6,24 @@ says so. Only octavo and bitsandbytes with its threshold keep outlier columns in
 
 As the contenders take turns, each finds in the caches what the weights of the others have left of its own. `--cold`
 also reads a buffer before every call, which empties the level-2 cache, or, with a size beyond it, the level-3 cache, as
-the other layers of a large model do.
+the other layers of a large model do. On a GPU its level-2 cache is always emptied.
+
+Without shapes, a GPU measures the GPT-3 family of the paper's Table 5 and Llama's layers, octavo also by each of its
+paths; and first three cases in which octavo does something else: one scale for all of X, rows that are not aligned, and
+zeropoint. Beside them, the shares of the memory bandwidth, by a copy of a gigabyte, and of the int8 peak, by a product
+of 8192 in each direction.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import octavo
 import torch
@@ -22,11 +31,35 @@ import torch
 from .. import commands, machine, turns
 from ..models.language import use_linear_
 from ..models.modules import linear_layers
+from ..models.variants import reason
 from ..progress import Progress
-from ..tables import Cell, Report, Table
+from ..tables import Cell, Report, Table, write_text
+from ..turns import Call, Evict, take_turns
 from . import contenders as known
 from . import overhead
-from .contest import OCTAVO, Case, Contender, measure
+from .contest import LATE, OCTAVO, Case, Contender, measure
+
+GPT3_WIDTHS = (768, 1024, 2048, 2560, 4096, 5120, 12288)  # Table 5: k = w, n = 4 w and back
+LLAMA = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192))
+ON_CPU = {"rows": (1, 16, 512), "outliers": (6,), "dtypes": ("bfloat16", "float32")}
+ON_GPU = {"rows": (1, 8, 16, 32, 64, 128, 256, 1024, 4096), "outliers": (0, 6, 64), "dtypes": ("float16",)}
+# Other options of octavo, by what is written behind the shape.
+VARIANTS: tuple[tuple[str, dict[str, Any], Case], ...] = (
+    ("tensor", {"granularity": "tensor"}, Case(4096, 16384, 256, 6)),
+    ("unaligned", {}, Case(4098, 16384, 256, 6)),
+    ("zeropoint", {"scheme": "zeropoint"}, Case(4096, 16384, 256, 6)),
+)
+CALLS = 15  # of each contender in each case on a GPU, at most
+
+
+@dataclass
+class Group:
+    """Cases that share a weight, and who computes them."""
+
+    name: str
+    contenders: dict[str, Contender]
+    cases: list[Case]
+    layers: int = 1  # of a model that have this shape
 
 
 def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) -> tuple[Report, None]:
@@ -34,79 +67,162 @@ def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) 
     if args.overhead:
         return overhead.run(args.seconds, facts, progress), None
     _check_device(args.device)
+    if args.device == "cuda":
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        evict: Any = Evict(4 * cache, "cuda")
+        peak = {"bytes_per_second": bandwidth(evict), "int8_operations_per_second": int8_peak(evict)}
+        facts.add(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda, octavo_info=octavo.info(), **peak)
+    else:
+        evict = Evict(args.cold * torch.get_num_threads() << 20) if args.cold else lambda name: None
+        peak = {}
+    return run(args, plan(args), evict, peak, facts, progress), None
+
+
+def plan(args: argparse.Namespace) -> list[Group]:
+    """What is to be measured."""
+    on_gpu = args.device == "cuda"
+    rows, outliers, dtypes = (
+        dict.fromkeys(getattr(args, name) or usual) for name, usual in (ON_GPU if on_gpu else ON_CPU).items()
+    )
+    paths = list(known.PATHS) if on_gpu else ["auto"]
+
+    def contenders(**options: Any) -> dict[str, Contender]:
+        found = known.of_octavo(next(iter(dtypes)), paths, **options) | known.of_torch(list(dtypes))
+        if args.peers or machine.installed("bitsandbytes"):
+            found |= known.of_bitsandbytes(known.THRESHOLD, *([0.0] if args.peers else []))
+        return found | (known.of_torchao(compiled=args.compile) | known.of_int_mm() if args.peers else {})
+
+    groups = []
     if args.model is not None:
         shapes = model_shapes(args.model)
-    else:
+    elif args.shapes or args.hidden or not on_gpu:
         widths = args.hidden or commands.HIDDEN
         shapes = dict.fromkeys(args.shapes or [(k, n) for w in widths for k, n in ((w, w), (w, 4 * w), (4 * w, w))], 1)
-    chosen = contenders(args)
+    else:
+        shapes = dict.fromkeys([*((k, n) for w in GPT3_WIDTHS for k, n in ((w, 4 * w), (4 * w, w))), *LLAMA], 1)
+        groups = [Group(f"{c.k} x {c.n} {name}", contenders(**options), [c]) for name, options, c in VARIANTS]
+    for (k, n), layers in shapes.items():
+        cases = [Case(k, n, m, o) for m in rows for o in dict.fromkeys(min(each, k) for each in outliers)]
+        groups.append(Group(f"{k} x {n}", contenders(), cases, layers))
+    return groups
+
+
+def run(
+    args: argparse.Namespace,
+    groups: Sequence[Group],
+    evict: Callable[[str], object],
+    peak: Mapping[str, float],
+    facts: machine.Facts,
+    progress: Progress,
+) -> Report:
+    """Measure. A file that is asked for is written after every group anew."""
     on_gpu = args.device == "cuda"
-    evict = turns.Evict(args.cold * torch.get_num_threads() << 20, args.device) if args.cold else lambda name: None
-    cases = [
-        Case(k, n, m, outliers)
-        for k, n in shapes
-        for m in dict.fromkeys(args.rows)
-        for outliers in dict.fromkeys(min(each, k) for each in args.outliers)
-    ]
-    progress.begin(len(cases))
-    with torch.no_grad():
-        for k, n in shapes:
-            own = [case for case in cases if (case.k, case.n) == (k, n)]
-            with progress.step(f"k={k} n={n}", len(own)):
-                clock = turns.on_the_gpu if on_gpu else turns.on_the_wall
-                measure(own, chosen, args.seconds, before=evict, device=args.device, clock=clock)
-    tables = [cases_table(cases, list(chosen), shapes), *([totals(cases, list(chosen), shapes)] if args.model else [])]
-    gpu = {"gpu": torch.cuda.get_device_name()} if on_gpu else {}
-    about = facts.now(device=args.device, cold_mebibytes=args.cold, seconds_of_a_case=args.seconds, **gpu)
-    broken = [f"k={c.k} n={c.n} m={c.m}: {OCTAVO}: {c.left_out[OCTAVO]}" for c in cases if OCTAVO in c.left_out]
-    title = f"octavo bench: {args.model or 'the linear layer against its peers'}"
-    return Report(title, about, tables, failure=broken[0] if broken else ""), None
+    timing: dict[str, Any] = {"clock": turns.on_the_gpu, "rounds": (3, CALLS)} if on_gpu else {}
+    deadline = time.perf_counter() + (args.limit or math.inf)
+    every = [case for group in groups for case in group.cases]
+    progress.begin(len(every))
+    for group in groups:
+        with progress.step(group.name, len(group.cases)):
+            try:
+                with torch.inference_mode():
+                    more = {"before": evict, "device": args.device, "deadline": deadline, **timing}
+                    measure(group.cases, group.contenders, args.seconds, **more)
+            except Exception as error:  # want of memory above all, or of the device, costs these cases alone
+                for case in group.cases:
+                    if not case.times:
+                        case.left_out.setdefault("all", reason(error))
+            if on_gpu:
+                torch.cuda.empty_cache()
+                octavo.release_cuda_memory()
+        tables = [cases_table(groups, peak), *([totals(groups)] if args.model else [])]
+        own = ("all", *known.PATHS.values())
+        broken = [
+            f"k={case.k} n={case.n} m={case.m}: {name}: {why}"
+            for case in every
+            for name, why in case.left_out.items()
+            if name in own and why != LATE
+        ]
+        about = facts.now(device=args.device, cold_mebibytes=args.cold, seconds_of_a_case=args.seconds)
+        title = f"octavo bench: {args.model or 'the linear layer against its peers'}"
+        report = Report(title, about, tables, failure=broken[0] if broken else "")
+        if args.json and args.json != "-":
+            write_text(Path(args.json), report.json())
+    return report
 
 
-def contenders(args: argparse.Namespace) -> dict[str, Contender]:
-    """What is measured, by name, octavo first."""
-    found = {**known.of_octavo(args.dtypes[0]), **known.of_torch(args.dtypes)}
-    if args.peers or machine.installed("bitsandbytes"):
-        found |= known.of_bitsandbytes(known.THRESHOLD, *([0.0] if args.peers else []))
-    return {**found, **({**known.of_torchao(compiled=args.compile), **known.of_int_mm()} if args.peers else {})}
-
-
-def cases_table(cases: list[Case], names: list[str], shapes: Mapping[tuple[int, int], int]) -> Table:
-    """A row for each case."""
-    others = names[1:]
-    rows = []
-    for case in cases:
+def cases_table(groups: Sequence[Group], peak: Mapping[str, float]) -> Table:
+    """A row for each case. `peak`: what the device can do at best."""
+    names = list(dict.fromkeys(name for group in groups for name in group.contenders))[1:]
+    rows: list[list[Cell]] = []
+    for group, case in [(each, case) for each in groups for case in each.cases]:
         own = case.times.get(OCTAVO)
         spread: list[Cell] = [own.median, own.lower, own.upper] if own else [None] * 3
-        ratios = [case.ratio(name) for name in others]
-        rows.append([f"{case.k} x {case.n}", shapes[case.k, case.n], case.m, case.outliers, *spread, *ratios])
-    reasons = {f"{name}: {reason}" for case in cases for name, reason in case.left_out.items()}
-    lowest = [min((r for case in cases if (r := case.ratio(name)) is not None), default=None) for name in others]
-    head = {"k x n": "", "layers": "d", "m": "d", "outlier columns": "d", f"{OCTAVO}, ms": ".3f"}
-    quartiles = {"lower quartile": ".3f", "upper quartile": ".3f"}
+        shares: list[Cell] = [None] * len(peak)
+        if own and peak:
+            moved, operations = case.n * case.k + 2 * case.m * (case.k + case.n), 2 * case.m * case.n * case.k
+            seconds = 1e-3 * own.median
+            shares = [
+                100 * done / seconds / most for done, most in zip((moved, operations), peak.values(), strict=True)
+            ]
+        ratios = [case.ratio(name) for name in names]
+        rows.append([group.name, group.layers, case.m, case.outliers, *spread, *ratios, *shares])
+    every = [case for group in groups for case in group.cases]
+    reasons = {f"{name}: {reason}" for case in every for name, reason in case.left_out.items()}
+    lowest = [min((r for case in every if (r := case.ratio(name)) is not None), default=None) for name in names]
+    times = dict.fromkeys((f"{OCTAVO}, ms", "lower quartile", "upper quartile"), ".4f" if peak else ".3f")
+    shares_of = {"bandwidth, %": ".0f", "int8 peak, %": ".0f"} if peak else {}
     return Table(
         "Milliseconds of a call, and how many times as long the others take",
-        {**head, **quartiles, **dict.fromkeys(others, ".2f")},
-        [*rows, ["lowest ratio", *[None] * 6, *lowest]],
+        {
+            "k x n": "",
+            "layers": "d",
+            "m": "d",
+            "outlier columns": "d",
+            **times,
+            **dict.fromkeys(names, ".2f"),
+            **shares_of,
+        },
+        [*rows, ["lowest ratio", *[None] * 6, *lowest, *[None] * len(peak)]],
         "Medians of calls that were measured in turns; above 1 octavo is faster. Results were checked against float64 "
         "first." + "".join(f" Left out: {reason}." for reason in sorted(reasons)),
     )
 
 
-def totals(cases: list[Case], names: list[str], shapes: Mapping[tuple[int, int], int]) -> Table:
+def totals(groups: Sequence[Group]) -> Table:
     """For a model: by number of tokens, the medians of all its linear layers together."""
+    names = list(groups[0].contenders)
     rows = []
-    for m, outliers in dict.fromkeys((case.m, case.outliers) for case in cases):
-        own = [case for case in cases if (case.m, case.outliers) == (m, outliers)]
+    for own in zip(*(group.cases for group in groups), strict=True):  # the same m and outliers of each shape
         sums = [
-            sum(shapes[case.k, case.n] * case.times[name].median for case in own)
+            sum(group.layers * case.times[name].median for group, case in zip(groups, own, strict=True))
             if all(name in case.times for case in own)
             else None
             for name in names
         ]
-        rows.append([f"{m}", outliers, sum(shapes.values()), *sums])
+        rows.append([f"{own[0].m}", own[0].outliers, sum(group.layers for group in groups), *sums])
     columns = {"m": "", "outlier columns": "d", "layers": "d", **dict.fromkeys(names, ".2f")}
     return Table("The medians of all linear layers of the model together, milliseconds", columns, rows)
+
+
+def best(call: Call, evict: Evict, calls: int = 10) -> float:
+    """Seconds of the fastest of some calls on a GPU, after two to warm up."""
+    times = take_turns({"": call}, 0, evict, calls + 2, clock=turns.on_the_gpu)[""]
+    return 1e-3 * min(times[2:])
+
+
+def bandwidth(evict: Evict) -> float:
+    """Bytes per second that a copy reads and writes."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / best(lambda: target.copy_(source), evict)
+
+
+def int8_peak(evict: Evict) -> float:
+    """Operations per second of a large int8 product, of torch's or octavo's whichever is faster."""
+    size = 8192
+    a, b = torch.randint(-127, 128, (2, size, size), dtype=torch.int8, device="cuda")
+    seconds = min(best(lambda: torch._int_mm(a, b.t()), evict), best(lambda: octavo.int8_matmul(a, b), evict))
+    return 2 * size**3 / seconds
 
 
 def _check_device(device: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any
 
-import octavo
 import octavo.torch
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..models import variants
 from .contest import OCTAVO, Contender, Layer, Problem
 
 THRESHOLD = 6.0
-INT8_PATH, WEIGHT_ONLY = "octavo int8 path", "octavo weight-only"
+PATHS = {"auto": OCTAVO, "int8": "octavo int8 path", "weight_only": "octavo weight-only"}
 BITSANDBYTES, BITSANDBYTES_PLAIN = "bitsandbytes", "bitsandbytes, threshold 0"
 TORCHAO, TORCHAO_COMPILED = "torchao int8", "torchao int8, compiled"
 INT_MM = "torch _int_mm"
@@ -24,10 +24,20 @@ ROUNDING = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5}
 WEIGHT_ONLY_ROWS = 256  # beyond, the weight-only path is no contender
 
 
-def of_octavo(dtype: str) -> dict[str, Contender]:
-    """`octavo.torch.Int8Linear` with its defaults, X and Y in `dtype`."""
-    made, convert = getattr(torch, dtype), octavo.torch.Int8Linear.from_linear
-    return {OCTAVO: Contender(lambda weight: convert(_linear(weight, made)), made, within(THRESHOLD))}
+def of_octavo(dtype: str, paths: Sequence[str] = ("auto",), **options: Any) -> dict[str, Contender]:
+    """`octavo.torch.Int8Linear` with `options`, X and Y in `dtype`, by each path ("auto" is octavo's own choice)."""
+    made, per_tensor = getattr(torch, dtype), options.get("granularity") == "tensor"
+
+    def prepare(weight: Tensor, path: str) -> Layer:
+        return octavo.torch.Int8Linear.from_linear(_linear(weight, made), path=path, **options)
+
+    found = {}
+    for path in paths:
+        weights_alone = path == "weight_only"
+        tolerance = within(THRESHOLD, weight_only=weights_alone, per_tensor=per_tensor)
+        most = WEIGHT_ONLY_ROWS if weights_alone else math.inf
+        found[PATHS[path]] = Contender(partial(prepare, path=path), made, tolerance, most)
+    return found
 
 
 def of_torch(dtypes: Sequence[str]) -> dict[str, Contender]:
@@ -86,32 +96,9 @@ def of_int_mm() -> dict[str, Contender]:
     return {INT_MM: Contender(prepare, torch.bfloat16, within(0))}
 
 
-def paths_of_octavo(
-    scheme: Literal["absmax", "zeropoint"] = "absmax", granularity: Literal["tensor", "row", "vector"] = "vector"
-) -> dict[str, Contender]:
-    """`octavo.linear` with float16, by its own choice and by each path."""
-
-    def prepare(weight: Tensor, path: Literal["auto", "int8", "weight_only"]) -> Layer:
-        int8 = octavo.quantize_weight(weight.half(), scheme=scheme, granularity=granularity)
-        return lambda x: octavo.linear(x, int8, path=path)
-
-    def tolerance(given: Problem, weight_only: bool) -> float:
-        per_tensor = granularity == "tensor"
-        return 2 * given.rounding(THRESHOLD, weight_only=weight_only, per_tensor=per_tensor) + 2**-10
-
-    rounded, float16 = partial(tolerance, weight_only=False), torch.float16
-    return {
-        OCTAVO: Contender(partial(prepare, path="auto"), float16, rounded),
-        INT8_PATH: Contender(partial(prepare, path="int8"), float16, rounded),
-        WEIGHT_ONLY: Contender(
-            partial(prepare, path="weight_only"), float16, partial(tolerance, weight_only=True), WEIGHT_ONLY_ROWS
-        ),
-    }
-
-
-def within(threshold: float) -> Callable[[Problem], float]:
+def within(threshold: float, **how: bool) -> Callable[[Problem], float]:
     """The tolerance of an int8 product: a quarter more than is expected, and a rounding of Y to bfloat16."""
-    return lambda given: 1.25 * given.rounding(threshold) + 2**-8
+    return lambda given: 1.25 * given.rounding(threshold, **how) + 2**-8
 
 
 def at_most(tolerance: float) -> Callable[[Problem], float]:
