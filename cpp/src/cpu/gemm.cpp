@@ -22,21 +22,31 @@ constexpr std::int64_t ceiling(std::int64_t value, std::int64_t divisor) { retur
 // Number of parts of at most max_int32_depth.
 std::int64_t parts_of(std::int64_t depth) { return std::max<std::int64_t>(1, ceiling(depth, max_int32_depth)); }
 
-// The tile registers, or whatever a plan wants set up while it multiplies.
+// The tile registers, or whatever a plan wants set up while it multiplies. Who finishes sums may multiply, too (columns
+// of a rotated weight are dequantized so): afterwards what was set up before is set up again.
 class Entered {
 public:
-    Entered(const Plan& plan, std::int64_t rows) : plan_(plan) {
-        if (plan_.enter != nullptr) plan_.enter(std::min(rows, plan_.rows));
+    Entered(const Plan& plan, std::int64_t rows) : plan_(plan), rows_(std::min(rows, plan.rows)), outer_(innermost) {
+        innermost = this;
+        if (plan_.enter != nullptr) plan_.enter(rows_);
     }
     ~Entered() {
+        innermost = outer_;
         if (plan_.leave != nullptr) plan_.leave();
+        if (outer_ != nullptr && outer_->plan_.enter != nullptr) outer_->plan_.enter(outer_->rows_);
     }
     Entered(const Entered&) = delete;
     Entered& operator=(const Entered&) = delete;
 
 private:
+    static thread_local const Entered* innermost;
+
     const Plan& plan_;
+    std::int64_t rows_;
+    const Entered* outer_;
 };
+
+thread_local const Entered* Entered::innermost = nullptr;
 
 // The sums of a block over one part of k.
 class BlockProduct {
