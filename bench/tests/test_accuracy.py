@@ -1,4 +1,4 @@
-"""`octavo eval`: divergence, losses with their errors, order, peers."""
+"""`octavo eval`: divergence, losses with their errors, peers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from conftest import row
 from octavo import cli
 from octavo_bench import tables
-from octavo_bench.accuracy import measurement, order
-from octavo_bench.accuracy.scores import Judge, Scores, ratio_of_sums
+from octavo_bench.accuracy import measurement
+from octavo_bench.accuracy.scores import Judge, ratio_of_sums
 from octavo_bench.models import language, variants
 from octavo_bench.models.language import Window, cut
 from octavo_bench.models.modules import linear_bytes, rows_at_a_time
@@ -80,7 +80,6 @@ def test_eval_of_a_language_model(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     for peer in ("bitsandbytes", "torchao"):
         assert peer in against.column("name for --schemes") or f"Left out: {peer}: " in against.note
     assert report.table(measurement.TIMES).rows[0][-1] == 1.0
-    assert report.table("The paper's order").rows
     assert {each.name for each in (tmp_path / "plots").iterdir()} >= {"kl.png", "loss.png"}
 
 
@@ -139,22 +138,6 @@ def test_failures_are_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-
-
-def test_verdicts_are_said_with_their_errors() -> None:
-    assert order.verdict(1.0, 0.4, "more") == "met"
-    assert order.verdict(1.0, 0.6, "more") == "not met"
-    assert order.verdict(-1.0, 0.6, "no less") == "met"
-    assert order.verdict(1e-4, 4e-5, "near") == "met"
-    assert order.verdict(1e-4, 1e-4, "near") == "undecided"
-    assert order.verdict(1e-3, 1e-4, "near") == "not met"
-    assert order.verdict(1.0, math.nan, "more") == "not met", "one window tells nothing"
-    scores = {
-        key: Scores([1, 1], {"loss": [value, value + 0.1]}) for key, value in (("absmax", 2.0), ("absmax-row", 1.0))
-    }
-    assert order.table(scores, causal=True).rows == [
-        ["absmax loses more than row-wise", pytest.approx(1.0), pytest.approx(0.0), "> 2 standard errors", "met"]
-    ]
 
 
 def test_peers_compute_the_layer() -> None:

@@ -26,7 +26,6 @@ from ..pictures import BLUE, GRAY, Figures, draw_losses, quiet
 from ..progress import Progress
 from ..tables import Cell, Report, Table
 from ..turns import on_the_cpu, on_the_wall, spread, take_turns
-from . import order
 from .scores import AGREED, DIVERGENCE, LOSS, TOP, Judge, Scores, neighbors_kept
 
 MIB = 1 << 20
@@ -93,12 +92,11 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
             others = (variants.VECTOR_WISE, variants.BEST, variants.BEST_KEPT, *PEERS)
             peers = [variant for variant in others if variant.key in scores]
             tables.append(times(maker, peers, windows[0].inputs, settings.seconds))
-    claims = order.table(scores, causal=loaded.causal)
     about = {"model": loaded.path.name, "parameters": loaded.model.num_parameters(), "text": str(text)}
     about |= {"calibration": str(settings.calibration or text), "calibration_windows": len(calibration)}
     about |= {"rows": settings.rows}
     title = f"octavo eval: {loaded.path.name}"
-    return Report(title, facts.now(**about), [*tables, *([claims] if claims.rows else [])])
+    return Report(title, facts.now(**about), tables)
 
 
 def _windows(loaded: Language, text: Path, settings: Settings, calibrated: bool) -> tuple[list[Window], list[Window]]:

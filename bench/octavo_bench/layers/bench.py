@@ -27,6 +27,8 @@ from typing import Any
 
 import octavo
 import torch
+from octavo.checkpoint.folder import read_json
+from octavo.checkpoint.meta_model import meta_model
 
 from .. import commands, machine, turns
 from ..models.language import use_linear_
@@ -238,17 +240,10 @@ def model_shapes(path: Path) -> dict[tuple[int, int], int]:
     The model is made without its weights. `path`: a config.json, or the folder of a model, int8 or not. Raises OSError
     or ValueError for another one, and ValueError for a model without linear layers.
     """
-    import transformers
-
-    folder = path.parent if path.name == "config.json" else path
-    if not (folder / "config.json").is_file():
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
         raise ValueError(f"{path}: expected a config.json or a folder with one, got none")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)  # no question, either
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # int8 layers have the shapes of the others
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    with torch.device("meta"):
-        model = (transformers.AutoModelForCausalLM if causal else transformers.AutoModel).from_config(config)
+    model = meta_model(read_json(file), "float32")
     use_linear_(model)
     found = Counter((layer.in_features, layer.out_features) for _, layer in linear_layers(model))
     if not found:

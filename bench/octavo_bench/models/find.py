@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import subprocess
 import sys
@@ -33,23 +32,18 @@ def minilm() -> Path:
 
     Raises RuntimeError, which says what was expected, where the package or its weights are not the pinned ones.
     """
-    spec = importlib.util.find_spec(MINILM.replace("-", "_"))  # finds a top-level package, imports nothing
-    if spec is None or spec.origin is None:
-        raise RuntimeError(f"expected the package {MINILM}=={MINILM_VERSION}, which carries the model, got none")
-    found = importlib.metadata.version(MINILM)
-    if found != MINILM_VERSION:
-        raise RuntimeError(f"expected {MINILM}=={MINILM_VERSION}, got {found}")
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise RuntimeError(f"expected {weights}, got none; reinstall {MINILM}")
-    with weights.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != MINILM_SHA256:
-        raise RuntimeError(f"{weights}: expected SHA-256 {MINILM_SHA256}, got {digest.hexdigest()}; reinstall {MINILM}")
-    return folder
+    try:
+        found = importlib.metadata.distribution(MINILM)
+    except importlib.metadata.PackageNotFoundError:
+        found = None
+    if found is None or found.version != MINILM_VERSION:
+        got = "none" if found is None else found.version
+        raise RuntimeError(f"expected the package {MINILM}=={MINILM_VERSION}, which carries the model, got {got}")
+    weights = Path(str(found.locate_file(f"{MINILM.replace('-', '_')}/model/model.safetensors")))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no such file"
+    if digest != MINILM_SHA256:
+        raise RuntimeError(f"{weights}: expected SHA-256 {MINILM_SHA256}, got {digest}; reinstall {MINILM}")
+    return weights.parent
 
 
 def smollm2() -> Path:

@@ -68,18 +68,15 @@ TABLE_1 = (
 )
 # Table 1's LLM.int8() rows multiply outlier columns with dequantized weights, and choose them from the whole call.
 # These keep the outlier columns' 16-bit weights, or choose them row by row, or once.
-ROWS = Variant("llm-int8-rows", "absmax LLM.int8(), outliers row by row", _BY_ROW)
 KEPT_COLUMNS = Variant("kept-columns", "absmax LLM.int8(), kept 16-bit outlier weights", _COLUMNS, kept=_COLUMNS)
-KEPT_ROWS = Variant("kept-rows", "absmax LLM.int8(), kept 16-bit, row by row", _BY_ROW, kept=_COLUMNS)
-KEPT_STATIC = Variant("kept-static", "absmax LLM.int8(), kept 16-bit, static columns", _STATIC, kept=_COLUMNS)
 BEST = Variant("best", "recipe best", _BEST)
 BEST_KEPT = Variant("best-calibrated", "recipe best, calibrated", _BEST, kept=_BEST)
 OTHERS = (
-    ROWS,
+    Variant("llm-int8-rows", "absmax LLM.int8(), outliers row by row", _BY_ROW),
     KEPT_COLUMNS,
     Variant("kept-zeropoint", "zeropoint LLM.int8(), kept 16-bit outlier weights", _ZEROPOINT, kept=_COLUMNS),
-    KEPT_ROWS,
-    KEPT_STATIC,
+    Variant("kept-rows", "absmax LLM.int8(), kept 16-bit, row by row", _BY_ROW, kept=_COLUMNS),
+    Variant("kept-static", "absmax LLM.int8(), kept 16-bit, static columns", _STATIC, kept=_COLUMNS),
     Variant("relative", "columns from 4 times the median on", Options(relative=4.0, cap=0.02)),
     Variant("rotation", "rotation alone", Options(rotation=64, outliers="none")),
     BEST,

@@ -1,10 +1,16 @@
-"""`octavo analyze`, from top to bottom."""
+"""`octavo analyze`, from top to bottom: the outlier features of a model, and what they carry.
+
+What they carry is what a model without them lacks: they are set to zero in front of query, key and value of every
+layer, as the paper does (section 4). The residual stream and the feed-forward see them as before.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +18,16 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..accuracy.scores import Judge
+from ..accuracy.scores import LOSS, TOP, Judge
 from ..machine import Facts
 from ..models import modules
 from ..models.find import find
 from ..models.language import Language, read_windows
+from ..models.modules import ATTENTION_INPUT, hooked, projections, zeroing
 from ..pictures import BLUE, GRAY, GREEN, ORANGE, VERMILION, Figures, quiet
 from ..progress import Progress
-from ..tables import Report
-from . import ablation, observe
+from ..tables import Cell, Report, Table
+from . import observe
 from .observe import Feature, Observation, Settings
 
 _STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, GREEN, ORANGE)]
@@ -46,15 +53,15 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
     numbers = [feature.number for feature in features]
 
     # 2. What they carry.
-    ablate = partial(ablation.ablate, loaded, Judge(loaded, windows), progress=progress)
-    untouched = ablate([], doing="as it is")
-    without = ablate(numbers, doing="without the outlier features") if numbers else None
+    without_features = partial(ablate, loaded, Judge(loaded, windows), progress=progress)
+    untouched = without_features([], doing="as it is")
+    without = without_features(numbers, doing="without the outlier features") if numbers else None
     drawn = []
     excluded = seen.ever_outlying()  # more than the outlier features: those in a few layers, too
     others = min(len(numbers), seen.width - len(excluded))  # as many, where there are as many
     if settings.ablate and others:
         for chosen in modules.random_features(others, seen.width, excluded, settings.draws):
-            drawn.append(ablate(chosen, doing="without random features"))
+            drawn.append(without_features(chosen, doing="without random features"))
 
     tables = [
         observe.model_table(seen, features, settings, untouched.top, without.top if without else None),
@@ -62,7 +69,7 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
         observe.projection_table(seen),
     ]
     if settings.ablate:
-        tables.append(ablation.table(untouched, without, drawn, causal=loaded.causal))
+        tables.append(ablation_table(untouched, without, drawn, causal=loaded.causal))
     report = Report(
         f"octavo analyze: {loaded.path.name}",
         facts.now(
@@ -72,6 +79,57 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
         tables,
     )  # fmt: skip
     return report, {"outliers.png": partial(draw, seen, features, settings)}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The model with some features of all attention inputs set to zero."""
+
+    features: list[int]
+    top: float  # mean of the largest softmax probability: of the next token; in an encoder of attention
+    loss: float  # nats per token; in an encoder 1 - cosine of the embeddings with the untouched model's
+
+
+def ablate(language: Language, judge: Judge, features: Sequence[int], progress: Progress, doing: str) -> Ablation:
+    """Measure with `features` set to zero. The first run of a judge must be one that zeroes none."""
+    consumers = [each.module for each in projections(language.model) if each.takes == ATTENTION_INPUT]
+    if not consumers:
+        raise ValueError(f"model: expected query, key and value layers, got none in {type(language.model).__name__}")
+    with hooked((module, zeroing(features)) for module in consumers):
+        found = judge.score(language.model, progress, doing)
+    return Ablation(list(features), found.mean(TOP), found.mean(LOSS))
+
+
+def ablation_table(untouched: Ablation, without: Ablation | None, drawn: Sequence[Ablation], *, causal: bool) -> Table:
+    """The model untouched, without its outlier features, and without as many random ones."""
+
+    def row(name: str, own: Sequence[Ablation]) -> list[Cell]:
+        loss, top = statistics.fmean(a.loss for a in own), statistics.fmean(a.top for a in own)
+        quality = _exp(loss) if causal else loss
+        change = 100 * (quality / _exp(untouched.loss) - 1) if causal else None
+        return [name, quality, change, top, 100 * (top / untouched.top - 1)]
+
+    rows = [row("nothing", [untouched])]
+    if without is not None:
+        rows.append(row(f"the {len(without.features)} outlier features", [without]))
+    if drawn:
+        rows.append(row(f"{len(drawn[0].features)} random features (mean of {len(drawn)} draws)", drawn))
+    return Table(
+        "What zeroing features in front of query, key and value does",
+        {
+            "set to zero": "", "perplexity" if causal else "1 - cosine": ".5g", "change, %": "+.1f", "top-1": ".4f",
+            "top-1 change, %": "+.1f",
+        },
+        rows,
+        "The feed-forward sees them as before, also those that are outlying there. Random: of those that are outlying "
+        "nowhere."
+        if without
+        else "There are no outlier features to be zeroed.",
+    )  # fmt: skip
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
 
 
 def draw(seen: Observation, features: Sequence[Feature], settings: Settings) -> Figure:
