@@ -66,6 +66,8 @@ __device__ inline float element(const Quad& quad, int index) {
     return number_of<T>(element_bits<T>(quad, index));
 }
 
+__device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7F800000U) != 0x7F800000U; }
+
 // The larger of each pair of 16-bit halves.
 __device__ inline std::uint32_t max_halves(std::uint32_t a, std::uint32_t b) { return __vmaxu2(a, b); }
 

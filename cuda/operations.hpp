@@ -108,9 +108,11 @@ void sum_codes(ConstMatrix codes, Vector code_sums, cudaStream_t stream);
 
 // --- rotate.cu ------------------------------------------------------------------------------------------------------
 
-// `x` without what is excluded, times `factor`, rotated, to `out` [m, rotated_size(k, rotation)].
+// `x` without what is excluded, times `factor`, rotated, to `out` [m, rotated_size(k, rotation)]. Where `small`
+// [m, chunks of 256] is not null, the chunks of a row whose sums overflow are times 2^-8 instead, and 1 there, others
+// 0.
 void rotate(ConstMatrix x, std::int32_t rotation, const Exclusion& exclusion, float factor, float* out,
-            cudaStream_t stream);
+            cudaStream_t stream, std::uint8_t* small = nullptr);
 
 // --- dequantize.cu --------------------------------------------------------------------------------------------------
 

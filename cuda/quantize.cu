@@ -28,6 +28,7 @@
 #include "octavo/error.hpp"
 #include "operations.hpp"
 #include "ranges.cuh"
+#include "rotation.cuh"
 
 namespace octavo::cuda {
 namespace {
@@ -65,8 +66,6 @@ __device__ Range range_of_block(Range range, Range* partial) {
 
 // The low byte is rint(value) for |value| <= 127.5: after adding 1.5 * 2^23 a float's last bits are the integer.
 __device__ inline std::uint32_t to_code(float value) { return __float_as_uint(__fadd_rn(value, 0x1.8p23F)) & 0xFFU; }
-
-__device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7F800000U) != 0x7F800000U; }
 
 // How the values of one group (a row, or the whole matrix) become codes.
 template <class T, Scheme scheme>
@@ -218,6 +217,7 @@ struct Task {
     std::int64_t partials = 0;
     const Range* column_ranges = nullptr;            // [marks.parts, k]
     unsigned long long* first_not_finite = nullptr;  // where not null: receives the least row that is not finite
+    const std::uint8_t* small = nullptr;             // where not null: which chunks are times `rotation_factor`
 };
 
 // The threads that share a row, and which rows they have.
@@ -335,6 +335,40 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
     }
 }
 
+__device__ inline std::int64_t chunks_of(std::int64_t rotated_width) {
+    return (rotated_width + most_rotation - 1) / most_rotation;
+}
+
+// Whether any chunk of a row is small. All 32 lanes must take part.
+__device__ inline bool row_is_small(const Task& task, std::int64_t row, std::int64_t chunks) {
+    bool any = false;
+    for (std::int64_t i = threadIdx.x % warp_size; i < chunks; i += warp_size) any |= task.small[row * chunks + i] != 0;
+    return __any_sync(whole_warp, static_cast<int>(any)) != 0;
+}
+
+// Whether any chunk of the matrix is small. All threads of the block must take part.
+__device__ inline bool matrix_is_small(const Task& task, std::int64_t chunks) {
+    bool any = false;
+    for (std::int64_t i = threadIdx.x; i < chunks; i += blockDim.x) any |= task.small[i] != 0;
+    return __syncthreads_or(static_cast<int>(any)) != 0;
+}
+
+// Makes the other chunks of a row small, too.
+template <bool wide>
+__device__ void make_small(const Team& team, std::int64_t chunk, std::int64_t row, std::int64_t k, const Task& task,
+                           Held& held) {
+    constexpr int elements = per_access<float>;
+#pragma unroll
+    for (int access = 0; access < accesses; ++access) {
+#pragma unroll
+        for (int e = 0; e < elements; ++e) {
+            const std::int64_t column = column_of<float, wide>(team, chunk, access, e);
+            if (column >= k || task.small[row * chunks_of(k) + column / most_rotation] != 0) continue;
+            held.quads[access][e] = __float_as_uint(element<float>(held.quads[access], e) * rotation_factor);
+        }
+    }
+}
+
 template <class T, Scheme scheme>
 __device__ void take_in(Range& range, const Held& held) {
     constexpr int elements = per_access<T>;
@@ -410,8 +444,8 @@ __device__ inline Range range_of_matrix(const Task& task, std::int64_t k, int th
 }
 
 template <class T, Scheme scheme>
-__device__ void write_group(const Task& task, std::int64_t group, const Coding<T, scheme>& coding) {
-    task.scale[group] = coding.scale();
+__device__ void write_group(const Task& task, std::int64_t group, const Coding<T, scheme>& coding, bool small) {
+    task.scale[group] = small ? coding.scale() / rotation_factor : coding.scale();
     if (task.zeropoint.present()) task.zeropoint[group] = coding.zeropoint();
     if (task.first_not_finite != nullptr && !coding.finite()) {
         atomicMin(task.first_not_finite, static_cast<unsigned long long>(group));
@@ -441,9 +475,14 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
     const ColumnMarks excluded = task.per_element ? ColumnMarks{} : task.marks;
     const std::uint32_t left_out = columns_left_out<T, wide>(team, 0, x.cols, excluded);
     Held held{};
+    const bool can_be_small = sizeof(T) == 4 && task.small != nullptr;
+    bool small = can_be_small && task.step != Step::rows && matrix_is_small(task, x.rows * chunks_of(x.cols));
     const auto read = [&](std::int64_t row, std::int64_t chunk) {
         held.left_out = chunk == 0 ? left_out : columns_left_out<T, wide>(team, chunk, x.cols, excluded);
         read_row<T, wide>(team, chunk, x, row, task, held);
+        if constexpr (sizeof(T) == 4) {
+            if (small) make_small<wide>(team, chunk, row, x.cols, task, held);
+        }
     };
 
     Range range;
@@ -451,12 +490,15 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
     if (task.step == Step::encode) {
         range = range_of_matrix(task, x.cols, thread, threads);
         coding = Coding<T, scheme>(range_of_block<scheme>(range, partial_ranges[0]), task.rotated);
-        if (block == 0 && thread == 0) write_group(task, 0, coding);
+        if (block == 0 && thread == 0) write_group(task, 0, coding, small);
     }
     int turn = 1;
     for (std::int64_t row = team.first_row; row < x.rows; row += team.row_step, turn ^= 1) {
         if (task.step != Step::encode) {
-            if (task.step == Step::rows) range = Range{};
+            if (task.step == Step::rows) {
+                range = Range{};
+                small = can_be_small && row_is_small(task, row, chunks_of(x.cols));
+            }
             for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
                 read(row, chunk);
                 take_in<T, scheme>(range, held);
@@ -465,7 +507,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
             range =
                 task.rows_of_warps ? range_of_warp<scheme>(range) : range_of_block<scheme>(range, partial_ranges[turn]);
             coding = Coding<T, scheme>(range, task.rotated);
-            if (team.rank == 0) write_group(task, row, coding);
+            if (team.rank == 0) write_group(task, row, coding, small);
         }
         std::int32_t sum = 0;
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -557,19 +599,22 @@ void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& te
     });
 }
 
-void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool rotated, const Exclusion& exclusion,
-                   const Matrix& codes, std::int64_t width, const Vector& scale, const Vector& zeropoint,
-                   const Vector& code_sums, unsigned long long* first_not_finite, cudaStream_t stream) {
+void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool rotated, const std::uint8_t* small,
+                   const Exclusion& exclusion, const Matrix& codes, std::int64_t width, const Vector& scale,
+                   const Vector& zeropoint, const Vector& code_sums, unsigned long long* first_not_finite,
+                   cudaStream_t stream) {
     Workspace workspace(stream);
     if (options.rotation != 0 && !rotated) {
         const std::int64_t rotated_width = rotated_size(x.cols, options.rotation);
         const auto place = workspace.reserve<float>(x.rows * rotated_width);
+        const auto chunks = workspace.reserve<std::uint8_t>(x.rows * blocks_for(rotated_width, most_rotation));
         workspace.allocate();
-        rotate(x, options.rotation, exclusion, 1.0F, workspace.at(place), stream);
+        std::uint8_t* const of_chunks = x.dtype == DType::f16 ? nullptr : workspace.at(chunks);  // those never overflow
+        rotate(x, options.rotation, exclusion, 1.0F, workspace.at(place), stream, of_chunks);
         if (exclusion.list.columns != nullptr) list_columns(exclusion.marks, x.cols, exclusion.list, stream);
         const ConstMatrix of_blocks{workspace.at(place), DType::f32, x.device, x.rows, rotated_width, rotated_width, 1};
-        return quantize_rows(of_blocks, options, true, {}, codes, width, scale, zeropoint, code_sums, first_not_finite,
-                             stream);
+        return quantize_rows(of_blocks, options, true, of_chunks, {}, codes, width, scale, zeropoint, code_sums,
+                             first_not_finite, stream);
     }
     const std::int64_t elements = 16 / size_of(x.dtype);
     const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
@@ -585,7 +630,8 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool ro
               .scale = span_of<float>(scale),
               .zeropoint = span_of<float>(zeropoint),
               .code_sums = span_of<std::int32_t>(code_sums),
-              .first_not_finite = first_not_finite};
+              .first_not_finite = first_not_finite,
+              .small = small};
     if (options.granularity != Granularity::tensor) {
         if (x.rows > 0 || task.list.columns != nullptr) launch_step(x, options.scheme, wide, teams, task, stream);
         return;
@@ -610,7 +656,7 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool ro
 
 void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream) {
-    quantize_rows(x, options, false, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
+    quantize_rows(x, options, false, nullptr, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
 }
 
 void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
@@ -640,8 +686,8 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
         const auto place = workspace.reserve<unsigned long long>(1);
         workspace.allocate();
         check(cudaMemsetAsync(workspace.at(place), filler, sizeof first, stream), "cudaMemsetAsync");
-        quantize_rows(weight, of_rows, false, {}, codes, codes.cols, scale, zeropoint, code_sums, workspace.at(place),
-                      stream);
+        quantize_rows(weight, of_rows, false, nullptr, {}, codes, codes.cols, scale, zeropoint, code_sums,
+                      workspace.at(place), stream);
         check(cudaMemcpyAsync(&first, workspace.at(place), sizeof first, cudaMemcpyDeviceToHost, stream),
               "cudaMemcpyAsync");
         check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");

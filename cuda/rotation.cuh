@@ -14,6 +14,9 @@ __host__ __device__ inline float root_of(int rotation) { return rotation == 16 ?
 // The features of the largest block: whole blocks of every rotation.
 inline constexpr int most_rotation = 256;
 
+// What a group is rotated times where its sums, of up to 256 numbers, overflow.
+inline constexpr float rotation_factor = 0x1p-8F;
+
 // Of `most_rotation` features of a row, of which each thread of a block has one, this thread's after rotation. In each
 // step a thread reads the number that is `distance` away from shared memory, of which there are two so that one barrier
 // a step does.

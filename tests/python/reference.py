@@ -197,16 +197,24 @@ def quantize(
 
     `exclude` (columns, or a mask of x's shape) takes elements out of the scale and sets their codes to 0 (Eq. 8). With
     `rotation` they become 0 before x is rotated; then all of the rotated x takes part, and there are
-    `rotated_size(k, rotation)` codes in a row.
+    `rotated_size(k, rotation)` codes in a row. A group whose rotated values float32 does not hold is rotated times
+    2^-8, and its scale is times 2^8.
     """
     x = np.asarray(x, np.float32)
     keep = ~as_mask(exclude, x.shape)
     if rotation != 0:
+        small = rotate(np.where(keep, x, F(0)) * F(2**-8), rotation)
         x = rotate(np.where(keep, x, F(0)), rotation)
         keep = np.ones(x.shape, bool)
     groups = (1, x.size) if granularity == "tensor" else (int(np.prod(x.shape[:-1])), x.shape[-1])
+    factor = F(1)
+    if rotation != 0:
+        held = np.isfinite(x.reshape(groups)).all(1)
+        x = np.where(held[:, None], x.reshape(groups), small.reshape(groups)).reshape(x.shape)
+        factor = np.where(held, F(1), F(2**8))
     formula = {"absmax": _quantize_groups_absmax, "zeropoint": _quantize_groups_zeropoint}[scheme]
     codes, scale, zeropoint = formula(x.reshape(groups), keep.reshape(groups), rotated=rotation != 0)
+    scale = scale * factor
     scale_shape = (1,) if granularity == "tensor" or x.ndim == 1 else x.shape[:-1]
     zeropoint = None if zeropoint is None else zeropoint.reshape(scale_shape)
     return Quantized(codes.reshape(x.shape), scale.reshape(scale_shape), zeropoint)

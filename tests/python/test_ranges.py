@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import octavo
 import pytest
-from support import Backend
+import reference as ref
+import tolerances
+from support import Backend, Typed, equal, make
 
 LARGE, SMALL = np.float32(1e36), np.float32(1e-34)
 
@@ -52,3 +54,55 @@ def test_weight_only_of_large_activations(backend: Backend, rows: int, scale: fl
     # What rotation leaves of a sum of +-3e38 is rounded in relation to those.
     atol = 2e-6 * np.abs(x).max(1, keepdims=True) * scale if rotation else 0
     assert (np.abs(backend.host(y) - exact.astype(np.float32)) <= 2e-6 * np.abs(exact) + atol).all()
+
+
+@pytest.mark.parametrize("scheme", ref.SCHEMES)
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+@pytest.mark.parametrize("rotation", [16, 64, 256])
+def test_codes_of_rotated_rows_that_overflow(typed: Typed, scheme: Any, granularity: Any, rotation: int) -> None:
+    """A rotated number can be 16 times the largest of its block, and the sums that make it 256 times."""
+    largest = 6e4 if typed.dtype == "float16" else 3e38  # sums of float16 do not overflow
+    x = make("normal", (12, 600), "float32", 3)
+    x[:4] /= np.abs(x[:4]).max()
+    x[0] *= largest  # sums overflow, whole rows of them
+    x[1] *= largest / 100  # the sums of some blocks at most
+    x[2] = np.where(x[2] < 0, -largest, largest)
+    x[3, 256:] = 0  # one block of 256 alone
+    x[3] *= largest
+    x[4, 300], x[5, 7] = np.nan, np.inf
+    x[6] *= 1e-40  # subnormal
+    if granularity == "tensor":
+        x[4:6] = 1
+    x = ref.round_to(x, typed.dtype)
+    options = {"scheme": scheme, "granularity": granularity, "rotation": rotation}
+    for exclude in (None, [0, 301]):
+        got = octavo.quantize(typed.array(x), exclude=exclude, **options)
+        expected = ref.quantize(x, exclude=exclude, **options)
+        equal(typed.host(got.codes), expected.codes)
+        scale = typed.host(got.scale)
+        assert np.isfinite(scale).sum() == (1 if granularity == "tensor" else 10)
+        if scheme == "absmax":
+            equal(scale, expected.scale)
+        else:
+            tolerances.check_zeropoint_scale(scale, expected.scale)
+            equal(typed.host(got.zeropoint), expected.zeropoint)
+    q = octavo.quantize(typed.array(x), **options)
+    error = np.abs(typed.host(octavo.dequantize(q)).astype(np.float64)[:4] - x[:4])
+    assert (error.max(1) <= 0.1 * np.abs(x[:4]).max()).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("outliers", ["none", "static"])
+def test_rotated_activations_that_overflow(backend: Backend, rows: int, outliers: Any) -> None:
+    x = np.full((rows, 128), 3e38, np.float32)
+    x[:, 1::2] *= -1
+    x[1::2] = 1
+    w = np.random.default_rng(0).normal(size=(20, 128)).astype(np.float32)
+    w *= 1e-3
+    weight = quantized(backend, w, 64)
+    y = backend.host(octavo.linear(backend.array(x), weight, outliers=outliers, path="int8"))
+    exact = x.astype(np.float64) @ w.astype(np.float64).T
+    assert (np.abs(y - exact) <= 0.02 * np.abs(x).max(1, keepdims=True) * np.abs(w).sum(1)).all()
+    # The same as of rows that do not overflow, but for the power of two.
+    less = backend.host(octavo.linear(backend.array(x * np.float32(2**-20)), weight, outliers=outliers, path="int8"))
+    np.testing.assert_array_equal(y, less * np.float32(2**20))

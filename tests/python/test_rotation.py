@@ -97,4 +97,4 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match=r"^Int8Weight: weight.codes: expected 64 columns"):
         octavo.Int8Weight(weight.codes, weight.scale, rotation=64, shape=(2, 60))
     with pytest.raises(ValueError, match=r"^quantize_weight: weight: expected finite values"):
-        octavo.quantize_weight(np.full((2, 64), 3e38, F), rotation=64)  # its sums are not
+        octavo.quantize_weight(np.full((2, 64), np.inf, F), rotation=64)

@@ -25,7 +25,8 @@ namespace [[gnu::visibility("default")]] octavo {
 // butterflies (u, v) -> (u + v, u - v) of distance 1, 2, 4, ..., b / 2 in this order, then the factor. H is its own
 // inverse and symmetric, so products of two rotated matrices are what they were. The codes of absmax are then
 // clip(rint(x' * (127 / absmax)), -127, 127), one division for a group: x' has been rounded already (where 127 / absmax
-// would overflow, (x' / absmax) * 127). Sums that overflow make the scale of their group NaN.
+// would overflow, (x' / absmax) * 127). A group in which these sums overflow is rotated times 2^-8, and its scale is
+// times 2^8: every finite x has codes.
 //
 //   x            [m, k] f32, f16 or bf16, any strides
 //   options      granularity `tensor` or `row`

@@ -17,6 +17,9 @@
 namespace octavo::cpu {
 namespace {
 
+// What a group is rotated times where its sums, of up to 256 numbers, overflow.
+constexpr float small = 0x1p-8F;
+
 // The rows of a matrix as they are quantized: without what is excluded, and rotated.
 class QuantizedRows {
 public:
@@ -31,8 +34,8 @@ public:
     [[nodiscard]] DType dtype() const noexcept { return dtype_; }
 
     // `size` values of `dtype`, valid until the next call. Excluded ones are 0 or, where a 0 could widen the range, the
-    // first that is not excluded; rows that have none are left as they are.
-    const void* read(std::int64_t row, std::span<const std::int32_t> excluded) {
+    // first that is not excluded; rows that have none are left as they are. Rotated ones are times `factor`.
+    const void* read(std::int64_t row, std::span<const std::int32_t> excluded, float factor) {
         if (in_place_) {
             const void* const source = at(x_, row, 0);
             if (excluded.empty()) return source;
@@ -52,6 +55,7 @@ public:
         if (options_.rotation != 0) {
             const std::int64_t size = rotated_size(x_.cols, options_.rotation);
             std::fill(values + x_.cols, values + size, 0.0F);
+            if (factor != 1.0F) std::for_each_n(values, x_.cols, [factor](float& value) { value *= factor; });
             kernels().rotate(values, size, options_.rotation);
         }
         return values;
@@ -89,8 +93,9 @@ private:
 // How the values of one group (a row, or the whole tensor) become codes.
 class Coding {
 public:
-    // `range` is that of the group's values, nothing where it has none.
-    Coding(const QuantizeOptions& options, const std::optional<Range>& range) : options_(options) {
+    // `range` is that of the group's values times `factor`, nothing where it has none.
+    Coding(const QuantizeOptions& options, const std::optional<Range>& range, float factor)
+        : options_(options), factor_(factor) {
         if (range && !range->finite) {
             scale_ = std::numeric_limits<float>::quiet_NaN();
         } else if (options.scheme == Scheme::absmax) {
@@ -104,7 +109,8 @@ public:
         }
     }
 
-    [[nodiscard]] float scale() const noexcept { return scale_; }
+    [[nodiscard]] float factor() const noexcept { return factor_; }
+    [[nodiscard]] float scale() const noexcept { return scale_ / factor_; }
     [[nodiscard]] float zeropoint() const noexcept { return zeropoint_; }
 
     // What QuantizedRows::read gave.
@@ -146,6 +152,7 @@ private:
     }
 
     QuantizeOptions options_;
+    float factor_;  // of the values that are encoded
     bool codes_are_zero_ = true;
     float scale_ = 0.0F;
     float zeropoint_ = 0.0F;
@@ -161,13 +168,19 @@ std::optional<Range> merge(const std::optional<Range>& a, const std::optional<Ra
     return Range{std::min(a->min, b->min), std::max(a->max, b->max), a->finite && b->finite};
 }
 
-std::optional<Range> range_of(const ConstMatrix& x, const QuantizeOptions& options, const RowTraits& traits) {
+// Whether a group of this range is to be read again, times `small`.
+bool overflows(const QuantizeOptions& options, const std::optional<Range>& range) {
+    return options.rotation != 0 && range && !range->finite;
+}
+
+std::optional<Range> range_of(const ConstMatrix& x, const QuantizeOptions& options, const RowTraits& traits,
+                              float factor) {
     std::vector<std::optional<Range>> of_row(static_cast<std::size_t>(x.rows));
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
         QuantizedRows rows(x, options);
         for (std::int64_t i = begin; i < end; ++i) {
             const auto excluded = traits.excluded(i);
-            of_row[static_cast<std::size_t>(i)] = rows.range(rows.read(i, excluded), excluded);
+            of_row[static_cast<std::size_t>(i)] = rows.range(rows.read(i, excluded, factor), excluded);
         }
     });
     std::optional<Range> whole;
@@ -185,7 +198,10 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
     };
     std::optional<Coding> whole;
     if (options.granularity == Granularity::tensor) {
-        whole.emplace(options, range_of(x, options, traits));
+        auto range = range_of(x, options, traits, 1.0F);
+        const float factor = overflows(options, range) ? small : 1.0F;
+        if (factor != 1.0F) range = range_of(x, options, traits, factor);
+        whole.emplace(options, range, factor);
         put_group(0, *whole);
     }
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
@@ -197,8 +213,14 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
         }
         for (std::int64_t i = begin; i < end; ++i) {
             const auto excluded = traits.excluded(i);
-            const void* const values = rows.read(i, excluded);
-            const Coding coding = whole ? *whole : Coding(options, rows.range(values, excluded));
+            const void* values = rows.read(i, excluded, whole ? whole->factor() : 1.0F);
+            const auto coding_of_row = [&] {
+                const auto range = rows.range(values, excluded);
+                if (!overflows(options, range)) return Coding(options, range, 1.0F);
+                values = rows.read(i, excluded, small);
+                return Coding(options, rows.range(values, excluded), small);
+            };
+            const Coding coding = whole ? *whole : coding_of_row();
             if (!whole) put_group(i, coding);
 
             std::int8_t* const target = in_place ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data();
