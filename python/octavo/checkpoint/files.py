@@ -291,7 +291,7 @@ def _records(path: Path) -> dict[int, int]:
                 start = record.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
                 sizes[start] = record.file_size
             orders = [archive.read(record) for record in records if record.filename.endswith("/byteorder")]
-    except (zipfile.BadZipFile, struct.error) as error:
+    except (zipfile.BadZipFile, struct.error, EOFError, RuntimeError, UnicodeError) as error:  # all of them zipfile's
         said = f"truncated or corrupt, or saved before PyTorch 1.6 (load it and save it again): {error}"
         raise unexpected(path, "a PyTorch zip file", f"one that is {said}") from error
     if damaged is not None:

@@ -57,7 +57,7 @@ def read_index(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise unexpected(index, "an index with a weight_map", "a file without")
     for tensor, file in weight_map.items():
-        if Path(file).name != file:
+        if Path(file).name != file or len(file) > 255:  # no file's name is longer
             raise unexpected(index, "names of files beside it", repr(file))
         if not (index.parent / file).exists():
             where = f"{index.parent / file}: {shown(tensor)}"
