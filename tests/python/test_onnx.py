@@ -1,0 +1,187 @@
+"""octavo.onnx: the operator in ONNX Runtime, and the pass that puts it into a model."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import octavo
+import pytest
+import reference as ref
+from octavo.options import Options
+from support import make
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+octavo_onnx = importlib.import_module("octavo.onnx")
+TensorProto, helper, numpy_helper = onnx.TensorProto, onnx.helper, onnx.numpy_helper
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+F = np.float32
+
+
+def model(nodes: list[Any], constants: dict[str, Any], k: int, n: int, dtype: str = "float32") -> Any:
+    """A graph of x of dtype [b, s, k] -> y [b, s, n]."""
+    x = helper.make_tensor_value_info("x", TYPES[dtype], ["b", "s", k])
+    y = helper.make_tensor_value_info("y", TYPES[dtype], ["b", "s", n])
+    initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", [x], [y], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def linear_model(w: Any, bias: Any = None, dtype: str = "float32") -> Any:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y" if bias is None else "h"], "product")]
+    if bias is not None:
+        nodes.append(helper.make_node("Add", ["h", "bias"], ["y"]))
+    constants = {"w": w.T} if bias is None else {"w": w.T, "bias": bias}
+    return model(nodes, constants, w.shape[1], w.shape[0], dtype)
+
+
+def run(given: Any, x: Any, threads: int | None = 1) -> Any:
+    session = ort.InferenceSession(given.SerializeToString(), octavo_onnx.session_options(threads))
+    return session.run(None, {"x": x})[0]
+
+
+def operators(given: Any) -> list[str]:
+    return [node.op_type for node in given.graph.node]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        Options(scheme="zeropoint"),
+        Options(granularity="tensor"),
+        Options(granularity="row", outliers="none"),
+        Options(threshold=3.5, cap=0.1, outliers="rows"),
+        Options(outliers="static"),
+        Options(path="weight_only"),
+        octavo.recipe("best"),
+    ],
+    ids=str,
+)
+def test_outputs_are_those_of_linear(dtype: str, options: Options) -> None:
+    """Bit for bit, with the kept columns and a bias, in any number of rows and with any number of threads."""
+    w = make("normal", (70, 130), dtype).astype(dtype)
+    bias = make("normal", (70,), dtype).astype(dtype)
+    columns = [3, 77]
+    int8 = octavo_onnx.quantize_model(linear_model(w, bias, dtype), options, outlier_columns={"w": columns})
+    assert operators(int8) == ["Linear"]
+    weight = octavo.quantize_weight(w, options=options, outlier_columns=columns)
+    for shape in ((1, 1, 130), (3, 20, 130), (2, 0, 130)):
+        x = make("outliers", shape, dtype).astype(dtype)
+        expected = octavo.linear(x, weight, bias.astype(F), options=options)
+        for threads in (1, 2, None):
+            np.testing.assert_array_equal(run(int8, x, threads), expected)
+
+
+def test_bfloat16() -> None:
+    """ONNX Runtime's Python has no such arrays: the model casts."""
+    w = ref.round_to(make("normal", (24, 40), "float32"), "bfloat16")
+    x = ref.round_to(make("outliers", (1, 5, 40), "float32"), "bfloat16")
+    given = linear_model(w)
+    int8 = octavo_onnx.quantize_model(given)
+    (node,) = int8.graph.node
+    node.input[0], node.output[0] = "cast", "wide"
+    into = helper.make_node("Cast", ["x"], ["cast"], to=TensorProto.BFLOAT16)
+    out = helper.make_node("Cast", ["wide"], ["y"], to=TensorProto.FLOAT)
+    int8.graph.node.insert(0, into)
+    int8.graph.node.append(out)
+    y = octavo.linear(x, octavo.quantize_weight(w))
+    np.testing.assert_array_equal(run(int8, x), ref.round_to(y, "bfloat16"))
+
+
+def test_what_is_converted() -> None:
+    """Gemm of either layout, weights behind a Transpose; not products of two inputs, scaled ones, or those skipped."""
+    w = make("normal", (16, 16), "float32")
+    bias = make("normal", (16,), "float32")
+    nodes = [
+        helper.make_node("Reshape", ["x", "rows"], ["a"]),
+        helper.make_node("Gemm", ["a", "w", "bias"], ["b"], "one", transB=1),
+        helper.make_node("Gemm", ["b", "w2"], ["c"], "two"),
+        helper.make_node("Transpose", ["w3"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["c", "turned"], ["d"], "three"),
+        helper.make_node("Gemm", ["d", "w", "bias"], ["e"], "scaled", alpha=0.5),
+        helper.make_node("MatMul", ["e", "w4"], ["f"], "head"),
+        helper.make_node("MatMul", ["f", "f2"], ["g"], "data"),
+        helper.make_node("Identity", ["w"], ["f2"]),
+        helper.make_node("Add", ["g", "d"], ["h"]),
+        helper.make_node("Reshape", ["h", "shape"], ["y"]),
+    ]
+    nodes[7], nodes[8] = nodes[8], nodes[7]
+    constants = dict.fromkeys(("w", "w2", "w3", "w4"), w)
+    given = model(
+        nodes, {**constants, "bias": bias, "rows": np.array([-1, 16]), "shape": np.array([1, -1, 16])}, 16, 16
+    )
+    onnx.checker.check_model(given)
+    int8 = octavo_onnx.quantize_model(given, skip=["head"])
+    assert [node.name for node in int8.graph.node if node.domain == "octavo"] == [
+        "one.octavo",
+        "two.octavo",
+        "three.octavo",
+    ]
+    assert "Transpose" not in operators(int8)
+    names = {tensor.name for tensor in int8.graph.initializer}
+    assert not {"w2", "w3"} & names  # nobody reads them any more
+    assert {"w", "w4", "bias"} <= names
+    assert operators(given).count("Linear") == 0  # as it was
+    x = make("normal", (1, 4, 16), "float32")
+    exact = ort.InferenceSession(given.SerializeToString()).run(None, {"x": x})[0]
+    assert np.abs(run(int8, x) - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_external_data(tmp_path: Path) -> None:
+    w = make("normal", (64, 64), "float32")
+    onnx.save(linear_model(w), tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
+    int8 = octavo_onnx.quantize_model(tmp_path / "m.onnx")
+    onnx.save(int8, tmp_path / "int8.onnx", save_as_external_data=True, location="int8.bin", size_threshold=0)
+    x = make("outliers", (1, 3, 64), "float32")
+    session = ort.InferenceSession(str(tmp_path / "int8.onnx"), octavo_onnx.session_options())
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], octavo.linear(x, octavo.quantize_weight(w)))
+
+
+def test_what_is_refused() -> None:
+    w = make("normal", (8, 16), "float32")
+    with pytest.raises(ValueError, match=r"^quantize_model: outlier_columns: expected weights .*\['v'\]"):
+        octavo_onnx.quantize_model(linear_model(w), outlier_columns={"v": [1]})
+    with pytest.raises(ValueError, match="expected finite values"):
+        octavo_onnx.quantize_model(linear_model(w * np.inf))
+    for threads in (0, 1.5, "2", 2000):
+        with pytest.raises(ValueError, match=r"^session_options: threads: expected 1 to 1024, got"):
+            octavo_onnx.session_options(threads)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"scheme": "other"}, "scheme: got 'other'"),
+        ({"in_features": 15}, "linear: x: expected"),
+        ({"in_features": 2**62}, "expected"),
+        ({"threshold": -1.0}, "threshold: expected"),
+        ({"rotation": 3}, "rotation: expected"),
+        ({"scheme": "zeropoint"}, "zeropoint: expected"),
+    ],
+)
+def test_a_model_that_is_wrong_is_an_error_of_the_session(change: dict[str, Any], match: str) -> None:
+    """Not a crash: what a model's file says is checked like any argument."""
+    int8 = octavo_onnx.quantize_model(linear_model(make("normal", (8, 16), "float32")))
+    (node,) = int8.graph.node
+    for attribute in [each for each in node.attribute if each.name in change]:
+        node.attribute.remove(attribute)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in change.items())
+    with pytest.raises(Exception, match=match):
+        run(int8, np.ones((1, 2, 16), F))
+
+
+@pytest.mark.parametrize("part", ["codes", "scale", "code_sums"])
+def test_arrays_of_another_size_are_refused(part: str) -> None:
+    int8 = octavo_onnx.quantize_model(linear_model(make("normal", (40, 16), "float32")))
+    for tensor in int8.graph.initializer:
+        if tensor.name.endswith(part):
+            values = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(values[:1], tensor.name))
+    with pytest.raises(Exception, match=r"(codes|scale|code_sums): expected"):
+        run(int8, np.ones((1, 2, 16), F))
