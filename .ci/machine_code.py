@@ -25,7 +25,7 @@ REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
         "streaming": (r"vpmaxuw .*%zmm", r"vfn?m\w*ps .*%zmm"),
         "epilogue": (r"vcvtdq2ps .*%zmm", r"vfmadd\w*ps .*%zmm"),
     },
-    "amx": {"product": (r"tdpbusd .*%tmm",)},
+    "amx": {"product": (r"tdpbssd .*%tmm", r"tileloaddt1 .*%tmm"), "epilogue": (r"vcvtneps2bf16 .*%ymm",)},
     "neon_dotprod": {
         "product": (r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[3\]",),
         "streaming": (r"umax\s+v\d+\.8h", r"fmls\s+v\d+\.4s", r"fmla\s+v\d+\.4s"),

@@ -68,6 +68,10 @@ void load_tile(const void* p, std::int64_t stride) {
     }
 }
 template <int Tile>
+void load_passing_tile(const void* p, std::int64_t stride) {
+    load_tile<Tile>(p, stride);
+}
+template <int Tile>
 void store_tile(void* p, std::int64_t stride) {
     for (std::int64_t row = 0; row < std::int64_t{current.rows[Tile]}; ++row) {
         std::memcpy(static_cast<char*>(p) + row * stride, registers[Tile].words[row], 64);
@@ -83,7 +87,7 @@ void multiply_tiles() {
         for (std::int64_t col = 0; col < 16; ++col) {
             for (std::int64_t k = 0; k < 64; ++k) {
                 const auto byte = static_cast<std::uint32_t>(8 * (k % 4));
-                const auto x = static_cast<std::uint8_t>(registers[X].words[row][k / 4] >> byte);
+                const auto x = static_cast<std::int8_t>(registers[X].words[row][k / 4] >> byte);
                 const auto w = static_cast<std::int8_t>(registers[W].words[k / 4][col] >> byte);
                 registers[Acc].words[row][col] += static_cast<std::uint32_t>(x * w);
             }

@@ -18,6 +18,7 @@ void rotate_back_columns(const PackedPanel& codes, std::int32_t rotation, std::i
                          const float* scale, std::span<const std::int32_t> columns, std::span<float* const> targets) {
     const std::int64_t depth = padded_depth(rotation);  // what is multiplied: one block or, of small ones, several
     const float root = std::sqrt(static_cast<float>(rotation));
+    const float factor = 1.0F / root;  // both powers of two
     const Scratch<std::int8_t> row(depth);
     const Scratch<std::int32_t> sums(whole_blocks(cols));
     for (float* const target : targets) std::fill(target + cols, target + whole_blocks(cols), 0.0F);
@@ -38,13 +39,18 @@ void rotate_back_columns(const PackedPanel& codes, std::int32_t rotation, std::i
         const PackedPanel part = codes.from(begin);
         if (rows.plan().x_is_unsigned) sum_packed(part, whole_blocks(cols), 0, depth, sums.data());
         multiply(rows, part, sums.data(), {0, count, 0, cols}, [&](const SumsTile& tile) {
+            const Scratch<std::int32_t> whole(tile.rows * tile.cols);
+            put_sums(tile, whole.data(), tile.cols);
             for (std::int64_t i = 0; i < tile.rows; ++i) {
                 const std::size_t place = first + static_cast<std::size_t>(tile.row + i);
                 const float of_zeropoint = columns[place] % rotation == 0 ? root : 0.0F;
+                const std::int32_t* const row_sums = whole.data() + i * tile.cols;
+                float* const target = targets[place] + tile.col;
+                const float* const zeropoints = zeropoint + tile.col;
+                const float* const scales = scale + tile.col;
                 for (std::int64_t j = 0; j < tile.cols; ++j) {
-                    const std::int64_t col = tile.col + j;
-                    const float rotated = static_cast<float>(tile.sum(i, j)) / root;
-                    targets[place][col] = (rotated + zeropoint[col] * of_zeropoint) * scale[col];
+                    const float rotated = static_cast<float>(row_sums[j]) * factor;
+                    target[j] = (rotated + zeropoints[j] * of_zeropoint) * scales[j];
                 }
             }
         });

@@ -1,7 +1,8 @@
 #include "cpu/gemm.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
-#include <limits>
 #include <string>
 
 #include "backend.hpp"
@@ -17,10 +18,23 @@ constexpr std::int64_t up(std::int64_t value, std::int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
+constexpr std::int64_t line = 64;  // bytes of a cache line
+
 constexpr std::int64_t ceiling(std::int64_t value, std::int64_t divisor) { return (value + divisor - 1) / divisor; }
 
 // Number of parts of at most max_int32_depth.
 std::int64_t parts_of(std::int64_t depth) { return std::max<std::int64_t>(1, ceiling(depth, max_int32_depth)); }
+
+// Bytes of X beside which the second-level cache also holds the slices of W that pass by.
+std::int64_t near_size() {
+    constexpr std::int64_t least = std::int64_t{256} << 10;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    static const auto cache = std::max<std::int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), least);
+    return cache / 2;
+#else
+    return least / 2;
+#endif
+}
 
 // The tile registers, or whatever a plan wants set up while it multiplies. Who finishes sums may multiply, too (columns
 // of a rotated weight are dequantized so): afterwards what was set up before is set up again.
@@ -63,8 +77,7 @@ public:
           offsets_(cols_) {
         // As long as all of X is in the second-level cache, one tile's width of W passes at a time, read from its first
         // byte to its last.
-        constexpr std::int64_t near = std::int64_t{128} << 10;
-        strip_ = x.bytes(block.rows()) <= near ? plan_.cols : cols_;
+        strip_ = x.bytes(block.rows()) <= near_size() ? plan_.cols : cols_;
     }
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
@@ -81,7 +94,24 @@ public:
             do {
                 const std::int64_t slice_end = std::min(x_.slice_end(slice), end);
                 for (std::int64_t j = strip; j < strip_end; j += plan_.cols) {
-                    column(slice, slice_end, j, slice == begin, slice_end == end ? &finish : nullptr, begin);
+                    const bool last_of_strip = j + plan_.cols >= strip_end;
+                    const bool last_of_slices = slice_end == end;
+                    ProductTile tile{.x = nullptr,
+                                     .rows = 0,
+                                     .w = w_.data() + j * w_.depth() + slice * block_cols,
+                                     .w_stride = w_.stride(),
+                                     .cols = std::min(plan_.cols, cols_ - j),
+                                     .depth = slice_end - slice,
+                                     .first = slice == begin,
+                                     .acc = acc_.data() + j / plan_.cols * panels_ * tile_size()};
+                    const std::int64_t next = !last_of_strip ? slice : last_of_slices ? begin : slice_end;
+                    const std::int64_t next_j = !last_of_strip ? j + plan_.cols : last_of_slices ? strip_end : strip;
+                    if (next_j < cols_) {
+                        tile.ahead = w_.data() + next_j * w_.depth() + next * block_cols;
+                        tile.ahead_depth = std::min(x_.slice_end(next), end) - next;
+                        tile.ahead_stride = w_.stride();
+                    }
+                    column(tile, slice, j, last_of_slices ? &finish : nullptr, begin);
                 }
                 slice = slice_end;
             } while (slice < end);
@@ -91,36 +121,45 @@ public:
 private:
     [[nodiscard]] std::int64_t tile_size() const { return plan_.rows * plan_.cols; }
 
-    // All rows by the output features of the tile at column j. Whole tiles go to `finish`.
-    void column(std::int64_t begin, std::int64_t end, std::int64_t j, bool first,
+    // All rows by the output features of `tile`, which is at column j and slice `begin`. Whole tiles go to `finish`.
+    void column(ProductTile tile, std::int64_t begin, std::int64_t j,
                 const std::function<void(const SumsTile&)>* finish, std::int64_t part) const {
-        ProductTile tile{.x = nullptr,
-                         .rows = plan_.rows,
-                         .w = w_.data() + j * w_.depth() + begin * block_cols,
-                         .w_stride = w_.stride(),
-                         .cols = std::min(plan_.cols, cols_ - j),
-                         .depth = end - begin,
-                         .first = first,
-                         .acc = acc_.data() + j / plan_.cols * panels_ * tile_size()};
         if (plan_.regroup != nullptr && tile.depth > 0) {
             plan_.regroup(tile.w, tile.w_stride, tile.cols, tile.depth, regrouped_.data(), offsets_.data() + j);
             tile.w = regrouped_.data();
             tile.w_stride = block_cols * tile.depth * plan_.regrouped;
         }
-        for (std::int64_t row = block_.row_begin; row < block_.row_end; row += plan_.rows, tile.acc += tile_size()) {
+        const std::int64_t run = std::max(plan_.rows, plan_.run_rows);
+        for (std::int64_t row = block_.row_begin; row < block_.row_end; row += run) {
             tile.x = x_.panel(row, begin);
-            tile.rows = std::min(plan_.rows, block_.row_end - row);
+            tile.rows = std::min(run, block_.row_end - row);
+            if (plan_.run_rows == 0) fetch_ahead(tile, (row - block_.row_begin) / run);
             if (tile.depth > 0) plan_.multiply(tile);
-            if (finish == nullptr) continue;
-            (*finish)({.row = row,
-                       .col = block_.col_begin + j,
-                       .rows = tile.rows,
-                       .cols = std::min(tile.cols, block_.cols() - j),
-                       .stride = plan_.cols,
-                       .acc = tile.acc,
-                       .row_offsets = x_.offsets(row, part),
-                       .col_offsets = offsets_.data() + j,
-                       .wide = nullptr});
+            for (std::int64_t end = row + tile.rows, i = row; i < end; i += plan_.rows, tile.acc += tile_size()) {
+                if (finish == nullptr) continue;
+                (*finish)({.row = i,
+                           .col = block_.col_begin + j,
+                           .rows = std::min(plan_.rows, end - i),
+                           .cols = std::min(tile.cols, block_.cols() - j),
+                           .stride = plan_.cols,
+                           .acc = tile.acc,
+                           .row_offsets = x_.offsets(i, part),
+                           .col_offsets = offsets_.data() + j,
+                           .wide = nullptr});
+            }
+        }
+    }
+
+    // The part of what comes next that falls to panel number `panel`.
+    void fetch_ahead(const ProductTile& tile, std::int64_t panel) const {
+        if (tile.ahead == nullptr) return;
+        const std::int64_t size = tile.ahead_depth * block_cols;  // of a block of output features
+        const std::int64_t part = up(ceiling(size, panels_), line);
+        for (std::int64_t j = 0; j < tile.cols; j += block_cols) {
+            const std::int8_t* const block = tile.ahead + j / block_cols * tile.ahead_stride;
+            for (std::int64_t i = panel * part; i < std::min((panel + 1) * part, size); i += line) {
+                __builtin_prefetch(block + i, 0, 2);
+            }
         }
     }
 
@@ -259,13 +298,22 @@ void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums
     }
 }
 
-namespace {
-
-void put(std::int32_t value, std::int64_t row, std::int64_t col, const Matrix& out) {
-    __builtin_memcpy(at(out, row, col), &value, sizeof value);
+void put_sums(const SumsTile& tile, void* out, std::int64_t stride) {
+    const EpilogueTile sums{.rows = tile.rows,
+                            .cols = tile.cols,
+                            .acc = tile.acc,
+                            .row_offsets = tile.row_offsets,
+                            .col_offsets = tile.col_offsets,
+                            .stride = tile.stride};
+    kernels().epilogue(sums, DType::i32, out, stride * size_of(DType::i32));
 }
 
+namespace {
+
 void put_tile(const SumsTile& tile, const Matrix& out) {
+    if (tile.wide == nullptr && out.col_stride == 1) {
+        return put_sums(tile, at(out, tile.row, tile.col), out.row_stride);
+    }
     for (std::int64_t i = 0; i < tile.rows; ++i) {
         for (std::int64_t j = 0; j < tile.cols; ++j) {
             const std::int64_t sum = tile.sum(i, j);
@@ -275,7 +323,7 @@ void put_tile(const SumsTile& tile, const Matrix& out) {
                                                   std::to_string(sum) + " at row " + std::to_string(tile.row + i) +
                                                   ", column " + std::to_string(tile.col + j));
             }
-            put(value, tile.row + i, tile.col + j, out);
+            __builtin_memcpy(at(out, tile.row + i, tile.col + j), &value, sizeof value);
         }
     }
 }
@@ -293,13 +341,25 @@ void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_lay
             x.place(i, codes.data());
         }
     });
+    const bool sums_are_read = x.plan().x_is_unsigned && x.depth() <= max_int32_depth;
+    const bool summed_once = sums_are_read && b_layout == Layout::packed;
+    const Scratch<std::int32_t> sums(summed_once ? whole_blocks(out.cols) : 0);
+    if (summed_once) {
+        parallel_for(ceiling(out.cols, most_cols), 1, [&](std::int64_t begin, std::int64_t end) {
+            const std::int64_t first = begin * most_cols;
+            const PackedPanel w(b, b_layout, first, std::min(end * most_cols, out.cols));
+            const std::int64_t cols = std::min(end * most_cols, whole_blocks(out.cols)) - first;
+            sum_packed(w, cols, 0, w.depth(), sums.data() + first);
+        });
+    }
     for_each_block(x.blocking(), out.rows, out.cols, a.cols, [&](const Block& block) {
         const PackedPanel w(b, b_layout, block.col_begin, block.col_end);
-        const Scratch<std::int32_t> sums(whole_blocks(block.cols()));
-        if (x.plan().x_is_unsigned && w.depth() <= max_int32_depth) {
-            sum_packed(w, whole_blocks(block.cols()), 0, w.depth(), sums.data());
-        }
-        multiply(x, w, sums.data(), block, [&](const SumsTile& tile) { put_tile(tile, out); });
+        const std::int64_t cols = whole_blocks(block.cols());
+        const bool summed_here = sums_are_read && !summed_once;
+        const Scratch<std::int32_t> block_sums(summed_here ? cols : 0);
+        if (summed_here) sum_packed(w, cols, 0, w.depth(), block_sums.data());
+        const std::int32_t* const w_sums = summed_once ? sums.data() + block.col_begin : block_sums.data();
+        multiply(x, w, w_sums, block, [&](const SumsTile& tile) { put_tile(tile, out); });
     });
 }
 

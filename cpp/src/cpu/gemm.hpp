@@ -92,6 +92,9 @@ struct SumsTile {
     }
 };
 
+// The sums of a tile that are not wide, into rows `stride` int32 apart.
+void put_sums(const SumsTile& tile, void* out, std::int64_t stride);
+
 // sums[j] = sum of the codes of each of `cols` output features, a multiple of 16, over [begin, end) of the padded
 // depth, where some plan has X unsigned.
 void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std::int64_t end, std::int32_t* sums);

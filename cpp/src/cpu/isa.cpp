@@ -52,6 +52,7 @@ namespace {
 // What the compiler's cpuid helper does not know by name in all versions: bits of leaf 7.
 struct Leaf7 {
     bool avx_vnni = false;
+    bool avx512_bf16 = false;
     bool amx_int8 = false;
 };
 
@@ -68,7 +69,9 @@ Leaf7 leaf_7() {
     found.amx_int8 = (edx & amx_tile) != 0 && (edx & amx_int8) != 0;
     if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0) {
         constexpr unsigned avx_vnni = 1U << 4U;
+        constexpr unsigned avx512_bf16 = 1U << 5U;
         found.avx_vnni = (eax & avx_vnni) != 0;
+        found.avx512_bf16 = (eax & avx512_bf16) != 0;
     }
     return found;
 }
@@ -97,7 +100,7 @@ std::vector<const Kernels*> tables_available() {
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512vnni");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx512_vnni && leaf.amx_int8 && may_use_tiles()) tables.push_back(&amx::table);
+    if (avx512_vnni && leaf.avx512_bf16 && leaf.amx_int8 && may_use_tiles()) tables.push_back(&amx::table);
     if (avx512_vnni) tables.push_back(&avx512_vnni::table);
     if (avx2 && leaf.avx_vnni) tables.push_back(&avx_vnni::table);
     if (avx2) tables.push_back(&avx2::table);

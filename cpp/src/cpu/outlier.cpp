@@ -1,7 +1,6 @@
 #include "cpu/outlier.hpp"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <iterator>
@@ -38,29 +37,25 @@ std::uint32_t limit_of(DType dtype, float threshold) {
 
 std::uint32_t infinity_of(DType dtype) { return limit_of(dtype, INFINITY); }
 
-// The half of which `rank` are smaller, if they were sorted: by counting those below a bound, which is moved from the
-// median of a sample at growing steps until the half is bracketed, and then by halving the bracket.
-std::uint16_t ranked(const std::vector<std::uint16_t>& halves, std::int64_t rank) {
-    const auto size = static_cast<std::int64_t>(halves.size());
-    const auto is_above = [&](int bound) {  // whether the half is >= bound
-        return kernels().count_below(halves.data(), size, static_cast<std::uint16_t>(bound)) <= rank;
-    };
-    std::array<std::uint16_t, 32> sample{};
-    for (std::size_t i = 0; i < sample.size(); ++i) sample[i] = halves[halves.size() * i / sample.size()];
-    std::ranges::nth_element(sample, sample.begin() + sample.size() / 2);
-    int low = 0;        // the half is at least this,
-    int high = 0x8000;  // and below that
-    int bound = sample[sample.size() / 2];
-    for (int step = 8; low < bound && bound < high; step *= 2) {
-        const bool above = is_above(bound);
+// How many halves are below a bound.
+std::int64_t below(const std::vector<std::uint16_t>& halves, int bound) {
+    return kernels().count_below(halves.data(), std::ssize(halves), static_cast<std::uint16_t>(bound));
+}
+
+// The half of which `rank` are smaller, if they were sorted: by counting those below a bound, which moves from `guess`
+// to where the rank would lie among normal values, and a little beyond, until the half is bracketed; then by halving
+// the bracket.
+std::uint16_t ranked(const std::vector<std::uint16_t>& halves, std::int64_t rank, std::uint16_t guess) {
+    constexpr std::int64_t sharers = 430;  // near the median of magnitudes, a 430th of normal values share a half
+    int low = 0;                           // the half is at least this,
+    int high = 0x8000;                     // and below that
+    int bound = guess;
+    for (int beyond = 1; high - low > 1; beyond = std::min(2 * beyond, 0x8000)) {
+        bound = low > 0 && high < 0x8000 ? low + (high - low) / 2 : std::clamp(bound, low + 1, high - 1);
+        const std::int64_t smaller = below(halves, bound);
+        const bool above = smaller <= rank;
         (above ? low : high) = bound;
-        bound += above ? step : -step;
-        // Once it has been on both sides, the bracket is as wide as the last step.
-        if (low > 0 && high < 0x8000) break;
-    }
-    while (high - low > 1) {
-        const int middle = low + (high - low) / 2;
-        (is_above(middle) ? low : high) = middle;
+        bound += static_cast<int>((rank - smaller) * sharers / std::ssize(halves)) + (above ? beyond : -beyond);
     }
     return static_cast<std::uint16_t>(low);
 }
@@ -76,31 +71,50 @@ Criterion::Criterion(DType dtype, std::int64_t k, std::int64_t rows, const Linea
       halves_(options.relative > 0.0F ? static_cast<std::size_t>(k) : 0),
       mask_(static_cast<std::size_t>(k)) {}
 
-std::uint32_t Criterion::limit_of_maxima(const void* values) {
+std::uint32_t Criterion::limit_of_maxima(const void* values, std::uint32_t largest) {
     if (halves_.empty()) return limit_;
     kernels().upper_halves(dtype_, values, k_, halves_.data());
-    std::int64_t zeros = kernels().count_below(halves_.data(), k_, 1);
+    std::int64_t zeros = below(halves_, 1);
     // A float32 can be smaller than any half and yet not be zero.
     for (std::int64_t j = 0; zeros > 0 && dtype_ == DType::f32 && j < k_; ++j) {
         zeros -= halves_[static_cast<std::size_t>(j)] == 0 && magnitude_bits(dtype_, values, j) != 0 ? 1 : 0;
     }
     if (zeros == k_) return infinity_of(dtype_);
     constexpr std::uint16_t infinity = 0x7F80;  // NaN is as large
-    const auto half = std::min(ranked(halves_, zeros + (k_ - zeros - 1) / 2), infinity);
-    const auto median = std::bit_cast<float>(std::uint32_t{half} << 16U);
-    return std::max(limit_of(dtype_, relative_ * median), 1U);
+    const std::int64_t rank = zeros + (k_ - zeros - 1) / 2;
+    const auto limit = [&](std::uint16_t half) {
+        const auto median = std::bit_cast<float>(std::uint32_t{std::min(half, infinity)} << 16U);
+        return std::max(limit_of(dtype_, relative_ * median), 1U);
+    };
+    // The median of rows without outliers need not be known: that it is large enough is one count.
+    const float least = magnitude_of(dtype_, largest) / relative_;
+    if (least < 0x1p120F) {
+        const auto half = static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(least) >> 16U) + 2);
+        const std::uint32_t enough = limit(half);
+        if (enough > largest && below(halves_, half) <= rank) return enough;
+    }
+    median_ = ranked(halves_, rank, median_);
+    return limit(median_);
 }
 
 std::span<const std::int32_t> Criterion::find(const void* values) {
     found_.clear();
-    const std::uint32_t limit = limit_of_maxima(values);
+    const std::uint32_t largest = kernels().largest_magnitude(dtype_, values, k_);
+    const std::uint32_t limit = limit_of_maxima(values, largest);
+    if (largest < limit) return found_;
     kernels().mark_magnitudes(dtype_, values, k_, limit, mask_.data());
-    std::int64_t j = 0;
-    for (; j + 8 <= k_; j += 8) {  // marks are few: eight of them at once
+    const auto marks_at = [&](std::int64_t j) {  // eight of them
         std::uint64_t marks = 0;
         __builtin_memcpy(&marks, mask_.data() + j, sizeof marks);
-        for (; marks != 0; marks &= marks - 1) {
-            found_.push_back(static_cast<std::int32_t>(j + std::countr_zero(marks) / 8));
+        return marks;
+    };
+    std::int64_t j = 0;
+    for (; j + 32 <= k_; j += 32) {  // marks are few
+        if ((marks_at(j) | marks_at(j + 8) | marks_at(j + 16) | marks_at(j + 24)) == 0) continue;
+        for (std::int64_t part = j; part < j + 32; part += 8) {
+            for (std::uint64_t marks = marks_at(part); marks != 0; marks &= marks - 1) {
+                found_.push_back(static_cast<std::int32_t>(part + std::countr_zero(marks) / 8));
+            }
         }
     }
     for (; j < k_; ++j) {

@@ -20,8 +20,8 @@ public:
     std::span<const std::int32_t> find(const void* values);
 
 private:
-    // The least bit pattern of a magnitude that is an outlier.
-    [[nodiscard]] std::uint32_t limit_of_maxima(const void* values);
+    // The least bit pattern of a magnitude that is an outlier; or, where `largest` is below it, any one above that.
+    [[nodiscard]] std::uint32_t limit_of_maxima(const void* values, std::uint32_t largest);
     void keep_largest(const void* values);
 
     DType dtype_;
@@ -29,6 +29,7 @@ private:
     float relative_;  // times f(m); 0 where the criterion is absolute
     std::uint32_t limit_;
     std::int64_t most_;
+    std::uint16_t median_ = 0x3F2C;  // that of the last maxima; at first of normal values, .67
     std::vector<std::uint16_t> halves_;
     std::vector<std::uint8_t> mask_;
     std::vector<std::int32_t> found_;

@@ -126,7 +126,9 @@ void encode_16_bit(const void* x, std::int64_t size, float absmax, Convert conve
 
 // --- rotation --------------------------------------------------------------------------------------------------------
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int width = 16;
+#elif defined(__AVX2__)
 constexpr int width = 8;
 #else
 constexpr int width = 4;
@@ -141,7 +143,12 @@ template <int Distance>
     Bits sign;
     Floats swapped;
     for (int i = 0; i < width; ++i) sign[i] = (i & Distance) != 0 ? 0x80000000U : 0U;
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    swapped =
+        __builtin_shufflevector(x, x, 0 ^ Distance, 1 ^ Distance, 2 ^ Distance, 3 ^ Distance, 4 ^ Distance,
+                                5 ^ Distance, 6 ^ Distance, 7 ^ Distance, 8 ^ Distance, 9 ^ Distance, 10 ^ Distance,
+                                11 ^ Distance, 12 ^ Distance, 13 ^ Distance, 14 ^ Distance, 15 ^ Distance);
+#elif defined(__AVX2__)
     swapped = __builtin_shufflevector(x, x, 0 ^ Distance, 1 ^ Distance, 2 ^ Distance, 3 ^ Distance, 4 ^ Distance,
                                       5 ^ Distance, 6 ^ Distance, 7 ^ Distance);
 #else
@@ -163,7 +170,8 @@ template <int Count>
         __builtin_memcpy(&v[i], x + i * width, sizeof v[i]);
         butterfly<1>(v[i]);
         butterfly<2>(v[i]);
-        if constexpr (width == 8) butterfly<4>(v[i]);
+        if constexpr (width >= 8) butterfly<4>(v[i]);
+        if constexpr (width >= 16) butterfly<8>(v[i]);
     });
     unroll<6>([&](auto power) OCTAVO_INLINE {
         constexpr int distance = (1 << power) / width;  // of vectors

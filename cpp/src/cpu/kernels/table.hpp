@@ -22,10 +22,10 @@ struct Range {
     bool finite;
 };
 
-// One register tile of the int8 product over a slice of k.
+// One register tile of the int8 product over a slice of k, or a run of them, one below the other.
 struct ProductTile {
-    const std::int8_t* x;  // the slice of a panel of X, as Plan::place_row has laid it out
-    std::int64_t rows;     // 1 to Plan::rows
+    const std::int8_t* x;  // the slice of a panel of X, as Plan::place_row has laid it out; then the next panel's
+    std::int64_t rows;     // 1 to Plan::rows, or to Plan::run_rows where that is more
     const std::int8_t*
         w;  // the slice of the first block of 16 output features: packed, or as Plan::regroup has made it
     std::int64_t w_stride;  // bytes from block to block
@@ -33,6 +33,10 @@ struct ProductTile {
     std::int64_t depth;     // a multiple of 64; 64 to max_int32_depth
     bool first;             // whether it is the first slice, which begins the sums
     std::int32_t* acc;      // [rows, Plan::cols], cache-line aligned
+    // What will be `w`, `depth` and `w_stride` next, to be fetched meanwhile; or null.
+    const std::int8_t* ahead = nullptr;
+    std::int64_t ahead_depth = 0;
+    std::int64_t ahead_stride = 0;
 };
 
 // How an instruction set multiplies: the shape of its tiles, what it wants of X and W, and its inner loop. What the
@@ -50,6 +54,7 @@ struct Plan {
     std::int64_t cols = 0;  // a multiple of 16
     std::int64_t depth = 0;
     std::int64_t block_rows = 0;
+    std::int64_t run_rows = 0;   // rows that one call of `multiply` can take, a multiple of `rows`; 0: a panel
     std::int64_t x_size = 1;     // bytes of a code in a panel of X
     std::int64_t regrouped = 0;  // bytes of a code in a slice that `regroup` has made
     // Whether codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much.
@@ -171,8 +176,8 @@ struct Kernels {
     void (*dequantize_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
                               const float* zeropoint, const float* scale, float* target);
     // y[i, j] = acc * (scale_x[i] * scale_w[j]), then y = fma(outlier x, outlier_w, y) for the row's outliers in order,
-    // then y + bias[j], in float32, in this order, rounded once to f32, f16 or bf16. Rows of y are contiguous, y_stride
-    // bytes apart.
+    // then y + bias[j], in float32, in this order, rounded once to f32, f16 or bf16; or, as i32, the product and no
+    // more. Rows of y are contiguous, y_stride bytes apart.
     void (*epilogue)(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
 };
 

@@ -1,10 +1,13 @@
 // AMX: a tile register holds 16 rows of 64 bytes, and an instruction multiplies 16 rows of X by 16 output features over
-// 64 along k. A step of 32 x 32 sums takes 4 tile loads for 4 products; a load takes about as long as half a product
-// where the first-level cache has the bytes. So the slice of W for 64 output features (16 KiB) stays there, the slice
-// of 32 rows of X (8 KiB) comes in once for both halves of it, and all that is read lies in tiles of 1 KiB.
+// 64 along k. A step of 32 x 32 sums takes 4 tile loads for 4 products, which hides behind the products as long as the
+// lines come from the first-level cache, and does not where all of them come from the second. So
 //
-// Setting the tiles up costs some hundred cycles, so few rows go by AVX-512 VNNI, for whose sake X is unsigned here
-// too.
+//   the slice of W for 32 output features (32 KiB) stays in the first-level cache. X and the sums pass by it with the
+//   hint that they will not be wanted soon (tileloaddt1), without which they would push W out;
+//   the sums of a panel are stored among the first products of the next one: 64 lines in a row would hold these up;
+//   the slice of W that comes next is fetched into the second-level cache meanwhile.
+//
+// Setting the tiles up costs some hundred cycles, so few rows go by AVX-512 VNNI.
 #pragma once
 
 #include "cpu/kernels/product/dot.hpp"
@@ -14,7 +17,7 @@ namespace octavo::cpu::OCTAVO_ISA {
 namespace tiles {
 
 constexpr std::int64_t rows = 32;
-constexpr std::int64_t cols = 64;
+constexpr std::int64_t cols = 32;
 constexpr std::int64_t acc_stride = cols * 4;              // bytes
 constexpr std::int64_t tile_size = std::int64_t{16} * 64;  // bytes
 
@@ -32,75 +35,84 @@ inline void enter(std::int64_t panel_rows) {
     configure(config);
 }
 
-// panel[k / 64][row][k % 64], x + 128 as an unsigned byte.
+// panel[k / 64][row][k % 64]
 inline std::int32_t place_row(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel) {
-    for (std::int64_t k = 0; k < depth; k += 64) {
-        for (std::int64_t i = 0; i < 64; ++i) {
-            panel[k * rows + row * 64 + i] = static_cast<std::int8_t>(codes[k + i] ^ -128);
-        }
-    }
+    for (std::int64_t k = 0; k < depth; k += 64) __builtin_memcpy(panel + k * rows + row * 64, codes + k, 64);
     return 0;
 }
 
-// Sums of up to 32 rows by 16 * Blocks output features, from column j of the tile on. `two` is whether there are more
-// than 16 rows.
-template <int Blocks>
-void multiply_square(const ProductTile& tile, bool two, std::int64_t j) {
-    const std::int8_t* const x = tile.x;
-    const std::int8_t* const w = tile.w + j / 16 * tile.w_stride;
-    const std::int8_t* const w_right = w + tile.w_stride;
-    std::int32_t* const acc = tile.acc + j;
-    std::int32_t* const acc_lower = acc + 16 * cols;
-    if (tile.first) {
-        zero_tile<0>();
-        if constexpr (Blocks == 2) zero_tile<1>();
-        zero_tile<2>();
-        if constexpr (Blocks == 2) zero_tile<3>();
+// Sums number Tile of the panel before are put away, those of this one fetched.
+template <int Tile>
+void change_sums(std::int32_t* before, std::int32_t* acc, bool first) {
+    constexpr std::int64_t place = Tile / 2 * 16 * cols + Tile % 2 * 16;
+    if (before != nullptr) store_tile<Tile>(before + place, acc_stride);
+    if (acc == nullptr) return;
+    if (first) {
+        zero_tile<Tile>();
     } else {
-        load_tile<0>(acc, acc_stride);
-        if constexpr (Blocks == 2) load_tile<1>(acc + 16, acc_stride);
-        if (two) load_tile<2>(acc_lower, acc_stride);
-        if constexpr (Blocks == 2) {
-            if (two) load_tile<3>(acc_lower + 16, acc_stride);
-        }
-    }
-    for (std::int64_t k = 0; k < tile.depth; k += 64) {
-        load_tile<6>(w + k * 16, 64);
-        load_tile<4>(x + k * rows, 64);
-        multiply_tiles<0, 4, 6>();
-        if constexpr (Blocks == 2) {
-            load_tile<7>(w_right + k * 16, 64);
-            multiply_tiles<1, 4, 7>();
-        }
-        if (two) {
-            load_tile<5>(x + k * rows + tile_size, 64);
-            multiply_tiles<2, 5, 6>();
-            if constexpr (Blocks == 2) multiply_tiles<3, 5, 7>();
-        }
-    }
-    store_tile<0>(acc, acc_stride);
-    if constexpr (Blocks == 2) store_tile<1>(acc + 16, acc_stride);
-    if (two) store_tile<2>(acc_lower, acc_stride);
-    if constexpr (Blocks == 2) {
-        if (two) store_tile<3>(acc_lower + 16, acc_stride);
+        load_passing_tile<Tile>(acc + place, acc_stride);
     }
 }
 
-inline void multiply(const ProductTile& tile) {
-    const bool two = tile.rows > 16;
-    std::int64_t j = 0;
-    for (; j + 32 <= tile.cols; j += 32) multiply_square<2>(tile, two, j);
-    if (j < tile.cols) multiply_square<1>(tile, two, j);
+// All panels of a run by 16 * Blocks output features.
+template <int Blocks>
+void multiply_panels(const ProductTile& run) {
+    const std::int8_t* const w = run.w;
+    const std::int8_t* const w_right = w + run.w_stride;
+    const std::int8_t* ahead = run.ahead;
+    const std::int64_t steps = (run.rows + rows - 1) / rows * (run.depth / 64);
+    const std::int64_t lines_of_step = ahead == nullptr ? 0 : (run.ahead_depth / 4 + steps - 1) / steps;
+    std::int32_t* before = nullptr;
+    std::int32_t* acc = run.acc;
+    const std::int8_t* x = run.x;
+    for (std::int64_t row = 0; row < run.rows; row += rows, x += rows * run.depth, acc += rows * cols) {
+        const bool two = run.rows - row > 16;
+        for (std::int64_t k = 0; k < run.depth; k += 64) {
+            const bool changes = k == 0;
+            load_tile<6>(w + k * 16, 64);
+            load_passing_tile<4>(x + k * rows, 64);
+            if (changes) change_sums<0>(before, acc, run.first);
+            multiply_tiles<0, 4, 6>();
+            if constexpr (Blocks == 2) {
+                load_tile<7>(w_right + k * 16, 64);
+                if (changes) change_sums<1>(before, acc, run.first);
+                multiply_tiles<1, 4, 7>();
+            }
+            for (std::int64_t line = 0; line < lines_of_step; ++line, ahead += 64) {
+                __builtin_prefetch(ahead, 0, 2);
+                if constexpr (Blocks == 2) __builtin_prefetch(ahead + run.ahead_stride, 0, 2);
+            }
+            if (two) load_passing_tile<5>(x + k * rows + tile_size, 64);
+            if (changes) {
+                change_sums<2>(before, two ? acc : nullptr, run.first);
+                if constexpr (Blocks == 2) change_sums<3>(before, two ? acc : nullptr, run.first);
+            }
+            if (two) {
+                multiply_tiles<2, 5, 6>();
+                if constexpr (Blocks == 2) multiply_tiles<3, 5, 7>();
+            }
+        }
+        before = acc;
+    }
+    const bool two = (run.rows - 1) % rows >= 16;
+    change_sums<0>(before, nullptr, false);
+    if constexpr (Blocks == 2) change_sums<1>(before, nullptr, false);
+    if (two) {
+        change_sums<2>(before, nullptr, false);
+        if constexpr (Blocks == 2) change_sums<3>(before, nullptr, false);
+    }
 }
+
+inline void multiply(const ProductTile& run) { run.cols == cols ? multiply_panels<2>(run) : multiply_panels<1>(run); }
 
 }  // namespace tiles
 
 constexpr Plan few = dot_plan<Dot>(3);
 constexpr Plan many{.rows = tiles::rows,
                     .cols = tiles::cols,
-                    .depth = 256,  // 16 KiB of W
+                    .depth = 1024,  // 32 KiB of W
                     .block_rows = 256,
-                    .x_is_unsigned = true,
+                    .run_rows = 256,
                     .place_row = tiles::place_row,
                     .multiply = tiles::multiply,
                     .enter = tiles::enter,

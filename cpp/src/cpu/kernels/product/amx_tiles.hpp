@@ -21,6 +21,11 @@ template <int Tile>
 void load_tile(const void* p, std::int64_t stride) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(Tile) : "memory");
 }
+// The same for bytes that will not be wanted again soon.
+template <int Tile>
+void load_passing_tile(const void* p, std::int64_t stride) {
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(stride), "i"(Tile) : "memory");
+}
 template <int Tile>
 void store_tile(void* p, std::int64_t stride) {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(stride), "i"(Tile) : "memory");
@@ -29,10 +34,10 @@ template <int Tile>
 void zero_tile() {
     __asm__ volatile("tilezero %%tmm%c0" : : "i"(Tile));
 }
-// Acc += X W of unsigned by signed bytes.
+// Acc += X W.
 template <int Acc, int X, int W>
 void multiply_tiles() {
-    __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Acc), "i"(X), "i"(W));
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Acc), "i"(X), "i"(W));
 }
 
 }  // namespace octavo::cpu::OCTAVO_ISA::tiles
