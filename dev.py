@@ -31,7 +31,8 @@ import time
 import venv
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -45,6 +46,15 @@ CI = ROOT / ".ci"
 CORES = str(os.cpu_count() or 1)
 # Of CUDA, tests/simt needs the headers only. They are those of pyproject.toml's compiler.
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
+# Of the GPUs that the wheel is for, those whose code differs most: what CI compiles. `dev.py check` compiles all.
+CI_ARCHITECTURES = "75-real;80-real;90-real;120"
+# Where ccache is, what one step has compiled another does not compile again: the wheels have the same core.
+CCACHE = {
+    "CMAKE_CXX_COMPILER_LAUNCHER": "ccache",
+    "CCACHE_DIR": str(BUILD / "ccache"),
+    "CCACHE_BASEDIR": str(ROOT),
+    "CCACHE_NOHASHDIR": "true",
+}
 # The files of tests/python with tests that run on every backend.
 EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "ranges", "threads", "weight")
 # Those that need more packages than NumPy, PyTorch and Transformers, or start many processes.
@@ -79,8 +89,8 @@ def make_environment() -> None:
 
 
 def system_packages() -> None:
-    """What the Arm tests and the C++ benchmarks need, where this is CI's machine and it can be installed."""
-    packages = ("g++-aarch64-linux-gnu", "qemu-user-static", "libbenchmark-dev")
+    """What the Arm tests, the C++ benchmarks and fast builds need, where this is CI's machine and has them."""
+    packages = ("g++-aarch64-linux-gnu", "qemu-user-static", "libbenchmark-dev", "ccache")
     if os.environ.get("CI") != "true" or not shutil.which("apt-get") or os.getuid() != 0:
         say(f"left to you, as root: apt-get install {' '.join(packages)}")
         return
@@ -198,8 +208,11 @@ def machine_code() -> None:
     run(PYTHON, CI / "tidy.py", BUILD / "release", *sources)
 
 
-def cuda_wheel() -> None:
-    """The wheel with the CUDA backend, built for every architecture with nothing but packages; what it holds."""
+def cuda_wheel(architectures: str | None = None) -> None:
+    """The wheel with the CUDA backend, by default for every architecture, built with nothing but packages; its content.
+
+    `architectures`: as CMake names them.
+    """
     if platform.system() != "Linux" or platform.machine() not in {"x86_64", "aarch64"}:
         say(f"left out: NVIDIA has no compiler for {platform.system()} on {platform.machine()}")
         return
@@ -208,6 +221,7 @@ def cuda_wheel() -> None:
     # The compiler comes as packages: another one that this machine has is not to be found.
     hidden = dict.fromkeys(("CUDACXX", "CUDA_HOME", "CUDA_PATH"))
     wanted = {"OCTAVO_CUDA": "1", "OCTAVO_WERROR": "ON", "CMAKE_BUILD_PARALLEL_LEVEL": CORES}
+    wanted |= {"OCTAVO_CUDA_ARCHITECTURES": architectures} if architectures else {}
     run(*PIP, "wheel", "--no-deps", "-w", wheels, ".", **hidden, **wanted)
     run(*PIP, "install", "nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
     run(PYTHON, CI / "cuda_wheel.py", *wheels.glob("*.whl"))
@@ -260,7 +274,7 @@ ENVIRONMENT = Step("environment", make_environment)
 INSTALLED = [
     ENVIRONMENT,
     Step("test packages", test_packages, ("environment",)),
-    Step("octavo", octavo, ("environment",)),
+    Step("octavo", octavo, ("environment", "system packages")),
 ]
 TESTS = [
     *INSTALLED,
@@ -294,7 +308,7 @@ WHEEL = Step("wheel", wheel)
 # The cheapest first: whatever fails there is known in minutes.
 STAGES = [
     [Step("system packages", system_packages), *TESTS, *CHECKS],
-    [*MORE_TESTS, *MORE_CHECKS],
+    [*MORE_TESTS, replace(MORE_CHECKS[0], do=partial(cuda_wheel, CI_ARCHITECTURES)), MORE_CHECKS[1]],
     [*LABORATORY, EVIDENCE, DEMO, DOCS, WHEEL],
 ]
 
@@ -430,7 +444,8 @@ def run(*words: str | Path, **variables: str | None) -> None:
     Raises CalledProcessError where it fails.
     """
     # The tools of .venv come first: ninja, for one, is found by CMake on the path.
-    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    ccache = CCACHE if shutil.which("ccache") else {}
+    environment = {**ccache, **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
     environment |= {name: value for name, value in variables.items() if value is not None}
     for name in (name for name, value in variables.items() if value is None):
         environment.pop(name, None)

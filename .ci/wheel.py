@@ -28,8 +28,10 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder)
     (source,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(source, folder / "source", filter="data")
+    (unpacked,) = (folder / "source").iterdir()
     for number, python in enumerate(pythons):
-        wheel = repaired(build(python, source, folder / "linux" / str(number)), folder)
+        wheel = repaired(build(python, unpacked, folder / "linux" / str(number)), folder)
         bare = environment(python, folder / "bare" / str(number))
         install(bare, wheel)
         if number == 0:
@@ -37,7 +39,7 @@ def main() -> None:
         run(bare, ROOT / "examples" / "numpy_linear.py", cwd=folder)
         install(bare, "pytest", "hypothesis")
         run(bare, "-m", "pytest", "-q", *(ROOT / "tests" / "python" / f"test_{name}.py" for name in TESTS))
-    for name in ("linux", "bare"):
+    for name in ("source", "linux", "bare"):
         shutil.rmtree(folder / name)
     for path in sorted(folder.iterdir()):
         print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
