@@ -67,7 +67,7 @@ class Kernel:
 
     @property
     def is_used(self) -> bool:
-        """Whether there is any code worth the name."""
+        """Whether there is more code than padding."""
         padding = r"^(NOP|BRA|EXIT)\b"
         return sum(not re.match(padding, line) for line in self.code.splitlines()) >= LEAST_INSTRUCTIONS
 
@@ -92,7 +92,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def run(*command: str) -> str:
-    """The output of a command of the path, or of NVIDIA's packages beside this Python's."""
+    """The output of a command of the path, or of NVIDIA's packages in this environment."""
     packages = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
     environment = {**os.environ, "PATH": os.pathsep.join([os.environ.get("PATH", ""), str(packages)])}
     try:

@@ -1,7 +1,7 @@
 """Check a wheel with the CUDA backend on a machine without a GPU: cuda_wheel.py WHEEL.
 
 The wheel holds the extension and the library for C and C++, which know nothing of CUDA, and the backend. That shows one
-function, brings the CUDA runtime along, and finds cuBLASLt in NVIDIA's package beside octavo's. Imported, octavo says
+function, brings the CUDA runtime along, and finds cuBLASLt in NVIDIA's package next to octavo's. Imported, octavo says
 what is missing: a driver, and, with a stand-in for libcuda.so.1 (cuda_driver.c), a device, or a newer driver. Then the
 machine code is checked (cuda_machine_code.py).
 """

@@ -70,7 +70,7 @@ class Report:
     facts: Mapping[str, Any]  # the command, the commit, the machine, the packages, the date, the settings
     tables: Sequence[Table]  # in the order of the story
     conclusions: Sequence[str] = ()  # sentences that were made from the measured values
-    pictures: Sequence[str] = ()  # names of files beside the report
+    pictures: Sequence[str] = ()  # names of files in the same folder
     failure: str = ""  # what went wrong that must not go unnoticed; the command then ends with 1
 
     def table(self, title: str) -> Table:
@@ -141,18 +141,18 @@ def _finite(value: Any) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(beside)` writes a file beside `path`, which then takes its name: nobody sees half a file."""
+    """`write(partial)` writes a file next to `path`, which then gets its name: nobody sees half a file."""
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
-    beside = Path(name)
+    partial = Path(name)
     try:
-        write(beside)
-        beside.chmod(0o644)  # mkstemp makes it the owner's only
-        beside.replace(path)
+        write(partial)
+        partial.chmod(0o644)  # mkstemp makes it the owner's only
+        partial.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """A file of UTF-8, whole or not at all."""
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

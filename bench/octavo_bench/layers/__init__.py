@@ -1,1 +1,1 @@
-"""How fast a linear layer is, beside others: each is checked before it is timed (`octavo bench`)."""
+"""How fast a linear layer is, and others are: each is checked before it is timed (`octavo bench`)."""

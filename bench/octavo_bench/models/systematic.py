@@ -31,7 +31,7 @@ class Size:
     deviation: float
 
 
-# The paper's 6.7B and 13B models have one-sided outliers. What a two-sided one of that size does is worth knowing too:
+# The paper's 6.7B and 13B models have one-sided outliers. What a two-sided one of that size does is to be known, too:
 # zeropoint quantization has no advantage there.
 SIZES = {
     "outliers-40": Size(40.0, 6.0),
@@ -121,7 +121,7 @@ def _groups(model: Any) -> dict[Group, list[str]]:
 
 
 def _norm_in_front(model: Any, path: str) -> nn.LayerNorm | None:
-    """The LayerNorm whose output goes to this linear layer, and to those beside it, only. Known of OPT."""
+    """The LayerNorm whose output goes to this linear layer and others with its input only. Known of OPT."""
     if model.config.model_type != "opt" or not model.config.do_layer_norm_before:
         return None
     layer, attention, _ = path.partition(".self_attn.")

@@ -1,4 +1,4 @@
-"""The ways to run a model's linear layers that are compared: the rows of the paper's Table 1, and others beside them.
+"""The ways to run a model's linear layers that are compared: the rows of the paper's Table 1, and others.
 
 Every variant starts from weights that are rounded to float16, as LLM.int8() does, and leaves the output head and all
 that is not a linear layer as it is.
