@@ -54,7 +54,7 @@ def column_indices(function: str, name: str, columns: Columns, count: int) -> np
     Raises TypeError where they are no integers, ValueError where they are not of rank 1 or not in [0, count).
     """
     try:
-        array = np.asarray(columns) if isinstance(columns, (Sequence, np.ndarray)) else _on_host(columns)
+        array = np.asarray(columns) if isinstance(columns, (Sequence, np.ndarray)) else on_host(columns)
     except (TypeError, ValueError, BufferError, RuntimeError) as error:
         raise TypeError(f"{function}: {name}: expected integers, got {type(columns).__name__} ({error})") from None
     if array.ndim != 1:
@@ -76,7 +76,7 @@ def _is_torch(array: Array) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def _on_host(array: Array) -> np.ndarray:
+def on_host(array: Array) -> np.ndarray:
     """A NumPy array of the values of an array of any framework."""
     if _is_torch(array):
         array = array.detach().cpu()

@@ -15,14 +15,14 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
-from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import octavo
 from octavo import checkpoint, plan
-from octavo._text import format_size, parse_size, shown, table, unexpected
+from octavo._text import format_size, matches, parse_size, shown, table, unexpected
+from octavo.checkpoint.convert import misfit
 from octavo.checkpoint.folder import read_json
 from octavo.checkpoint.layers import DEFAULT_SKIP
 from octavo.options import Options
@@ -117,10 +117,8 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     add("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     skip = f"no layers that match; may be repeated; default: {' '.join(DEFAULT_SKIP)}"
     add("--skip", action="append", metavar="PATTERN", help=skip)
-    text = (
-        "run the model on a text file, or else on random tokens, and keep its systematic outlier columns in 16 bit (the"
-    )
-    text += " model stays on the disk; needs transformers and accelerate)"
+    text = "run the model on a text file, or else on random tokens, and keep its systematic outlier columns in 16 bit"
+    text += " (the model stays on the disk; needs transformers and accelerate)"
     add("--calibrate", type=Path, nargs="?", const=False, metavar="TEXT", help=text)
     bound = "choose options for each layer such that the model's divergence from what it was, measured on text, stays"
     bound += " within this, in nats a token (with --calibrate TEXT on that text; the model is in memory, in float32)"
@@ -141,12 +139,8 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
 def _run_quantize(args: argparse.Namespace) -> int:
     options, text = options_of(args), args.calibrate or None
     calibrated = args.outlier_columns is not None or (args.calibrate is not None and args.kl is None)
-    wrong, how = "", (options.scheme, options.granularity, calibrated)
-    if args.format == "bitsandbytes" and how != ("absmax", "vector", False):
-        wrong = "--format bitsandbytes goes with --scheme absmax, --granularity vector and no outlier columns"
-    elif options.outliers == "static" and not calibrated:
-        wrong = "--outliers static needs --calibrate or --outlier-columns"
-    elif args.kl is not None and (options != Options() or calibrated or args.format != "octavo"):
+    wrong = misfit(options, args.format, calibrated)
+    if args.kl is not None and (options != Options() or calibrated or args.format != "octavo"):
         wrong = "--kl chooses the options, and goes with no others, with --format octavo and no outlier columns"
     if wrong:
         print(f"octavo quantize: {wrong}", file=sys.stderr)
@@ -210,7 +204,8 @@ def _outlier_columns(args: argparse.Namespace, options: Options, run: dict[str, 
     path: Path | None = args.outlier_columns
     if path is not None and (path.exists() or args.calibrate is None):
         # A file of columns may hold those of a run that chose other layers.
-        return {layer: own for layer, own in _read_columns(path).items() if _asked_for(layer, args)}
+        columns = {n: own for n, own in _read_columns(path).items() if not matches(n, args.skip or ())}
+        return {n: own for n, own in columns.items() if args.include is None or matches(n, args.include)}
     criterion = {name: getattr(options, name) for name in ("threshold", "relative", "cap")}
     columns = checkpoint.calibrate(args.model, **criterion, **run)
     if path is not None:
@@ -218,11 +213,6 @@ def _outlier_columns(args: argparse.Namespace, options: Options, run: dict[str, 
         partial.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
     return columns
-
-
-def _asked_for(layer: str, args: argparse.Namespace) -> bool:
-    included = args.include is None or any(fnmatchcase(layer, pattern) for pattern in args.include)
-    return included and not any(fnmatchcase(layer, pattern) for pattern in args.skip or ())
 
 
 def _read_columns(path: Path) -> dict[str, list[int]]:

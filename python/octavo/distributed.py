@@ -328,10 +328,8 @@ def columns(weight: Int8Tensor, own: slice) -> Int8Tensor:
         zeropoint=whole.zeropoint,
         outlier_columns=kept,
         outlier_weight=kept_weight,
-        scheme=whole.scheme,
-        granularity=whole.granularity,
-        rotation=rotation,
         shape=(whole.shape[0], stop - start),
+        **weight.options.of_weight,
     )
     return Int8Tensor.from_int8_weight(part, weight.dtype, weight.options)
 

@@ -2,8 +2,8 @@
 
 Version 2. An int8 weight ``<name>`` ("model.layers.0.mlp.up_proj.weight") is stored as the tensors ``<name>.codes``,
 ``<name>.scale``, ...: see `PARTS`. There is no tensor ``<name>``, so that a reader without octavo finds no weight to
-mistake codes for. Version 1 (``<layer>.weight`` int8 beside ``<layer>.scale``, ...) and bitsandbytes' Linear8bitLt
-(``<layer>.weight`` int8 beside ``<layer>.SCB``) are read, too.
+mistake codes for. Version 1 (``<layer>.weight`` int8 with ``<layer>.scale``, ...) and bitsandbytes' Linear8bitLt
+(``<layer>.weight`` int8 with ``<layer>.SCB``) are read, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from octavo._text import shown, unexpected
-from octavo._types import rotated_size, to_framework_of
+from octavo._types import on_host, rotated_size, to_framework_of
 from octavo.options import Options
 from octavo.weight import Int8Weight
 
@@ -192,7 +192,7 @@ def assemble(parts: Mapping[str, Any], where: str, **more: Any) -> tuple[Int8Wei
             options, dtype, k = Options(), None, None
             given[SCALE] = _scale_of_bitsandbytes(given, where)
         else:
-            options, dtype, k = decode_options(bytes(_on_host(given.pop(OPTIONS))), f"{where}: {OPTIONS}")
+            options, dtype, k = decode_options(bytes(on_host(given.pop(OPTIONS))), f"{where}: {OPTIONS}")
         codes, scale = given.pop(CODES), given.pop(SCALE)
     except KeyError as error:
         raise unexpected(where, f"a tensor {error}", "none") from error
@@ -204,19 +204,18 @@ def assemble(parts: Mapping[str, Any], where: str, **more: Any) -> tuple[Int8Wei
     shape = None if k is None else (int(codes.shape[0]), k)
     try:
         _check_values({SCALE: scale, **kept}, int(codes.shape[1]) if k is None else k)
-        how: Any = {name: getattr(options, name) for name in ("scheme", "granularity", "rotation")}
-        weight = Int8Weight(codes, scale, **kept, **how, shape=shape, **more)
+        weight = Int8Weight(codes, scale, **kept, **options.of_weight, shape=shape, **more)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
     return weight, options, dtype
 
 
 def _scale_of_bitsandbytes(given: dict[str, Any], where: str) -> Any:
-    layout = np.ravel(_on_host(given.pop(LAYOUT, np.uint8(ROW_MAJOR))))
+    layout = np.ravel(on_host(given.pop(LAYOUT, np.uint8(ROW_MAJOR))))
     if layout.tolist() != [ROW_MAJOR]:
         other = f"{str(layout)[1:-1]}: load and save the model with a recent bitsandbytes"
         raise unexpected(f"{where}: weight_format", f"{ROW_MAJOR} (row-major codes)", other)
-    return to_framework_of(given[CODES], _on_host(given.pop(ABSMAX)) / np.float32(127))
+    return to_framework_of(given[CODES], on_host(given.pop(ABSMAX)) / np.float32(127))
 
 
 def _check_values(parts: Mapping[str, Any], k: int) -> None:
@@ -230,12 +229,7 @@ def _check_values(parts: Mapping[str, Any], k: int) -> None:
     }
     for part, (expected, holds) in expectations.items():
         if parts[part] is not None:
-            values = np.ravel(_on_host(parts[part]))
+            values = np.ravel(on_host(parts[part]))
             wrong = values[~holds(values)]
             if len(wrong):
                 raise unexpected(part, expected, f"{wrong[0]}: corrupt")
-
-
-def _on_host(array: Any) -> Any:
-    """A small array, as one of NumPy's."""
-    return array.detach().cpu().numpy() if hasattr(array, "detach") else np.asarray(array)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from octavo._text import matches, unexpected
 from octavo.jax import linear, quantize_weight
 from octavo.options import Options
 
@@ -54,11 +54,9 @@ def quantize_(model: nnx.Module, options: Options | None = None, *, skip: Sequen
     found = {
         ".".join(map(str, path)): (path, layer) for path, layer in modules.items() if path and type(layer) is nnx.Linear
     }
-    chosen = {name: at for name, at in found.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+    chosen = {name: at for name, at in found.items() if not matches(name, skip)}
     if not chosen:
-        raise ValueError(
-            f"quantize_: model: expected nnx.Linear layers, got {len(found)}, of which none is not skipped"
-        )
+        raise unexpected("quantize_: model", "nnx.Linear layers", f"{len(found)}, of which none is not skipped")
     made = {name: Int8Linear(layer, options) for name, (_, layer) in chosen.items()}
     for name, (path, _) in chosen.items():
         parent = modules[path[:-1]]

@@ -121,7 +121,7 @@ def quantize_weight(
         granularity: names the product. "tensor": one scale for W and one for X; "row": one for W and one per row of X;
             "vector" (default): one per output feature of W and one per row of X.
         rotation: 0 (default), 16, 64 or 256; `linear` rotates X the same way. What is kept is not rotated.
-        outlier_columns: input features whose original weights are kept beside the codes (integers, any order), so that
+        outlier_columns: input features whose original weights are kept with the codes (integers, any order), so that
             the 16-bit product of these columns uses them instead of dequantized codes.
         options: whose `scheme`, `granularity` and `rotation` to use, instead of single ones.
 
@@ -141,10 +141,8 @@ def quantize_weight(
         outlier_columns=kept,
         outlier_weight=kept_weight,
         code_sums=code_sums,
-        scheme=options.scheme,
-        granularity=options.granularity,
-        rotation=options.rotation,
         shape=(len(codes), columns_of(weight)) if options.rotation else None,
+        **options.of_weight,
     )
 
 

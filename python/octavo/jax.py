@@ -21,8 +21,9 @@ from jax.sharding import PartitionSpec
 
 import octavo
 from octavo import _core
+from octavo._text import unexpected
 from octavo._types import rotated_size
-from octavo.options import Options
+from octavo.options import WEIGHT_OPTIONS, Options
 
 __all__ = ["Int8Weight", "find_outliers", "int8_matmul", "linear", "linear_backward", "quantize_weight"]
 
@@ -30,7 +31,6 @@ for _platform, _targets in _core.jax_targets().items():
     for _name, _target in _targets.items():
         jax.ffi.register_ffi_target(_name, _target, platform=_platform)
 
-_FIXED = ("scheme", "granularity", "rotation")  # options that are the weight's
 _FLOATS = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 
@@ -68,7 +68,7 @@ class Int8Weight:
     @classmethod
     def from_int8_weight(cls, weight: octavo.Int8Weight, options: Options | None = None) -> Int8Weight:
         """The same weight from one of `octavo`, in JAX's memory."""
-        own: dict[str, Any] = {name: getattr(weight, name) for name in _FIXED}
+        own: dict[str, Any] = {name: getattr(weight, name) for name in WEIGHT_OPTIONS}
         names = ("scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight")
         given = {"codes": weight.packed if weight.is_packed else weight.codes}
         given |= {name: getattr(weight, name) for name in names}
@@ -107,7 +107,7 @@ def quantize_weight(
     Args:
         weight: ``[n, k]``, float32, float16 or bfloat16, finite: the transpose of a Flax kernel.
         options: see `octavo.Options`.
-        outlier_columns: int32 ``[r]``: input features whose values are kept beside the codes.
+        outlier_columns: int32 ``[r]``: input features whose values are kept with the codes.
 
     Raises:
         TypeError, ValueError: `weight` is of another dtype or rank, or holds NaN or Inf.
@@ -159,10 +159,8 @@ def linear(x: Array, weight: Int8Weight, bias: Array | None = None, *, options: 
         TypeError, ValueError: arguments that do not fit each other.
     """
     options = options or weight.options
-    if any(getattr(options, name) != getattr(weight.options, name) for name in _FIXED):
-        raise ValueError(
-            f"linear: options: expected {', '.join(_FIXED)} of the weight, {weight.options}, got {options}"
-        )
+    if options.of_weight != weight.options.of_weight:
+        raise unexpected("linear: options", f"{', '.join(WEIGHT_OPTIONS)} of the weight, {weight.options}", options)
     x = _array("linear", "x", x, _FLOATS)
     _, k = weight.shape
     if x.ndim == 0 or x.shape[-1] != k:

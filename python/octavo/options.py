@@ -12,6 +12,7 @@ from typing import Any
 from octavo import _core
 from octavo._types import Granularity, Outliers, ProductPath, Scheme
 
+WEIGHT_OPTIONS = ("scheme", "granularity", "rotation")  # those that a weight is made with
 # The default of a keyword, so that one that is not given differs from one that is.
 DEFAULT: Any = type("Default", (), {"__repr__": lambda _: "<default>"})()
 
@@ -33,8 +34,8 @@ class Options:
         cap: the most outlier columns (with "rows": elements of a row), as a part of k from 0 to 1; None: no limit.
         path: "auto", "int8" or "weight_only": which product is used; see `octavo.linear`.
 
-    `scheme`, `granularity` and `rotation` belong to the weight and are fixed when it is quantized. The others may
-    change from call to call.
+    `scheme`, `granularity` and `rotation` belong to the weight (`of_weight`) and are fixed when it is quantized. The
+    others may change from call to call.
 
     Raises:
         TypeError: a value of the wrong kind.
@@ -66,6 +67,11 @@ class Options:
     def _native(self) -> _core.Options:
         """The options as the core takes them, made once."""
         return _core.Options(**self._values())
+
+    @property
+    def of_weight(self) -> dict[str, Any]:
+        """Those that belong to the weight, by name."""
+        return {name: getattr(self, name) for name in WEIGHT_OPTIONS}
 
     def _values(self) -> dict[str, Any]:
         return {option.name: getattr(self, option.name) for option in fields(self)}

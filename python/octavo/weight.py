@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo import _core
 from octavo._types import Array, Granularity, Scheme, dtype_name, rotated_size
-from octavo.options import options_of
+from octavo.options import WEIGHT_OPTIONS, options_of
 
 _ARRAYS = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
 
@@ -127,7 +127,7 @@ class Int8Weight:
         """Those that make this weight, by name, the arrays changed."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         changed = {name: None if array is None else change(array) for name, array in arrays.items()}
-        return {**changed, **{name: getattr(self, name) for name in ("scheme", "granularity", "rotation", "shape")}}
+        return {**changed, **{name: getattr(self, name) for name in (*WEIGHT_OPTIONS, "shape")}}
 
     def dequantize(self, dtype: Any = None) -> Array:
         """``(codes + zeropoint) * scale``, ``[n, k]`` in `dtype` (float32, float16 or bfloat16; default float32).

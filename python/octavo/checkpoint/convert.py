@@ -110,10 +110,8 @@ def quantize(
     options = options_of("quantize", options, **keywords)
     if format not in ("octavo", "bitsandbytes"):
         raise unexpected("quantize: format", "'octavo' or 'bitsandbytes'", repr(format))
-    theirs = (options.scheme, options.granularity, options.rotation, outlier_columns) == ("absmax", "vector", 0, None)
-    if format == "bitsandbytes" and not theirs:
-        fits = "scheme absmax, granularity vector, no rotation and no outlier columns for 'bitsandbytes'"
-        raise unexpected("quantize: format", fits, f"{options} and {'some' if outlier_columns else 'no'} columns")
+    if wrong := misfit(options, format, outlier_columns is not None):
+        raise ValueError(f"quantize: {wrong}")
     jobs = min(8, octavo.get_num_threads()) if jobs is None else jobs
     for argument, value in (("jobs", jobs), ("memory", memory)):
         if value is not None and value < 1:
@@ -128,10 +126,10 @@ def quantize(
         keep_in_16_bit(chosen, layer_options or {})
         shards = plan_tasks(source, chosen, options, layer_options or {}, outlier_columns or {}, format)
         tasks = [task for own in shards for task in own]
-        beside, elsewhere = companions(Path(model)) if Path(model).is_dir() else ({}, [])
+        others, elsewhere = companions(Path(model)) if Path(model).is_dir() else ({}, [])
         partial = output.with_name(output.name + ".partial")
         noted = dict(measured or {})
-        run = _Run(source, chosen, shards, beside, options, format, noted, partial, jobs, memory)
+        run = _Run(source, chosen, shards, others, options, format, noted, partial, jobs, memory)
         resumed = run.into(output, progress)
     return Report(
         output=str(output),
@@ -145,6 +143,17 @@ def quantize(
         reasons=chosen.kept,
         not_copied=elsewhere,
     )
+
+
+def misfit(options: Options, format: Format, has_columns: bool) -> str:
+    """What of a conversion's options does not fit the format, or columns that are kept or missing; "" where all do."""
+    weight = options.of_weight
+    if format == "bitsandbytes" and (weight != Options().of_weight or has_columns):
+        fits = "scheme absmax, granularity vector, no rotation and no outlier columns for 'bitsandbytes'"
+        return f"format: expected {fits}, got {weight} and {'some' if has_columns else 'no'} columns"
+    if options.outliers == "static" and not has_columns:
+        return "outliers: expected outlier columns of every layer for 'static' (calibrate), got none"
+    return ""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, as Hugging Face lays them out: weights, config.json, and what belongs to the model beside.
+"""The files of a checkpoint, as Hugging Face lays them out: weights, config.json, and all else.
 
 A folder has ``model.safetensors``, or ``model.safetensors.index.json`` and shards, or ``pytorch_model.bin`` likewise.
 A single file of any name works too.

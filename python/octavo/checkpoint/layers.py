@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
-from octavo._text import shown, unexpected
+from octavo._text import matches, shown, unexpected
 from octavo.checkpoint.files import Entry
 from octavo.checkpoint.meta_model import meta_model, names_in_model
 from octavo.checkpoint.reader import Checkpoint
@@ -87,11 +86,9 @@ def choose(model: Checkpoint, include: Patterns, skip: Patterns, *, function: st
         chosen.kept.pop(name.removesuffix(".weight"), None)
     layers = [name.removesuffix(".weight") for name in chosen.int8]
     for pattern in include or ():
-        if not any(fnmatchcase(each, pattern) for layer in layers for each in (layer, in_model.get(layer, layer))):
-            none = "matches none (an output head counts where config.json sets tie_word_embeddings to false)"
-            raise unexpected(
-                f"{function}: include", "patterns of linear layers", f"{shown(repr(pattern))}, which {none}"
-            )
+        if not any(matches(each, [pattern]) for layer in layers for each in (layer, in_model.get(layer, layer))):
+            none = "which matches none (an output head counts where config.json sets tie_word_embeddings to false)"
+            raise unexpected(f"{function}: include", "patterns of linear layers", f"{shown(repr(pattern))}, {none}")
     if not layers:
         raise unexpected(f"{function}: model", "linear layers (two-dimensional .weight tensors)", "none to quantize")
     return chosen
@@ -119,7 +116,7 @@ Decide = Callable[[str, Entry], Decision]
 def _by_model(checkpoint: Checkpoint, include: Patterns, skip: Patterns) -> tuple[Decide, dict[str, str]] | None:
     """By the model that the config describes, and what it calls each layer; None where nobody has it."""
     try:
-        # Whoever loads the checkpoint may ask for float16, beside which some models keep some layers in float32.
+        # Whoever loads the checkpoint may ask for float16: some models then keep some layers in float32.
         model = meta_model(checkpoint.config, "float16")
         name_in_model = names_in_model(model)
     except (RuntimeError, ValueError):
@@ -131,7 +128,7 @@ def _by_model(checkpoint: Checkpoint, include: Patterns, skip: Patterns) -> tupl
 
     def also_in_model(patterns: Patterns) -> list[str] | None:
         """The patterns, and what they match of the checkpoint's names by the model's."""
-        matched = [own for name, own in layer_in_model.items() if _matches(name, patterns or ())]
+        matched = [own for name, own in layer_in_model.items() if matches(name, patterns or ())]
         return None if patterns is None else [*patterns, *matched]
 
     choice = choose_layers(model, include=also_in_model(include), skip=also_in_model(skip))
@@ -185,11 +182,11 @@ def _by_name(config: Mapping[str, Any], include: Patterns, skip: Patterns) -> De
             return None
         if "emb" in last or last in _EMBEDDINGS:
             return None
-        if _matches(layer, skipped):
+        if matches(layer, skipped):
             return "skipped"
         if entry.shape[0] == text_config.get("vocab_size") and (include is None or tied):
             return "it has as many rows as the vocabulary: the output head or an embedding"
-        if include is not None and not _matches(layer, include):
+        if include is not None and not matches(layer, include):
             return "not included"
         if last not in _CONV1D_LAYERS:
             return False
@@ -199,7 +196,3 @@ def _by_name(config: Mapping[str, Any], include: Patterns, skip: Patterns) -> De
         return config["model_type"] in CONV1D_MODELS
 
     return decide
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

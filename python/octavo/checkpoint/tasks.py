@@ -237,7 +237,6 @@ def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: 
     """
     (n, k), dtype = data.shape, task.entry.dtype
     output = {part: name for part, (name, _, _) in task.outputs.items()}
-    how: Any = {"scheme": options.scheme, "granularity": options.granularity, "rotation": options.rotation}
     whole = options.granularity != "vector"
     # What a rotation makes of the extremes only the whole weight tells.
     step = n if whole and options.rotation else max(1, block // k)
@@ -257,7 +256,7 @@ def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: 
         if extremes is not None:
             values = np.concatenate([values, np.broadcast_to(extremes[:, None], (2, k))])
         try:
-            weight = octavo.quantize_weight(values, **how)
+            weight = octavo.quantize_weight(values, **options.of_weight)
         except ValueError as error:
             raise ValueError(f"{task.entry.where}: {error}") from error
         writer.write(output[names.CODES], weight.codes[: len(rows)])

@@ -32,7 +32,7 @@ ends. `save_pretrained` makes a second copy of the codes.
 **Compiling.** ``torch.compile(model, fullgraph=True)`` works but for mixtures of experts, whose loop over the experts
 that a batch needs breaks the graph.
 
-**Devices.** ``device_map`` may name what octavo has a backend for, and "cpu" beside it. Layers cannot be offloaded to
+**Devices.** ``device_map`` may name what octavo has a backend for, and "cpu" as well. Layers cannot be offloaded to
 disk.
 """
 

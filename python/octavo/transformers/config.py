@@ -35,7 +35,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: layers to leave as they are: qualified names or patterns as in a shell, each also for
             all that is below it and as the last parts of a name ("lm_head", "model.layers.0", "*.mlp.*"). None: the
             output head and the routers of mixtures of experts. See `octavo.torch.choice.choose_layers`.
-        head: convert the output head, too; one that is tied to the embedding gets a weight of its own beside it, which
+        head: convert the output head, too; one that is tied to the embedding gets a weight of its own, which
             takes memory and makes decoding faster on CPUs.
         drop_padding: False: int8 layers of encoders (BERT and its family, MPNet) compute padded rows, too; see
             `octavo.transformers.drop_padding_`.

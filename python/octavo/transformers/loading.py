@@ -220,7 +220,7 @@ class Place(_Operation):
 
 
 def untie(model: Any, name: str) -> None:
-    """Let an int8 weight, by qualified name, stand beside the embedding to which it was tied."""
+    """Let an int8 weight, by qualified name, have a place of its own, apart from the embedding that it was tied to."""
     source = model.all_tied_weights_keys.get(name)
     if source is not None and not is_linear(model.get_submodule(source.rpartition(".")[0])):
         model.__dict__.setdefault(UNTIED, {})[name] = model.all_tied_weights_keys.pop(name)

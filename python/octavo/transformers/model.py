@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from octavo._text import matches
 from octavo.options import Options
 from octavo.torch import Int8Linear, Int8Tensor
 from octavo.torch.choice import ROUTERS, choose_layers, is_linear
@@ -32,7 +32,7 @@ class Patterns:
         ]
 
     def __contains__(self, name: object) -> bool:
-        return any(fnmatchcase(str(name), pattern) for pattern in self.whole)
+        return matches(str(name), self.whole)
 
 
 def weights_to_convert(model: nn.Module, patterns: Sequence[str] | None, head: bool = False) -> set[str]:
