@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from octavo_bench import tables
 from octavo_bench.tables import Report, Table
 
@@ -15,6 +16,13 @@ TABLE = Table(
 )
 FACTS = {"command": "octavo eval m", "cpu": "a processor", "date": "2026-11-29T10:00:00", "commit": "0123456789abcdef"}
 REPORT = Report("A run", FACTS, [TABLE], ["It is so."], ["loss.png"])
+
+
+def test_results_are_few_and_small() -> None:
+    files = [path for path in (ROOT / "bench" / "results").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 2_000_000
+    assert 0 < sum(path.suffix == ".png" for path in files) <= 10
+    assert {path.suffix for path in files} <= {".json", ".png", ".csv", ".md"}
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:

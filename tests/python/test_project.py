@@ -31,6 +31,17 @@ def test_one_version_everywhere() -> None:
     assert set(found.values()) == {octavo.__version__}, found
 
 
+def test_an_operation_is_in_eight_files() -> None:
+    """One that is there on the CPU and in Python, as CONTRIBUTING.md says of a new one."""
+    names = ["CMakeLists.txt", "bindings/ops.cpp", *(f"python/octavo/{each}" for each in ("_core.pyi", "__init__.py"))]
+    sources = [
+        path for folder in ("include/octavo", "src", "src/cpu") for path in (ROOT / "cpp" / folder).glob("*.?pp")
+    ]
+    places = [ROOT / "python/octavo/functional.py", *(ROOT / name for name in names), *sources]
+    found = [each for each in places if re.search(r"\bfind_outliers\b|\boutlier\.cpp\b", each.read_text())]
+    assert 7 <= len([each for each in found if each.name != "c_api.cpp"]) <= 8, found
+
+
 def test_pre_commit_runs_the_pinned_tools() -> None:
     pinned = dict(re.findall(r'"(clang-format|ruff)==([\d.]+)"', read("pyproject.toml")))
     used = re.findall(r'"(clang-format|ruff)==([\d.]+)"', read(".pre-commit-config.yaml"))
