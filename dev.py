@@ -291,7 +291,7 @@ MORE_TESTS = [
     Step("sanitizers", sanitized),
     Step("Transformers and others", integration),
     Step("emulated GPU, sanitized", emulated_gpu_sanitized, ("emulated GPU",)),
-    Step("emulated Arm", arm, ("emulated GPU, sanitized",)),
+    Step("emulated Arm", arm),
 ]
 MORE_CHECKS = [
     Step("CUDA wheel", cuda_wheel, ("octavo",)),
