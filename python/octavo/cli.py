@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -98,6 +99,13 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _size(text: str, least: int = 1) -> int:
+    size = parse_size(text)
+    if size < least:
+        raise argparse.ArgumentTypeError(f"expected a size such as 24GB, got {text!r}, which is {size} bytes")
+    return size
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
@@ -130,7 +138,7 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     add("--outlier-columns", type=Path, metavar="JSON", help=columns)
     add("--jobs", type=_positive, metavar="N", help="tensors at a time; default: threads, at most 8")
     memory = "for the weights of all jobs together; default: that of the largest tensor in float32"
-    add("--memory", type=_memory, metavar="SIZE", help=memory)
+    add("--memory", type=_size, metavar="SIZE", help=memory)
     add("--quiet", action="store_true", help="no progress bar")
     add("--json", action="store_true", help="print the report as JSON")
     return _run_quantize
@@ -191,13 +199,6 @@ def options_of(args: argparse.Namespace) -> Options:
     """The recipe, with the options that were given."""
     given = {field.name: getattr(args, field.name) for field in fields(Options)}
     return replace(octavo.recipe(args.recipe), **{name: value for name, value in given.items() if value is not None})
-
-
-def _memory(text: str) -> int:
-    size = parse_size(text)
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"expected at least a byte, got {text!r}")
-    return size
 
 
 def _outlier_columns(args: argparse.Namespace, options: Options, run: dict[str, Any]) -> dict[str, list[int]]:
@@ -265,7 +266,7 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     add = parser.add_argument
     add("config", type=Path, help="a config.json, or the folder of a model")
     memory = "of each GPU, such as 24GB (24 * 2^30 bytes)"
-    add("--gpu-memory", type=_gpu_memory, required=True, metavar="SIZE", help=memory)
+    add("--gpu-memory", type=partial(_size, least=2**20), required=True, metavar="SIZE", help=memory)
     add("--gpus", type=_positive, default=1, metavar="N", help="how many; default: 1")
     add("--batch", type=_positive, default=1, metavar="N", help="sequences at a time; default: 1")
     add("--context", type=_positive, default=2048, metavar="N", help="tokens of each; default: 2048")
@@ -283,13 +284,6 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
         return 0 if found.int8.fits else _DOES_NOT_FIT
 
     return run
-
-
-def _gpu_memory(text: str) -> int:
-    size = parse_size(text)
-    if size < 2**20:
-        raise argparse.ArgumentTypeError(f"expected a size such as 24GB, got {text!r}, which is {size} bytes")
-    return size
 
 
 def _info(parser: argparse.ArgumentParser) -> Run:

@@ -122,11 +122,8 @@ def plan(
         for name, size in sizes.items():
             layer = _layer(name)
             layers[layer] = layers.get(layer, cache.get(layer, 0)) + size
-        needed, weights, total = (
-            _gpus_needed(layers.values(), gpu_memory - reserve),
-            sum(sizes.values()),
-            sum(layers.values()),
-        )
+        needed = _gpus_needed(layers.values(), gpu_memory - reserve)
+        weights, total = sum(sizes.values()), sum(layers.values())
         return Footprint(weights, total - weights, total, needed is not None and needed <= gpus, needed)
 
     int8, bits16 = footprint(sizes_in_16_bit | sizes_in_int8), footprint(sizes_in_16_bit)
