@@ -30,8 +30,6 @@ struct TorchNames {
     py::object are_transforms_active = torch.attr("_C").attr("_are_functorch_transforms_active");
     py::object tracing_state = torch.attr("_C").attr("_get_tracing_state");
     py::object is_autocast_enabled = torch.attr("_C").attr("_is_any_autocast_enabled");
-    py::object is_nested = interned("is_nested");
-    py::object is_meta = interned("is_meta");
     py::object dtype_keyword = py::make_tuple(interned("dtype"));
     py::object requires_grad = interned("requires_grad");
     py::object is_neg = interned("is_neg");
@@ -261,8 +259,7 @@ bool torch_records(py::handle tensor) {
 bool torch_is_plain_below_autograd(py::handle tensor) {
     const auto& torch = names<TorchNames>();
     return py::type::handle_of(tensor).is(torch.tensor) && PyLong_AsLong(call(torch.dispatch_modes).ptr()) == 0 &&
-           !is_true(call(torch.are_transforms_active)) && !is_true(attribute(tensor, torch.is_nested)) &&
-           !is_true(attribute(tensor, torch.is_meta));
+           !is_true(call(torch.are_transforms_active));
 }
 
 bool torch_is_plain(py::handle tensor) {

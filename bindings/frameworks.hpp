@@ -49,7 +49,8 @@ struct TypeFacts {
 [[nodiscard]] bool torch_is_dense(py::handle tensor);
 
 // Whether an operation on `tensor`, apart from its gradient, is nothing but its computation: nobody traces, transforms,
-// intercepts or casts it. Below autograd the dispatcher has seen to some of these.
+// intercepts or casts it. Below autograd the dispatcher has seen to some of these. It may still have no memory of its
+// own (nested, or on the meta device), which reading it tells.
 [[nodiscard]] bool torch_is_plain(py::handle tensor);
 [[nodiscard]] bool torch_is_plain_below_autograd(py::handle tensor);
 

@@ -527,9 +527,26 @@ py::object linear_op(py::handle x_object, py::handle weight_object, py::handle b
     return product(x, weight.view(), bias, options_of(options, function).linear, out);
 }
 
-// Whether PyTorch wants nothing of a product but its result.
-py::object is_plain_op(py::handle x, py::handle bias) {
-    return py::bool_(torch_is_plain(x) && !torch_records(x) && (bias.is_none() || !torch_records(bias)));
+// Whether PyTorch wants nothing of an operation on `x` but its result.
+py::object is_plain_op(py::handle x) { return py::bool_(torch_is_plain(x) && !torch_records(x)); }
+
+// The tensor x of a product, where PyTorch, to which it is plain, wants nothing but the result, and x can be read.
+std::optional<Array> unrecorded(py::handle x, py::handle bias) {
+    if (torch_records(x)) return std::nullopt;
+    if (!bias.is_none() && (!facts_of(bias).plain || torch_records(bias))) return std::nullopt;
+    try {
+        return optional_array(x, {"linear", "x"});
+    } catch (const py::builtin_exception&) {  // nested or on the meta device: PyTorch's way may know what to do
+        return std::nullopt;
+    }
+}
+
+// The product of PyTorch tensors where PyTorch wants nothing of it but its result; else None.
+py::object plain_linear_op(py::handle weight_object, py::handle options, py::handle x_object, py::handle bias) {
+    std::optional<Array> x = torch_is_plain(x_object) ? unrecorded(x_object, bias) : std::nullopt;
+    if (!x) return py::none();
+    const auto& weight = instance_of<Weight>(weight_object, {"linear", "weight"}, "Int8Weight");
+    return product(*x, weight.view(), bias, options_of(options, "linear").linear, py::none());
 }
 
 // octavo::linear as autograd calls it: where nothing is to be recorded, the product, past the rest of the dispatcher;
@@ -537,18 +554,17 @@ py::object is_plain_op(py::handle x, py::handle bias) {
 py::object torch_linear_op(py::handle x_object, py::handle codes, py::handle scale, py::handle code_sums,
                            py::handle zeropoint, py::handle outlier_columns, py::handle outlier_weight, py::handle bias,
                            py::handle text, py::handle k) {
-    if (!torch_is_plain_below_autograd(x_object) || torch_records(x_object) ||
-        (!bias.is_none() && torch_records(bias))) {
+    std::optional<Array> x = torch_is_plain_below_autograd(x_object) ? unrecorded(x_object, bias) : std::nullopt;
+    if (!x) {
         return recorded_torch_linear()(x_object, codes, scale, code_sums, zeropoint, outlier_columns, outlier_weight,
                                        bias, text, k);
     }
-    Array x(x_object, {"linear", "x"});
     const NativeOptions& options = read_options(text.cast<std::string>());
     const Array sums(code_sums, {"linear", "code_sums", "int32"});
     const std::pair shape{sums.vector().size, parse_extent(k, {"linear", "in_features"})};
     const Weight weight(codes, shape, scale, zeropoint, code_sums, outlier_columns, outlier_weight, options.quantize,
                         Use::read);
-    return product(x, weight.view(), bias, options.linear, py::none());
+    return product(*x, weight.view(), bias, options.linear, py::none());
 }
 
 py::object linear_backward_op(py::handle grad_object, py::handle weight_object, py::handle options_object,
@@ -633,7 +649,8 @@ void define_operations(py::module_& module) {
         method<linear_op>("linear", "linear($module, x, weight, bias, options, out, /)\n--\n\n"),
         method<linear_backward_op>("linear_backward",
                                    "linear_backward($module, grad, weight, options, out, /)\n--\n\n"),
-        method<is_plain_op>("is_plain", "is_plain($module, x, bias, /)\n--\n\n"),
+        method<is_plain_op>("is_plain", "is_plain($module, x, /)\n--\n\n"),
+        method<plain_linear_op>("plain_linear", "plain_linear($module, weight, options, x, bias, /)\n--\n\n"),
         method<torch_linear_op>("torch_linear",
                                 "torch_linear($module, x, codes, scale, code_sums, zeropoint, outlier_columns, "
                                 "outlier_weight, bias, options, in_features, /)\n--\n\n"),

@@ -255,8 +255,9 @@ def linear(
         raise TypeError(f"linear: weight: expected an Int8Weight, got {type(weight).__name__}") from None
     policy: Any = outliers
     product: Any = path
-    if options is None and threshold is relative is cap is policy is product is DEFAULT:
-        options = _DEFAULTS  # at once: a small product takes no longer than to ask what was given
+    is_alone = threshold is relative is cap is policy is product is DEFAULT
+    if is_alone and (options is None or type(options) is Options):
+        options = options or _DEFAULTS  # at once: a small product takes no longer than to ask what was given
     else:
         options = options_of(
             "linear", options, threshold=threshold, relative=relative, cap=cap, outliers=outliers, path=path

@@ -22,6 +22,8 @@ from octavo.torch import tensor as module
 from octavo.torch.choice import choose_layers
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 OPTIONS = {
     "default": (Options(), None),
@@ -270,6 +272,133 @@ def test_layers_stay_the_models_own() -> None:
     with pytest.warns(UserWarning, match=r"aten\.fill_"):
         nn.init.constant_(model[2].weight, 0.5)
     assert (model[2].weight.dequantize() == 0.5).all()
+
+
+# --- what is done with models -----------------------------------------------------------------------------------------
+
+
+def converted() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)).eval()
+    return ot.quantize_(model, progress=False)  # type: ignore[return-value]
+
+
+def close(found: Tensor, expected: Tensor, most: float = 0.02) -> None:
+    assert (found - expected).norm() <= most * expected.norm()
+
+
+def test_a_weight_that_layers_share() -> None:
+    """It stays one: converted, copied, pickled, saved, and counted."""
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    model[1].weight = model[0].weight
+    ot.quantize_(model, progress=False)
+    for own in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert own[0].weight is own[1].weight
+        assert sum(parameter.numel() for parameter in own.parameters()) == 24 * 24 + 2 * 24
+        state = own.state_dict()
+        assert state["0.weight"].data_ptr() == state["1.weight"].data_ptr()
+
+
+def test_weights_that_are_computed() -> None:
+    """Parametrized, normalized and pruned."""
+    x = values(5, 24)
+
+    class Twice(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight * 2
+
+    model = converted()
+    y, bias = model[0](x), model[0].bias
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Twice())
+    close(model[0](x) - bias, 2 * (y - bias), 1e-5)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
+    close(model[0](x), y, 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of these dequantize
+        close(nn.utils.parametrizations.weight_norm(copy.deepcopy(model[0]))(x), y)
+        prune.l1_unstructured(model[0], "weight", amount=0.5)
+        pruned = model[0](x)
+        prune.remove(model[0], "weight")
+        close(model[0](x), pruned)
+        assert (model[0].weight == 0).float().mean() >= 0.5
+
+
+def test_models_computed_from_models() -> None:
+    """Moving averages, calls with other parameters, and gradients with a step of an optimizer."""
+    model, x = converted(), values(5, 24)
+    y = model(x)
+    average = AveragedModel(model)
+    for _ in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            average.update_parameters(model)
+    close(average(x), y, 1e-3)
+    other = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8))
+    called = torch.func.functional_call(model, dict(other.named_parameters()), x)
+    torch.testing.assert_close(called, other(x))
+    assert torch.equal(torch.func.functional_call(other, dict(model.named_parameters()), x), y)
+    codes = model[0].weight.int8_weight.codes.clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight.int8_weight.codes, codes)
+    assert model[0].weight.grad is None
+
+
+@pytest.mark.parametrize("way", ["swap", "overwrite", "data"])
+def test_casts_of_models(way: str) -> None:
+    """However Module.to replaces parameters, and by hand."""
+    model, x = converted(), values(5, 24)
+    y = model(x)
+    if way == "data":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half()
+    else:
+        change = getattr(torch.__future__, f"set_{way}_module_params_on_conversion")
+        change(True)
+        try:
+            model.half()
+        finally:
+            change(False)
+    assert model[0].weight.dtype == torch.float16
+    assert type(model[0].weight) is ot.Int8Tensor
+    assert model(x.half()).dtype == torch.float16
+    close(model(x.half()).float(), y)
+
+
+def test_memory_is_shared_and_counted() -> None:
+    model, x = converted(), values(5, 24)
+    weight = model[0].weight
+    assert not weight.is_shared()
+    y = model(x)
+    assert torch.equal(model.share_memory()(x), y)
+    assert weight.is_shared()
+    assert weight.numel() * weight.element_size() == 40 * 24  # as get_memory_footprint of Transformers counts
+    assert weight.nbytes == weight.int8_weight.nbytes
+    assert weight.tolist() == weight.dequantize().tolist()
+
+
+def test_layers_without_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(ot.Int8Linear(24, 40), nn.Tanh(), ot.Int8Linear(40, 8))
+    assert model[0].weight.is_meta
+    assert model[0].bias.is_meta
+    model.to_empty(device="cpu").load_state_dict(converted().state_dict())
+    assert torch.equal(model(values(5, 24)), converted()(values(5, 24)))
+
+
+def test_a_transposed_weight_in_a_layer() -> None:
+    layer = ot.Int8Linear.from_linear(nn.Linear(24, 24, bias=False))
+    x, expected = values(5, 24), values(5, 24) @ layer.weight.dequantize()
+    layer.weight = nn.Parameter(layer.weight.t(), requires_grad=False)
+    close(layer(x), expected)
+
+
+def test_plain_arrays_make_no_weight() -> None:
+    """A tool that holds weights as plain arrays and calls their class, as accelerate's disk_offload does."""
+    weight = converted()[0].weight
+    with pytest.raises(TypeError, match=r"Int8Tensor: expected an Int8Tensor, got Tensor.*disk_offload"):
+        type(weight)(torch.zeros(40, 24), requires_grad=False)
 
 
 def test_conv1d() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def unpack(codes: Tensor, n: int, k: int) -> Tensor:
     return codes.permute(0, 2, 1, 3).reshape(blocks * width, groups * depth)[:n, :k].contiguous()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Arrays:
     """The arrays of a weight ``[n, k]``, as in `octavo.Int8Weight`. Tensors that share memory share one of these."""
 
@@ -59,7 +60,6 @@ class Arrays:
     is_part: bool = False  # a copy of some rows: whoever writes to it means the whole weight
     is_new: bool = False  # zeros to be filled by rows: a copy of some of these writes to the whole, too
     whole: tuple[Arrays, slice] | None = None  # of such rows
-    _int8_weight: Int8Weight | None = None  # made when it is first needed
 
     @classmethod
     def of(cls, weight: Int8Weight, options: Options) -> Arrays:
@@ -78,18 +78,28 @@ class Arrays:
         """The shape of the codes row by row: with rotation there may be more than k in a row."""
         return self.shape[0], rotated_size(self.shape[1], self.options.rotation)
 
-    @property
+    @cached_property
     def int8_weight(self) -> Int8Weight:
         """The weight as `octavo.linear` takes it; it reads the same memory."""
-        if self._int8_weight is None:
-            self._int8_weight = Int8Weight(
-                **dict(zip(NAMES, self.tensors(), strict=True)),
-                scheme=self.options.scheme,
-                granularity=self.options.granularity,
-                rotation=self.options.rotation,
-                shape=self.shape,
-            )
-        return self._int8_weight
+        return Int8Weight(
+            **dict(zip(NAMES, self.tensors(), strict=True)),
+            scheme=self.options.scheme,
+            granularity=self.options.granularity,
+            rotation=self.options.rotation,
+            shape=self.shape,
+        )
+
+    @cached_property
+    def product(self) -> Callable[[Tensor, Tensor | None], Tensor | None]:
+        """``product(x, bias)`` is `octavo.linear` where PyTorch wants nothing of it but its result; else None."""
+        if not has_memory(self.codes):
+            return lambda x, bias: None
+        return partial(_core.plain_linear, self.int8_weight._native, self.options._native)
+
+    def forget(self) -> None:
+        """Drop what was made of arrays and options that have been replaced."""
+        for name in ("int8_weight", "product"):
+            vars(self).pop(name, None)
 
     def tensors(self) -> tuple[Any, ...]:
         """The arrays in the order of `NAMES`."""
@@ -103,7 +113,7 @@ class Arrays:
     def to(self, device: torch.device, non_blocking: bool = False) -> Arrays:
         """The weight on a device, its codes in the order of that; arrays that are there already are shared."""
         if device.type != "cpu" and self.codes.dim() == 4:
-            return replace(self, codes=unpack(self.codes, *self.rows_shape), _int8_weight=None).to(device, non_blocking)
+            return replace(self, codes=unpack(self.codes, *self.rows_shape)).to(device, non_blocking)
         moved = self.map(lambda array: array.to(device, non_blocking=non_blocking))
         moved.codes = pack(moved.codes)
         return moved
@@ -153,7 +163,7 @@ class Arrays:
             else:
                 setattr(self, name, None if new is None else new.clone())
         self.options = other.options
-        self._int8_weight = None
+        self.forget()
         if self.whole is not None:
             whole, rows = self.whole
             whole._put(rows, other)
@@ -166,7 +176,7 @@ class Arrays:
         for own, new in zip(self.tensors()[1:], other.tensors()[1:], strict=True):
             if own is not None and own is not self.outlier_columns:
                 own[rows if own.shape[0] == self.shape[0] else slice(None)] = new
-        self._int8_weight = None
+        self.forget()
 
     def check_writable(self) -> None:
         """Raise RuntimeError for a copy of some rows, which the weight would not see change."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional
 
-from octavo import _core
 from octavo import file_format as names
 from octavo.options import Options, options_of
 from octavo.torch.tensor import Int8Tensor
@@ -86,10 +87,10 @@ class Int8Linear(nn.Linear):
         **keywords: Any,
     ) -> None:
         chosen = options_of("Int8Linear", options, **keywords)
-        weight = Int8Tensor.from_float(torch.zeros(out_features, in_features, dtype=dtype), chosen)
-        self._become(weight, nn.Parameter(torch.zeros(out_features, dtype=dtype)) if bias else None)
-        if device is not None:
-            self.to(device)
+        zeros = partial(torch.zeros, dtype=dtype, device="cpu")  # which the meta device has no values of to quantize
+        weight = Int8Tensor.from_float(zeros(out_features, in_features), chosen)
+        self._become(weight, nn.Parameter(zeros(out_features)) if bias else None)
+        self.to(torch.get_default_device() if device is None else device)
 
     def _become(self, weight: Int8Tensor, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
@@ -129,9 +130,10 @@ class Int8Linear(nn.Linear):
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
         parameters: dict[str, Any] = self._parameters  # found faster than as attributes
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if type(weight) is Int8Tensor and not torch.compiler.is_compiling() and _core.is_plain(input, bias):
-            arrays = weight._arrays
-            return _core.linear(input, arrays.int8_weight._native, bias, arrays.options._native, None)  # type: ignore[no-any-return]
+        if type(weight) is Int8Tensor and not weight._transposed and not is_dynamo_compiling():
+            y = weight._arrays.product(input, bias)
+            if y is not None:
+                return y
         return functional.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from octavo import _core
@@ -45,8 +46,10 @@ def _with(text: str, **changes: Any) -> str:
 
 def linear(x: Tensor, arrays: Arrays, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias`` by `octavo.linear`, ``[..., k]`` -> ``[..., n]``."""
-    if not torch.compiler.is_compiling() and _core.is_plain(x, bias):
-        return _core.linear(x, arrays.int8_weight._native, bias, arrays.options._native, None)  # type: ignore[no-any-return]
+    if not is_dynamo_compiling():
+        y = arrays.product(x, bias)
+        if y is not None:
+            return y
     if x.is_nested:
         return torch.nested.as_nested_tensor([linear(part, arrays, bias) for part in x.unbind()], layout=x.layout)
     if onnx.is_exporting():

@@ -51,7 +51,11 @@ class Int8Tensor(torch.Tensor):
     ) -> Int8Tensor:
         if isinstance(arrays, Int8Tensor):  # as tools call the class of a parameter: with another one
             return torch.nn.Parameter(arrays, requires_grad=False)  # type: ignore[return-value]
-        assert dtype is not None
+        if not isinstance(arrays, Arrays) or dtype is None:
+            raise TypeError(
+                f"Int8Tensor: expected an Int8Tensor, got {type(arrays).__name__} (a tool that holds weights as plain "
+                "arrays, as accelerate's disk_offload does?); from_float quantizes one"
+            )
         shape = arrays.shape[::-1] if transposed else arrays.shape
         with torch.inference_mode(False):  # a view of a weight that is no inference tensor is none either
             self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=arrays.scale.device)
@@ -121,6 +125,7 @@ class Int8Tensor(torch.Tensor):
                 "Int8Tensor: options: scheme, granularity and rotation are fixed when a weight is quantized"
             )
         self._arrays.options = options
+        self._arrays.forget()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """``(codes + zeropoint) * scale`` with the original values of kept columns, a plain tensor.
@@ -154,12 +159,25 @@ class Int8Tensor(torch.Tensor):
         """Of the codes: what accelerate knows weights that are tied by."""
         return self._arrays.codes.data_ptr()
 
+    def element_size(self) -> int:
+        """Bytes of a code: what tools take a model's memory from."""
+        return 1
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes of all that it holds."""
+        return sum(array.nbytes for array in self._arrays.tensors() if array is not None)
+
+    def is_shared(self) -> bool:
+        """Whether other processes can read its memory."""
+        return bool(self._arrays.codes.is_shared())
+
     def share_memory_(self) -> Int8Tensor:
         """Move the arrays to memory that other processes can read."""
         for array in self._arrays.tensors():
             if array is not None:
                 array.share_memory_()
-        self._arrays._int8_weight = None
+        self._arrays.forget()
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -374,8 +392,11 @@ def _set_item(x: Tensor, key: Any, value: Any) -> None:
 
 
 def _set_data(x: Tensor, value: Tensor) -> None:
-    if isinstance(x, Int8Tensor) and isinstance(value, Int8Tensor) and x._arrays is value._arrays:
-        return  # x.data += y has changed it already
+    if isinstance(x, Int8Tensor) and isinstance(value, Int8Tensor):
+        with torch._C.DisableTorchFunctionSubclass():
+            torch.Tensor.data.__set__(x, value)  # type: ignore[attr-defined]
+        x._arrays, x._transposed = value._arrays, value._transposed
+        return
     with torch.no_grad():
         _change(x, value)
 
@@ -408,6 +429,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.requires_grad_: _set_requires_grad,
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.numpy: lambda x, **_: x.dequantize().numpy(),
+    torch.Tensor.tolist: lambda x: x.dequantize().tolist(),
     torch.Tensor.storage: _no_memory,
     torch.Tensor.__dlpack__: _no_memory,
     torch.Tensor.__dlpack_device__: _no_memory,

@@ -73,7 +73,7 @@ def _begin(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
         return
-    if torch.compiler.is_compiling() or not _core.is_plain(mask, None):
+    if torch.compiler.is_compiling() or not _core.is_plain(mask):
         return
     rows = mask.flatten().nonzero().flatten()
     if len(rows) <= (1 - _LEAST) * mask.numel():
