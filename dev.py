@@ -196,6 +196,7 @@ def integration() -> None:
     pip("integration")
     files = [path for name in INTEGRATION_FILES for path in sorted((ROOT / "tests/python").glob(f"test_{name}.py"))]
     pytest(*files, "tests/python/test_dlpack.py::test_frameworks")  # with those that are installed now
+    pytest("tests/python/test_dlpack.py::test_random_capsules", OCTAVO_FUZZ_SECONDS="60")
     for example in sorted((ROOT / "examples").glob("*.py")):
         run(PYTHON, example)
 

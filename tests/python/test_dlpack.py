@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -248,37 +249,56 @@ LIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_capsules_that_lie(lie: str) -> None:
-    values = np.ones(12, np.float32)
-    told = {
-        "shape": (3, 4),
-        "strides": (4, 1),
-        "ndim": 2,
-        "data": values.ctypes.data,
-        "lanes": 1,
-        "bits": 32,
-        "major": 1,
-    }
-    told |= {"device": (1, 0), **LIES[lie]}
-    shape, strides = (told[name] and (ctypes.c_int64 * 2)(*told[name]) for name in ("shape", "strides"))
-    header = Header(
-        major=told["major"],
-        data=told["data"],
-        device=told["device"],
-        ndim=told["ndim"],
-        code=2,
-        bits=told["bits"],
-        lanes=told["lanes"],
-        shape=ctypes.addressof(shape) if shape else None,
-        strides=ctypes.addressof(strides) if strides else None,
-    )
+def lying(told: dict[str, Any]) -> Any:
+    """An array whose capsule says what is told; what nobody tells is that of 12 float32 numbers as [3, 4]."""
+    told = {"shape": (3, 4), "strides": (4, 1), "ndim": 2, "lanes": 1, "bits": 32, "major": 1, "offset": 0, **told}
+    memory = {name: told[name] and (ctypes.c_int64 * len(told[name]))(*told[name]) for name in ("shape", "strides")}
+    addresses = {name: ctypes.addressof(numbers) if numbers else None for name, numbers in memory.items()}
+    header = Header(**{"code": 2, "device": (1, 0), **told, **addresses})
     new = ctypes.pythonapi.PyCapsule_New
     new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     capsule = new(ctypes.addressof(header), b"dltensor_versioned", None)
-    fake = type("Array", (Producer,), {"__dlpack__": lambda self, **options: capsule})(X)
+    members = {"__dlpack__": lambda self, **options: capsule, "memory": (memory, header)}
+    return type("Array", (Producer,), members)(X)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_capsules_that_lie(lie: str) -> None:
+    values = np.ones(12, np.float32)
     with pytest.raises((TypeError, ValueError), match=r"^find_outliers: x: expected "):
-        octavo.find_outliers(fake)
+        octavo.find_outliers(lying({"data": values.ctypes.data, **LIES[lie]}))
+
+
+def test_random_capsules() -> None:
+    """Views of any strides, offsets and ranks are read as NumPy reads them; whatever lies is refused.
+
+    OCTAVO_FUZZ_SECONDS is for how long; a failure names the seed.
+    """
+    end = time.monotonic() + float(os.environ.get("OCTAVO_FUZZ_SECONDS", "1"))
+    memory = np.random.default_rng(0).normal(size=4096).astype(np.float32)
+    seed = refused = 0
+    while time.monotonic() < end or seed < 200:
+        seed += 1
+        numbers = np.random.default_rng(seed)
+        shape = tuple(numbers.integers(0, 9, numbers.integers(1, 5)).tolist())
+        strides = tuple(numbers.integers(-40, 41, len(shape)).tolist())
+        steps = [(n - 1) * step for n, step in zip(shape, strides, strict=True)] if all(shape) else [0]
+        low, high = sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)
+        first = int(numbers.integers(-low, memory.size - high))
+        offset = 4 * int(numbers.integers(0, first + 1))
+        told: dict[str, Any] = {"shape": shape, "strides": strides, "ndim": len(shape), "offset": offset}
+        told["data"] = memory.ctypes.data + 4 * first - offset
+        lie = str(numbers.choice(list(LIES))) if numbers.random() < 0.3 else None
+        if lie is None:
+            view = np.lib.stride_tricks.as_strided(memory[first:], shape, [4 * step for step in strides])
+            expected = np.flatnonzero((np.abs(view) >= 2).any(tuple(range(len(shape) - 1))))
+            got = np.from_dlpack(octavo.find_outliers(lying(told), threshold=2.0))
+            np.testing.assert_array_equal(got, expected, err_msg=f"seed {seed}")
+        else:
+            with pytest.raises((TypeError, ValueError), match=r"^find_outliers: x: expected "):
+                octavo.find_outliers(lying({**told, "shape": (3, 4), "strides": (4, 1), "ndim": 2, **LIES[lie]}))
+            refused += 1
+    assert 0 < refused < seed / 2
 
 
 @pytest.mark.parametrize("given", [None, 3, "dltensor", object()])
