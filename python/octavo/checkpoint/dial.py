@@ -6,7 +6,8 @@ gradient of the log-probability of a token drawn from the model's own distributi
 half the mean of (g e)^2 (the Fisher information, along e). One pass forward and back gives g of all layers; each way to
 run a layer has its e on the same inputs. Then each layer takes the cheapest way that the bound leaves it, and the whole
 model is measured on text that the pass did not see; where it is not within the bound, the sum is corrected by what was
-measured, and the layers choose again.
+measured, and the layers choose again. The figure that is told is of a third text, which says no more than whether the
+bound holds: where it does not, the layers choose by a smaller one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from octavo.checkpoint.reader import Checkpoint
 from octavo.checkpoint.running import Running, modules_of
 from octavo.options import Options
 
-TEXT = Path(__file__).with_name("text.txt")  # of the public domain: Jefferson, Darwin, Carroll, Austen
+TEXT = Path(__file__).with_name("text.txt")  # of the public domain: from Jefferson to Wells
 _BEST = octavo.recipe("best")
 # The ways to run a layer, by what they cost, in units of a vector-wise product: of time (docs/guide/speed.md), and for
 # weights that stay in 16 bit of memory, too.
@@ -38,8 +39,8 @@ WAYS: tuple[tuple[Options | None, float], ...] = (
     (Options(path="weight_only"), 1.5),
     (None, 3.0),  # 16 bit
 )
-_ATTEMPTS = 6
-_SEQUENCES = 8  # of text, at most, that the pass sees, and that is held out
+_ROUNDS, _ATTEMPTS = 3, 6  # of bounds, and of choices for each
+_SEQUENCES = 8  # of text, at most, for the pass, for choosing again, and for the figure
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def choose_options(
         model: a folder with weights, config and tokenizer, of a model that Transformers has and that gives logits. It
             is run in float32, in memory, with the activations of all layers.
         kl: the divergence from the model in float32 that is allowed, nats a token.
-        text: a file; its first half is for choosing, its second half for measuring. Default: one that octavo has.
+        text: a file; the layers choose by its first two thirds, its last third is for measuring. Default: one that
+            octavo has.
         include, skip, progress, trust_remote_code: see `calibrate`.
 
     Raises:
@@ -93,40 +95,76 @@ def choose_options(
     source = Checkpoint(model, framework="numpy")
     stored = choose(source, include, skip).int8
     running = Running(model, source, trust_remote_code)
-    sequences = running.batches(TEXT if text is None else text, 1)[: 2 * _SEQUENCES]
-    if len(sequences) < 2:
-        raise unexpected(str(text), "text of more than 256 tokens", "less")
-    seen, held_out = sequences[: len(sequences) // 2], sequences[len(sequences) // 2 :]
+    sequences = running.batches(TEXT if text is None else text, 1)[: 3 * _SEQUENCES]
+    if len(sequences) < 3:
+        raise unexpected(str(text), "text of more than 512 tokens", "less")
+    third = len(sequences) // 3
     import torch
 
     loaded = running.load(progress, dtype=torch.float32).eval().requires_grad_(False)
     layers = _Layers(modules_of(loaded, stored))
-    with tqdm(total=len(seen) + _ATTEMPTS, desc="choose", disable=not progress) as bar:
-        effects = layers.effects(loaded, seen, bar)
-        exact = [_log_probabilities(loaded, each) for each in held_out]
-        best: tuple[float, dict[str, int], float] | None = None  # cost, choice, KL
-        closest, correction = float("inf"), 1.0
-        for _ in range(_ATTEMPTS):
-            ways = layers.cheapest(effects, kl / correction)
-            with layers.run_as(ways):
-                found = sum(
-                    float((own.exp() * (own - _log_probabilities(loaded, each))).sum())
-                    for each, own in zip(held_out, exact, strict=True)
-                ) / sum(map(len, exact))
-            bar.update()
-            cost = layers.cost(ways)
-            if found <= kl and (best is None or cost < best[0]):
-                best = cost, ways, found
-            closest = min(closest, found)
-            predicted = sum(effects[name][way] for name, way in ways.items())
-            before, correction = correction, max(found, 1e-12) / max(predicted, 1e-12) * (1.1 if found > kl else 1.0)
-            if abs(correction / before - 1) < 0.02:
+    with tqdm(total=third + _ROUNDS * (_ATTEMPTS + 1), desc="choose", disable=not progress) as bar:
+        effects = layers.effects(loaded, sequences[:third], bar)
+        steering, judge = _Judge(loaded, sequences[third : 2 * third]), _Judge(loaded, sequences[2 * third :])
+        bound, closest = kl, float("inf")
+        for _ in range(_ROUNDS):
+            ways, found = _choose(layers, effects, steering, bound, bar)
+            if ways is None:
+                closest = min(closest, found)
                 break
-    if best is None:
+            with layers.run_as(ways):
+                found = judge.divergence()
+            bar.update()
+            closest = min(closest, found)
+            if found <= kl:
+                break
+            bound *= 0.95 * kl / found
+    if ways is None or closest > kl:
         raise unexpected("quantize: kl", "a bound that was reached", f"{kl:g}: the closest is {closest:.3g}")
     options: dict[str, Options | None] = {name.removesuffix(".weight"): None for name in stored}
-    options |= {name: WAYS[best[1][layers.first[name]]][0] for name in layers.first}
-    return Choice(options, best[2], kl, sum(map(len, exact)))
+    options |= {name: WAYS[ways[layers.first[name]]][0] for name in layers.first}
+    return Choice(options, found, kl, judge.tokens)
+
+
+def _choose(
+    layers: _Layers, effects: Mapping[str, Sequence[float]], steering: _Judge, bound: float, bar: Any
+) -> tuple[dict[str, int] | None, float]:
+    """The cheapest ways of the layers that are within `bound` on the text of `steering`, and what was measured of them.
+
+    None where none were, and the closest that was measured.
+    """
+    best: tuple[float, dict[str, int], float] | None = None  # cost, choice, KL
+    closest, correction = float("inf"), 1.0
+    for _ in range(_ATTEMPTS):
+        ways = layers.cheapest(effects, bound / correction)
+        with layers.run_as(ways):
+            found = steering.divergence()
+        bar.update()
+        cost = layers.cost(ways)
+        if found <= bound and (best is None or cost < best[0]):
+            best = cost, ways, found
+        closest = min(closest, found)
+        predicted = sum(effects[name][way] for name, way in ways.items())
+        before, correction = correction, max(found, 1e-12) / max(predicted, 1e-12) * (1.1 if found > bound else 1.0)
+        if abs(correction / before - 1) < 0.02:
+            break
+    return (None, closest) if best is None else best[1:]
+
+
+class _Judge:
+    """Tells how far a model is from what it was when this was made, on some sequences."""
+
+    def __init__(self, model: Any, sequences: Sequence[Mapping[str, Any]]) -> None:
+        self._model, self._sequences = model, sequences
+        self._exact = [_log_probabilities(model, each) for each in sequences]
+        self.tokens = sum(map(len, self._exact))
+
+    def divergence(self) -> float:
+        """Nats a token."""
+        pairs = zip(self._sequences, self._exact, strict=True)
+        return sum(float((own.exp() * (own - _log_probabilities(self._model, each))).sum()) for each, own in pairs) / (
+            self.tokens
+        )
 
 
 class _Layers:
