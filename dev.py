@@ -161,6 +161,7 @@ def emulated_gpu() -> None:
         say(f"left out: tests/simt needs Linux on x86_64, this is {platform.system()} on {platform.machine()}")
         return
     run(*PIP, "install", *CUDA_HEADERS)
+    run(*PIP, "install", "--no-deps", "nvidia-cutlass==4.2.*")  # its headers: tests/simt/test_layouts.cpp
     preset("simt")
     # A stand-in for CuPy, whose device is that GPU; few generated cases, because it is slow.
     pytest(
