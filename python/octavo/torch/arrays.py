@@ -6,6 +6,7 @@ tells them apart: packed codes have rank 4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -33,16 +34,6 @@ def pack(codes: Tensor) -> Tensor:
     if codes.dim() == 4 or codes.device.type != "cpu" or not has_memory(codes):
         return codes
     return _core.pack(codes.detach())  # type: ignore[no-any-return]
-
-
-def unpack(codes: Tensor, n: int, k: int) -> Tensor:
-    """``[n, k]`` codes, wherever packed ones are; themselves where they are that already."""
-    if codes.dim() != 4:
-        return codes
-    if codes.device.type == "cpu" and has_memory(codes):
-        return _core.unpack(codes.detach(), n, k)  # type: ignore[no-any-return]
-    blocks, groups, width, depth = codes.shape
-    return codes.permute(0, 2, 1, 3).reshape(blocks * width, groups * depth)[:n, :k].contiguous()
 
 
 @dataclass(eq=False)
@@ -74,9 +65,32 @@ class Arrays:
         return cls(**dict(zip(NAMES, arrays, strict=True)), shape=shape, options=options, **more)
 
     @property
-    def rows_shape(self) -> tuple[int, int]:
-        """The shape of the codes row by row: with rotation there may be more than k in a row."""
-        return self.shape[0], rotated_size(self.shape[1], self.options.rotation)
+    def width(self) -> int:
+        """Codes in a row: k, or with rotation k up to whole blocks."""
+        return rotated_size(self.shape[1], self.options.rotation)
+
+    def by_row(self) -> Tensor:
+        """The codes ``[n, width]``; themselves where they are not packed."""
+        n, k = self.shape[0], self.width
+        if self.codes.dim() != 4:
+            return self.codes
+        if self.codes.device.type == "cpu" and has_memory(self.codes):
+            return _core.unpack(self.codes.detach(), n, k)  # type: ignore[no-any-return]
+        blocks, groups, rows, depth = self.codes.shape
+        return self.codes.permute(0, 2, 1, 3).reshape(blocks * rows, groups * depth)[:n, :k].contiguous()
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """``(codes + zeropoint) * scale`` in float32, rotated back, kept columns put in, rounded once to `dtype`."""
+        weight, rotation = self.by_row().to(torch.float32), self.options.rotation
+        if rotation:
+            weight = _rotated(weight, rotation)
+        if self.zeropoint is not None:  # rotated back it is in the first column of each block alone
+            weight[:, :: rotation or 1] += self.zeropoint[:, None] * math.sqrt(rotation or 1)
+        weight = weight[:, : self.shape[1]]
+        weight *= self.scale[:, None]
+        if self.outlier_columns is not None and self.outlier_weight is not None:
+            weight[:, self.outlier_columns.long()] = self.outlier_weight.to(torch.float32)
+        return weight.to(dtype)
 
     @cached_property
     def int8_weight(self) -> Int8Weight:
@@ -113,14 +127,14 @@ class Arrays:
     def to(self, device: torch.device, non_blocking: bool = False) -> Arrays:
         """The weight on a device, its codes in the order of that; arrays that are there already are shared."""
         if device.type != "cpu" and self.codes.dim() == 4:
-            return replace(self, codes=unpack(self.codes, *self.rows_shape)).to(device, non_blocking)
+            return replace(self, codes=self.by_row()).to(device, non_blocking)
         moved = self.map(lambda array: array.to(device, non_blocking=non_blocking))
         moved.codes = pack(moved.codes)
         return moved
 
     def rows(self, part: slice) -> Arrays:
         """A copy of some output features."""
-        codes = unpack(self.codes, *self.rows_shape)[part].clone()
+        codes = self.by_row()[part].clone()
         of_rows = ["code_sums", "outlier_weight"]
         if self.options.granularity == "vector":  # otherwise one scale is for all
             of_rows += ["scale", "zeropoint"]
@@ -145,7 +159,7 @@ class Arrays:
             columns: Any = first.outlier_columns
             if own.outlier_columns is not None and not torch.equal(own.outlier_columns, columns):
                 return None
-        codes = torch.cat([unpack(own.codes, *own.rows_shape) for own in parts])
+        codes = torch.cat([own.by_row() for own in parts])
         each: Any = zip(*(own.tensors()[1:] for own in parts), strict=True)
         scale, sums, zeropoint, _, kept = (None if own[0] is None else torch.cat(own) for own in each)
         shape = (codes.shape[0], first.shape[1])
@@ -170,8 +184,8 @@ class Arrays:
 
     def _put(self, rows: slice, other: Arrays) -> None:
         """Become `other` in some output features."""
-        codes = unpack(self.codes, *self.rows_shape).clone()
-        codes[rows] = unpack(other.codes, *other.rows_shape)
+        codes = self.by_row().clone()
+        codes[rows] = other.by_row()
         self.codes.copy_(pack(codes))
         for own, new in zip(self.tensors()[1:], other.tensors()[1:], strict=True):
             if own is not None and own is not self.outlier_columns:
@@ -185,3 +199,13 @@ class Arrays:
                 "Int8Tensor: expected the whole weight to be written to, got some of its rows, which are a copy: "
                 "dequantize it, change that, and copy it back"
             )
+
+
+def _rotated(rows: Tensor, rotation: int) -> Tensor:
+    """Blocks of columns times the Hadamard matrix over its root; of codes exact."""
+    distance = 1
+    while distance < rotation:
+        pairs = rows.reshape(rows.shape[0], -1, 2, distance)
+        rows = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(rows.shape)
+        distance *= 2
+    return rows / math.sqrt(rotation)

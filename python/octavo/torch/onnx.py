@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo._types import rotated_size
 from octavo.options import Options
-from octavo.torch.arrays import Arrays, unpack
+from octavo.torch.arrays import Arrays
 
 
 def is_exporting() -> bool:
@@ -27,7 +27,7 @@ def is_exporting() -> bool:
 def linear(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
     """``octavo.linear(x, ...)`` of standard operators, ``[..., k]`` -> ``[..., n]``."""
     options, k = arrays.options, arrays.shape[1]
-    codes, value = unpack(arrays.codes, *arrays.rows_shape), x.to(torch.float32)
+    codes, value = arrays.by_row(), x.to(torch.float32)
     if options.path == "weight_only":
         y = _rotated(value, options.rotation) @ _dequantized(arrays, codes).t()
         return (y if bias is None else y + bias).to(x.dtype)

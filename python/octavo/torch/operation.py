@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -73,42 +72,6 @@ def _dequantized_linear(x: Tensor, arrays: Any, text: str, k: int) -> Tensor:
         return _linear_op(x, *arrays, *weight_only)  # type: ignore[no-any-return]
     others = _linear_op(x.index_fill(-1, columns.long(), 0), *arrays, *weight_only)
     return others + x.index_select(-1, columns.long()) @ kept.t().to(x.dtype)  # type: ignore[no-any-return]
-
-
-def dequantize(
-    codes: Tensor,
-    scale: Tensor,
-    zeropoint: Tensor | None,
-    columns: Tensor | None,
-    kept: Tensor | None,
-    dtype: Any,
-    rotation: int,
-    k: int,
-) -> Tensor:
-    """``(codes + zeropoint) * scale`` of the codes row by row, ``[n, k]``, in float32, rounded once to `dtype`.
-
-    Rotated back where they are rotated; kept columns are put in.
-    """
-    weight = codes.to(torch.float32)
-    if rotation:
-        weight = _rotated(weight, rotation)
-    if zeropoint is not None:  # rotated back it is in the first column of each block alone
-        weight[:, :: rotation or 1] += zeropoint[:, None] * math.sqrt(rotation or 1)
-    weight = weight[:, :k]
-    weight *= scale[:, None]  # in place: a block of the backward pass is in memory once
-    if columns is not None and kept is not None:
-        weight[:, columns.long()] = kept.to(torch.float32)
-    return weight.to(dtype)
-
-
-def _rotated(rows: Tensor, rotation: int) -> Tensor:
-    """Blocks of columns times the Hadamard matrix over its root; of codes exact."""
-    distance = 1
-    while distance < rotation:
-        pairs = rows.reshape(rows.shape[0], -1, 2, distance)
-        rows = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(rows.shape)
-        distance *= 2
-    return rows / math.sqrt(rotation)
 
 
 # --- shapes and work --------------------------------------------------------------------------------------------------

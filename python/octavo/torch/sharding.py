@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map
 
-from octavo.torch.arrays import Arrays, pack, unpack
+from octavo.torch.arrays import Arrays, pack
 from octavo.torch.tensor import _OPERATIONS, Int8Tensor
 from octavo.weight import Int8Weight
 
@@ -34,7 +34,7 @@ def _new(x: Int8Tensor, size: Any, **_: Any) -> Any:
         like: Tensor | None = getattr(arrays, name)
         return like if like is None or like.shape[0] != arrays.shape[0] else like.new_zeros((rows, *like.shape[1:]))
 
-    codes = pack(torch.zeros(rows, arrays.rows_shape[1], dtype=torch.int8, device=arrays.codes.device))
+    codes = pack(torch.zeros(rows, arrays.width, dtype=torch.int8, device=arrays.codes.device))
     sums = arrays.code_sums.new_zeros(rows)
     scale, zeropoint, kept = (zeros(name) for name in _OF_ROWS)
     assert scale is not None
@@ -91,13 +91,13 @@ def _pre_all_gather(
     others = [part.contiguous().view(torch.int8) for part in of_rows if part is not None]
     tail = torch.cat(others, 1) if others else arrays.code_sums.new_zeros((arrays.shape[0], 0), dtype=torch.int8)
     if n % mesh.size():  # then FSDP expects everything to have the shape of the codes
-        if tail.shape[1] > k or arrays.rows_shape[1] != k:
+        if tail.shape[1] > k or arrays.width != k:
             raise ValueError(
                 f"fully_shard: expected a weight whose {n} rows {mesh.size()} ranks can share evenly, or more than "
                 f"{tail.shape[1]} columns, a multiple of the rotation, got {k}: name it in ignored_params"
             )
         tail = torch.nn.functional.pad(tail, (0, k - tail.shape[1]))
-    codes = unpack(arrays.codes, *arrays.rows_shape)
+    codes = arrays.by_row()
     padded = [torch.nn.functional.pad(part, (0, 0, 0, rows - arrays.shape[0])) for part in (codes, tail)]
     return tuple(padded), (n, k)
 
@@ -114,7 +114,7 @@ def _post_all_gather(
 ) -> Any:
     """The whole weight, from what `_pre_all_gather` of all ranks gave."""
     (n, k), own = metadata, self._arrays
-    codes, tail = outputs[0][:n].view(n, own.rows_shape[1]), outputs[1].view(outputs[0].shape[0], -1)[:n]
+    codes, tail = outputs[0][:n].view(n, own.width), outputs[1].view(outputs[0].shape[0], -1)[:n]
     parts: dict[str, Any] = {}
     start = 0
     for name in _OF_ROWS:

@@ -17,7 +17,7 @@ import octavo
 from octavo import file_format
 from octavo.options import Options
 from octavo.torch import operation
-from octavo.torch.arrays import NAMES, Arrays, has_memory, pack, unpack
+from octavo.torch.arrays import NAMES, Arrays, has_memory, pack
 from octavo.weight import Int8Weight
 
 aten: Any = torch.ops.aten
@@ -133,10 +133,7 @@ class Int8Tensor(torch.Tensor):
         Args:
             dtype: default the tensor's own.
         """
-        codes, scale, _, zeropoint, columns, kept = self._arrays.tensors()
-        codes = unpack(codes, *self._arrays.rows_shape)
-        rotation, k = self._arrays.options.rotation, self._arrays.shape[1]
-        weight = operation.dequantize(codes, scale, zeropoint, columns, kept, dtype or self.dtype, rotation, k)
+        weight = self._arrays.dequantize(dtype or self.dtype)
         return weight.t() if self._transposed else weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
