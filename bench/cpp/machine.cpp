@@ -5,8 +5,8 @@
 #include "machine.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
+#include <ctime>
 #include <limits>
 
 #include "inputs.hpp"
@@ -20,10 +20,6 @@
 
 namespace bench {
 namespace {
-
-double seconds_since(std::chrono::steady_clock::time_point begin) {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
 
 #if defined(__x86_64__)
 
@@ -264,11 +260,17 @@ const std::vector<Peak>& peaks() {
     return all;
 }
 
+double thread_seconds() {
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
 double measure(const Peak& peak) {
     const auto run = [&](std::int64_t iterations) {
-        const auto begin = std::chrono::steady_clock::now();
+        const double begin = thread_seconds();
         require(peak.run(iterations), peak.name + ": wrong sums");
-        return seconds_since(begin);
+        return thread_seconds() - begin;
     };
     std::int64_t iterations = 1024;
     while (run(iterations) < 1e-3) iterations *= 2;
@@ -293,9 +295,9 @@ double read_bandwidth(const void* memory, std::size_t bytes) {
     const std::uint64_t expected = sum(words, count);
     double best = std::numeric_limits<double>::infinity();
     for (int pass = 0; pass < 15; ++pass) {
-        const auto begin = std::chrono::steady_clock::now();
+        const double begin = thread_seconds();
         const std::uint64_t total = sum(words, count);
-        best = std::min(best, seconds_since(begin));
+        best = std::min(best, thread_seconds() - begin);
         require(total == expected, "read_bandwidth: two sums of the same memory differ");
     }
     return static_cast<double>(bytes) / best;

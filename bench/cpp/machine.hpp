@@ -12,6 +12,8 @@
 #include <string_view>
 #include <vector>
 
+#include "octavo/runtime.hpp"
+
 namespace bench {
 
 // An instruction that the products are made of, in a loop of independent chains that touches no memory.
@@ -44,7 +46,11 @@ void report_product(benchmark::State& state, double seconds, std::int64_t m, std
 // Sets GB/s of an operation that moves `bytes` and has no product.
 void report_bytes(benchmark::State& state, std::size_t bytes);
 
-// Times `call` in google-benchmark's loop; returns the seconds of one call.
+// Seconds on the clock of this thread's own processor time, which other programs on the same core do not make longer.
+[[nodiscard]] double thread_seconds();
+
+// Times `call` in google-benchmark's loop; returns the seconds of one call: of processor time as long as octavo uses
+// this thread alone.
 template <class Call>
 double time_calls(benchmark::State& state, const Call& call);
 
@@ -52,11 +58,14 @@ double time_calls(benchmark::State& state, const Call& call);
 
 template <class Call>
 double bench::time_calls(benchmark::State& state, const Call& call) {
-    const auto begin = std::chrono::steady_clock::now();
+    const auto now = [] {
+        if (octavo::num_threads() == 1) return thread_seconds();
+        return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    };
+    const double begin = now();
     while (state.KeepRunning()) {
         call();
         benchmark::ClobberMemory();
     }
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - begin;
-    return elapsed.count() / static_cast<double>(std::max<std::int64_t>(state.iterations(), 1));
+    return (now() - begin) / static_cast<double>(std::max<std::int64_t>(state.iterations(), 1));
 }
