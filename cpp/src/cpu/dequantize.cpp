@@ -40,7 +40,7 @@ void rotate_back_columns(const PackedPanel& codes, std::int32_t rotation, std::i
         if (rows.plan().x_is_unsigned) sum_packed(part, whole_blocks(cols), 0, depth, sums.data());
         multiply(rows, part, sums.data(), {0, count, 0, cols}, [&](const SumsTile& tile) {
             const Scratch<std::int32_t> whole(tile.rows * tile.cols);
-            put_sums(tile, whole.data(), tile.cols);
+            put_sums(tile, whole.data(), tile.cols * size_of(DType::i32));
             for (std::int64_t i = 0; i < tile.rows; ++i) {
                 const std::size_t place = first + static_cast<std::size_t>(tile.row + i);
                 const float of_zeropoint = columns[place] % rotation == 0 ? root : 0.0F;

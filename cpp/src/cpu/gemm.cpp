@@ -1,6 +1,9 @@
 #include "cpu/gemm.hpp"
 
 #include <unistd.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include <algorithm>
 #include <string>
@@ -298,6 +301,52 @@ void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums
     }
 }
 
+namespace {
+
+// Bytes of one row of a block, past the caches where the processor can.
+void write_past(char* target, const char* source, std::int64_t size) {
+#if defined(__SSE2__)
+    const auto before = static_cast<std::int64_t>(-reinterpret_cast<std::uintptr_t>(target) % line);
+    const std::int64_t head = std::min(before, size);
+    __builtin_memcpy(target, source, static_cast<std::size_t>(head));
+    std::int64_t i = head;
+    for (; i + line <= size; i += line) {
+        for (std::int64_t part = i; part < i + line; part += 16) {
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + part));
+            _mm_stream_si128(reinterpret_cast<__m128i*>(target + part), bytes);
+        }
+    }
+    __builtin_memcpy(target + i, source + i, static_cast<std::size_t>(size - i));
+#else
+    __builtin_memcpy(target, source, static_cast<std::size_t>(size));
+#endif
+}
+
+}  // namespace
+
+OutputBlock::OutputBlock(const Matrix& out, const Block& block)
+    : out_(out),
+      block_(block),
+      waits_(out.col_stride == 1 && block.rows() > 32 && out.rows * out.cols * size_of(out.dtype) > 2 * near_size()),
+      stride_(waits_ ? up(block.cols() * size_of(out.dtype), line) + line : out.row_stride * size_of(out.dtype)),
+      memory_(waits_ ? block.rows() * stride_ : 0) {}
+
+void* OutputBlock::at(std::int64_t row, std::int64_t col) const {
+    if (!waits_) return cpu::at(out_, row, col);
+    return memory_.data() + (row - block_.row_begin) * stride_ + (col - block_.col_begin) * size_of(out_.dtype);
+}
+
+void OutputBlock::write() const {
+    if (!waits_) return;
+    for (std::int64_t row = block_.row_begin; row < block_.row_end; ++row) {
+        write_past(static_cast<char*>(cpu::at(out_, row, block_.col_begin)),
+                   static_cast<const char*>(at(row, block_.col_begin)), block_.cols() * size_of(out_.dtype));
+    }
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 void put_sums(const SumsTile& tile, void* out, std::int64_t stride) {
     const EpilogueTile sums{.rows = tile.rows,
                             .cols = tile.cols,
@@ -305,15 +354,12 @@ void put_sums(const SumsTile& tile, void* out, std::int64_t stride) {
                             .row_offsets = tile.row_offsets,
                             .col_offsets = tile.col_offsets,
                             .stride = tile.stride};
-    kernels().epilogue(sums, DType::i32, out, stride * size_of(DType::i32));
+    kernels().epilogue(sums, DType::i32, out, stride);
 }
 
 namespace {
 
 void put_tile(const SumsTile& tile, const Matrix& out) {
-    if (tile.wide == nullptr && out.col_stride == 1) {
-        return put_sums(tile, at(out, tile.row, tile.col), out.row_stride);
-    }
     for (std::int64_t i = 0; i < tile.rows; ++i) {
         for (std::int64_t j = 0; j < tile.cols; ++j) {
             const std::int64_t sum = tile.sum(i, j);
@@ -359,7 +405,13 @@ void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_lay
         const Scratch<std::int32_t> block_sums(summed_here ? cols : 0);
         if (summed_here) sum_packed(w, cols, 0, w.depth(), block_sums.data());
         const std::int32_t* const w_sums = summed_once ? sums.data() + block.col_begin : block_sums.data();
-        multiply(x, w, w_sums, block, [&](const SumsTile& tile) { put_tile(tile, out); });
+        if (out.col_stride != 1 || x.depth() > max_int32_depth) {
+            return multiply(x, w, w_sums, block, [&](const SumsTile& tile) { put_tile(tile, out); });
+        }
+        const OutputBlock rows(out, block);
+        multiply(x, w, w_sums, block,
+                 [&](const SumsTile& tile) { put_sums(tile, rows.at(tile.row, tile.col), rows.stride()); });
+        rows.write();
     });
 }
 

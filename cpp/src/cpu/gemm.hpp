@@ -92,7 +92,29 @@ struct SumsTile {
     }
 };
 
-// The sums of a tile that are not wide, into rows `stride` int32 apart.
+// A block of an output so large that the caches do not hold it. Tiles are made one below the other: written so, each
+// line of it would be fetched before it is filled, and lines of rows whose distance is a power of two push each other
+// out. So tiles wait here until whole rows of the block can be written past the caches.
+class OutputBlock {
+public:
+    OutputBlock(const Matrix& out, const Block& block);
+
+    // Where element (row, col) of the output goes, and the bytes from row to row there; only where the output's rows
+    // are contiguous.
+    [[nodiscard]] void* at(std::int64_t row, std::int64_t col) const;
+    [[nodiscard]] std::int64_t stride() const noexcept { return stride_; }
+    // Put all of the block where it belongs.
+    void write() const;
+
+private:
+    Matrix out_;
+    Block block_;
+    bool waits_;
+    std::int64_t stride_;
+    Scratch<char> memory_;
+};
+
+// The sums of a tile that are not wide, as int32 into rows `stride` bytes apart.
 void put_sums(const SumsTile& tile, void* out, std::int64_t stride);
 
 // sums[j] = sum of the codes of each of `cols` output features, a multiple of 16, over [begin, end) of the padded

@@ -133,13 +133,14 @@ public:
 
     // Everything after the product, for the rows and columns of `tile`, which has all of X's side and gets the
     // weight's. (By reference: a copy would wait for each of the stores that have just made it.)
-    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const Matrix& out) const {
+    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const Matrix& out,
+                const OutputBlock& rows) const {
         const std::int64_t j = col - block_.col_begin;
         tile.scale_w = scale + j;
         tile.outlier_w = outlier_weight_.data() + j;
         tile.bias = has_bias_ ? bias_ + j : nullptr;
         if (out.col_stride == 1) {
-            return kernels().epilogue(tile, out.dtype, at(out, row, col), out.row_stride * size_of(out.dtype));
+            return kernels().epilogue(tile, out.dtype, rows.at(row, col), rows.stride());
         }
         const Scratch<float> y(tile.rows * tile.cols);
         kernels().epilogue(tile, DType::f32, y.data(), tile.cols * size_of(DType::f32));
@@ -202,6 +203,7 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     for_each_block(quantized.codes.blocking(), out.rows, out.cols, k, [&](const Block& block) {
         const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
         BlockWeight block_weight(weight, bias, block);
+        const OutputBlock rows(out, block);
         // What the epilogue cannot do: the zeropoints' terms, sums of more than 32 bits, scales whose product
         // overflows.
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth ||
@@ -234,8 +236,9 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                 }
             }
             outliers.describe(tile.row, epilogue);
-            block_weight.finish(epilogue, tile.row, tile.col, out);
+            block_weight.finish(epilogue, tile.row, tile.col, out, rows);
         });
+        rows.write();
     });
 }
 
@@ -273,6 +276,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
     for_each_block(blocking, out.rows, out.cols, depth, [&](const Block& block) {
         const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
         const BlockWeight block_weight(weight, bias, block);
+        const OutputBlock rows(out, block);
         const bool widened = block.rows() > few_rows;
         const Scratch<float> w_floats(widened ? slice * block_cols : 0);
         const Scratch<float> sums(block.rows() * block_cols * 4);
@@ -305,8 +309,9 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
                                   .cols = std::min(block_cols, block.cols() - j),
                                   .scaled = y.data(),
                                   .stride = block_cols};
-            block_weight.finish(epilogue, block.row_begin, block.col_begin + j, out);
+            block_weight.finish(epilogue, block.row_begin, block.col_begin + j, out, rows);
         }
+        rows.write();
     });
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <iterator>
 #include <mutex>
+#include <numeric>
 #include <utility>
 
 #include "backend.hpp"
@@ -183,20 +184,23 @@ OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight,
 
 void OutlierElements::find_per_row(const ConstMatrix& x, const LinearOptions& options) {
     per_row_ = true;
-    std::vector<std::vector<std::int32_t>> of_row(static_cast<std::size_t>(x.rows));
+    // By the first row of each piece of work, the columns of all of its rows.
+    std::vector<std::vector<std::int32_t>> of_piece(static_cast<std::size_t>(x.rows));
+    row_begin_.resize(static_cast<std::size_t>(x.rows) + 1);
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
         RowReader reader(x);
         Criterion criterion(reader.dtype(), x.cols, 1, options);
+        auto& columns = of_piece[static_cast<std::size_t>(begin)];
         for (std::int64_t i = begin; i < end && x.cols > 0; ++i) {
             const auto found = criterion.find(reader.row(i));
-            of_row[static_cast<std::size_t>(i)].assign(found.begin(), found.end());
+            columns.insert(columns.end(), found.begin(), found.end());
+            row_begin_[static_cast<std::size_t>(i) + 1] = std::ssize(found);
         }
     });
+    std::partial_sum(row_begin_.begin(), row_begin_.end(), row_begin_.begin());
     std::vector<std::int32_t> places(static_cast<std::size_t>(x.cols), -1);  // of a column in columns_
-    row_begin_.push_back(0);
-    for (const auto& columns : of_row) {
+    for (const auto& columns : of_piece) {
         row_columns_.insert(row_columns_.end(), columns.begin(), columns.end());
-        row_begin_.push_back(std::ssize(row_columns_));
         for (const std::int32_t column : columns) places[static_cast<std::size_t>(column)] = 0;
     }
     for (std::size_t j = 0; j < places.size(); ++j) {
