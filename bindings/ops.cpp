@@ -315,6 +315,36 @@ py::object quantize_weight_op(py::handle weight_object, py::handle options_objec
                           result_of(code_sums, weight));
 }
 
+// As quantize_weight, into the arrays of a weight: codes [n, k'] or, in CPU memory, packed. Nothing is allocated.
+py::object requantize_op(py::handle weight_object, py::handle options_object, py::handle codes_object,
+                         py::handle scale_object, py::handle zeropoint_object, py::handle code_sums_object) {
+    constexpr auto function = "quantize_weight";
+    Array weight(weight_object, {function, "weight"});
+    need_rank(weight, {function, "weight"}, 2);
+    const QuantizeOptions& options = options_of(options_object, function).quantize;
+    const ConstMatrix source = weight.matrix();
+    const Array codes(codes_object, {function, "out.codes", "int8", &weight}, Use::write);
+    const Array scale(scale_object, {function, "out.scale", "float32", &weight}, Use::write);
+    const auto zeropoint =
+        optional_array(zeropoint_object, {function, "out.zeropoint", "float32", &weight}, Use::write);
+    const Array code_sums(code_sums_object, {function, "out.code_sums", "int32", &weight}, Use::write);
+    const std::int64_t width = rotated_size(source.cols, options.rotation);
+    const bool packed = codes.shape().size() == 4;
+    Matrix target;
+    if (packed) {
+        static_cast<void>(packed_codes(codes, source.rows, width, {function, "out.codes"}));
+        target = {codes.data(), codes.dtype(), codes.device(), source.rows, width, 0, 1};
+    } else {
+        need_rank(codes, {function, "out.codes"}, 2);
+        target = codes.mutable_matrix();
+    }
+    run(weight, work_of(source), [&](Stream stream) {
+        octavo::quantize_weight(source, options, target, scale.vector(), vector_or_absent(zeropoint),
+                                code_sums.vector(), stream, packed ? Layout::packed : Layout::row_major);
+    });
+    return py::none();
+}
+
 py::object find_outliers_op(py::handle x_object, py::handle options_object) {
     constexpr auto function = "find_outliers";
     const LinearOptions& options = options_of(options_object, function).linear;
@@ -639,6 +669,8 @@ void define_operations(py::module_& module) {
     static std::array methods{
         method<quantize_op>("quantize", "quantize($module, x, options, exclude, /)\n--\n\n"),
         method<quantize_weight_op>("quantize_weight", "quantize_weight($module, weight, options, /)\n--\n\n"),
+        method<requantize_op>("requantize",
+                              "requantize($module, weight, options, codes, scale, zeropoint, code_sums, /)\n--\n\n"),
         method<find_outliers_op>("find_outliers", "find_outliers($module, x, options, /)\n--\n\n"),
         method<pack_op>("pack", "pack($module, codes, /)\n--\n\n"),
         method<unpack_op>("unpack", "unpack($module, packed, n, k, /)\n--\n\n"),

@@ -50,7 +50,7 @@ public:
              [&] { cuda::quantize(x, options, exclude, codes, scale, zeropoint, native(stream)); });
     }
     void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
-                         Vector zeropoint, Vector code_sums, Stream stream) const override {
+                         Vector zeropoint, Vector code_sums, Layout /*layout*/, Stream stream) const override {
         call("quantize_weight", weight.device,
              [&] { cuda::quantize_weight(weight, options, codes, scale, zeropoint, code_sums, native(stream)); });
     }
@@ -75,10 +75,11 @@ public:
                 Stream stream) const override {
         call("linear", x.device, [&] { cuda::linear(x, weight, bias, out, options, native(stream)); });
     }
-    void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept,
+    void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
                          Stream stream) const override {
-        call("linear_backward", grad.device,
-             [&] { cuda::linear_backward(grad, weight, out, uses_kept, native(stream)); });
+        call("linear_backward", grad.device, [&] {
+            cuda::linear_backward(grad, weight, out, uses_kept, int8 ? &gradient_options : nullptr, native(stream));
+        });
     }
 
     [[nodiscard]] std::vector<CudaDevice> devices() const override {

@@ -5,7 +5,12 @@
 // dequantized; a thread sums 8 rows by 4 columns. At the end the tile goes through shared memory row by row, where it
 // is rotated back, a thread for each column. Kept columns are a second product, whose columns replace those of the
 // first.
+//
+// The int8 product is `linear` with one scale: of grad, which a kernel multiplies by the scales of the output features,
+// by codes that another has brought together along n.
 #include "device.cuh"
+#include "gemm.hpp"
+#include "memory.hpp"
 #include "operations.hpp"
 #include "rotation.cuh"
 
@@ -139,12 +144,81 @@ void launch_backward(const ConstMatrix& grad, const Weight& weight, std::int64_t
     });
 }
 
+// --- the int8 product -----------------------------------------------------------------------------------------------
+
+constexpr int row_threads = most_rotation;
+
+// scaled[i, j] = grad[i, j] * scale[j], contiguous; *one = 1.
+__global__ void __launch_bounds__(row_threads)
+    scale_kernel(FloatView grad, Span<const float> scale, float* scaled, float* one) {
+    const std::int64_t chunks = (grad.cols + row_threads - 1) / row_threads;
+    const std::int64_t row = blockIdx.x / chunks;
+    const std::int64_t col = blockIdx.x % chunks * row_threads + threadIdx.x;
+    if (col < grad.cols) scaled[row * grad.cols + col] = __fmul_rn(grad(row, col), scale.of_group(col));
+    if (blockIdx.x == 0 && threadIdx.x == 0) *one = 1.0F;
+}
+
+// out = the rows of y [m, width], rotated.
+template <class T>
+__global__ void __launch_bounds__(row_threads)
+    rotate_back_kernel(const float* y, std::int64_t width, int rotation, View<T> out) {
+    __shared__ float values[2][row_threads];
+    const int thread = static_cast<int>(threadIdx.x);
+    const std::int64_t chunks = (width + row_threads - 1) / row_threads;
+    const std::int64_t row = blockIdx.x / chunks;
+    const std::int64_t col = blockIdx.x % chunks * row_threads + thread;
+    const float value = rotated(col < width ? y[row * width + col] : 0.0F, thread, rotation, values);
+    if (col < out.cols) *out.at(row, col) = from_float<T>(value);
+}
+
+void int8_backward(const ConstMatrix& grad, const WeightView& weight, const Matrix& out, const LinearOptions& options,
+                   cudaStream_t stream) {
+    const std::int64_t m = grad.rows;
+    const std::int64_t n = grad.cols;
+    const std::int64_t width = weight.codes.cols;
+    constexpr std::int64_t alignment = 16;  // of rows of codes, for what reads 16 bytes at a time
+    const std::int64_t stride = (n + alignment - 1) / alignment * alignment;
+    Workspace workspace(stream);
+    const auto one = workspace.reserve<float>(1);
+    const auto scaled = workspace.reserve<float>(m * n);
+    const auto codes = workspace.reserve<std::int8_t>(width * stride);
+    const auto rotated_y = workspace.reserve<float>(weight.rotation == 0 ? 0 : m * width);
+    workspace.allocate();
+    const std::int64_t blocks = m * blocks_for(n, row_threads);
+    launch(scale_kernel, Grid{static_cast<unsigned>(blocks), row_threads}, stream, float_view_of(grad),
+           span_of<float>(weight.scale), workspace.at(scaled), workspace.at(one));
+    ConstMatrix across = weight.codes;
+    std::swap(across.rows, across.cols);
+    std::swap(across.row_stride, across.col_stride);
+    copy_aligned(across, workspace.at(codes), stride, stream);
+
+    const WeightView transposed{
+        .codes = {workspace.at(codes), DType::i8, grad.device, width, n, stride, 1},
+        .scale = {.data = workspace.at(one), .dtype = DType::f32, .device = grad.device, .size = 1},
+        .granularity = Granularity::row,
+    };
+    const ConstMatrix x{workspace.at(scaled), DType::f32, grad.device, m, n, n, 1};
+    if (weight.rotation == 0) return linear(x, transposed, absent_vector, out, options, stream);
+    float* const y = workspace.at(rotated_y);
+    linear(x, transposed, absent_vector, {y, DType::f32, grad.device, m, width, width, 1}, options, stream);
+    const std::int64_t row_blocks = m * blocks_for(width, row_threads);
+    with_float(out.dtype, [&]<class T>(Type<T>) {
+        launch(rotate_back_kernel<T>, Grid{static_cast<unsigned>(row_blocks), row_threads}, stream,
+               static_cast<const float*>(y), width, weight.rotation, view_of<T>(out));
+    });
+}
+
 }  // namespace
 
-void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, cudaStream_t stream) {
-    const DequantizedColumns columns{view_of<std::int8_t>(weight.codes), span_of<float>(weight.scale),
-                                     span_of<float>(weight.zeropoint), weight.rotation};
-    launch_backward(grad, columns, weight.codes.cols, out, stream);
+void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, const LinearOptions* int8,
+                     cudaStream_t stream) {
+    if (int8 != nullptr && grad.cols > 0) {
+        int8_backward(grad, weight, out, *int8, stream);
+    } else {
+        const DequantizedColumns columns{view_of<std::int8_t>(weight.codes), span_of<float>(weight.scale),
+                                         span_of<float>(weight.zeropoint), weight.rotation};
+        launch_backward(grad, columns, weight.codes.cols, out, stream);
+    }
     if (!uses_kept) return;
     const KeptColumns kept{float_view_of(weight.outlier_weight), span_of<std::int32_t>(weight.outlier_columns),
                            weight.codes.rows};

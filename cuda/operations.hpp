@@ -165,7 +165,9 @@ void weight_only_linear(ConstMatrix x, float scale_x, const WeightView& weight, 
 
 // --- linear_backward.cu ---------------------------------------------------------------------------------------------
 
-void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, cudaStream_t stream);
+// `int8`: how the gradient is quantized for the int8 product; null: not at all.
+void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, const LinearOptions* int8,
+                     cudaStream_t stream);
 
 // --- linear.cpp -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,10 @@
 
 namespace octavo {
 
+// How the int8 product of `linear_backward` quantizes a gradient (octavo/linear.hpp).
+inline constexpr LinearOptions gradient_options{
+    .relative = 6.3F, .cap = 0.02, .outliers = Outliers::rows, .path = Path::int8};
+
 // A backend may assume what cpp/src/<stem>.cpp has checked: dtypes, shapes, devices, ranges of scalars, no overlap of
 // `out` with an input, and that there is at least one output element (for `linear` k may still be 0).
 class Backend {
@@ -15,7 +19,7 @@ public:
     virtual void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes,
                           Vector scale, Vector zeropoint, Stream stream) const = 0;
     virtual void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
-                                 Vector zeropoint, Vector code_sums, Stream stream) const = 0;
+                                 Vector zeropoint, Vector code_sums, Layout layout, Stream stream) const = 0;
     virtual void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const = 0;
     virtual void pack(ConstMatrix codes, Vector packed, Stream stream) const = 0;
     virtual void unpack(ConstVector packed, Matrix codes, Stream stream) const = 0;
@@ -26,8 +30,9 @@ public:
                             Matrix out, Stream stream) const = 0;
     virtual void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out,
                         const LinearOptions& options, Stream stream) const = 0;
-    // `uses_kept`: whether the weight has kept columns that are to be used.
-    virtual void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept,
+    // `uses_kept`: whether the weight has kept columns that are to be used. `int8`: whether the product is the int8
+    // one; then the scheme is absmax.
+    virtual void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
                                  Stream stream) const = 0;
 };
 
@@ -45,7 +50,7 @@ public:
     void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
                   Vector zeropoint, Stream stream) const override;
     void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
-                         Vector zeropoint, Vector code_sums, Stream stream) const override;
+                         Vector zeropoint, Vector code_sums, Layout layout, Stream stream) const override;
     void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const override;
     void pack(ConstMatrix codes, Vector packed, Stream stream) const override;
     void unpack(ConstVector packed, Matrix codes, Stream stream) const override;
@@ -56,7 +61,7 @@ public:
                     Stream stream) const override;
     void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
                 Stream stream) const override;
-    void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept,
+    void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
                          Stream stream) const override;
 };
 

@@ -128,7 +128,8 @@ void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, con
     if (out.rows == 0 || out.cols == 0) return;
     const bool uses_kept = weight.outlier_columns.present && weight.outlier_columns.size > 0 &&
                            options.outliers != Outliers::none && options.path != Path::weight_only;
-    backend.linear_backward(grad, weight, out, uses_kept, stream);
+    const bool int8 = options.path == Path::int8 && weight.scheme == Scheme::absmax;
+    backend.linear_backward(grad, weight, out, uses_kept, int8, stream);
 }
 
 }  // namespace octavo

@@ -8,10 +8,12 @@ namespace {
 
 // codes, scale and zeropoint for `source` quantized in `groups` groups.
 void check_outputs(const char* function, const ConstMatrix& source, const QuantizeOptions& options, std::int64_t groups,
-                   const Matrix& codes, const Vector& scale, const Vector& zeropoint) {
+                   const Matrix& codes, const Vector& scale, const Vector& zeropoint,
+                   Layout layout = Layout::row_major) {
     const Scheme scheme = options.scheme;
     check::rotation({function, "rotation"}, options.rotation);
-    check::is_dtype({function, "codes"}, codes, DType::i8);
+    check::has_layout({function, "codes"}, codes, layout);
+    check::is_dtype({function, "codes"}, check::memory_of(codes, layout), DType::i8);
     check::has_shape({function, "codes"}, codes, source.rows, rotated_size(source.cols, options.rotation));
     check::on_device({function, "codes"}, codes.device, source.device);
     check::is_dtype({function, "scale"}, scale, DType::f32);
@@ -46,18 +48,23 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
 }
 
 void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
-                     Vector code_sums, Stream stream) {
+                     Vector code_sums, Stream stream, Layout layout) {
     constexpr auto function = "quantize_weight";
     check::is_float({function, "weight"}, weight);
     check::depth({function, "weight"}, weight.cols);
     const std::int64_t groups = options.granularity == Granularity::vector ? weight.rows : 1;
-    check_outputs(function, weight, options, groups, codes, scale, zeropoint);
+    check_outputs(function, weight, options, groups, codes, scale, zeropoint, layout);
     check::is_dtype({function, "code_sums"}, code_sums, DType::i32);
     check::has_size({function, "code_sums"}, code_sums.size, weight.rows);
     check::on_device({function, "code_sums"}, code_sums.device, weight.device);
-    check::are_apart(function, {{"codes", codes}, {"scale", scale}, {"zeropoint", zeropoint}, {"code_sums", code_sums}},
+    check::are_apart(function,
+                     {{"codes", check::memory_of(codes, layout)},
+                      {"scale", scale},
+                      {"zeropoint", zeropoint},
+                      {"code_sums", code_sums}},
                      {{"weight", weight}});
-    backend_for(weight.device, function).quantize_weight(weight, options, codes, scale, zeropoint, code_sums, stream);
+    backend_for(weight.device, function)
+        .quantize_weight(weight, options, codes, scale, zeropoint, code_sums, layout, stream);
 }
 
 void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) {

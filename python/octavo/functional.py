@@ -110,6 +110,7 @@ def quantize_weight(
     rotation: int = DEFAULT,
     outlier_columns: Columns | None = None,
     options: Options | None = None,
+    out: Int8Weight | None = None,
 ) -> Int8Weight:
     """Quantize the weight of a linear layer for `linear`.
 
@@ -124,14 +125,19 @@ def quantize_weight(
         outlier_columns: input features whose original weights are kept with the codes (integers, any order), so that
             the 16-bit product of these columns uses them instead of dequantized codes.
         options: whose `scheme`, `granularity` and `rotation` to use, instead of single ones.
+        out: a weight of the same shape, made with the same options and without kept columns, whose arrays to write to,
+            without an allocation; it is returned. For a weight that is trained.
 
     Raises:
-        ValueError: the weight holds NaN or Inf, is not of rank 2, or a column is out of range.
+        ValueError: the weight holds NaN or Inf (`out` is then unspecified), is not of rank 2, or a column is out of
+            range; `out` does not fit, or its arrays cannot be written to.
     """
     indices = None
     if outlier_columns is not None:
         indices = column_indices("quantize_weight", "outlier_columns", outlier_columns, columns_of(weight))
     options = options_of("quantize_weight", options, scheme=scheme, granularity=granularity, rotation=rotation)
+    if out is not None:
+        return _requantize(weight, options, indices, out)
     codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, options._native)
     kept, kept_weight = (None, None) if indices is None else take_columns(weight, indices)
     return Int8Weight(
@@ -144,6 +150,19 @@ def quantize_weight(
         shape=(len(codes), columns_of(weight)) if options.rotation else None,
         **options.of_weight,
     )
+
+
+def _requantize(weight: Array, options: Options, kept: Any, out: Int8Weight) -> Int8Weight:
+    """Quantize into the arrays of `out`."""
+    if not isinstance(out, Int8Weight):
+        raise TypeError(f"quantize_weight: out: expected an Int8Weight, got {type(out).__name__}")
+    expected = (tuple(weight.shape), options.scheme, options.granularity, options.rotation)
+    if (out.shape, out.scheme, out.granularity, out.rotation) != expected:
+        raise ValueError("quantize_weight: out: expected {}, {}, {}, rotation {}, got {!r}".format(*expected, out))
+    if kept is not None or out.outlier_columns is not None:
+        raise ValueError("quantize_weight: out: expected no kept columns, got some")
+    _core.requantize(weight, options._native, out._codes, out.scale, out.zeropoint, out.code_sums)
+    return out
 
 
 def dequantize(q: Quantized | Int8Weight, *, dtype: Any = None) -> Array:

@@ -70,6 +70,8 @@ public:
         return result;
     }
     [[nodiscard]] std::int64_t rotation() const { return options_.rotation; }
+    [[nodiscard]] double scale(std::int64_t group) const { return scale_.get(0, group); }
+    [[nodiscard]] double code(std::int64_t j, std::int64_t h) const { return codes_.get(j, h); }
 
 private:
     static Values columns_of(const Array& weight, const std::vector<std::int32_t>& kept) {
@@ -223,11 +225,117 @@ TEST(layouts_threads_rows_and_devices_change_nothing) {
     }
 }
 
+// The int8 product, computed by `linear` of its definition: grad times the scales, the transposed codes with one scale.
+Values int8_product(const Values& grads, const Weight& weight, const QuantizeOptions& options) {
+    const octavo::WeightView view = weight.view();
+    Values scaled = grads;
+    for (std::int64_t i = 0; i < grads.rows; ++i) {
+        for (std::int64_t j = 0; j < grads.cols; ++j) {
+            scaled(i, j) = static_cast<float>(grads(i, j)) *
+                           static_cast<float>(weight.scale(options.granularity == Granularity::vector ? j : 0));
+        }
+    }
+    const Array x(DType::f32, scaled);
+    Values across(view.codes.cols, view.codes.rows);
+    for (std::int64_t j = 0; j < view.codes.rows; ++j) {
+        for (std::int64_t h = 0; h < view.codes.cols; ++h) across(h, j) = weight.code(j, h);
+    }
+    const Array codes(DType::i8, across);
+    const Array one(DType::f32, Values(1, 1, {1}));
+    const Array sums(DType::i32, 1, across.rows);
+    octavo::sum_codes(codes.matrix(), sums.vector());
+    const Array y(DType::f32, grads.rows, across.rows);
+    octavo::linear(
+        x.matrix(),
+        {.codes = codes.matrix(), .scale = one.vector(), .code_sums = sums.vector(), .granularity = Granularity::row},
+        octavo::absent_vector, y.matrix(),
+        {.relative = 6.3F, .cap = 0.02, .outliers = Outliers::rows, .path = Path::int8});
+    wait_for_device();
+    return y.values();
+}
+
+// Equal to its definition bit for bit, whatever the order of the codes; and, with kept columns, to the product with the
+// dequantized weight there.
+TEST(int8_is_linear_with_the_transposed_codes) {
+    Random random(63);
+    struct Shape {
+        std::int64_t m, n, k;
+    };
+    const LinearOptions int8{.path = Path::int8};
+    for (const Shape s : {Shape{1, 1, 1}, Shape{3, 17, 66}, Shape{20, 100, 70}, Shape{70, 130, 200}}) {
+        for (const Granularity granularity : {Granularity::vector, Granularity::row}) {
+            const check::Context context(s.m, " x ", s.n, " x ", s.k, " granularity ", static_cast<int>(granularity));
+            const Array original(DType::f32, random_normal(random, s.n, s.k, 0.05));
+            const QuantizeOptions options{.granularity = granularity};
+            Values grads = random_normal(random, s.m, s.n);
+            for (std::int64_t i = 0; i < s.m; i += 2) grads(i, i * 7 % s.n) *= 60;  // is multiplied in 16 bit
+            const Array grad(DType::f32, grads);
+            const Weight plain(original, options, {});
+            const Values expected = int8_product(grads, plain, options);
+            check_values("out", backward(grad, plain.view(), DType::f32, int8), expected);
+            if (s.k > 65) {
+                const Weight weight(original, options, {0, 5, 65});
+                const Values floats = backward(grad, weight.view(), DType::f32).values();
+                Values with_kept = expected;
+                for (const std::int64_t column : {0, 5, 65}) {
+                    for (std::int64_t i = 0; i < s.m; ++i) with_kept(i, column) = floats(i, column);
+                }
+                check_values("kept", backward(grad, weight.view(), DType::f32, int8), with_kept);
+                for (const Layout layout : layouts) {
+                    const check::Context of_layout("layout ", check::show(layout));
+                    const Array out =
+                        backward(Array(DType::f32, grads, layout), Weight(original, options, {0, 5, 65}, layout).view(),
+                                 DType::f32, int8, layout);
+                    check_values("layout", out, with_kept);
+                    CHECK(out.gaps_untouched());
+                }
+                const LinearOptions none{.outliers = Outliers::none, .path = Path::int8};
+                check_values("none", backward(grad, weight.view(), DType::f32, none), expected);
+            }
+            if (test_device().kind != octavo::DeviceKind::cpu) continue;
+            octavo::WeightView view = plain.view();
+            const Array packed(DType::i8, 1, octavo::packed_size(view.codes.rows, view.codes.cols));
+            octavo::pack(view.codes, packed.vector());
+            view.codes.data = packed.matrix().data;
+            view.layout = octavo::Layout::packed;
+            check_values("packed", backward(grad, view, DType::f32, int8), expected);
+        }
+    }
+}
+
+// Close to the product with the dequantized weight: rotation, and dtypes. A zeropoint goes by that product itself.
+TEST(int8_is_near_the_product_with_the_dequantized_weight) {
+    Random random(64);
+    const Values grads = random_normal(random, 40, 150);
+    for (const std::int32_t rotation : {0, 16, 256}) {
+        for (const DType dtype : float_dtypes) {
+            const check::Context context("rotation ", rotation, " ", name_of(dtype));
+            const Weight weight(Array(dtype, random_normal(random, 150, 330, 0.05)), {.rotation = rotation}, {7, 300});
+            const Array grad(dtype, grads);
+            const Values exact = backward(grad, weight.view(), DType::f32).values();
+            const Values got = backward(grad, weight.view(), dtype, {.path = Path::int8}).values();
+            double error = 0;
+            double square = 0;
+            for (std::size_t i = 0; i < exact.v.size(); ++i) {
+                error += (got.v[i] - exact.v[i]) * (got.v[i] - exact.v[i]);
+                square += exact.v[i] * exact.v[i];
+            }
+            CHECK(std::sqrt(error / square) < 0.012);  // steps of absmax / 127, of normal values: 0.007
+            CHECK(error > 0);
+        }
+    }
+    const Weight zeropoint(Array(DType::f32, random_normal(random, 150, 33)), {.scheme = Scheme::zeropoint}, {});
+    const Array grad(DType::f32, grads);
+    check_values("zeropoint", backward(grad, zeropoint.view(), DType::f32, {.path = Path::int8}),
+                 backward(grad, zeropoint.view(), DType::f32).values());
+}
+
 TEST(non_finite_gradients_stay_in_their_row) {
     const Weight weight(Array(DType::f32, Values(2, 2, {127, 1, -127, 1})), {}, {});
     const Array grad(DType::f32, Values(3, 2, {infinity, 0, 1, 1, 0, quiet_nan}));
-    check_values("out", backward(grad, weight.view(), DType::f32),
-                 Values(3, 2, {infinity, infinity, 0, 2, quiet_nan, quiet_nan}));
+    const Values expected(3, 2, {infinity, infinity, 0, 2, quiet_nan, quiet_nan});
+    check_values("out", backward(grad, weight.view(), DType::f32), expected);
+    check_values("int8", backward(grad, weight.view(), DType::f32, {.path = Path::int8}), expected);
 }
 
 TEST(no_rows_or_no_features) {

@@ -1,12 +1,14 @@
 // quantize, quantize_weight and sum_codes: literal cases, the edges of the number formats, then the reference.
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
 #include "calls.hpp"
 #include "check.hpp"
 #include "device.hpp"
+#include "octavo/pack.hpp"
 #include "octavo/quantize.hpp"
 #include "reference.hpp"
 
@@ -357,6 +359,45 @@ TEST(weight) {
                     for (std::int64_t h = 0; h < 131; ++h) sum += result.codes.get(j, h);
                     CHECK_EQ(result.code_sums.get(j), sum);
                     CHECK_EQ(sums.get(j), sum);
+                }
+            }
+        }
+    }
+}
+
+// The codes that `pack` makes of those row by row, padding included.
+TEST(packed_weight) {
+    if (test_device().kind != octavo::DeviceKind::cpu) return;
+    Random random(46);
+    for (const auto& [n, k] : {std::pair{1, 1}, {16, 64}, {35, 70}, {50, 300}}) {
+        const Array weight(DType::bf16, random_normal(random, n, k));
+        for (const Scheme scheme : schemes) {
+            for (const Granularity granularity : {Granularity::row, Granularity::vector}) {
+                for (const std::int32_t rotation : {0, 64}) {
+                    const check::Context context(n, " x ", k, " scheme ", check::show(scheme), " rotation ", rotation);
+                    const octavo::QuantizeOptions options{scheme, granularity, rotation};
+                    const std::int64_t groups = granularity == Granularity::vector ? n : 1;
+                    const std::int64_t width = octavo::rotated_size(k, rotation);
+                    const Array codes(DType::i8, n, width);
+                    const Array expected(DType::i8, 1, octavo::packed_size(n, width));
+                    const Array packed(DType::i8, std::vector<double>(expected.values().v.size(), 99));
+                    const Array scales[] = {{DType::f32, 1, groups}, {DType::f32, 1, groups}};
+                    const Array zeropoints[] = {{DType::f32, 1, groups}, {DType::f32, 1, groups}};
+                    const Array sums[] = {{DType::i32, 1, n}, {DType::i32, 1, n}};
+                    const auto zeropoint = [&](int which) {
+                        return scheme == Scheme::zeropoint ? zeropoints[which].vector() : octavo::absent_vector;
+                    };
+                    octavo::quantize_weight(weight.matrix(), options, codes.matrix(), scales[0].vector(), zeropoint(0),
+                                            sums[0].vector());
+                    octavo::pack(codes.matrix(), expected.vector());
+                    octavo::Matrix target = codes.matrix();
+                    target.data = packed.matrix().data;
+                    octavo::quantize_weight(weight.matrix(), options, target, scales[1].vector(), zeropoint(1),
+                                            sums[1].vector(), {}, octavo::Layout::packed);
+                    check_values("codes", packed, expected.values());
+                    check_values("scale", scales[1], scales[0].values());
+                    check_values("zeropoint", zeropoints[1], zeropoints[0].values());
+                    check_values("sums", sums[1], sums[0].values());
                 }
             }
         }

@@ -175,6 +175,45 @@ def test_copies_hold_and_compute_the_same(typed: Typed) -> None:
             equal(typed.host(octavo.linear(x, duplicate)), typed.host(octavo.linear(x, weight)))
 
 
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("scheme", ["absmax", "zeropoint"])
+@pytest.mark.parametrize("granularity", ["tensor", "vector"])
+@pytest.mark.parametrize("rotation", [0, 16])
+def test_out_is_the_weight_made_anew(pack: bool, scheme: Any, granularity: Any, rotation: int) -> None:
+    first, second = np.random.default_rng(0).normal(size=(2, 35, 70)).astype(F)
+    options = octavo.Options(scheme=scheme, granularity=granularity, rotation=rotation)
+    expected = octavo.quantize_weight(second, options=options)
+    out = octavo.quantize_weight(first, options=options)
+    if not pack:
+        out = octavo.Int8Weight(**(out._arguments() | {"shape": (35, 70) if rotation else None}), pack=False)
+    arrays = out._codes, out.scale, out.code_sums
+    assert octavo.quantize_weight(second, options=options, out=out) is out
+    assert all(a is b for a, b in zip((out._codes, out.scale, out.code_sums), arrays, strict=True))
+    equal(out.codes, np.array(expected.codes))
+    equal(out.scale, np.array(expected.scale))
+    equal(out.code_sums, np.array(expected.code_sums))
+    x = np.ones((3, 70), F)
+    equal(octavo.linear(x, out), octavo.linear(x, expected))
+
+
+def test_out_that_does_not_fit() -> None:
+    w = np.ones((5, 7), F)
+    good = octavo.quantize_weight(w)
+    for other, message in [
+        (
+            octavo.quantize_weight(np.ones((5, 8), F)),
+            "out: expected .5, 7., absmax, vector, rotation 0, got Int8",
+        ),
+        (octavo.quantize_weight(w, granularity="row"), "out: expected .5, 7., absmax, vector, rotation 0, got"),
+        (octavo.quantize_weight(w, outlier_columns=[1]), "out: expected no kept columns, got some"),
+    ]:
+        with pytest.raises(ValueError, match=f"quantize_weight: {message}"):
+            octavo.quantize_weight(w, out=other)
+    good.scale.flags.writeable = False
+    with pytest.raises(ValueError, match=r"quantize_weight: out.scale: expected"):
+        octavo.quantize_weight(w, out=good)
+
+
 def test_pickles_at_every_protocol_after_use(typed: Typed) -> None:
     """Packed codes or caches of a used weight are not in the way."""
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):

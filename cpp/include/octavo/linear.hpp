@@ -66,13 +66,25 @@ void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix ou
 // these; with a rotated weight the sums are rotated back before kept columns are put in. Rounded once to the dtype of
 // `out`; equal bit for bit on every instruction set and on CUDA devices, with any number of threads and rows.
 //
+// `Path::int8`, with Scheme::absmax, takes the int8 product instead: the scales of W, which are those of what is summed
+// over here, go to the gradient, and the codes stay what they are,
+//
+//   out[i, h] = acc[i, h] * scale_g[i] + sum_{j in O_i} (grad[i, j] * scale_w[j]) * codes[j, h]
+//
+// The rows of grad * scale_w (float32) are quantized as `linear` does it, with Outliers::rows: O_i, the elements of row
+// i from 20 times the median magnitude of those that are not 0 (`relative` 6.3), at most 2 % of n, are multiplied in
+// float32, and so are kept columns. Gradients have such elements where units are gated or saturate: without O the error
+// would be twice as large. acc is the exact int8 product, with the transposed codes; the order of the epilogue is that
+// of `linear`. A row does not depend on the others.
+//
 //   grad  [m, n] f32, f16 or bf16, any strides
 //   out   [m, k] f32, f16 or bf16, any strides; must not overlap an input
 //
 // n of 0 gives zeros. NaN and Inf propagate as IEEE says, in their own row. W is dequantized a tile at a time. CPU:
 // returns when done; scratch memory is at most 0.5 MiB for each thread, whatever the shape (with rotation more where
-// many columns are kept). CUDA: enqueues one kernel, with kept columns two; no scratch memory. Throws Error (type,
-// value, device) naming the argument.
+// many columns are kept); of the int8 product, n * k bytes for the transposed codes and what `linear` takes beside 4 *
+// m * n bytes. CUDA: enqueues one kernel, with kept columns two, and takes no scratch memory; of the int8 product, two
+// and those of `linear`, with rotation one more. Throws Error (type, value, device) naming the argument.
 void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, const LinearOptions& options = {},
                      Stream stream = {});
 

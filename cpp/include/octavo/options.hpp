@@ -27,7 +27,7 @@ enum class Outliers : std::uint8_t {
 // Which product to use. `auto_` is `int8` on the CPU; on CUDA devices `weight_only` up to 64 rows, else `int8`.
 enum class Path : std::uint8_t {
     auto_,
-    int8,         // LLM.int8(): quantize X, int8 product, 16-bit outliers
+    int8,         // LLM.int8(): quantize X, int8 product, 16-bit outliers; and so for gradients (`linear_backward`)
     weight_only,  // int8 weights, activations left as they are (W8A16); on CUDA devices how its sums are rounded
                   // depends on the number of rows
 };

@@ -51,7 +51,8 @@ inline void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, Cons
 // the sums of its codes, which the zeropoint product (Eq. 4-5) and the unsigned dot product instructions need.
 //
 //   weight     [n, k] f32, f16 or bf16, finite
-//   codes      [n, rotated_size(k, rotation)] i8
+//   codes      [n, rotated_size(k, rotation)] i8; with `layout` packed, which is for CPU memory, `data` is
+//              octavo::packed_size of that many bytes, all of which are written, and strides are ignored
 //   scale      f32 [1] (`tensor`, `row`) or [n] (`vector`)
 //   zeropoint  f32, as `scale`; absent for `absmax`
 //   code_sums  i32 [n]: sum of the codes of each row
@@ -59,7 +60,7 @@ inline void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, Cons
 // Throws Error (value) where the weight holds NaN or Inf; the outputs are then unspecified. Returns when done, on CUDA
 // devices too; there it throws Error (device) where the stream is being captured.
 void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
-                     Vector code_sums, Stream stream = {});
+                     Vector code_sums, Stream stream = {}, Layout layout = Layout::row_major);
 inline void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                             Vector zeropoint, Vector code_sums, Stream stream = {}) {
     quantize_weight(weight, {scheme, granularity}, codes, scale, zeropoint, code_sums, stream);

@@ -1,5 +1,5 @@
 // The gradient of X: grad times the dequantized weight, of which there is one tile of 256 output features by 16 input
-// features at a time, in the first-level cache.
+// features at a time, in the first-level cache; or the int8 product of grad with the transposed codes.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -44,17 +44,24 @@ PackedPanel codes_of(const WeightView& weight, std::int64_t begin, std::int64_t 
     return {part, weight.layout, begin, end};
 }
 
+// Which columns of the weight: all, or only those that are kept.
+enum class Columns : std::uint8_t { all, kept };
+
 // Tiles of `block_cols` columns of the dequantized weight, for one slice of output features after the other.
 class WeightTiles {
 public:
-    WeightTiles(const WeightView& weight, const Block& block, std::vector<KeptColumn> kept)
-        : weight_(weight), block_(block), kept_(std::move(kept)) {}
+    WeightTiles(const WeightView& weight, const Block& block, std::vector<KeptColumn> kept, Columns columns)
+        : weight_(weight),
+          block_(block),
+          kept_(std::move(kept)),
+          dequantized_(columns == Columns::all ? whole_blocks(block.cols()) : 0) {}
 
     // Tiles of the block's columns, and of as many as hold the kept ones, where they are apart because the others are
-    // rotated.
-    [[nodiscard]] std::int64_t rotated_cols() const { return whole_blocks(block_.cols()); }
+    // rotated or not wanted.
+    [[nodiscard]] std::int64_t dequantized_cols() const { return dequantized_; }
+    [[nodiscard]] bool are_kept_apart() const { return weight_.rotation != 0 || dequantized_ == 0; }
     [[nodiscard]] std::int64_t cols() const {
-        return rotated_cols() + (weight_.rotation != 0 ? whole_blocks(std::ssize(kept_)) : 0);
+        return dequantized_ + (are_kept_apart() ? whole_blocks(std::ssize(kept_)) : 0);
     }
     [[nodiscard]] const std::vector<KeptColumn>& kept() const { return kept_; }
 
@@ -64,19 +71,19 @@ public:
         const PackedPanel codes = codes_of(weight_, begin, end, block_);
         gather_features(weight_.scale, begin, end - begin, scale_);
         if (weight_.zeropoint.present) gather_features(weight_.zeropoint, begin, end - begin, zeropoint_);
-        for (std::int64_t col = 0; col < rotated_cols(); col += block_cols) {
+        for (std::int64_t col = 0; col < dequantized_; col += block_cols) {
             kernels().dequantize_square(codes.data() + col * block_cols, codes.stride(), whole_blocks(end - begin),
                                         zeropoint_, scale_, tile_.data());
-            if (weight_.rotation == 0) {
+            if (!are_kept_apart()) {
                 for (const KeptColumn& kept : kept_) {
                     if (kept.column / block_cols == col / block_cols) put(kept, begin, end, kept.column % block_cols);
                 }
             }
             use(col, tile_.data());
         }
-        for (std::int64_t col = rotated_cols(); col < cols(); col += block_cols) {
+        for (std::int64_t col = dequantized_; col < cols(); col += block_cols) {
             std::fill(tile_.data(), tile_.data() + slice * block_cols, 0.0F);
-            const std::int64_t first = col - rotated_cols();
+            const std::int64_t first = col - dequantized_;
             for (std::int64_t i = first; i < std::min(first + block_cols, std::ssize(kept_)); ++i) {
                 put(kept_[static_cast<std::size_t>(i)], begin, end, i - first);
             }
@@ -96,25 +103,26 @@ private:
     const WeightView& weight_;
     const Block& block_;
     std::vector<KeptColumn> kept_;
+    std::int64_t dequantized_;
     float scale_[slice]{};
     float zeropoint_[slice]{};
     Scratch<float> tile_{slice * block_cols};
 };
 
-}  // namespace
-
-void Backend::linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept,
-                              Stream /*stream*/) const {
+// The product with the columns of the dequantized weight, in float32.
+void float_backward(const ConstMatrix& grad, const WeightView& weight, const Matrix& out, bool uses_kept,
+                    Columns columns) {
     const Blocking blocking{
         .rows = tile_rows, .block_rows = block_rows, .cols = std::max<std::int64_t>(64, weight.rotation)};
     const std::int64_t width = weight.rotation != 0 ? weight.codes.cols : out.cols;
     for_each_block(blocking, out.rows, width, grad.cols, [&](const Block& block) {
-        WeightTiles weights(weight, block, uses_kept ? kept_columns_in(weight, block) : std::vector<KeptColumn>{});
+        WeightTiles weights(weight, block, uses_kept ? kept_columns_in(weight, block) : std::vector<KeptColumn>{},
+                            columns);
         const std::int64_t rows = block.rows();
         const Scratch<float> sums(rows * weights.cols());  // tile after tile
         std::fill(sums.data(), sums.data() + rows * weights.cols(), 0.0F);
         const Scratch<float> grad_rows(rows * slice);
-        for (std::int64_t begin = 0; begin < grad.cols; begin += slice) {
+        for (std::int64_t begin = 0; weights.cols() > 0 && begin < grad.cols; begin += slice) {
             const std::int64_t end = std::min(begin + slice, grad.cols);
             for (std::int64_t i = 0; i < rows; ++i) {
                 load_row(grad, block.row_begin + i, begin, end - begin, grad_rows.data() + i * slice);
@@ -133,20 +141,98 @@ void Backend::linear_backward(ConstMatrix grad, const WeightView& weight, Matrix
             });
         }
         const Scratch<float> row(weights.cols());
+        const auto put = [&](std::int64_t i, std::int64_t col, const float* values, std::int64_t cols) {
+            kernels().store(values, cols, out.dtype, at(out, block.row_begin + i, block.col_begin + col),
+                            out.col_stride);
+        };
         for (std::int64_t i = 0; i < rows; ++i) {
             for (std::int64_t col = 0; col < weights.cols(); col += block_cols) {
                 std::copy_n(sums.data() + rows * col + i * block_cols, block_cols, row.data() + col);
             }
-            if (weight.rotation != 0) {
-                kernels().rotate(row.data(), block.cols(), weight.rotation);
-                for (std::int64_t c = 0; c < std::ssize(weights.kept()); ++c) {
-                    row[weights.kept()[static_cast<std::size_t>(c)].column] = row[weights.rotated_cols() + c];
-                }
+            if (columns == Columns::all) {
+                if (weight.rotation != 0) kernels().rotate(row.data(), block.cols(), weight.rotation);
+                put(i, 0, row.data(), std::min(block.cols(), out.cols - block.col_begin));
             }
-            const std::int64_t cols = std::min(block.cols(), out.cols - block.col_begin);
-            kernels().store(row.data(), cols, out.dtype, at(out, block.row_begin + i, block.col_begin), out.col_stride);
+            if (!weights.are_kept_apart()) continue;
+            for (std::int64_t c = 0; c < std::ssize(weights.kept()); ++c) {
+                put(i, weights.kept()[static_cast<std::size_t>(c)].column, row.data() + weights.dequantized_cols() + c,
+                    1);
+            }
         }
     });
+}
+
+// Codes [n, k] as packed codes [k, n], for a product of `rows` rows, and the sums of their rows where it needs them.
+struct TransposedCodes {
+    TransposedCodes(const WeightView& weight, std::int64_t rows)
+        : codes(packed_size(weight.codes.cols, weight.codes.rows)), sums(whole_blocks(weight.codes.cols)) {
+        const std::int64_t n = weight.codes.rows;
+        const std::int64_t k = weight.codes.cols;
+        const std::int64_t depth = padded_depth(n);
+        const bool needs_sums = plan_for(rows).x_is_unsigned && depth <= max_int32_depth;
+        const PackedPanel packed(weight.codes, weight.layout, 0, n);
+        parallel_for(
+            whole_blocks(k) / block_cols, row_grain(block_cols * n), [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t h = begin * block_cols; h < end * block_cols; h += block_cols) {
+                    std::int8_t* const target = codes.data() + h * depth;
+                    kernels().transpose(packed.data() + h * block_cols, packed.stride(), whole_blocks(n), target);
+                    std::fill(target + whole_blocks(n) * block_cols, target + depth * block_cols, std::int8_t{0});
+                    const ConstMatrix block{.data = target, .dtype = DType::i8, .rows = block_cols, .cols = n};
+                    std::fill_n(sums.data() + h, block_cols, 0);
+                    if (needs_sums)
+                        sum_packed({block, Layout::packed, 0, block_cols}, block_cols, 0, depth, sums.data() + h);
+                }
+            });
+    }
+
+    Scratch<std::int8_t> codes;
+    Scratch<std::int32_t> sums;
+};
+
+// The int8 product: `linear` of the gradient, times the scales of the output features, by the transposed codes.
+void int8_backward(const octavo::Backend& backend, const ConstMatrix& grad, const WeightView& weight,
+                   const Matrix& out) {
+    const std::int64_t n = grad.cols;
+    const Scratch<float> scale(whole_blocks(n));
+    gather_features(weight.scale, 0, n, scale.data());
+    const Scratch<float> scaled(grad.rows * n);
+    parallel_for(grad.rows, row_grain(n), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            float* const row = scaled.data() + i * n;
+            load_row(grad, i, 0, n, row);
+            for (std::int64_t j = 0; j < n; ++j) row[j] *= scale[j];
+        }
+    });
+    const TransposedCodes codes(weight, grad.rows);
+    const std::int64_t width = weight.codes.cols;
+    constexpr float one = 1;
+    const WeightView transposed{
+        .codes = {.data = codes.codes.data(), .dtype = DType::i8, .rows = width, .cols = n},
+        .scale = {.data = &one, .dtype = DType::f32, .size = 1},
+        .code_sums = {.data = codes.sums.data(), .dtype = DType::i32, .size = width},
+        .granularity = Granularity::row,
+        .layout = Layout::packed,
+    };
+    const ConstMatrix x{.data = scaled.data(), .rows = grad.rows, .cols = n, .row_stride = n};
+    if (weight.rotation == 0) return backend.linear(x, transposed, absent_vector, out, gradient_options, {});
+    const Scratch<float> rotated(grad.rows * width);
+    const Matrix y{.data = rotated.data(), .rows = grad.rows, .cols = width, .row_stride = width};
+    backend.linear(x, transposed, absent_vector, y, gradient_options, {});
+    parallel_for(grad.rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            kernels().rotate(rotated.data() + i * width, width, weight.rotation);
+            kernels().store(rotated.data() + i * width, out.cols, out.dtype, at(out, i, 0), out.col_stride);
+        }
+    });
+}
+
+}  // namespace
+
+void Backend::linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
+                              Stream /*stream*/) const {
+    if (!int8) return float_backward(grad, weight, out, uses_kept, Columns::all);
+    int8_backward(*this, grad, weight, out);
+    if (uses_kept) float_backward(grad, weight, out, true, Columns::kept);
 }
 
 }  // namespace octavo::cpu

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend.hpp"
+#include "cpu/pack.hpp"
 #include "cpu/rows.hpp"
 #include "cpu/threads.hpp"
 #include "octavo/error.hpp"
@@ -253,11 +254,27 @@ void Backend::quantize(ConstMatrix x, const QuantizeOptions& options, ConstVecto
     quantize_rows(x, options, traits, codes, scale, zeropoint, absent_vector);
 }
 
+// One row of `depth` codes, a multiple of 4, to its place in packed order.
+static void place_packed(const std::int8_t* codes, std::int64_t depth, std::int8_t* target) {
+    for (std::int64_t col = 0; col < depth; col += 4) __builtin_memcpy(target + col * block_cols, codes + col, 4);
+}
+
 void Backend::quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
-                              Vector zeropoint, Vector code_sums, Stream /*stream*/) const {
+                              Vector zeropoint, Vector code_sums, Layout layout, Stream /*stream*/) const {
     QuantizeOptions of_rows = options;
     of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
-    const RowTraits traits{.excluded = [](std::int64_t) { return std::span<const std::int32_t>(); }};
+    RowTraits traits{.excluded = [](std::int64_t) { return std::span<const std::int32_t>(); }};
+    if (layout == Layout::packed) {
+        const std::int64_t depth = padded_depth(codes.cols);
+        auto* const packed = static_cast<std::int8_t*>(codes.data);
+        // A cache line has codes of 16 rows, one after the other: it stays near until it is full.
+        traits.done = [=](std::int64_t row, const std::int8_t* row_codes) {
+            place_packed(row_codes, depth, packed + packed_index(row, 0, depth));
+        };
+        const std::vector<std::int8_t> zeros(static_cast<std::size_t>(depth));
+        for (std::int64_t row = codes.rows; row < whole_blocks(codes.rows); ++row) traits.done(row, zeros.data());
+        codes.data = nullptr;  // not row by row
+    }
     quantize_rows(weight, of_rows, traits, codes, scale, zeropoint, code_sums);
     for (std::int64_t i = 0; i < scale.size; ++i) {
         if (std::isnan(get<float>(scale, i))) {

@@ -11,5 +11,15 @@ from octavo.torch.convert import calibrate_, quantize_, systematic_columns
 from octavo.torch.layer import Int8Linear
 from octavo.torch.smoothing import smooth_
 from octavo.torch.tensor import Int8Tensor
+from octavo.torch.training import train_, untrain_
 
-__all__ = ["Int8Linear", "Int8Tensor", "calibrate_", "quantize_", "smooth_", "systematic_columns"]
+__all__ = [
+    "Int8Linear",
+    "Int8Tensor",
+    "calibrate_",
+    "quantize_",
+    "smooth_",
+    "systematic_columns",
+    "train_",
+    "untrain_",
+]

@@ -18,6 +18,7 @@ from octavo.torch.choice import choose_layers
 from octavo.torch.layer import CALIBRATED, Int8Linear, watch_loading
 from octavo.torch.operation import FLOAT_DTYPES
 from octavo.torch.tensor import Int8Tensor
+from octavo.torch.training import untrain_
 
 MIN_FRACTION = 0.06  # of positions, from which on the paper calls an outlier column systematic (section 4)
 # Models of these packages have stacked experts, and save themselves.
@@ -38,7 +39,7 @@ def quantize_(
     The layers stay what they are, with their class, hooks and attributes (``nn.Linear`` becomes its subclass
     `Int8Linear`). The 16/32-bit weight of a layer is released as soon as its int8 form exists. Layers that share a
     weight go on sharing it. Which layers stay as they are: see `octavo.torch.choice.choose_layers`. Columns that
-    `calibrate_` recorded are kept in 16 bit.
+    `calibrate_` recorded are kept in 16 bit. What `train_` changed is undone first.
 
     Args:
         skip: patterns as in a shell ("*", "?", "[...]") of qualified names ("decoder.layers.0.fc1"); default: the
@@ -63,6 +64,7 @@ def quantize_(
     chosen = options_of("quantize_", options, **keywords)
     layers = choose_layers(model, skip=skip, head=head).layers
     _check_layers(layers, chosen)
+    untrain_(model)
 
     # By identity only: nothing here may hold on to a weight that has been converted.
     sharers: dict[int, dict[int, Any]] = {}

@@ -23,6 +23,7 @@ void encode_rotated(const float* x, std::int64_t size, float absmax, std::int8_t
 void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
 std::int32_t sum(const std::int8_t* codes, std::int64_t size);
 void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
+void transpose(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, std::int8_t* target);
 void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
 void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, const float* zeropoint,
                        const float* scale, float* target);

@@ -75,4 +75,19 @@ void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std:
     }
 }
 
+void transpose(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, std::int8_t* target) {
+    // Sixteen bytes are four output by four input features. Their places among each other change as theirs within do.
+    using Codes [[gnu::vector_size(16)]] = std::int8_t;
+    for (std::int64_t row = 0; row < count; row += 16, w += w_stride, target += 256) {
+        unroll<4>([&](auto features) OCTAVO_INLINE {
+            unroll<4>([&](auto group) OCTAVO_INLINE {
+                Codes codes;
+                __builtin_memcpy(&codes, w + group * 64 + features * 16, 16);
+                codes = __builtin_shufflevector(codes, codes, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+                __builtin_memcpy(target + features * 64 + group * 16, &codes, 16);
+            });
+        });
+    }
+}
+
 }  // namespace octavo::cpu::OCTAVO_ISA

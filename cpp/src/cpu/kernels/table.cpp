@@ -25,6 +25,7 @@ const Kernels table{
     .encode_zeropoint = encode_zeropoint,
     .sum = sum,
     .pack = pack,
+    .transpose = transpose,
     .few = &few,
     .many = &many,
     .widen = widen,

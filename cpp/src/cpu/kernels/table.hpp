@@ -153,6 +153,9 @@ struct Kernels {
 
     // One block of 16 rows in packed order: rows of `k` codes, `cols` <= 16 of them, padded with zeros.
     void (*pack)(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);
+    // The transpose of packed codes: of the first 16 input features and of `count` output features, a multiple of 16,
+    // of W, `w_stride` bytes from block to block, one block of 16 rows of W^T, `count` codes deep.
+    void (*transpose)(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, std::int8_t* target);
     // For a call of up to few->block_rows rows of X, and for all others.
     const Plan* few;
     const Plan* many;
