@@ -150,11 +150,11 @@ constexpr int row_threads = most_rotation;
 
 // scaled[i, j] = grad[i, j] * scale[j], contiguous; *one = 1.
 __global__ void __launch_bounds__(row_threads)
-    scale_kernel(FloatView grad, Span<const float> scale, float* scaled, float* one) {
-    const std::int64_t chunks = (grad.cols + row_threads - 1) / row_threads;
+    scale_kernel(FloatView grad, std::int64_t cols, Span<const float> scale, float* scaled, float* one) {
+    const std::int64_t chunks = (cols + row_threads - 1) / row_threads;
     const std::int64_t row = blockIdx.x / chunks;
     const std::int64_t col = blockIdx.x % chunks * row_threads + threadIdx.x;
-    if (col < grad.cols) scaled[row * grad.cols + col] = __fmul_rn(grad(row, col), scale.of_group(col));
+    if (col < cols) scaled[row * cols + col] = __fmul_rn(grad(row, col), scale.of_group(col));
     if (blockIdx.x == 0 && threadIdx.x == 0) *one = 1.0F;
 }
 
@@ -185,7 +185,7 @@ void int8_backward(const ConstMatrix& grad, const WeightView& weight, const Matr
     const auto rotated_y = workspace.reserve<float>(weight.rotation == 0 ? 0 : m * width);
     workspace.allocate();
     const std::int64_t blocks = m * blocks_for(n, row_threads);
-    launch(scale_kernel, Grid{static_cast<unsigned>(blocks), row_threads}, stream, float_view_of(grad),
+    launch(scale_kernel, Grid{static_cast<unsigned>(blocks), row_threads}, stream, float_view_of(grad), n,
            span_of<float>(weight.scale), workspace.at(scaled), workspace.at(one));
     ConstMatrix across = weight.codes;
     std::swap(across.rows, across.cols);
@@ -195,6 +195,7 @@ void int8_backward(const ConstMatrix& grad, const WeightView& weight, const Matr
     const WeightView transposed{
         .codes = {workspace.at(codes), DType::i8, grad.device, width, n, stride, 1},
         .scale = {.data = workspace.at(one), .dtype = DType::f32, .device = grad.device, .size = 1},
+        .code_sums = weight.code_sums,  // of the wrong features; absmax reads none
         .granularity = Granularity::row,
     };
     const ConstMatrix x{workspace.at(scaled), DType::f32, grad.device, m, n, n, 1};

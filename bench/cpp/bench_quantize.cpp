@@ -1,7 +1,10 @@
-// Quantization of activations: one scale per row, absmax, without and with excluded columns; and of a weight.
+// Quantization of activations: one scale per row, absmax, without and with excluded columns; and of a weight, anew or
+// in place.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "inputs.hpp"
 #include "machine.hpp"
@@ -72,6 +75,46 @@ void quantize_weight(benchmark::State& state) {
     bench::report_bytes(state, weight.bytes() + quantized.codes.bytes());
 }
 BENCHMARK(quantize_weight)
+    ->ArgNames({"n", "k"})
+    ->Args({3072, 768})
+    ->Args({4096, 4096})
+    ->UseRealTime()
+    ->Unit(benchmark::kMicrosecond);
+
+// A weight that is trained, quantized anew into the packed codes that it has; and a copy of it, which is as fast as the
+// memory is.
+void requantize_weight(benchmark::State& state) {
+    const std::int64_t n = state.range(0);
+    const std::int64_t k = state.range(1);
+    const bench::Array weight = bench::normal(DType::f32, n, k);
+    const bench::Weight quantized(weight);
+    const bench::Array packed(DType::i8, 1, octavo::packed_size(n, k));
+    const octavo::Matrix target{packed.as<void>(), DType::i8, {}, n, k, k, 1};
+    const auto call = [&] {
+        octavo::quantize_weight(weight.matrix(), {}, target, quantized.scale.vector(), octavo::absent_vector,
+                                quantized.code_sums.vector(), {}, octavo::Layout::packed);
+    };
+    call();
+    const auto* const expected = quantized.packed_codes.as<std::int8_t>();
+    bench::require(std::equal(expected, expected + packed.cols(), packed.as<std::int8_t>()), "wrong packed codes");
+    bench::time_calls(state, call);
+    bench::report_bytes(state, weight.bytes() + packed.bytes());
+}
+
+void copy_weight(benchmark::State& state) {
+    const bench::Array weight = bench::normal(DType::f32, state.range(0), state.range(1));
+    const bench::Array copy(DType::f32, weight.rows(), weight.cols());
+    const auto call = [&] { std::memcpy(copy.as<void>(), weight.as<void>(), weight.bytes()); };
+    bench::time_calls(state, call);
+    bench::report_bytes(state, 2 * weight.bytes());
+}
+BENCHMARK(requantize_weight)
+    ->ArgNames({"n", "k"})
+    ->Args({3072, 768})
+    ->Args({4096, 4096})
+    ->UseRealTime()
+    ->Unit(benchmark::kMicrosecond);
+BENCHMARK(copy_weight)
     ->ArgNames({"n", "k"})
     ->Args({3072, 768})
     ->Args({4096, 4096})

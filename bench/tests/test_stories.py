@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from octavo_bench import commands, tables
-from octavo_bench.models import find, language, text, train, variants
+from octavo_bench.models import find, finetune, language, step, text, train, variants
 from octavo_bench.progress import Progress
 from octavo_bench.stories import answers, demo, evidence
 from tiny_models import tiny_model, write_language_model
@@ -187,3 +187,33 @@ def test_the_own_commands_are_there() -> None:
     assert {"train", "evidence"} <= set(found.stdout.replace("{", " ").replace(",", " ").split())
     with pytest.raises(SystemExit):
         commands.main(["train", "--setting", "huge"])
+
+
+def test_fine_tuning_in_int8(facts: Any) -> None:
+    setting = finetune.Setting(48, 30, 16, 1e-4)
+    report = finetune.run(setting, 2, ["float32", "int8, feed-forward"], facts, Progress(show=False))
+    assert [table.title for table in report.tables] == [f"{name}, 2 seeds" for name in finetune.TASKS]
+    for table in report.tables:
+        gap, of_float32 = table.column("minus first")[1], table.column("loss")[0]
+        assert 0 < abs(gap) < 0.1 * of_float32  # another arithmetic, and little of it
+    with pytest.raises(ValueError, match=r"--ways: expected some of 'float32', .*, got .'int4'"):
+        finetune.run(setting, 1, ["int4"], facts, Progress(show=False))
+
+
+def test_fine_tuning_has_examples_of_every_answer() -> None:
+    for name, make in finetune.TASKS.items():
+        examples = make(60)
+        labels = [label for _, _, label in examples]
+        assert len(examples) == 60
+        assert len(set(labels)) == finetune.CLASSES.get(name, len(set(labels)))
+        assert min(labels) >= 0
+        assert all(first and bool(second) == (name != "topic") for first, second, _ in examples)
+
+
+def test_the_time_of_a_training_step(facts: Any) -> None:
+    report = step.run(1, ["float32", "int8, feed-forward"], facts, Progress(show=False), width=64)
+    (table,) = report.tables
+    assert table.column("to first")[0] == 1
+    phases = [table.column(f"{phase} (ms)") for phase in step.PHASES]
+    assert [sum(own) for own in zip(*phases, strict=True)] == pytest.approx(table.column("step (ms)"))
+    assert min(min(own) for own in phases) > 0

@@ -32,7 +32,8 @@ class Options:
         relative: a number above 0 takes the place of `threshold`: outliers are from that many times the median on; see
             `octavo.find_outliers`.
         cap: the most outlier columns (with "rows": elements of a row), as a part of k from 0 to 1; None: no limit.
-        path: "auto", "int8" or "weight_only": which product is used; see `octavo.linear`.
+        path: "auto", "int8" or "weight_only": which product is used; see `octavo.linear`. "int8" also multiplies the
+            gradients that flow to x in int8 (absmax only); with the others they are float32 sums.
 
     `scheme`, `granularity` and `rotation` belong to the weight (`of_weight`) and are fixed when it is quantized. The
     others may change from call to call.

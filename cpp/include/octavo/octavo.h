@@ -289,7 +289,8 @@ OCTAVO_API octavo_status octavo_linear(const octavo_matrix* x, const octavo_weig
 //   grad     [m, n] f32, f16 or bf16
 //   weight   codes [n, k]
 //   out      [m, k] f32, f16 or bf16; apart from the inputs
-//   options  or NULL for OCTAVO_LINEAR_OPTIONS_DEFAULT; kept values are not used with `none` and `weight_only`
+//   options  or NULL for OCTAVO_LINEAR_OPTIONS_DEFAULT; kept values are not used with `none` and `weight_only`; path
+//            `int8` takes the int8 product of the rows of `grad` (octavo/linear.hpp)
 //
 // Errors: type, value.
 OCTAVO_API octavo_status octavo_linear_backward(const octavo_matrix* grad, const octavo_weight_view* weight,

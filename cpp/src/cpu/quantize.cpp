@@ -205,14 +205,16 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
         whole.emplace(options, range, factor);
         put_group(0, *whole);
     }
-    parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t together = traits.together;
+    const std::int64_t depth = padded_depth(codes.cols);
+    const auto work = [&](std::int64_t begin, std::int64_t end) {
         QuantizedRows rows(x, options);
         const bool in_place = codes.data != nullptr && codes.col_stride == 1;
-        const Scratch<std::int8_t> row_codes(in_place ? 0 : padded_depth(codes.cols));
-        if (!in_place) {
-            std::fill(row_codes.data() + codes.cols, row_codes.data() + padded_depth(codes.cols), std::int8_t{0});
+        const Scratch<std::int8_t> row_codes(in_place ? 0 : together * depth);
+        for (std::int64_t r = 0; !in_place && r < together; ++r) {
+            std::fill(row_codes.data() + r * depth + codes.cols, row_codes.data() + (r + 1) * depth, std::int8_t{0});
         }
-        for (std::int64_t i = begin; i < end; ++i) {
+        for (std::int64_t i = begin * together; i < std::min(end * together, x.rows); ++i) {
             const auto excluded = traits.excluded(i);
             const void* values = rows.read(i, excluded, whole ? whole->factor() : 1.0F);
             const auto coding_of_row = [&] {
@@ -224,7 +226,8 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
             const Coding coding = whole ? *whole : coding_of_row();
             if (!whole) put_group(i, coding);
 
-            std::int8_t* const target = in_place ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data();
+            std::int8_t* const target =
+                in_place ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data() + i % together * depth;
             coding.encode(rows.dtype(), values, codes.cols, target);
             if (options.rotation == 0) {
                 for (const std::int32_t column : excluded) target[column] = 0;
@@ -233,9 +236,11 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
                 for (std::int64_t j = 0; j < codes.cols; ++j) *static_cast<std::int8_t*>(at(codes, i, j)) = target[j];
             }
             if (code_sums.present) put(code_sums, i, kernels().sum(target, codes.cols));
-            if (traits.done) traits.done(i, target);
+            const bool is_last = i % together == together - 1 || i == x.rows - 1;
+            if (traits.done && is_last) traits.done(i - i % together, together == 1 ? target : row_codes.data());
         }
-    });
+    };
+    parallel_for((x.rows + together - 1) / together, (row_grain(x.cols) + together - 1) / together, work);
 }
 
 void Backend::quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
@@ -254,28 +259,21 @@ void Backend::quantize(ConstMatrix x, const QuantizeOptions& options, ConstVecto
     quantize_rows(x, options, traits, codes, scale, zeropoint, absent_vector);
 }
 
-// One row of `depth` codes, a multiple of 4, to its place in packed order.
-static void place_packed(const std::int8_t* codes, std::int64_t depth, std::int8_t* target) {
-    for (std::int64_t col = 0; col < depth; col += 4) __builtin_memcpy(target + col * block_cols, codes + col, 4);
-}
-
 void Backend::quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
                               Vector zeropoint, Vector code_sums, Layout layout, Stream /*stream*/) const {
     QuantizeOptions of_rows = options;
     of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
     RowTraits traits{.excluded = [](std::int64_t) { return std::span<const std::int32_t>(); }};
     if (layout == Layout::packed) {
-        const std::int64_t depth = padded_depth(codes.cols);
-        auto* const packed = static_cast<std::int8_t*>(codes.data);
-        // A cache line has codes of 16 rows, one after the other: it stays near until it is full.
-        traits.done = [=](std::int64_t row, const std::int8_t* row_codes) {
-            place_packed(row_codes, depth, packed + packed_index(row, 0, depth));
+        traits.together = block_cols;
+        traits.done = [=](std::int64_t row, const std::int8_t* block) {
+            const std::int64_t depth = padded_depth(codes.cols);
+            kernels().pack(block, depth, std::min(block_cols, codes.rows - row), codes.cols,
+                           static_cast<std::int8_t*>(codes.data) + row * depth);
         };
-        const std::vector<std::int8_t> zeros(static_cast<std::size_t>(depth));
-        for (std::int64_t row = codes.rows; row < whole_blocks(codes.rows); ++row) traits.done(row, zeros.data());
-        codes.data = nullptr;  // not row by row
     }
-    quantize_rows(weight, of_rows, traits, codes, scale, zeropoint, code_sums);
+    const Matrix not_kept{.dtype = DType::i8, .rows = codes.rows, .cols = codes.cols};
+    quantize_rows(weight, of_rows, traits, layout == Layout::packed ? not_kept : codes, scale, zeropoint, code_sums);
     for (std::int64_t i = 0; i < scale.size; ++i) {
         if (std::isnan(get<float>(scale, i))) {
             const std::string where = scale.size == 1 ? "" : " in row " + std::to_string(i);

@@ -17,6 +17,8 @@ struct RowTraits {
     // Given the codes of each row, with zeros up to padded_depth(k) where the matrix of codes has no data; may be
     // empty.
     std::function<void(std::int64_t row, const std::int8_t* codes)> done = nullptr;
+    // Where they have none: as many rows at a time, padded_depth(k) apart, the first one's number a multiple of it.
+    std::int64_t together = 1;
 };
 
 // octavo::quantize with the excluded columns chosen row by row. `codes` without data are kept by nobody but
