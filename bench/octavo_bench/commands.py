@@ -139,7 +139,8 @@ def train(parser: argparse.ArgumentParser) -> Run:
 
 
 def finetune(parser: argparse.ArgumentParser) -> Run:
-    """Fine-tune MiniLM in int8, beside float32 and bfloat16."""
+    """Fine-tune MiniLM in int8, next to float32 and bfloat16."""
+    parser.add_argument("--setting", choices=("full", "small"), default="full", help="of how much; default: full")
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
     parser.add_argument(
         "--ways", nargs="+", metavar="NAME", help="default: all; one that there is not gets them listed"
@@ -149,7 +150,7 @@ def finetune(parser: argparse.ArgumentParser) -> Run:
 
 
 def step(parser: argparse.ArgumentParser) -> Run:
-    """Time a training step in int8, beside float32 and bfloat16."""
+    """Time a training step in int8, next to float32 and bfloat16."""
     parser.add_argument("--turns", type=positive, default=10, metavar="N", help="of each; default: %(default)s")
     parser.add_argument("--ways", nargs="+", metavar="NAME", help="as of finetune; default: all")
     _output(parser)

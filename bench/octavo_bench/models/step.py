@@ -1,4 +1,4 @@
-"""Times a training step of an encoder as wide as MPNet-base, in int8 beside float32 and bfloat16.
+"""Times a training step of an encoder as wide as MPNet-base, in int8 next to float32 and bfloat16.
 
     python -m octavo_bench step --threads 1 --json step.json
 
