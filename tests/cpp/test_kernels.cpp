@@ -535,25 +535,30 @@ std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8
                                    const Guarded<std::int8_t>& w, std::int64_t cols,
                                    const std::vector<std::int64_t>& ends) {
     const std::int64_t depth = ends.back();
-    const Guarded<std::int32_t> acc(static_cast<std::size_t>(plan.rows * plan.cols));
+    const std::int64_t placed = (rows + plan.rows - 1) / plan.rows * plan.rows;
+    const Guarded<std::int32_t> acc(static_cast<std::size_t>(placed * plan.cols));
     std::vector<std::uint32_t> row_offsets(static_cast<std::size_t>(rows));
     std::vector<std::int32_t> col_offsets(static_cast<std::size_t>(cols));
-    if (plan.enter != nullptr) plan.enter(rows);
+    if (plan.enter != nullptr) plan.enter(std::min(rows, plan.rows));
     for (std::int64_t begin = 0; const std::int64_t end : ends) {
         const std::int64_t size = end - begin;
-        const Guarded<std::int8_t> panel(static_cast<std::size_t>(plan.rows * size * plan.x_size));
+        const Guarded<std::int8_t> panels(static_cast<std::size_t>(placed * size * plan.x_size));
         for (std::int64_t i = 0; i < rows; ++i) {
+            std::int8_t* const panel = panels.data() + i / plan.rows * plan.rows * size * plan.x_size;
             row_offsets[static_cast<std::size_t>(i)] +=
-                static_cast<std::uint32_t>(plan.place_row(x.data() + i * depth + begin, size, i, panel.data()));
+                static_cast<std::uint32_t>(plan.place_row(x.data() + i * depth + begin, size, i % plan.rows, panel));
         }
-        octavo::cpu::ProductTile tile{.x = panel.data(),
+        octavo::cpu::ProductTile tile{.x = panels.data(),
                                       .rows = rows,
                                       .w = w.data() + begin * 16,
                                       .w_stride = depth * 16,
                                       .cols = cols,
                                       .depth = size,
                                       .first = begin == 0,
-                                      .acc = acc.data()};
+                                      .acc = acc.data(),
+                                      .ahead = w.data(),
+                                      .ahead_depth = ends.front(),
+                                      .ahead_stride = depth * 16};
         const Guarded<std::int8_t> slice(static_cast<std::size_t>(cols * size * plan.regrouped));
         if (plan.regroup != nullptr) {
             plan.regroup(tile.w, tile.w_stride, cols, size, slice.data(), col_offsets.data());
@@ -631,7 +636,13 @@ std::vector<NamedPlan> plans() {
 TEST(product_is_exact) {
     for (const auto& [name, plan] : plans()) {
         Random random(21);
-        for (std::int64_t rows = 1; rows <= plan->rows; ++rows) {
+        std::vector<std::int64_t> all_rows;
+        for (std::int64_t rows = 1; rows <= plan->rows; ++rows) all_rows.push_back(rows);
+        // Runs of panels, with a last one of every kind.
+        for (const std::int64_t rows : {33, 48, 49, 64, 80, 96}) {
+            if (rows <= plan->run_rows) all_rows.push_back(rows);
+        }
+        for (const std::int64_t rows : all_rows) {
             for (std::int64_t cols = 16; cols <= plan->cols; cols += 16) {
                 for (const std::vector<std::int64_t>& ends :
                      {std::vector<std::int64_t>{64}, {128}, {plan->depth, plan->depth + 64}, {64, 256, 320}}) {
