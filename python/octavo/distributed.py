@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 from torch.nn import functional
 
+from octavo._text import unexpected
 from octavo._types import rotated_size
 from octavo.torch import Int8Linear, Int8Tensor
 from octavo.weight import Int8Weight
@@ -168,11 +169,8 @@ class RowParallelInt8Linear(_Sharded):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k/R]`` -> ``[..., n]``, the sum over the ranks, in the dtype of input (or autocast's)."""
-        x, bias, device = (
-            self._incoming(input, Shard(input.dim() - 1), self.total_features),
-            self.bias,
-            input.device.type,
-        )
+        x, bias = self._incoming(input, Shard(input.dim() - 1), self.total_features), self.bias
+        device = input.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
@@ -257,9 +255,7 @@ def transformers_plan(model: Any) -> dict[str, ParallelStyle]:
         raise ValueError(f"transformers_plan: model: expected one with a tp_plan, got {type(model).__name__} without")
     unknown = {name: style for name, style in plan.items() if style not in TRANSFORMERS_STYLES}
     if unknown:
-        raise ValueError(
-            f"transformers_plan: model: expected a tp_plan of {', '.join(TRANSFORMERS_STYLES)}, got {unknown}"
-        )
+        raise unexpected("transformers_plan: model", f"a tp_plan of {', '.join(TRANSFORMERS_STYLES)}", unknown)
     return {name: TRANSFORMERS_STYLES[style]() for name, style in plan.items()}
 
 
@@ -316,9 +312,7 @@ def columns(weight: Int8Tensor, own: slice) -> Int8Tensor:
     whole, (start, stop, _) = weight.int8_weight, own.indices(weight.shape[1])
     rotation, kept, kept_weight = whole.rotation, whole.outlier_columns, whole.outlier_weight
     if rotation and (start % rotation or (stop % rotation and stop < weight.shape[1])):
-        raise ValueError(
-            f"columns: expected bounds that are multiples of the rotation, {rotation}, got {start}, {stop}"
-        )
+        raise unexpected("columns", f"bounds that are multiples of the rotation, {rotation}", f"{start}, {stop}")
     if kept is not None and kept_weight is not None:
         here = (kept >= start) & (kept < stop)
         kept, kept_weight = kept[here] - start, kept_weight[:, here]

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from octavo import file_format as names
+from octavo._text import unexpected
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import is_conv1d, is_linear
 from octavo.transformers import experts
@@ -178,13 +179,13 @@ class Assemble(_Operation):
             lists = {part: input_dict.pop(base + part) for part in PARTS if base + part in input_dict}
             counts = {len(tensors) for tensors in lists.values()}
             if len(counts) != 1:
-                raise ValueError(f"{full_layer_name}: expected the same tensors of every weight, got {sorted(counts)}")
+                raise unexpected(full_layer_name, "the same tensors of every weight", sorted(counts))
             weights[pattern] = [
                 self._weight({part: tensors.pop(0) for part, tensors in lists.items()}, full_layer_name)
                 for _ in range(counts.pop())
             ]
         if input_dict:
-            raise ValueError(f"{full_layer_name}: expected all the weights that make it in int8, got some in 16 bit")
+            raise unexpected(full_layer_name, "all the weights that make it in int8", "some in 16 bit")
         return weights
 
     def _weight(self, parts: dict[str, Tensor], where: str) -> Int8Tensor:

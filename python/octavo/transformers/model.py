@@ -23,31 +23,24 @@ from octavo.transformers.padding import drop_padding_
 logger = logging.get_logger(__name__)
 
 
-class Patterns:
-    """`OctavoConfig.modules_to_not_convert`: which modules, by qualified name, they name."""
-
-    def __init__(self, patterns: Sequence[str] | None) -> None:
-        self.whole = [
-            form for pattern in patterns or () for form in (pattern, f"{pattern}.*", f"*.{pattern}", f"*.{pattern}.*")
-        ]
-
-    def __contains__(self, name: object) -> bool:
-        return matches(str(name), self.whole)
+def qualified(patterns: Sequence[str] | None) -> list[str]:
+    """`OctavoConfig.modules_to_not_convert` as patterns of qualified names."""
+    return [form for each in patterns or () for form in (each, f"{each}.*", f"*.{each}", f"*.{each}.*")]
 
 
 def weights_to_convert(model: nn.Module, patterns: Sequence[str] | None, head: bool = False) -> set[str]:
     """The weights of `model` that become int8, by qualified name: of linear layers and of stacked experts."""
-    left = Patterns(ROUTERS if patterns is None else patterns)
-    layers = choose_layers(model, skip=None if patterns is None else left.whole, head=head).layers
+    left = qualified(ROUTERS if patterns is None else patterns)
+    layers = choose_layers(model, skip=None if patterns is None else left, head=head).layers
     return {f"{name}.weight" for name in layers} | stacks_to_convert(model, left)
 
 
-def stacks_to_convert(model: nn.Module, left: Patterns) -> set[str]:
-    """The parameters of `model` that stack experts and become int8, by qualified name."""
+def stacks_to_convert(model: nn.Module, left: Sequence[str]) -> set[str]:
+    """The parameters of `model` that stack experts and become int8, by qualified name. `left`: patterns of others."""
     chosen: set[str] = set()
     special: list[str] = []
     for name, module, _ in experts.stacks(model):
-        if name.rpartition(".")[0] not in left:
+        if not matches(name.rpartition(".")[0], left):
             (chosen.add if experts.is_convertible(module) else special.append)(name)
     if special:
         logger.warning(
@@ -86,7 +79,7 @@ def finish_(model: nn.Module, options: Options, skip: Sequence[str] | None) -> N
     """What `octavo.torch.quantize_` leaves to do for models of Transformers and diffusers: experts, and `adopt`."""
     from octavo.transformers.quantizer import OctavoQuantizer
 
-    chosen = stacks_to_convert(model, Patterns(ROUTERS) if skip is None else Patterns(skip))
+    chosen = stacks_to_convert(model, qualified(ROUTERS if skip is None else skip))
     for name, module, leaf in list(experts.stacks(model)):
         weight = getattr(module, leaf)
         if name in chosen and not isinstance(weight, experts.Int8Stack):

@@ -12,12 +12,13 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
 
 from octavo import file_format as names
+from octavo._text import matches, unexpected
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import is_linear
 from octavo.torch.convert import convert_, hold
 from octavo.transformers.config import METHOD, OctavoConfig
 from octavo.transformers.loading import Assemble, Quantize, conversions_of_int8
-from octavo.transformers.model import Patterns, adopt, dequantize_, flat, weights_to_convert
+from octavo.transformers.model import adopt, dequantize_, flat, qualified, weights_to_convert
 
 if TYPE_CHECKING:
     from octavo.transformers.parallel import TensorParallel
@@ -49,16 +50,14 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
         """Raise ValueError for what cannot be loaded so: "static" without calibration, layers on disk."""
         if not self.pre_quantized and self.quantization_config.outliers == "static":
-            raise ValueError(
-                "OctavoConfig: outliers: expected 'columns', 'rows' or 'none' when converting while loading, got "
-                "'static', which needs calibrated columns (octavo quantize --calibrate, or octavo.torch.calibrate_)"
+            needs = "'static', which needs calibrated columns (octavo quantize --calibrate, or octavo.torch.calibrate_)"
+            raise unexpected(
+                "OctavoConfig: outliers", "'columns', 'rows' or 'none' when converting while loading", needs
             )
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if any(str(place) == "disk" for place in places):
-            raise ValueError(
-                "from_pretrained: device_map: expected devices for an int8 model, got 'disk': octavo's layers are not "
-                "offloaded to it"
-            )
+            disk = "'disk': octavo's layers are not offloaded to it"
+            raise unexpected("from_pretrained: device_map", "devices for an int8 model", disk)
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -77,18 +76,16 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         Transformers asks for them once the mesh is there, and before it makes placeholders.
         """
         if (config.dp_size, config.ep_size, config.pp_size) != (1, 1, 1):
-            raise ValueError(
-                "from_pretrained: distributed_config: expected tensor parallelism alone (tp_size) for an int8 model, "
-                f"got dp_size={config.dp_size}, ep_size={config.ep_size}, pp_size={config.pp_size}"
-            )
+            got = f"dp_size={config.dp_size}, ep_size={config.ep_size}, pp_size={config.pp_size}"
+            alone = "tensor parallelism alone (tp_size) for an int8 model"
+            raise unexpected("from_pretrained: distributed_config", alone, got)
         from octavo.transformers.parallel import TensorParallel
 
         plan, *others = type(model)._resolve_parallel_plans(model, config)
         # Of an int8 model the file says which layers are int8, and config.json which are not.
-        left = Patterns(self.quantization_config.modules_to_not_convert if self.pre_quantized else ())
-        self._parallel = TensorParallel(
-            model, plan, {name for name in self._weights if name.rpartition(".")[0] not in left}
-        )
+        left = qualified(self.quantization_config.modules_to_not_convert if self.pre_quantized else ())
+        int8 = {name for name in self._weights if not matches(name.rpartition(".")[0], left)}
+        self._parallel = TensorParallel(model, plan, int8)
         self._is_parallel = True
         return plan, *others
 
@@ -134,19 +131,15 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             if is_linear(module) and isinstance(weight, Int8Tensor):
                 hold(module, weight)  # type: ignore[arg-type]
             elif is_linear(module) and not weight.is_floating_point():
-                raise ValueError(
-                    f"{name}: expected the scale and the options of an int8 weight beside it, got none that "
-                    "Transformers brings to this layer: convert the model with from_pretrained instead"
-                )
+                got = "none that Transformers brings to this layer: convert the model with from_pretrained instead"
+                raise unexpected(name, "the scale and the options of its int8 weight", got)
         # A tensor of a mapped file holds the map, and with it all that was read of the file, in memory.
         for tensor in [*model.parameters(), *model.buffers()]:
             if not isinstance(tensor, Int8Tensor) and tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()
         if not any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
             if self.pre_quantized:
-                raise ValueError(
-                    f"from_pretrained: expected int8 weights, as config.json says, got none in {list(self.files)}"
-                )
+                raise unexpected("from_pretrained", "int8 weights, as config.json says", f"none in {list(self.files)}")
             logger.warning("octavo: the model has no layer that was converted: nothing is int8")
         adopt(model, self)
         return model
@@ -156,10 +149,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """The state dict with the parts of int8 weights in their place."""
         if self._is_parallel:
-            raise ValueError(
-                "save_pretrained: expected a whole int8 model, got one that is spread over several processes: save it "
-                "in one, or convert it with octavo quantize"
-            )
+            got = "one that is spread over several processes: save it in one, or convert it with octavo quantize"
+            raise unexpected("save_pretrained", "a whole int8 model", got)
         model.config.quantization_config = self.quantization_config  # a part of a model has a config of its own
         return flat(model.state_dict()), {names.VERSION_KEY: str(names.VERSION)}
 
