@@ -25,12 +25,13 @@ WIDE_COPY = r"\bLDGSTS\.E\.(\w+\.)*128"  # to shared memory, from sm_80 on
 
 @dataclass(frozen=True)
 class Rule:
-    """What every instance of a kernel must have, of those whose mangled template arguments match; from which GPU on."""
+    """What every instance of a kernel must have, of those whose mangled template arguments match; on which GPUs."""
 
     kernel: str  # source.kernel
     instruction: str
     instances: str = ""
     first: int = 75
+    last: int = 999
 
 
 # The instances for arrays of any strides read an element at a time: the others have `wide` (Lb1E), or 16 elements at a
@@ -40,10 +41,13 @@ RULES = (
     Rule("column_ranges.column_ranges_kernel", WIDE_LOAD, r"Lb1EE"),
     Rule("quantize.quantize_kernel", WIDE_LOAD, r"Lb1EE"),
     Rule("quantize.sum_codes_kernel", WIDE_LOAD, r"Lb1EE"),
-    Rule("epilogue.epilogue_kernel", WIDE_LOAD),
+    Rule("epilogue.epilogue_kernel", WIDE_LOAD, last=75),
     Rule("dequantize.dequantize_kernel", WIDE_LOAD, r"Li16EE"),
     Rule("gemm_mma.mma_kernel", r"\bIMMA\.\d+\.S8\.S8"),
     Rule("gemm_mma.mma_kernel", WIDE_COPY, r"SliceCopyE0E", first=80),
+    Rule("linear_mma.linear_kernel", r"\bIMMA\.\d+\.S8\.S8", first=80),
+    Rule("linear_mma.linear_kernel", r"\bHMMA\.\d+\.F32\.TF32", first=80),
+    Rule("linear_mma.linear_kernel", WIDE_COPY, first=80),
     Rule("gemm_copies.copy_kernel", WIDE_STORE),
     Rule("gemm_copies.sum_kernel", r"\b(RED|REDG|ATOMG)\.E\.MIN\.64"),
     Rule("weight_only.dot_kernel", WIDE_LOAD),
@@ -154,7 +158,7 @@ def faults(architecture: str, kernels: dict[str, Kernel]) -> list[str]:
     """What is missing or wrong in the kernels of an architecture."""
     found = []
     for rule in RULES:
-        if number_of(architecture) < rule.first:
+        if not rule.first <= number_of(architecture) <= rule.last:
             continue
         own = [
             kernel

@@ -10,12 +10,12 @@
 // brought to shared memory once for the block, and each lane does 4 x 8 multiplications for 8 + 4 values read from
 // there. They are added one after the other in the order of the columns, from zero: adding the zeros that the policy
 // `rows` makes of other rows' outliers changes nothing, so a row's result does not depend on the other rows.
-#include <limits>
+#include <cfloat>
 
 #include "criterion.cuh"
 #include "device.cuh"
 #include "operations.hpp"
-#include "rotation.cuh"
+#include "outlier_columns.cuh"
 
 namespace octavo::cuda {
 namespace {
@@ -23,7 +23,6 @@ namespace {
 constexpr int warps = 8;
 constexpr int threads = warps * warp_size;
 constexpr int tile_cols = 256;
-constexpr float largest_float = std::numeric_limits<float>::max();
 constexpr int halves = 2;
 constexpr int per_half = 4;              // columns of a lane
 constexpr int mine = halves * per_half;  // all its columns
@@ -33,38 +32,18 @@ template <class Y>
 struct Arguments {
     const std::int32_t* acc;  // [parts, m, n]
     std::int64_t parts;
-    FloatView x;
     std::int64_t depth;  // k
     CodedX coded;
     View<const std::int8_t> codes;
     Span<const float> scale_w;
     Span<const float> zeropoint_w;
     Span<const std::int32_t> code_sums;
-    Span<const std::int32_t> kept_columns;
-    FloatView kept_weight;  // [n, r]
     FloatSpan bias;
+    OutlierColumns columns;
     ColumnList outliers;
-    bool per_element;
-    ElementCriterion elements;
-    int rotation;
     View<Y> out;
     bool wide;  // whether acc and out can be accessed 4 columns at a time
 };
-
-// The place of a column among the kept ones, which ascend; -1 where it is not kept.
-__device__ int place_of(const Span<const std::int32_t>& kept, std::int32_t column) {
-    std::int64_t begin = 0;
-    std::int64_t end = kept.size;
-    while (begin < end) {
-        const std::int64_t middle = (begin + end) / 2;
-        if (kept[middle] < column) {
-            begin = middle + 1;
-        } else {
-            end = middle;
-        }
-    }
-    return begin < kept.size && kept[begin] == column ? static_cast<int>(begin) : -1;
-}
 
 // What of a chunk of outlier columns a block keeps in shared memory.
 template <int tile_rows, bool zeropoint>
@@ -85,7 +64,7 @@ __device__ void load_chunk(const Arguments<Y>& a, std::int64_t begin, int count,
     if (thread < count) {
         const std::int32_t column = a.outliers.columns[begin + thread];
         shared.column[thread] = column;
-        shared.place[thread] = place_of(a.kept_columns, column);
+        shared.place[thread] = a.columns.place_of(column);
     }
     __syncthreads();
     for (int e = thread; e < count * tile_cols; e += threads) {
@@ -94,16 +73,9 @@ __device__ void load_chunk(const Arguments<Y>& a, std::int64_t begin, int count,
         const std::int64_t j = col0 + c;
         float weight = 0.0F;
         if (j < a.out.cols) {
-            const std::int8_t code = *a.codes.at(j, shared.column[o]);
-            if constexpr (zeropoint) shared.code[o][c] = code;
-            const float shift = a.zeropoint_w.present() ? a.zeropoint_w.of_group(j) : 0.0F;
-            if (shared.place[o] >= 0) {
-                weight = a.kept_weight(j, shared.place[o]);
-            } else if (a.rotation != 0) {
-                weight = rotated_back(a.codes, j, shared.column[o], a.rotation, shift) * a.scale_w.of_group(j);
-            } else {
-                weight = (static_cast<float>(code) + shift) * a.scale_w.of_group(j);
-            }
+            if constexpr (zeropoint) shared.code[o][c] = *a.codes.at(j, shared.column[o]);
+            weight = shared.place[o] >= 0 ? a.columns.kept_weight(j, shared.place[o])
+                                          : a.columns.dequantized(j, shared.column[o]);
         }
         shared.weight[o][c] = weight;
     }
@@ -112,12 +84,11 @@ __device__ void load_chunk(const Arguments<Y>& a, std::int64_t begin, int count,
         const int r = e % tile_rows;
         const std::int64_t i = row0 + r;
         const bool is_row = i < a.out.rows;
-        const float x = is_row ? a.x(i, shared.column[o]) : 0.0F;
-        const bool takes_part =
-            !a.per_element || (is_row && is_outlier(x, shared.column[o], limit_of_row(a.elements, i)));
+        const float x = is_row ? a.columns.x(i, shared.column[o]) : 0.0F;
+        const bool takes_part = is_row && a.columns.takes_part(x, i, shared.column[o]);
         shared.x[o][r] = takes_part ? x : 0.0F;
         // With rotation no code is left out of the product.
-        if constexpr (zeropoint) shared.is_outlier[o][r] = takes_part && a.rotation == 0 ? 1 : 0;
+        if constexpr (zeropoint) shared.is_outlier[o][r] = takes_part && a.columns.rotation == 0 ? 1 : 0;
     }
     __syncthreads();
 }
@@ -154,7 +125,7 @@ __device__ float scaled(const Arguments<Y>& a, std::int64_t acc, std::int64_t i,
     const float scale_w = a.scale_w.of_group(j);
     if constexpr (!zeropoint) {
         const float scale = scale_x * scale_w;
-        if (!(scale > largest_float)) return static_cast<float>(acc) * scale;
+        if (!(scale > FLT_MAX)) return static_cast<float>(acc) * scale;
         return static_cast<float>(acc) * fminf(scale_x, scale_w) * fmaxf(scale_x, scale_w);
     }
     const double zx = a.coded.zeropoint[group];
@@ -165,83 +136,85 @@ __device__ float scaled(const Arguments<Y>& a, std::int64_t acc, std::int64_t i,
     return static_cast<float>(sum * (static_cast<double>(scale_x) * static_cast<double>(scale_w)));
 }
 
-// Two blocks to a multiprocessor; for sm_120 the compiler needs some more than the 128 registers that leaves a thread.
+// Two blocks to a multiprocessor.
 template <int rows_per_warp, bool zeropoint, class Y>
-__global__ void __launch_bounds__(threads, compiled_for < 120 ? 2 : 1) epilogue_kernel(const Arguments<Y> a) {
-    constexpr int tile_rows = warps * rows_per_warp;
-    __shared__ Chunk<tile_rows, zeropoint> shared;
-    const int lane = static_cast<int>(threadIdx.x) % warp_size;
-    const int first_row = static_cast<int>(threadIdx.x) / warp_size * rows_per_warp;
-    const std::int64_t col_tiles = (a.out.cols + tile_cols - 1) / tile_cols;
-    const std::int64_t row0 = blockIdx.x / col_tiles * tile_rows;
-    const std::int64_t col0 = blockIdx.x % col_tiles * tile_cols;
+__global__ void __launch_bounds__(threads, 2) epilogue_kernel(const Arguments<Y> a) {
+    if constexpr (compiled_for < first_fused_architecture) {
+        constexpr int tile_rows = warps * rows_per_warp;
+        __shared__ Chunk<tile_rows, zeropoint> shared;
+        const int lane = static_cast<int>(threadIdx.x) % warp_size;
+        const int first_row = static_cast<int>(threadIdx.x) / warp_size * rows_per_warp;
+        const std::int64_t col_tiles = (a.out.cols + tile_cols - 1) / tile_cols;
+        const std::int64_t row0 = blockIdx.x / col_tiles * tile_rows;
+        const std::int64_t col0 = blockIdx.x % col_tiles * tile_cols;
 
-    float update[rows_per_warp][mine] = {};
-    int row_outliers[zeropoint ? rows_per_warp : 1] = {};
-    std::int32_t outlier_codes[zeropoint ? rows_per_warp : 1][zeropoint ? mine : 1] = {};
-    const std::int32_t outliers = a.outliers.count != nullptr ? *a.outliers.count : 0;
-    for (std::int32_t begin = 0; begin < outliers; begin += chunk) {
-        const int count = outliers - begin < chunk ? outliers - begin : chunk;
-        load_chunk(a, begin, count, row0, col0, shared);
-        for (int o = 0; o < count; ++o) {
+        float update[rows_per_warp][mine] = {};
+        int row_outliers[zeropoint ? rows_per_warp : 1] = {};
+        std::int32_t outlier_codes[zeropoint ? rows_per_warp : 1][zeropoint ? mine : 1] = {};
+        const std::int32_t outliers = a.outliers.count != nullptr ? *a.outliers.count : 0;
+        for (std::int32_t begin = 0; begin < outliers; begin += chunk) {
+            const int count = outliers - begin < chunk ? outliers - begin : chunk;
+            load_chunk(a, begin, count, row0, col0, shared);
+            for (int o = 0; o < count; ++o) {
 #pragma unroll
-            for (int h = 0; h < halves; ++h) {
-                const int c0 = h * (tile_cols / halves) + per_half * lane;
-                const auto w = load<per_half>(&shared.weight[o][c0]);
+                for (int h = 0; h < halves; ++h) {
+                    const int c0 = h * (tile_cols / halves) + per_half * lane;
+                    const auto w = load<per_half>(&shared.weight[o][c0]);
 #pragma unroll
-                for (int r = 0; r < rows_per_warp; ++r) {
-                    const float x = shared.x[o][first_row + r];
-#pragma unroll
-                    for (int c = 0; c < per_half; ++c) {
-                        float& sum = update[r][h * per_half + c];
-                        sum = fmaf(x, w[c], sum);
-                    }
-                    if constexpr (zeropoint) {
-                        if (shared.is_outlier[o][first_row + r] == 0) continue;
-                        if (h == 0) ++row_outliers[r];
+                    for (int r = 0; r < rows_per_warp; ++r) {
+                        const float x = shared.x[o][first_row + r];
 #pragma unroll
                         for (int c = 0; c < per_half; ++c) {
-                            outlier_codes[r][h * per_half + c] += shared.code[o][c0 + c];
+                            float& sum = update[r][h * per_half + c];
+                            sum = fmaf(x, w[c], sum);
+                        }
+                        if constexpr (zeropoint) {
+                            if (shared.is_outlier[o][first_row + r] == 0) continue;
+                            if (h == 0) ++row_outliers[r];
+#pragma unroll
+                            for (int c = 0; c < per_half; ++c) {
+                                outlier_codes[r][h * per_half + c] += shared.code[o][c0 + c];
+                            }
                         }
                     }
                 }
             }
+            __syncthreads();
         }
-        __syncthreads();
-    }
 
 #pragma unroll
-    for (int h = 0; h < halves; ++h) {
-        const std::int64_t j0 = col0 + h * (tile_cols / halves) + per_half * lane;
-        if (j0 >= a.out.cols) continue;
-        const int count = a.out.cols - j0 < per_half ? static_cast<int>(a.out.cols - j0) : per_half;
+        for (int h = 0; h < halves; ++h) {
+            const std::int64_t j0 = col0 + h * (tile_cols / halves) + per_half * lane;
+            if (j0 >= a.out.cols) continue;
+            const int count = a.out.cols - j0 < per_half ? static_cast<int>(a.out.cols - j0) : per_half;
 #pragma unroll
-        for (int r = 0; r < rows_per_warp; ++r) {
-            const std::int64_t i = row0 + first_row + r;
-            if (i >= a.out.rows) continue;
-            std::int64_t sums[per_half];
-            load_sums(a, i, j0, count, sums);
-            Pack<Y, per_half> y;
-#pragma unroll
-            for (int c = 0; c < per_half; ++c) {
-                if (c >= count) continue;
-                const std::int64_t j = j0 + c;
-                const float product = [&] {
-                    if constexpr (zeropoint) {
-                        return scaled<true>(a, sums[c], i, j, row_outliers[r], outlier_codes[r][h * per_half + c]);
-                    } else {
-                        return scaled<false>(a, sums[c], i, j, 0, 0);
-                    }
-                }();
-                const float bias = a.bias.present() ? a.bias[j] : 0.0F;
-                y[c] = from_float<Y>(product + update[r][h * per_half + c] + bias);
-            }
-            if (a.wide) {
-                store(a.out.at(i, j0), y);
-            } else {
+            for (int r = 0; r < rows_per_warp; ++r) {
+                const std::int64_t i = row0 + first_row + r;
+                if (i >= a.out.rows) continue;
+                std::int64_t sums[per_half];
+                load_sums(a, i, j0, count, sums);
+                Pack<Y, per_half> y;
 #pragma unroll
                 for (int c = 0; c < per_half; ++c) {
-                    if (c < count) *a.out.at(i, j0 + c) = y[c];
+                    if (c >= count) continue;
+                    const std::int64_t j = j0 + c;
+                    const float product = [&] {
+                        if constexpr (zeropoint) {
+                            return scaled<true>(a, sums[c], i, j, row_outliers[r], outlier_codes[r][h * per_half + c]);
+                        } else {
+                            return scaled<false>(a, sums[c], i, j, 0, 0);
+                        }
+                    }();
+                    const float bias = a.bias.present() ? a.bias[j] : 0.0F;
+                    y[c] = from_float<Y>(product + update[r][h * per_half + c] + bias);
+                }
+                if (a.wide) {
+                    store(a.out.at(i, j0), y);
+                } else {
+#pragma unroll
+                    for (int c = 0; c < per_half; ++c) {
+                        if (c < count) *a.out.at(i, j0 + c) = y[c];
+                    }
                 }
             }
         }
@@ -259,20 +232,15 @@ void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, 
         const Arguments<Y> arguments{
             .acc = acc,
             .parts = product_parts(weight.codes.cols),
-            .x = float_view_of(x),
             .depth = weight.codes.cols,
             .coded = coded,
             .codes = view_of<std::int8_t>(weight.codes),
             .scale_w = span_of<float>(weight.scale),
             .zeropoint_w = span_of<float>(weight.zeropoint),
             .code_sums = span_of<std::int32_t>(weight.code_sums),
-            .kept_columns = span_of<std::int32_t>(weight.outlier_columns),
-            .kept_weight = float_view_of(weight.outlier_weight),
             .bias = float_span_of(bias),
+            .columns = outlier_columns_of(x, weight, per_element, elements),
             .outliers = outliers,
-            .per_element = per_element,
-            .elements = elements,
-            .rotation = weight.rotation,
             .out = view_of<Y>(out),
             .wide = wide,
         };

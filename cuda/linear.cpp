@@ -1,10 +1,13 @@
-// LLM.int8() on the GPU (paper Figure 2). The host enqueues four launches and never waits:
+// LLM.int8() on the GPU (paper Figure 2). The host enqueues three launches and never waits:
 //
-//   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns). A criterion that is
-//      relative or capped takes one launch more, for the largest magnitudes of the columns
-//   2. quantize the rest of X row by row; list the marked columns. Rotation takes two launches more
-//   3. int8 product (where blocks of our own share its depth, after a memset)
-//   4. scales, outlier columns times 16-bit weights, bias
+//   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns). None for `static`
+//   and
+//      `none`; a criterion that is relative or capped takes one launch more, for the largest magnitudes of the columns
+//   2. quantize the rest of X row by row; list the marked columns, and write them and their weights side by side.
+//      Rotation takes two launches more, one scale for all of X without outlier columns one
+//   3. int8 product, scales, outlier columns times 16-bit weights, bias
+//
+// Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own.
 //
 // Few rows go by the weight-only product instead, one launch that is bound by reading the weights.
 #include "octavo/linear.hpp"
@@ -58,7 +61,14 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
     Workspace::Part<Limit> limits;
     Workspace::Part<std::uint32_t> maxima;
     if (has_outliers) {
-        marks.parts = has_ranges ? range_parts(x) : finds_outliers && !has_limits ? mark_parts(x) : 1;
+        const bool is_listed = !finds_outliers && !has_ranges;
+        marks.parts = has_ranges ? range_parts(x) : is_listed ? 0 : has_limits ? 1 : mark_parts(x);
+        if (is_listed) {
+            marks.listed = static_cast<const std::int32_t*>(weight.outlier_columns.data);
+            marks.listed_size = weight.outlier_columns.size;
+            marks.listed_stride = weight.outlier_columns.stride;
+            marks.columns = k;
+        }
         if (has_ranges) ranges = workspace.reserve<Range>(marks.parts * k);
         if (has_limits && per_element) limits = workspace.reserve<Limit>(m);
         if (has_limits && !per_element) maxima = workspace.reserve<std::uint32_t>(k);
@@ -66,7 +76,24 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         columns = workspace.reserve<std::int32_t>(k);
         count = workspace.reserve<std::int32_t>(1);
     }
-    const auto acc = workspace.reserve<std::int32_t>(product_parts(depth) * m * out.cols);
+    const bool is_fused = device_facts().architecture >= first_fused_architecture;
+    const FusedLinear fused(m, weight, options);
+    Workspace::Part<float> panel_x;
+    Workspace::Part<float> panel_w;
+    Workspace::Part<std::int32_t> excluded_codes;
+    Workspace::Part<unsigned> tickets;
+    Workspace::Part<std::int32_t> acc;
+    if (is_fused) {
+        if (has_outliers && fused.panel_width() > 0) {
+            panel_x = workspace.reserve<float>(m * fused.panel_width());
+            panel_w = workspace.reserve<float>(out.cols * fused.panel_width());
+        }
+        if (has_outliers && fused.wants_excluded_codes()) excluded_codes = workspace.reserve<std::int32_t>(out.cols);
+        if (fused.tickets() > 0) tickets = workspace.reserve<unsigned>(fused.tickets());
+        if (fused.tickets() > 0) acc = workspace.reserve<std::int32_t>(fused.partial_sums());
+    } else {
+        acc = workspace.reserve<std::int32_t>(product_parts(depth) * m * out.cols);
+    }
     workspace.allocate();
 
     marks.words = workspace.at(words);
@@ -79,15 +106,20 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                                workspace.at(ranges), stream);
         } else if (finds_outliers) {
             mark_outliers(x, options.threshold, marks, stream);
-        } else {
-            mark_listed(weight.outlier_columns, k, marks, stream);
         }
     }
     const Exclusion exclusion{.marks = marks,
                               .per_element = per_element,
                               .elements = {options.threshold, workspace.at(limits)},
                               .list = list,
-                              .ranges = workspace.at(ranges)};
+                              .ranges = workspace.at(ranges),
+                              .weight = panel_x.present || excluded_codes.present ? &weight : nullptr,
+                              .panels = {.x = workspace.at(panel_x),
+                                         .w = workspace.at(panel_w),
+                                         .width = panel_x.present ? fused.panel_width() : 0,
+                                         .excluded_codes = workspace.at(excluded_codes)},
+                              .tickets = workspace.at(tickets),
+                              .ticket_count = tickets.present ? fused.tickets() : 0};
     const Matrix x_codes{workspace.at(codes), DType::i8, x.device, m, depth, width, 1};
     quantize_rows(
         x, quantize_options, exclusion, x_codes, width,
@@ -99,9 +131,10 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
          .present = has_zeropoint},
         {.data = workspace.at(sums), .dtype = DType::i32, .device = x.device, .size = m, .present = has_zeropoint},
         stream);
+    const CodedX coded{x_codes, workspace.at(scale), workspace.at(zeropoint), workspace.at(sums), groups};
+    if (is_fused) return fused.start(coded, x, weight, bias, exclusion, workspace.at(acc), out, stream);
     multiply(x_codes, weight.codes, workspace.at(acc), Copies::none, stream);
-    finish_linear(workspace.at(acc), {workspace.at(scale), workspace.at(zeropoint), workspace.at(sums), groups}, x,
-                  weight, bias, list, per_element, exclusion.elements, out, stream);
+    finish_linear(workspace.at(acc), coded, x, weight, bias, list, per_element, exclusion.elements, out, stream);
 }
 
 // `weight_only_linear` of an x that is rotated first where the weight is; times 2^-8 meanwhile, as a rotated number can

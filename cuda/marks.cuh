@@ -8,20 +8,45 @@
 
 namespace octavo::cuda {
 
+// How many of ascending numbers are less than `value`.
+__device__ inline std::int64_t lower_bound(const std::int32_t* numbers, std::int64_t size, std::int64_t stride,
+                                           std::int64_t value) {
+    std::int64_t begin = 0;
+    std::int64_t end = size;
+    while (begin < end) {
+        const std::int64_t middle = (begin + end) / 2;
+        if (numbers[middle * stride] < value) {
+            begin = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return begin;
+}
+
 // Which of the columns 32 * index to 32 * index + 31 are marked.
 __device__ inline std::uint32_t marked_word(const ColumnMarks& marks, std::int64_t words, std::int64_t index) {
     std::uint32_t found = 0;
+    if (marks.listed != nullptr) {
+        const std::int64_t first = 32 * index;
+        std::int64_t place = lower_bound(marks.listed, marks.listed_size, marks.listed_stride, first);
+        for (; place < marks.listed_size; ++place) {
+            const std::int64_t bit = marks.listed[place * marks.listed_stride] - first;
+            if (bit >= 32) break;
+            if (first + bit < marks.columns) found |= 1U << bit;
+        }
+    }
     for (std::int64_t part = 0; part < marks.parts; ++part) found |= marks.words[part * words + index];
     return found;
 }
 
-// Writes the marked columns of `k` in ascending order, and how many there are. All threads of one block must take part,
-// in whole warps.
+// Writes the marked columns of `k` in ascending order, from place `first_place` on as many as `columns` has room for,
+// and how many there are. All threads of one block must take part, in whole warps.
 //
 // A thread has one word at a time; the places of its columns are a running sum over the words before it. Static, so
 // that its shared variable is each kernel file's own, which the emulated GPU can put a red zone around.
 __device__ static inline void list_marked(const ColumnMarks& marks, std::int64_t k, Span<std::int32_t> columns,
-                                          Span<std::int32_t> count) {
+                                          Span<std::int32_t> count, std::int32_t first_place = 0) {
     __shared__ std::int32_t warp_totals[warp_size];
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
@@ -46,7 +71,9 @@ __device__ static inline void list_marked(const ColumnMarks& marks, std::int64_t
             listed += total;
         }
         for (; word != 0; word &= word - 1) {
-            columns[place++] = static_cast<std::int32_t>(index * 32 + __ffs(static_cast<int>(word)) - 1);
+            const std::int32_t target = place++ - first_place;
+            if (target < 0 || target >= columns.size) continue;
+            columns[target] = static_cast<std::int32_t>(index * 32 + __ffs(static_cast<int>(word)) - 1);
         }
         __syncthreads();  // warp_totals is written again
     }

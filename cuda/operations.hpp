@@ -16,10 +16,14 @@ namespace octavo::cuda {
 // --- outlier.cu -----------------------------------------------------------------------------------------------------
 
 // Which columns of X are set apart: bit j % 32 of word j / 32. Blocks of rows are marked apart from each other, without
-// atomics, so a column is marked where any part has its bit. No part: no column is marked.
+// atomics, so a column is marked where any part has its bit; those of an ascending list are, too.
 struct ColumnMarks {
     std::uint32_t* words = nullptr;  // [parts, words_for(k)]
     std::int64_t parts = 0;
+    const std::int32_t* listed = nullptr;  // null: none
+    std::int64_t listed_size = 0;
+    std::int64_t listed_stride = 1;
+    std::int64_t columns = 0;  // those of the list from here on, k, and below 0 are ignored
 };
 __host__ __device__ constexpr std::int64_t words_for(std::int64_t k) { return (k + 31) / 32; }
 
@@ -37,9 +41,6 @@ void mark_outliers(ConstMatrix x, float threshold, ColumnMarks marks, cudaStream
 
 // Mark the columns of a list, in one part. Numbers outside 0 to k - 1 are ignored.
 void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStream_t stream);
-
-// List the marked columns of `k`.
-void list_columns(ColumnMarks marks, std::int64_t k, ColumnList list, cudaStream_t stream);
 
 void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, cudaStream_t stream);
 
@@ -82,14 +83,32 @@ void find_column_ranges(ConstMatrix x, Scheme scheme, Outliers outliers, float t
 
 // --- quantize.cu ----------------------------------------------------------------------------------------------------
 
+// The first outlier columns of X and of W side by side, for the product that follows (outlier_columns.cuh), and what
+// else is made ready for it.
+inline constexpr std::int64_t most_panel_width = 256;
+inline constexpr std::int64_t panel_multiple = 16;
+struct Panels {
+    float* x = nullptr;                      // [m, width]
+    float* w = nullptr;                      // [n, width]
+    std::int64_t width = 0;                  // a multiple of panel_multiple, at most most_panel_width
+    std::int32_t* excluded_codes = nullptr;  // [n], or null: sums of the codes of all outlier columns
+};
+
 // What takes no part in the quantization of X, and has code 0.
 struct Exclusion {
-    ColumnMarks marks;         // these columns; under `per_element` only listed, not excluded
+    ColumnMarks marks{};       // these columns; under `per_element` only listed, not excluded
     bool per_element = false;  // instead, in each row its own elements
-    ElementCriterion elements;
+    ElementCriterion elements{};
     ColumnList list{};              // where not null: receives the marked columns
     const Range* ranges = nullptr;  // where not null: what `find_column_ranges` made of X, for granularity `tensor`
+    const WeightView* weight = nullptr;  // where not null: `panels` are written, with the list
+    Panels panels{};
+    unsigned* tickets = nullptr;  // where not null: receives zeros
+    std::int64_t ticket_count = 0;
 };
+
+// List the marked columns, and write the panels.
+void list_outliers(ConstMatrix x, const Exclusion& exclusion, cudaStream_t stream);
 
 // octavo::quantize with what is excluded on the device. Rows of codes have `width` >= rotated_size(k) columns, of which
 // those from there on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes. With rotation
@@ -140,17 +159,47 @@ void multiply(ConstMatrix a, ConstMatrix b, std::int32_t* acc, Copies copies, cu
 // Waits for the device where k > part_depth, to report a sum that does not fit int32.
 void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, cudaStream_t stream);
 
-// --- epilogue.cu ----------------------------------------------------------------------------------------------------
+// --- linear_mma.cu --------------------------------------------------------------------------------------------------
 
 // X as codes: what `quantize_rows` made.
 struct CodedX {
+    ConstMatrix codes;                   // [m, width], rows aligned to 16 bytes
     const float* scale = nullptr;        // [groups]
     const float* zeropoint = nullptr;    // [groups]; null for absmax
     const std::int32_t* sums = nullptr;  // [m]: of the codes of a row; null for absmax
     std::int64_t groups = 0;             // m, or 1 for `tensor`
 };
 
-// Everything after the product (paper Eq. 8), in one launch. `outliers.count` null: none.
+// The product and everything after it (paper Eq. 8) in one launch.
+inline constexpr int first_fused_architecture = 80;
+class FusedLinear {
+public:
+    FusedLinear(std::int64_t m, const WeightView& weight, const LinearOptions& options);
+
+    [[nodiscard]] std::int64_t panel_width() const { return panel_width_; }
+    [[nodiscard]] bool wants_excluded_codes() const { return wants_excluded_codes_; }
+    // Where blocks share the depth of a tile: their sums, and a ticket for each tile, which must be zero.
+    [[nodiscard]] std::int64_t partial_sums() const { return partial_sums_; }
+    [[nodiscard]] std::int64_t tickets() const { return tickets_; }
+
+    // `exclusion` is that of the quantization.
+    void start(const CodedX& coded, ConstMatrix x, const WeightView& weight, ConstVector bias,
+               const Exclusion& exclusion, std::int32_t* partial, Matrix out, cudaStream_t stream) const;
+
+private:
+    std::int64_t parts_ = 1;
+    std::int64_t panel_width_ = 0;
+    std::int64_t partial_sums_ = 0;
+    std::int64_t tickets_ = 0;
+    bool wants_excluded_codes_ = false;
+    bool in_pairs_ = false;
+    bool in_order_ = false;
+    bool is_exact_ = false;
+};
+
+// --- epilogue.cu ----------------------------------------------------------------------------------------------------
+
+// Everything after the product (paper Eq. 8), in one launch, before sm_80. `outliers.count` null: none.
 // Under `per_element` only a row's own outliers of the listed columns are, by `elements`.
 void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, const WeightView& weight,
                    ConstVector bias, const ColumnList& outliers, bool per_element, const ElementCriterion& elements,

@@ -14,6 +14,7 @@
 #include "marks.cuh"
 #include "memory.hpp"
 #include "operations.hpp"
+#include "outlier_columns.cuh"
 
 namespace octavo::cuda {
 namespace {
@@ -123,11 +124,14 @@ __global__ void __launch_bounds__(list_threads)
     for (std::int64_t w = threadIdx.x; w < size; w += list_threads) words[first + w] = marked[w];
 }
 
-constexpr int compact_threads = 1024;
+// Block 0 lists the marked columns, the others write panels.
+constexpr int list_outliers_threads = 512;
 
-__global__ void __launch_bounds__(compact_threads)
-    list_kernel(ColumnMarks marks, std::int64_t k, Span<std::int32_t> columns, Span<std::int32_t> count) {
-    list_marked(marks, k, columns, count);
+__global__ void __launch_bounds__(list_outliers_threads)
+    list_kernel(ColumnMarks marks, std::int64_t k, Span<std::int32_t> columns, Span<std::int32_t> count,
+                PanelTask task) {
+    if (blockIdx.x == 0) return list_marked(marks, k, columns, count);
+    write_panels(task, marks, k, blockIdx.x - 1);
 }
 
 }  // namespace
@@ -156,9 +160,11 @@ void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStr
     launch(mark_listed_kernel, grid, stream, span_of<std::int32_t>(columns), k, marks.words);
 }
 
-void list_columns(ColumnMarks marks, std::int64_t k, ColumnList list, cudaStream_t stream) {
-    launch(list_kernel, Grid{1, compact_threads}, stream, marks, k, Span<std::int32_t>{list.columns, k, 1},
-           Span<std::int32_t>{list.count, 1, 1});
+void list_outliers(ConstMatrix x, const Exclusion& exclusion, cudaStream_t stream) {
+    const PanelTask task = panel_task(x, exclusion);
+    launch(list_kernel, Grid{static_cast<unsigned>(1 + task.blocks), list_outliers_threads}, stream, exclusion.marks,
+           x.cols, Span<std::int32_t>{exclusion.list.columns, x.cols, 1},
+           Span<std::int32_t>{exclusion.list.count, 1, 1}, task);
 }
 
 void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, cudaStream_t stream) {
@@ -167,14 +173,14 @@ void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, 
     const auto words = workspace.reserve<std::uint32_t>(parts * words_for(x.cols));
     const auto maxima = workspace.reserve<std::uint32_t>(needs_limits(options) ? x.cols : 0);
     workspace.allocate();
-    const ColumnMarks marks{workspace.at(words), parts};
+    const ColumnMarks marks{.words = workspace.at(words), .parts = parts};
     if (needs_limits(options)) {
         apply_criterion(x, options, marks.words, workspace.at(maxima), nullptr, stream);
     } else {
         mark_outliers(x, options.threshold, marks, stream);
     }
-    launch(list_kernel, Grid{1, compact_threads}, stream, marks, x.cols, span_of<std::int32_t>(columns),
-           span_of<std::int32_t>(count));
+    launch(list_kernel, Grid{1, list_outliers_threads}, stream, marks, x.cols, span_of<std::int32_t>(columns),
+           span_of<std::int32_t>(count), PanelTask{});
 }
 
 }  // namespace octavo::cuda

@@ -151,6 +151,13 @@ __device__ inline std::uint32_t in_register(std::uint32_t constant) {
     return result;
 }
 
+// The same number, of which the compiler does not know that it is the same: what was made of it before is made again
+// behind it, instead of being kept in registers.
+__device__ inline std::int64_t made_again(std::int64_t number) {
+    asm volatile("" : "+l"(number));
+    return number;
+}
+
 // --- 16-bit products in the registers of a warp ---------------------------------------------------------------------
 
 // sums[16, 8] += a[16, 16] * b[8, 16]^T  of f16 or of bf16, products exact, sums float32.
@@ -200,6 +207,18 @@ __device__ inline void multiply_add_bf16(float (&sums)[4], const std::uint32_t (
         add(sums[2], lower, left);
         add(sums[3], lower, right);
     }
+#endif
+}
+
+// sums[16, 8] += a[16, 8] * b[8, 8]^T  of tf32 (sm_80): numbers of float32 whose last 13 bits are 0. The sums are those
+// of the other products, and a and b lie in the registers as bytes do: with four bytes to an element, what
+// `multiply_add_s8` says of them holds.
+__device__ inline void multiply_add_tf32(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 

@@ -5,12 +5,12 @@
 //               q = clip(rint(nd * x) - zp, -127, 127)                                 scale = 1 / nd
 //
 // A team of threads, a block or, for short rows, a warp, has a row: it reads the row, finds its range, and makes codes
-// of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 24576 columns
+// of it. A thread keeps up to four accesses of 16 bytes in registers meanwhile, so that rows of up to 20480 columns
 // (float32: 8192; fewer where a thread needs more registers, see `most_threads`) are read once; longer ones a second
 // time, from the caches. Which columns are left out is the same for all rows of a team and stays in a register too.
 // Where there are rows enough to fill the device, a thread has all four accesses, and a block several rows one after
 // another; where there are few, a row has as many threads as can have one access each. A row is never split over
-// blocks: each would have to read all of it for its range, and one block of 768 threads reads 48 KiB in less time than
+// blocks: each would have to read all of it for its range, and one block of 640 threads reads 40 KiB in less time than
 // a launch takes.
 //
 // With one scale for the whole matrix the range comes first, in a launch of its own: each block writes the range of its
@@ -27,6 +27,7 @@
 #include "memory.hpp"
 #include "octavo/error.hpp"
 #include "operations.hpp"
+#include "outlier_columns.cuh"
 #include "ranges.cuh"
 #include "rotation.cuh"
 
@@ -34,10 +35,10 @@ namespace octavo::cuda {
 namespace {
 
 // Threads of a block, at most. The addresses of elements that lie apart, divisions (float32 elements, see `Coding`),
-// float64 numbers, and Turing's instructions need more registers than the 80 that a thread of 768 can have.
+// float64 numbers, and Turing's instructions need more registers than the 96 that a thread of 640 can have.
 constexpr int most_threads(std::int64_t size_of_element, Scheme scheme, bool wide, int architecture) {
     if (!wide) return 256;
-    return size_of_element == 2 && scheme == Scheme::absmax && architecture >= 80 ? 768 : 512;
+    return size_of_element == 2 && scheme == Scheme::absmax && architecture >= 80 ? 640 : 512;
 }
 constexpr int accesses = 4;
 
@@ -208,6 +209,9 @@ struct Task {
     ElementCriterion elements;
     ColumnMarks marks;
     ColumnList list;
+    PanelTask panels;
+    unsigned* tickets = nullptr;
+    std::int64_t ticket_count = 0;
     View<std::int8_t> codes{};
     std::int64_t width = 0;
     Span<float> scale;
@@ -458,14 +462,17 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
     // Two of each, used in turn: whoever writes one again has passed the barrier of the other, after all have read it.
     __shared__ Range partial_ranges[2][warp_size];
     __shared__ std::int32_t partial_sums[2][warp_size];
-    const bool lists = task.list.columns != nullptr;
-    if (lists && blockIdx.x == 0) {
-        return list_marked(task.marks, x.cols, {task.list.columns, x.cols, 1}, {task.list.count, 1, 1});
-    }
-    const std::int64_t block = blockIdx.x - (lists ? 1 : 0);
-    const std::int64_t blocks = gridDim.x - (lists ? 1 : 0);
     const int thread = static_cast<int>(threadIdx.x);
     const int threads = static_cast<int>(blockDim.x);
+    const bool lists = task.list.columns != nullptr;
+    const std::int64_t others = lists ? 1 + task.panels.blocks : 0;
+    if (blockIdx.x < others) {
+        if (blockIdx.x > 0) return write_panels(task.panels, task.marks, x.cols, blockIdx.x - 1);
+        return list_marked(task.marks, x.cols, {task.list.columns, x.cols, 1}, {task.list.count, 1, 1});
+    }
+    const std::int64_t block = blockIdx.x - others;
+    const std::int64_t blocks = gridDim.x - others;
+    for (std::int64_t i = block * threads + thread; i < task.ticket_count; i += blocks * threads) task.tickets[i] = 0;
     const int teams = task.rows_of_warps ? threads / warp_size : 1;
     const Team team{task.rows_of_warps ? thread % warp_size : thread, threads / teams,
                     block * teams + (task.rows_of_warps ? thread / warp_size : 0), blocks * teams};
@@ -585,7 +592,7 @@ Teams teams_for(std::int64_t rows, std::int64_t width, std::int64_t elements, st
 
 void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& teams, Task task, cudaStream_t stream) {
     task.rows_of_warps = teams.of_warps;
-    const std::int64_t blocks = teams.blocks + (task.list.columns != nullptr ? 1 : 0);
+    const std::int64_t blocks = teams.blocks + (task.list.columns != nullptr ? 1 + task.panels.blocks : 0);
     const Grid grid{static_cast<unsigned>(blocks), teams.threads};
     with_float(x.dtype, [&]<class T>(Type<T>) {
         const auto start = [&]<Scheme s>(std::integral_constant<Scheme, s>) {
@@ -611,9 +618,12 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool ro
         workspace.allocate();
         std::uint8_t* const of_chunks = x.dtype == DType::f16 ? nullptr : workspace.at(chunks);  // those never overflow
         rotate(x, options.rotation, exclusion, 1.0F, workspace.at(place), stream, of_chunks);
-        if (exclusion.list.columns != nullptr) list_columns(exclusion.marks, x.cols, exclusion.list, stream);
+        if (exclusion.list.columns != nullptr) list_outliers(x, exclusion, stream);
+        Exclusion none;
+        none.tickets = exclusion.tickets;
+        none.ticket_count = exclusion.ticket_count;
         const ConstMatrix of_blocks{workspace.at(place), DType::f32, x.device, x.rows, rotated_width, rotated_width, 1};
-        return quantize_rows(of_blocks, options, true, of_chunks, {}, codes, width, scale, zeropoint, code_sums,
+        return quantize_rows(of_blocks, options, true, of_chunks, none, codes, width, scale, zeropoint, code_sums,
                              first_not_finite, stream);
     }
     const std::int64_t elements = 16 / size_of(x.dtype);
@@ -625,6 +635,9 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool ro
               .elements = exclusion.elements,
               .marks = exclusion.marks,
               .list = exclusion.list,
+              .panels = panel_task(x, exclusion),
+              .tickets = exclusion.tickets,
+              .ticket_count = exclusion.ticket_count,
               .codes = view_of<std::int8_t>(codes),
               .width = width,
               .scale = span_of<float>(scale),
@@ -666,7 +679,7 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
     if (exclude.present && exclude.size > 0 && x.cols > 0) {
         const auto words = workspace.reserve<std::uint32_t>(words_for(x.cols));
         workspace.allocate();
-        exclusion.marks = {workspace.at(words), 1};
+        exclusion.marks = {.words = workspace.at(words), .parts = 1};
         mark_listed(exclude, x.cols, exclusion.marks, stream);
     }
     quantize_rows(x, options, exclusion, codes, codes.cols, scale, zeropoint, absent_vector, stream);

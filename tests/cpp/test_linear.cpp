@@ -226,6 +226,29 @@ TEST(matches_the_reference_on_random_cases) {
     }
 }
 
+// More than a GPU multiplies side by side, or than any list has room for at once; and some in between.
+TEST(many_outlier_columns) {
+    constexpr std::int64_t k = 610;
+    Random random(102);
+    const Array w(DType::f16, random_normal(random, 70, k, 0.05));
+    for (const Scheme scheme : schemes) {
+        const Weight weight(w, scheme, Granularity::vector, kept_columns(k));
+        for (const DType dtype : float_dtypes) {
+            Values values = activations(random, 66, k);
+            values(3, 11) = infinity;
+            values(65, 600) = quiet_nan;
+            const Array x(dtype, values);
+            for (const Outliers outliers : {Outliers::columns, Outliers::rows}) {
+                for (const float threshold : {6.0F, 3.2F, 1.0F, 0.0F}) {
+                    const check::Context context(check::show(scheme), " ", name_of(dtype), " ", check::show(outliers),
+                                                 " threshold ", threshold);
+                    check_linear(x, weight, std::nullopt, {.threshold = threshold, .outliers = outliers}, DType::f32);
+                }
+            }
+        }
+    }
+}
+
 // Larger than a tile of any instruction set (48 x 256), without bias and without kept columns.
 TEST(matches_the_reference_over_many_tiles) {
     Random random(93);

@@ -22,6 +22,11 @@ KERNELS = {
     "dequantize.dequantize_kernelI6__halfLi16EEEvv": ["LDG.E.128 R4, desc[UR8][R2.64]"],
     "column_ranges.column_ranges_kernelI6__halfLi0ELb1EEEvv": ["LDG.E.128 R4, desc[UR8][R2.64]"],
     PRODUCT: ["IMMA.16832.S8.S8 R72, R56.ROW, R60.COL, R72", "LDGSTS.E.BYPASS.LTC128B.128.ZFILL [R0], [R2.64], P0"],
+    "linear_mma.linear_kernelINS1_4TileELNS1_9SliceCopyE0EEEvv": [
+        "IMMA.16832.S8.S8 R72, R56.ROW, R60.COL, R72",
+        "HMMA.1688.F32.TF32 R72, R56, R60, R72",
+        "LDGSTS.E.BYPASS.LTC128B.128.ZFILL [R0], [R2.64], P0",
+    ],
     "gemm_copies.copy_kernelEvv": ["STG.E.128 desc[UR8][R2.64], R4"],
     "gemm_copies.sum_kernelEvv": ["REDG.E.MIN.64.STRONG.GPU desc[UR8][R2.64], R4"],
     "weight_only.dot_kernelI6__halfLi1EEEvv": ["LDG.E.NA.LTC128B.128.CONSTANT R4, [R2.64]"],
@@ -72,17 +77,19 @@ def test_nothing_is_wrong_with_what_is_right(architecture: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if "Lb0EEE" not in name])
 def test_a_kernel_without_its_instruction_is_reported(name: str) -> None:
-    found = checked.faults("sm_90", listing(good() | {name: [*FILLER, "LDG.E R1, [R2.64]"]}, "sm_90")["sm_90"])
+    architecture = "sm_75" if name.startswith("epilogue.") else "sm_90"
+    code = good() | {name: [*FILLER, "LDG.E R1, [R2.64]"]}
+    found = checked.faults(architecture, listing(code, architecture)[architecture])
     assert len(found) == len(KERNELS[name])
-    assert all(fault.startswith(f"sm_90: {name}: expected an instruction like ") for fault in found)
+    assert all(fault.startswith(f"{architecture}: {name}: expected an instruction like ") for fault in found)
 
 
 @pytest.mark.parametrize("rule", checked.RULES, ids=lambda rule: rule.kernel)
 def test_a_kernel_that_is_missing_is_reported(rule: checked.Rule) -> None:
     code = {name: lines for name, lines in good().items() if not name.startswith(rule.kernel)}
-    assert any(
-        f"expected a kernel {rule.kernel}" in f for f in checked.faults("sm_90", listing(code, "sm_90")["sm_90"])
-    )
+    architecture = f"sm_{min(90, rule.last)}"
+    found = checked.faults(architecture, listing(code, architecture)[architecture])
+    assert any(f"expected a kernel {rule.kernel}" in fault for fault in found)
 
 
 def test_an_instance_that_is_compiled_to_nothing_counts_as_missing() -> None:

@@ -99,10 +99,12 @@ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask, std::uint3
     return (value & mask) | bits;
 }
 inline std::uint32_t in_register(std::uint32_t constant) { return constant; }
+inline std::int64_t made_again(std::int64_t number) { return number; }
 
-// Sums are rounded after each product here; the order and the precision of the hardware's sums are its own.
+// Sums are rounded after each product here; the order and the precision of the hardware's sums are its own. `depth`
+// elements of type T fill 32 bytes of a row, which lie in the registers as those of `multiply_add_s8` do.
 template <class T>
-void multiply_add_16(const char* what, float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+void multiply_add_floats(const char* what, float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     struct Operands {
         std::uint32_t a[4];
         std::uint32_t b[2];
@@ -112,16 +114,19 @@ void multiply_add_16(const char* what, float (&sums)[4], const std::uint32_t (&a
     simt::whole_warp_collective(
         what, {&mine, sums, 0},
         [](simt::Lane* lanes, unsigned) {
-            T whole_a[16][16];
-            T whole_b[8][16];
+            constexpr int depth = 32 / sizeof(T);
+            T whole_a[16][depth];
+            T whole_b[8][depth];
             for (int lane = 0; lane < 32; ++lane) {
                 const auto& from = *static_cast<const Operands*>(lanes[lane].in);
                 for (int r = 0; r < 4; ++r) {
-                    std::memcpy(static_cast<void*>(&whole_a[lane / 4 + 8 * (r % 2)][lane % 4 * 2 + 8 * (r / 2)]),
+                    std::memcpy(static_cast<void*>(
+                                    &whole_a[lane / 4 + 8 * (r % 2)][lane % 4 * depth / 8 + depth / 2 * (r / 2)]),
                                 &from.a[r], 4);
                 }
                 for (int r = 0; r < 2; ++r) {
-                    std::memcpy(static_cast<void*>(&whole_b[lane / 4][lane % 4 * 2 + 8 * r]), &from.b[r], 4);
+                    std::memcpy(static_cast<void*>(&whole_b[lane / 4][lane % 4 * depth / 8 + depth / 2 * r]),
+                                &from.b[r], 4);
                 }
             }
             for (int lane = 0; lane < 32; ++lane) {
@@ -129,7 +134,7 @@ void multiply_add_16(const char* what, float (&sums)[4], const std::uint32_t (&a
                     const int row = lane / 4 + 8 * (r / 2);
                     const int col = lane % 4 * 2 + r % 2;
                     float sum = static_cast<const Operands*>(lanes[lane].in)->sums[r];
-                    for (int k = 0; k < 16; ++k) {
+                    for (int k = 0; k < depth; ++k) {
                         sum += static_cast<float>(whole_a[row][k]) * static_cast<float>(whole_b[col][k]);
                     }
                     static_cast<float*>(lanes[lane].out)[r] = sum;
@@ -139,10 +144,17 @@ void multiply_add_16(const char* what, float (&sums)[4], const std::uint32_t (&a
         simt::Loc::current());
 }
 inline void multiply_add_f16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-    multiply_add_16<__half>("multiply_add_f16", sums, a, b);
+    multiply_add_floats<__half>("multiply_add_f16", sums, a, b);
 }
 inline void multiply_add_bf16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-    multiply_add_16<__nv_bfloat16>("multiply_add_bf16", sums, a, b);
+    multiply_add_floats<__nv_bfloat16>("multiply_add_bf16", sums, a, b);
+}
+inline void multiply_add_tf32(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    for (const std::uint32_t bits : {a[0], a[1], a[2], a[3], b[0], b[1]}) {
+        const bool is_finite = (bits & 0x7F800000U) != 0x7F800000U;  // NaN may have any bits
+        if (is_finite && (bits & 0x1FFFU) != 0) simt::fail("multiply_add_tf32 of a number that is none of tf32");
+    }
+    multiply_add_floats<float>("multiply_add_tf32", sums, a, b);
 }
 
 }  // namespace octavo::cuda

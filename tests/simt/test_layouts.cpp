@@ -132,6 +132,10 @@ TEST(products_of_16_bit_numbers) {
     compare<cute::SM80_16x8x16_F32BF16BF16F32_TN, Instruction<__nv_bfloat16, float, octavo::cuda::multiply_add_bf16>>();
 }
 
+TEST(products_of_tf32) {
+    compare<cute::SM80_16x8x8_F32TF32TF32F32_TN, Instruction<float, float, octavo::cuda::multiply_add_tf32>>();
+}
+
 // CuTe's places are bits: those that a lane gives the address of, and those that it receives, numbered alike.
 TEST(matrices_from_shared_memory) {
     using Traits = cute::Copy_Traits<cute::SM75_U32x4_LDSM_N>;
