@@ -22,7 +22,7 @@ import cuda_machine_code
 
 HERE = Path(__file__).resolve().parent
 BACKEND = "liboctavo_cuda.so"
-LIBRARY = "liboctavo.so"  # for C and C++
+OTHERS = {"liboctavo.so", "libonnx_ops.so"}  # for C and C++, for ONNX Runtime
 # What every Linux has, or the compiler brings.
 SYSTEM = {
     "libc",
@@ -56,9 +56,9 @@ def main(words: Sequence[str]) -> int:
 def linkage(package: Path) -> list[str]:
     """What is wrong with the shared objects."""
     objects = {path.name: path for path in sorted(package.rglob("*.so"))}
-    unknown = {name for name in objects if not name.startswith("_core.")} - {BACKEND, LIBRARY}
+    unknown = {name for name in objects if not name.startswith("_core.")} - {BACKEND, *OTHERS}
     if unknown or BACKEND not in objects or not any(name.startswith("_core.") for name in objects):
-        return [f"expected _core.*.so, {BACKEND} and {LIBRARY}, got {list(objects)}"]
+        return [f"expected _core.*.so, {BACKEND} and {', '.join(sorted(OTHERS))}, got {list(objects)}"]
     found = []
     for name, path in objects.items():
         dynamic = output("readelf", "--dynamic", "--wide", str(path))
