@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, KeysView, Sequence
 from fnmatch import fnmatchcase
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -13,6 +13,21 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def unexpected(where: object, expected: str, got: object, kind: type[Exception] = ValueError) -> Exception:
     """The error to raise: ``<where>: expected <expected>, got <got>``."""
     return kind(f"{where}: expected {expected}, got {shown(str(got), 300)}")
+
+
+def expect(where: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raise a TypeError, ``<where>: expected <expected>, got <the value's class>``, for a value of another kind."""
+    if not isinstance(value, kinds):
+        raise unexpected(where, expected, type(value).__name__, TypeError)
+
+
+def expect_patterns(where: str, value: object) -> None:
+    """Raise a TypeError where `value` is neither None nor a collection of patterns; a string is none of them."""
+    if value is None:
+        return
+    expect(where, value, (list, tuple, set, frozenset, KeysView), "a sequence of patterns")
+    for each in value:  # type: ignore[attr-defined]
+        expect(where, each, str, "patterns that are strings")
 
 
 def shown(text: str, limit: int = 120) -> str:

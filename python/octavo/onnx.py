@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import octavo
+from octavo._text import expect, expect_patterns
 from octavo.options import Options
 
 __all__ = ["library_path", "quantize_model", "session_options"]
@@ -77,6 +79,12 @@ def quantize_model(
     Raises:
         ValueError: a weight holds NaN or Inf; a name in `outlier_columns` is not among those converted.
     """
+    expect("quantize_model: model", model, (onnx.ModelProto, str, PathLike), "a model or its path")
+    if options is not None:
+        expect("quantize_model: options", options, Options, "octavo.Options")
+    if outlier_columns is not None:
+        expect("quantize_model: outlier_columns", outlier_columns, Mapping, "a mapping")
+    expect_patterns("quantize_model: skip", skip)
     options = options or Options()
     if isinstance(model, onnx.ModelProto):
         given, model = model, onnx.ModelProto()

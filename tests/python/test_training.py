@@ -148,7 +148,12 @@ def test_arguments() -> None:
     model: Any = new_model()
     for arguments, error, message in [
         ({"modules": "all"}, ValueError, "train_: modules: expected 'ffn', 'ffn[+]attention' or patterns, got 'all'"),
-        ({"modules": [3]}, TypeError, "train_: modules: expected 'ffn', 'ffn[+]attention' or patterns, got other"),
+        ({"modules": [3]}, TypeError, "train_: modules: expected patterns that are strings, got int"),
+        (
+            {"modules": 3},
+            TypeError,
+            "train_: modules: expected 'ffn', 'ffn[+]attention' or a list of patterns, got int",
+        ),
         ({"modules": ["*.nothing"]}, ValueError, "train_: modules: expected layers of the model, got .*finds none"),
         ({"grad_input": "8bit"}, ValueError, "train_: grad_input: expected 'int8' or '16bit', got '8bit'"),
         ({"decomposition": 1}, TypeError, "train_: decomposition: expected a bool, got int"),

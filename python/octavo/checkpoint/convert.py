@@ -16,14 +16,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from tqdm import tqdm
 
 import octavo
 from octavo import file_format as names
-from octavo._text import unexpected
+from octavo._text import expect, unexpected
 from octavo.checkpoint.files import Shard, check_unchanged, explained, identity, open_shard, opened
 from octavo.checkpoint.folder import JOB, companions
 from octavo.checkpoint.layers import Chosen, choose, keep_in_16_bit
@@ -108,6 +111,15 @@ def quantize(
     """
     started = time.monotonic()
     options = options_of("quantize", options, **keywords)
+    expect("quantize: model", model, (str, PathLike), "a path")
+    expect("quantize: output", output, (str, PathLike), "a path")
+    for name, mapping in (
+        ("layer_options", layer_options), ("outlier_columns", outlier_columns), ("measured", measured),
+    ):  # fmt: skip
+        expect(f"quantize: {name}", mapping, (Mapping, NoneType), "a mapping")
+    for name, count in (("jobs", jobs), ("memory", memory)):
+        expect(f"quantize: {name}", count, (Integral, NoneType), "a whole number")
+    expect("quantize: format", format, str, "'octavo' or 'bitsandbytes'")
     if format not in ("octavo", "bitsandbytes"):
         raise unexpected("quantize: format", "'octavo' or 'bitsandbytes'", repr(format))
     if wrong := misfit(options, format, outlier_columns is not None):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from octavo._text import matches, shown, unexpected
+from octavo._text import expect_patterns, matches, shown, unexpected
 from octavo.checkpoint.files import Entry
 from octavo.checkpoint.meta_model import meta_model, names_in_model
 from octavo.checkpoint.reader import Checkpoint
@@ -64,8 +64,7 @@ def choose(model: Checkpoint, include: Patterns, skip: Patterns, *, function: st
             one stored as nobody can tell.
     """
     for argument, patterns in (("include", include), ("skip", skip)):
-        if isinstance(patterns, str):
-            raise unexpected(f"{function}: {argument}", "a sequence of patterns", "a string", TypeError)
+        expect_patterns(f"{function}: {argument}", patterns)
     method = model.config.get("quantization_config")
     if isinstance(method, dict):
         method = "octavo" if "octavo" in method else method.get("quant_method")

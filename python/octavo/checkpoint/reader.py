@@ -6,13 +6,14 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from octavo import file_format as names
-from octavo._text import shown, unexpected
+from octavo._text import expect, shown, unexpected
 from octavo._types import Array
 from octavo.checkpoint.files import DTYPES, Entry, Shard, check_unchanged, identity, open_shard, opened
 from octavo.checkpoint.folder import MERGE, read_index, read_json, weights_file
@@ -52,6 +53,8 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, *, framework: Framework = "torch", verify: bool = True) -> None:
+        expect("Checkpoint: path", path, (str, PathLike), "a path")
+        expect("Checkpoint: framework", framework, str, "'torch' or 'numpy'")
         if framework not in ("torch", "numpy"):
             raise unexpected("Checkpoint: framework", "'torch' or 'numpy'", repr(framework))
         self.framework = framework

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from octavo._text import expect_patterns
+
 # Not layers that lose little, but layers that others read: the logits of an output head or a classifier are compared
 # with each other, a router's decide which expert runs.
 HEADS = tuple(form for head in ("lm_head", "classifier", "score", "qa_outputs") for form in (head, f"*.{head}"))
@@ -50,8 +52,7 @@ def choose_layers(
         head: do not leave the output head (``get_output_embeddings()``), even where it is tied to the embedding.
     """
     for name, patterns in (("include", include), ("skip", skip)):
-        if isinstance(patterns, str):
-            raise TypeError(f"{name}: expected a sequence of patterns, got a string")
+        expect_patterns(name, patterns)
     found = [(name, layer) for name, layer in model.named_modules(remove_duplicate=False) if is_linear(layer)]
     reason = _Reasons(model, include, skip, head)
     layers: dict[str, Any] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from octavo._text import expect
 from octavo.functional import find_outliers
 from octavo.options import DEFAULT, Options, options_of
 from octavo.torch.choice import choose_layers
@@ -57,6 +59,8 @@ def quantize_(
             calibrated; `model` is itself an ``nn.Linear`` (use `Int8Linear.from_linear`).
         TypeError: a weight of another dtype than float32, float16 and bfloat16.
     """
+    expect("quantize_: model", model, nn.Module, "an nn.Module")
+    expect("quantize_: head", head, bool, "a bool")
     if isinstance(model, nn.Linear):
         raise ValueError(
             "quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)"
@@ -158,6 +162,10 @@ def calibrate_(
         TypeError, ValueError: options that octavo does not have, `min_fraction` outside [0, 1], no batches, no linear
             layers, or layers that are quantized already; no `batches`, and a model without a vocabulary.
     """
+    expect("calibrate_: model", model, nn.Module, "an nn.Module")
+    expect("calibrate_: min_fraction", min_fraction, Real, "a number")
+    if batches is not None:
+        expect("calibrate_: batches", batches, Iterable, "batches")
     if any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
         raise ValueError("calibrate_: model: expected the 16/32-bit model, got one that quantize_ has converted")
     criterion = options_of("calibrate_", options, threshold=threshold, relative=relative, cap=cap)
@@ -171,7 +179,7 @@ def calibrate_(
         threshold=criterion.threshold,
         relative=criterion.relative,
         cap=criterion.cap,
-        min_fraction=min_fraction,
+        min_fraction=float(min_fraction),
         progress=progress,
     )
     for name, own in columns.items():

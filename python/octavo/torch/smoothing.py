@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from octavo._text import expect
 from octavo.torch.choice import choose_layers
 from octavo.torch.convert import run_batches
 from octavo.torch.layer import CALIBRATED
@@ -71,6 +73,12 @@ def smooth_(
         ValueError: `alpha` outside [0, 1]; no batches; nothing to be smoothed, or a pair that cannot be: the message
             says why; NaN or Inf in X or W; a parameter that would overflow its dtype.
     """
+    expect("smooth_: model", model, nn.Module, "an nn.Module")
+    expect("smooth_: batches", batches, Iterable, "batches")
+    expect("smooth_: alpha", alpha, Real, "a number")
+    if pairs is not None:
+        expect("smooth_: pairs", pairs, Mapping, "a mapping of names to names")
+    expect("smooth_: insert", insert, bool, "a bool")
     if not 0 <= alpha <= 1:
         raise ValueError(f"smooth_: alpha: expected a number in [0, 1], got {alpha}")
     if any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):

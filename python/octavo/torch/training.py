@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import _core
+from octavo._text import expect, expect_patterns
 from octavo.functional import quantize_weight
 from octavo.options import Options, options_of
 from octavo.torch.choice import choose_layers
@@ -161,10 +162,14 @@ def train_(
         ValueError: no such layers; a layer whose class has a ``forward`` of its own; "static", as nothing is kept; a
             value that octavo does not have.
     """
+    expect("train_: model", model, nn.Module, "an nn.Module")
+    if not isinstance(modules, str):
+        expect("train_: modules", modules, (list, tuple, set), "'ffn', 'ffn+attention' or a list of patterns")
+        expect_patterns("train_: modules", modules)
+    expect("train_: grad_input", grad_input, str, "'int8' or '16bit'")
+    expect("train_: decomposition", decomposition, bool, "a bool")
     if grad_input not in ("int8", "16bit"):
         raise ValueError(f"train_: grad_input: expected 'int8' or '16bit', got {grad_input!r:.99}")
-    if not isinstance(decomposition, bool):
-        raise TypeError(f"train_: decomposition: expected a bool, got {type(decomposition).__name__}")
     chosen = options_of("train_", options, **keywords)
     if chosen.outliers == "static":
         raise ValueError("train_: outliers: expected 'columns', 'rows' or 'none', got 'static'")
@@ -180,6 +185,7 @@ def train_(
 
 def untrain_(model: nn.Module) -> nn.Module:
     """Give the layers that `train_` changed their own products back, in place; returns `model`."""
+    expect("untrain_: model", model, nn.Module, "an nn.Module")
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), _Product):
             del module.forward
@@ -197,8 +203,6 @@ def _choose(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Line
             if _is_linear(layer) and _is_wanted(name.lower().split("."), modules == "ffn+attention")
         }
     else:
-        if not all(isinstance(pattern, str) for pattern in modules):
-            raise TypeError("train_: modules: expected 'ffn', 'ffn+attention' or patterns, got other things")
         found = choose_layers(model, include=modules).layers
         for name, layer in found.items():
             if not _is_linear(layer):
