@@ -43,7 +43,7 @@ std::int64_t near_size() {
 // of a rotated weight are dequantized so): afterwards what was set up before is set up again.
 class Entered {
 public:
-    Entered(const Plan& plan, std::int64_t rows) : plan_(plan), rows_(std::min(rows, plan.rows)), outer_(innermost) {
+    Entered(const Plan& plan, std::int64_t rows) : plan_(plan), rows_(std::min(rows, plan.rows)) {
         innermost = this;
         if (plan_.enter != nullptr) plan_.enter(rows_);
     }
@@ -60,7 +60,7 @@ private:
 
     const Plan& plan_;
     std::int64_t rows_;
-    const Entered* outer_;
+    const Entered* outer_ = innermost;
 };
 
 thread_local const Entered* Entered::innermost = nullptr;
@@ -75,13 +75,10 @@ public:
           plan_(x.plan()),
           cols_(whole_blocks(block.cols())),
           panels_(ceiling(block.rows(), plan_.rows)),
+          strip_(x.bytes(block.rows()) <= near_size() ? plan_.cols : cols_),
           acc_(panels_ * tile_size() * ceiling(cols_, plan_.cols)),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
-          offsets_(cols_) {
-        // As long as all of X is in the second-level cache, one tile's width of W passes at a time, read from its first
-        // byte to its last.
-        strip_ = x.bytes(block.rows()) <= near_size() ? plan_.cols : cols_;
-    }
+          offsets_(cols_) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
              const std::function<void(const SumsTile&)>& finish) const {
@@ -172,7 +169,9 @@ private:
     const Plan& plan_;
     std::int64_t cols_;
     std::int64_t panels_;
-    std::int64_t strip_ = 0;
+    // As long as all of X is in the second-level cache, one tile's width of W passes at a time, read from its first
+    // byte to its last.
+    std::int64_t strip_;
     Scratch<std::int32_t> acc_;  // tile after tile, down the rows first
     Scratch<std::int8_t> regrouped_;
     Scratch<std::int32_t> offsets_;

@@ -175,13 +175,15 @@ template <int Count>
     });
     unroll<6>([&](auto power) OCTAVO_INLINE {
         constexpr int distance = (1 << power) / width;  // of vectors
-        if constexpr (distance > 0 && distance < Count / width) {
-            unroll<Count / width / 2>([&](auto i) OCTAVO_INLINE {
-                constexpr int first = i / distance * 2 * distance + i % distance;
-                const Floats u = v[first];
-                v[first] = u + v[first + distance];
-                v[first + distance] = u - v[first + distance];
-            });
+        if constexpr (distance > 0) {
+            if constexpr (distance < Count / width) {
+                unroll<Count / width / 2>([&](auto i) OCTAVO_INLINE {
+                    constexpr int first = i / distance * 2 * distance + i % distance;
+                    const Floats u = v[first];
+                    v[first] = u + v[first + distance];
+                    v[first + distance] = u - v[first + distance];
+                });
+            }
         }
     });
     unroll<Count / width>([&](auto i) OCTAVO_INLINE {

@@ -24,15 +24,16 @@ struct Range {
 
 // One register tile of the int8 product over a slice of k, or a run of them, one below the other.
 struct ProductTile {
-    const std::int8_t* x;  // the slice of a panel of X, as Plan::place_row has laid it out; then the next panel's
-    std::int64_t rows;     // 1 to Plan::rows, or to Plan::run_rows where that is more
-    const std::int8_t*
-        w;  // the slice of the first block of 16 output features: packed, or as Plan::regroup has made it
-    std::int64_t w_stride;  // bytes from block to block
-    std::int64_t cols;      // a multiple of 16, to Plan::cols
-    std::int64_t depth;     // a multiple of 64; 64 to max_int32_depth
-    bool first;             // whether it is the first slice, which begins the sums
-    std::int32_t* acc;      // [rows, Plan::cols], cache-line aligned
+    // The slice of a panel of X, as Plan::place_row has laid it out; then the next panel's.
+    const std::int8_t* x = nullptr;
+    std::int64_t rows = 0;  // 1 to Plan::rows, or to Plan::run_rows where that is more
+    // The slice of the first block of 16 output features: packed, or as Plan::regroup has made it.
+    const std::int8_t* w = nullptr;
+    std::int64_t w_stride = 0;    // bytes from block to block
+    std::int64_t cols = 0;        // a multiple of 16, to Plan::cols
+    std::int64_t depth = 0;       // a multiple of 64; 64 to max_int32_depth
+    bool first = true;            // whether it is the first slice, which begins the sums
+    std::int32_t* acc = nullptr;  // [rows, Plan::cols], cache-line aligned
     // What will be `w`, `depth` and `w_stride` next, to be fetched meanwhile; or null.
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_depth = 0;

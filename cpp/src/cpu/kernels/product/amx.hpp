@@ -44,7 +44,7 @@ inline std::int32_t place_row(const std::int8_t* codes, std::int64_t depth, std:
 // Sums number Tile of the panel before are put away, those of this one fetched.
 template <int Tile>
 void change_sums(std::int32_t* before, std::int32_t* acc, bool first) {
-    constexpr std::int64_t place = Tile / 2 * 16 * cols + Tile % 2 * 16;
+    constexpr std::int64_t place = std::int64_t{Tile / 2} * 16 * cols + std::int64_t{Tile % 2} * 16;
     if (before != nullptr) store_tile<Tile>(before + place, acc_stride);
     if (acc == nullptr) return;
     if (first) {
