@@ -12,15 +12,6 @@
 #include "defects/defects.hpp"
 #include "octavo/error.hpp"
 
-namespace octavo::cuda {
-
-void check(cudaError_t status, const char* call) {
-    if (status == cudaSuccess) return;
-    throw Error(ErrorKind::device, std::string("CUDA: ") + call + ": " + cudaGetErrorName(status));
-}
-
-}  // namespace octavo::cuda
-
 namespace defects {
 
 std::vector<Defect>& all() {

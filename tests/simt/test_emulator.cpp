@@ -12,15 +12,6 @@ using defects::Buffer;
 using octavo::cuda::Grid;
 using octavo::cuda::launch;
 
-namespace octavo::cuda {
-
-void check(cudaError_t status, const char* call) {
-    if (status == cudaSuccess) return;
-    throw Error(ErrorKind::device, std::string("CUDA: ") + call + ": " + cudaGetErrorName(status));
-}
-
-}  // namespace octavo::cuda
-
 namespace {
 
 // --- shuffles -------------------------------------------------------------------------------------------------------
