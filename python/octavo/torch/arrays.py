@@ -97,9 +97,7 @@ class Arrays:
         """The weight as `octavo.linear` takes it; it reads the same memory."""
         return Int8Weight(
             **dict(zip(NAMES, self.tensors(), strict=True)),
-            scheme=self.options.scheme,
-            granularity=self.options.granularity,
-            rotation=self.options.rotation,
+            **self.options.of_weight,
             shape=self.shape,
         )
 

@@ -129,9 +129,7 @@ def _post_all_gather(
         codes.contiguous(),
         **parts,
         outlier_columns=own.outlier_columns,
-        scheme=own.options.scheme,
-        granularity=own.options.granularity,
-        rotation=own.options.rotation,
+        **own.options.of_weight,
         shape=(n, k),
     )
     made = Arrays.of(weight, own.options)
