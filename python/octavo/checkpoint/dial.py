@@ -110,7 +110,7 @@ def choose_options(
         for _ in range(_ROUNDS):
             ways, found = _choose(layers, effects, steering, bound, bar)
             if ways is None:
-                closest = min(closest, found)
+                closest = min(closest, max(found, kl))  # later bounds are smaller than what was asked
                 break
             with layers.run_as(ways):
                 found = judge.divergence()
