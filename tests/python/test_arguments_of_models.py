@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import octavo
 import pytest
 from octavo import checkpoint
 from test_arguments import objects
@@ -106,6 +105,8 @@ def test_any_object_for_onnx(argument: str) -> None:
     good = {"model": exported()}
     from octavo import onnx
 
+    with pytest.raises(TypeError, match=r"^quantize_model: options: expected octavo.Options, got str$"):
+        onnx.quantize_model(exported(), "absmax")  # type: ignore[arg-type]
     for value in objects().values():
         refuse("quantize_model", onnx.quantize_model, good, argument, value)
 
@@ -115,5 +116,3 @@ def test_a_string_is_no_list_of_patterns() -> None:
         octavo_torch.quantize_(model(), skip="lm_head", progress=False)
     with pytest.raises(TypeError, match=r"^skip: expected patterns that are strings, got int$"):
         octavo_torch.quantize_(model(), skip=[1], progress=False)  # type: ignore[list-item]
-    with pytest.raises(TypeError, match=r"^quantize_model: options: expected octavo.Options, got str$"):
-        octavo.onnx.quantize_model(exported(), "absmax")
