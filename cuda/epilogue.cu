@@ -218,6 +218,8 @@ __global__ void __launch_bounds__(threads, 2) epilogue_kernel(const Arguments<Y>
                 }
             }
         }
+    } else {
+        must_not_run();
     }
 }
 

@@ -79,6 +79,8 @@ __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile
         Sums<Tile> sums = {};
         sum_products<Tile, copy>(a, b, job, shared, sums);
         finish_tile<Tile>(sums, job, a.rows, b.rows, finish);
+    } else {
+        must_not_run();
     }
 }
 

@@ -38,6 +38,16 @@ constexpr int compiled_for = __CUDA_ARCH__ / 10;
 constexpr int compiled_for = 0;
 #endif
 
+// For the bodies of kernels on architectures that never launch them: ends the launch with an error, should one do so
+// after all, instead of leaving the output as it was.
+__device__ inline void must_not_run() {
+#ifdef OCTAVO_SIMT
+    simt::fail("a kernel runs on an architecture that it has no code for");
+#else
+    __trap();
+#endif
+}
+
 // What a launch is made of. `shared` is the dynamic shared memory of a block, in bytes.
 struct Grid {
     dim3 blocks;

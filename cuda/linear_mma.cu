@@ -407,6 +407,8 @@ __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile
             start_values<Tile>(sums, job, a.rows, b.rows, rest, outliers, shared, y);
         }
         finish<Tile>(y, job, a.rows, b.rows, rest, outliers, shared);
+    } else {
+        must_not_run();
     }
 }
 

@@ -8,6 +8,7 @@
 
 #include "check.hpp"
 #include "octavo/error.hpp"
+#include "operations.hpp"
 
 namespace octavo::cuda {
 namespace {
@@ -47,12 +48,12 @@ DeviceFacts read_facts(int index) {
     DeviceFacts facts;
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
     const int minor = attribute(cudaDevAttrComputeCapabilityMinor, index);
-    facts.architecture = 10 * major + minor;
-    if (facts.architecture < oldest_architecture) {
+    if (10 * major + minor < oldest_architecture) {
         throw Error(ErrorKind::device, "CUDA: expected a GPU of compute capability 7.5 or newer, got " +
                                            std::to_string(major) + "." + std::to_string(minor) + " (device " +
                                            std::to_string(index) + ")");
     }
+    facts.architecture = architecture_of_code();
     facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
     facts.shared = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     return facts;

@@ -33,11 +33,12 @@ private:
 // Facts of a device that launchers choose by; read once.
 struct DeviceFacts {
     int multiprocessors = 0;
-    int architecture = 0;    // 10 * major + minor: 90 for compute capability 9.0
+    int architecture = 0;    // of the code that it runs, 10 * major + minor: 90 for compute capability 9.0
     std::size_t shared = 0;  // bytes of shared memory that a block can have
 };
 
-// Of the current device. Throws Error (device) where its architecture is older than compute capability 7.5.
+// Of the current device. Throws Error (device) where it is older than compute capability 7.5, or there is no code for
+// it.
 const DeviceFacts& device_facts();
 
 // Does something once for each device, with that device current: what sets up a kernel, whatever thread comes first.

@@ -44,6 +44,10 @@ void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStr
 
 void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, cudaStream_t stream);
 
+// The architecture that the kernels which the current device runs were compiled for, as `compiled_for` in them: older
+// than the device's where its code was made of PTX. Throws Error (device) where there is none for the device.
+int architecture_of_code();
+
 // --- criterion.cu ---------------------------------------------------------------------------------------------------
 
 // A place in the order of magnitudes (criterion.cuh), from which on elements are outliers.

@@ -183,4 +183,10 @@ void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, 
            span_of<std::int32_t>(count), PanelTask{});
 }
 
+int architecture_of_code() {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(list_kernel)), "cudaFuncGetAttributes");
+    return attributes.ptxVersion;
+}
+
 }  // namespace octavo::cuda

@@ -435,7 +435,7 @@ __device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], cons
 
 template <class X, int tiles>
 __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<X> layer) {
-    if constexpr (!has_mma) return;
+    if constexpr (!has_mma) return must_not_run();
     using Place = Stage<tiles>;
     constexpr int rows = Place::rows;
     OCTAVO_DYNAMIC_SHARED(unsigned char, ring);

@@ -1,12 +1,12 @@
 // The functions of the CUDA runtime that cuda/ and the tests use, for the emulated GPU. Work is done when it is
 // enqueued.
 //
-// The device is OCTAVO_SIMT_ARCH (75, 80, 86, 89, 90, 100, 110 or 120; 90 by default), and there is one, or
-// OCTAVO_SIMT_DEVICES. It says that it has as many multiprocessors as such a GPU, or OCTAVO_SIMT_MULTIPROCESSORS (few
-// make launchers choose as for large inputs). Device memory ends at a page that nobody may touch (or, where its size is
-// not a multiple of 256 bytes, before bytes that are checked when it is freed); it starts as 0xFF bytes, and nobody may
-// touch it after it is freed. Capture records: nothing runs until the graph is launched, and calls that wait for the
-// device fail.
+// The device is OCTAVO_SIMT_ARCH (75, 80, 86, 89, 90, 100, 110 or 120; 90 by default), its code for that or for
+// OCTAVO_SIMT_CODE_ARCH (as if made of older PTX), and there is one, or OCTAVO_SIMT_DEVICES. It says that it has as
+// many multiprocessors as such a GPU, or OCTAVO_SIMT_MULTIPROCESSORS (few make launchers choose as for large inputs).
+// Device memory ends at a page that nobody may touch (or, where its size is not a multiple of 256 bytes, before bytes
+// that are checked when it is freed); it starts as 0xFF bytes, and nobody may touch it after it is freed. Capture
+// records: nothing runs until the graph is launched, and calls that wait for the device fail.
 #include "runtime.hpp"
 
 #include <cuda_runtime_api.h>
@@ -440,6 +440,16 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
         return simt::result(cudaErrorInvalidValue);
     }
     simt::allow_dynamic_shared(kernel, static_cast<std::size_t>(value));
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+    SIMT_LOCKED;
+    if (simt::architecture().number == simt::without_code) return simt::result(cudaErrorNoKernelImageForDevice);
+    *attributes = {};
+    attributes->sharedSizeBytes = simt::static_shared(kernel);
+    attributes->maxThreadsPerBlock = 1024;
+    attributes->binaryVersion = simt::architecture().number;
+    attributes->ptxVersion = simt::number_from_environment("OCTAVO_SIMT_CODE_ARCH", simt::architecture().number);
     return cudaSuccess;
 }
 // As many blocks as threads and dynamic shared memory allow: registers are unknown here.
