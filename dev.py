@@ -31,6 +31,7 @@ import time
 import venv
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -383,7 +384,8 @@ def command(args: argparse.Namespace, rest: Sequence[str]) -> None:
 
 # --- doing steps ------------------------------------------------------------------------------------------------------
 
-LOCAL = threading.local()  # .log: where the step of this thread prints, unless on the screen
+# .log: where the step of this thread prints, unless on the screen; .processor_seconds: what its commands have taken
+LOCAL = threading.local()
 INSTALLING = threading.Lock()
 PRINTING = threading.Lock()
 STARTED: set[subprocess.Popen[bytes]] = set()
@@ -417,6 +419,7 @@ def perform_one(step: Step) -> None:
     path = BUILD / "log" / f"{step.name.replace(' ', '-').replace(',', '')}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    LOCAL.processor_seconds = 0.0
     result = "failed"
     try:
         with path.open("wb") as LOCAL.log:
@@ -424,11 +427,9 @@ def perform_one(step: Step) -> None:
         result = "done"
     finally:
         text = path.read_text(encoding="utf-8", errors="replace").rstrip()
+        spent = f"{time.monotonic() - started:.0f} s, {LOCAL.processor_seconds:.0f} s of processors"
         with PRINTING:
-            print(
-                f"\n=== {step.name}\n{text}\n=== {step.name}: {result} in {time.monotonic() - started:.0f} s",
-                flush=True,
-            )
+            print(f"\n=== {step.name}\n{text}\n=== {step.name}: {result} in {spent}", flush=True)
 
 
 def stop() -> None:
@@ -436,7 +437,7 @@ def stop() -> None:
     with STARTING:
         STOPPED.set()
         for process in STARTED:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -458,11 +459,13 @@ def run(*words: str | Path, **variables: str | None) -> None:
             raise subprocess.CalledProcessError(-signal.SIGKILL, command)
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
         STARTED.add(process)
-    status = process.wait()
+    _, status, usage = os.wait4(process.pid, 0)
     with STARTING:
         STARTED.discard(process)
-    if status != 0:
-        raise subprocess.CalledProcessError(status, command)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    LOCAL.processor_seconds = getattr(LOCAL, "processor_seconds", 0.0) + usage.ru_utime + usage.ru_stime
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def say(line: str) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from octavo._text import unexpected
-from octavo.checkpoint.layers import Patterns, choose
-from octavo.checkpoint.reader import Checkpoint
-from octavo.checkpoint.running import Running, modules_of
+from octavo.checkpoint.layers import Patterns
+from octavo.checkpoint.running import Running
 
 
 def calibrate(
@@ -49,27 +48,12 @@ def calibrate(
         RuntimeError: PyTorch, transformers or accelerate is missing.
         OSError, ValueError: files that cannot be read, a model that transformers does not know, no text, no layers.
     """
-    source = Checkpoint(model, framework="numpy")
-    stored = choose(source, include, skip, function="calibrate").int8
-    running = Running(model, source, trust_remote_code)
+    running = Running(model, include, skip, trust_remote_code, "calibrate")
     from octavo.torch.convert import random_tokens, systematic_columns
 
     inputs = random_tokens(running.config) if text is None else running.batches(text)[:batches]
     with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
-        loaded = running.load(progress, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
-        layers = modules_of(loaded, stored)
-        if not layers:
-            linear = f"linear layers that transformers names as the checkpoint does ({running.config.model_type})"
-            raise unexpected(model, linear, "none")
-        found = systematic_columns(
-            loaded,
-            layers,
-            inputs,
-            threshold=threshold,
-            relative=relative,
-            cap=cap,
-            min_fraction=min_fraction,
-            progress=progress,
-            function="calibrate",
-        )
+        loaded, layers = running.load(progress, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
+        criterion: Any = {"threshold": threshold, "relative": relative, "cap": cap, "min_fraction": min_fraction}
+        found = systematic_columns(loaded, layers, inputs, **criterion, progress=progress, function="calibrate")
     return {name: own.tolist() for name, own in found.items()}

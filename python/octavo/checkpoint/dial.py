@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 import octavo
 from octavo._text import unexpected
-from octavo.checkpoint.layers import Patterns, choose
-from octavo.checkpoint.reader import Checkpoint
-from octavo.checkpoint.running import Running, modules_of
+from octavo.checkpoint.layers import Patterns
+from octavo.checkpoint.running import Running
 from octavo.options import Options
 
 TEXT = Path(__file__).with_name("text.txt")  # of the public domain: from Jefferson to Wells
@@ -92,17 +91,16 @@ def choose_options(
     """
     if not 0 < kl < float("inf"):
         raise unexpected("quantize: kl", "a number above 0", kl)
-    source = Checkpoint(model, framework="numpy")
-    stored = choose(source, include, skip).int8
-    running = Running(model, source, trust_remote_code)
+    running = Running(model, include, skip, trust_remote_code, "quantize")
     sequences = running.batches(TEXT if text is None else text, 1)[: 3 * _SEQUENCES]
     if len(sequences) < 3:
         raise unexpected(str(text), "text of more than 512 tokens", "less")
     third = len(sequences) // 3
     import torch
 
-    loaded = running.load(progress, dtype=torch.float32).eval().requires_grad_(False)
-    layers = _Layers(modules_of(loaded, stored))
+    loaded, modules = running.load(progress, dtype=torch.float32)
+    loaded.eval().requires_grad_(False)
+    layers = _Layers(modules)
     with tqdm(total=third + _ROUNDS * (_ATTEMPTS + 1), desc="choose", disable=not progress) as bar:
         effects = layers.effects(loaded, sequences[:third], bar)
         steering, judge = _Judge(loaded, sequences[third : 2 * third]), _Judge(loaded, sequences[2 * third :])
@@ -121,7 +119,7 @@ def choose_options(
             bound *= 0.95 * kl / found
     if ways is None or closest > kl:
         raise unexpected("quantize: kl", "a bound that was reached", f"{kl:g}: the closest is {closest:.3g}")
-    options: dict[str, Options | None] = {name.removesuffix(".weight"): None for name in stored}
+    options: dict[str, Options | None] = {name.removesuffix(".weight"): None for name in running.stored}
     options |= {name: WAYS[ways[layers.first[name]]][0] for name in layers.first}
     return Choice(options, found, kl, judge.tokens)
 

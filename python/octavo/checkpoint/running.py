@@ -1,13 +1,14 @@
-"""The model of a checkpoint, run by Transformers: its class, its tokens, and the modules behind its weights."""
+"""A checkpoint's model and its linear layers, run by Transformers, and text for it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from octavo._text import unexpected
+from octavo.checkpoint.layers import Patterns, choose
 from octavo.checkpoint.meta_model import names_in_model
 from octavo.checkpoint.reader import Checkpoint
 
@@ -19,15 +20,24 @@ class Running:
 
     Args:
         model: its folder, with weights, config and tokenizer.
-        source: the same, opened.
+        include, skip: patterns of the layers that are asked about, see `octavo.checkpoint.layers`.
         trust_remote_code: run the code that the folder brings, where Transformers has not the model itself.
+        function: whose arguments these are, for its errors.
+
+    Attributes:
+        config: the model's.
+        stored: the weights of those layers, by the names that they have in the checkpoint.
 
     Raises:
         RuntimeError: PyTorch, transformers or accelerate is missing.
-        OSError, ValueError: files that cannot be read, or a model that transformers does not know.
+        OSError, ValueError: files that cannot be read, a model that transformers does not know, no layers.
     """
 
-    def __init__(self, model: str | Path, source: Checkpoint, trust_remote_code: bool) -> None:
+    def __init__(
+        self, model: str | Path, include: Patterns, skip: Patterns, trust_remote_code: bool, function: str
+    ) -> None:
+        source = Checkpoint(model, framework="numpy")
+        self.stored = list(choose(source, include, skip, function=function).int8)
         try:
             import accelerate  # noqa: F401 - transformers needs it, and says so late
             import transformers
@@ -48,10 +58,21 @@ class Running:
         if self._class is None:
             raise unexpected(model, "an architecture of transformers in config.json", name)
 
-    def load(self, progress: bool, **how: Any) -> Any:
-        """``from_pretrained`` with arguments of its own."""
+    def load(self, progress: bool, **how: Any) -> tuple[Any, dict[str, Any]]:
+        """The model, from ``from_pretrained`` with arguments of its own, and its layers by the checkpoint's names."""
         with _progress_bars(progress):
-            return self._class.from_pretrained(self.model, **how, **self._trust)
+            model = self._class.from_pretrained(self.model, **how, **self._trust)
+        name_in_model, modules = names_in_model(model), dict(model.named_modules(remove_duplicate=False))
+        layers = {}
+        for name in self.stored:
+            own, operations = name_in_model(name)
+            layer = modules.get(own.removesuffix(".weight"))
+            if operations is None and layer is not None:
+                layers[name.removesuffix(".weight")] = layer
+        if not layers:
+            linear = f"linear layers that transformers names as the checkpoint does ({self.config.model_type})"
+            raise unexpected(self.model, linear, "none")
+        return model, layers
 
     def batches(self, text: str | Path, sequences: int = 4) -> list[dict[str, Any]]:
         """The model's arguments for a file of text: some sequences of 256 tokens at a time; a shorter one alone.
@@ -75,18 +96,6 @@ class Running:
         ids = [each for each in (*ids, torch.tensor(tokens[whole:], dtype=torch.int64)[None]) if each.numel()]
         names = ("input_ids", "decoder_input_ids") if self.config.is_encoder_decoder else ("input_ids",)
         return [dict.fromkeys(names, own) for own in ids]
-
-
-def modules_of(model: Any, stored: Iterable[str]) -> dict[str, Any]:
-    """The modules that hold the weights `stored`, by the names that these layers have in the checkpoint."""
-    name_in_model = names_in_model(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = {name: name_in_model(name) for name in stored}
-    return {
-        name.removesuffix(".weight"): modules[own.removesuffix(".weight")]
-        for name, (own, operations) in found.items()
-        if operations is None and own.removesuffix(".weight") in modules
-    }
 
 
 @contextmanager
