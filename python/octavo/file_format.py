@@ -124,7 +124,7 @@ def find_weights(dtypes: Mapping[str, str]) -> dict[str, StoredWeight]:
         else:
             theirs_or = "" if leaf == CODES else f" (octavo), or {base}.SCB (bitsandbytes),"
             needs = f"{base}.{SCALE} and {base}.{OPTIONS if leaf == CODES else '_extra_state'}{theirs_or}"
-            raise unexpected(shown(name), f"{shown(needs, 400)} beside int8 codes", "none")
+            raise unexpected(shown(name), f"{shown(needs, 400)} with int8 codes", "none")
     return found
 
 

@@ -167,5 +167,5 @@ def options_of(function: str, options: Options | None = None, **keywords: Any) -
         raise TypeError(f"{function}: options: expected octavo.Options, got {type(options).__name__}")
     given = [name for name, value in keywords.items() if value is not DEFAULT]
     if given:
-        raise TypeError(f"{function}: options: expected none beside single options, got both it and {', '.join(given)}")
+        raise TypeError(f"{function}: options: expected these or single ones, got both: also {', '.join(given)}")
     return options

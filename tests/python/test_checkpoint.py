@@ -724,7 +724,7 @@ def test_an_index_that_does_not_fit(tmp_path: Path) -> None:
             '{"weight_map": {"gone.weight": "other.safetensors"}}',
             r"other\.safetensors: gone\.weight: expected the shard",
         ),
-        ('{"weight_map": {"gone.weight": "../m/model.safetensors"}}', "expected names of files beside it"),
+        ('{"weight_map": {"gone.weight": "../m/model.safetensors"}}', "expected names of files in the same folder"),
         ('{"weight_map": {"gone.weight": 3}}', "expected an index with a weight_map"),
         ("{}", "expected an index with a weight_map"),
         ("[" * 100_000, "expected JSON"),
@@ -777,4 +777,4 @@ def test_options(tmp_path: Path) -> None:
     ):
         refuse(model, match, **options)
     refuse(model, "skip: expected a sequence", TypeError, skip="*.fc")
-    refuse(model, "options: expected none beside single options", TypeError, options=Options(), threshold=3)
+    refuse(model, "options: expected these or single ones", TypeError, options=Options(), threshold=3)

@@ -82,9 +82,9 @@ def test_functions_take_options_or_keywords(outliers: Any) -> None:
     expected = octavo.linear(X, weight, outliers=outliers, threshold=5, path="int8")
     np.testing.assert_array_equal(octavo.linear(X, weight, options=options), expected)
 
-    with pytest.raises(TypeError, match=r"^linear: options: expected none beside single options, .* threshold$"):
+    with pytest.raises(TypeError, match=r"^linear: options: expected these or single ones, .* threshold$"):
         octavo.linear(X, weight, threshold=6.0, options=options)
-    with pytest.raises(TypeError, match=r"^quantize_weight: options: expected none beside .* scheme$"):
+    with pytest.raises(TypeError, match=r"^quantize_weight: options: expected these or single ones, .* scheme$"):
         octavo.quantize_weight(W, scheme="absmax", options=options)
     for wrong in ({}, "absmax", octavo.Options):
         with pytest.raises(TypeError, match=r"^linear: options: expected octavo.Options, got "):

@@ -58,7 +58,7 @@ def read_index(index: Path) -> dict[str, Path]:
         raise unexpected(index, "an index with a weight_map", "a file without")
     for tensor, file in weight_map.items():
         if Path(file).name != file or len(file) > 255:  # no file's name is longer
-            raise unexpected(index, "names of files beside it", repr(file))
+            raise unexpected(index, "names of files in the same folder", repr(file))
         if not (index.parent / file).exists():
             where = f"{index.parent / file}: {shown(tensor)}"
             raise unexpected(where, f"the shard that {index.name} names", "none", FileNotFoundError)
