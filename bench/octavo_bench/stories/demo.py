@@ -40,9 +40,12 @@ class Demo:
     tokens: int = 24  # of an answer; 0: no questions are asked
 
 
+SETTINGS = {"full": Demo(), "small": Demo(24, 8, 1, (4,), 0.5, 8)}
+
+
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
     """`octavo demo`."""
-    return run(Demo(), args.output, facts, progress)
+    return run(SETTINGS[args.setting], args.output, facts, progress)
 
 
 def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
