@@ -290,11 +290,12 @@ CHECKS = [
     Step("lint and types", lint, ("formatting", "test packages")),
     Step("stubs", stubs, ("lint and types", "octavo")),
 ]
+# Those that others wait for come first, then what takes longest.
 MORE_TESTS = [
-    Step("emulated GPU", emulated_gpu, ("sanitizers",)),
     Step("sanitizers", sanitized),
-    Step("Transformers and others", integration),
+    Step("emulated GPU", emulated_gpu, ("sanitizers",)),
     Step("emulated GPU, sanitized", emulated_gpu_sanitized, ("emulated GPU",)),
+    Step("Transformers and others", integration),
     Step("emulated Arm", arm),
 ]
 MORE_CHECKS = [
@@ -305,15 +306,15 @@ LABORATORY = [
     Step("laboratory", laboratory, ("test packages",)),
     Step("laboratory tests", laboratory_tests, ("laboratory",)),
 ]
-DEMO = Step("demo", demo, ("laboratory",))
+DEMO = Step("demo", partial(demo, "--setting", "small", "--output", str(BUILD / "demo")), ("laboratory",))
 EVIDENCE = Step("evidence", evidence, ("laboratory",))
 DOCS = Step("docs", docs, ("laboratory",))
 WHEEL = Step("wheel", wheel)
 # The cheapest first: whatever fails there is known in minutes.
 STAGES = [
     [Step("system packages", system_packages), *TESTS, *CHECKS],
-    [*MORE_TESTS, replace(MORE_CHECKS[0], do=partial(cuda_wheel, CI_ARCHITECTURES)), MORE_CHECKS[1]],
-    [*LABORATORY, EVIDENCE, DEMO, DOCS, WHEEL],
+    [replace(MORE_CHECKS[0], do=partial(cuda_wheel, CI_ARCHITECTURES)), *MORE_TESTS, MORE_CHECKS[1]],
+    [*LABORATORY, WHEEL, EVIDENCE, DEMO, DOCS],
 ]
 
 

@@ -158,7 +158,7 @@ def step(parser: argparse.ArgumentParser) -> Run:
 
 
 def evidence(parser: argparse.ArgumentParser) -> Run:
-    """Make the paper's tables of that model and of MiniLM."""
+    """Make the paper's tables of that model and, in full, of three real ones."""
     _setting(parser)
     parser.add_argument("--lm", type=Path, default=Path("build/lm"), metavar="DIR", help="what train wrote")
     _output(parser, Path("build/evidence"))

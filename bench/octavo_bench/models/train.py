@@ -49,7 +49,7 @@ class Setting:
 
 SETTINGS = {
     "full": Setting(40_000_000, 2048, 5, 256, 8, 256, 16, 1200, 4e-3, 200),
-    "small": Setting(4_000_000, 1024, 3, 128, 4, 128, 16, 400, 4e-3, 50),
+    "small": Setting(4_000_000, 1024, 3, 128, 4, 128, 16, 250, 4e-3, 50),
 }
 SEED = 0
 KEEP_EVERY = 50  # steps: training that is ended goes on from there

@@ -43,7 +43,7 @@ class Setting:
 
 SETTINGS = {
     "full": Setting(100, 40, 200, 8.0, ("smollm2", "mpnet", "minilm")),
-    "small": Setting(30, 10, 50, 2.0, (), draws=2),  # `octavo demo` is of MiniLM
+    "small": Setting(12, 5, 20, 0.5, (), calibration_windows=8, draws=1),  # `octavo demo` is of MiniLM
 }
 
 
