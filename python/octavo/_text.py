@@ -21,6 +21,14 @@ def expect(where: str, value: object, kinds: type | tuple[type, ...], expected: 
         raise unexpected(where, expected, type(value).__name__, TypeError)
 
 
+def expect_choice(where: str, value: object, choices: Sequence[object]) -> None:
+    """Raise a TypeError for a value that is no string, a ValueError for one that is none of `choices`."""
+    expected = " or ".join(map(repr, choices))
+    expect(where, value, str, expected)
+    if value not in choices:
+        raise unexpected(where, expected, repr(value))
+
+
 def expect_patterns(where: str, value: object) -> None:
     """Raise a TypeError where `value` is neither None nor a collection of patterns; a string is none of them."""
     if value is None:

@@ -15,6 +15,7 @@ import platform
 from typing import Any, Literal, NamedTuple
 
 from octavo import _core
+from octavo._text import expect
 from octavo._types import (
     Array,
     Columns,
@@ -154,8 +155,7 @@ def quantize_weight(
 
 def _requantize(weight: Array, options: Options, kept: Any, out: Int8Weight) -> Int8Weight:
     """Quantize into the arrays of `out`."""
-    if not isinstance(out, Int8Weight):
-        raise TypeError(f"quantize_weight: out: expected an Int8Weight, got {type(out).__name__}")
+    expect("quantize_weight: out", out, Int8Weight, "an Int8Weight")
     expected = (tuple(weight.shape), options.scheme, options.granularity, options.rotation)
     if (out.shape, out.scheme, out.granularity, out.rotation) != expected:
         raise ValueError("quantize_weight: out: expected {}, {}, {}, rotation {}, got {!r}".format(*expected, out))
@@ -175,8 +175,7 @@ def dequantize(q: Quantized | Int8Weight, *, dtype: Any = None) -> Array:
     Returns:
         An array of the shape of what was quantized. Where a scale is NaN, NaN.
     """
-    if not isinstance(q, (Quantized, Int8Weight)):
-        raise TypeError(f"dequantize: q: expected Quantized or Int8Weight, got {type(q).__name__}")
+    expect("dequantize: q", q, (Quantized, Int8Weight), "Quantized or Int8Weight")
     k = q.k if isinstance(q, Quantized) else q.shape[1]
     return _core.dequantize(q.codes, q.scale, q.zeropoint, q.rotation, k, dtype_name(dtype))
 

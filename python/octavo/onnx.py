@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import octavo
-from octavo._text import expect, expect_patterns
+from octavo._text import expect, expect_patterns, matches
 from octavo.options import Options
 
 __all__ = ["library_path", "quantize_model", "session_options"]
@@ -95,7 +94,7 @@ def quantize_model(
     graph = _Graph(model.graph)
     for node in list(model.graph.node):
         found = graph.product(node)
-        if found is None or any(fnmatchcase(name, pattern) for name in found.names for pattern in skip):
+        if found is None or any(matches(name, skip) for name in found.names):
             continue
         kept = next((columns.pop(name) for name in found.names if name in columns), None)
         graph.replace(found, options, kept)

@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from octavo import _core
+from octavo._text import expect
 from octavo._types import Granularity, Outliers, ProductPath, Scheme
 
 WEIGHT_OPTIONS = ("scheme", "granularity", "rotation")  # those that a weight is made with
@@ -137,8 +138,7 @@ def recipe(name: str) -> Options:
         TypeError: `name` is no string.
         ValueError: no recipe has that name.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"recipe: name: expected a string, got {type(name).__name__}")
+    expect("recipe: name", name, str, "a string")
     if name not in _RECIPES:
         raise ValueError(f"recipe: name: expected one of {', '.join(map(repr, _RECIPES))}, got {name!r}")
     return _RECIPES[name]
@@ -163,8 +163,7 @@ def options_of(function: str, options: Options | None = None, **keywords: Any) -
             return _single(function, **keywords)
         except TypeError:  # a wrong value, or one that cannot be remembered
             return _single.__wrapped__(function, **keywords)
-    if not isinstance(options, Options):
-        raise TypeError(f"{function}: options: expected octavo.Options, got {type(options).__name__}")
+    expect(f"{function}: options", options, Options, "octavo.Options")
     given = [name for name, value in keywords.items() if value is not DEFAULT]
     if given:
         raise TypeError(f"{function}: options: expected these or single ones, got both: also {', '.join(given)}")

@@ -7,6 +7,7 @@ from operator import index
 from typing import Any
 
 from octavo import _core
+from octavo._text import expect
 from octavo._types import Array, Granularity, Scheme, dtype_name, rotated_size
 from octavo.options import WEIGHT_OPTIONS, options_of
 
@@ -73,8 +74,7 @@ class Int8Weight:
         pack: bool = True,
     ) -> None:
         options = options_of("Int8Weight", scheme=scheme, granularity=granularity, rotation=rotation)
-        if not isinstance(pack, bool):
-            raise TypeError(f"Int8Weight: pack: expected a bool, got {type(pack).__name__}")
+        expect("Int8Weight: pack", pack, bool, "a bool")
         if shape is not None:
             shape = _extents(shape)
 

@@ -20,13 +20,13 @@ from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, get_args
 
 from tqdm import tqdm
 
 import octavo
 from octavo import file_format as names
-from octavo._text import expect, unexpected
+from octavo._text import expect, expect_choice, unexpected
 from octavo.checkpoint.files import Shard, check_unchanged, explained, identity, open_shard, opened
 from octavo.checkpoint.folder import JOB, companions
 from octavo.checkpoint.layers import Chosen, choose, keep_in_16_bit
@@ -119,9 +119,7 @@ def quantize(
         expect(f"quantize: {name}", mapping, (Mapping, NoneType), "a mapping")
     for name, count in (("jobs", jobs), ("memory", memory)):
         expect(f"quantize: {name}", count, (Integral, NoneType), "a whole number")
-    expect("quantize: format", format, str, "'octavo' or 'bitsandbytes'")
-    if format not in ("octavo", "bitsandbytes"):
-        raise unexpected("quantize: format", "'octavo' or 'bitsandbytes'", repr(format))
+    expect_choice("quantize: format", format, get_args(Format))
     if wrong := misfit(options, format, outlier_columns is not None):
         raise ValueError(f"quantize: {wrong}")
     jobs = min(8, octavo.get_num_threads()) if jobs is None else jobs

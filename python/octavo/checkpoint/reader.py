@@ -8,12 +8,12 @@ import zlib
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from octavo import file_format as names
-from octavo._text import expect, shown, unexpected
+from octavo._text import expect, expect_choice, shown, unexpected
 from octavo._types import Array
 from octavo.checkpoint.files import DTYPES, Entry, Shard, check_unchanged, identity, open_shard, opened
 from octavo.checkpoint.folder import MERGE, read_index, read_json, weights_file
@@ -54,9 +54,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, *, framework: Framework = "torch", verify: bool = True) -> None:
         expect("Checkpoint: path", path, (str, PathLike), "a path")
-        expect("Checkpoint: framework", framework, str, "'torch' or 'numpy'")
-        if framework not in ("torch", "numpy"):
-            raise unexpected("Checkpoint: framework", "'torch' or 'numpy'", repr(framework))
+        expect_choice("Checkpoint: framework", framework, get_args(Framework))
         self.framework = framework
         self._compare = verify
         weights = weights_file(Path(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octavo._text import expect_patterns
+from octavo._text import expect_patterns, matches
 
 # Not layers that lose little, but layers that others read: the logits of an output head or a classifier are compared
 # with each other, a router's decide which expert runs.
@@ -122,19 +121,15 @@ class _Reasons:
         return self._by_name(name, layer, weight)
 
     def _by_name(self, name: str, layer: Any, weight: Tensor) -> str:
-        if self._skip is not None and _matches(name, self._skip):
+        if self._skip is not None and matches(name, self._skip):
             return "skipped"
         if self._include is not None:
-            return "" if _matches(name, self._include) else "not included"
+            return "" if matches(name, self._include) else "not included"
         if self._skip is not None:
             return ""
-        if layer is self._head or _matches(name, HEADS):
+        if layer is self._head or matches(name, HEADS):
             return "" if layer is self._chosen_head else "it is the output head"
-        return "it is a router" if _matches(name, ROUTERS) else ""
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return "it is a router" if matches(name, ROUTERS) else ""
 
 
 def _quietly(head: Callable[[], Any]) -> Any:

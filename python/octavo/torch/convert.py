@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from octavo._text import expect
@@ -162,12 +163,8 @@ def calibrate_(
         TypeError, ValueError: options that octavo does not have, `min_fraction` outside [0, 1], no batches, no linear
             layers, or layers that are quantized already; no `batches`, and a model without a vocabulary.
     """
-    expect("calibrate_: model", model, nn.Module, "an nn.Module")
     expect("calibrate_: min_fraction", min_fraction, Real, "a number")
-    if batches is not None:
-        expect("calibrate_: batches", batches, Iterable, "batches")
-    if any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
-        raise ValueError("calibrate_: model: expected the 16/32-bit model, got one that quantize_ has converted")
+    expect_runnable("calibrate_", model, () if batches is None else batches)
     criterion = options_of("calibrate_", options, threshold=threshold, relative=relative, cap=cap)
     layers = choose_layers(model, skip=skip).layers
     if batches is None:
@@ -239,12 +236,8 @@ def systematic_columns(
         positions[module] = positions.get(module, 0) + len(magnitudes)
 
     modules = {id(layer): layer for layer in layers.values()}.values()
-    handles = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in modules]
-    try:
-        run_batches(model, batches, doing="calibrate", progress=progress)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in modules]
+    run_batches(model, batches, hooks, doing="calibrate", progress=progress)
     if not counts:
         raise ValueError(f"{function}: batches: expected at least one that reaches a linear layer, got none")
 
@@ -260,8 +253,18 @@ def systematic_columns(
     return columns
 
 
-def run_batches(model: nn.Module, batches: Iterable[Any], *, doing: str, progress: bool) -> None:
-    """Run each batch in eval mode without autograd; the modules' modes are left as they were.
+def expect_runnable(function: str, model: object, batches: object) -> None:
+    """Raise TypeError or ValueError, naming it, for what is no 16/32-bit model, and for what are no batches."""
+    expect(f"{function}: model", model, nn.Module, "an nn.Module")
+    expect(f"{function}: batches", batches, Iterable, "batches")
+    if any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):  # type: ignore[attr-defined]
+        raise ValueError(f"{function}: model: expected the 16/32-bit model, got one that quantize_ has converted")
+
+
+def run_batches(
+    model: nn.Module, batches: Iterable[Any], hooks: Iterable[RemovableHandle], *, doing: str, progress: bool
+) -> None:
+    """Run each batch in eval mode without autograd; the modules' modes are left as they were, `hooks` are removed.
 
     A tensor is given as ``model(batch)``, a tuple or list as ``model(*batch)``, a mapping as ``model(**batch)``.
     """
@@ -277,6 +280,8 @@ def run_batches(model: nn.Module, batches: Iterable[Any], *, doing: str, progres
                 else:
                     model(batch)
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, training in was_training.items():
             module.training = training
 

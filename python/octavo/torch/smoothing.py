@@ -9,8 +9,10 @@ and a use that the batches do not show is none that they were calibrated for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -21,9 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from octavo._text import expect
 from octavo.torch.choice import choose_layers
-from octavo.torch.convert import run_batches
+from octavo.torch.convert import expect_runnable, run_batches
 from octavo.torch.layer import CALIBRATED
-from octavo.torch.tensor import Int8Tensor
 
 _PROBED = 4  # rows of a normalization's input that its formula is recognized on
 _LISTED = 3  # reasons that an error gives
@@ -73,16 +74,13 @@ def smooth_(
         ValueError: `alpha` outside [0, 1]; no batches; nothing to be smoothed, or a pair that cannot be: the message
             says why; NaN or Inf in X or W; a parameter that would overflow its dtype.
     """
-    expect("smooth_: model", model, nn.Module, "an nn.Module")
-    expect("smooth_: batches", batches, Iterable, "batches")
+    expect_runnable("smooth_", model, batches)
     expect("smooth_: alpha", alpha, Real, "a number")
     if pairs is not None:
         expect("smooth_: pairs", pairs, Mapping, "a mapping of names to names")
     expect("smooth_: insert", insert, bool, "a bool")
     if not 0 <= alpha <= 1:
         raise ValueError(f"smooth_: alpha: expected a number in [0, 1], got {alpha}")
-    if any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
-        raise ValueError("smooth_: model: expected the 16/32-bit model, got one that quantize_ has converted")
     layers = choose_layers(model, skip=skip).layers
     if not layers:
         raise ValueError("smooth_: model: expected linear layers, got none")
@@ -259,7 +257,6 @@ def _watch(
     for name, module in layers.items():
         known.setdefault(id(module), _Layer(name, module))
     norms = _named_norms(model, pairs) if pairs is not None else _all_norms(model)
-    handles = []
 
     def leave_norm(norm: _Norm) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -289,18 +286,13 @@ def _watch(
     def leave_layer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         uses.layer -= 1
 
-    try:
-        for norm in norms:
-            handles.append(norm.module.register_forward_hook(leave_norm(norm)))
-        for layer in known.values():
-            handles.append(layer.module.register_forward_pre_hook(enter_layer(layer), with_kwargs=True))
-            handles.append(layer.module.register_forward_hook(leave_layer))
-        handles.append(model.register_forward_hook(lambda module, args, output: uses.end_of_batch(output)))
-        with uses:
-            run_batches(model, batches, doing="smooth", progress=progress)
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [norm.module.register_forward_hook(leave_norm(norm)) for norm in norms]
+    for layer in known.values():
+        hooks.append(layer.module.register_forward_pre_hook(enter_layer(layer), with_kwargs=True))
+        hooks.append(layer.module.register_forward_hook(leave_layer))
+    hooks.append(model.register_forward_hook(lambda module, args, output: uses.end_of_batch(output)))
+    with uses:
+        run_batches(model, batches, hooks, doing="smooth", progress=progress)
     if not any(layer.inputs for layer in known.values()):
         raise ValueError("smooth_: batches: expected at least one that reaches a linear layer, got none")
     return norms
@@ -349,11 +341,8 @@ def _check_pairs(pairs: Mapping[str, Sequence[str]], seen: Sequence[_Norm], reas
 
 def _shared_parameters(model: nn.Module) -> set[int]:
     """The parameters that more than one module holds."""
-    counted: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in {id(parameter) for parameter in module.parameters(recurse=False)}:
-            counted[parameter] = counted.get(parameter, 0) + 1
-    return {parameter for parameter, count in counted.items() if count > 1}
+    held = [{id(parameter) for parameter in module.parameters(recurse=False)} for module in model.modules()]
+    return {parameter for parameter, count in Counter(chain.from_iterable(held)).items() if count > 1}
 
 
 # --- the change -------------------------------------------------------------------------------------------------------

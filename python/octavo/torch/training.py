@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import _core
-from octavo._text import expect, expect_patterns
+from octavo._text import expect, expect_choice, expect_patterns
 from octavo.functional import quantize_weight
 from octavo.options import Options, options_of
 from octavo.torch.choice import choose_layers
@@ -166,10 +166,8 @@ def train_(
     if not isinstance(modules, str):
         expect("train_: modules", modules, (list, tuple, set), "'ffn', 'ffn+attention' or a list of patterns")
         expect_patterns("train_: modules", modules)
-    expect("train_: grad_input", grad_input, str, "'int8' or '16bit'")
+    expect_choice("train_: grad_input", grad_input, ("int8", "16bit"))
     expect("train_: decomposition", decomposition, bool, "a bool")
-    if grad_input not in ("int8", "16bit"):
-        raise ValueError(f"train_: grad_input: expected 'int8' or '16bit', got {grad_input!r:.99}")
     chosen = options_of("train_", options, **keywords)
     if chosen.outliers == "static":
         raise ValueError("train_: outliers: expected 'columns', 'rows' or 'none', got 'static'")
