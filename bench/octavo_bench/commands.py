@@ -122,6 +122,11 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     text = "read so many MiB for each thread before each call, which empties the caches"
     add("--cold", type=positive, metavar="MIB", help=text)
+    add(
+        "--graph",
+        action="store_true",
+        help="with --device cuda: replays of CUDA graphs, in which the host does nothing",
+    )
     text = "of timing for each shape and number of tokens, all together; default: %(default)g"
     add("--seconds", type=number, default=1.0, metavar="S", help=text)
     add(

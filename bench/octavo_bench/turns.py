@@ -47,6 +47,14 @@ def on_the_gpu(call: Call) -> float:
     return float(begin.elapsed_time(end))
 
 
+def captured(call: Call) -> Call:
+    """A CUDA graph of what `call`, which has been called before, enqueues: the host then has one launch to make."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 class Evict:
     """Reads a buffer before each call, so that what the caches held is gone; for the `before` of `take_turns`.
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import FixedFacts
 from octavo import cli
-from octavo_bench import commands
+from octavo_bench import commands, turns
 from octavo_bench.layers import bench, contenders, contest, overhead
 from octavo_bench.layers.contest import OCTAVO, Case, Contender
 from octavo_bench.progress import Progress
@@ -171,6 +171,26 @@ def test_paths_and_other_options_are_checked_and_timed() -> None:
     assert [row[:4] for row in table.rows[3:6]] == [["64 x 256", 1, 1, 0], ["64 x 256", 1, 1, 3], ["64 x 256", 1, 5, 0]]
     assert 0 < table.rows[3][-2] < 100
     assert table.rows[3][-1] > 0
+
+
+def test_graphs_are_what_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    replayed: list[int] = []
+
+    def captured(call: turns.Call) -> turns.Call:
+        if call().shape[0] == 5:
+            raise RuntimeError("cannot be captured")
+        return lambda: replayed.append(1)
+
+    monkeypatch.setattr(turns, "captured", captured)
+    groups = bench.plan(on_the_gpu("--shapes", "64,32", "--rows", "1", "5", "--outliers", "0"))
+    measured(groups, "--graph")
+    first, second = groups[0].cases
+    assert len(replayed) == 3 * len(first.times)
+    assert {*contenders.PATHS.values(), "torch float16"} <= set(first.times)
+    assert not second.times
+    assert second.left_out["torch float16"] == "RuntimeError: cannot be captured"
+    assert run("--graph") == 1
+    assert "--graph: expected --device cuda, got cpu" in capsys.readouterr().err
 
 
 def of_variants() -> dict[str, dict[str, Contender]]:

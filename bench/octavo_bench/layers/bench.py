@@ -6,7 +6,8 @@ says so. Only octavo and bitsandbytes with its threshold keep outlier columns in
 
 As the contenders take turns, each finds in the caches what the weights of the others have left of its own. `--cold`
 also reads a buffer before every call, which empties the level-2 cache, or, with a size beyond it, the level-3 cache, as
-the other layers of a large model do. On a GPU its level-2 cache is always emptied.
+the other layers of a large model do. On a GPU its level-2 cache is always emptied. `--graph` times replays of CUDA
+graphs, in which the host launches nothing.
 
 Without shapes, a GPU measures the GPT-3 family of the paper's Table 5 and Llama's layers, octavo also by each of its
 paths; and first three cases in which octavo does something else: one scale for all of X, rows that are not aligned, and
@@ -65,10 +66,12 @@ class Group:
 
 
 def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) -> tuple[Report, None]:
-    """`octavo bench`. Raises RuntimeError for a device that is not there."""
+    """`octavo bench`. Raises RuntimeError for a device that is not there, ValueError for graphs of another one."""
     if args.overhead:
         return overhead.run(args.seconds, facts, progress), None
     _check_device(args.device)
+    if args.graph and args.device != "cuda":
+        raise ValueError(f"--graph: expected --device cuda, got {args.device}")
     if args.device == "cuda":
         cache = torch.cuda.get_device_properties(0).L2_cache_size
         evict: Any = Evict(4 * cache, "cuda")
@@ -120,6 +123,8 @@ def run(
     """Measure. A file that is asked for is written after every group anew."""
     on_gpu = args.device == "cuda"
     timing: dict[str, Any] = {"clock": turns.on_the_gpu, "rounds": (3, CALLS)} if on_gpu else {}
+    if args.graph:
+        timing["prepare"] = turns.captured
     deadline = time.perf_counter() + (args.limit or math.inf)
     every = [case for group in groups for case in group.cases]
     progress.begin(len(every))
@@ -144,7 +149,8 @@ def run(
             for name, why in case.left_out.items()
             if name in own and why != LATE
         ]
-        about = facts.now(device=args.device, cold_mebibytes=args.cold, seconds_of_a_case=args.seconds)
+        asked = {"cold_mebibytes": args.cold, "seconds_of_a_case": args.seconds, "cuda_graphs": args.graph}
+        about = facts.now(device=args.device, **asked)
         title = f"octavo bench: {args.model or 'the linear layer against its peers'}"
         report = Report(title, about, tables, failure=broken[0] if broken else "")
         if args.json and args.json != "-":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..models.variants import BROKEN, reason
-from ..turns import Clock, Spread, on_the_wall, spread, take_turns
+from ..turns import Call, Clock, Spread, on_the_wall, spread, take_turns
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -129,11 +129,12 @@ def measure(
     clock: Clock = on_the_wall,
     rounds: tuple[int, int | None] = (3, None),
     deadline: float = math.inf,
+    prepare: Callable[[Call], Call] = lambda call: call,
 ) -> None:
     """Check, then time, every contender in cases of one k and n, in at least and at most so many rounds.
 
-    A case that is not reached before the `deadline` (of `time.perf_counter`) is left
-    out as `LATE`.
+    What `prepare` makes of a call is timed. A case that is not reached before the `deadline` (of `time.perf_counter`)
+    is left out as `LATE`.
     """
     k, n, most = cases[0].k, cases[0].n, max(case.m for case in cases)
     given = {o: problem(k, n, most, o, device) for o in {case.outliers for case in cases}}
@@ -157,7 +158,10 @@ def measure(
                 if why:
                     case.left_out[name] = why
                 else:
-                    calls[name] = partial(layer, part.x.to(chosen[name].dtype))
+                    try:
+                        calls[name] = prepare(partial(layer, part.x.to(chosen[name].dtype)))
+                    except BROKEN as error:
+                        case.left_out[name] = reason(error)
         if calls:
             samples = take_turns(calls, seconds, before, *rounds, clock=clock)
             case.times = {name: spread(values) for name, values in samples.items()}
