@@ -1,9 +1,10 @@
-"""Check the machine code of the CUDA backend, without a GPU: cuda_machine_code.py LIBRARY.
+"""Check the machine code of the CUDA backend, without a GPU: cuda_machine_code.py LIBRARY [--renew].
 
 For each architecture that the library is built for: the tensor-core products have integer and half-precision matrix
 instructions and, from sm_80 on, copy 16 bytes at a time without waiting; the streaming kernels read as much at a time;
-no kernel keeps registers in local memory. Prints the resources of all kernels as a table. Needs cuobjdump and nvdisasm:
-on the path or, from PyPI, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+no kernel keeps registers in local memory. Prints what all kernels cost by counting (cuda_figures.py) as a table, and
+compares it with that of cuda_bounds.txt, which --renew writes anew. Needs cuobjdump and nvdisasm: on the path or, from
+PyPI, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import cuda_figures
 
 WIDE_LOAD = r"\bLDG\.E\.(\w+\.)*128"
 WIDE_STORE = r"\bSTG\.E\.(\w+\.)*128"
@@ -81,14 +84,19 @@ Kernels = dict[str, dict[str, Kernel]]  # by architecture and mangled name
 
 def main(words: Sequence[str]) -> int:
     """Check, print, return the exit status."""
-    if len(words) != 1:
+    if len(words) not in {1, 2} or words[1:] not in ([], ["--renew"]):
         sys.exit(__doc__)
     kernels = resources(run("cuobjdump", "--dump-resource-usage", words[0]))
     if not kernels:
         sys.exit(f"cuda_machine_code.py: {words[0]}: expected kernels, found none")
     add_code(kernels, run("cuobjdump", "--dump-sass", words[0]))
-    print(table(kernels))
+    counted = table(kernels)
+    print(cuda_figures.written(counted))
     found = [fault for architecture in sorted(kernels) for fault in faults(architecture, kernels[architecture])]
+    if words[1:]:
+        cuda_figures.BOUNDS.write_text(cuda_figures.written(counted) + "\n")
+    elif over := cuda_figures.over(counted, cuda_figures.read(cuda_figures.BOUNDS.read_text())):
+        found += [*over, "where that is wanted: .ci/cuda_machine_code.py LIBRARY --renew, of what dev.py ci builds"]
     for fault in found:
         print(fault, file=sys.stderr)
     print(f"machine code for {', '.join(sorted(kernels, key=number_of))}: {len(found)} faults")
@@ -183,17 +191,23 @@ def faults(architecture: str, kernels: dict[str, Kernel]) -> list[str]:
     return found
 
 
-def table(kernels: Kernels) -> str:
-    """A line for each architecture and kernel: instances, and the most of each resource."""
-    lines = [f"{'arch':<8}{'kernel':<34}{'instances':>10}{'registers':>11}{'shared, B':>11}{'stack, B':>10}"]
-    for architecture in sorted(kernels, key=number_of):
-        by_name: dict[str, list[Kernel]] = defaultdict(list)
-        for kernel in kernels[architecture].values():
-            by_name[kernel.name].append(kernel)
-        for name, own in sorted(by_name.items()):
-            most = [max(getattr(kernel, field) for kernel in own) for field in ("registers", "shared", "stack")]
-            lines.append(f"{architecture:<8}{name:<34}{len(own):>10}{most[0]:>11}{most[1]:>11}{most[2]:>10}")
-    return "\n".join(lines)
+def table(kernels: Kernels) -> cuda_figures.Table:
+    """The figures of all kernels that an architecture has a use for."""
+    own = [
+        (architecture, mangled, kernel)
+        for architecture in sorted(kernels, key=number_of)
+        for mangled, kernel in kernels[architecture].items()
+        if kernel.is_used
+    ]
+    names = cuda_figures.readable([mangled for _, mangled, _ in own])
+    rows = {
+        (architecture, f"{kernel.name.split('.')[0]}.{name}"): cuda_figures.figures(
+            kernel.arguments, kernel.code.splitlines(), kernel.registers, kernel.shared, kernel.stack,
+            4 if kernel.name == "gemm_mma.mma_kernel" else 2,
+        )
+        for (architecture, _, kernel), name in zip(own, names, strict=True)
+    }  # fmt: skip
+    return dict(sorted(rows.items(), key=lambda row: (number_of(row[0][0]), row[0][1])))
 
 
 if __name__ == "__main__":

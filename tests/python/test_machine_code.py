@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / ".ci"))
 
+import cuda_figures
 import cuda_machine_code as checked
 
 # Kernel, template arguments and the instructions it must have, enough of each for every rule to be met.
@@ -69,10 +70,10 @@ def test_nothing_is_wrong_with_what_is_right(architecture: str) -> None:
     kernels = listing(good(), architecture)
     assert list(kernels) == [architecture]
     assert checked.faults(architecture, kernels[architecture]) == []
-    table = checked.table(kernels).splitlines()
-    assert len(table) == len(KERNELS)  # two instances of a kernel share a line, and there is a heading
-    assert table[1].split() == [architecture, "column_ranges.column_ranges_kernel", "1", "89", "9216", "0"]
-    assert ["outlier.mark_kernel", "2"] in [line.split()[1:3] for line in table]
+    table = checked.table(kernels)
+    assert len(table) == len(KERNELS)
+    own = table[architecture, "outlier.mark_kernel<__half,true>"]
+    assert [own["registers"], own["shared"], own["stack"], own["code"]] == [89, 9216, 0, len(FILLER) + 1]
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if "Lb0EEE" not in name])
@@ -133,3 +134,107 @@ def test_a_kernel_whose_code_was_not_read_is_reported() -> None:
         kernel.code = ""
     found = checked.faults("sm_90", kernels["sm_90"])
     assert sum("expected code, found none" in fault for fault in found) == len(KERNELS)
+
+
+# A loop over tiles with one over k inside, and a way off the line that comes back by a branch upwards.
+NESTED = """
+    MOV R1, c[0x0][0x28]
+    LDG.E.128 R4, [R2.64]
+    IMMA.16832.S8.S8 R72, R56.ROW, R60.COL, R72
+    IADD3 R1, R1, 1, RZ
+    @P0 BRA 0x20
+    BRA.DIV UR4, 0xb0
+    @!P1 BRA 0xa0
+    STG.E.128 desc[UR8][R2.64], R4
+    BRA P2, 0x10
+    EXIT
+    BRA 0x70
+    NOP
+    BRA 0x60
+    BRA 0xd0
+""".strip().splitlines()
+STREAM = ["LDG.E.128 R4, [R2.64]", "FADD R1, R1, R2", "@P0 STG.E.128 [R2.64], R4", "FADD R1, R1, R2"]
+
+
+def test_loops_are_those_of_the_control_flow() -> None:
+    code = [line.strip() for line in NESTED]
+    assert sorted(map(sorted, cuda_figures.loops(code))) == [[1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12], [2, 3, 4]]
+    assert cuda_figures.loops(STREAM) == []
+    assert [sorted(loop) for loop in cuda_figures.loops([*STREAM, "BRA 0x40"])] == [[4]]
+
+
+def test_figures() -> None:
+    tile = "linear_kernelINS0_4TileILi64ELi128ELi32ELi64ELi2EEE"
+    own = cuda_figures.figures(tile, [line.strip() for line in NESTED], 90, 1024, 8, 2)
+    assert own == {
+        **{"registers": 90, "shared": 1024, "stack": 8, "code": 13, "per IMMA": 3, "per HMMA": None},
+        # 13 instructions, of which 11 are in loops with IMMA; a thread has 64 outputs.
+        **{"per 16 B": None, "per output": round(3 / 64, 1), "B per output": 4096 / 64 + 4096 / 128 + 2},
+    }
+    stream = [*STREAM, "@!P0 BRA 0x0", "EXIT"]
+    own = cuda_figures.figures("mark_kernelIfEEvv", stream, 8, 0, 0, 2)
+    assert [own["per 16 B"], own["per IMMA"], own["per output"], own["B per output"]] == [2.5, None, None, None]
+
+
+PRODUCTS = "linear_mma.linear_kernel<Tile<256,128,64,64,1>,0>"
+
+
+@pytest.fixture
+def bounds() -> cuda_figures.Table:
+    return cuda_figures.read(cuda_figures.BOUNDS.read_text())
+
+
+def test_bounds_are_for_what_ci_builds(bounds: cuda_figures.Table) -> None:
+    assert list(dict.fromkeys(architecture for architecture, _ in bounds)) == ["sm_75", "sm_80", "sm_90", "sm_120"]
+    sources = {path.stem for path in (Path(__file__).resolve().parents[2] / "cuda").glob("*.cu")}
+    assert {kernel.split(".")[0] for _, kernel in bounds} == sources
+    assert cuda_figures.read(cuda_figures.written(bounds)) == bounds
+    assert cuda_figures.over(bounds, bounds) == []
+    assert all(own["stack"] == 0 for own in bounds.values())
+
+
+@pytest.mark.parametrize("column", cuda_figures.COLUMNS)
+def test_a_figure_over_its_bound_is_reported(bounds: cuda_figures.Table, column: str) -> None:
+    place = next(place for place, own in bounds.items() if place[0] == "sm_90" and own[column] is not None)
+    before = bounds[place][column]
+    assert before is not None
+    most = cuda_figures.most(column, before)
+    assert before <= most < before + max(8, 0.06 * before)
+    assert cuda_figures.over(bounds | {place: {**bounds[place], column: most}}, bounds) == []
+    found = cuda_figures.over(bounds | {place: {**bounds[place], column: 2 * most + 1}}, bounds)
+    expected = f"sm_90: {place[1]}: {column}: expected at most {most:g} ({before:g} before), got {2 * most + 1:g}"
+    assert found == [expected]
+
+
+def test_a_loop_that_lost_its_instruction_is_reported(bounds: cuda_figures.Table) -> None:
+    place = ("sm_80", PRODUCTS)
+    found = cuda_figures.over(bounds | {place: {**bounds[place], "per IMMA": None}}, bounds)
+    assert found == [f"sm_80: {PRODUCTS}: per IMMA: expected {bounds[place]['per IMMA']}, got None"]
+
+
+def test_kernels_and_bounds_are_the_same_ones(bounds: cuda_figures.Table) -> None:
+    place = ("sm_80", PRODUCTS)
+    rest = {other: own for other, own in bounds.items() if other != place}
+    assert cuda_figures.over(rest, bounds) == [f"sm_80: {PRODUCTS}: has bounds, but is not there"]
+    assert cuda_figures.over(bounds, rest) == [f"sm_80: {PRODUCTS}: has no bounds"]
+    only = {where: own for where, own in bounds.items() if where[0] == "sm_90"}
+    assert cuda_figures.over(only, bounds) == []  # a library for fewer architectures
+    assert cuda_figures.over({("sm_86", PRODUCTS): bounds[place]}, bounds) == []  # one that CI does not build
+
+
+def test_the_status_is_that_of_the_bounds(
+    bounds: cuda_figures.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels = listing(good(), "sm_90")
+    monkeypatch.setattr(checked, "run", lambda *words: "")
+    monkeypatch.setattr(checked, "resources", lambda text: kernels)
+    monkeypatch.setattr(checked, "add_code", lambda kernels, text: None)
+    monkeypatch.setattr(cuda_figures, "BOUNDS", tmp_path / "bounds.txt")
+    assert checked.main(["library", "--renew"]) == 0
+    assert checked.main(["library"]) == 0
+    assert "0 faults" in capsys.readouterr().out
+    next(iter(kernels["sm_90"].values())).registers = 97
+    assert checked.main(["library"]) == 1
+    said = capsys.readouterr().err
+    assert "registers: expected at most 96 (89 before), got 97" in said
+    assert "--renew" in said
