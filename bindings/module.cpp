@@ -1,6 +1,13 @@
 // The extension module octavo._core.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#ifdef __linux__
+#include <malloc.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <cstdint>
 
 #include "bindings/errors.hpp"
 #include "bindings/interpreter.hpp"
@@ -43,6 +50,20 @@ py::dict cuda_info() {
     return result;
 }
 
+// Gives memory back to the system: whole pages of a mapped file from `first` to `end`, which it reads again where they
+// are needed, and, where the C library can, what malloc keeps of memory that was freed.
+void give_back(std::uintptr_t first, std::uintptr_t end) {
+#ifdef __linux__
+    const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    first = (first + page - 1) / page * page;
+    end = end / page * page;
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+#endif
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
 }  // namespace
 
 // PyInit__octavo_core, which PyInit__core below calls.
@@ -58,6 +79,7 @@ PYBIND11_MODULE(_octavo_core, module, py::mod_gil_not_used()) {
     module.def("num_threads", &octavo::num_threads);
     module.def("cuda_info", &cuda_info);
     module.def("release_cuda_memory", &octavo::release_cuda_memory, py::call_guard<py::gil_scoped_release>());
+    module.def("give_back", &give_back, py::arg("first"), py::arg("end"));
     module.def("set_num_threads", &octavo::set_num_threads, py::arg("count"));
 }
 

@@ -26,6 +26,7 @@ from octavo._text import format_size, matches, parse_size, shown, table, unexpec
 from octavo.checkpoint.convert import misfit
 from octavo.checkpoint.folder import read_json
 from octavo.checkpoint.layers import DEFAULT_SKIP
+from octavo.file_format import Format
 from octavo.options import Options
 
 _TRACEBACK = "OCTAVO_TRACEBACK"  # in the environment
@@ -120,7 +121,8 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     add = parser.add_argument
     add("model", type=Path, help="a Hugging Face folder, or a .safetensors, .bin or .pt file")
     add("output", type=Path, help="the folder to make; run again after an interruption to go on")
-    add("--format", choices=("octavo", "bitsandbytes"), default="octavo", help="default: octavo")
+    formats = "default: octavo; packed: codes that a CPU uses as they lie in the mapped file"
+    add("--format", choices=get_args(Format), default="octavo", help=formats)
     add_options(parser)
     add("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     skip = f"no layers that match; may be repeated; default: {' '.join(DEFAULT_SKIP)}"
@@ -148,8 +150,8 @@ def _run_quantize(args: argparse.Namespace) -> int:
     options, text = options_of(args), args.calibrate or None
     calibrated = args.outlier_columns is not None or (args.calibrate is not None and args.kl is None)
     wrong = misfit(options, args.format, calibrated)
-    if args.kl is not None and (options != Options() or calibrated or args.format != "octavo"):
-        wrong = "--kl chooses the options, and goes with no others, with --format octavo and no outlier columns"
+    if args.kl is not None and (options != Options() or calibrated or args.format == "bitsandbytes"):
+        wrong = "--kl chooses the options, and goes with no others, no outlier columns and octavo's formats"
     if wrong:
         print(f"octavo quantize: {wrong}", file=sys.stderr)
         return _USAGE

@@ -2,8 +2,9 @@
 
 Version 2. An int8 weight ``<name>`` ("model.layers.0.mlp.up_proj.weight") is stored as the tensors ``<name>.codes``,
 ``<name>.scale``, ...: see `PARTS`. There is no tensor ``<name>``, so that a reader without octavo finds no weight to
-mistake codes for. Version 1 (``<layer>.weight`` int8 with ``<layer>.scale``, ...) and bitsandbytes' Linear8bitLt
-(``<layer>.weight`` int8 with ``<layer>.SCB``) are read, too.
+mistake codes for. Version 3 is of weights whose codes are in the order that CPUs multiply (`octavo.Int8Weight.packed`),
+with ``<name>.code_sums``. Version 1 (``<layer>.weight`` int8 with ``<layer>.scale``, ...) and bitsandbytes'
+Linear8bitLt (``<layer>.weight`` int8 with ``<layer>.SCB``) are read, too.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from octavo._types import on_host, rotated_size, to_framework_of
 from octavo.options import Options
 from octavo.weight import Int8Weight
 
-VERSION = 2
-READABLE_VERSIONS = (1, 2)
-Format = Literal["octavo", "bitsandbytes"]
+VERSION, PACKED_VERSION = 2, 3
+READABLE_VERSIONS = (1, VERSION, PACKED_VERSION)
+Format = Literal["octavo", "packed", "bitsandbytes"]
 
 CODES, SCALE, ZEROPOINT, OPTIONS = "codes", "scale", "zeropoint", "options"
 OUTLIER_COLUMNS, OUTLIER_WEIGHT = "outlier_columns", "outlier_weight"
 PARTS = (CODES, SCALE, ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT, OPTIONS)
+CODE_SUMS = "code_sums"  # of packed codes, so that these need not be read to be used
 # The parts of version 1 and of bitsandbytes by the last word of their names, which follows the layer's.
 PARTS_OF_VERSION_1 = {
     "weight": CODES, "scale": SCALE, "zeropoint": ZEROPOINT, "outlier_columns": OUTLIER_COLUMNS,
@@ -37,7 +39,7 @@ PARTS_OF_BITSANDBYTES = {"weight": CODES, "SCB": ABSMAX, "weight_format": LAYOUT
 ROW_MAJOR = 0  # bitsandbytes' layout
 # Whose parts they are, by the last word of their names, and those that are in any file.
 _KINDS: tuple[tuple[Format, Mapping[str, str], set[str]], ...] = (
-    ("octavo", {part: part for part in PARTS}, {SCALE, OPTIONS}),
+    ("octavo", {part: part for part in (*PARTS, CODE_SUMS)}, {SCALE, OPTIONS}),
     ("octavo", PARTS_OF_VERSION_1, {SCALE, OPTIONS}),
     ("bitsandbytes", PARTS_OF_BITSANDBYTES, {ABSMAX}),
 )
@@ -46,7 +48,16 @@ _KINDS: tuple[tuple[Format, Mapping[str, str], set[str]], ...] = (
 # why, what was measured of the model, and what a file was made of.
 VERSION_KEY, CRC32_KEY, TIED_KEY = "octavo.format_version", "octavo.crc32", "octavo.tied"
 KEPT_KEY, MEASURED_KEY, MADE_OF_KEY = "octavo.kept", "octavo.measured", "octavo.made_of"
-METADATA: Mapping[str, str] = {"format": "pt", VERSION_KEY: str(VERSION)}  # "format" is for Transformers
+
+
+def metadata(format: Format) -> dict[str, str]:
+    """Those of every file; "format" is for Transformers."""
+    return {"format": "pt"} | ({} if format == "bitsandbytes" else {VERSION_KEY: str(_version(format))})
+
+
+def _version(format: Format) -> int:
+    return PACKED_VERSION if format == "packed" else VERSION
+
 
 # Transformers refuses a model without a quant_method. One that it does not know, it loads with a warning, and makes new
 # weights up: that it must not do where octavo.transformers, which fills this in, is not known.
@@ -72,7 +83,7 @@ def quantization_config(options: Options, kept: Iterable[str], format: Format) -
             "llm_int8_has_fp16_weight": False,
             "llm_int8_enable_fp32_cpu_offload": False,
         }
-    return {**HEAD, "format_version": VERSION, **options.to_dict(), "modules_to_not_convert": left}
+    return {**HEAD, "format_version": _version(format), **options.to_dict(), "modules_to_not_convert": left}
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -95,7 +106,7 @@ class StoredWeight:
 
 def stored_name(weight: str, part: str, format: Format = "octavo") -> str:
     """The name of the tensor that holds a part of a weight."""
-    if format == "octavo":
+    if format != "bitsandbytes":
         return f"{weight}.{part}"
     word = next(word for word, own in PARTS_OF_BITSANDBYTES.items() if own == part)
     return f"{weight.removesuffix('.weight')}.{word}"
@@ -131,21 +142,28 @@ def find_weights(dtypes: Mapping[str, str]) -> dict[str, StoredWeight]:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def encode_options(options: Options, dtype: str, in_features: int | None = None) -> bytes:
+def encode_options(
+    options: Options, dtype: str, in_features: int | None = None, out_features: int | None = None
+) -> bytes:
     """The JSON of ``<name>.options``.
 
     Args:
         options: of the layer.
         dtype: of the weight before it was quantized: "float32", "float16" or "bfloat16".
-        in_features: its columns, k: noted where rotation makes more codes of them.
+        in_features: its columns, k: noted where rotation or packing makes more codes of them.
+        out_features: its rows, n, where the codes are packed.
     """
-    is_padded = in_features is not None and in_features != rotated_size(in_features, options.rotation)
-    more = {"in_features": in_features} if is_padded else {}
-    return json.dumps({"format_version": VERSION, "dtype": dtype, **more, **options.to_dict()}).encode()
+    more: dict[str, Any] = {}
+    if out_features is not None:
+        more = {"out_features": out_features, "in_features": in_features}
+    elif in_features is not None and in_features != rotated_size(in_features, options.rotation):
+        more = {"in_features": in_features}
+    version = VERSION if out_features is None else PACKED_VERSION
+    return json.dumps({"format_version": version, "dtype": dtype, **more, **options.to_dict()}).encode()
 
 
-def decode_options(data: bytes, where: str) -> tuple[Options, str | None, int | None]:
-    """What `encode_options` was given; in version 1 there is no dtype, and in_features only where it was noted.
+def decode_options(data: bytes, where: str) -> tuple[Options, str | None, int | None, int | None]:
+    """What `encode_options` was given; in version 1 there is no dtype, and n and k only where they were noted.
 
     Raises:
         ValueError: names `where`; no JSON of octavo's, or a newer version.
@@ -153,16 +171,18 @@ def decode_options(data: bytes, where: str) -> tuple[Options, str | None, int | 
     try:
         fields = json.loads(data)
         version = fields.pop("format_version")
-        dtype, in_features = fields.pop("dtype", None), fields.pop("in_features", None)
+        dtype, *shape = (fields.pop(name, None) for name in ("dtype", "in_features", "out_features"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise unexpected(where, "octavo's options as JSON", f"{error!r}: corrupt") from error
     if version not in READABLE_VERSIONS:
-        raise unexpected(where, "format_version 1 or 2", f"{version!r}: update octavo")
-    if dtype not in (("float32", "float16", "bfloat16") if version == VERSION else (None,)):
+        raise unexpected(where, "format_version 1 to 3", f"{version!r}: update octavo")
+    if dtype not in ((None,) if version == 1 else ("float32", "float16", "bfloat16")):
         raise unexpected(where, "dtype float32, float16 or bfloat16", f"{dtype!r}: corrupt")
-    if in_features is not None and (type(in_features) is not int or in_features < 0):
-        raise unexpected(where, "in_features as a number", f"{in_features!r}: corrupt")
-    return Options.from_dict(fields, where), dtype, in_features
+    needed = range(2 if version == PACKED_VERSION else 0)
+    for place, extent in enumerate(shape):
+        if (extent is not None or place in needed) and (type(extent) is not int or extent < 0):
+            raise unexpected(where, f"{('in', 'out')[place]}_features as a number", f"{extent!r}: corrupt")
+    return Options.from_dict(fields, where), dtype, *shape
 
 
 def disassemble(weight: Int8Weight, options: Options, dtype: str) -> dict[str, Any]:
@@ -189,21 +209,22 @@ def assemble(parts: Mapping[str, Any], where: str, **more: Any) -> tuple[Int8Wei
     given = dict(parts)
     try:
         if ABSMAX in given:
-            options, dtype, k = Options(), None, None
+            options, dtype, k, n = Options(), None, None, None
             given[SCALE] = _scale_of_bitsandbytes(given, where)
         else:
-            options, dtype, k = decode_options(bytes(on_host(given.pop(OPTIONS))), f"{where}: {OPTIONS}")
+            options, dtype, k, n = decode_options(bytes(on_host(given.pop(OPTIONS))), f"{where}: {OPTIONS}")
         codes, scale = given.pop(CODES), given.pop(SCALE)
     except KeyError as error:
         raise unexpected(where, f"a tensor {error}", "none") from error
-    kept = {name: given.pop(name, None) for name in (ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT)}
+    kept = {name: given.pop(name, None) for name in (ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT, CODE_SUMS)}
     if given:
         raise unexpected(where, "the tensors of an int8 weight", repr(next(iter(given))))
-    if len(codes.shape) != 2:
-        raise unexpected(f"{where}: {CODES}", "rank 2", f"shape {list(codes.shape)}")
-    shape = None if k is None else (int(codes.shape[0]), k)
+    rank = 2 if n is None else 4
+    if len(codes.shape) != rank:
+        raise unexpected(f"{where}: {CODES}", f"rank {rank}", f"shape {list(codes.shape)}")
+    shape = None if k is None else (int(codes.shape[0]) if n is None else n, k)
     try:
-        _check_values({SCALE: scale, **kept}, int(codes.shape[1]) if k is None else k)
+        _check_values({SCALE: scale, **kept}, int(codes.shape[1]) if k is None else k, options.rotation)
         weight = Int8Weight(codes, scale, **kept, **options.of_weight, shape=shape, **more)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
@@ -218,7 +239,8 @@ def _scale_of_bitsandbytes(given: dict[str, Any], where: str) -> Any:
     return to_framework_of(given[CODES], on_host(given.pop(ABSMAX)) / np.float32(127))
 
 
-def _check_values(parts: Mapping[str, Any], k: int) -> None:
+def _check_values(parts: Mapping[str, Any], k: int, rotation: int) -> None:
+    most = 127 * rotated_size(k, rotation)
     expectations: dict[str, tuple[str, Any]] = {
         SCALE: ("finite numbers >= 0", lambda values: np.isfinite(values) & (values >= 0)),
         ZEROPOINT: ("integers", lambda values: np.isfinite(values) & (values == np.rint(values))),
@@ -226,6 +248,7 @@ def _check_values(parts: Mapping[str, Any], k: int) -> None:
             f"ascending columns in [0, {k})",
             lambda values: (np.diff(values.astype(np.int64), prepend=-1) > 0) & (values < k),
         ),
+        CODE_SUMS: (f"sums within +-{most}", lambda values: np.abs(values.astype(np.int64)) <= most),
     }
     for part, (expected, holds) in expectations.items():
         if parts[part] is not None:

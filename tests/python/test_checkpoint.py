@@ -766,7 +766,7 @@ def test_options(tmp_path: Path) -> None:
         ({"threshold": -1}, "threshold"),
         ({"outliers": "some"}, "outliers"),
         ({"path": "slow"}, "path"),
-        ({"format": "gguf"}, "format: expected 'octavo' or 'bitsandbytes'"),
+        ({"format": "gguf"}, "format: expected 'octavo' or 'packed' or 'bitsandbytes'"),
         ({"format": "bitsandbytes", "scheme": "zeropoint"}, "format: expected scheme absmax"),
         ({"jobs": 0}, "jobs: expected at least 1, got 0"),
         ({"memory": -5}, "memory: expected at least 1, got -5"),

@@ -79,7 +79,7 @@ def as_json(**fields: Any) -> Any:
         ("outlier_weight", None, "outlier_weight: expected an array"),
         ("extra", np.zeros(1), "expected the tensors of an int8 weight, got 'extra'"),
         ("options", np.frombuffer(b"[]", np.uint8), "expected octavo's options as JSON"),
-        ("options", as_json(format_version=3), "expected format_version 1 or 2, got 3: update octavo"),
+        ("options", as_json(format_version=4), "expected format_version 1 to 3, got 4: update octavo"),
         ("options", as_json(dtype="int4"), "expected dtype float32, float16 or bfloat16, got 'int4'"),
         ("options", as_json(rotate=3), "options: expected options of octavo, got 'rotate': update octavo"),
         ("options", as_json(path="slow"), "options: Options: path: expected one of 'auto', 'int8', 'weight_only'"),

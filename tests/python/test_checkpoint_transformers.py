@@ -23,6 +23,7 @@ if importlib.util.find_spec("accelerate") is None:
 
 import octavo
 import octavo.torch as ot
+import octavo.transformers
 import safetensors.torch
 import tokenizers
 import torch

@@ -524,8 +524,8 @@ def test_refusals(tmp_path: Path, folders: Any, caplog: pytest.LogCaptureFixture
     for wrong in ({"scheme": "int7"}, {"threshold": -1.0}, {"threshhold": 5.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             OctavoConfig(**wrong)
-    with pytest.raises(ValueError, match="format_version: expected 1 or 2, got 3: update octavo"):
-        OctavoConfig(format_version=3)
+    with pytest.raises(ValueError, match="format_version: expected 1 to 3, got 4: update octavo"):
+        OctavoConfig(format_version=4)
     with pytest.raises(TypeError, match="modules_to_not_convert: expected a sequence of names, got a string"):
         OctavoConfig(modules_to_not_convert="lm_head")
 

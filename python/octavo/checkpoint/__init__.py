@@ -6,7 +6,8 @@
 On the command line: ``octavo quantize``, ``octavo inspect``. Needs NumPy and safetensors; PyTorch for tensors of it and
 for files that ``torch.save`` wrote; Transformers, where it is there, says which layers a model has.
 
-What the files are called and hold: ``docs/reference/checkpoint.md``. ``format="bitsandbytes"`` writes, and reading
+What the files are called and hold: ``docs/reference/checkpoint.md``. ``format="packed"`` stores codes as CPUs use them,
+for models that open at once. ``format="bitsandbytes"`` writes, and reading
 understands, bitsandbytes' ``Linear8bitLt``, too.
 
 **Memory.** A tensor is read once. All that are converted at a time stay within ``memory`` (default: the float32 size of

@@ -95,7 +95,8 @@ def quantize(
         layer_options: by layer, options in the place of those; None: it stays in 16 bit. From `choose_options`.
         measured: to be noted in the files, as `choose_options` gives it.
         outlier_columns: by layer, input features whose 16-bit weights are kept; from `calibrate` or elsewhere.
-        format: "octavo", or "bitsandbytes" for its ``Linear8bitLt`` (absmax, vector, no rotation, no kept columns).
+        format: "octavo"; "packed", whose codes a CPU uses as they lie in the mapped file; or "bitsandbytes" for its
+            ``Linear8bitLt`` (absmax, vector, no rotation, no kept columns).
         jobs: tensors converted at a time, as far as `memory` allows; default: octavo's threads, at most 8.
         memory: bytes for the weights that are converted at a time; default: those of the largest tensor in float32, and
             at least those of the largest weight as it is stored.
@@ -259,7 +260,7 @@ class _Run:
         made = {task.entry.name: task for task in tasks}
         kept = {layer: why for layer, why in self.chosen.kept.items() if {layer, f"{layer}.weight"} & made.keys()}
         tied = {n: own for name, first in shard.ties.items() for n, own in made[first].tied_outputs(name).items()}
-        metadata = dict(names.METADATA) if self.format == "octavo" else {"format": "pt"}
+        metadata = names.metadata(self.format)
         noted = {names.KEPT_KEY: kept, names.TIED_KEY: tied, names.MEASURED_KEY: self.measured}
         metadata |= {key: json.dumps(value) for key, value in noted.items() if value}
 

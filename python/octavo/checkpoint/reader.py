@@ -155,8 +155,8 @@ class Checkpoint:
         entries = {part: self.entries[name] for part, name in stored.parts.items()}
         large = (names.CODES, names.OUTLIER_WEIGHT)
         parts = {part: _blank(entry) if part in large else self._read(entry) for part, entry in entries.items()}
-        sums = np.zeros(parts[names.CODES].shape[:1], np.int32)
-        weight, options, _ = names.assemble(parts, self._where(stored), code_sums=sums, pack=False)
+        parts.setdefault(names.CODE_SUMS, np.zeros(parts[names.CODES].shape[:1], np.int32))
+        weight, options, _ = names.assemble(parts, self._where(stored), pack=False)
         return weight.shape, options
 
     def _where(self, stored: StoredWeight) -> str:
@@ -198,8 +198,8 @@ def load(path: str | Path, *, framework: Framework = "torch", verify: bool = Tru
 
 
 def _blank(entry: Entry) -> Any:
-    """An array of a tensor's shape, and of a dtype that is refused where its own is, that takes no memory."""
-    return np.broadcast_to(np.zeros((), "<f2" if entry.dtype == "BF16" else DTYPES[entry.dtype][0]), entry.shape)
+    """Zeros of a tensor's shape, and of a dtype that is refused where its own is, that nobody has touched."""
+    return np.zeros(entry.shape, "<f2" if entry.dtype == "BF16" else DTYPES[entry.dtype][0])
 
 
 def _names(shard: Shard, key: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ class LayerSummary:
     """An int8 layer's weight.
 
     Attributes:
-        name, format: of the layer; "octavo" or "bitsandbytes".
+        name, format: of the layer; "octavo", "packed" or "bitsandbytes".
         scheme, granularity, options: see `octavo.Options`, all of which `options` has by name.
         shape: ``[n, k]``.
         bytes: codes, scales, zeropoints and kept columns.
@@ -154,7 +154,7 @@ def _layer(checkpoint: Checkpoint, layer: str) -> LayerSummary:
     columns = parts.get(names.OUTLIER_COLUMNS)
     return LayerSummary(
         name=layer,
-        format=stored.format,
+        format="packed" if names.CODE_SUMS in parts else stored.format,
         scheme=options.scheme,
         granularity=options.granularity,
         shape=[n, k],

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import octavo
+from octavo import _core
 from octavo import file_format as names
 from octavo._text import shown, unexpected
 from octavo._types import Array, column_indices, rotated_size
@@ -117,7 +118,10 @@ def _int8_task(
     elif options.outliers == "static":
         raise unexpected("quantize: outliers", "outlier columns of every layer for 'static'", f"none of {entry.name}")
     groups = n if options.granularity == "vector" else 1
-    parts: dict[str, tuple[str, tuple[int, ...]]] = {names.CODES: ("I8", (n, rotated_size(k, options.rotation)))}
+    codes: tuple[int, ...] = n, rotated_size(k, options.rotation)
+    if format == "packed":
+        codes = -(-n // 16), -(-codes[1] // 64) * 16, 16, 4
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {names.CODES: ("I8", codes)}
     if format == "bitsandbytes":
         parts |= {names.ABSMAX: ("F32", (n,)), names.LAYOUT: ("U8", ())}
     else:
@@ -127,13 +131,15 @@ def _int8_task(
         if kept is not None:
             parts[names.OUTLIER_COLUMNS] = "I32", (len(kept),)
             parts[names.OUTLIER_WEIGHT] = entry.dtype, (n, len(kept))
-        parts[names.OPTIONS] = "U8", (len(_json(entry, options, k)),)
+        parts[names.OPTIONS] = "U8", (len(_json(entry, options, k, n if format == "packed" else None)),)
+        if format == "packed":
+            parts[names.CODE_SUMS] = "I32", (n,)
     outputs = {part: (names.stored_name(entry.name, part, format), *own) for part, own in parts.items()}
     return Task(entry, outputs, options, is_transposed, kept)
 
 
-def _json(entry: Entry, options: Options, k: int) -> bytes:
-    return names.encode_options(options, DTYPES[entry.dtype][1], k)
+def _json(entry: Entry, options: Options, k: int, n: int | None) -> bytes:
+    return names.encode_options(options, DTYPES[entry.dtype][1], k, n)
 
 
 # --- the output -------------------------------------------------------------------------------------------------------
@@ -152,8 +158,9 @@ class Writer:
 
     def __init__(self, file: int, outputs: Iterable[Output], metadata: dict[str, str]) -> None:
         self._file = file
-        # Wide elements first, so that each tensor begins at a multiple of its element's size.
-        self._outputs = sorted(outputs, key=lambda each: (-itemsize(each[1]), each[0]))
+        # Packed codes first, which are whole KiB and are mapped as they lie; then wide elements, so that each tensor
+        # begins at a multiple of its element's size.
+        self._outputs = sorted(outputs, key=lambda each: (not _is_packed(each), -itemsize(each[1]), each[0]))
         self._metadata = metadata
         self._crc32 = {name: 0 for name, _, _ in self._outputs}
         position = len(self._header("0" * 64))
@@ -194,6 +201,10 @@ def convert(task: Task, file: int, writer: Writer, block: int) -> bytes:
     """Convert or copy one tensor, which is read once.
 
     A copy takes a MiB of memory, a weight its own size and 9 bytes for each element of a block.
+def _is_packed(output: Output) -> bool:
+    return output[1] == "I8" and len(output[2]) == 4
+
+
 
     Args:
         task: what to do.
@@ -245,8 +256,10 @@ def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: 
     if whole and len(blocks) > 1:
         found = np.array([_extremes(_as_numbers(data[rows], dtype)) for rows in blocks])
         extremes = np.array([found[:, 0].min(), found[:, 1].max()])  # a NaN is one, for quantize_weight to refuse
-    small: dict[str, list[Array]] = {names.SCALE: [], names.ZEROPOINT: [], names.ABSMAX: []}
+    small: dict[str, list[Array]] = {part: [] for part in (names.SCALE, names.ZEROPOINT, names.ABSMAX, names.CODE_SUMS)}
 
+    if names.CODE_SUMS in output:
+        step = -(-step // 16) * 16  # rows that are packed together
     def convert_rows(rows: Array) -> None:  # a function, so that nothing of a block is left when the next one is read
         if task.columns is not None:
             writer.write(output[names.OUTLIER_WEIGHT], rows[:, task.columns])
@@ -259,15 +272,22 @@ def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: 
             weight = octavo.quantize_weight(values, **options.of_weight)
         except ValueError as error:
             raise ValueError(f"{task.entry.where}: {error}") from error
-        writer.write(output[names.CODES], weight.codes[: len(rows)])
+        codes = weight.codes[: len(rows)]
+        writer.write(output[names.CODES], _core.pack(codes) if names.CODE_SUMS in output else codes)
+        small[names.CODE_SUMS].append(weight.code_sums[: len(rows)])
         small[names.SCALE].append(weight.scale)
         small[names.ZEROPOINT].append(weight.zeropoint)
 
     for rows in blocks:
         convert_rows(data[rows])
-    parts = {part: arrays[0] if whole else np.concatenate(arrays) for part, arrays in small.items() if part in output}
+    parts = {
+        part: arrays[0] if whole and part != names.CODE_SUMS else np.concatenate(arrays)
+        for part, arrays in small.items()
+        if part in output
+    }
     parts |= {names.LAYOUT: bytes([names.ROW_MAJOR]), names.OUTLIER_COLUMNS: task.columns}
-    for part, values in {**parts, names.OPTIONS: _json(task.entry, options, k)}.items():
+    parts[names.OPTIONS] = _json(task.entry, options, k, n if names.CODE_SUMS in output else None)
+    for part, values in parts.items():
         if part in output:
             writer.write(output[part], values)
 

@@ -24,8 +24,9 @@ outliers, path) is what the given `OctavoConfig` says, and what the file says wh
 the file, so its checksums are not compared here: ``octavo inspect --verify`` does that.
 
 **Memory.** While a 16-bit model is converted: the int8 model, one weight of the 16-bit one (where a model stacks its
-experts, those of one layer) and its codes. Pages of the files, which Transformers maps, count as resident until loading
-ends. `save_pretrained` makes a second copy of the codes.
+experts, those of one layer) and its codes. Pages of the files, which Transformers maps, are given back to the system as
+they are read, where weights keep the dtype of the file. `save_pretrained` makes a second copy of the codes. A folder of
+``octavo quantize --format packed`` stays mapped, and codes and all else lie in it as they are used.
 
 **Encoders.** Padded rows of a batch are left out of the int8 products of BERT's family and MPNet: `drop_padding_`.
 

@@ -65,7 +65,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if quant_method not in (METHOD, None):
             raise ValueError(f"OctavoConfig: quant_method: expected 'octavo', got {quant_method!r}")
         if format_version not in READABLE_VERSIONS:
-            raise ValueError(f"OctavoConfig: format_version: expected 1 or 2, got {format_version!r}: update octavo")
+            raise ValueError(f"OctavoConfig: format_version: expected 1 to 3, got {format_version!r}: update octavo")
         if isinstance(modules_to_not_convert, str):
             raise TypeError("OctavoConfig: modules_to_not_convert: expected a sequence of names, got a string")
         self.quant_method = METHOD

@@ -7,9 +7,11 @@ They give the loader an `octavo.torch.Int8Tensor` for each weight that is int8, 
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from transformers.core_model_loading import (
     WeightRenaming,
 )
 
+from octavo import _core
 from octavo import file_format as names
 from octavo._text import unexpected
 from octavo.torch import Int8Tensor
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from octavo.transformers.quantizer import OctavoQuantizer
 
 UNTIED = "_octavo_untied"  # of a model: what was tied, and to what
-PARTS = (*names.PARTS, names.ABSMAX, names.LAYOUT)
+PARTS = (*names.PARTS, names.CODE_SUMS, names.ABSMAX, names.LAYOUT)
 
 
 class _Operation(ConversionOps):  # type: ignore[misc]
@@ -81,6 +84,7 @@ class Quantize(_Operation):
             weights = tensor.mT if is_conv1d(module) or experts.is_transposed(module) else tensor
             each = (Int8Tensor.from_float(weight, options) for weight in (weights if tensor.dim() == 3 else [weights]))
             result |= self.place(model, name, each if tensor.dim() == 3 else next(each), missing_keys)
+            give_back(tensor, self.quantizer.files)
         return result
 
 
@@ -189,11 +193,16 @@ class Assemble(_Operation):
         return weights
 
     def _weight(self, parts: dict[str, Tensor], where: str) -> Int8Tensor:
+        device = parts[names.CODES].device
         for part in parts.keys() - {names.CODES}:
             parts[part] = parts[part].clone()  # a tensor of a mapped file would hold the map
+        if names.CODE_SUMS in parts:  # packed codes are the CPU's, which uses them as they lie in the file
+            parts = {part: tensor.cpu() for part, tensor in parts.items()}
+            self.quantizer.keeps_files |= device.type == "cpu"
         weight, options, dtype = names.assemble(parts, where)
-        now = self.dtype or getattr(torch, dtype or "float32")
-        return Int8Tensor.from_int8_weight(weight, now, replace(options, **self.quantizer.quantization_config.given))
+        options = replace(options, **self.quantizer.quantization_config.given)
+        made: Any = Int8Tensor.from_int8_weight(weight, self.dtype or getattr(torch, dtype or "float32"), options)
+        return made.to(device)  # type: ignore[no-any-return]
 
 
 class Place(_Operation):
@@ -215,6 +224,26 @@ class Place(_Operation):
             name = full_layer_name.replace(target_patterns[0], target) if len(target_patterns) > 1 else full_layer_name
             result |= self.place(model, name, weight[0] if isinstance(weight, list) else weight, missing_keys)
         return result
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def give_back(tensor: Tensor, files: Sequence[str]) -> None:
+    """Give freed memory back to the system, and the pages of a tensor that lies in one of the files, mapped (Linux).
+
+    It reads them again where they are needed; nobody may have written to the tensor.
+    """
+    maps, paths = Path("/proc/self/maps"), {os.path.realpath(file) for file in files}
+    first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    lines = maps.read_text().splitlines() if tensor.device.type == "cpu" and maps.exists() else []
+    for area, *_, path in (line.split(maxsplit=5) for line in lines):
+        begin, last = (int(place, 16) for place in area.split("-"))
+        if begin <= first and end <= last and path in paths:
+            _core.give_back(first, end)
+            break
+    else:
+        _core.give_back(0, 0)
 
 
 # --- what follows from it --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
 
+from octavo import _core
 from octavo import file_format as names
 from octavo._text import matches, unexpected
 from octavo.torch import Int8Tensor
@@ -39,6 +40,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         # The caller may use his for other models.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.files: Sequence[str] = ()  # of the checkpoint
+        self.keeps_files = False  # mapped, since codes lie there as they are used
         self._weights: set[str] = set()  # that are or become int8, by qualified name
         self._parallel: TensorParallel | None = None  # while a model is loaded over several processes
         self._is_parallel = False  # and ever after
@@ -135,8 +137,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise unexpected(name, "the scale and the options of its int8 weight", got)
         # A tensor of a mapped file holds the map, and with it all that was read of the file, in memory.
         for tensor in [*model.parameters(), *model.buffers()]:
-            if not isinstance(tensor, Int8Tensor) and tensor.device.type == "cpu":
+            if not self.keeps_files and not isinstance(tensor, Int8Tensor) and tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()
+        _core.give_back(0, 0)
         if not any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
             if self.pre_quantized:
                 raise unexpected("from_pretrained", "int8 weights, as config.json says", f"none in {list(self.files)}")
