@@ -127,6 +127,8 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     add("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     skip = f"no layers that match; may be repeated; default: {' '.join(DEFAULT_SKIP)}"
     add("--skip", action="append", metavar="PATTERN", help=skip)
+    head = "convert the output head, too; one tied to the embedding gets a weight of its own beside it"
+    add("--head", action="store_true", help=head)
     text = "run the model on a text file, or else on random tokens, and keep its systematic outlier columns in 16 bit"
     text += " (the model stays on the disk; needs transformers and accelerate)"
     add("--calibrate", type=Path, nargs="?", const=False, metavar="TEXT", help=text)
@@ -149,9 +151,9 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
 def _run_quantize(args: argparse.Namespace) -> int:
     options, text = options_of(args), args.calibrate or None
     calibrated = args.outlier_columns is not None or (args.calibrate is not None and args.kl is None)
-    wrong = misfit(options, args.format, calibrated)
-    if args.kl is not None and (options != Options() or calibrated or args.format == "bitsandbytes"):
-        wrong = "--kl chooses the options, and goes with no others, no outlier columns and octavo's formats"
+    wrong = misfit(options, args.format, calibrated, args.head)
+    if args.kl is not None and (options != Options() or calibrated or args.head or args.format == "bitsandbytes"):
+        wrong = "--kl chooses the options, and goes with no others, no outlier columns, no --head and octavo's formats"
     if wrong:
         print(f"octavo quantize: {wrong}", file=sys.stderr)
         return _USAGE
@@ -165,6 +167,7 @@ def _run_quantize(args: argparse.Namespace) -> int:
         layer_options=choice.options if choice else None,
         measured=choice.notes() if choice else None,
         outlier_columns=_outlier_columns(args, options, run) if calibrated else None,
+        head=args.head,
         format=args.format,
         jobs=args.jobs,
         memory=args.memory,

@@ -69,10 +69,10 @@ def quantization_config(options: Options, kept: Iterable[str], format: Format) -
 
     Args:
         options: of the layers; a reader may choose others for what they compute with.
-        kept: linear layers that stay in 16 bit.
+        kept: layers that stay in 16 bit.
         format: of the weights; for "bitsandbytes" the keys are those that Transformers writes for it.
     """
-    left = sorted({*kept, "lm_head"})  # tied heads are in no file
+    left = sorted(kept)
     if format == "bitsandbytes":
         return {
             "quant_method": "bitsandbytes",

@@ -55,6 +55,42 @@ def tiny_model(name: str, **more: Any) -> Any:
     return model_class(model_class.config_class(**fields)).eval()
 
 
+@pytest.mark.parametrize("form", ["untied", "tied", "tied, in a file of PyTorch", "packed"])
+def test_head(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An output head becomes int8 alike in all ways to convert; one that is tied gets a weight beside the table."""
+    model = tiny_model("LlamaForCausalLM", tie_word_embeddings=form != "untied")
+    model.save_pretrained(tmp_path / "m")
+    if "PyTorch" in form:
+        (tmp_path / "m" / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "m" / "pytorch_model.bin")
+    words = ["quantize", str(tmp_path / "m"), str(tmp_path / "out"), "--quiet", "--head"]
+    assert cli.main([*words, *(["--format", "packed"] if form == "packed" else [])]) == 0
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    while_loading = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "m", quantization_config=octavo.transformers.OctavoConfig(head=True)
+    )
+    table = model.model.embed_tokens.weight.detach().clone()
+    ot.quantize_(model, head=True, progress=False)
+    ids = torch.arange(12)[None]
+    for each in (model, while_loading, loaded):
+        assert isinstance(each.lm_head.weight, ot.Int8Tensor)
+        assert torch.equal(each.model.embed_tokens.weight, table)
+        assert torch.equal(each(ids).logits, model(ids).logits)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" not in config["modules_to_not_convert"]
+    summary = checkpoint.inspect(tmp_path / "out", verify=True)
+    assert "lm_head" in [layer.name for layer in summary.layers]
+    said = "an embedding; lm_head beside it is int8"
+    assert (said in summary.as_table()) == (form != "untied")
+    assert summary.other_tensors == 1 + 5  # the table and the norms: nothing is there twice
+    for wrong in (["--format", "bitsandbytes"], ["--kl", "0.1"]):
+        assert cli.main([*words, *wrong]) == 2
+        assert "head" in capsys.readouterr().err
+    (tmp_path / "m" / "config.json").unlink()
+    with pytest.raises(ValueError, match="quantize: head: expected a model that Transformers has"):
+        checkpoint.quantize(tmp_path / "m", tmp_path / "other", head=True, progress=False)
+
+
 @pytest.mark.parametrize("name", [*SIZES, "GPT2LMHeadModel"])
 def test_the_layers_of_quantize_(tmp_path: Path, name: str) -> None:
     """The same layers with the same arrays, whatever they are called in the file."""

@@ -81,6 +81,7 @@ def test_options_reach_the_conversion(
         "layer_options": None,
         "measured": None,
         "outlier_columns": {"a.fc": [3, 1]},  # the others' are of layers that the patterns leave out
+        "head": False,
         "format": "octavo",
         "jobs": 3,
         "memory": 2 * 2**30,

@@ -73,6 +73,7 @@ def quantize(
     options: Options | None = None,
     include: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
+    head: bool = False,
     layer_options: Mapping[str, Options | None] | None = None,
     outlier_columns: Mapping[str, Sequence[int]] | None = None,
     measured: Mapping[str, str] | None = None,
@@ -92,6 +93,8 @@ def quantize(
         options: see `octavo.Options`; those that do not belong to the weight are what the layers compute with unless
             whoever loads them says otherwise. Or single ones by name, such as ``threshold=5.0``.
         include, skip: patterns of layer names; see `octavo.checkpoint.layers`.
+        head: convert the output head, too; one that is tied to the embedding gets a weight of its own beside it, which
+            takes memory and makes decoding faster on CPUs. No columns of it are kept.
         layer_options: by layer, options in the place of those; None: it stays in 16 bit. From `choose_options`.
         measured: to be noted in the files, as `choose_options` gives it.
         outlier_columns: by layer, input features whose 16-bit weights are kept; from `calibrate` or elsewhere.
@@ -120,8 +123,9 @@ def quantize(
         expect(f"quantize: {name}", mapping, (Mapping, NoneType), "a mapping")
     for name, count in (("jobs", jobs), ("memory", memory)):
         expect(f"quantize: {name}", count, (Integral, NoneType), "a whole number")
+    expect("quantize: head", head, bool, "a bool")
     expect_choice("quantize: format", format, get_args(Format))
-    if wrong := misfit(options, format, outlier_columns is not None):
+    if wrong := misfit(options, format, outlier_columns is not None, head):
         raise ValueError(f"quantize: {wrong}")
     jobs = min(8, octavo.get_num_threads()) if jobs is None else jobs
     for argument, value in (("jobs", jobs), ("memory", memory)):
@@ -133,7 +137,7 @@ def quantize(
 
     with explained(output):
         source = Checkpoint(model, framework="numpy")
-        chosen = choose(source, include, skip)
+        chosen = choose(source, include, skip, head=head)
         keep_in_16_bit(chosen, layer_options or {})
         shards = plan_tasks(source, chosen, options, layer_options or {}, outlier_columns or {}, format)
         tasks = [task for own in shards for task in own]
@@ -148,7 +152,7 @@ def quantize(
         left=list(chosen.kept),
         tensors=len(tasks),
         resumed=resumed,
-        source_bytes=sum(task.entry.nbytes for task in tasks),
+        source_bytes=sum(each.nbytes for name, each in source.entries.items() if name not in source.ties),
         output_bytes=sum(path.stat().st_size for path in output.glob("*.safetensors")),
         seconds=time.monotonic() - started,
         reasons=chosen.kept,
@@ -156,9 +160,11 @@ def quantize(
     )
 
 
-def misfit(options: Options, format: Format, has_columns: bool) -> str:
+def misfit(options: Options, format: Format, has_columns: bool, head: bool) -> str:
     """What of a conversion's options does not fit the format, or columns that are kept or missing; "" where all do."""
     weight = options.of_weight
+    if format == "bitsandbytes" and head:
+        return "head: expected none for 'bitsandbytes', whose readers tie it to the embedding, got one"
     if format == "bitsandbytes" and (weight != Options().of_weight or has_columns):
         fits = "scheme absmax, granularity vector, no rotation and no outlier columns for 'bitsandbytes'"
         return f"format: expected {fits}, got {weight} and {'some' if has_columns else 'no'} columns"
@@ -259,7 +265,8 @@ class _Run:
             return len(tasks)
         made = {task.entry.name: task for task in tasks}
         kept = {layer: why for layer, why in self.chosen.kept.items() if {layer, f"{layer}.weight"} & made.keys()}
-        tied = {n: own for name, first in shard.ties.items() for n, own in made[first].tied_outputs(name).items()}
+        ties = {name: first for name, first in shard.ties.items() if name not in made}
+        tied = {n: own for name, first in ties.items() for n, own in made[first].tied_outputs(name).items()}
         metadata = names.metadata(self.format)
         noted = {names.KEPT_KEY: kept, names.TIED_KEY: tied, names.MEASURED_KEY: self.measured}
         metadata |= {key: json.dumps(value) for key, value in noted.items() if value}
@@ -325,7 +332,9 @@ class _Run:
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(path, partial / name)
         if self.source.config:
-            config = names.quantization_config(self.options, self.chosen.kept, self.format)
+            layers = {task.entry.name.removesuffix(".weight") for task in self._every if task.options}
+            left = {*self.chosen.kept, "lm_head"} - layers  # where it is tied it is in no file
+            config = names.quantization_config(self.options, left, self.format)
             _write_json(partial / "config.json", {**self.source.config, "quantization_config": config})
         for path in {*partial.rglob("*")} - {*files}:
             _sync(path)

@@ -43,25 +43,30 @@ class Chosen:
     Attributes:
         int8: by the name of a weight that becomes int8, whether it is stored as ``[in, out]``.
         kept: by the name of each other linear layer, or stack of experts, why it stays.
+        heads: by the name of an embedding's weight that of the output head, which is tied to it and becomes int8.
     """
 
     int8: dict[str, bool] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
 
 
-def choose(model: Checkpoint, include: Patterns, skip: Patterns, *, function: str = "quantize") -> Chosen:
+def choose(
+    model: Checkpoint, include: Patterns, skip: Patterns, *, head: bool = False, function: str = "quantize"
+) -> Chosen:
     """Decide for every tensor of a checkpoint.
 
     Args:
         model: the checkpoint.
         include: patterns of layers; given, only these.
         skip: patterns of layers to leave; default: the output head and routers, or nothing where `include` is given.
+        head: do not leave the output head; one that is tied to the embedding gets a weight of its own beside it.
         function: whose arguments these are, for its errors.
 
     Raises:
         TypeError: a pattern in the place of a sequence of them.
         ValueError: a model that is quantized already; an include pattern that no layer matches; no layer to convert;
-            one stored as nobody can tell.
+            one stored as nobody can tell; `head` of a model that Transformers does not have.
     """
     for argument, patterns in (("include", include), ("skip", skip)):
         expect_patterns(f"{function}: {argument}", patterns)
@@ -71,7 +76,10 @@ def choose(model: Checkpoint, include: Patterns, skip: Patterns, *, function: st
     if method or model.layers:
         raise unexpected(f"{function}: model", "a 16/32-bit model", f"one that {method or 'octavo'} has quantized")
     chosen = Chosen()
-    decide, in_model = _by_model(model, include, skip) or (_by_name(model.config, include, skip), {})
+    by_model = _by_model(model, include, skip, head)
+    if head and by_model is None:
+        raise unexpected(f"{function}: head", "a model that Transformers has", "another")
+    decide, in_model, tied_head = by_model or (_by_name(model.config, include, skip), {}, {})
     for name, entry in model.entries.items():
         decision = decide(name, entry)
         if isinstance(decision, str):
@@ -83,6 +91,10 @@ def choose(model: Checkpoint, include: Patterns, skip: Patterns, *, function: st
             for each in (name, first):
                 chosen.int8.pop(each, None)
         chosen.kept.pop(name.removesuffix(".weight"), None)
+    for name, own in tied_head.items():
+        if own not in chosen.int8:
+            chosen.heads[name] = own
+            chosen.kept[name.removesuffix(".weight")] = f"an embedding; {own.removesuffix('.weight')} beside it is int8"
     layers = [name.removesuffix(".weight") for name in chosen.int8]
     for pattern in include or ():
         if not any(matches(each, [pattern]) for layer in layers for each in (layer, in_model.get(layer, layer))):
@@ -112,8 +124,10 @@ def keep_in_16_bit(chosen: Chosen, options: Mapping[str, object]) -> None:
 Decide = Callable[[str, Entry], Decision]
 
 
-def _by_model(checkpoint: Checkpoint, include: Patterns, skip: Patterns) -> tuple[Decide, dict[str, str]] | None:
-    """By the model that the config describes, and what it calls each layer; None where nobody has it."""
+def _by_model(
+    checkpoint: Checkpoint, include: Patterns, skip: Patterns, head: bool
+) -> tuple[Decide, dict[str, str], dict[str, str]] | None:
+    """By the model that the config describes, what it calls each layer, and `Chosen.heads`; None where none is."""
     try:
         # Whoever loads the checkpoint may ask for float16: some models then keep some layers in float32.
         model = meta_model(checkpoint.config, "float16")
@@ -130,7 +144,10 @@ def _by_model(checkpoint: Checkpoint, include: Patterns, skip: Patterns) -> tupl
         matched = [own for name, own in layer_in_model.items() if matches(name, patterns or ())]
         return None if patterns is None else [*patterns, *matched]
 
-    choice = choose_layers(model, include=also_in_model(include), skip=also_in_model(skip))
+    choice = choose_layers(model, include=also_in_model(include), skip=also_in_model(skip), head=head)
+    tied = {source: own for own, source in getattr(model, "all_tied_weights_keys", {}).items() if head}
+    names = {name: tied.get(own, "") for name, (own, _) in found.items()}
+    heads = {name: own for name, own in names.items() if own.removesuffix(".weight") in choice.layers}
     parameters = model.state_dict()
     by_name = _by_name(checkpoint.config, include, skip)
 
@@ -147,7 +164,7 @@ def _by_model(checkpoint: Checkpoint, include: Patterns, skip: Patterns) -> tupl
             return is_conv1d(choice.layers[layer])
         return choice.kept.get(layer)
 
-    return decide, layer_in_model
+    return decide, layer_in_model, heads
 
 
 def _of_expert(model: Any, parameter: str, operations: Sequence[Any], by_name: Decision) -> Decision:

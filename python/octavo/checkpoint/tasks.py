@@ -7,8 +7,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -76,13 +76,19 @@ def plan_tasks(
     """
     columns = _columns_by_weight(model, chosen, outlier_columns)
 
-    def task(entry: Entry) -> Task:
-        if entry.name not in chosen.int8:
-            return Task(entry, {"": (entry.name, entry.dtype, entry.shape)})
-        own = layer_options.get(entry.name.removesuffix(".weight")) or options
-        return _int8_task(entry, own, chosen.int8[entry.name], columns.get(entry.name), format)
+    def tasks_of(entry: Entry) -> Iterator[Task]:
+        if entry.name in chosen.int8:
+            own = layer_options.get(entry.name.removesuffix(".weight")) or options
+            yield _int8_task(entry, own, chosen.int8[entry.name], columns.get(entry.name), format)
+        else:
+            yield Task(entry, {"": (entry.name, entry.dtype, entry.shape)})
+        if entry.name in chosen.heads:
+            yield _int8_task(replace(entry, name=chosen.heads[entry.name]), options, False, None, format)
 
-    tasks = [[task(each) for name, each in shard.entries.items() if name not in shard.ties] for shard in model.shards]
+    tasks = [
+        [task for name, each in shard.entries.items() if name not in shard.ties for task in tasks_of(each)]
+        for shard in model.shards
+    ]
     seen: set[str] = set()
     for name, _, _ in (output for own in tasks for each in own for output in each.outputs.values()):
         if name in seen:
@@ -126,14 +132,14 @@ def _int8_task(
         parts |= {names.ABSMAX: ("F32", (n,)), names.LAYOUT: ("U8", ())}
     else:
         parts[names.SCALE] = "F32", (groups,)
+        if format == "packed":
+            parts[names.CODE_SUMS] = "I32", (n,)
         if options.scheme == "zeropoint":
             parts[names.ZEROPOINT] = "F32", (groups,)
         if kept is not None:
             parts[names.OUTLIER_COLUMNS] = "I32", (len(kept),)
             parts[names.OUTLIER_WEIGHT] = entry.dtype, (n, len(kept))
         parts[names.OPTIONS] = "U8", (len(_json(entry, options, k, n if format == "packed" else None)),)
-        if format == "packed":
-            parts[names.CODE_SUMS] = "I32", (n,)
     outputs = {part: (names.stored_name(entry.name, part, format), *own) for part, own in parts.items()}
     return Task(entry, outputs, options, is_transposed, kept)
 
@@ -194,6 +200,10 @@ class Writer:
         return header_bytes(self._outputs, metadata)
 
 
+def _is_packed(output: Output) -> bool:
+    return output[1] == "I8" and len(output[2]) == 4
+
+
 # --- one tensor -------------------------------------------------------------------------------------------------------
 
 
@@ -201,10 +211,6 @@ def convert(task: Task, file: int, writer: Writer, block: int) -> bytes:
     """Convert or copy one tensor, which is read once.
 
     A copy takes a MiB of memory, a weight its own size and 9 bytes for each element of a block.
-def _is_packed(output: Output) -> bool:
-    return output[1] == "I8" and len(output[2]) == 4
-
-
 
     Args:
         task: what to do.
@@ -251,6 +257,8 @@ def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: 
     whole = options.granularity != "vector"
     # What a rotation makes of the extremes only the whole weight tells.
     step = n if whole and options.rotation else max(1, block // k)
+    if names.CODE_SUMS in output:
+        step = -(-step // 16) * 16  # rows that are packed together
     blocks = [slice(first, first + step) for first in range(0, n, step)]
     extremes: Array | None = None
     if whole and len(blocks) > 1:
@@ -258,8 +266,6 @@ def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: 
         extremes = np.array([found[:, 0].min(), found[:, 1].max()])  # a NaN is one, for quantize_weight to refuse
     small: dict[str, list[Array]] = {part: [] for part in (names.SCALE, names.ZEROPOINT, names.ABSMAX, names.CODE_SUMS)}
 
-    if names.CODE_SUMS in output:
-        step = -(-step // 16) * 16  # rows that are packed together
     def convert_rows(rows: Array) -> None:  # a function, so that nothing of a block is left when the next one is read
         if task.columns is not None:
             writer.write(output[names.OUTLIER_WEIGHT], rows[:, task.columns])
