@@ -162,6 +162,19 @@ def step(parser: argparse.ArgumentParser) -> Run:
     return partial(_run, "models.step", _MODELS)
 
 
+def whole(parser: argparse.ArgumentParser) -> Run:
+    """Time a whole model in octavo and in other engines that are installed."""
+    add = parser.add_argument
+    add("model", choices=("smollm2", "llama", "minilm"), help="llama: 664 million random weights")
+    add("--engines", nargs="+", metavar="NAME", help="as the table has them; default: all that are installed")
+    add("--rounds", type=positive, default=3, metavar="N", help="calls of each at least; default: %(default)s")
+    add("--seconds", type=number, default=5.0, metavar="X", help="of each case; default: %(default)g")
+    add("--loads", action="store_true", help="how long each takes to load, and its memory, too")
+    add("--load", metavar="NAME", help=argparse.SUPPRESS)
+    _output(parser)
+    return partial(_run, "models.whole", _MODELS)
+
+
 def evidence(parser: argparse.ArgumentParser) -> Run:
     """Make the paper's tables of that model and, in full, of three real ones."""
     _setting(parser)
@@ -174,7 +187,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """``python -m octavo_bench``."""
     parser = argparse.ArgumentParser(prog="python -m octavo_bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for register in (train, finetune, step, evidence, bench):
+    for register in (train, finetune, step, whole, evidence, bench):
         subparser = commands.add_parser(register.__name__, help=register.__doc__)
         subparser.set_defaults(run=register(subparser))
     args = parser.parse_args(words)
