@@ -28,7 +28,7 @@ if importlib.util.find_spec("accelerate") is None:
 import safetensors.torch
 import torch
 import transformers
-from octavo.transformers import OctavoConfig
+from octavo.transformers import OctavoConfig, loading
 
 FILE = "model.safetensors"
 SIZES = {"hidden_size": 256, "intermediate_size": 720, "num_attention_heads": 4, "num_hidden_layers": 4}
@@ -223,3 +223,20 @@ def test_damage(tmp_path: Path, folders: dict[str, Path]) -> None:
     for read in (checkpoint.load, load):
         with pytest.raises(Exception, match=r"truncated or corrupt|incomplete|Error while deserializing"):
             read(tmp_path / "m")
+
+
+@only_on_linux
+def test_pages_are_given_back(tmp_path: Path) -> None:
+    """Of a tensor that lies in the mapped file, whole pages, which are read again; of no other memory."""
+    file = tmp_path / FILE
+    safetensors.torch.save_file({"a": torch.arange(3 << 20), "b": torch.ones(5)}, file)
+    with safetensors.safe_open(file, "pt") as opened:
+        a, elsewhere = opened.get_slice("a")[1:], torch.arange(3 << 20)
+        total = int(a.sum())
+        assert sum(area["Rss"] for area in smaps(file)) > 24_000  # KiB
+        for tensor, files in ((a, []), (elsewhere, [str(file)]), (elsewhere[:0], [str(file)])):
+            loading.give_back(tensor, files)
+        assert torch.equal(elsewhere[1:], a)
+        loading.give_back(a, [str(tmp_path / ".." / tmp_path.name / FILE)])
+        assert sum(area["Rss"] for area in smaps(file)) < 200
+        assert int(a.sum()) == total
