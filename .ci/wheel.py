@@ -49,7 +49,7 @@ def main() -> None:
 def build(python: str, source: Path, folder: Path) -> Path:
     """The wheel as this machine builds it, from the source distribution alone.
 
-    For this Python the tools are those of .ci/lock, and so ccache has what the same sources were compiled to before.
+    For this Python the tools are those of .ci/lock.
     """
     words = [f"--config-settings={setting}" for setting in SETTINGS]
     words += ["--no-build-isolation"] if python == sys.executable else []
