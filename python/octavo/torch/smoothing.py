@@ -104,10 +104,16 @@ def smooth_(
             "smooth_: model: expected LayerNorms or RMSNorms whose output only linear layers take, got none in "
             f"{type(model).__name__}" + (f" ({listed}{'; ...' if len(reasons) > _LISTED else ''})" if listed else "")
         )
-    changes = [_Change.of(norm, alpha) for norm in chosen]
-    for norm, change in zip(chosen, changes, strict=True):
-        change.apply(model, norm)
-    return {norm.name: change.scale.float() for norm, change in zip(chosen, changes, strict=True)}
+    changes = [_change(norm, alpha) for norm in chosen]  # all are made before any is put in place
+    for norm, (scale, changed) in zip(chosen, changes, strict=True):
+        for (module, name), value in changed.items():
+            setattr(module, name, nn.Parameter(value, getattr(module, name).requires_grad))
+        for layer in norm.layers.values():
+            vars(layer.module).pop(CALIBRATED, None)  # columns of what it took before
+            if norm.elsewhere:
+                factor = scale.reciprocal().to(layer.module.weight.dtype)
+                model.set_submodule(layer.name, nn.Sequential(InputScale(factor), layer.module))
+    return {norm.name: scale.float() for norm, (scale, _) in zip(chosen, changes, strict=True)}
 
 
 class InputScale(nn.Module):
@@ -348,51 +354,26 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 # --- the change -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Change:
-    """New parameters, all made before any is put in place."""
-
-    scale: Tensor  # float64 [k]
-    norm: dict[str, Tensor]  # by parameter; empty where the division is inserted
-    weights: list[Tensor]
-
-    @classmethod
-    def of(cls, norm: _Norm, alpha: float) -> _Change:
-        """In float64, rounded once."""
-        assert norm.largest is not None
-        x = norm.largest.double()
-        columns = [layer.columns for layer in norm.layers.values()]
-        w = torch.stack([column.abs().amax(0) for column in columns]).amax(0).double()
-        if not torch.isfinite(w).all():
-            names = ", ".join(layer.name for layer in norm.layers.values())
-            raise ValueError(f"smooth_: {names}: expected finite weights, got NaN or Inf")
-        nonzero = (x > 0) & (w > 0)
-        scale = torch.where(nonzero, x**alpha / w.clamp_min(torch.finfo(w.dtype).tiny) ** (1 - alpha), 1.0)
-        changed = {}
-        if not norm.elsewhere:
-            own = dict(norm.module.named_parameters())
-            for name, parameter in own.items():
-                value = parameter.detach().double()
-                one = 1.0 if name == "weight" and norm.formula == "1 + weight" else 0.0
-                changed[name] = _rounded((value + one) / scale - one, parameter, f"{norm.name}.{name}")
-        weights = []
-        for layer in norm.layers.values():
-            value = layer.module.weight.detach().double()
-            by_column = scale if isinstance(layer.module, nn.Linear) else scale[:, None]
-            weights.append(_rounded(value * by_column, layer.module.weight, f"{layer.name}.weight"))
-        return cls(scale, changed, weights)
-
-    def apply(self, model: nn.Module, norm: _Norm) -> None:
-        """Put the parameters in place."""
-        for name, value in self.norm.items():
-            setattr(norm.module, name, nn.Parameter(value, getattr(norm.module, name).requires_grad))
-        for layer, weight in zip(norm.layers.values(), self.weights, strict=True):
-            layer.module.weight = nn.Parameter(weight, layer.module.weight.requires_grad)
-            if hasattr(layer.module, CALIBRATED):  # columns of what it took before
-                delattr(layer.module, CALIBRATED)
-            if not self.norm:
-                factor = self.scale.reciprocal().to(weight.dtype)
-                model.set_submodule(layer.name, nn.Sequential(InputScale(factor), layer.module))
+def _change(norm: _Norm, alpha: float) -> tuple[Tensor, dict[tuple[Any, str], Tensor]]:
+    """s, float64 ``[k]``, and the new parameters by module and name, made in float64 and rounded once."""
+    assert norm.largest is not None
+    x = norm.largest.double()
+    w = torch.stack([layer.columns.abs().amax(0) for layer in norm.layers.values()]).amax(0).double()
+    if not torch.isfinite(w).all():
+        names = ", ".join(layer.name for layer in norm.layers.values())
+        raise ValueError(f"smooth_: {names}: expected finite weights, got NaN or Inf")
+    nonzero = (x > 0) & (w > 0)
+    scale = torch.where(nonzero, x**alpha / w.clamp_min(torch.finfo(w.dtype).tiny) ** (1 - alpha), 1.0)
+    changed = {}
+    for name, parameter in norm.module.named_parameters() if not norm.elsewhere else ():
+        one = 1.0 if name == "weight" and norm.formula == "1 + weight" else 0.0
+        value = (parameter.detach().double() + one) / scale - one
+        changed[norm.module, name] = _rounded(value, parameter, f"{norm.name}.{name}")
+    for layer in norm.layers.values():
+        weight = layer.module.weight
+        by_column = scale if isinstance(layer.module, nn.Linear) else scale[:, None]
+        changed[layer.module, "weight"] = _rounded(weight.detach().double() * by_column, weight, f"{layer.name}.weight")
+    return scale, changed
 
 
 def _rounded(value: Tensor, parameter: Tensor, name: str) -> Tensor:
