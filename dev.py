@@ -121,7 +121,6 @@ def octavo() -> None:
         *(*PIP, "install", "--no-deps", "--no-build-isolation", "--force-reinstall", "."),
         # Not -C, which the pip of Debian 12 does not know.
         *(f"--config-settings={name}={value}" for name, value in settings.items()),
-        CMAKE_BUILD_PARALLEL_LEVEL=CORES,
     )
 
 
@@ -224,7 +223,7 @@ def cuda_wheel(architectures: str | None = None) -> None:
     shutil.rmtree(wheels, ignore_errors=True)
     # The compiler comes as packages: another one that this machine has is not to be found.
     hidden = dict.fromkeys(("CUDACXX", "CUDA_HOME", "CUDA_PATH"))
-    wanted = {"OCTAVO_CUDA": "1", "OCTAVO_WERROR": "ON", "CMAKE_BUILD_PARALLEL_LEVEL": CORES}
+    wanted = {"OCTAVO_CUDA": "1", "OCTAVO_WERROR": "ON"}
     wanted |= {"OCTAVO_CUDA_ARCHITECTURES": architectures} if architectures else {}
     run(*PIP, "wheel", "--no-deps", "-w", wheels, ".", **hidden, **wanted)
     run(*PIP, "install", "nvidia-cuda-cuobjdump==13.*", "nvidia-cuda-nvdisasm==13.*")
@@ -448,9 +447,10 @@ def run(*words: str | Path, **variables: str | None) -> None:
 
     Raises CalledProcessError where it fails.
     """
+    # Compilers at a time: another step runs meanwhile, and ninja's own choice is more than there are processors.
+    defaults = {"CMAKE_BUILD_PARALLEL_LEVEL": CORES, **(CCACHE if shutil.which("ccache") else {})}
     # The tools of .venv come first: ninja, for one, is found by CMake on the path.
-    ccache = CCACHE if shutil.which("ccache") else {}
-    environment = {**ccache, **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment = {**defaults, **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
     environment |= {name: value for name, value in variables.items() if value is not None}
     for name in (name for name, value in variables.items() if value is None):
         environment.pop(name, None)
@@ -516,8 +516,9 @@ def preset(name: str) -> None:
 
 
 def pytest(*words: str | Path, **variables: str) -> None:
-    """Run tests in Python, in as many processes as there are processors."""
-    run(PYTHON, "-m", "pytest", "-q", "-n", CORES, "--dist", "worksteal", *words, **variables)
+    """Run tests in Python, in as many processes as there are processors; says which took longest."""
+    long = ("--durations=8", "--durations-min=3")
+    run(PYTHON, "-m", "pytest", "-q", "-n", CORES, "--dist", "worksteal", *long, *words, **variables)
 
 
 def reformat(*how: str) -> None:

@@ -54,7 +54,7 @@ def build(python: str, source: Path, folder: Path) -> Path:
     words = [f"--config-settings={setting}" for setting in SETTINGS]
     words += ["--no-build-isolation"] if python == sys.executable else []
     command = (python, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", folder)
-    run(*command, *words, source, CMAKE_BUILD_PARALLEL_LEVEL=str(os.cpu_count() or 1))
+    run(*command, *words, source)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
