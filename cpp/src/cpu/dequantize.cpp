@@ -39,16 +39,17 @@ void rotate_back_columns(const PackedPanel& codes, std::int32_t rotation, std::i
         const PackedPanel part = codes.from(begin);
         if (rows.plan().x_is_unsigned) sum_packed(part, whole_blocks(cols), 0, depth, sums.data());
         multiply(rows, part, sums.data(), {0, count, 0, cols}, [&](const SumsTile& tile) {
-            const Scratch<std::int32_t> whole(tile.rows * tile.cols);
-            put_sums(tile, whole.data(), tile.cols * size_of(DType::i32));
-            for (std::int64_t i = 0; i < tile.rows; ++i) {
+            const std::int64_t tile_cols = tile.product.cols;
+            const Scratch<std::int32_t> whole(tile.product.rows * tile_cols);
+            put_sums(tile, whole.data(), tile_cols * size_of(DType::i32));
+            for (std::int64_t i = 0; i < tile.product.rows; ++i) {
                 const std::size_t place = first + static_cast<std::size_t>(tile.row + i);
                 const float of_zeropoint = columns[place] % rotation == 0 ? root : 0.0F;
-                const std::int32_t* const row_sums = whole.data() + i * tile.cols;
+                const std::int32_t* const row_sums = whole.data() + i * tile_cols;
                 float* const target = targets[place] + tile.col;
                 const float* const zeropoints = zeropoint + tile.col;
                 const float* const scales = scale + tile.col;
-                for (std::int64_t j = 0; j < tile.cols; ++j) {
+                for (std::int64_t j = 0; j < tile_cols; ++j) {
                     const float rotated = static_cast<float>(row_sums[j]) * factor;
                     target[j] = (rotated + zeropoints[j] * of_zeropoint) * scales[j];
                 }

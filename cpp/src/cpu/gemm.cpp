@@ -39,6 +39,9 @@ std::int64_t near_size() {
 #endif
 }
 
+// Whether the sums of a plan's `multiply` are too large by anything.
+bool has_offsets(const Plan& plan) { return plan.x_is_unsigned || plan.regroup != nullptr; }
+
 // The tile registers, or whatever a plan wants set up while it multiplies. Who finishes sums may multiply, too (columns
 // of a rotated weight are dequantized so): afterwards what was set up before is set up again.
 class Entered {
@@ -81,7 +84,7 @@ public:
           offsets_(cols_) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
-             const std::function<void(const SumsTile&)>& finish) const {
+             const std::function<void(SumsTile&)>& finish) const {
         for (std::int64_t j = 0; j < cols_; ++j) {
             offsets_[j] =
                 plan_.x_is_unsigned ? static_cast<std::int32_t>(128U * static_cast<std::uint32_t>(w_sums[j])) : 0;
@@ -122,8 +125,8 @@ private:
     [[nodiscard]] std::int64_t tile_size() const { return plan_.rows * plan_.cols; }
 
     // All rows by the output features of `tile`, which is at column j and slice `begin`. Whole tiles go to `finish`.
-    void column(ProductTile tile, std::int64_t begin, std::int64_t j,
-                const std::function<void(const SumsTile&)>* finish, std::int64_t part) const {
+    void column(ProductTile tile, std::int64_t begin, std::int64_t j, const std::function<void(SumsTile&)>* finish,
+                std::int64_t part) const {
         if (plan_.regroup != nullptr && tile.depth > 0) {
             plan_.regroup(tile.w, tile.w_stride, tile.cols, tile.depth, regrouped_.data(), offsets_.data() + j);
             tile.w = regrouped_.data();
@@ -137,15 +140,17 @@ private:
             if (tile.depth > 0) plan_.multiply(tile);
             for (std::int64_t end = row + tile.rows, i = row; i < end; i += plan_.rows, tile.acc += tile_size()) {
                 if (finish == nullptr) continue;
-                (*finish)({.row = i,
-                           .col = block_.col_begin + j,
-                           .rows = std::min(plan_.rows, end - i),
-                           .cols = std::min(tile.cols, block_.cols() - j),
-                           .stride = plan_.cols,
-                           .acc = tile.acc,
-                           .row_offsets = x_.offsets(i, part),
-                           .col_offsets = offsets_.data() + j,
-                           .wide = nullptr});
+                SumsTile sums{.row = i,
+                              .col = block_.col_begin + j,
+                              .product = {.rows = std::min(plan_.rows, end - i),
+                                          .cols = std::min(tile.cols, block_.cols() - j),
+                                          .acc = tile.acc,
+                                          .stride = plan_.cols}};
+                if (has_offsets(plan_)) {
+                    sums.product.row_offsets = x_.offsets(i, part);
+                    sums.product.col_offsets = offsets_.data() + j;
+                }
+                (*finish)(sums);
             }
         }
     }
@@ -275,7 +280,7 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
 }
 
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
-              const std::function<void(const SumsTile&)>& finish) {
+              const std::function<void(SumsTile&)>& finish) {
     const BlockProduct product(x, w, block);
     if (x.depth() <= max_int32_depth) return product.run(0, x.depth(), w_sums, finish);
 
@@ -286,16 +291,15 @@ void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums
     for (std::int64_t begin = 0; begin < x.depth(); begin += max_int32_depth) {
         const std::int64_t end = std::min(begin + max_int32_depth, x.depth());
         if (x.plan().x_is_unsigned) sum_packed(w, cols, begin, end, part_sums.data());
-        product.run(begin, end, part_sums.data(), [&](const SumsTile& tile) {
+        product.run(begin, end, part_sums.data(), [&](SumsTile& tile) {
             const std::int64_t place = (tile.row - block.row_begin) * cols + tile.col - block.col_begin;
-            for (std::int64_t i = 0; i < tile.rows; ++i) {
-                for (std::int64_t j = 0; j < tile.cols; ++j) wide[place + i * cols + j] += tile.sum(i, j);
+            for (std::int64_t i = 0; i < tile.product.rows; ++i) {
+                for (std::int64_t j = 0; j < tile.product.cols; ++j) wide[place + i * cols + j] += tile.sum(i, j);
             }
             if (end < x.depth()) return;
-            SumsTile whole = tile;
-            whole.stride = cols;
-            whole.wide = wide.data() + place;
-            finish(whole);
+            tile.product.stride = cols;
+            tile.wide = wide.data() + place;
+            finish(tile);
         });
     }
 }
@@ -335,6 +339,11 @@ void* OutputBlock::at(std::int64_t row, std::int64_t col) const {
     return memory_.data() + (row - block_.row_begin) * stride_ + (col - block_.col_begin) * size_of(out_.dtype);
 }
 
+void OutputBlock::fetch_ahead(std::int64_t row, std::int64_t col, std::int64_t rows) const {
+    const std::int64_t end = std::min(row + rows, block_.row_end);
+    for (; !waits_ && row < end; ++row) __builtin_prefetch(at(row, col), 1, 3);
+}
+
 void OutputBlock::write() const {
     if (!waits_) return;
     for (std::int64_t row = block_.row_begin; row < block_.row_end; ++row) {
@@ -347,20 +356,14 @@ void OutputBlock::write() const {
 }
 
 void put_sums(const SumsTile& tile, void* out, std::int64_t stride) {
-    const EpilogueTile sums{.rows = tile.rows,
-                            .cols = tile.cols,
-                            .acc = tile.acc,
-                            .row_offsets = tile.row_offsets,
-                            .col_offsets = tile.col_offsets,
-                            .stride = tile.stride};
-    kernels().epilogue(sums, DType::i32, out, stride);
+    kernels().epilogue(tile.product, DType::i32, out, stride);
 }
 
 namespace {
 
 void put_tile(const SumsTile& tile, const Matrix& out) {
-    for (std::int64_t i = 0; i < tile.rows; ++i) {
-        for (std::int64_t j = 0; j < tile.cols; ++j) {
+    for (std::int64_t i = 0; i < tile.product.rows; ++i) {
+        for (std::int64_t j = 0; j < tile.product.cols; ++j) {
             const std::int64_t sum = tile.sum(i, j);
             const auto value = static_cast<std::int32_t>(sum);
             if (value != sum) {
@@ -405,11 +408,11 @@ void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_lay
         if (summed_here) sum_packed(w, cols, 0, w.depth(), block_sums.data());
         const std::int32_t* const w_sums = summed_once ? sums.data() + block.col_begin : block_sums.data();
         if (out.col_stride != 1 || x.depth() > max_int32_depth) {
-            return multiply(x, w, w_sums, block, [&](const SumsTile& tile) { put_tile(tile, out); });
+            return multiply(x, w, w_sums, block, [&](SumsTile& tile) { put_tile(tile, out); });
         }
         const OutputBlock rows(out, block);
         multiply(x, w, w_sums, block,
-                 [&](const SumsTile& tile) { put_sums(tile, rows.at(tile.row, tile.col), rows.stride()); });
+                 [&](SumsTile& tile) { put_sums(tile, rows.at(tile.row, tile.col), rows.stride()); });
         rows.write();
     });
 }

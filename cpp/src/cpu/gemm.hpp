@@ -74,21 +74,22 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
 
 // A tile of a block, whole: sum_k x[row + i, k] * w[col + j, k] for i < rows, j < cols.
 struct SumsTile {
-    std::int64_t row, col;
-    std::int64_t rows, cols;
-    std::int64_t stride;  // of `acc` or `wide`
-    // acc[i, j] - row_offsets[i] - col_offsets[j], modulo 2^32
-    const std::int32_t* acc;
-    const std::int32_t* row_offsets;
-    const std::int32_t* col_offsets;
-    const std::int64_t* wide;  // not null where k > max_int32_depth: the sums themselves
+    std::int64_t row = 0;
+    std::int64_t col = 0;
+    const std::int64_t* wide = nullptr;  // not null where k > max_int32_depth: the sums themselves, as far apart
+    // The sums, and room for what else an epilogue needs. (In place: a copy would wait for the stores that have just
+    // made it, behind all of the tile's.)
+    EpilogueTile product;
 
     // The sum of row i and column j, whichever way it is kept.
     [[nodiscard]] std::int64_t sum(std::int64_t i, std::int64_t j) const noexcept {
-        if (wide != nullptr) return wide[i * stride + j];
-        return static_cast<std::int32_t>(static_cast<std::uint32_t>(acc[i * stride + j]) -
-                                         static_cast<std::uint32_t>(row_offsets[i]) -
-                                         static_cast<std::uint32_t>(col_offsets[j]));
+        if (wide != nullptr) return wide[i * product.stride + j];
+        auto sum = static_cast<std::uint32_t>(product.acc[i * product.stride + j]);
+        if (product.row_offsets != nullptr) {
+            sum -= static_cast<std::uint32_t>(product.row_offsets[i]);
+            sum -= static_cast<std::uint32_t>(product.col_offsets[j]);
+        }
+        return static_cast<std::int32_t>(sum);
     }
 };
 
@@ -103,6 +104,8 @@ public:
     // are contiguous.
     [[nodiscard]] void* at(std::int64_t row, std::int64_t col) const;
     [[nodiscard]] std::int64_t stride() const noexcept { return stride_; }
+    // That rows from `row` on will be written at column `col` soon, as far as the block has them.
+    void fetch_ahead(std::int64_t row, std::int64_t col, std::int64_t rows) const;
     // Put all of the block where it belongs.
     void write() const;
 
@@ -124,6 +127,6 @@ void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std
 // The sums of a block, tile by tile. `w` holds the output features of the block; `w_sums[j]` = sum_k w[j, k] where the
 // plan has X unsigned and k <= max_int32_depth, else it may be null.
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
-              const std::function<void(const SumsTile&)>& finish);
+              const std::function<void(SumsTile&)>& finish);
 
 }  // namespace octavo::cpu

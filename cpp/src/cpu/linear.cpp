@@ -140,6 +140,7 @@ public:
         tile.outlier_w = outlier_weight_.data() + j;
         tile.bias = has_bias_ ? bias_ + j : nullptr;
         if (out.col_stride == 1) {
+            rows.fetch_ahead(row + tile.rows, col, tile.rows);
             return kernels().epilogue(tile, out.dtype, rows.at(row, col), rows.stride());
         }
         const Scratch<float> y(tile.rows * tile.cols);
@@ -172,8 +173,8 @@ void unroll_zeropoint(const SumsTile& tile, std::int64_t i, const QuantizedX& x,
     const double sum_x = x.sums[tile.row + i];
     const auto depth = static_cast<double>(k - weight.left_out(outliers));
     std::int32_t sums_w[most_cols];
-    weight.sum_codes_outside(outliers, first_col, tile.cols, sums_w);
-    for (std::int64_t j = 0; j < tile.cols; ++j) {
+    weight.sum_codes_outside(outliers, first_col, tile.product.cols, sums_w);
+    for (std::int64_t j = 0; j < tile.product.cols; ++j) {
         const double zw = weight.zeropoint[first_col + j];
         const double sum = static_cast<double>(tile.sum(i, j)) + zw * sum_x + zx * sums_w[j] + depth * zx * zw;
         y[j] = static_cast<float>(sum * (scale_x * static_cast<double>(weight.scale[first_col + j])));
@@ -209,31 +210,28 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth ||
                                  std::isinf(largest_scale * largest_of(block_weight.scale, block.cols()));
         const Scratch<float> scaled(scaled_here ? quantized.codes.plan().rows * quantized.codes.plan().cols : 0);
-        multiply(quantized.codes, w, block_weight.code_sums, block, [&](const SumsTile& tile) {
+        multiply(quantized.codes, w, block_weight.code_sums, block, [&](SumsTile& tile) {
+            EpilogueTile& epilogue = tile.product;
             const std::int64_t first_col = tile.col - block.col_begin;
-            if (tile.row == block.row_begin) block_weight.gather_outliers(outliers.columns(), w, first_col, tile.cols);
-            EpilogueTile epilogue{.rows = tile.rows,
-                                  .cols = tile.cols,
-                                  .acc = tile.acc,
-                                  .row_offsets = tile.row_offsets,
-                                  .col_offsets = tile.col_offsets,
-                                  .scaled = nullptr,
-                                  .stride = tile.stride,
-                                  .scale_x = quantized.scales.data() + tile.row};
+            if (tile.row == block.row_begin) {
+                block_weight.gather_outliers(outliers.columns(), w, first_col, epilogue.cols);
+            }
+            epilogue.scale_x = quantized.scales.data() + tile.row;
             if (scaled_here) {
-                epilogue.scaled = scaled.data();
-                epilogue.stride = quantized.codes.plan().cols;
-                for (std::int64_t i = 0; i < tile.rows; ++i) {
-                    float* const y = scaled.data() + i * epilogue.stride;
+                const std::int64_t stride = quantized.codes.plan().cols;
+                for (std::int64_t i = 0; i < epilogue.rows; ++i) {
+                    float* const y = scaled.data() + i * stride;
                     if (weight.scheme == Scheme::zeropoint) {
                         unroll_zeropoint(tile, i, quantized, outliers.row(tile.row + i), k, block_weight, first_col, y);
                         continue;
                     }
-                    for (std::int64_t j = 0; j < tile.cols; ++j) {
+                    for (std::int64_t j = 0; j < epilogue.cols; ++j) {
                         y[j] = scaled_sum(static_cast<float>(tile.sum(i, j)), quantized.scales[tile.row + i],
                                           block_weight.scale[first_col + j]);
                     }
                 }
+                epilogue.scaled = scaled.data();
+                epilogue.stride = stride;
             }
             outliers.describe(tile.row, epilogue);
             block_weight.finish(epilogue, tile.row, tile.col, out, rows);

@@ -18,17 +18,6 @@ template <DType Type>
         __builtin_memcpy(y, &sum, sizeof sum);
         return;
     }
-#if defined(__AVX512BF16__)
-    // The instruction takes subnormal numbers for 0. There hardly ever are any.
-    constexpr int subnormal = 0x20;
-    if constexpr (Type == DType::bf16) {
-        if (_mm512_fpclass_ps_mask(sum, subnormal) == 0) {
-            const auto halves = _mm512_cvtneps_pbh(sum);
-            __builtin_memcpy(y, &halves, sizeof halves);
-            return;
-        }
-    }
-#endif
     Bits bits;
     __builtin_memcpy(&bits, &sum, sizeof bits);
     const Bits magnitude = bits & 0x7FFFFFFFU;
@@ -52,6 +41,50 @@ template <DType Type>
     }
     const Halves halves = __builtin_convertvector(result, Halves);
     __builtin_memcpy(y, &halves, sizeof halves);
+}
+
+#if defined(__AVX512BF16__)
+// The least magnitude of `Count` vectors' numbers, NaN left out, lane by lane.
+template <int Count>
+[[gnu::always_inline]] inline Floats least_magnitude(const Floats* sums) {
+    if constexpr (Count == 1) {
+        return sums[0];
+    } else {
+        constexpr int of_magnitudes = 0b1010;
+        return _mm512_range_ps(least_magnitude<Count / 2>(sums), least_magnitude<Count - Count / 2>(sums + Count / 2),
+                               of_magnitudes);
+    }
+}
+#endif
+
+// `Rows` rows of `Vectors` vectors of sums, rounded to `Type`.
+template <DType Type, int Rows, int Vectors>
+[[gnu::always_inline]] inline void write_square(const Floats* sums, char* y, std::int64_t y_stride) {
+#if defined(__AVX512BF16__)
+    if constexpr (Type == DType::bf16) {
+        // The instructions take subnormal numbers for 0. There hardly ever are any, nor zeros, which one comparison
+        // cannot tell from them.
+        const Floats least = least_magnitude<Rows * Vectors>(sums);
+        if (_mm512_cmp_ps_mask(least, Floats{} + 0x1p-126F, _CMP_LT_OQ) == 0) {
+            return unroll<Rows>([&](auto r) OCTAVO_INLINE {
+                const Floats* const row = sums + r * Vectors;
+                char* const target = y + r * y_stride;
+                if constexpr (Vectors == 1) {
+                    const auto halves = _mm512_cvtneps_pbh(row[0]);
+                    __builtin_memcpy(target, &halves, sizeof halves);
+                } else {
+                    unroll<Vectors / 2>([&](auto v) OCTAVO_INLINE {
+                        const auto halves = _mm512_cvtne2ps_pbh(row[2 * v + 1], row[2 * v]);
+                        __builtin_memcpy(target + v * 64, &halves, sizeof halves);
+                    });
+                }
+            });
+        }
+    }
+#endif
+    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE {
+        write<Type>(sums[s], y + s / Vectors * y_stride + s % Vectors * width * size_of(Type));
+    });
 }
 
 // The accumulators of a square of the tile, which fit the registers.
@@ -100,29 +133,41 @@ template <int Rows, int Vectors>
     });
 }
 
-// `Rows` rows from row i on, by `Vectors` vectors from column j on; y is where its first element goes.
+// `Rows` rows from row i on, by `Vectors` vectors from column j on, whose scales and bias are given, if there are any;
+// y is where the first element goes.
 template <DType Type, int Rows, int Vectors>
-[[gnu::always_inline]] inline void finish_square(const EpilogueTile& tile, std::int64_t i, std::int64_t j, char* y,
+[[gnu::always_inline]] inline void finish_square(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
+                                                 const Floats* scales, const Floats* bias, char* y,
                                                  std::int64_t y_stride) {
     Floats sums[Rows * Vectors];
     if (tile.scaled == nullptr) {
-        Bits col_offsets[Vectors];  // unsigned, so that they may wrap
-        Floats scales[Vectors];
-        unroll<Vectors>([&](auto v) OCTAVO_INLINE {
-            read(tile.col_offsets + j + v * width, col_offsets[v]);
-            read(tile.scale_w + j + v * width, scales[v]);
-        });
-        unroll<Rows>([&](auto r) OCTAVO_INLINE {
-            const Bits row_offset = static_cast<std::uint32_t>(tile.row_offsets[i + r]) - Bits{};
+        const auto scale = [&](auto r, auto v, const Ints& sum) OCTAVO_INLINE {
             const Floats scale_x = tile.scale_x[i + r] - Floats{};
-            unroll<Vectors>([&](auto v) OCTAVO_INLINE {
-                Bits acc;
-                read(tile.acc + (i + r) * tile.stride + j + v * width, acc);
-                Ints sum;
-                read(&(acc -= row_offset + col_offsets[v]), sum);
-                sums[r * Vectors + v] = __builtin_convertvector(sum, Floats) * (scale_x * scales[v]);
+            sums[r * Vectors + v] = __builtin_convertvector(sum, Floats) * (scale_x * scales[v]);
+        };
+        const std::int32_t* const acc = tile.acc + i * tile.stride + j;
+        if (tile.row_offsets == nullptr) {
+            unroll<Rows>([&](auto r) OCTAVO_INLINE {
+                unroll<Vectors>([&](auto v) OCTAVO_INLINE {
+                    Ints sum;
+                    read(acc + r * tile.stride + v * width, sum);
+                    scale(r, v, sum);
+                });
             });
-        });
+        } else {
+            Bits col_offsets[Vectors];  // unsigned, so that they may wrap
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE { read(tile.col_offsets + j + v * width, col_offsets[v]); });
+            unroll<Rows>([&](auto r) OCTAVO_INLINE {
+                const Bits row_offset = static_cast<std::uint32_t>(tile.row_offsets[i + r]) - Bits{};
+                unroll<Vectors>([&](auto v) OCTAVO_INLINE {
+                    Bits whole;
+                    read(acc + r * tile.stride + v * width, whole);
+                    Ints sum;
+                    read(&(whole -= row_offset + col_offsets[v]), sum);
+                    scale(r, v, sum);
+                });
+            });
+        }
     } else {
         unroll<Rows>([&](auto r) OCTAVO_INLINE {
             unroll<Vectors>([&](auto v) OCTAVO_INLINE {
@@ -136,64 +181,62 @@ template <DType Type, int Rows, int Vectors>
         add_own_outliers<Rows, Vectors>(tile, i, j, sums);
     }
     if (tile.bias != nullptr) {
-        unroll<Vectors>([&](auto v) OCTAVO_INLINE {
-            Floats bias;
-            read(tile.bias + j + v * width, bias);
-            unroll<Rows>([&](auto r) OCTAVO_INLINE { sums[r * Vectors + v] += bias; });
-        });
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] += bias[s % Vectors]; });
     }
-    unroll<Rows>([&](auto r) OCTAVO_INLINE {
-        unroll<Vectors>([&](auto v) OCTAVO_INLINE {
-            write<Type>(sums[r * Vectors + v], y + r * y_stride + v * width * size_of(Type));
-        });
+    write_square<Type, Rows, Vectors>(sums, y, y_stride);
+}
+
+// All rows, by `Vectors` vectors from column j on; of the last, with one vector, only what the tile has.
+template <DType Type, int Vectors>
+void finish_columns(const EpilogueTile& tile, std::int64_t j, char* y, std::int64_t y_stride) {
+    Floats scales[Vectors]{};
+    Floats bias[Vectors]{};
+    unroll<Vectors>([&](auto v) OCTAVO_INLINE {
+        if (tile.scaled == nullptr) read(tile.scale_w + j + v * width, scales[v]);
+        if (tile.bias != nullptr) read(tile.bias + j + v * width, bias[v]);
     });
-}
-
-// Columns from j on, by `Vectors` vectors as long as there are so many, then by half as many; the column behind the
-// last.
-template <DType Type, int Rows, int Vectors>
-std::int64_t finish_columns(const EpilogueTile& tile, std::int64_t i, std::int64_t j, char* y, std::int64_t y_stride) {
-    for (; j + Vectors * width <= tile.cols; j += Vectors * width) {
-        finish_square<Type, Rows, Vectors>(tile, i, j, y + j * size_of(Type), y_stride);
-    }
-    if constexpr (Vectors > 1) j = finish_columns<Type, Rows, Vectors / 2>(tile, i, j, y, y_stride);
-    return j;
-}
-
-template <DType Type, int Rows>
-void finish_rows(const EpilogueTile& tile, std::int64_t i, char* y, std::int64_t y_stride) {
-    constexpr std::int64_t item = size_of(Type);
-    constexpr int vectors = Rows == 1 ? 8 : Rows == 2 ? 4 : square_vectors;  // sums enough to wait for none
-    const std::int64_t j = finish_columns<Type, Rows, vectors>(tile, i, 0, y, y_stride);
-    if (j == tile.cols) return;
-    char last[Rows * 64];
-    finish_square<Type, Rows, 1>(tile, i, j, last, 64);
-    for (std::int64_t r = 0; r < Rows; ++r) {
-        __builtin_memcpy(y + r * y_stride + j * item, last + r * 64,
-                         static_cast<unsigned long>((tile.cols - j) * item));
-    }
-}
-
-template <DType Type>
-void finish_tile(const EpilogueTile& tile, char* y, std::int64_t y_stride) {
+    const auto finish_rows = [&](auto rows, std::int64_t i) OCTAVO_INLINE {
+        char* const target = y + i * y_stride;
+        if (Vectors > 1 || j + width <= tile.cols) {
+            return finish_square<Type, rows, Vectors>(tile, i, j, scales, bias, target, y_stride);
+        }
+        char last[rows * 64];
+        finish_square<Type, rows, 1>(tile, i, j, scales, bias, last, 64);
+        for (std::int64_t r = 0; r < rows; ++r) {
+            __builtin_memcpy(target + r * y_stride, last + r * 64,
+                             static_cast<unsigned long>((tile.cols - j) * size_of(Type)));
+        }
+    };
     std::int64_t i = 0;
-    for (; i + square_rows <= tile.rows; i += square_rows) {
-        finish_rows<Type, square_rows>(tile, i, y + i * y_stride, y_stride);
-    }
+    for (; i + square_rows <= tile.rows; i += square_rows) finish_rows(IndexConstant<square_rows>{}, i);
     switch (tile.rows - i) {
-        case 3: return finish_rows<Type, 3>(tile, i, y + i * y_stride, y_stride);
-        case 2: return finish_rows<Type, 2>(tile, i, y + i * y_stride, y_stride);
-        case 1: return finish_rows<Type, 1>(tile, i, y + i * y_stride, y_stride);
+        case 3: return finish_rows(IndexConstant<3>{}, i);
+        case 2: return finish_rows(IndexConstant<2>{}, i);
+        case 1: return finish_rows(IndexConstant<1>{}, i);
         default: return;
     }
+}
+
+// Columns from j on, by `Vectors` vectors as long as there are so many, then by half as many.
+template <DType Type, int Vectors = square_vectors>
+void finish_tile(const EpilogueTile& tile, char* y, std::int64_t y_stride, std::int64_t j = 0) {
+    constexpr std::int64_t least = Vectors > 1 ? Vectors * width : 1;
+    for (; j + least <= tile.cols; j += Vectors * width) {
+        finish_columns<Type, Vectors>(tile, j, y + j * size_of(Type), y_stride);
+    }
+    if constexpr (Vectors > 1) finish_tile<Type, Vectors / 2>(tile, y, y_stride, j);
 }
 
 // The sums themselves.
 void put_sums(const EpilogueTile& tile, char* y, std::int64_t y_stride) {
     for (std::int64_t i = 0; i < tile.rows; ++i) {
-        const auto row_offset = static_cast<std::uint32_t>(tile.row_offsets[i]);
         const std::int32_t* const acc = tile.acc + i * tile.stride;
         char* const row = y + i * y_stride;
+        if (tile.row_offsets == nullptr) {
+            __builtin_memcpy(row, acc, static_cast<unsigned long>(tile.cols) * 4);
+            continue;
+        }
+        const auto row_offset = static_cast<std::uint32_t>(tile.row_offsets[i]);
         for (std::int64_t j = 0; j < tile.cols; ++j) {
             const std::uint32_t sum =
                 static_cast<std::uint32_t>(acc[j]) - row_offset - static_cast<std::uint32_t>(tile.col_offsets[j]);

@@ -49,7 +49,7 @@ struct ProductTile {
 //
 // The sums that `multiply` leaves are those of X W^T plus a number of each row and a number of each output feature,
 // modulo 2^32. `place_row` tells the row's, `regroup` the feature's; unless x_is_unsigned, a plan without `regroup`
-// adds nothing to a feature.
+// adds nothing to either.
 struct Plan {
     std::int64_t rows = 0;
     std::int64_t cols = 0;  // a multiple of 16
@@ -98,7 +98,8 @@ struct FloatTile {
 struct EpilogueTile {
     std::int64_t rows = 0;
     std::int64_t cols = 0;
-    // The product: acc[i, j] - row_offsets[i] - col_offsets[j], modulo 2^32. Not read where `scaled` is given.
+    // The product: acc[i, j] - row_offsets[i] - col_offsets[j], modulo 2^32, or, where both of these are null, acc[i,
+    // j]. Not read where `scaled` is given.
     const std::int32_t* acc = nullptr;
     const std::int32_t* row_offsets = nullptr;
     const std::int32_t* col_offsets = nullptr;
