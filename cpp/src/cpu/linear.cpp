@@ -18,7 +18,7 @@ namespace {
 
 // X as codes, in memory of its own.
 struct QuantizedX {
-    QuantizedX(const ConstMatrix& x, const WeightView& weight, const OutlierElements& outliers)
+    QuantizedX(const ConstMatrix& x, const WeightView& weight, OutlierElements& outliers)
         : codes(plan_for(x.rows), x.rows, weight.codes.cols),
           scales(x.rows),
           zeropoints(weight.scheme == Scheme::zeropoint ? x.rows : 0),
@@ -29,13 +29,15 @@ struct QuantizedX {
             .rotation = weight.rotation};
         const std::int64_t count = options.granularity == Granularity::tensor ? 1 : x.rows;
         const bool has_zeropoint = weight.scheme == Scheme::zeropoint;
+        if (options.granularity == Granularity::tensor) outliers.find_all();  // rows will be read twice
         const RowTraits traits{
-            .excluded = [&](std::int64_t row) { return outliers.columns_of(row); },
+            .excluded = [&](std::int64_t begin) { return outliers.finder(begin); },
             .done = [&](std::int64_t row, const std::int8_t* row_codes) { codes.place(row, row_codes); }};
         const Matrix not_kept{.dtype = DType::i8, .rows = x.rows, .cols = weight.codes.cols};
         quantize_rows(x, options, traits, not_kept, {.data = scales.data(), .size = count},
                       {.data = zeropoints.data(), .size = count, .present = has_zeropoint},
                       {.data = sums.data(), .dtype = DType::i32, .size = x.rows, .present = has_zeropoint});
+        outliers.gather();
         std::fill(scales.data() + count, scales.data() + x.rows, scales[0]);
         if (has_zeropoint) std::fill(zeropoints.data() + count, zeropoints.data() + x.rows, zeropoints[0]);
     }
@@ -197,7 +199,7 @@ float largest_of(const float* values, std::int64_t count) {
 
 void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out,
                  const LinearOptions& options) {
-    const OutlierElements outliers(x, weight, options);
+    OutlierElements outliers(x, weight, options);
     const QuantizedX quantized(x, weight, outliers);
     const float largest_scale = largest_of(quantized.scales.data(), x.rows);
     const std::int64_t k = weight.codes.cols;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <iterator>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <utility>
@@ -168,7 +169,8 @@ void Backend::find_outliers(ConstMatrix x, const LinearOptions& options, Vector 
     put(count, 0, static_cast<std::int32_t>(found.size()));
 }
 
-OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options) {
+OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options)
+    : x_(x), options_(options), per_row_(options.outliers == Outliers::rows) {
     switch (options.outliers) {
         case Outliers::none: return;
         case Outliers::columns: columns_ = outlier_columns(x, options); break;
@@ -177,50 +179,72 @@ OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight,
                 columns_.push_back(get<std::int32_t>(weight.outlier_columns, i));
             }
             break;
-        case Outliers::rows: find_per_row(x, options); break;
+        case Outliers::rows:
+            found_ = x.cols == 0;
+            row_begin_.resize(static_cast<std::size_t>(x.rows) + 1);
+            return;
     }
-    gather(x);
-}
-
-void OutlierElements::find_per_row(const ConstMatrix& x, const LinearOptions& options) {
-    per_row_ = true;
-    // By the first row of each piece of work, the columns of all of its rows.
-    std::vector<std::vector<std::int32_t>> of_piece(static_cast<std::size_t>(x.rows));
-    row_begin_.resize(static_cast<std::size_t>(x.rows) + 1);
-    parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
-        RowReader reader(x);
-        Criterion criterion(reader.dtype(), x.cols, 1, options);
-        auto& columns = of_piece[static_cast<std::size_t>(begin)];
-        for (std::int64_t i = begin; i < end && x.cols > 0; ++i) {
-            const auto found = criterion.find(reader.row(i));
-            columns.insert(columns.end(), found.begin(), found.end());
-            row_begin_[static_cast<std::size_t>(i) + 1] = std::ssize(found);
+    if (columns_.empty()) return;
+    values_.resize(static_cast<std::size_t>(x.rows) * columns_.size());
+    parallel_for(x.rows, row_grain(std::ssize(columns_)), [&](std::int64_t begin, std::int64_t end) {
+        float* value = values_.data() + begin * std::ssize(columns_);
+        for (std::int64_t i = begin; i < end; ++i) {
+            for (const std::int32_t column : columns_) load_row(x, i, column, 1, value++);
         }
     });
-    std::partial_sum(row_begin_.begin(), row_begin_.end(), row_begin_.begin());
-    std::vector<std::int32_t> places(static_cast<std::size_t>(x.cols), -1);  // of a column in columns_
-    for (const auto& columns : of_piece) {
-        row_columns_.insert(row_columns_.end(), columns.begin(), columns.end());
-        for (const std::int32_t column : columns) places[static_cast<std::size_t>(column)] = 0;
+}
+
+std::function<std::span<const std::int32_t>(std::int64_t)> OutlierElements::finder(std::int64_t begin) {
+    if (!per_row_ || found_) {
+        return [this](std::int64_t row) { return columns_of(row); };
     }
+    struct Search {
+        Search(const ConstMatrix& x, const LinearOptions& options)
+            : rows(x), criterion(rows.dtype(), x.cols, 1, options) {}
+        RowReader rows;
+        Criterion criterion;
+    };
+    Piece* piece = nullptr;
+    {
+        const std::scoped_lock lock(mutex_);
+        piece = &pieces_.emplace_back(Piece{.begin = begin, .columns = {}, .values = {}});
+    }
+    return [this, piece, search = std::make_shared<Search>(x_, options_)](std::int64_t row) {
+        const auto found = search->criterion.find(search->rows.row(row));
+        row_begin_[static_cast<std::size_t>(row) + 1] = std::ssize(found);
+        piece->columns.insert(piece->columns.end(), found.begin(), found.end());
+        for (const std::int32_t column : found) load_row(x_, row, column, 1, &piece->values.emplace_back());
+        return found;
+    };
+}
+
+void OutlierElements::find_all() {
+    if (!per_row_ || found_) return;
+    parallel_for(x_.rows, row_grain(x_.cols), [&](std::int64_t begin, std::int64_t end) {
+        const auto find = finder(begin);
+        for (std::int64_t i = begin; i < end; ++i) find(i);
+    });
+    gather();
+}
+
+void OutlierElements::gather() {
+    if (!per_row_ || found_) return;
+    found_ = true;
+    std::partial_sum(row_begin_.begin(), row_begin_.end(), row_begin_.begin());
+    pieces_.sort([](const Piece& a, const Piece& b) { return a.begin < b.begin; });
+    std::vector<std::int32_t> places(static_cast<std::size_t>(x_.cols), -1);  // of a column in columns_
+    for (const Piece& piece : pieces_) {
+        values_.insert(values_.end(), piece.values.begin(), piece.values.end());
+        row_columns_.insert(row_columns_.end(), piece.columns.begin(), piece.columns.end());
+        for (const std::int32_t column : piece.columns) places[static_cast<std::size_t>(column)] = 0;
+    }
+    if (values_.empty()) return;
     for (std::size_t j = 0; j < places.size(); ++j) {
         if (places[j] < 0) continue;
         places[j] = static_cast<std::int32_t>(columns_.size());
         columns_.push_back(static_cast<std::int32_t>(j));
     }
     for (const std::int32_t column : row_columns_) positions_.push_back(places[static_cast<std::size_t>(column)]);
-}
-
-void OutlierElements::gather(const ConstMatrix& x) {
-    values_.resize(per_row_ ? row_columns_.size() : static_cast<std::size_t>(x.rows) * columns_.size());
-    if (values_.empty()) return;
-    const auto width = static_cast<std::int64_t>(values_.size()) / x.rows;
-    parallel_for(x.rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            auto place = bounds(i).begin;
-            for (const std::int32_t column : columns_of(i)) load_row(x, i, column, 1, values_.data() + place++);
-        }
-    });
 }
 
 OutlierElements::Bounds OutlierElements::bounds(std::int64_t row) const noexcept {
@@ -239,8 +263,10 @@ OutlierElements::Row OutlierElements::row(std::int64_t index) const noexcept {
 
 void OutlierElements::describe(std::int64_t first, EpilogueTile& tile) const noexcept {
     if (per_row_) {
+        const std::int64_t* const begin = row_begin_.data() + first;
+        if (begin[0] == begin[tile.rows]) return;  // then nothing is to be looked up for each row
         tile.outlier_x = values_.data();
-        tile.outlier_begin = row_begin_.data() + first;
+        tile.outlier_begin = begin;
         tile.outlier_places = positions_.data();
     } else {
         tile.outliers = std::ssize(columns_);

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <list>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -38,16 +41,21 @@ private:
 // The outlier columns of X, ascending.
 std::vector<std::int32_t> outlier_columns(const ConstMatrix& x, const LinearOptions& options);
 
-// The elements of X that the 16-bit product takes, under any of the outlier policies.
+// The elements of X that the 16-bit product takes, under any of the outlier policies. Under `rows` they are found while
+// X is quantized, so that a row is read once: by what `finder` gives, and then `gather` comes before all else.
 class OutlierElements {
 public:
     OutlierElements(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options);
 
+    // RowTraits::excluded: the columns of each row's own elements. Any thread may ask for one, and each row is to be
+    // asked for once; under other policies than `rows`, as often as one likes.
+    std::function<std::span<const std::int32_t>(std::int64_t row)> finder(std::int64_t begin);
+    // Put together what has been found, or find all of it first.
+    void gather();
+    void find_all();
+
     // Every column with such an element, ascending.
     [[nodiscard]] std::span<const std::int32_t> columns() const noexcept { return columns_; }
-
-    // The columns of row i's own elements: all of columns(), except under the policy `rows`.
-    [[nodiscard]] std::span<const std::int32_t> columns_of(std::int64_t row) const noexcept;
 
     // Row i's own elements.
     struct Row {
@@ -65,16 +73,27 @@ private:
         std::size_t size;
     };
     [[nodiscard]] Bounds bounds(std::int64_t row) const noexcept;
-    void find_per_row(const ConstMatrix& x, const LinearOptions& options);
-    void gather(const ConstMatrix& x);
+    // The columns of row i's own elements: all of columns(), except under the policy `rows`.
+    [[nodiscard]] std::span<const std::int32_t> columns_of(std::int64_t row) const noexcept;
+    // What has been found of the rows from `begin` on.
+    struct Piece {
+        std::int64_t begin;
+        std::vector<std::int32_t> columns;
+        std::vector<float> values;
+    };
 
+    const ConstMatrix& x_;
+    const LinearOptions& options_;
+    bool per_row_;
     std::vector<std::int32_t> columns_;
     std::vector<float> values_;  // row after row
-    bool per_row_ = false;
     // Only under `rows`: where each row's elements begin, their columns, and the places of those in columns_.
+    bool found_ = false;
     std::vector<std::int64_t> row_begin_;
     std::vector<std::int32_t> row_columns_;
     std::vector<std::int32_t> positions_;
+    std::mutex mutex_;  // guards pieces_, whose elements stay where they are
+    std::list<Piece> pieces_;
 };
 
 }  // namespace octavo::cpu

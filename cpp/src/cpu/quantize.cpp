@@ -179,8 +179,9 @@ std::optional<Range> range_of(const ConstMatrix& x, const QuantizeOptions& optio
     std::vector<std::optional<Range>> of_row(static_cast<std::size_t>(x.rows));
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
         QuantizedRows rows(x, options);
+        const auto excluded_of = traits.excluded(begin);
         for (std::int64_t i = begin; i < end; ++i) {
-            const auto excluded = traits.excluded(i);
+            const auto excluded = excluded_of(i);
             of_row[static_cast<std::size_t>(i)] = rows.range(rows.read(i, excluded, factor), excluded);
         }
     });
@@ -214,8 +215,11 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
         for (std::int64_t r = 0; !in_place && r < together; ++r) {
             std::fill(row_codes.data() + r * depth + codes.cols, row_codes.data() + (r + 1) * depth, std::int8_t{0});
         }
-        for (std::int64_t i = begin * together; i < std::min(end * together, x.rows); ++i) {
-            const auto excluded = traits.excluded(i);
+        const std::int64_t last = std::min(end * together, x.rows);
+        const auto excluded_of = traits.excluded(begin * together);
+        for (std::int64_t i = begin * together; i < last; ++i) {
+            if (i + 1 < last) fetch_row(x, i + 1);
+            const auto excluded = excluded_of(i);
             const void* values = rows.read(i, excluded, whole ? whole->factor() : 1.0F);
             const auto coding_of_row = [&] {
                 const auto range = rows.range(values, excluded);
@@ -255,7 +259,8 @@ void Backend::quantize(ConstMatrix x, const QuantizeOptions& options, ConstVecto
         columns.push_back(column);
     }
     sort_unique(columns);
-    const RowTraits traits{.excluded = [&](std::int64_t) { return std::span<const std::int32_t>(columns); }};
+    const RowTraits traits{
+        .excluded = [&](std::int64_t) { return [&](std::int64_t) { return std::span<const std::int32_t>(columns); }; }};
     quantize_rows(x, options, traits, codes, scale, zeropoint, absent_vector);
 }
 
@@ -263,7 +268,8 @@ void Backend::quantize_weight(ConstMatrix weight, const QuantizeOptions& options
                               Vector zeropoint, Vector code_sums, Layout layout, Stream /*stream*/) const {
     QuantizeOptions of_rows = options;
     of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
-    RowTraits traits{.excluded = [](std::int64_t) { return std::span<const std::int32_t>(); }};
+    RowTraits traits{
+        .excluded = [](std::int64_t) { return [](std::int64_t) { return std::span<const std::int32_t>(); }; }};
     if (layout == Layout::packed) {
         traits.together = block_cols;
         traits.done = [=](std::int64_t row, const std::int8_t* block) {

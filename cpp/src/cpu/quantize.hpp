@@ -12,8 +12,11 @@ namespace octavo::cpu {
 
 // What is particular to each row.
 struct RowTraits {
-    // The columns of a row that take no part in its quantization, ascending and unique.
-    std::function<std::span<const std::int32_t>(std::int64_t row)> excluded;
+    // The columns of a row that take no part in its quantization, ascending and unique; valid until the next row is
+    // asked for. Each piece of work has such a function of its own and asks for its rows from row `begin` on, each
+    // once.
+    using Excluded = std::function<std::span<const std::int32_t>(std::int64_t row)>;
+    std::function<Excluded(std::int64_t begin)> excluded;
     // Given the codes of each row, with zeros up to padded_depth(k) where the matrix of codes has no data; may be
     // empty.
     std::function<void(std::int64_t row, const std::int8_t* codes)> done = nullptr;

@@ -51,6 +51,13 @@ inline void load_row(const ConstMatrix& matrix, std::int64_t row, std::int64_t b
     kernels().load(matrix.dtype, at(matrix, row, begin), matrix.col_stride, size, dst);
 }
 
+// That a row will be read soon.
+inline void fetch_row(const ConstMatrix& matrix, std::int64_t row) {
+    if (matrix.col_stride != 1) return;
+    const auto* const begin = static_cast<const char*>(at(matrix, row, 0));
+    for (std::int64_t i = 0; i < matrix.cols * size_of(matrix.dtype); i += 64) __builtin_prefetch(begin + i);
+}
+
 // Rows of a matrix as the kernels take them: the caller's memory where the row is contiguous, else a copy in float32.
 class RowReader {
 public:
