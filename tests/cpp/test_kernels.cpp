@@ -529,6 +529,21 @@ TEST(pack_is_the_packed_order) {
 
 namespace {
 
+// What a run of panels hands over: sums that are whole by then, each row once, none from two panels at a time.
+struct Finished {
+    const Plan& plan;
+    const std::int32_t* acc;
+    std::vector<std::int32_t> sums{};
+
+    static void take(const void* context, std::int64_t row, std::int64_t rows) {
+        Finished& finished = **static_cast<Finished* const*>(context);
+        CHECK_EQ(row * finished.plan.cols, std::ssize(finished.sums));
+        CHECK_EQ(row / finished.plan.rows, (row + rows - 1) / finished.plan.rows);
+        const std::int32_t* const begin = finished.acc + row * finished.plan.cols;
+        finished.sums.insert(finished.sums.end(), begin, begin + rows * finished.plan.cols);
+    }
+};
+
 // The product of `plan` over slices of k that end at `ends`, as the driver goes: panels of X and slices of W in guarded
 // memory. -> [rows, cols] sums.
 std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8_t>& x, std::int64_t rows,
@@ -565,7 +580,17 @@ std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8
             tile.w = slice.data();
             tile.w_stride = 16 * size * plan.regrouped;
         }
+        Finished finished{.plan = plan, .acc = acc.data()};
+        Finished* const context = &finished;
+        if (plan.run_rows > 0 && end == depth) {
+            tile.finish = Finished::take;
+            tile.context = &context;
+        }
         plan.multiply(tile);
+        if (tile.finish != nullptr) {
+            CHECK_EQ(std::ssize(finished.sums), rows * plan.cols);
+            std::copy(finished.sums.begin(), finished.sums.end(), acc.data());
+        }
         begin = end;
     }
     if (plan.leave != nullptr) plan.leave();

@@ -84,7 +84,8 @@ public:
           offsets_(cols_) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
-             const std::function<void(SumsTile&)>& finish) const {
+             const std::function<void(SumsTile&)>& finish,
+             const std::function<void(std::int64_t, std::int64_t)>& prepare) const {
         for (std::int64_t j = 0; j < cols_; ++j) {
             offsets_[j] =
                 plan_.x_is_unsigned ? static_cast<std::int32_t>(128U * static_cast<std::uint32_t>(w_sums[j])) : 0;
@@ -114,6 +115,7 @@ public:
                         tile.ahead_depth = std::min(x_.slice_end(next), end) - next;
                         tile.ahead_stride = w_.stride();
                     }
+                    if (last_of_slices && prepare) prepare(j, std::min(tile.cols, block_.cols() - j));
                     column(tile, slice, j, last_of_slices ? &finish : nullptr, begin);
                 }
                 slice = slice_end;
@@ -136,22 +138,32 @@ private:
         for (std::int64_t row = block_.row_begin; row < block_.row_end; row += run) {
             tile.x = x_.panel(row, begin);
             tile.rows = std::min(run, block_.row_end - row);
-            if (plan_.run_rows == 0) fetch_ahead(tile, (row - block_.row_begin) / run);
-            if (tile.depth > 0) plan_.multiply(tile);
-            for (std::int64_t end = row + tile.rows, i = row; i < end; i += plan_.rows, tile.acc += tile_size()) {
-                if (finish == nullptr) continue;
-                SumsTile sums{.row = i,
+            const auto hand_over = [&](std::int64_t first, std::int64_t rows) {
+                SumsTile sums{.row = row + first,
                               .col = block_.col_begin + j,
-                              .product = {.rows = std::min(plan_.rows, end - i),
+                              .product = {.rows = rows,
                                           .cols = std::min(tile.cols, block_.cols() - j),
-                                          .acc = tile.acc,
+                                          .acc = tile.acc + first * plan_.cols,
                                           .stride = plan_.cols}};
                 if (has_offsets(plan_)) {
-                    sums.product.row_offsets = x_.offsets(i, part);
+                    sums.product.row_offsets = x_.offsets(row + first, part);
                     sums.product.col_offsets = offsets_.data() + j;
                 }
                 (*finish)(sums);
+            };
+            const bool finishes = finish != nullptr && plan_.run_rows > 0 && tile.depth > 0;
+            if (finishes) {
+                tile.context = &hand_over;
+                tile.finish = [](const void* context, std::int64_t first, std::int64_t rows) {
+                    (*static_cast<const decltype(hand_over)*>(context))(first, rows);
+                };
             }
+            if (plan_.run_rows == 0) fetch_ahead(tile, (row - block_.row_begin) / run);
+            if (tile.depth > 0) plan_.multiply(tile);
+            for (std::int64_t i = 0; finish != nullptr && !finishes && i < tile.rows; i += plan_.rows) {
+                hand_over(i, std::min(plan_.rows, tile.rows - i));
+            }
+            tile.acc += ceiling(tile.rows, plan_.rows) * tile_size();
         }
     }
 
@@ -280,9 +292,10 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
 }
 
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
-              const std::function<void(SumsTile&)>& finish) {
+              const std::function<void(SumsTile&)>& finish,
+              const std::function<void(std::int64_t, std::int64_t)>& prepare) {
     const BlockProduct product(x, w, block);
-    if (x.depth() <= max_int32_depth) return product.run(0, x.depth(), w_sums, finish);
+    if (x.depth() <= max_int32_depth) return product.run(0, x.depth(), w_sums, finish, prepare);
 
     const std::int64_t cols = whole_blocks(block.cols());
     const Scratch<std::int64_t> wide(block.rows() * cols);
@@ -291,7 +304,7 @@ void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums
     for (std::int64_t begin = 0; begin < x.depth(); begin += max_int32_depth) {
         const std::int64_t end = std::min(begin + max_int32_depth, x.depth());
         if (x.plan().x_is_unsigned) sum_packed(w, cols, begin, end, part_sums.data());
-        product.run(begin, end, part_sums.data(), [&](SumsTile& tile) {
+        const auto add = [&](SumsTile& tile) {
             const std::int64_t place = (tile.row - block.row_begin) * cols + tile.col - block.col_begin;
             for (std::int64_t i = 0; i < tile.product.rows; ++i) {
                 for (std::int64_t j = 0; j < tile.product.cols; ++j) wide[place + i * cols + j] += tile.sum(i, j);
@@ -300,7 +313,8 @@ void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums
             tile.product.stride = cols;
             tile.wide = wide.data() + place;
             finish(tile);
-        });
+        };
+        product.run(begin, end, part_sums.data(), add, end < x.depth() ? nullptr : prepare);
     }
 }
 
@@ -339,9 +353,9 @@ void* OutputBlock::at(std::int64_t row, std::int64_t col) const {
     return memory_.data() + (row - block_.row_begin) * stride_ + (col - block_.col_begin) * size_of(out_.dtype);
 }
 
-void OutputBlock::fetch_ahead(std::int64_t row, std::int64_t col, std::int64_t rows) const {
+void OutputBlock::fetch(std::int64_t row, std::int64_t col, std::int64_t rows) const {
     const std::int64_t end = std::min(row + rows, block_.row_end);
-    for (; !waits_ && row < end; ++row) __builtin_prefetch(at(row, col), 1, 3);
+    for (; !waits_ && row < end; ++row) __builtin_prefetch(at(row, col), 1, 2);
 }
 
 void OutputBlock::write() const {

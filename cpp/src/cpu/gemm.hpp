@@ -104,8 +104,10 @@ public:
     // are contiguous.
     [[nodiscard]] void* at(std::int64_t row, std::int64_t col) const;
     [[nodiscard]] std::int64_t stride() const noexcept { return stride_; }
-    // That rows from `row` on will be written at column `col` soon, as far as the block has them.
-    void fetch_ahead(std::int64_t row, std::int64_t col, std::int64_t rows) const;
+    // That rows from `row` on will be written at column `col` soon, as far as the block has them. So many rows ahead is
+    // soon enough.
+    void fetch(std::int64_t row, std::int64_t col, std::int64_t rows) const;
+    static constexpr std::int64_t ahead = 32;
     // Put all of the block where it belongs.
     void write() const;
 
@@ -126,7 +128,10 @@ void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std
 
 // The sums of a block, tile by tile. `w` holds the output features of the block; `w_sums[j]` = sum_k w[j, k] where the
 // plan has X unsigned and k <= max_int32_depth, else it may be null.
+// `prepare`, if there is any, is called for each tile's width of columns, from `col` of the block on, before the first
+// of its tiles; it may multiply, which `finish` may not.
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
-              const std::function<void(SumsTile&)>& finish);
+              const std::function<void(SumsTile&)>& finish,
+              const std::function<void(std::int64_t col, std::int64_t cols)>& prepare = nullptr);
 
 }  // namespace octavo::cpu

@@ -142,7 +142,7 @@ public:
         tile.outlier_w = outlier_weight_.data() + j;
         tile.bias = has_bias_ ? bias_ + j : nullptr;
         if (out.col_stride == 1) {
-            rows.fetch_ahead(row + tile.rows, col, tile.rows);
+            rows.fetch(row + OutputBlock::ahead, col, tile.rows);
             return kernels().epilogue(tile, out.dtype, rows.at(row, col), rows.stride());
         }
         const Scratch<float> y(tile.rows * tile.cols);
@@ -212,12 +212,13 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth ||
                                  std::isinf(largest_scale * largest_of(block_weight.scale, block.cols()));
         const Scratch<float> scaled(scaled_here ? quantized.codes.plan().rows * quantized.codes.plan().cols : 0);
-        multiply(quantized.codes, w, block_weight.code_sums, block, [&](SumsTile& tile) {
+        const auto prepare = [&](std::int64_t col, std::int64_t cols) {
+            block_weight.gather_outliers(outliers.columns(), w, col, cols);
+            rows.fetch(block.row_begin, block.col_begin + col, OutputBlock::ahead);
+        };
+        const auto finish = [&](SumsTile& tile) {
             EpilogueTile& epilogue = tile.product;
             const std::int64_t first_col = tile.col - block.col_begin;
-            if (tile.row == block.row_begin) {
-                block_weight.gather_outliers(outliers.columns(), w, first_col, epilogue.cols);
-            }
             epilogue.scale_x = quantized.scales.data() + tile.row;
             if (scaled_here) {
                 const std::int64_t stride = quantized.codes.plan().cols;
@@ -237,7 +238,8 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
             }
             outliers.describe(tile.row, epilogue);
             block_weight.finish(epilogue, tile.row, tile.col, out, rows);
-        });
+        };
+        multiply(quantized.codes, w, block_weight.code_sums, block, finish, prepare);
         rows.write();
     });
 }

@@ -38,6 +38,10 @@ struct ProductTile {
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_depth = 0;
     std::int64_t ahead_stride = 0;
+    // Of a run: to be called for all of its rows, some of a panel at a time, as soon as their sums are whole; best
+    // while the next panel is multiplied. It does not multiply itself. Or null.
+    void (*finish)(const void* context, std::int64_t row, std::int64_t rows) = nullptr;
+    const void* context = nullptr;
 };
 
 // How an instruction set multiplies: the shape of its tiles, what it wants of X and W, and its inner loop. What the

@@ -5,6 +5,7 @@
 //   the slice of W for 32 output features (32 KiB) stays in the first-level cache. X and the sums pass by it with the
 //   hint that they will not be wanted soon (tileloaddt1), without which they would push W out;
 //   the sums of a panel are stored among the first products of the next one: 64 lines in a row would hold these up;
+//   and finished among the others, on units of the processor that products leave idle;
 //   the slice of W that comes next is fetched into the second-level cache meanwhile.
 //
 // Setting the tiles up costs some hundred cycles, so few rows go by AVX-512 VNNI.
@@ -62,6 +63,13 @@ void multiply_panels(const ProductTile& run) {
     const std::int8_t* ahead = run.ahead;
     const std::int64_t steps = (run.rows + rows - 1) / rows * (run.depth / 64);
     const std::int64_t lines_of_step = ahead == nullptr ? 0 : (run.ahead_depth / 4 + steps - 1) / steps;
+    constexpr std::int64_t together = 8;  // rows that are finished at a time
+    std::int64_t finished = 0;
+    const auto finish = [&](std::int64_t end) {
+        if (run.finish == nullptr || end <= finished) return;
+        run.finish(run.context, finished, end - finished);
+        finished = end;
+    };
     std::int32_t* before = nullptr;
     std::int32_t* acc = run.acc;
     const std::int8_t* x = run.x;
@@ -91,6 +99,9 @@ void multiply_panels(const ProductTile& run) {
                 multiply_tiles<2, 5, 6>();
                 if constexpr (Blocks == 2) multiply_tiles<3, 5, 7>();
             }
+            if (before == nullptr) continue;
+            const bool is_last = k + 64 == run.depth;
+            finish(row - rows + (is_last ? rows : rows * k / (run.depth - 64) / together * together));
         }
         before = acc;
     }
@@ -101,6 +112,7 @@ void multiply_panels(const ProductTile& run) {
         change_sums<2>(before, nullptr, false);
         if constexpr (Blocks == 2) change_sums<3>(before, nullptr, false);
     }
+    finish(run.rows);
 }
 
 inline void multiply(const ProductTile& run) { run.cols == cols ? multiply_panels<2>(run) : multiply_panels<1>(run); }
