@@ -197,7 +197,9 @@ def integration() -> None:
     """Octavo within Transformers, PEFT and others, and among processes; the examples in Python."""
     pip("integration")
     files = [path for name in INTEGRATION_FILES for path in sorted((ROOT / "tests/python").glob(f"test_{name}.py"))]
-    pytest(*files, "tests/python/test_dlpack.py::test_frameworks")  # with those that are installed now
+    frameworks = "tests/python/test_dlpack.py::test_frameworks"  # with those that are installed now
+    # By file: what a file's tests share, such as the processes of a group, is made once.
+    pytest(*files, frameworks, "--dist", "loadfile")
     pytest("tests/python/test_dlpack.py::test_random_capsules", OCTAVO_FUZZ_SECONDS="20")
     for example in sorted((ROOT / "examples").glob("*.py")):
         run(PYTHON, example)
