@@ -84,20 +84,23 @@ class Judge:
                     self._passage(model, index, window, found)
         return found
 
-    def _reference(self, index: int, window: Window) -> Tensor:
-        """What the model as it is says: log-probabilities, or an embedding."""
+    def _reference(self, index: int, window: Window, model: nn.Module, mine: Tensor) -> Tensor:
+        """What the model as it is says: log-probabilities, or an embedding. `mine`: what `model` says."""
         if index in self._kept:
             return self._kept[index]
-        model = self._language.model
-        found = log_probabilities(model, window) if self._language.causal else embed(model, window)[0]
+        as_it_is = self._language.model
+        if model is as_it_is:
+            found = mine
+        else:
+            found = log_probabilities(as_it_is, window) if self._language.causal else embed(as_it_is, window)[0]
         if self._bytes + found.nbytes <= KEPT_BYTES:
             self._kept[index] = found
             self._bytes += found.nbytes
         return found
 
     def _tokens(self, model: nn.Module, index: int, window: Window, found: Scores) -> None:
-        exact = self._reference(index, window)
         mine = log_probabilities(model, window)
+        exact = self._reference(index, window, model, mine)
         found.add(
             window.scored,
             loss=-float(own(mine, window).sum()),
@@ -108,7 +111,7 @@ class Judge:
 
     def _passage(self, model: nn.Module, index: int, window: Window, found: Scores) -> None:
         embedding, top = embed(model, window)
-        found.add(1, loss=1 - float(embedding @ self._reference(index, window)), top=top)
+        found.add(1, loss=1 - float(embedding @ self._reference(index, window, model, embedding)), top=top)
         found.embeddings.append(embedding)
 
 
