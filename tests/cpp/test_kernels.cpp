@@ -147,7 +147,8 @@ TEST(magnitudes_agree) {
                     CHECK_EQ(halves.data()[i], (std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFFU) >> 16U);
                 }
                 CHECK_EQ(table.largest_magnitude(dtype, x.data(), size), largest);
-                CHECK_EQ(table.count_below(halves.data(), size, 0x3F80), below);
+                CHECK_EQ(table.count_below(dtype, x.data(), size, 0x3F80), below);
+                CHECK_EQ(table.count_below(DType::bf16, halves.data(), size, 0x3F80), below);
                 table.raise_maxima(dtype, x.data(), size / 2, maxima.data());  // what is larger already stays
                 return mask.bytes() + maxima.bytes() + halves.bytes();
             });

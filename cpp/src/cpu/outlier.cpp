@@ -41,7 +41,7 @@ std::uint32_t infinity_of(DType dtype) { return limit_of(dtype, INFINITY); }
 
 // How many halves are below a bound.
 std::int64_t below(const std::vector<std::uint16_t>& halves, int bound) {
-    return kernels().count_below(halves.data(), std::ssize(halves), static_cast<std::uint16_t>(bound));
+    return kernels().count_below(DType::bf16, halves.data(), std::ssize(halves), static_cast<std::uint16_t>(bound));
 }
 
 // The half of which `rank` are smaller, if they were sorted: by counting those below a bound, which moves from `guess`
@@ -75,6 +75,16 @@ Criterion::Criterion(DType dtype, std::int64_t k, std::int64_t rows, const Linea
 
 std::uint32_t Criterion::limit_of_maxima(const void* values, std::uint32_t largest) {
     if (halves_.empty()) return limit_;
+    constexpr auto number = [](std::uint16_t half) { return std::bit_cast<float>(std::uint32_t{half} << 16U); };
+    // The median of rows without outliers need not be known: that it is large enough is one count. (Zeros, which do not
+    // take part in it, would only raise it.)
+    const float magnitude = magnitude_of(dtype_, largest);
+    const float least = magnitude / relative_;
+    if (least < 0x1p120F) {
+        const auto enough = static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(least) >> 16U) + 2);
+        const bool is_enough = kernels().count_below(dtype_, values, k_, enough) <= (k_ - 1) / 2;
+        if (is_enough && relative_ * number(enough) > magnitude) return largest + 1;
+    }
     kernels().upper_halves(dtype_, values, k_, halves_.data());
     std::int64_t zeros = below(halves_, 1);
     // A float32 can be smaller than any half and yet not be zero.
@@ -84,19 +94,8 @@ std::uint32_t Criterion::limit_of_maxima(const void* values, std::uint32_t large
     if (zeros == k_) return infinity_of(dtype_);
     constexpr std::uint16_t infinity = 0x7F80;  // NaN is as large
     const std::int64_t rank = zeros + (k_ - zeros - 1) / 2;
-    const auto limit = [&](std::uint16_t half) {
-        const auto median = std::bit_cast<float>(std::uint32_t{std::min(half, infinity)} << 16U);
-        return std::max(limit_of(dtype_, relative_ * median), 1U);
-    };
-    // The median of rows without outliers need not be known: that it is large enough is one count.
-    const float least = magnitude_of(dtype_, largest) / relative_;
-    if (least < 0x1p120F) {
-        const auto half = static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(least) >> 16U) + 2);
-        const std::uint32_t enough = limit(half);
-        if (enough > largest && below(halves_, half) <= rank) return enough;
-    }
     median_ = ranked(halves_, rank, median_);
-    return limit(median_);
+    return std::max(limit_of(dtype_, relative_ * number(std::min(median_, infinity))), 1U);
 }
 
 std::span<const std::int32_t> Criterion::find(const void* values) {

@@ -16,7 +16,7 @@ std::uint32_t largest_magnitude(DType dtype, const void* x, std::int64_t size);
 void raise_maxima(DType dtype, const void* x, std::int64_t size, void* maxima);
 void mark_magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
 void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves);
-std::int64_t count_below(const std::uint16_t* halves, std::int64_t size, std::uint16_t limit);
+std::int64_t count_below(DType dtype, const void* x, std::int64_t size, std::uint16_t limit);
 void rotate(float* x, std::int64_t size, std::int64_t block);
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_rotated(const float* x, std::int64_t size, float absmax, std::int8_t* codes);

@@ -89,6 +89,24 @@ void mark_as(const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t
     for (std::int64_t i = 0; i < size; ++i) mask[i] = magnitude<Bits>(x, i) >= static_cast<Bits>(limit) ? 1 : 0;
 }
 
+// The upper half of a magnitude.
+std::uint16_t half_of(float value) { return static_cast<std::uint16_t>((bits_of(value) >> 16U) & 0x7FFFU); }
+
+template <class Half>
+std::int64_t count_as(std::int64_t size, std::uint16_t limit, Half half_at) {
+    constexpr std::int64_t most = 0xFFFF;  // of a count as narrow as the halves, so that a vector holds as many
+    std::int64_t total = 0;
+    for (std::int64_t begin = 0; begin < size; begin += most) {
+        const std::int64_t end = size - begin < most ? size : begin + most;
+        std::uint16_t count = 0;
+        for (std::int64_t i = begin; i < end; ++i) {
+            count = static_cast<std::uint16_t>(count + (half_at(i) < limit ? 1 : 0));
+        }
+        total += count;
+    }
+    return total;
+}
+
 // |x| <= absmax, so |x * 127 / absmax| <= 127 * (1 + 2^-23) and rounds to at most 127: no clip needed.
 template <class T, class Convert>
 void encode_by_division(const void* x, std::int64_t size, float absmax, Convert convert, std::int8_t* codes) {
@@ -290,13 +308,12 @@ void mark_magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_
 }
 
 void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves) {
-    const auto upper_half = [](float value) { return static_cast<std::uint16_t>((bits_of(value) >> 16U) & 0x7FFFU); };
     switch (dtype) {
         case DType::f32:
-            for (std::int64_t i = 0; i < size; ++i) halves[i] = upper_half(read<float>(x, i));
+            for (std::int64_t i = 0; i < size; ++i) halves[i] = half_of(read<float>(x, i));
             return;
         case DType::f16:
-            for (std::int64_t i = 0; i < size; ++i) halves[i] = upper_half(from_f16(read<std::uint16_t>(x, i)));
+            for (std::int64_t i = 0; i < size; ++i) halves[i] = half_of(from_f16(read<std::uint16_t>(x, i)));
             return;
         case DType::bf16:
             for (std::int64_t i = 0; i < size; ++i) halves[i] = magnitude<std::uint16_t>(x, i);
@@ -307,18 +324,16 @@ void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* 
     __builtin_trap();
 }
 
-std::int64_t count_below(const std::uint16_t* halves, std::int64_t size, std::uint16_t limit) {
-    constexpr std::int64_t most = 0xFFFF;  // of a count as narrow as the halves, so that a vector holds as many
-    std::int64_t total = 0;
-    for (std::int64_t begin = 0; begin < size; begin += most) {
-        const std::int64_t end = size - begin < most ? size : begin + most;
-        std::uint16_t count = 0;
-        for (std::int64_t i = begin; i < end; ++i) {
-            count = static_cast<std::uint16_t>(count + (halves[i] < limit ? 1 : 0));
-        }
-        total += count;
+std::int64_t count_below(DType dtype, const void* x, std::int64_t size, std::uint16_t limit) {
+    switch (dtype) {
+        case DType::f32: return count_as(size, limit, [&](std::int64_t i) { return half_of(read<float>(x, i)); });
+        case DType::f16:
+            return count_as(size, limit, [&](std::int64_t i) { return half_of(from_f16(read<std::uint16_t>(x, i))); });
+        case DType::bf16: return count_as(size, limit, [&](std::int64_t i) { return magnitude<std::uint16_t>(x, i); });
+        case DType::i8:
+        case DType::i32: break;
     }
-    return total;
+    __builtin_trap();
 }
 
 void rotate(float* x, std::int64_t size, std::int64_t block) {

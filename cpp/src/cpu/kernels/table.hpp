@@ -141,8 +141,8 @@ struct Kernels {
     void (*mark_magnitudes)(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
     // halves[i] = |x[i]| as a float32, its upper 16 bits.
     void (*upper_halves)(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves);
-    // How many halves are below `limit` <= 2^15, as they themselves are; size <= 2^24.
-    std::int64_t (*count_below)(const std::uint16_t* halves, std::int64_t size, std::uint16_t limit);
+    // How many of these halves are below `limit` <= 2^15; size <= 2^24. The halves themselves count as bf16.
+    std::int64_t (*count_below)(DType dtype, const void* x, std::int64_t size, std::uint16_t limit);
     // Each `block` (16, 64 or 256) of x times the Hadamard matrix over sqrt(block) (octavo/quantize.hpp). `size` is a
     // multiple of `block`.
     void (*rotate)(float* x, std::int64_t size, std::int64_t block);
