@@ -44,22 +44,9 @@ std::int64_t below(const std::vector<std::uint16_t>& halves, int bound) {
     return kernels().count_below(DType::bf16, halves.data(), std::ssize(halves), static_cast<std::uint16_t>(bound));
 }
 
-// The half of which `rank` are smaller, if they were sorted: by counting those below a bound, which moves from `guess`
-// to where the rank would lie among normal values, and a little beyond, until the half is bracketed; then by halving
-// the bracket.
-std::uint16_t ranked(const std::vector<std::uint16_t>& halves, std::int64_t rank, std::uint16_t guess) {
-    constexpr std::int64_t sharers = 430;  // near the median of magnitudes, a 430th of normal values share a half
-    int low = 0;                           // the half is at least this,
-    int high = 0x8000;                     // and below that
-    int bound = guess;
-    for (int beyond = 1; high - low > 1; beyond = std::min(2 * beyond, 0x8000)) {
-        bound = low > 0 && high < 0x8000 ? low + (high - low) / 2 : std::clamp(bound, low + 1, high - 1);
-        const std::int64_t smaller = below(halves, bound);
-        const bool above = smaller <= rank;
-        (above ? low : high) = bound;
-        bound += static_cast<int>((rank - smaller) * sharers / std::ssize(halves)) + (above ? beyond : -beyond);
-    }
-    return static_cast<std::uint16_t>(low);
+constexpr float number_of(int half) {
+    constexpr int infinity = 0x7F80;  // NaN is as large
+    return std::bit_cast<float>(static_cast<std::uint32_t>(std::min(half, infinity)) << 16U);
 }
 
 }  // namespace
@@ -73,9 +60,28 @@ Criterion::Criterion(DType dtype, std::int64_t k, std::int64_t rows, const Linea
       halves_(options.relative > 0.0F ? static_cast<std::size_t>(k) : 0),
       mask_(static_cast<std::size_t>(k)) {}
 
-std::uint32_t Criterion::limit_of_maxima(const void* values, std::uint32_t largest) {
+// By counting those below a bound, which moves from the last median to where the rank would lie among normal values,
+// and a little beyond, until the half is bracketed; then by halving the bracket.
+void Criterion::narrow(int width) {
+    constexpr std::int64_t sharers = 430;  // near the median of magnitudes, a 430th of normal values share a half
+    int bound = median_;
+    for (int beyond = 1; high_ - low_ > width; beyond = std::min(2 * beyond, 0x8000)) {
+        bound = low_ > 0 && high_ < 0x8000 ? low_ + (high_ - low_) / 2 : std::clamp(bound, low_ + 1, high_ - 1);
+        const std::int64_t smaller = below(halves_, bound);
+        const bool above = smaller <= rank_;
+        (above ? low_ : high_) = bound;
+        bound += static_cast<int>((rank_ - smaller) * sharers / std::ssize(halves_)) + (above ? beyond : -beyond);
+    }
+    median_ = low_ + (high_ - low_) / 2;
+}
+
+std::uint32_t Criterion::limit_at(int median) const {
+    return std::max(limit_of(dtype_, relative_ * number_of(median)), 1U);
+}
+
+std::uint32_t Criterion::least_limit(const void* values, std::uint32_t largest) {
+    low_ = high_ = 0;
     if (halves_.empty()) return limit_;
-    constexpr auto number = [](std::uint16_t half) { return std::bit_cast<float>(std::uint32_t{half} << 16U); };
     // The median of rows without outliers need not be known: that it is large enough is one count. (Zeros, which do not
     // take part in it, would only raise it.)
     const float magnitude = magnitude_of(dtype_, largest);
@@ -83,7 +89,7 @@ std::uint32_t Criterion::limit_of_maxima(const void* values, std::uint32_t large
     if (least < 0x1p120F) {
         const auto enough = static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(least) >> 16U) + 2);
         const bool is_enough = kernels().count_below(dtype_, values, k_, enough) <= (k_ - 1) / 2;
-        if (is_enough && relative_ * number(enough) > magnitude) return largest + 1;
+        if (is_enough && relative_ * number_of(enough) > magnitude) return largest + 1;
     }
     kernels().upper_halves(dtype_, values, k_, halves_.data());
     std::int64_t zeros = below(halves_, 1);
@@ -92,16 +98,17 @@ std::uint32_t Criterion::limit_of_maxima(const void* values, std::uint32_t large
         zeros -= halves_[static_cast<std::size_t>(j)] == 0 && magnitude_bits(dtype_, values, j) != 0 ? 1 : 0;
     }
     if (zeros == k_) return infinity_of(dtype_);
-    constexpr std::uint16_t infinity = 0x7F80;  // NaN is as large
-    const std::int64_t rank = zeros + (k_ - zeros - 1) / 2;
-    median_ = ranked(halves_, rank, median_);
-    return std::max(limit_of(dtype_, relative_ * number(std::min(median_, infinity))), 1U);
+    rank_ = zeros + (k_ - zeros - 1) / 2;
+    high_ = 0x8000;
+    constexpr int width = 16;  // an eighth: few values are as close to the limit
+    narrow(width);
+    return limit_at(low_);
 }
 
 std::span<const std::int32_t> Criterion::find(const void* values) {
     found_.clear();
     const std::uint32_t largest = kernels().largest_magnitude(dtype_, values, k_);
-    const std::uint32_t limit = limit_of_maxima(values, largest);
+    const std::uint32_t limit = least_limit(values, largest);
     if (largest < limit) return found_;
     kernels().mark_magnitudes(dtype_, values, k_, limit, mask_.data());
     const auto marks_at = [&](std::int64_t j) {  // eight of them
@@ -120,6 +127,16 @@ std::span<const std::int32_t> Criterion::find(const void* values) {
     }
     for (; j < k_; ++j) {
         if (mask_[static_cast<std::size_t>(j)] != 0) found_.push_back(static_cast<std::int32_t>(j));
+    }
+    if (high_ - low_ > 1) {  // the median is not known to the last place, which few rows need
+        const auto is_below = [&](std::uint32_t bound) {
+            return
+                [this, values, bound](std::int32_t column) { return magnitude_bits(dtype_, values, column) < bound; };
+        };
+        if (std::ranges::any_of(found_, is_below(limit_at(high_ - 1)))) {
+            narrow(1);
+            std::erase_if(found_, is_below(limit_at(low_)));
+        }
     }
     if (std::cmp_greater(found_.size(), most_)) keep_largest(values);
     return found_;

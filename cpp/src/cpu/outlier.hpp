@@ -23,8 +23,13 @@ public:
     std::span<const std::int32_t> find(const void* values);
 
 private:
-    // The least bit pattern of a magnitude that is an outlier; or, where `largest` is below it, any one above that.
-    [[nodiscard]] std::uint32_t limit_of_maxima(const void* values, std::uint32_t largest);
+    // A bit pattern that no outlier's magnitude is below, and others only as far as the median is not known; where
+    // `largest` is below it, there is none.
+    [[nodiscard]] std::uint32_t least_limit(const void* values, std::uint32_t largest);
+    // Know the median of the magnitudes, as halves, to within `width`: low_ to high_ - 1.
+    void narrow(int width);
+    // The least bit pattern of an outlier's magnitude where that is the median.
+    [[nodiscard]] std::uint32_t limit_at(int median) const;
     void keep_largest(const void* values);
 
     DType dtype_;
@@ -32,7 +37,10 @@ private:
     float relative_;  // times f(m); 0 where the criterion is absolute
     std::uint32_t limit_;
     std::int64_t most_;
-    std::uint16_t median_ = 0x3F2C;  // that of the last maxima; at first of normal values, .67
+    std::int64_t rank_ = 0;  // how many are smaller than the median
+    int low_ = 0;
+    int high_ = 0;
+    int median_ = 0x3F2C;  // about that of the last maxima; at first of normal values, .67
     std::vector<std::uint16_t> halves_;
     std::vector<std::uint8_t> mask_;
     std::vector<std::int32_t> found_;
