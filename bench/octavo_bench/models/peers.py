@@ -169,6 +169,18 @@ def ctranslate2_decoder(folder: Path) -> Any:
 # --- ONNX Runtime -----------------------------------------------------------------------------------------------------
 
 
+class _Hidden(torch.nn.Module):
+    """What of an encoder's results is compared."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Any:
+        """Last hidden states ``[b, t, k]``."""
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
 def onnxruntime_encoder(folder: Path) -> Any:
     """ONNX Runtime's dynamic quantization of an exported encoder."""
     import onnxruntime
@@ -182,7 +194,7 @@ def onnxruntime_encoder(folder: Path) -> Any:
         axes = {"input_ids": {0: "b", 1: "t"}, "attention_mask": {0: "b", 1: "t"}}
         exported = path.with_suffix(".float32.onnx")
         more: Any = {"input_names": list(axes), "output_names": ["y"], "dynamic_axes": axes, "dynamo": False}
-        torch.onnx.export(model, (ids, ids), str(exported), **more)
+        torch.onnx.export(_Hidden(model), (ids, ids), str(exported), **more)
         quantize_dynamic(exported, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
