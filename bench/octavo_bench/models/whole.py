@@ -218,8 +218,14 @@ def run(args: argparse.Namespace, folder: Path, facts: machine.Facts, progress: 
         f"Times are {'processor' if threads == 1 else 'wall'} time, medians of calls in turns; load, peak and steady "
     )
     note += "memory of a process of its own, above what the imports take."
+    versions = {each.package: machine.installed(each.package) for each in wanted.values()}
     left = [f"{name}: left out: {why}" for name, why in missing.items()]
-    return Report(f"Whole models: {about}", facts.now(model=args.model), [Table(about, columns, rows, note)], left)
+    return Report(
+        f"Whole models: {about}",
+        facts.now(model=args.model, engines=versions),
+        [Table(about, columns, rows, note)],
+        left,
+    )
 
 
 def _every(engine: Any, given: Mapping[Case, Any]) -> Tensor:
