@@ -57,6 +57,7 @@ void give_back(std::uintptr_t first, std::uintptr_t end) {
     const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
     first = (first + page - 1) / page * page;
     end = end / page * page;
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): as Python has addresses
     if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
 #endif
 #ifdef __GLIBC__
