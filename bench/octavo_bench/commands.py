@@ -118,6 +118,8 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     add("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), metavar="DTYPE", help=text)
     text = "torchao, torch._int_mm and bitsandbytes without decomposition, too (with it: always, where it is installed)"
     add("--peers", action="store_true", help=text)
+    text = "octavo's recipes with and without a cap, over octavo without outliers, which is then what is compared with"
+    add("--recipes", action="store_true", help=text)
     add("--compile", action="store_true", help="with --peers: torchao by torch.compile, too, which takes minutes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     text = "read so many MiB for each thread before each call, which empties the caches"

@@ -97,6 +97,28 @@ def test_octavo_bench_measures_a_model(tmp_path: Path, tiny: Path, capsys: pytes
     assert {contenders.INT_MM, contenders.TORCHAO} <= set(cases["columns"])
 
 
+def test_recipes_are_compared_with_octavo_without_outliers(tmp_path: Path) -> None:
+    words = (
+        "--recipes",
+        "--shapes",
+        "128,16",
+        "--rows",
+        2,
+        "--outliers",
+        0,
+        3,
+        128,
+        "--json",
+        tmp_path / "recipes.json",
+    )
+    assert run(*words) == 0
+    (cases,) = json.loads((tmp_path / "recipes.json").read_text())["tables"]
+    names = ["paper", "paper, cap 0.02", "best", "best, no cap", "torch bfloat16", "torch float32"]
+    assert list(cases["columns"])[7:] == names
+    for row in cases["rows"][:-1]:
+        assert all(ratio > 0 for ratio in row[4:]), cases["note"]
+
+
 def test_what_a_call_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is over C++ is told where a compiler is there; without one the note says so, and the rest is measured."""
     monkeypatch.setattr(overhead, "CALLS", 20)

@@ -92,6 +92,8 @@ def plan(args: argparse.Namespace) -> list[Group]:
     paths = list(known.PATHS) if on_gpu else ["auto"]
 
     def contenders(**options: Any) -> dict[str, Contender]:
+        if args.recipes:
+            return known.of_recipes(next(iter(dtypes))) | known.of_torch(list(dtypes))
         found = known.of_octavo(next(iter(dtypes)), paths, **options) | known.of_torch(list(dtypes))
         if args.peers or machine.installed("bitsandbytes"):
             found |= known.of_bitsandbytes(known.THRESHOLD, *([0.0] if args.peers else []))

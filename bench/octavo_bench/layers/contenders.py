@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import partial, reduce
 from typing import Any
 
 import octavo.torch
@@ -38,6 +39,31 @@ def of_octavo(dtype: str, paths: Sequence[str] = ("auto",), **options: Any) -> d
         most = WEIGHT_ONLY_ROWS if weights_alone else math.inf
         found[PATHS[path]] = Contender(partial(prepare, path=path), made, tolerance, most)
     return found
+
+
+def of_recipes(dtype: str) -> dict[str, Contender]:
+    """Without outliers, as `OCTAVO`, and octavo's recipes, each as it is and without its cap or with the other's."""
+    made, paper, best = getattr(torch, dtype), octavo.recipe("paper"), octavo.recipe("best")
+    options = {
+        OCTAVO: replace(paper, outliers="none"),
+        "paper": paper,
+        f"paper, cap {best.cap}": replace(paper, cap=best.cap),
+        "best": best,
+        "best, no cap": replace(best, cap=None),
+    }
+
+    def prepare(weight: Tensor, options: octavo.Options) -> Layer:
+        return octavo.torch.Int8Linear.from_linear(_linear(weight, made), options=options)
+
+    def explained(given: Problem, rotation: int) -> float:
+        """What is not kept in 16 bits is rounded at most as far as without outliers, after rotation."""
+        turned = Problem(rotated(given.x, rotation), rotated(given.weight, rotation)) if rotation else given
+        return within(0)(turned)
+
+    return {
+        name: Contender(partial(prepare, options=each), made, partial(explained, rotation=each.rotation))
+        for name, each in options.items()
+    }
 
 
 def of_torch(dtypes: Sequence[str]) -> dict[str, Contender]:
@@ -94,6 +120,15 @@ def of_int_mm() -> dict[str, Contender]:
         return layer
 
     return {INT_MM: Contender(prepare, torch.bfloat16, within(0))}
+
+
+def rotated(values: Tensor, block: int) -> Tensor:
+    """Every `block` columns, the last ones with zeros behind them, by the Hadamard matrix over its root."""
+    hadamard: Tensor = (
+        reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * (block.bit_length() - 1)) / block**0.5
+    )
+    padded: Tensor = torch.nn.functional.pad(values, (0, -values.shape[1] % block))
+    return torch.flatten(padded.unflatten(1, (-1, block)) @ hadamard, 1)
 
 
 def within(threshold: float, **how: bool) -> Callable[[Problem], float]:
