@@ -4,6 +4,8 @@ For each shape and number of outlier columns the contenders compute Y = X W^T fr
 compared with float64 before anything is timed; one that is further off than its arithmetic explains is left out, and
 says so. Only octavo and bitsandbytes with its threshold keep outlier columns in 16 bits.
 
+On a CPU and one thread, times are processor time, which other programs lengthen least.
+
 As the contenders take turns, each finds in the caches what the weights of the others have left of its own. `--cold`
 also reads a buffer before every call, which empties the level-2 cache, or, with a size beyond it, the level-3 cache, as
 the other layers of a large model do. On a GPU its level-2 cache is always emptied. `--graph` times replays of CUDA
@@ -124,7 +126,9 @@ def run(
 ) -> Report:
     """Measure. A file that is asked for is written after every group anew."""
     on_gpu = args.device == "cuda"
-    timing: dict[str, Any] = {"clock": turns.on_the_gpu, "rounds": (3, CALLS)} if on_gpu else {}
+    timing: dict[str, Any] = {"clock": turns.on_the_cpu if torch.get_num_threads() == 1 else turns.on_the_wall}
+    if on_gpu:
+        timing = {"clock": turns.on_the_gpu, "rounds": (3, CALLS)}
     if args.graph:
         timing["prepare"] = turns.captured
     deadline = time.perf_counter() + (args.limit or math.inf)
@@ -151,7 +155,12 @@ def run(
             for name, why in case.left_out.items()
             if name in own and why != LATE
         ]
-        asked = {"cold_mebibytes": args.cold, "seconds_of_a_case": args.seconds, "cuda_graphs": args.graph}
+        asked = {
+            "clock": timing["clock"].__name__,
+            "cold_mebibytes": args.cold,
+            "seconds_of_a_case": args.seconds,
+            "cuda_graphs": args.graph,
+        }
         about = facts.now(device=args.device, **asked)
         title = f"octavo bench: {args.model or 'the linear layer against its peers'}"
         report = Report(title, about, tables, failure=broken[0] if broken else "")
