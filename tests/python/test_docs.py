@@ -28,8 +28,8 @@ def hooks() -> ModuleType:
 def test_public_names_are_those_that_python_sees(hooks: ModuleType) -> None:
     found = hooks.public_names()
     assert {"octavo", "octavo.torch", "octavo.transformers", "octavo.checkpoint", "octavo.distributed"} <= set(found)
-    # test_jax.py and test_onnx.py import them where these are installed.
-    needs = {"octavo.jax": "jax", "octavo.flax": "flax", "octavo.onnx": "onnx"}
+    # test_jax.py, test_onnx.py and test_vllm.py import them where these are installed.
+    needs = {"octavo.jax": "jax", "octavo.flax": "flax", "octavo.onnx": "onnx", "octavo.vllm": "vllm"}
     for module, names in found.items():
         if importlib.util.find_spec(needs.get(module, "octavo")) is None:
             continue
