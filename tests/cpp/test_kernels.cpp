@@ -259,6 +259,31 @@ void check_ideal_codes(DType dtype) {
 TEST(encode_absmax_is_ideal_for_float16) { check_ideal_codes(DType::f16); }
 TEST(encode_absmax_is_ideal_for_bfloat16) { check_ideal_codes(DType::bf16); }
 
+// Next to where codes change, a quotient that is wrong in its last place is another code.
+TEST(encode_absmax_of_float32_is_the_quotient_rounded_once) {
+    Random random(12);
+    for (int part = 0; part < 400; ++part) {
+        const auto absmax = static_cast<float>(std::ldexp(random.uniform(1, 2), static_cast<int>(part % 101) - 50));
+        std::vector<float> x;
+        for (int code = -127; code < 127; ++code) {
+            float value = static_cast<float>((code + 0.5) * absmax / 127);
+            for (int places = 0; places < 4; ++places) value = std::nextafterf(value, -INFINITY);
+            for (int places = 0; places < 9; ++places, value = std::nextafterf(value, INFINITY)) x.push_back(value);
+        }
+        for (const Kernels* table : tables()) {
+            std::vector<std::int8_t> codes(x.size());
+            table->encode_absmax(DType::f32, x.data(), std::ssize(x), absmax, codes.data());
+            for (std::size_t i = 0; i < x.size(); ++i) {
+                const float product = x[i] * 127.0F;
+                const float quotient = product / absmax;
+                if (codes[i] == std::nearbyint(quotient)) continue;
+                const check::Context context(table->isa, " absmax ", absmax, " x ", x[i]);
+                CHECK_EQ(int{codes[i]}, static_cast<int>(std::nearbyint(quotient)));
+            }
+        }
+    }
+}
+
 TEST(product_of_floats_is_the_equation_to_the_bit) {
     for (const Kernels* table : tables()) {
         Random random(12);

@@ -124,26 +124,36 @@ void encode_by_division(const void* x, std::int64_t size, float absmax, Convert 
 // The same quotients without a division for each element, where there is fused multiply-add: a division takes as long
 // as some twenty multiplications.
 //
-// a = x * 127 is exact, of at most 18 bits; b = absmax has at most 11. With y = 1 / b rounded, q = a * y is within 1.5
-// places of a / b, so a - q * b has few enough bits to be exact, and q + (a - q * b) * y = a / b * (1 + e) with |e|
-// below 2^-46. That is then rounded once, as a / b is by a division. The two could differ only if a number half way
-// between two floats, of 25 bits, lay between them; but a / b, a fraction of 18 by 11 bits, is never such a number, and
-// at least 2^-36 of itself away from any.
-template <class Convert>
-void encode_16_bit(const void* x, std::int64_t size, float absmax, Convert convert, std::int8_t* codes) {
+// With b = absmax and y = 1 / b rounded, q = a * y is within 1.5 places of a / b.
+//
+// Of 16-bit x, a = x * 127 is exact, of at most 18 bits, and b has at most 11. So a - q * b has few enough bits to be
+// exact, and q + (a - q * b) * y = a / b * (1 + e) with |e| below 2^-46. That is then rounded once, as a / b is by a
+// division. The two could differ only if a number half way between two floats, of 25 bits, lay between them; but a / b,
+// a fraction of 18 by 11 bits, is never such a number, and at least 2^-36 of itself away from any.
+//
+// Of float32, where a is rounded, the first such step leaves q less than one place away, and the second is exact
+// (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990): let b be in [1, 2)
+// and the last place of q be 1. What is rounded is off by |r| * |y - 1 / b| <= |r| * 2^-25, and could cross a number
+// half way between two floats only next to it, where |r| = |a - q * b| is b / 2: so by b * 2^-26. But a / b is no such
+// number, and a multiple of 2^-24 divided by b away: farther, as b^2 < 4.
+template <class T, class Convert>
+void encode_by_inverse(const void* x, std::int64_t size, float absmax, Convert convert, std::int8_t* codes) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
     if (absmax >= 0x1p-100F && absmax <= 0x1p100F) {  // no step overflows, nor loses bits of what is not 0 anyway
         const float inverse = 1.0F / absmax;
         for (std::int64_t i = 0; i < size; ++i) {
-            const float a = convert(read<std::uint16_t>(x, i)) * 127.0F;
-            const float quotient = a * inverse;
-            const float remainder = __builtin_fmaf(-quotient, absmax, a);
-            codes[i] = to_code(__builtin_fmaf(remainder, inverse, quotient));
+            const float a = convert(read<T>(x, i)) * 127.0F;
+            float quotient = a * inverse;
+            quotient = __builtin_fmaf(__builtin_fmaf(-quotient, absmax, a), inverse, quotient);
+            if constexpr (sizeof(T) == 4) {
+                quotient = __builtin_fmaf(__builtin_fmaf(-quotient, absmax, a), inverse, quotient);
+            }
+            codes[i] = to_code(quotient);
         }
         return;
     }
 #endif
-    encode_by_division<std::uint16_t>(x, size, absmax, convert, codes);
+    encode_by_division<T>(x, size, absmax, convert, codes);
 }
 
 // --- rotation --------------------------------------------------------------------------------------------------------
@@ -349,9 +359,9 @@ void rotate(float* x, std::int64_t size, std::int64_t block) {
 
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes) {
     switch (dtype) {
-        case DType::f32: return encode_by_division<float>(x, size, absmax, [](float v) { return v; }, codes);
-        case DType::f16: return encode_16_bit(x, size, absmax, from_f16, codes);
-        case DType::bf16: return encode_16_bit(x, size, absmax, from_bf16, codes);
+        case DType::f32: return encode_by_inverse<float>(x, size, absmax, [](float v) { return v; }, codes);
+        case DType::f16: return encode_by_inverse<std::uint16_t>(x, size, absmax, from_f16, codes);
+        case DType::bf16: return encode_by_inverse<std::uint16_t>(x, size, absmax, from_bf16, codes);
         case DType::i8:
         case DType::i32: break;
     }
