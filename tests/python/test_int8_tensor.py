@@ -323,6 +323,26 @@ def test_weights_that_are_computed() -> None:
         assert (model[0].weight == 0).float().mean() >= 0.5
 
 
+def test_biases_that_are_computed() -> None:
+    """A bias that is no parameter of its layer any more counts like one that is."""
+
+    class Negative(nn.Module):
+        def forward(self, bias: Tensor) -> Tensor:
+            return -bias
+
+    x = values(5, 24)
+    for change in (
+        lambda layer: prune.random_unstructured(layer, "bias", amount=0.5),
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", Negative()),
+    ):
+        layer = converted()[0]
+        nn.init.constant_(layer.bias, 3)
+        before = layer(x)
+        change(layer)
+        assert not torch.equal(layer.bias, torch.full((40,), 3.0))
+        torch.testing.assert_close(layer(x), before - 3 + layer.bias)
+
+
 def test_models_computed_from_models() -> None:
     """Moving averages, calls with other parameters, and gradients with a step of an optimizer."""
     model, x = converted(), values(5, 24)

@@ -128,12 +128,13 @@ class Int8Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
-        parameters: dict[str, Any] = self._parameters  # found faster than as attributes
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        if type(weight) is Int8Tensor and not weight._transposed and not is_dynamo_compiling():
-            y = weight._arrays.product(input, bias)
-            if y is not None:
-                return y
+        if not is_dynamo_compiling():
+            parameters: dict[str, Any] = self._parameters  # found faster than as attributes
+            weight = parameters.get("weight")
+            if type(weight) is Int8Tensor and not weight._transposed and "bias" in parameters:  # else parametrized
+                y = weight._arrays.product(input, parameters["bias"])
+                if y is not None:
+                    return y
         return functional.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
