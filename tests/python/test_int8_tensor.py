@@ -527,12 +527,13 @@ def _fsdp(mesh: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes meet over gloo, as Linux has it")
+@pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("options", [{"scheme": "zeropoint"}, {"granularity": "tensor"}], ids=["vector", "tensor"])
-def test_fsdp(rank_pools: Any, options: dict[str, Any]) -> None:
-    """A rank holds its rows of the weight; results are those of one process."""
+def test_fsdp(rank_pools: Any, options: dict[str, Any], size: int) -> None:
+    """A rank holds its rows of the weight; results are those of one process. One rank alone has all of them."""
     from ranks import pool
 
-    pool(rank_pools, 2).run(_fsdp, options)
+    pool(rank_pools, size).run(_fsdp, options)
 
 
 # --- DDP --------------------------------------------------------------------------------------------------------------

@@ -114,17 +114,21 @@ def _post_all_gather(
 ) -> Any:
     """The whole weight, from what `_pre_all_gather` of all ranks gave."""
     (n, k), own = metadata, self._arrays
-    codes, tail = outputs[0][:n].view(n, own.width), outputs[1].view(outputs[0].shape[0], -1)[:n]
+    codes = outputs[0][:n].view(n, own.width)
+    # PyTorch has a single rank gather the first tensor only.
+    tail = outputs[1].view(outputs[0].shape[0], -1)[:n] if len(outputs) > 1 else None
     parts: dict[str, Any] = {}
     start = 0
     for name in _OF_ROWS:
         mine = parts[name] = getattr(own, name)
         like = _per_row(own, name)
-        if like is not None:
+        if like is not None and tail is not None:
             width = like.shape[1] * like.element_size()
             values = tail[:, start : start + width].contiguous().view(mine.dtype)
             parts[name] = values.reshape(n, *mine.shape[1:])
             start += width
+        elif like is not None:
+            parts[name] = mine.clone()
     weight = Int8Weight(
         codes.contiguous(),
         **parts,
