@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import sys
 import warnings
@@ -396,6 +397,24 @@ def test_memory_is_shared_and_counted() -> None:
     assert weight.numel() * weight.element_size() == 40 * 24  # as get_memory_footprint of Transformers counts
     assert weight.nbytes == weight.int8_weight.nbytes
     assert weight.tolist() == weight.dequantize().tolist()
+
+
+def test_sizes() -> None:
+    """As docs/guide/what-works-with-what.md has them: MB in 16 bit, in format 1, and now."""
+    layer = nn.Linear(4096, 4096, dtype=torch.bfloat16)
+    int8 = ot.Int8Linear.from_linear(layer)
+    options = int8.weight.parts()["options"]
+    first = {"weight": int8.codes, "scale": int8.scale, "bias": int8.bias, "_extra_state": options}
+
+    def saved(state: Any) -> int:
+        file = io.BytesIO()
+        torch.save(state, file)
+        return file.tell()
+
+    held = [sum(parameter.nbytes for parameter in of.parameters()) for of in (layer, int8)]
+    states = [saved(state) for state in (layer.state_dict(), first, int8.state_dict())]
+    assert [round(size / 1e6, 2) for size in (*held, *states)] == [33.56, 16.82, 33.56, 16.80, 16.82]
+    assert sum(part.nbytes for part in int8.weight.parts().values()) + int8.bias.nbytes < 16.81e6
 
 
 def test_layers_without_memory() -> None:
