@@ -32,7 +32,7 @@ struct TorchNames {
     py::object is_autocast_enabled = torch.attr("_C").attr("_is_any_autocast_enabled");
     py::object dtype_keyword = py::make_tuple(interned("dtype"));
     py::object requires_grad = interned("requires_grad");
-    py::object is_neg = interned("is_neg");
+    py::object is_neg = tensor.attr("is_neg");  // unbound, too
     // In the order of octavo::DType.
     std::array<py::object, 5> dtypes{torch.attr("float32"), torch.attr("float16"), torch.attr("bfloat16"),
                                      torch.attr("int8"), torch.attr("int32")};
@@ -249,11 +249,14 @@ const DLPackExchangeAPI* torch_exchange() { return names<TorchNames>().exchange;
 
 bool torch_requires_grad(py::handle tensor) { return is_true(attribute(tensor, names<TorchNames>().requires_grad)); }
 
-bool torch_records(py::handle tensor) {
+bool torch_records(py::handle tensor, py::handle other) {
     const auto& torch = names<TorchNames>();
-    if (torch_requires_grad(tensor) && is_true(call(torch.is_grad_enabled))) return true;
+    const bool has_other = !other.is_none();
+    const bool wants = torch_requires_grad(tensor) || (has_other && torch_requires_grad(other));
+    if (wants && is_true(call(torch.is_grad_enabled))) return true;
     if (PyLong_AsLong(attribute(torch.forward_ad, torch.forward_level).ptr()) < 0) return false;
-    return !torch.forward_ad.attr("unpack_dual")(tensor).attr("tangent").is_none();
+    const py::object unpack = torch.forward_ad.attr("unpack_dual");
+    return !unpack(tensor).attr("tangent").is_none() || (has_other && !unpack(other).attr("tangent").is_none());
 }
 
 bool torch_is_plain_below_autograd(py::handle tensor) {
@@ -273,7 +276,7 @@ bool torch_is_plain(py::handle tensor) {
 // As that of `x.conj().imag` does.
 bool torch_is_negated(py::handle tensor) {
     PyObject* const arguments[] = {tensor.ptr()};
-    return is_true(checked(PyObject_VectorcallMethod(names<TorchNames>().is_neg.ptr(), arguments, 1, nullptr)));
+    return is_true(checked(PyObject_Vectorcall(names<TorchNames>().is_neg.ptr(), arguments, 1, nullptr)));
 }
 
 bool torch_is_dense(py::handle tensor) { return py::object(tensor.attr("layout")).is(names<TorchNames>().strided); }
@@ -325,7 +328,7 @@ Stream stream_of(Framework framework, Device device) {
 
 int threads_of(Framework framework) {
     if (framework != Framework::torch) return 0;
-    return names<TorchNames>().get_num_threads().cast<int>();
+    return static_cast<int>(PyLong_AsLong(call(names<TorchNames>().get_num_threads).ptr()));
 }
 
 }  // namespace octavo::python

@@ -43,7 +43,8 @@ struct TypeFacts {
 [[nodiscard]] const DLPackExchangeAPI* torch_exchange();
 
 // What DLPack does not tell of a tensor.
-[[nodiscard]] bool torch_records(py::handle tensor);  // autograd, backward or forward, would record an operation
+// Whether autograd, backward or forward, would record an operation on a tensor and another one, or None.
+[[nodiscard]] bool torch_records(py::handle tensor, py::handle other = py::none());
 [[nodiscard]] bool torch_requires_grad(py::handle tensor);
 [[nodiscard]] bool torch_is_negated(py::handle tensor);  // the memory holds the negation of its values
 [[nodiscard]] bool torch_is_dense(py::handle tensor);

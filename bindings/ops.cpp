@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
+#include <cstdint>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
@@ -562,8 +564,7 @@ py::object is_plain_op(py::handle x) { return py::bool_(torch_is_plain(x) && !to
 
 // The tensor x of a product, where PyTorch, to which it is plain, wants nothing but the result, and x can be read.
 std::optional<Array> unrecorded(py::handle x, py::handle bias) {
-    if (torch_records(x)) return std::nullopt;
-    if (!bias.is_none() && (!facts_of(bias).plain || torch_records(bias))) return std::nullopt;
+    if ((!bias.is_none() && !facts_of(bias).plain) || torch_records(x, bias)) return std::nullopt;
     try {
         return optional_array(x, {"linear", "x"});
     } catch (const py::builtin_exception&) {  // nested or on the meta device: PyTorch's way may know what to do
@@ -571,27 +572,21 @@ std::optional<Array> unrecorded(py::handle x, py::handle bias) {
     }
 }
 
-// The product of PyTorch tensors where PyTorch wants nothing of it but its result; else None.
-py::object plain_linear_op(py::handle weight_object, py::handle options, py::handle x_object, py::handle bias) {
-    std::optional<Array> x = torch_is_plain(x_object) ? unrecorded(x_object, bias) : std::nullopt;
-    if (!x) return py::none();
-    const auto& weight = instance_of<Weight>(weight_object, {"linear", "weight"}, "Int8Weight");
-    return product(*x, weight.view(), bias, options_of(options, "linear").linear, py::none());
-}
-
 // octavo::linear as autograd calls it: where nothing is to be recorded, the product, past the rest of the dispatcher;
 // else what `register_torch_operations` was given.
 py::object torch_linear_op(py::handle x_object, py::handle codes, py::handle scale, py::handle code_sums,
                            py::handle zeropoint, py::handle outlier_columns, py::handle outlier_weight, py::handle bias,
-                           py::handle text, py::handle k) {
+                           py::handle text_object) {
     std::optional<Array> x = torch_is_plain_below_autograd(x_object) ? unrecorded(x_object, bias) : std::nullopt;
     if (!x) {
         return recorded_torch_linear()(x_object, codes, scale, code_sums, zeropoint, outlier_columns, outlier_weight,
-                                       bias, text, k);
+                                       bias, text_object);
     }
-    const NativeOptions& options = read_options(text.cast<std::string>());
+    const auto text = text_object.cast<std::string>();
+    const WeightText weight_text = read_weight_text(text);
+    const NativeOptions& options = weight_text.options;
     const Array sums(code_sums, {"linear", "code_sums", "int32"});
-    const std::pair shape{sums.vector().size, parse_extent(k, {"linear", "in_features"})};
+    const std::pair shape{sums.vector().size, weight_text.in_features};
     const Weight weight(codes, shape, scale, zeropoint, code_sums, outlier_columns, outlier_weight, options.quantize,
                         Use::read);
     return product(*x, weight.view(), bias, options.linear, py::none());
@@ -636,6 +631,31 @@ constexpr std::size_t arity_of(py::object (*)(Handles...)) {
     return sizeof...(Handles);
 }
 
+// What `plain_linear` returns, called with x and bias.
+PyObject* plain_product(PyObject* weight_and_options, PyObject* const* arguments, Py_ssize_t count) noexcept {
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected x and bias, got %zd arguments", count);
+    const py::handle x_object = arguments[0];
+    const py::handle bias = arguments[1];
+    try {
+        std::optional<Array> x = torch_is_plain(x_object) ? unrecorded(x_object, bias) : std::nullopt;
+        if (!x) Py_RETURN_NONE;
+        const py::handle weight_object = PyTuple_GET_ITEM(weight_and_options, 0);
+        const auto& weight = instance_of<Weight>(weight_object, {"linear", "weight"}, "Int8Weight");
+        const auto& options = options_of(PyTuple_GET_ITEM(weight_and_options, 1), "linear");
+        return product(*x, weight.view(), bias, options.linear, py::none()).release().ptr();
+    } catch (...) {
+        set_error_of_exception();
+        return nullptr;
+    }
+}
+
+// A function of x and bias: the product of PyTorch tensors where PyTorch wants nothing of it but its result; else None.
+py::object plain_linear_op(py::handle weight, py::handle options) {
+    static PyMethodDef definition{"product", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_product)),
+                                  METH_FASTCALL, "product(x, bias, /)\n--\n\n"};
+    return checked(PyCFunction_New(&definition, py::make_tuple(weight, options).ptr()));
+}
+
 // `signature` is shown by help() and checked against _core.pyi.
 template <auto operation>
 PyMethodDef method(const char* name, const char* signature) {
@@ -664,6 +684,17 @@ const NativeOptions& read_options(const std::string& text) {
     }
 }
 
+WeightText read_weight_text(const std::string& text) {
+    const char* const end = text.data() + text.size();
+    std::int64_t in_features = -1;
+    const auto [rest, error] = std::from_chars(text.data(), end, in_features);
+    if (error != std::errc() || in_features < 0 || rest == end || *rest != ' ') {
+        throw std::invalid_argument("octavo::linear: options: expected in_features and a text of octavo.Options, got " +
+                                    text);
+    }
+    return {read_options(std::string(rest + 1, end)), in_features};
+}
+
 void define_operations(py::module_& module) {
     define_own_array(module);
     static std::array methods{
@@ -682,10 +713,10 @@ void define_operations(py::module_& module) {
         method<linear_backward_op>("linear_backward",
                                    "linear_backward($module, grad, weight, options, out, /)\n--\n\n"),
         method<is_plain_op>("is_plain", "is_plain($module, x, /)\n--\n\n"),
-        method<plain_linear_op>("plain_linear", "plain_linear($module, weight, options, x, bias, /)\n--\n\n"),
+        method<plain_linear_op>("plain_linear", "plain_linear($module, weight, options, /)\n--\n\n"),
         method<torch_linear_op>("torch_linear",
                                 "torch_linear($module, x, codes, scale, code_sums, zeropoint, outlier_columns, "
-                                "outlier_weight, bias, options, in_features, /)\n--\n\n"),
+                                "outlier_weight, bias, options, /)\n--\n\n"),
         PyMethodDef{},
     };
     if (PyModule_AddFunctions(module.ptr(), methods.data()) != 0) throw py::error_already_set();

@@ -261,30 +261,27 @@ std::string string_of(Value value) {
 
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
-// The arguments that an int8 weight is, and what it is multiplied with: of each kernel the last ones but for
-// `in_features`.
+// The arguments that an int8 weight is, and what it is multiplied with.
 class WeightArguments {
 public:
     // From `stack[1]` on: Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns,
     // Tensor? outlier_weight.
-    WeightArguments(const Value* stack, Value options, Value in_features)
+    WeightArguments(const Value* stack, Value text)
         : codes_(stack[1], "codes"),
           scale_(stack[2], "scale"),
           code_sums_(stack[3], "code_sums"),
           zeropoint_(optional_tensor(stack[4], "zeropoint")),
           outlier_columns_(optional_tensor(stack[5], "outlier_columns")),
           outlier_weight_(optional_tensor(stack[6], "outlier_weight")),
-          options_(string_of(options)),
-          k_(static_cast<std::int64_t>(in_features)) {}
+          text_(string_of(text)) {}
 
-    [[nodiscard]] const NativeOptions& options() const { return read_options(options_); }
+    [[nodiscard]] WeightText text() const { return read_weight_text(text_); }
     [[nodiscard]] std::int64_t out_features() const { return code_sums_.vector().size; }
-    [[nodiscard]] std::int64_t in_features() const noexcept { return k_; }
 
-    [[nodiscard]] WeightView view() {
-        const QuantizeOptions& options = this->options().quantize;
+    [[nodiscard]] WeightView view(const WeightText& text) {
+        const QuantizeOptions& options = text.options.quantize;
         const bool is_packed = codes_.sizes().size() == 4;
-        const std::int64_t width = rotated_size(k_, options.rotation);
+        const std::int64_t width = rotated_size(text.in_features, options.rotation);
         WeightView weight{.codes = is_packed ? codes_.packed(out_features(), width) : ConstMatrix(codes_.matrix()),
                           .scale = scale_.vector(),
                           .zeropoint = vector_or_absent(zeropoint_),
@@ -294,7 +291,7 @@ public:
         weight.scheme = options.scheme;
         weight.granularity = options.granularity;
         weight.rotation = options.rotation;
-        weight.k = k_;
+        weight.k = text.in_features;
         weight.layout = is_packed ? Layout::packed : Layout::row_major;
         return weight;
     }
@@ -306,8 +303,7 @@ private:
     std::optional<Tensor> zeropoint_;
     std::optional<Tensor> outlier_columns_;
     std::optional<Tensor> outlier_weight_;
-    std::string options_;
-    std::int64_t k_;
+    std::string text_;
 };
 
 // A new tensor like `x`, its last extent replaced, that `compute(out, stream)` has written.
@@ -340,27 +336,29 @@ Value translated(const Kernel& kernel) {
     }
 }
 
-// linear(Tensor x, <weight>, Tensor? bias, str options, SymInt in_features) -> Tensor
+// linear(Tensor x, <weight>, Tensor? bias, str options) -> Tensor
 void linear_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
     Tensor x(stack[0], "x");
-    WeightArguments weight(stack, stack[8], stack[9]);
+    WeightArguments weight(stack, stack[8]);
     const auto bias = optional_tensor(stack[7], "bias");
     stack[0] = translated([&] {
-        const WeightView view = weight.view();
+        const WeightText text = weight.text();
+        const WeightView view = weight.view(text);
         return result_like(x, weight.out_features(), [&](Matrix out, Stream stream) {
-            octavo::linear(x.matrix(), view, vector_or_absent(bias), out, weight.options().linear, stream);
+            octavo::linear(x.matrix(), view, vector_or_absent(bias), out, text.options.linear, stream);
         });
     });
 }
 
-// linear_backward(Tensor grad, <weight>, str options, SymInt in_features) -> Tensor
+// linear_backward(Tensor grad, <weight>, str options) -> Tensor
 void linear_backward_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
     Tensor grad(stack[0], "grad");
-    WeightArguments weight(stack, stack[7], stack[8]);
+    WeightArguments weight(stack, stack[7]);
     stack[0] = translated([&] {
-        const WeightView view = weight.view();
-        return result_like(grad, weight.in_features(), [&](Matrix out, Stream stream) {
-            octavo::linear_backward(grad.matrix(), view, out, weight.options().linear, stream);
+        const WeightText text = weight.text();
+        const WeightView view = weight.view(text);
+        return result_like(grad, text.in_features, [&](Matrix out, Stream stream) {
+            octavo::linear_backward(grad.matrix(), view, out, text.options.linear, stream);
         });
     });
 }

@@ -52,11 +52,11 @@ def inputs(m: int = 6, seed: int = 1) -> Tensor:
 
 
 def arguments(weight: ot.Int8Tensor, x: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
-    return (x, *weight._arrays.tensors(), bias, weight.options.text, weight._arrays.shape[1])
+    return (x, *weight._arrays.tensors(), bias, weight._arrays.text)
 
 
 def backward_arguments(weight: ot.Int8Tensor, grad: Tensor) -> tuple[Any, ...]:
-    return (grad, *weight._arrays.tensors(), weight.options.text, weight._arrays.shape[1])
+    return (grad, *weight._arrays.tensors(), weight._arrays.text)
 
 
 # --- the operations ---------------------------------------------------------------------------------------------------
@@ -99,12 +99,18 @@ def test_refuses_what_does_not_fit() -> None:
         (0, torch.zeros(2, 48, dtype=torch.int32), "x"),
         (1, good[1][:1], "codes"),
         (2, good[2][:5], "scale"),
-        (8, "{}x", "JSON|Extra|options"),
-        (8, '{"outliers": "some"}', "outliers"),
+        (8, "48 {}x", "JSON|Extra|options"),
+        (8, '48 {"outliers": "some"}', "outliers"),
+        (8, weight.options.text, "options: expected in_features"),
+        (8, "-48 {}", "options: expected in_features"),
+        (8, "48", "options: expected in_features"),
+        (8, "", "options: expected in_features"),
     ):
         given = list(good)
         given[position] = wrong
         with pytest.raises((ValueError, TypeError), match=word):
+            torch.ops.octavo.linear(*given)
+        with torch.inference_mode(), pytest.raises((ValueError, TypeError), match=word):
             torch.ops.octavo.linear(*given)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,11 +106,16 @@ class Arrays:
         """``product(x, bias)`` is `octavo.linear` where PyTorch wants nothing of it but its result; else None."""
         if not has_memory(self.codes):
             return lambda x, bias: None
-        return partial(_core.plain_linear, self.int8_weight._native, self.options._native)
+        return _core.plain_linear(self.int8_weight._native, self.options._native)
+
+    @cached_property
+    def text(self) -> str:
+        """The width k and the options, as the operations of ``torch.ops.octavo`` take them."""
+        return f"{self.shape[1]} {self.options.text}"
 
     def forget(self) -> None:
         """Drop what was made of arrays and options that have been replaced."""
-        for name in ("int8_weight", "product"):
+        for name in ("int8_weight", "product", "text"):
             vars(self).pop(name, None)
 
     def tensors(self) -> tuple[Any, ...]:
