@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 import octavo
-from octavo._text import expect, expect_patterns, matches
+from octavo._text import expect, expect_patterns, matches, unexpected
 from octavo.options import Options
 
 __all__ = ["library_path", "quantize_model", "session_options"]
@@ -46,8 +46,9 @@ def session_options(threads: int | None = None) -> Any:
 
     options = onnxruntime.SessionOptions()
     if threads is not None:
-        if not isinstance(threads, int) or not 1 <= threads <= 1024:
-            raise ValueError(f"session_options: threads: expected 1 to 1024, got {threads!r}")
+        expect("session_options: threads", threads, int, "an integer")
+        if not 1 <= threads <= 1024:
+            raise unexpected("session_options: threads", "1 to 1024", threads)
         options.intra_op_num_threads = threads
         options.add_session_config_entry("octavo.threads", str(threads))
     options.register_custom_ops_library(library_path())
@@ -64,7 +65,10 @@ def quantize_model(
     """A model with octavo.Linear in place of every product with a constant weight.
 
     Those are ``MatMul`` of x and a weight ``[k, n]``, with the ``Add`` of a bias ``[n]`` that follows, and ``Gemm`` of
-    an x as it is, unscaled, in the model's main graph. The input may be float32, float16 or bfloat16.
+    an x as it is, unscaled, in the model's main graph. The input may be float32, float16 or bfloat16. So are what ONNX
+    Runtime's tools make of them: ``MatMulInteger`` between ``DynamicQuantizeLinear`` and the scales, and
+    ``MatMulNBits``. Their weights are dequantized and quantized anew: int8 codes with a scale for each output feature
+    stay as they are (absmax, "vector", without rotation), others are rounded a second time.
 
     Args:
         model: a model, or its file; data beside it are read, too.
@@ -107,7 +111,7 @@ def quantize_model(
 
 
 class _Product:
-    """``output = x weight^T + bias``, computed by nodes of a graph, the last of which is at `place`."""
+    """``output = x weight^T + bias``, computed by nodes of a graph."""
 
     def __init__(self, nodes: list[Any], x: str, weight: str, values: Any, bias: Any) -> None:
         self.nodes, self.x, self.values, self.bias = nodes, x, values, bias
@@ -129,30 +133,35 @@ class _Graph:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.replaced: dict[int, Any] = {}  # by id of a node: what takes its place, None for nothing
-        self.weights: set[str] = set()
 
     def product(self, node: Any) -> _Product | None:
         """The product that begins with a node."""
-        if node.domain or node.op_type not in ("MatMul", "Gemm") or id(node) in self.replaced:
-            return None
         attributes = {each.name: helper.get_attribute_value(each) for each in node.attribute}
-        name, values = self._weight(node.input[1])
-        scaled = any(attributes.get(key, 1.0) != 1.0 for key in ("alpha", "beta"))
-        if values is None or attributes.get("transA") or scaled:
-            return None
-        if not attributes.get("transB"):
-            values = values.T
-        nodes, bias = [node], None
-        if len(node.input) > 2 and node.input[2]:
-            bias = self._bias(node.input[2], len(values))
-            if bias is None:
+        nodes, x, bias = [node], node.input[0] if node.input else "", None
+        values: Any = None
+        if node.op_type in ("MatMul", "Gemm") and not node.domain:
+            name, values = self._weight(node.input[1])
+            scaled = any(attributes.get(key, 1.0) != 1.0 for key in ("alpha", "beta"))
+            if values is None or attributes.get("transA") or scaled:
                 return None
-        readers = self.readers.get(node.output[0], [])
-        if node.op_type == "MatMul" and len(readers) == 1 and getattr(readers[0], "op_type", "") == "Add":
-            others = [other for other in readers[0].input if other != node.output[0]]
-            bias = self._bias(others[0], len(values)) if others else None
-            nodes += [readers[0]] if bias is not None else []
-        return _Product(nodes, node.input[0], name, values, bias)
+            values = values if attributes.get("transB") else values.T
+            bias = node.input[2] if len(node.input) > 2 else None
+        elif node.op_type == "MatMulInteger" and not node.domain:
+            name, x, values, nodes = self._of_integers(node)
+        elif node.op_type == "MatMulNBits" and node.domain == "com.microsoft":
+            name, values = node.input[1], self._of_blocks(node, attributes)
+            bias = node.input[5] if len(node.input) > 5 else None
+        if values is None:
+            return None
+        given = self._bias(bias, len(values)) if bias else None
+        if bias and given is None:
+            return None
+        add = self._reader(nodes[-1], "Add")
+        if not bias and add is not None:
+            others = [other for other in add.input if other != nodes[-1].output[0]]
+            given = self._bias(others[0], len(values)) if others else None
+            nodes = [*nodes, add] if given is not None else nodes
+        return _Product(nodes, x, name, values, given)
 
     def replace(self, product: _Product, options: Options, kept: Sequence[int] | None) -> None:
         """Put the operator where the last node of a product is."""
@@ -182,13 +191,13 @@ class _Graph:
         self.replaced |= {id(node): None for node in product.nodes} | {id(product.nodes[-1]): operator}
 
     def finish(self) -> None:
-        """Replace what was to be replaced; constants that nobody reads any more go."""
+        """Replace what was to be replaced; what nobody reads any more goes."""
         nodes = [self.replaced.get(id(node), node) for node in self.graph.node]
         nodes = [node for node in nodes if node is not None]
         while True:
             read = {name for node in nodes for name in node.input} | {value.name for value in self.graph.output}
             read |= {name for node in nodes for name in _outer_names(node)}
-            live = [n for n in nodes if n.op_type not in ("Constant", "Transpose") or read & set(n.output)]
+            live = [node for node in nodes if read & set(node.output)]
             if len(live) == len(nodes):
                 break
             nodes = live
@@ -207,6 +216,56 @@ class _Graph:
             return source, None
         values = numpy_helper.to_array(tensor)
         return source, values if turned is None else values.T
+
+    def _of_integers(self, node: Any) -> tuple[str, str, Any, list[Any]]:
+        """Name of the weight, x, values and nodes of a product of an x that DynamicQuantizeLinear quantized.
+
+        ``MatMulInteger(codes of x, codes of W, ...)``, ``Cast``, and ``Mul`` by the product of both scales.
+        """
+        quantizer, cast = self.makers.get(node.input[0]), self._reader(node, "Cast")
+        mul = None if cast is None else self._reader(cast, "Mul")
+        codes, zero = self._constant(node.input[1]), self._constant(node.input[3]) if len(node.input) > 3 else 0
+        if quantizer is None or quantizer.op_type != "DynamicQuantizeLinear" or mul is None or codes is None:
+            return "", "", None, []
+        scales = next((self.makers[name] for name in mul.input if name in self.makers and name != cast.output[0]), None)
+        if scales is None or scales.op_type != "Mul" or quantizer.output[1] not in scales.input or codes.ndim != 2:
+            return "", "", None, []
+        scale = next((self._constant(name) for name in scales.input if name != quantizer.output[1]), None)
+        if scale is None or zero is None:
+            return "", "", None, []
+        values = (codes.astype(np.float32) - np.asarray(zero, np.float32)) * scale.astype(np.float32)
+        return node.input[1], quantizer.input[0], values.T, [node, cast, mul]
+
+    def _of_blocks(self, node: Any, attributes: Mapping[str, Any]) -> Any:
+        """The values ``[n, k]`` of a weight of MatMulNBits: codes of few bits, a scale for each block of a row."""
+        n, k, bits, block = (attributes.get(name, 4) for name in ("N", "K", "bits", "block_size"))
+        arrays = [self._constant(name) if name else None for name in [*node.input[1:5], *[""] * 3][:4]]
+        codes, scale, zero, order = arrays
+        if codes is None or scale is None or order is not None or bits not in (2, 4, 8):
+            return None
+        if any(name and array is None for name, array in zip(node.input[3:5], arrays[2:], strict=False)):
+            return None
+
+        def unpacked(array: Any) -> Any:  # the lower bits come first
+            shifts = np.arange(0, 8, bits, dtype=np.uint8)
+            parts = array.astype(np.uint8)[..., None] >> shifts & (2**bits - 1)
+            return parts.reshape(n, -1).astype(np.float32)
+
+        blocks = -(-k // block)
+        if zero is None:
+            zero = np.full((n, blocks), 2.0 ** (bits - 1), np.float32)
+        elif zero.dtype == np.uint8:
+            zero = unpacked(zero)[:, :blocks]
+        values = unpacked(codes).reshape(n, blocks, block) - zero.reshape(n, blocks, 1).astype(np.float32)
+        return (values * scale.reshape(n, blocks, 1).astype(np.float32)).reshape(n, -1)[:, :k]
+
+    def _constant(self, name: str) -> Any:
+        return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+
+    def _reader(self, node: Any, op_type: str) -> Any:
+        """The only node that reads the output of another, if it is of that type."""
+        readers = self.readers.get(node.output[0], [])
+        return readers[0] if len(readers) == 1 and getattr(readers[0], "op_type", "") == op_type else None
 
     def _bias(self, name: str, n: int) -> Any:
         tensor = self.constants.get(name)

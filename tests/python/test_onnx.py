@@ -133,6 +133,64 @@ def test_what_is_converted() -> None:
     assert np.abs(run(int8, x) - exact).max() < 0.05 * np.abs(exact).max()
 
 
+def test_what_onnx_runtime_quantized_to_int8(tmp_path: Path) -> None:
+    """Its codes for each output feature stay as they are."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    w = make("normal", (40, 64), "float32")
+    bias = make("normal", (40,), "float32")
+    onnx.save(linear_model(w, bias), tmp_path / "m.onnx")
+    x = make("normal", (2, 5, 64), "float32")
+    for number, (weight_type, per_channel) in enumerate([(QuantType.QInt8, True), (QuantType.QUInt8, False)]):
+        theirs = tmp_path / f"{number}.onnx"
+        quantize_dynamic(tmp_path / "m.onnx", theirs, weight_type=weight_type, per_channel=per_channel)
+        assert "MatMulInteger" in operators(onnx.load(theirs))
+        int8 = octavo_onnx.quantize_model(theirs)
+        assert operators(int8) == ["Linear"]
+        exact = x @ w.T + bias
+        error, their_error = (
+            np.abs(y - exact).mean() for y in (run(int8, x), ort.InferenceSession(str(theirs)).run(None, {"x": x})[0])
+        )
+        assert error < (1 if per_channel else 1.5) * their_error  # one scale: rounded a second time
+        if per_channel:
+            given = onnx.load(theirs).graph.initializer
+            (codes,) = (each for each in given if each.data_type == TensorProto.INT8 and len(each.dims) == 2)
+            constants = {each.name.rpartition(".")[2]: numpy_helper.to_array(each) for each in int8.graph.initializer}
+            weight = octavo.Int8Weight(
+                constants["codes"], constants["scale"], code_sums=constants["code_sums"], shape=(40, 64)
+            )
+            np.testing.assert_array_equal(weight.codes, numpy_helper.to_array(codes).T)
+
+
+@pytest.mark.parametrize(("bits", "zero"), [(4, None), (4, "uint8"), (4, "float32"), (8, None), (8, "uint8")])
+def test_what_onnx_runtime_quantized_in_blocks(bits: int, zero: str | None) -> None:
+    n, k, block = 24, 70, 32
+    blocks, rng = 3, np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (n, blocks * block), dtype=np.uint8)
+    scales = rng.uniform(0.01, 0.02, n * blocks).astype(F)
+    zeros = rng.integers(1, 2**bits - 1, (n, 4), dtype=np.uint8)  # of the last no block knows
+
+    def packed(values: Any) -> Any:
+        return values if bits == 8 else values[..., ::2] | values[..., 1::2] << 4
+
+    constants = {"w": packed(codes).reshape(n, blocks, -1), "scales": scales}
+    names = ["x", "w", "scales"]
+    if zero is not None:
+        of_blocks = packed(zeros) if bits == 4 else zeros[:, :blocks]
+        constants["zeros"] = np.ascontiguousarray(of_blocks if zero == "uint8" else zeros[:, :blocks].astype(F)).ravel()
+        names.append("zeros")
+    node = helper.make_node(
+        "MatMulNBits", names, ["y"], domain="com.microsoft", K=k, N=n, bits=bits, block_size=block, accuracy_level=1
+    )
+    given = model([node], constants, k, n)
+    given.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    x = make("normal", (1, 6, k), "float32")
+    theirs = ort.InferenceSession(given.SerializeToString()).run(None, {"x": x})[0]
+    int8 = octavo_onnx.quantize_model(given)
+    assert operators(int8) == ["Linear"]
+    assert np.abs(run(int8, x) - theirs).max() < 0.02 * np.abs(theirs).max()
+
+
 def test_external_data(tmp_path: Path) -> None:
     w = make("normal", (64, 64), "float32")
     onnx.save(linear_model(w), tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
@@ -149,9 +207,12 @@ def test_what_is_refused() -> None:
         octavo_onnx.quantize_model(linear_model(w), outlier_columns={"v": [1]})
     with pytest.raises(ValueError, match="expected finite values"):
         octavo_onnx.quantize_model(linear_model(w * np.inf))
-    for threads in (0, 1.5, "2", 2000):
+    for threads in (0, 2000):
         with pytest.raises(ValueError, match=r"^session_options: threads: expected 1 to 1024, got"):
-            octavo_onnx.session_options(threads)  # type: ignore[arg-type]
+            octavo_onnx.session_options(threads)
+    for kind in (1.5, "2"):
+        with pytest.raises(TypeError, match=r"^session_options: threads: expected an integer, got"):
+            octavo_onnx.session_options(kind)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -185,3 +246,56 @@ def test_arrays_of_another_size_are_refused(part: str) -> None:
             tensor.CopyFrom(numpy_helper.from_array(values[:1], tensor.name))
     with pytest.raises(Exception, match=r"(codes|scale|code_sums): expected"):
         run(int8, np.ones((1, 2, 16), F))
+
+
+def test_an_encoder(tmp_path: Path) -> None:
+    """Exported by PyTorch, with external data: layer by layer octavo's, and embeddings as near as octavo.torch's."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript, which PyTorch's export needs, is not installed")
+    transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config = transformers.BertConfig(vocab_size=50, attn_implementation="eager", **sizes)
+    encoder = transformers.BertModel(config, add_pooling_layer=False).eval()
+
+    class Embeddings(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, ids: Any) -> Any:
+            return self.encoder(input_ids=ids).last_hidden_state
+
+    shapes = ({0: torch.export.Dim("b", min=1, max=64), 1: torch.export.Dim("s", min=2, max=64)},)
+    ids = torch.randint(0, 50, (2, 7))
+    program = torch.onnx.export(
+        Embeddings(), (ids,), dynamo=True, dynamic_shapes=shapes, input_names=["ids"], verbose=False
+    )
+    program.save(tmp_path / "m.onnx", external_data=True)
+    int8 = octavo_onnx.quantize_model(tmp_path / "m.onnx")
+    layers = [node for node in int8.graph.node if node.domain == "octavo"]
+    assert len(layers) == 12
+    for name in {layers[-1].input[0], layers[-1].output[0]}:
+        int8.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    session = ort.InferenceSession(int8.SerializeToString(), octavo_onnx.session_options(2))
+    exact = ort.InferenceSession(str(tmp_path / "m.onnx"))
+    from octavo.torch import quantize_
+
+    last = encoder.encoder.layer[-1].output.dense
+    weight = octavo.quantize_weight(last.weight.detach().numpy())
+    bias = last.bias.detach().numpy()
+    quantize_(encoder)
+    for batch in ((1, 2), (5, 33)):
+        ids = torch.randint(0, 50, batch)
+        results = dict(
+            zip([each.name for each in session.get_outputs()], session.run(None, {"ids": ids.numpy()}), strict=True)
+        )
+        y = next(iter(results.values()))
+        np.testing.assert_array_equal(
+            results[layers[-1].output[0]], octavo.linear(results[layers[-1].input[0]], weight, bias)
+        )
+        true = exact.run(None, {"ids": ids.numpy()})[0]
+        with torch.no_grad():
+            of_torch = Embeddings()(ids).numpy()
+        error, of_theirs = (np.abs(each - true).mean() for each in (y, of_torch))
+        assert 0 < error < 1.2 * of_theirs < 0.05 * np.abs(true).mean()
