@@ -341,10 +341,16 @@ void write_past(char* target, const char* source, std::int64_t size) {
 
 }  // namespace
 
+// From so many halves of the second-level cache on, an output is written past the caches: a layer with 6 MiB takes a
+// tenth less time with them, as lines are fetched ahead, one with 8 MiB a fifth less past them (second-level cache: 2
+// MiB).
+constexpr std::int64_t cached_outputs = 6;
+
 OutputBlock::OutputBlock(const Matrix& out, const Block& block)
     : out_(out),
       block_(block),
-      waits_(out.col_stride == 1 && block.rows() > 32 && out.rows * out.cols * size_of(out.dtype) > 2 * near_size()),
+      waits_(out.col_stride == 1 && block.rows() > 32 &&
+             out.rows * out.cols * size_of(out.dtype) > cached_outputs * near_size()),
       stride_(waits_ ? up(block.cols() * size_of(out.dtype), line) + line : out.row_stride * size_of(out.dtype)),
       memory_(waits_ ? block.rows() * stride_ : 0) {}
 
@@ -353,9 +359,12 @@ void* OutputBlock::at(std::int64_t row, std::int64_t col) const {
     return memory_.data() + (row - block_.row_begin) * stride_ + (col - block_.col_begin) * size_of(out_.dtype);
 }
 
-void OutputBlock::fetch(std::int64_t row, std::int64_t col, std::int64_t rows) const {
+void OutputBlock::fetch(std::int64_t row, std::int64_t col, std::int64_t rows, std::int64_t cols) const {
     const std::int64_t end = std::min(row + rows, block_.row_end);
-    for (; !waits_ && row < end; ++row) __builtin_prefetch(at(row, col), 1, 2);
+    for (; !waits_ && row < end; ++row) {
+        const auto* const begin = static_cast<const char*>(at(row, col));
+        for (std::int64_t i = 0; i < cols * size_of(out_.dtype); i += line) __builtin_prefetch(begin + i, 1, 2);
+    }
 }
 
 void OutputBlock::write() const {
@@ -425,8 +434,10 @@ void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_lay
             return multiply(x, w, w_sums, block, [&](SumsTile& tile) { put_tile(tile, out); });
         }
         const OutputBlock rows(out, block);
-        multiply(x, w, w_sums, block,
-                 [&](SumsTile& tile) { put_sums(tile, rows.at(tile.row, tile.col), rows.stride()); });
+        multiply(x, w, w_sums, block, [&](SumsTile& tile) {
+            rows.fetch(tile.row + OutputBlock::ahead, tile.col, tile.product.rows, tile.product.cols);
+            put_sums(tile, rows.at(tile.row, tile.col), rows.stride());
+        });
         rows.write();
     });
 }

@@ -104,9 +104,9 @@ public:
     // are contiguous.
     [[nodiscard]] void* at(std::int64_t row, std::int64_t col) const;
     [[nodiscard]] std::int64_t stride() const noexcept { return stride_; }
-    // That rows from `row` on will be written at column `col` soon, as far as the block has them. So many rows ahead is
-    // soon enough.
-    void fetch(std::int64_t row, std::int64_t col, std::int64_t rows) const;
+    // That `rows` rows and `cols` columns from (row, col) on will be written soon, as far as the block has the rows. So
+    // many rows ahead is soon enough.
+    void fetch(std::int64_t row, std::int64_t col, std::int64_t rows, std::int64_t cols) const;
     static constexpr std::int64_t ahead = 32;
     // Put all of the block where it belongs.
     void write() const;

@@ -142,7 +142,7 @@ public:
         tile.outlier_w = outlier_weight_.data() + j;
         tile.bias = has_bias_ ? bias_ + j : nullptr;
         if (out.col_stride == 1) {
-            rows.fetch(row + OutputBlock::ahead, col, tile.rows);
+            rows.fetch(row + OutputBlock::ahead, col, tile.rows, tile.cols);
             return kernels().epilogue(tile, out.dtype, rows.at(row, col), rows.stride());
         }
         const Scratch<float> y(tile.rows * tile.cols);
@@ -214,7 +214,7 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         const Scratch<float> scaled(scaled_here ? quantized.codes.plan().rows * quantized.codes.plan().cols : 0);
         const auto prepare = [&](std::int64_t col, std::int64_t cols) {
             block_weight.gather_outliers(outliers.columns(), w, col, cols);
-            rows.fetch(block.row_begin, block.col_begin + col, OutputBlock::ahead);
+            rows.fetch(block.row_begin, block.col_begin + col, OutputBlock::ahead, cols);
         };
         const auto finish = [&](SumsTile& tile) {
             EpilogueTile& epilogue = tile.product;
