@@ -203,9 +203,9 @@ OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight,
     if (columns_.empty()) return;
     values_.resize(static_cast<std::size_t>(x.rows) * columns_.size());
     parallel_for(x.rows, row_grain(std::ssize(columns_)), [&](std::int64_t begin, std::int64_t end) {
-        float* value = values_.data() + begin * std::ssize(columns_);
+        std::int64_t place = begin * std::ssize(columns_);
         for (std::int64_t i = begin; i < end; ++i) {
-            for (const std::int32_t column : columns_) load_row(x, i, column, 1, value++);
+            for (const std::int32_t column : columns_) load_row(x, i, column, 1, values_.data() + place++);
         }
     });
 }
