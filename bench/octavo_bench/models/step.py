@@ -12,18 +12,25 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from octavo.torch import train_
 
 from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
-from .finetune import WAYS, check
+from .ways import WAYS, Way, arithmetic, check, prepare_
 
 LAYERS, WIDTH, SEQUENCES, TOKENS = 2, 768, 8, 64
 PHASES = ("forward", "backward", "optimizer")
+# What a profile counts under a name: operations whose own time it is.
+PARTS = {
+    "output in int8": ("octavo::train_linear", "GeneratedBackwardFor_octavo_train_linear_default"),
+    "gradient of x in int8": ("octavo::train_linear_backward",),
+    "products in floats": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",
+                  "aten::_scaled_dot_product_flash_attention_for_cpu_backward"),
+    "optimizer": ("aten::_fused_adamw_",),
+}  # fmt: skip
 
 
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, None]:
@@ -32,7 +39,7 @@ def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple
 
 
 def run(turns: int, ways: Sequence[str], facts: Facts, progress: Progress, width: int = WIDTH) -> Report:
-    """The table of a step's parts, in milliseconds and relative to the first way."""
+    """Tables of a step's phases, in milliseconds and relative to the first way, and of the operations in it."""
     check(ways)
     steps = {way: _step(WAYS[way], width) for way in ways}
     best = {way: [float("inf")] * len(PHASES) for way in ways}
@@ -48,10 +55,25 @@ def run(turns: int, ways: Sequence[str], facts: Facts, progress: Progress, width
     rows = [[way, *(1e3 * each for each in own), 1e3 * sum(own), sum(own) / first] for way, own in best.items()]
     columns = {"trained in": "", **{f"{phase} (ms)": ".1f" for phase in PHASES}, "step (ms)": ".1f", "to first": ".2f"}
     title = f"A training step: {LAYERS} encoder layers of width {width}, {SEQUENCES} sequences of {TOKENS} tokens"
-    return Report("Training in int8: time", facts.now(turns=turns), [Table(title, columns, rows, "Processor time.")])
+    times = Table(title, columns, rows, "Processor time, of the fastest turn.")
+    parts = [[way, *_profile(step)] for way, step in steps.items()]
+    columns = {"trained in": "", **{f"{part} (%)": ".0f" for part in (*PARTS, "the rest")}}
+    note = "Of one more step, by PyTorch's profiler. The weight's codes are made anew with the output in int8."
+    tables = [times, Table("Where the time of a step goes", columns, parts, note)]
+    return Report("Training in int8: time", facts.now(turns=turns), tables)
 
 
-def _step(way: Any, width: int) -> Callable[[], list[float]]:
+def _profile(step: Callable[[], object]) -> list[float]:
+    """The per cent of a step's time that each of `PARTS` takes, and the rest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    own = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    total = sum(own.values())
+    shares = [100 * sum(own.get(name, 0.0) for name in names) / total for names in PARTS.values()]
+    return [*shares, 100 - sum(shares)]
+
+
+def _step(way: Way, width: int) -> Callable[[], list[float]]:
     """What makes a step and gives the seconds of its phases."""
     from transformers import BertConfig, BertModel
 
@@ -62,15 +84,13 @@ def _step(way: Any, width: int) -> Callable[[], list[float]]:
     )  # fmt: skip
     layers = BertModel(config, add_pooling_layer=False).train()
     layers.embeddings.requires_grad_(False)
-    if isinstance(way, dict):
-        train_(layers, **way)
-    optimizer = torch.optim.AdamW([each for each in layers.parameters() if each.requires_grad], 1e-5)
+    prepare_(layers, way)
+    optimizer = torch.optim.AdamW([each for each in layers.parameters() if each.requires_grad], 1e-5, fused=True)
     x = torch.randn(SEQUENCES, TOKENS, width, requires_grad=True)
-    dtype = way if isinstance(way, torch.dtype) else None
 
     def step() -> list[float]:
         marks = [time.process_time()]
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        with arithmetic(way):
             y = layers(inputs_embeds=x).last_hidden_state
         loss = y.float().pow(2).mean()
         marks.append(time.process_time())

@@ -103,11 +103,11 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def new_model(setting: Setting) -> Any:
+def new_model(setting: Setting, seed: int = SEED) -> Any:
     """The model as it is before training."""
     import transformers
 
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     config = transformers.OPTConfig(
         vocab_size=setting.vocabulary, hidden_size=setting.width, word_embed_proj_dim=setting.width,
         num_hidden_layers=setting.layers, ffn_dim=4 * setting.width, num_attention_heads=setting.heads,
@@ -167,9 +167,9 @@ def train(setting: Setting, output: Path, tokens: Tokens, progress: Progress) ->
     return losses
 
 
-def batch(setting: Setting, tokens: Tokens, step: int) -> Tensor:
-    """The sequences of a step, int64 [batch, window]. They depend on the step only, so none need be remembered."""
-    generator = np.random.default_rng([SEED, step])
+def batch(setting: Setting, tokens: Tokens, step: int, seed: int = SEED) -> Tensor:
+    """The sequences of a step, int64 [batch, window]. They depend on step and seed only, so none need be remembered."""
+    generator = np.random.default_rng([seed, step])
     starts = generator.integers(0, len(tokens) - setting.window + 1, setting.batch)
     return torch.from_numpy(np.stack([tokens[start : start + setting.window] for start in starts]).astype(np.int64))
 

@@ -1,0 +1,153 @@
+"""Trains a small language model from nothing in int8, next to float32 and bfloat16: the paper's appendix E, in small.
+
+    python -m octavo_bench pretrain --seeds 5 --output build/pretrain --json pretrain.json
+
+The model, text and optimizers of `train`, smaller. Every seed draws weights and batches anew, alike for all ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..machine import Facts
+from ..progress import Progress
+from ..tables import Report, Table
+from . import text, train
+from .ways import WAYS, Runs, Way, arithmetic, check, compare, error_of, prepare_
+
+if TYPE_CHECKING:
+    from ..pictures import Figures
+
+SETTING = train.Setting(3_000_000, 1024, 3, 128, 4, 128, 8, 180, 4e-3, 48)
+DEFAULT = (
+    "float32", "bfloat16", "int8, feed-forward", "without decomposition", "int8, attention too",
+    "attention too, without decomposition",
+)  # fmt: skip
+POINTS = 30  # of a curve, each the mean of as many steps
+
+Curves = Mapping[str, Sequence[Sequence[float]]]  # by way, for each seed: losses while training, and held-out
+
+
+def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
+    """``python -m octavo_bench pretrain``."""
+    report, curves = run(SETTING, args.seeds, args.ways or DEFAULT, args.output, facts, progress)
+    return report, {"pretrain.png": lambda: _draw(SETTING, curves)}
+
+
+def run(
+    setting: train.Setting, seeds: int, ways: Sequence[str], output: Path, facts: Facts, progress: Progress,
+    folders: Sequence[Path] | None = None,
+) -> tuple[Report, Curves]:  # fmt: skip
+    """Every way with every seed; single runs are kept in `output`."""
+    from transformers import AutoTokenizer
+
+    check(ways)
+    about = {"setting": asdict(setting), "corpus_version": text.VERSION}
+    runs = Runs(output / "pretrain-runs.json", about)
+    tokens = train.prepare_text(setting, output, folders)
+    tokenizer = AutoTokenizer.from_pretrained(output / "model")
+    ids = tokenizer((output / "heldout.txt").read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    held_out = torch.tensor(ids[: setting.evaluated * setting.window]).unflatten(0, (-1, setting.window))
+    progress.begin(len(ways) * seeds)
+    curves: dict[str, list[list[float]]] = {way: [] for way in ways}
+    for seed in range(seeds):
+        for way in ways:
+            name = f"{way}, seed {seed}"
+            with progress.step(name):
+                found = runs.get(name, lambda: pretrain(setting, tokens, held_out, WAYS[way], seed))  # noqa: B023
+            curves[way].append(found)
+    ends = {way: [(own[-1], own[-2]) for own in found] for way, found in curves.items()}
+    last = setting.steps // POINTS
+    losses = compare(
+        f"A language model from nothing, {seeds} seeds", ends,
+        {"held-out loss": ".4f", f"loss of the last {last} steps": ".4f"},
+    )  # fmt: skip
+    facts_of = facts.now(seeds=seeds, train_tokens=len(tokens), **about)
+    report = Report("Training from nothing in int8", facts_of, [losses, _curves(setting, curves)])
+    return report, curves
+
+
+def pretrain(setting: train.Setting, tokens: train.Tokens, held_out: Tensor, way: Way, seed: int) -> list[float]:
+    """`POINTS` losses while training, and that of the held-out windows."""
+    model = train.new_model(setting, seed)
+    prepare_(model, way)
+    optimizers = train.new_optimizers(model, setting)
+    model.train()
+
+    def loss_of(ids: Tensor) -> Tensor:
+        with arithmetic(way):
+            loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+
+    losses = []
+    for step in range(setting.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = train.rate(setting, step)
+        loss = loss_of(train.batch(setting, tokens, step, seed))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    with torch.no_grad():
+        evaluated = statistics.mean(float(loss_of(part)) for part in held_out.split(16))
+    each = setting.steps // POINTS
+    return [*(statistics.mean(losses[i * each : (i + 1) * each]) for i in range(POINTS)), evaluated]
+
+
+def _curves(setting: train.Setting, curves: Curves) -> Table:
+    """The mean loss while training, and its standard deviation over seeds."""
+    columns = {"steps": ""}
+    for way in curves:
+        columns |= {way: ".3f", f"{way}, deviation": ".3f"}
+    rows: list[list[Any]] = []
+    for point in range(0, POINTS, 3):
+        row: list[Any] = [str((point + 1) * setting.steps // POINTS)]
+        for found in curves.values():
+            values = [own[point] for own in found]
+            row += [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
+        rows.append(row)
+    return Table("Loss while training", columns, rows, f"Means of {setting.steps // POINTS} steps, over seeds.")
+
+
+def _draw(setting: train.Setting, curves: Curves) -> Any:
+    """The losses, and their differences to 16 bit with twice their standard error."""
+    import matplotlib.pyplot as plt
+
+    from .. import pictures
+
+    figure = plt.figure(figsize=(9, 3.6))
+    left, right = figure.subplots(1, 2)
+    steps = [(point + 1) * setting.steps / POINTS for point in range(POINTS)]
+    first = "bfloat16" if "bfloat16" in curves else next(iter(curves))
+    colors = (pictures.GRAY, "black", pictures.BLUE, pictures.ORANGE, pictures.GREEN, pictures.VERMILION)
+    for (way, found), color in zip(curves.items(), colors, strict=False):
+        points = list(zip(*(own[:POINTS] for own in found), strict=True))
+        left.plot(steps, [statistics.mean(point) for point in points], color=color, label=way, linewidth=1)
+        left.fill_between(
+            steps, [min(point) for point in points], [max(point) for point in points], color=color, alpha=0.1
+        )
+        if way != first:
+            other = list(zip(*(own[:POINTS] for own in curves[first]), strict=True))
+            gaps = [[a - b for a, b in zip(mine, its, strict=True)] for mine, its in zip(points, other, strict=True)]
+            means, errors = [statistics.mean(gap) for gap in gaps], [2 * (error_of(gap) or 0.0) for gap in gaps]
+            right.errorbar(steps, means, errors, color=color, linewidth=1, capsize=2)
+    right.axhline(0, color="black", linewidth=1)
+    left.set(xlabel="steps", ylabel="loss", title="mean, smallest and largest over seeds")
+    right.set(xlabel="steps", title=f"difference to {first}, twice its standard error")
+    left.legend(fontsize=7)
+    for axis in (left, right):
+        pictures.quiet(axis, "both")
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,138 @@
+"""The ways to train that are compared, the runs that were made of them, and what these say together."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from octavo.torch import train_
+from torch import Tensor, nn
+
+from ..tables import Table, write_text
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model's linear layers are multiplied while it is trained."""
+
+    int8: Mapping[str, Any] | None = None  # what `train_` is given; None: layers as they are
+    dtype: torch.dtype | None = torch.bfloat16  # of autocast, for all that is not in int8; None: float32
+    bitsandbytes: bool = False  # multiplies those layers in octavo's place
+
+
+ATTENTION = {"modules": "ffn+attention"}
+PLAIN = {"decomposition": False}
+WAYS = {
+    "float32": Way(dtype=None),
+    "bfloat16": Way(),
+    "int8, feed-forward": Way({}),
+    "without decomposition": Way(PLAIN),
+    "int8, attention too": Way(ATTENTION),
+    "attention too, without decomposition": Way({**ATTENTION, **PLAIN}),
+    "int8, feed-forward, the rest in float32": Way({}, None),
+    "int8, attention too, the rest in float32": Way(ATTENTION, None),
+    "gradient of x in 16 bit": Way({"grad_input": "16bit"}),
+    "bitsandbytes, feed-forward": Way({}, bitsandbytes=True),
+}
+
+
+def check(ways: Sequence[str]) -> None:
+    """Raises ValueError for a way that there is not."""
+    if unknown := [way for way in ways if way not in WAYS]:
+        raise ValueError(f"--ways: expected some of {', '.join(map(repr, WAYS))}, got {unknown}")
+
+
+def prepare_(model: nn.Module, way: Way) -> None:
+    """Lets the layers of `model` multiply so."""
+    if way.int8 is None:
+        return
+    train_(model, **way.int8)
+    if way.bitsandbytes:
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear) and "forward" in vars(layer):
+                layer.forward = _bitsandbytes(layer)  # type: ignore[method-assign, assignment]
+
+
+def _bitsandbytes(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """`Linear8bitLt` with ``has_fp16_weights=True`` as it computes on a CPU: its backward pass takes matrices only.
+
+    There its training multiplies floats by the dequantized weight; LLM.int8() is what it evaluates with.
+    """
+    import bitsandbytes
+
+    state = bitsandbytes.MatmulLtState()
+    state.threshold, state.has_fp16_weights = 6.0, True
+
+    def forward(x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        state.is_training = layer.training
+        weight = layer.weight if layer.training else layer.weight.detach()  # else it quantizes for a backward pass
+        y: Tensor = bitsandbytes.matmul(x.flatten(0, -2), weight, bias=layer.bias.to(x.dtype), state=state)
+        return y.reshape(*x.shape[:-1], -1)
+
+    return forward
+
+
+@contextmanager
+def arithmetic(way: Way) -> Iterator[None]:
+    """What is not in int8 computes so."""
+    with torch.autocast("cpu", way.dtype or torch.bfloat16, enabled=way.dtype is not None):
+        yield
+
+
+class Runs:
+    """The values that each run gave, by its name, in a file that is written after each: what was ended goes on."""
+
+    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {"about": dict(about), "runs": {}}
+        if path is not None and path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["about"] != json.loads(json.dumps(about)):
+                raise ValueError(f"{path}: expected runs of {about}, got those of {found['about']}; remove it")
+            self._content = found
+
+    def get(self, name: str, make: Callable[[], Sequence[float]]) -> list[float]:
+        """The values of the run, which is made where it was not."""
+        runs = self._content["runs"]
+        if name not in runs:
+            runs[name] = [float(f"{value:.6g}") for value in make()]
+            if self._path is not None:
+                write_text(self._path, json.dumps(self._content, indent=0))
+        return list(runs[name])
+
+
+def compare(title: str, values: Mapping[str, Sequence[Sequence[float]]], forms: Mapping[str, str]) -> Table:
+    """Means over seeds of each way's values, and their differences to the 16-bit way (the first where there is none).
+
+    Args:
+        values: by way, for each seed, of each value of `forms` in turn.
+        forms: by name of the value, its format.
+    """
+    first = "bfloat16" if "bfloat16" in values else next(iter(values))
+    columns = {"trained in": ""}
+    for place, (name, form) in enumerate(forms.items()):
+        more = " " * place  # heads differ
+        columns |= {name: form, f"- {first}{more}": f"+{form}", f"its error{more}": form}
+    rows = []
+    for way, own in values.items():
+        row: list[Any] = [way]
+        for kind in range(len(forms)):
+            gaps = [mine[kind] - other[kind] for mine, other in zip(own, values[first], strict=True)]
+            row.append(statistics.mean(each[kind] for each in own))
+            row += [None, None] if way == first else [statistics.mean(gaps), error_of(gaps)]
+        rows.append(row)
+    note = "Means over seeds. Differences are paired by seed; their error is the standard error of the mean."
+    return Table(title, columns, rows, note)
+
+
+def error_of(values: Sequence[float]) -> float | None:
+    """The standard error of their mean; None of one value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
