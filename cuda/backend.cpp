@@ -21,19 +21,22 @@ cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream.han
 // Makes the device current, and refuses one that cannot be used; allows what a first call does while it is captured.
 class OnDevice {
 public:
-    explicit OnDevice(Device device) : guard_(device.index) { static_cast<void>(cuda::device_facts()); }
+    OnDevice(Device device, const Scratch* scratch) : guard_(device.index), scratch_(scratch) {
+        static_cast<void>(cuda::device_facts());
+    }
 
 private:
     cuda::DeviceGuard guard_;
+    cuda::ScratchOfCall scratch_;
     cuda::WhileCapturing while_capturing_;
 };
 
 // Does the work of `function` on a device. What the layers below say of the device begins with "CUDA: ", and does not
 // name the function.
 template <class Body>
-void call(const char* function, Device device, Body&& body) {
+void call(const char* function, Device device, const Scratch* scratch, Body&& body) {
     try {
-        const OnDevice on(device);
+        const OnDevice on(device, scratch);
         body();
     } catch (const Error& error) {
         const std::string_view message = error.what();
@@ -44,40 +47,43 @@ void call(const char* function, Device device, Body&& body) {
 
 class Cuda final : public CudaBackend {
 public:
+    explicit Cuda(const Scratch* (*scratch)() noexcept) : scratch_(scratch) {}
+
     void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
                   Vector zeropoint, Stream stream) const override {
-        call("quantize", x.device,
+        call("quantize", x.device, scratch_(),
              [&] { cuda::quantize(x, options, exclude, codes, scale, zeropoint, native(stream)); });
     }
     void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
                          Vector zeropoint, Vector code_sums, Layout /*layout*/, Stream stream) const override {
-        call("quantize_weight", weight.device,
+        call("quantize_weight", weight.device, scratch_(),
              [&] { cuda::quantize_weight(weight, options, codes, scale, zeropoint, code_sums, native(stream)); });
     }
     void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const override {
-        call("sum_codes", codes.device, [&] { cuda::sum_codes(codes, code_sums, native(stream)); });
+        call("sum_codes", codes.device, scratch_(), [&] { cuda::sum_codes(codes, code_sums, native(stream)); });
     }
     void pack(ConstMatrix codes, Vector /*packed*/, Stream /*stream*/) const override { no_packing("pack", codes); }
     void unpack(ConstVector /*packed*/, Matrix codes, Stream /*stream*/) const override { no_packing("unpack", codes); }
     void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count,
                        Stream stream) const override {
-        call("find_outliers", x.device, [&] { cuda::find_outliers(x, options, columns, count, native(stream)); });
+        call("find_outliers", x.device, scratch_(),
+             [&] { cuda::find_outliers(x, options, columns, count, native(stream)); });
     }
     void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout /*row-major*/, Stream stream) const override {
-        call("int8_matmul", a.device, [&] { cuda::int8_matmul(a, b, out, native(stream)); });
+        call("int8_matmul", a.device, scratch_(), [&] { cuda::int8_matmul(a, b, out, native(stream)); });
     }
     void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out,
                     Stream stream) const override {
-        call("dequantize", codes.device,
+        call("dequantize", codes.device, scratch_(),
              [&] { cuda::dequantize(codes, scale, zeropoint, rotation, out, native(stream)); });
     }
     void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
                 Stream stream) const override {
-        call("linear", x.device, [&] { cuda::linear(x, weight, bias, out, options, native(stream)); });
+        call("linear", x.device, scratch_(), [&] { cuda::linear(x, weight, bias, out, options, native(stream)); });
     }
     void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
                          Stream stream) const override {
-        call("linear_backward", grad.device, [&] {
+        call("linear_backward", grad.device, scratch_(), [&] {
             cuda::linear_backward(grad, weight, out, uses_kept, int8 ? &gradient_options : nullptr, native(stream));
         });
     }
@@ -101,6 +107,8 @@ public:
     void release_memory() const override { cuda::release_memory(); }
 
 private:
+    const Scratch* (*scratch_)() noexcept;  // of the calling thread
+
     [[noreturn]] static void no_packing(const char* function, const ConstMatrix& codes) {
         throw Error(ErrorKind::device, std::string(function) + ": codes: expected memory on the cpu, got cuda:" +
                                            std::to_string(codes.device.index));
@@ -129,12 +137,12 @@ void need_a_device() {
 }  // namespace
 }  // namespace octavo
 
-extern "C" __attribute__((visibility("default"))) const octavo::CudaBackend* octavo_cuda_backend(const char* version) {
+extern "C" __attribute__((visibility("default"))) const octavo::CudaBackend* octavo_cuda_backend(
+    const char* version, const octavo::Scratch* (*scratch)() noexcept) {
     if (std::string_view(version) != OCTAVO_VERSION) {
         throw octavo::Error(octavo::ErrorKind::device, std::string("CUDA: the CUDA backend is of octavo ") +
                                                            OCTAVO_VERSION + ", the rest of octavo " + version);
     }
     octavo::need_a_device();
-    static const octavo::Cuda backend;
-    return &backend;
+    return new octavo::Cuda(scratch);  // lives as long as the process
 }

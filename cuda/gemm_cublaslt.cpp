@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <compare>
@@ -13,6 +14,7 @@
 #include <mutex>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "check.hpp"
 #include "cublaslt_api.hpp"
@@ -213,10 +215,11 @@ struct Plan {
     Layout a;  // of what cuBLASLt calls so: our b
     Layout b;
     Layout out;
-    lt::Algorithm algorithm{};
-    std::size_t workspace = 0;
-    mutable std::atomic<bool> usable{false};  // whether there is an algorithm
+    std::vector<lt::Heuristic> algorithms;        // best first
+    mutable std::atomic<std::size_t> refused{0};  // so many of them, the first: not tried again
 };
+
+constexpr int most_algorithms = 8;
 
 std::uint64_t most_workspace() {
     constexpr std::uint64_t mib = std::uint64_t{1} << 20;
@@ -230,20 +233,18 @@ std::shared_ptr<const Plan> make_plan(lt::Handle handle, const Key& key) {
     plan->b = make_layout(CUDA_R_8I, key.k, key.m, key.stride_a);
     plan->out = make_layout(CUDA_R_32I, key.n, key.m, key.stride_out);
     const Preference preference = make_preference(most_workspace());
-    lt::Heuristic best{};
+    plan->algorithms.resize(most_algorithms);
     int count = 0;
     const lt::Status status = library().functions.MatmulAlgoGetHeuristic(
-        handle, plan->desc.get(), plan->a.get(), plan->b.get(), plan->out.get(), plan->out.get(), preference.get(), 1,
-        &best, &count);
+        handle, plan->desc.get(), plan->a.get(), plan->b.get(), plan->out.get(), plan->out.get(), preference.get(),
+        most_algorithms, plan->algorithms.data(), &count);
     if (status != lt::success && status != lt::not_supported && status != lt::invalid_value &&
         status != lt::arch_mismatch) {
         check_lt(status, "cublasLtMatmulAlgoGetHeuristic");
     }
-    if (status == lt::success && count > 0 && best.state == lt::success) {
-        plan->algorithm = best.algorithm;
-        plan->workspace = best.workspace;
-        plan->usable = true;
-    }
+    plan->algorithms.resize(status == lt::success ? static_cast<std::size_t>(std::clamp(count, 0, most_algorithms))
+                                                  : 0);
+    std::erase_if(plan->algorithms, [](const lt::Heuristic& found) { return found.state != lt::success; });
     return plan;
 }
 
@@ -321,23 +322,25 @@ bool cublaslt_multiply(const ConstMatrix& a, const ConstMatrix& b, const Matrix&
     static Plans& plans = *new Plans;
     const auto plan = plans.of(handle, {device, out.rows, out.cols, a.cols, leading_dimension(a), leading_dimension(b),
                                         leading_dimension(out)});
-    if (!plan->usable) return false;
-
-    Workspace workspace(stream);
-    const auto scratch = workspace.reserve<std::byte>(static_cast<std::int64_t>(plan->workspace));
-    workspace.allocate();
-    const std::int32_t one = 1;
-    const std::int32_t zero = 0;
-    const lt::Status status =
-        found.functions.Matmul(handle, plan->desc.get(), &one, b.data, plan->a.get(), a.data, plan->b.get(), &zero,
-                               out.data, plan->out.get(), out.data, plan->out.get(), &plan->algorithm,
-                               plan->workspace > 0 ? workspace.at(scratch) : nullptr, plan->workspace, stream);
-    if (status == lt::not_supported || status == lt::invalid_value || status == lt::arch_mismatch) {
-        plan->usable = false;  // the heuristic was wrong: not tried again
-        return false;
+    for (std::size_t i = plan->refused; i < plan->algorithms.size(); ++i) {
+        const lt::Heuristic& chosen = plan->algorithms[i];
+        Workspace workspace(stream);
+        const auto scratch = workspace.reserve<std::byte>(static_cast<std::int64_t>(chosen.workspace));
+        workspace.allocate();
+        const std::int32_t one = 1;
+        const std::int32_t zero = 0;
+        const lt::Status status =
+            found.functions.Matmul(handle, plan->desc.get(), &one, b.data, plan->a.get(), a.data, plan->b.get(), &zero,
+                                   out.data, plan->out.get(), out.data, plan->out.get(), &chosen.algorithm,
+                                   chosen.workspace > 0 ? workspace.at(scratch) : nullptr, chosen.workspace, stream);
+        if (status == lt::not_supported || status == lt::invalid_value || status == lt::arch_mismatch) {
+            plan->refused = i + 1;  // the heuristic was wrong; another thread may find the same
+            continue;
+        }
+        check_lt(status, "cublasLtMatmul");
+        return true;
     }
-    check_lt(status, "cublasLtMatmul");
-    return true;
+    return false;
 }
 
 std::string cublaslt_status() {

@@ -1,5 +1,7 @@
 #include "memory.hpp"
 
+#include <dlfcn.h>
+
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -9,6 +11,13 @@
 #include "check.hpp"
 #include "octavo/error.hpp"
 #include "operations.hpp"
+
+#ifdef OCTAVO_SIMT
+extern "C" {
+int cuCtxGetCurrent(void** context);
+int cuCtxSetCurrent(void* context);
+}
+#endif
 
 namespace octavo::cuda {
 namespace {
@@ -38,6 +47,31 @@ int checked(int index) {
     return index;
 }
 
+// The functions of the driver for the calling thread's context, of which the runtime says nothing.
+struct Driver {
+    int (*get_context)(void** context);
+    int (*set_context)(void* context);
+};
+
+const Driver& driver() {
+    static const Driver found = [] {
+#ifdef OCTAVO_SIMT
+        return Driver{&cuCtxGetCurrent, &cuCtxSetCurrent};
+#else
+        void* const library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
+        const auto find = [&]<class Function>(Function*& function, const char* name) {
+            function = library == nullptr ? nullptr : reinterpret_cast<Function*>(dlsym(library, name));
+            if (function == nullptr) throw Error(ErrorKind::device, std::string("CUDA: the driver has no ") + name);
+        };
+        Driver result{};
+        find(result.get_context, "cuCtxGetCurrent");
+        find(result.set_context, "cuCtxSetCurrent");
+        return result;
+#endif
+    }();
+    return found;
+}
+
 int attribute(cudaDeviceAttr name, int device) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
@@ -58,6 +92,8 @@ DeviceFacts read_facts(int index) {
     facts.shared = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     return facts;
 }
+
+thread_local const Scratch* scratch_of_call = nullptr;
 
 cudaMemPool_t make_pool(int index) {
     if (attribute(cudaDevAttrMemoryPoolsSupported, index) == 0) {
@@ -88,12 +124,14 @@ int current_device() {
     return checked(index);
 }
 
-DeviceGuard::DeviceGuard(int index) : outer_(current_device()), changed_(outer_ != index) {
+DeviceGuard::DeviceGuard(int index) {
+    if (driver().get_context(&outer_) != 0) outer_ = nullptr;
+    changed_ = outer_ == nullptr || current_device() != checked(index);
     if (changed_) check(cudaSetDevice(index), "cudaSetDevice");
 }
 
 DeviceGuard::~DeviceGuard() {
-    if (changed_) cudaSetDevice(outer_);
+    if (changed_) driver().set_context(outer_);
 }
 
 const DeviceFacts& device_facts() {
@@ -103,13 +141,33 @@ const DeviceFacts& device_facts() {
     return state.facts;
 }
 
+ScratchOfCall::ScratchOfCall(const Scratch* scratch) noexcept { scratch_of_call = scratch; }
+
+ScratchOfCall::~ScratchOfCall() { scratch_of_call = nullptr; }
+
 void Workspace::allocate() {
     if (size_ == 0) return;
-    check(cudaMallocFromPoolAsync(&memory_, size_, pool_of(current_device()), stream_), "cudaMallocFromPoolAsync");
+    device_ = current_device();
+    owner_ = scratch_of_call;
+    if (owner_ == nullptr) {
+        check(cudaMallocFromPoolAsync(&memory_, size_, pool_of(device_), stream_), "cudaMallocFromPoolAsync");
+        return;
+    }
+    memory_ = owner_->allocate(owner_->context, size_, device_, stream_);
+    if (memory_ == nullptr || reinterpret_cast<std::uintptr_t>(memory_) % alignment != 0) {
+        throw Error(ErrorKind::device, "CUDA: scratch: expected " + std::to_string(size_) +
+                                           " bytes aligned to 256 of the caller's allocator, got " +
+                                           (memory_ == nullptr ? "none" : "others"));
+    }
 }
 
 Workspace::~Workspace() {
-    if (memory_ != nullptr) cudaFreeAsync(memory_, stream_);
+    if (memory_ == nullptr) return;
+    if (owner_ != nullptr) {
+        owner_->release(owner_->context, memory_, size_, device_, stream_);
+    } else {
+        cudaFreeAsync(memory_, stream_);
+    }
 }
 
 void release_memory() {

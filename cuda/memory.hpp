@@ -9,6 +9,8 @@
 #include <mutex>
 #include <utility>
 
+#include "octavo/runtime.hpp"
+
 namespace octavo::cuda {
 
 // What is kept per device has this many places.
@@ -17,7 +19,8 @@ inline constexpr int most_devices = 64;
 // The calling thread's. Throws Error (device) where there are more than `most_devices` before it.
 int current_device();
 
-// While it lives, the calling thread's current device is `index`.
+// While it lives, the calling thread's current device is `index`. What is restored is the driver's context, where the
+// thread had one, or that it had none: to make a device current is to make a context on it, of hundreds of megabytes.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int index);
@@ -26,7 +29,7 @@ public:
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
 private:
-    int outer_ = 0;
+    void* outer_ = nullptr;  // null: none
     bool changed_ = false;
 };
 
@@ -66,9 +69,18 @@ private:
     cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+// While it lives, the calling thread's workspaces are of the caller's memory; null: of our own pool. They do not nest.
+class ScratchOfCall {
+public:
+    explicit ScratchOfCall(const Scratch* scratch) noexcept;
+    ~ScratchOfCall();
+    ScratchOfCall(const ScratchOfCall&) = delete;
+    ScratchOfCall& operator=(const ScratchOfCall&) = delete;
+};
+
 // Memory that a call needs between its kernels: reserved part by part, then allocated at once, and given back, all in
-// the order of a stream. It comes from a pool that keeps what is given back, so that after the first call of a shape
-// nothing is allocated; allocating neither synchronizes nor breaks the capture of a graph.
+// the order of a stream. Where the caller gives none, it comes from a pool that keeps what is given back, so that after
+// the first call of a shape nothing is allocated; allocating neither synchronizes nor breaks the capture of a graph.
 class Workspace {
 public:
     explicit Workspace(cudaStream_t stream) noexcept : stream_(stream) {}
@@ -103,6 +115,8 @@ private:
     cudaStream_t stream_;
     std::size_t size_ = 0;
     void* memory_ = nullptr;
+    const Scratch* owner_ = nullptr;  // null: our own pool
+    int device_ = 0;
 };
 
 // Give back to the driver what the pools of all devices hold and no call uses.

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "check.hpp"
+#include "cuda.hpp"
 #include "octavo/octavo.h"
 #include "octavo/octavo.hpp"
 
@@ -324,6 +325,19 @@ std::int32_t octavo_num_threads(void) { return num_threads(); }
 
 octavo_status octavo_set_num_threads(std::int32_t count) {
     return report([&] { set_num_threads(count); });
+}
+
+octavo_status octavo_set_cuda_scratch(octavo_scratch_allocate allocate, octavo_scratch_release release, void* context) {
+    return report([&] {
+        if ((allocate == nullptr) != (release == nullptr)) {
+            throw Error(ErrorKind::value, std::string("set_cuda_scratch: ") +
+                                              (allocate == nullptr ? "allocate" : "release") +
+                                              ": expected a function where the other is one, got NULL");
+        }
+        static thread_local Scratch scratch;
+        scratch = {allocate, release, context};
+        use_scratch(allocate != nullptr ? &scratch : nullptr);
+    });
 }
 
 octavo_status octavo_cpu_isa(const char** isa) {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <string>
+#include <utility>
 
 #include "octavo/error.hpp"
 
@@ -39,17 +40,25 @@ const CudaBackend* load() {
     // The library stays loaded: what it gave out lives as long as the process.
     auto* const entry = reinterpret_cast<CudaEntry*>(dlsym(library, cuda_entry_name));
     if (entry == nullptr) throw Error(ErrorKind::device, "CUDA: " + path + " is not a backend of octavo");
-    return entry(version());
+    return entry(version(), &scratch_in_use);
 }
 
 std::atomic<const CudaBackend*> loaded{nullptr};
 
+thread_local const Scratch* scratch_of_thread = nullptr;
+
 }  // namespace
+
+const Scratch* scratch_in_use() noexcept { return scratch_of_thread; }
+void use_scratch(const Scratch* scratch) noexcept { scratch_of_thread = scratch; }
+
+ScratchFrom::ScratchFrom(const Scratch* scratch) noexcept : outer_(std::exchange(scratch_of_thread, scratch)) {}
+ScratchFrom::~ScratchFrom() { scratch_of_thread = outer_; }
 
 const CudaBackend& cuda_backend() {
     const CudaBackend* known = loaded.load(std::memory_order_acquire);
     if (known == nullptr) {
-        known = load();  // twice at the same time does no harm
+        known = load();  // twice at the same time leaves one unused
         loaded.store(known, std::memory_order_release);
     }
     return *known;

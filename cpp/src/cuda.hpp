@@ -18,9 +18,13 @@ public:
     virtual void release_memory() const = 0;
 };
 
-// What the shared object exports, under this name. `version` is that of the caller, who must be of the same build.
-// Throws Error (device) where the driver or a device is missing.
-using CudaEntry = const CudaBackend*(const char* version);
+// What the calling thread uses (ScratchFrom), and changes for good; null: the backend's own pool.
+const Scratch* scratch_in_use() noexcept;
+void use_scratch(const Scratch* scratch) noexcept;
+
+// What the shared object exports, under this name: a backend for this caller, who must be of the same build
+// (`version`); `scratch` is its scratch_in_use. Throws Error (device) where the driver or a device is missing.
+using CudaEntry = const CudaBackend*(const char* version, const Scratch* (*scratch)() noexcept);
 inline constexpr char cuda_entry_name[] = "octavo_cuda_backend";
 
 // Throws Error (device) saying what is missing.

@@ -23,6 +23,16 @@ static void fail(int line, const char* what) {
 #define CHECK_FAILS(call, status, part) \
     CHECK((call) == octavo_status_##status && strstr(octavo_last_error(), (part)) != NULL)
 
+static void* allocate(void* context, size_t size, int32_t device, void* stream) {
+    (void)context, (void)device, (void)stream;
+    return malloc(size);
+}
+
+static void release(void* context, void* memory, size_t size, int32_t device, void* stream) {
+    (void)context, (void)size, (void)device, (void)stream;
+    free(memory);
+}
+
 static void test_runtime(void) {
     CHECK(strcmp(octavo_version(), OCTAVO_EXPECTED_VERSION) == 0);
     const char* isa = NULL;
@@ -33,6 +43,11 @@ static void test_runtime(void) {
     CHECK(octavo_num_threads() == 2);
     CHECK_FAILS(octavo_set_num_threads(0), value, "set_num_threads: count: expected 1 to 1024, got 0");
     CHECK(octavo_num_threads() == 2);
+    CHECK_OK(octavo_set_cuda_scratch(allocate, release, NULL));
+    CHECK_FAILS(octavo_set_cuda_scratch(NULL, release, NULL), value,
+                "set_cuda_scratch: allocate: expected a function where the other is one, got NULL");
+    CHECK_FAILS(octavo_set_cuda_scratch(allocate, NULL, NULL), value, "set_cuda_scratch: release: expected a function");
+    CHECK_OK(octavo_set_cuda_scratch(NULL, NULL, NULL));
 }
 
 static void test_quantize(void) {

@@ -6,10 +6,12 @@
 //   no-function    it is, but lacks a function
 //   no-handle      no handle can be made for the device
 //   no-algorithm   the heuristic finds none
-//   refuses        the heuristic finds an algorithm, which is then not supported
+//   refuses        the heuristic finds algorithms, which are then not supported
+//   refuses-first  so is the first of them
 //   fails          the product fails to start
 #include "cublaslt.hpp"
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -156,12 +158,15 @@ lt::Status get_heuristic(lt::Handle /*handle*/, lt::MatmulDesc desc, lt::Layout 
         for (const auto& [operand, alignment] : preference->alignment)
             least = std::min<std::uint64_t>(least, alignment);
     }
-    results[0] = {};
-    results[0].algorithm.data[0] = genuine;
-    results[0].algorithm.data[1] = least;
-    results[0].workspace = std::min<std::uint64_t>(workspace_size, preference->workspace);
-    results[0].waves = 1;
-    *count = 1;
+    *count = std::min(wanted, 3);
+    for (int i = 0; i < *count; ++i) {
+        results[i] = {};
+        results[i].algorithm.data[0] = genuine;
+        results[i].algorithm.data[1] = least;
+        results[i].algorithm.data[2] = static_cast<std::uint64_t>(i);
+        results[i].workspace = std::min<std::uint64_t>(workspace_size, preference->workspace);
+        results[i].waves = 1;
+    }
     return lt::success;
 }
 
@@ -177,6 +182,7 @@ lt::Status matmul(lt::Handle handle, lt::MatmulDesc desc, const void* alpha, con
         return status;
     }
     if (algorithm == nullptr || algorithm->data[0] != genuine) return lt::invalid_value;
+    if (mode_is("refuses-first") && algorithm->data[2] == 0) return lt::not_supported;
     for (const void* const pointer : {a, b, c, static_cast<const void*>(d)}) {
         if (reinterpret_cast<std::uintptr_t>(pointer) % algorithm->data[1] != 0) return lt::not_supported;
     }

@@ -99,6 +99,7 @@ Runtime& runtime() {
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int device = 0;
+thread_local bool has_context = false;  // of the driver, on that device
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 cudaError_t result(cudaError_t status) {
@@ -310,6 +311,7 @@ cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size
     if (const cudaError_t status = check_launch(call.kernel, grid, block, shared); status != cudaSuccess) {
         return result(status);
     }
+    has_context = true;
     if (runtime().streams.contains(stream) && stream->device != device) return result(cudaErrorInvalidResourceHandle);
     return result(enqueue(stream, [=, call = std::move(call)] {
         ++runtime().counted.launches;
@@ -383,8 +385,21 @@ cudaError_t cudaGetDevice(int* device) {
 }
 cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= simt::device_count()) return simt::result(cudaErrorInvalidDevice);
+    SIMT_LOCKED;
+    ++simt::runtime().counted.contexts;
     simt::device = device;
+    simt::has_context = true;
     return cudaSuccess;
+}
+// Of the driver. A thread without a context is to the runtime on device 0.
+int cuCtxGetCurrent(void** context) {
+    *context = simt::has_context ? reinterpret_cast<void*>(std::intptr_t{1} + simt::device) : nullptr;
+    return 0;
+}
+int cuCtxSetCurrent(void* context) {
+    simt::has_context = context != nullptr;
+    simt::device = simt::has_context ? static_cast<int>(reinterpret_cast<std::intptr_t>(context)) - 1 : 0;
+    return 0;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     if (device < 0 || device >= simt::device_count()) return simt::result(cudaErrorInvalidDevice);

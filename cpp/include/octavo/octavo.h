@@ -15,6 +15,7 @@
 #ifndef OCTAVO_OCTAVO_H
 #define OCTAVO_OCTAVO_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __GNUC__
@@ -306,6 +307,15 @@ OCTAVO_API int32_t octavo_num_threads(void);
 
 // Errors: value unless 1 <= count <= 1024.
 OCTAVO_API octavo_status octavo_set_num_threads(int32_t count);
+
+// Who gives calls of this thread on CUDA memory the memory that they need between their kernels: `size` bytes aligned
+// to 256 on the device of that index, for what is enqueued on `stream` from now on, or NULL where there is not enough;
+// and who takes them back, as soon as what is on `stream` by then is done. Two NULLs, as by default: octavo has a pool
+// of its own. Errors: value where one of the two is NULL.
+typedef void* (*octavo_scratch_allocate)(void* context, size_t size, int32_t device, void* stream);
+typedef void (*octavo_scratch_release)(void* context, void* memory, size_t size, int32_t device, void* stream);
+OCTAVO_API octavo_status octavo_set_cuda_scratch(octavo_scratch_allocate allocate, octavo_scratch_release release,
+                                                 void* context);
 
 // *isa = the instruction set of the CPU kernels in use, "amx", "avx512_vnni", "avx_vnni", "avx2", on 64-bit Arm
 // "neon_i8mm", "neon_dotprod", or "scalar": the best one this processor has, or the one the environment variable

@@ -1,6 +1,7 @@
 // What this build and this machine offer, and how many threads the CPU backend uses.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <string>
@@ -78,6 +79,30 @@ struct CudaInfo {
 // Loads the CUDA backend (liboctavo_cuda.so, beside the library that octavo is part of, or where the environment
 // variable OCTAVO_CUDA_LIBRARY says), as the first call on CUDA memory does. Never throws for what is missing.
 [[nodiscard]] CudaInfo cuda_info();
+
+// Who gives calls on CUDA memory the memory that they need between their kernels. Neither function may throw.
+//   allocate  at least `size` bytes on the device of that index, aligned to 256 bytes, for what is enqueued on `stream`
+//             (Stream::handle) from now on; null where there is not enough memory
+//   release   takes them back: they are free as soon as what is on `stream` by now is done
+struct Scratch {
+    void* (*allocate)(void* context, std::size_t size, std::int32_t device, void* stream) = nullptr;
+    void (*release)(void* context, void* memory, std::size_t size, std::int32_t device, void* stream) = nullptr;
+    void* context = nullptr;
+};
+
+// While it lives, calls of the thread that made it take that memory from `scratch`, which must outlive it. Null, as
+// without: octavo has a pool of its own on each device, which keeps what it got until release_cuda_memory(). Several
+// nest as ThreadLimit does.
+class ScratchFrom {
+public:
+    explicit ScratchFrom(const Scratch* scratch) noexcept;
+    ~ScratchFrom();
+    ScratchFrom(const ScratchFrom&) = delete;
+    ScratchFrom& operator=(const ScratchFrom&) = delete;
+
+private:
+    const Scratch* outer_;
+};
 
 // Give back to the driver the scratch memory that the CUDA backend keeps for further calls, on all devices. Nothing
 // where it is not loaded. Throws Error (device) where the driver fails.
