@@ -9,17 +9,16 @@
 //
 // Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own.
 //
-// Few rows go by the weight-only product instead, one launch that is bound by reading the weights.
+// Few rows go by the weight-only product instead, one launch that is bound by reading the weights; selection.hpp says
+// how many.
 #include "octavo/linear.hpp"
 
 #include "memory.hpp"
 #include "operations.hpp"
+#include "selection.hpp"
 
 namespace octavo::cuda {
 namespace {
-
-// Up to here reading W at int8 width takes longer than multiplying 16-bit activations with it.
-constexpr std::int64_t most_weight_only_rows = 64;
 
 // Rows of codes begin at multiples of 16 bytes, which every int8 product can read at once.
 constexpr std::int64_t codes_alignment = 16;
@@ -155,8 +154,12 @@ void rotated_weight_only(const ConstMatrix& x, const WeightView& weight, const C
 
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
             cudaStream_t stream) {
-    const bool few_rows = options.path == Path::auto_ && x.rows <= most_weight_only_rows;
-    if (options.path == Path::weight_only || few_rows) return rotated_weight_only(x, weight, bias, out, stream);
+    const auto few_rows = [&] {
+        const bool by_mma = weight.rotation == 0 && weight_only_uses_mma(x, weight);
+        return x.rows <= most_weight_only_rows(device_facts().architecture, by_mma, x.cols, out.cols);
+    };
+    if (options.path == Path::weight_only || (options.path == Path::auto_ && few_rows()))
+        return rotated_weight_only(x, weight, bias, out, stream);
     int8_linear(x, weight, bias, out, options, stream);
 }
 

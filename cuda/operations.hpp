@@ -216,6 +216,9 @@ void finish_linear(const std::int32_t* acc, const CodedX& coded, ConstMatrix x, 
 void weight_only_linear(ConstMatrix x, float scale_x, const WeightView& weight, ConstVector bias, Matrix out,
                         cudaStream_t stream);
 
+// Whether that multiplies by matrix instructions.
+bool weight_only_uses_mma(const ConstMatrix& x, const WeightView& weight);
+
 // --- linear_backward.cu ---------------------------------------------------------------------------------------------
 
 // `int8`: how the gradient is quantized for the int8 product; null: not at all.

@@ -16,8 +16,8 @@
 //                   loads: 1.6 and 2.9 for m up to 8; 2.5 and 3.8 for m = 64, where the products themselves need 614
 //                   TFLOPS to keep up with the memory
 //
-// So the dot product serves up to 2 rows, and what tensor cores do not take: X in float32, and sm_75. Operands whose
-// rows do not begin at multiples of 16 bytes are read an element at a time, for dot products too.
+// So the dot product serves what tensor cores do not take: X in float32, and sm_75. Operands whose rows do not begin at
+// multiples of 16 bytes are read an element at a time, for dot products too.
 //
 // The zeropoint is split into a near part, an integer small enough that code + near is exact in what the products are
 // made of, and the rest, which multiplies the sum of a row of X. The rest is 0 unless a weight's range is far from
@@ -669,19 +669,27 @@ bool launch_mma(const Layer<X>& layer, cudaStream_t stream) {
     return launch_mma<X, 4>(layer, stream);
 }
 
+// Whether X and the codes are read 16 bytes at a time.
+bool reads_wide(const ConstMatrix& x, const WeightView& weight) {
+    return x.cols % codes_per_load == 0 && rows_are_aligned(weight.codes, 16) && rows_are_aligned(x, 16);
+}
+
 }  // namespace
+
+bool weight_only_uses_mma(const ConstMatrix& x, const WeightView& weight) {
+    return size_of(x.dtype) == 2 && reads_wide(x, weight) && device_facts().architecture >= first_mma_architecture;
+}
 
 void weight_only_linear(ConstMatrix x, float scale_x, const WeightView& weight, ConstVector bias, Matrix out,
                         cudaStream_t stream) {
-    constexpr std::int64_t most_dot_rows = 2;
     const std::int64_t m = out.rows;
     if (m == 0 || out.cols == 0) return;
-    const bool wide = x.cols % codes_per_load == 0 && rows_are_aligned(weight.codes, 16) && rows_are_aligned(x, 16);
+    const bool wide = reads_wide(x, weight);
     with_float(x.dtype, [&]<class X>(Type<X>) {
         const Layer<X> layer = layer_of<X>(x, scale_x, weight, bias, out);
         if constexpr (sizeof(X) == 2) {
-            const bool by_mma = device_facts().architecture >= first_mma_architecture;
-            if (wide && by_mma && m > most_dot_rows && launch_mma(layer, stream)) return;
+            // Also a single row: a tile of eight takes fewer instructions than a dot product of one.
+            if (weight_only_uses_mma(x, weight) && launch_mma(layer, stream)) return;
         }
         if (!wide) return launch_dot<strided_rows, 1>(strided_dot_kernel<X>, layer, 4 * warp_size, stream);
         if (m == 1) return launch_dot<X, 1>(layer, stream);

@@ -252,8 +252,9 @@ def linear(
             "static": ``weight.outlier_columns``, whatever the data; nor does it here. "none": nothing.
         path: "int8" is all of the above. "weight_only" leaves X as it is, ``y = scale_w * sum_k x * (codes + zeropoint)
             + bias`` in float32, and ignores `threshold`, `outliers` and kept columns. "auto" is "int8" on the CPU; on
-            CUDA devices it is "weight_only" for up to 64 rows, which is faster there and more accurate, else "int8"; so
-            there a row's result depends on the number of rows, as it does (in how sums are rounded) with "weight_only".
+            CUDA devices it is "weight_only" for few rows, as fast there and more accurate, else "int8". How many
+            depends on the GPU and the weight's shape: 8 to 4096, of float32 X 0 to 96. So there a row's result depends
+            on the number of rows, as it does (in how sums are rounded) with "weight_only".
             Default: "auto".
         options: whose `threshold`, `relative`, `cap`, `outliers` and `path` to use, instead of single ones. What the
             weight was quantized with stays the weight's.

@@ -19,6 +19,7 @@
 #include "device.hpp"
 #include "octavo/octavo.hpp"
 #include "runtime.hpp"
+#include "selection.hpp"
 
 using octavo::DType;
 using octavo::Granularity;
@@ -27,6 +28,8 @@ using octavo::Outliers;
 using octavo::Path;
 using octavo::Scheme;
 using octavo::Stream;
+
+extern "C" int cuCtxGetCurrent(void** context);  // of the emulated driver
 
 namespace {
 
@@ -161,9 +164,10 @@ private:
 bool is_fused() { return std::getenv("OCTAVO_SIMT_CODE_ARCH") == nullptr; }
 
 // The most that linear may start.
-long most_started(const LinearOptions& options, std::int64_t m, Granularity granularity) {
-    constexpr std::int64_t most_weight_only_rows = 64;  // cuda/linear.cpp
-    if (options.path == Path::weight_only || (options.path == Path::auto_ && m <= most_weight_only_rows)) return 1;
+long most_started(const LinearOptions& options, const octavo::ConstMatrix& x, std::int64_t n, Granularity granularity) {
+    const bool by_mma = is_fused() && octavo::size_of(x.dtype) == 2 && x.cols % 16 == 0;
+    const std::int64_t few = octavo::cuda::most_weight_only_rows(is_fused() ? 90 : 75, by_mma, x.cols, n);
+    if (options.path == Path::weight_only || (options.path == Path::auto_ && x.rows <= few)) return 1;
     // With one scale for all of X its range comes first, with the outlier columns where they are asked for.
     const bool finds_outliers = options.outliers == Outliers::columns || options.outliers == Outliers::rows;
     return (finds_outliers || granularity == Granularity::tensor ? 3 : 2) + (is_fused() ? 0 : 1);
@@ -187,7 +191,7 @@ TEST(launches_of_linear) {
                         CHECK_EQ(counted(call).synchronizations, 0);
                         const simt::Counters again = counted(call);
                         CHECK(again.launches >= 1);
-                        CHECK_EQ(started(again), most_started(options, s.m, granularity));
+                        CHECK_EQ(started(again), most_started(options, problem.x.matrix(), s.n, granularity));
                         CHECK_EQ(again.synchronizations, 0);
                         CHECK_EQ(again.allocations, 0);
                         CHECK_EQ(again.copies, 0);
@@ -406,6 +410,99 @@ TEST(what_must_wait_refuses_capture) {
     must(cudaGraphDestroy(graph));
     quantize();
     CHECK_EQ(codes.codes.get(1, 15), 127.0);
+}
+
+// Memory that the caller gives, as a framework would of its pool.
+class OwnScratch {
+public:
+    OwnScratch() = default;
+    OwnScratch(const OwnScratch&) = delete;
+    OwnScratch& operator=(const OwnScratch&) = delete;
+
+    long given = 0;
+    long taken_back = 0;
+    std::int32_t device = -1;
+    void* stream = nullptr;
+    bool is_empty = false;
+    std::size_t shift = 0;
+    octavo::Scratch scratch{&allocate, &release, this};
+
+private:
+    static void* allocate(void* context, std::size_t size, std::int32_t device, void* stream) {
+        auto& self = *static_cast<OwnScratch*>(context);
+        if (self.is_empty) return nullptr;
+        void* memory = nullptr;
+        must(cudaMalloc(&memory, size + self.shift));
+        ++self.given;
+        self.device = device;
+        self.stream = stream;
+        return static_cast<char*>(memory) + self.shift;
+    }
+    static void release(void* context, void* memory, std::size_t size, std::int32_t device, void* stream) {
+        auto& self = *static_cast<OwnScratch*>(context);
+        CHECK(size > 0);
+        CHECK_EQ(device, self.device);
+        CHECK_EQ(stream, self.stream);
+        ++self.taken_back;
+        must(cudaFree(static_cast<char*>(memory) - self.shift));
+    }
+};
+
+TEST(scratch_memory_of_the_caller) {
+    const Problem problem(70, 40, 64, DType::f16);
+    for (const LinearOptions& options : all_options) {
+        if (options.path == Path::auto_) continue;  // one of the others
+        const check::Context context(describe(options));
+        problem.linear(options);
+        const Values expected = problem.y.values();
+        const OwnStream stream;
+        OwnScratch own;
+        const Array y(DType::f16, 70, 40);
+        const simt::Counters counters = counted([&] {
+            const octavo::ScratchFrom from(&own.scratch);
+            problem.linear_on({octavo::DeviceKind::cuda, 0}, options, y.matrix(), stream.get());
+        });
+        check_values("y", y, expected);
+        CHECK_EQ(counters.pool_allocations, 0);
+        CHECK_EQ(own.given, options.path == Path::weight_only ? 0 : 1);
+        CHECK_EQ(own.taken_back, own.given);
+        if (own.given == 0) continue;
+        CHECK_EQ(own.device, 0);
+        CHECK(own.stream == stream.native());
+        const auto again = [&] {
+            const octavo::ScratchFrom from(&own.scratch);
+            problem.linear(options, stream.get());
+        };
+        own.shift = 128;
+        CHECK_THROWS(again(), device, "bytes aligned to 256 of the caller's allocator, got others");
+        CHECK_EQ(own.taken_back, own.given);
+        own.is_empty = true;
+        CHECK_THROWS(again(), device, "linear: CUDA: scratch: expected ");
+        // A call without is one of the pool again.
+        CHECK_EQ(counted([&] { problem.linear(options); }).pool_allocations, 1);
+    }
+}
+
+// A thread that has no context gets none on the device that it does not use.
+TEST(contexts_are_made_where_work_is_done) {
+    const Problem problem(70, 40, 64, DType::f16);
+    problem.linear({.path = Path::int8});
+    const Array y(DType::f16, 70, 40);
+    std::thread([&] {
+        const auto call = [&] {
+            problem.linear_on({octavo::DeviceKind::cuda, 1}, {.path = Path::int8}, y.matrix(), {});
+        };
+        CHECK_EQ(counted(call).contexts, 1);
+        void* context = &context;
+        CHECK_EQ(cuCtxGetCurrent(&context), 0);
+        CHECK(context == nullptr);
+        must(cudaSetDevice(2));
+        CHECK_EQ(counted(call).contexts, 1);
+        int current = -1;
+        must(cudaGetDevice(&current));
+        CHECK_EQ(current, 2);
+    }).join();
+    check_values("y", y, problem.y.values());
 }
 
 // The emulator refuses launches on a stream of a device that is not current, and its cuBLASLt handles of another one.

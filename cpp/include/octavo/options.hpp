@@ -24,7 +24,7 @@ enum class Outliers : std::uint8_t {
     none,     // no decomposition
 };
 
-// Which product to use. `auto_` is `int8` on the CPU; on CUDA devices `weight_only` up to 64 rows, else `int8`.
+// Which product to use. `auto_` is `int8` on the CPU; on CUDA devices `weight_only` for few rows, else `int8`.
 enum class Path : std::uint8_t {
     auto_,
     int8,         // LLM.int8(): quantize X, int8 product, 16-bit outliers; and so for gradients (`linear_backward`)
