@@ -14,7 +14,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,11 +23,11 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import octavo
 from octavo import checkpoint, plan
 from octavo._text import format_size, matches, parse_size, shown, table, unexpected
-from octavo.checkpoint.convert import misfit
+from octavo.checkpoint.convert import RECIPES, misfit
 from octavo.checkpoint.folder import read_json
 from octavo.checkpoint.layers import DEFAULT_SKIP
 from octavo.file_format import Format
-from octavo.options import Options
+from octavo.options import WHOLE_MODELS, Options, options_of
 
 _TRACEBACK = "OCTAVO_TRACEBACK"  # in the environment
 _USAGE, _DOES_NOT_FIT = 2, 3  # exit statuses: arguments that do not fit each other; a model that does not fit
@@ -149,10 +149,11 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
 
 
 def _run_quantize(args: argparse.Namespace) -> int:
-    options, text = options_of(args), args.calibrate or None
+    given = _given(args)
+    options, text = options_of("octavo quantize", default=RECIPES[args.format], **given), args.calibrate or None
     calibrated = args.outlier_columns is not None or (args.calibrate is not None and args.kl is None)
     wrong = misfit(options, args.format, calibrated, args.head)
-    if args.kl is not None and (options != Options() or calibrated or args.head or args.format == "bitsandbytes"):
+    if args.kl is not None and (given or calibrated or args.head or args.format == "bitsandbytes"):
         wrong = "--kl chooses the options, and goes with no others, no outlier columns, no --head and octavo's formats"
     if wrong:
         print(f"octavo quantize: {wrong}", file=sys.stderr)
@@ -178,9 +179,9 @@ def _run_quantize(args: argparse.Namespace) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """An option of the command for each of `octavo.Options`, whose docstring is their help; see `options_of`."""
-    recipe = "the options that are not given; default: paper"
-    parser.add_argument("--recipe", choices=("paper", "best"), default="paper", help=recipe)
+    """An option of the command for each of `octavo.Options`, whose docstring is their help; see `_given`."""
+    recipe = f"the options that are not given; default: {WHOLE_MODELS}, of bitsandbytes' format paper"
+    parser.add_argument("--recipe", choices=("paper", "best"), help=recipe)
     described = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {10,}.+)*)", Options.__doc__ or "", re.MULTILINE))
     for name, hint in get_type_hints(Options).items():
         choices = [value for value in get_args(hint) if isinstance(value, str)]
@@ -200,10 +201,10 @@ def _option(name: str, hint: Any) -> Callable[[str], Any]:
     return read
 
 
-def options_of(args: argparse.Namespace) -> Options:
-    """The recipe, with the options that were given."""
-    given = {field.name: getattr(args, field.name) for field in fields(Options)}
-    return replace(octavo.recipe(args.recipe), **{name: value for name, value in given.items() if value is not None})
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the recipe and of the options."""
+    names = ("recipe", *(field.name for field in fields(Options)))
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _outlier_columns(args: argparse.Namespace, options: Options, run: dict[str, Any]) -> dict[str, list[int]]:

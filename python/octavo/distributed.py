@@ -312,7 +312,8 @@ def columns(weight: Int8Tensor, own: slice) -> Int8Tensor:
     whole, (start, stop, _) = weight.int8_weight, own.indices(weight.shape[1])
     rotation, kept, kept_weight = whole.rotation, whole.outlier_columns, whole.outlier_weight
     if rotation and (start % rotation or (stop % rotation and stop < weight.shape[1])):
-        raise unexpected("columns", f"bounds that are multiples of the rotation, {rotation}", f"{start}, {stop}")
+        fits = f"bounds that are multiples of the rotation, {rotation} (recipe 'paper' has none)"
+        raise unexpected("columns", fits, f"{start}, {stop}")
     if kept is not None and kept_weight is not None:
         here = (kept >= start) & (kept < stop)
         kept, kept_weight = kept[here] - start, kept_weight[:, here]

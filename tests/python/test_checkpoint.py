@@ -57,7 +57,8 @@ def write_model(folder: Path, state: State | None = None, **config: Any) -> Path
 
 def convert(model: Path, **options: Any) -> tuple[Path, checkpoint.Report]:
     output = model.parent / f"{model.name}-int8"
-    report = checkpoint.quantize(model, output, progress=False, **options)
+    more: dict[str, Any] = {} if "options" in options else {"recipe": "paper"}  # whose codes are those of the weight
+    report = checkpoint.quantize(model, output, progress=False, **(more | options))
     assert not output.with_name(output.name + ".partial").exists()
     return output, report
 
@@ -210,7 +211,7 @@ def test_patterns(tmp_path: Path) -> None:
     ]
     for number, (patterns, layers) in enumerate(cases):
         output = tmp_path / str(number)
-        report = checkpoint.quantize(untied, output, progress=False, **patterns)
+        report = checkpoint.quantize(untied, output, recipe="paper", progress=False, **patterns)
         assert set(checkpoint.Checkpoint(output).layers) == layers
         config = json.loads((output / "config.json").read_text())["quantization_config"]
         assert set(config["modules_to_not_convert"]) == set(report.left) | ({"lm_head"} - layers)
@@ -240,7 +241,7 @@ def test_conv1d_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     same(stored(convert(big_code)[0])["h.0.attn.c_attn.weight.codes"], expected.codes)
     (model / "config.json").unlink()
     with pytest.raises(ValueError, match=r"h\.0\.attn\.c_\w+: expected a config\.json"):
-        checkpoint.quantize(model, tmp_path / "out", progress=False)
+        checkpoint.quantize(model, tmp_path / "out", recipe="paper", progress=False)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -268,19 +269,19 @@ def test_companions_and_config(tmp_path: Path) -> None:
     # A sentence transformer's modules are parts of the model, whole.
     (model / "modules.json").write_text("[]")
     output = tmp_path / "sentence"
-    checkpoint.quantize(model, output, progress=False)
+    checkpoint.quantize(model, output, recipe="paper", progress=False)
     assert (output / "2_Dense" / "model.safetensors").read_text() == "2_Dense/model.safetensors"
 
 
 def test_outputs_in_the_folder_are_no_part_of_the_model(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m")
-    checkpoint.quantize(model, model / "int8", progress=False)
+    checkpoint.quantize(model, model / "int8", recipe="paper", progress=False)
     (model / "int8" / "onnx").mkdir()
     (model / "int8" / "onnx" / "notes.txt").touch()
     (model / "other.partial").mkdir()
     (model / "other.partial" / ".octavo-job.json").touch()
     (model / "other.partial" / "merges.txt").touch()
-    checkpoint.quantize(model, model / "again", progress=False)
+    checkpoint.quantize(model, model / "again", recipe="paper", progress=False)
     assert {path.name for path in (model / "again").iterdir()} == {"config.json", "model.safetensors"}
 
 
@@ -318,7 +319,7 @@ def test_shards(tmp_path: Path, suffix: str) -> None:
     assert {type(v) for v in checkpoint.load(output).values()} == {octavo.Int8Weight, Tensor}
     next((tmp_path / "m").glob(f"*-00002-of-00002.{suffix}")).unlink()
     with pytest.raises(FileNotFoundError, match=r"00002: [\w.]+: expected the shard that|expected the shard that"):
-        checkpoint.quantize(tmp_path / "m", tmp_path / "out", progress=False)
+        checkpoint.quantize(tmp_path / "m", tmp_path / "out", recipe="paper", progress=False)
 
 
 def test_pytorch_files(tmp_path: Path) -> None:
@@ -337,7 +338,9 @@ def test_pytorch_files(tmp_path: Path) -> None:
         }
     )
     torch.save(state, tmp_path / "weights.pt")
-    checkpoint.quantize(tmp_path / "weights.pt", tmp_path / "out", skip=["lm_head"], progress=False, memory=500)
+    checkpoint.quantize(
+        tmp_path / "weights.pt", tmp_path / "out", skip=["lm_head"], recipe="paper", progress=False, memory=500
+    )
     got = stored(tmp_path / "out")
     layers = {FC, OUT, "view", "parameter", "transposed", "strided"}
     assert {name.removesuffix(".weight.codes") for name in got if name.endswith("codes")} == layers
@@ -563,7 +566,7 @@ def test_damaged_int8_weights(tmp_path: Path, damage: State, match: str) -> None
         with pytest.raises(ValueError, match=rf"damaged\.safetensors: .*{match}"):
             read(path)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"octavo has quantized|expected"):
-        checkpoint.quantize(path, tmp_path / "again", progress=False)
+        checkpoint.quantize(path, tmp_path / "again", recipe="paper", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -753,7 +756,7 @@ def test_names_are_escaped_and_clipped(tmp_path: Path, capsys: pytest.CaptureFix
     torch.save({f"{red}{long}": 3}, tmp_path / "model.bin")
     for file in (path, tmp_path / "model.bin"):
         with pytest.raises(ValueError, match="expected a") as caught:
-            checkpoint.quantize(file, tmp_path / "out", progress=False)
+            checkpoint.quantize(file, tmp_path / "out", recipe="paper", progress=False)
         assert "\x1b" not in str(caught.value)
         assert len(str(caught.value)) < 1000
 

@@ -389,7 +389,12 @@ PEAK = """
         ("BF16", {}, 4, {}),
         ("F16", {}, 2, {"outlier_columns": {"a.fc": [1, 2, 3]}}),
         ("F32", {"model_type": "gpt2"}, 1, {}),
-        ("F32", {"model_type": "gpt2"}, 3, {"granularity": "tensor", "scheme": "zeropoint"}),
+        (
+            "F32",
+            {"model_type": "gpt2"},
+            3,
+            {"granularity": "tensor", "scheme": "zeropoint", "rotation": 0},
+        ),  # rotated, all of it at once
         ("BF16", {}, 2, {"format": "bitsandbytes"}),
         ("BF16", {"file": "pytorch_model.bin"}, 2, {}),
     ],

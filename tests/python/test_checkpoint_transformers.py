@@ -214,7 +214,7 @@ def test_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
     text.write_text(" ".join("the quick brown fox jumps over a lazy dog".replace(" ", "")) * 3)
     file = tmp_path / "columns.json"
     arguments = ["quantize", str(folder), str(tmp_path / "out"), "--calibrate", str(text)]
-    arguments += ["--outlier-columns", str(file), "--quiet"]
+    arguments += ["--outlier-columns", str(file), "--quiet", "--recipe", "paper"]
     capsys.readouterr()
     assert cli.main(arguments) == 0
     assert "%|" not in capsys.readouterr().err, "a progress bar in spite of --quiet"
@@ -291,12 +291,12 @@ def test_calibration_from_the_disk_finds_what_calibrate_finds(tmp_path: Path, fi
     tokens = [ord(letter) - 97 for letter in letters]
     sequences = [torch.tensor([tokens[start : start + 64]]) for start in range(0, len(tokens), 64)]
     assert [sequence.shape[1] for sequence in sequences] == [64] * 5 + [43]
-    expected = ot.calibrate_(model, sequences, min_fraction=0.3, skip=("lm_head",), progress=False)
-    found = checkpoint.calibrate(folder, text, min_fraction=0.3, progress=False)
+    expected = ot.calibrate_(model, sequences, recipe="paper", min_fraction=0.3, skip=("lm_head",), progress=False)
+    found = checkpoint.calibrate(folder, text, recipe="paper", min_fraction=0.3, progress=False)
     assert found == {name: own.tolist() for name, own in expected.items()}
     assert len({tuple(own) for own in found.values()}) > 1
-    fewer = ot.calibrate_(model, sequences[:4], min_fraction=0.3, skip=("lm_head",), progress=False)
-    assert checkpoint.calibrate(folder, text, min_fraction=0.3, batches=1, progress=False) == {
+    fewer = ot.calibrate_(model, sequences[:4], recipe="paper", min_fraction=0.3, skip=("lm_head",), progress=False)
+    assert checkpoint.calibrate(folder, text, recipe="paper", min_fraction=0.3, batches=1, progress=False) == {
         name: own.tolist() for name, own in fewer.items()
     }
 

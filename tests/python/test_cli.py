@@ -70,8 +70,10 @@ def test_options_reach_the_conversion(
     monkeypatch.setattr(checkpoint, "quantize", quantize)
     columns = tmp_path / "columns.json"
     columns.write_text('{"a.fc": [3, 1], "a.gate": [2], "a.out": [1]}')
-    words = "--scheme zeropoint --granularity row --threshold 4.5 --outliers static --include *.fc --include *.up "
-    words += f"--skip *.gate --outlier-columns {columns} --jobs 3 --memory 2GiB --quiet --json"
+    words = "--recipe paper --scheme zeropoint --granularity row --threshold 4.5 --outliers static "
+    words += (
+        f"--include *.fc --include *.up --skip *.gate --outlier-columns {columns} --jobs 3 --memory 2GiB --quiet --json"
+    )
     assert run("quantize", "m", "out", *words.split()) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 1
     assert given == {
@@ -98,7 +100,7 @@ def test_options_of_the_command_are_those_of_options(tmp_path: Path, capsys: pyt
     assert checkpoint.Checkpoint(tmp_path / "out", framework="numpy").options("model.layers.0.fc") == expected
     capsys.readouterr()
     assert run("inspect", tmp_path / "out") == 0
-    assert "absmax, vector, rotation 16, outliers rows, relative 6.3, cap 0.5" in capsys.readouterr().out
+    assert "absmax, vector, rotation 16, outliers none, relative 4.5, cap 0.5" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run("quantize", "--help")
     shown = capsys.readouterr().out

@@ -300,7 +300,7 @@ class _Mlp(nn.Module):
 
 def _mlp() -> nn.Module:
     torch.manual_seed(5)
-    return ot.quantize_(_Mlp(), path="weight_only", skip=("head",), progress=False)
+    return ot.quantize_(_Mlp(), recipe="paper", path="weight_only", skip=("head",), progress=False)
 
 
 def _parallelize(mesh: DeviceMesh) -> None:
@@ -509,7 +509,7 @@ def _llama() -> Any:
 
 
 def _transformers(mesh: DeviceMesh, path: str) -> None:
-    model = ot.quantize_(_llama(), path=path, progress=False)
+    model = ot.quantize_(_llama(), recipe="paper", path=path, progress=False)
     tokens = torch.randint(97, (2, 11), generator=torch.Generator().manual_seed(1))
     parallel = parallelize_module(copy.deepcopy(model), mesh, transformers_plan(model))
     layer = parallel.model.layers[1]
@@ -641,7 +641,7 @@ def test_fsdp_trains_adapters(ranks: Ranks, ignored: bool) -> None:
 def _layers() -> nn.Module:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(24, 70), nn.GELU(), nn.Linear(70, 24), nn.Linear(24, 24))
-    return ot.quantize_(model, progress=False)
+    return ot.quantize_(model, recipe="paper", progress=False)
 
 
 PLACES: dict[str, Callable[[Any, nn.Module, Any], nn.Module]] = {

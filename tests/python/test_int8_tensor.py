@@ -263,7 +263,7 @@ def test_layers_stay_the_models_own() -> None:
     exact = model[2](model[1](model[0](x)))
     attended = model[3](x, x, x)[0]
     count = sum(parameter.numel() for parameter in model.parameters())
-    ot.quantize_(model, progress=False)
+    ot.quantize_(model, recipe="paper", progress=False)
     assert sum(type(parameter) is ot.Int8Tensor for parameter in model.parameters()) == 4
     assert (type(model[0]), type(model[2]), model[2].note) == (Transposed, ot.Int8Linear, "kept")
     assert sum(parameter.numel() for parameter in model.parameters()) == count
@@ -281,7 +281,7 @@ def test_layers_stay_the_models_own() -> None:
 def converted() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)).eval()
-    return ot.quantize_(model, progress=False)  # type: ignore[return-value]
+    return ot.quantize_(model, recipe="paper", progress=False)  # type: ignore[return-value]
 
 
 def close(found: Tensor, expected: Tensor, most: float = 0.02) -> None:

@@ -95,7 +95,11 @@ def test_recipes() -> None:
     """Both are valid, and differ from the defaults where they say so."""
     assert octavo.recipe("paper") == octavo.Options()
     best = octavo.recipe("best")
-    assert (best.rotation, best.outliers) == (64, "rows")
+    assert (best.rotation, best.outliers, best.keeping([3]).outliers) == (64, "none", "static")
+    assert best.keeping(None) is best
+    assert octavo.recipe("paper").keeping([3]) == octavo.Options()
+    assert best.changed(threshold=5).relative is None
+    assert best.changed(threshold=5, relative=2).relative == 2
     y = octavo.linear(X, octavo.quantize_weight(W, options=best), options=best)
     np.testing.assert_allclose(y, X @ W.T, rtol=0, atol=0.2)
     with pytest.raises(ValueError, match=r"^recipe: name: expected one of 'paper', 'best', got 'other'"):

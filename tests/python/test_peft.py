@@ -124,8 +124,8 @@ def test_merging_twice_and_unmerging(folders: Path) -> None:
 def test_kept_columns_stay_kept(folders: Path) -> None:
     """A merge begins with the 16-bit weights of calibrated columns, and ends with some."""
     model = tiny_model(MODELS[0])
-    calibrate_(model, [tiny_inputs(model)], threshold=1.0, progress=False)
-    quantize_(model, threshold=1.0, outliers="static", progress=False)
+    calibrate_(model, [tiny_inputs(model)], recipe="paper", threshold=1.0, progress=False)
+    quantize_(model, recipe="paper", threshold=1.0, outliers="static", progress=False)
     name = "model.layers.0.self_attn.q_proj"
     columns = model.get_submodule(name).outlier_columns.clone()
     assert len(columns)

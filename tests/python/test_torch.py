@@ -464,7 +464,7 @@ def test_quantize_replaces_linears_in_place() -> None:
     x = inputs(24, kind="normal")
     with torch.no_grad():
         exact = model(x)
-    assert ot.quantize_(model, progress=False) is model
+    assert ot.quantize_(model, recipe="paper", progress=False) is model
     assert quantized_names(model) == BLOCKS
     assert type(model.lm_head) is nn.Linear
     for name, linear in originals.items():
@@ -688,11 +688,11 @@ def test_calibrate_finds_systematic_columns() -> None:
         (0.0, [3, 7, 9]),
         (0.01, [3, 7, 9]),
     ):
-        found = ot.calibrate_(model, outlying_batches(), min_fraction=fraction, progress=False)
+        found = ot.calibrate_(model, outlying_batches(), recipe="paper", min_fraction=fraction, progress=False)
         assert set(found) == {"0"}
         assert found["0"].dtype == torch.int32
         assert found["0"].tolist() == expected, fraction
-    found = ot.calibrate_(model, outlying_batches(), threshold=7.0, progress=False)
+    found = ot.calibrate_(model, outlying_batches(), recipe="paper", threshold=7.0, progress=False)
     assert found["0"].tolist() == [3]
 
 
@@ -706,7 +706,7 @@ def test_calibrate_by_the_relative_criterion() -> None:
         assert expected, options
         found = ot.calibrate_(model, batches, min_fraction=0.0, options=options, progress=False)["0"]
         assert (found.dtype, found.tolist()) == (torch.int32, expected)
-    assert ot.calibrate_(model, batches, relative=1.5, progress=False)["0"].tolist() == [3, 7, 9, 11]
+    assert ot.calibrate_(model, batches, recipe="paper", relative=1.5, progress=False)["0"].tolist() == [3, 7, 9, 11]
     with pytest.raises(TypeError, match="calibrate_: options"):
         ot.calibrate_(model, batches, relative=4.0, options=octavo.Options())
 
@@ -730,8 +730,8 @@ def test_quantize_keeps_what_calibrate_found() -> None:
     linear = dense(24, 16)
     model = nn.Sequential(copy.deepcopy(linear))
     x = outlying_batches()[0]
-    ot.calibrate_(model, [x], progress=False)
-    ot.quantize_(model, progress=False)
+    ot.calibrate_(model, [x], recipe="paper", progress=False)
+    ot.quantize_(model, recipe="paper", progress=False)
     assert model[0].outlier_columns.tolist() == [3, 7]
     same(model[0].outlier_weight, linear.weight[:, [3, 7]].detach())
     larger = x.clone()
@@ -741,8 +741,8 @@ def test_quantize_keeps_what_calibrate_found() -> None:
         plain = ot.Int8Linear.from_linear(linear)(larger)
     assert (kept - exact).norm() < 0.3 * (plain - exact).norm(), "the point of keeping them"
     model = nn.Sequential(copy.deepcopy(linear))
-    ot.calibrate_(model, [x], progress=False)
-    ot.quantize_(model, outliers="static", progress=False)
+    ot.calibrate_(model, [x], recipe="paper", progress=False)
+    ot.quantize_(model, recipe="paper", outliers="static", progress=False)
     weight = octavo.quantize_weight(linear.weight, outlier_columns=[3, 7])
     with torch.no_grad():
         same(model(x), octavo.linear(x, weight, linear.bias, outliers="static"))
@@ -776,7 +776,7 @@ class Keyword(nn.Module):
 
 def test_layers_called_by_keyword() -> None:
     model, x = Keyword(), outlying_batches()[0]
-    assert ot.calibrate_(model, [x], progress=False)["fc"].tolist() == [3, 7]
+    assert ot.calibrate_(model, [x], recipe="paper", progress=False)["fc"].tolist() == [3, 7]
     ot.quantize_(model, progress=False)
     with torch.no_grad():
         same(model(x), model.fc(x))
@@ -797,8 +797,8 @@ def test_kinds_of_batches() -> None:
     x = outlying_batches()[0]
     model = Arguments()
     for batches in ([x], [(x,)], [[x, 1.0]], [{"x": x}], [{"x": x, "scale": 1.0}], (b for b in [x])):
-        assert ot.calibrate_(model, batches, progress=False)["fc"].tolist() == [3, 7]
-    assert 1 in ot.calibrate_(model, [(x, 100.0)], progress=False)["fc"].tolist()
+        assert ot.calibrate_(model, batches, recipe="paper", progress=False)["fc"].tolist() == [3, 7]
+    assert 1 in ot.calibrate_(model, [(x, 100.0)], recipe="paper", progress=False)["fc"].tolist()
 
 
 def test_calibrate_leaves_the_model_as_it_was() -> None:

@@ -341,7 +341,7 @@ def test_quantize_freezes_what_was_trained() -> None:
     model = train_(new_model())
     step(model, torch.optim.SGD(model.parameters(), 0.1))
     expected = model.eval()(X)
-    quantize_(model, skip=["*attention", "classifier"], progress=False)
+    quantize_(model, recipe="paper", skip=["*attention", "classifier"], progress=False)
     assert trained(model) == []
     assert all(type(model.get_submodule(name)) is Int8Linear for name in FFN)
     assert all(isinstance(model.get_submodule(name).weight, Int8Tensor) for name in FFN)

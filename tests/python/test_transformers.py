@@ -209,7 +209,7 @@ def test_config_json(tmp_path: Path, folders: Any) -> None:
     model = convert(folders("OPTForCausalLM"), scheme="zeropoint", threshold=3.0, outliers="rows")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    options = octavo.Options(scheme="zeropoint", threshold=3.0, outliers="rows").to_dict()
+    options = octavo.recipe("best").changed(scheme="zeropoint", threshold=3.0, outliers="rows").to_dict()
     head = {"quant_method": None, "octavo": "load with: import octavo.transformers", "format_version": 2}
     assert config == {**head, **options, "modules_to_not_convert": ["lm_head"]}
     again = load(tmp_path)
@@ -430,12 +430,12 @@ def test_an_int8_head(tmp_path: Path) -> None:
 )
 def test_a_head_when_asked_for(tmp_path: Path, folders: Any, name: str) -> None:
     """Also one that is tied: its int8 weight stands beside the embedding, which stays as it is."""
-    original, model = load(folders(name)), convert(folders(name), head=True)
+    original, model = load(folders(name)), convert(folders(name), head=True, recipe="paper")
     head = model.get_output_embeddings()
     assert isinstance(head.weight, Int8Tensor)
     assert left_layers(model) == set()
     assert torch.equal(model.get_input_embeddings().weight, original.get_input_embeddings().weight)
-    in_place = quantize_(load(folders(name)), head=True, progress=False)
+    in_place = quantize_(load(folders(name)), head=True, recipe="paper", progress=False)
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
     for other in (in_place, again):
@@ -454,11 +454,11 @@ def test_t5_in_float16(tmp_path: Path, made_by: str) -> None:
         if name.endswith("wo.weight"):
             parameter.data.mul_(3e4)
     original.save_pretrained(tmp_path / "m")
-    more: dict[str, Any] = {"quantization_config": OctavoConfig()}
+    more: dict[str, Any] = {"quantization_config": OctavoConfig(recipe="paper")}
     folder = tmp_path / "m"
     if made_by == "octavo quantize":
         folder, more = tmp_path / "int8", {}
-        checkpoint.quantize(tmp_path / "m", folder, progress=False)
+        checkpoint.quantize(tmp_path / "m", folder, recipe="paper", progress=False)
     model = load(folder, dtype=torch.float16, **more)
     wo = [module.weight.dtype for name, module in model.named_modules() if name.endswith(".wo")]
     assert set(wo) == {torch.float32}

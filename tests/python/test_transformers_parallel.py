@@ -78,7 +78,7 @@ def _load(folder: Path, mesh: DeviceMesh | None = None, *, options: dict[str, An
 
     name = transformers.AutoConfig.from_pretrained(folder).architectures[0]
     if options is not None:
-        more["quantization_config"] = OctavoConfig(**options)
+        more["quantization_config"] = OctavoConfig(**({"recipe": "paper"} | options))
     if mesh is not None:
         more["distributed_config"] = DistributedConfig(tp_size=mesh.size())
     return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, **more)
@@ -162,7 +162,12 @@ def test_what_octavo_quantize_wrote(ranks: Ranks, folders: Any, tmp_path: Path) 
     columns = {f"model.layers.{i}.mlp.down_proj": [1, 40, 91] for i in range(2)}
     options: dict[str, Any] = {"include": ["*_proj"], "skip": ["*.1.self_attn.*"], "path": "weight_only"}
     checkpoint.quantize(
-        folders("LlamaForCausalLM"), tmp_path / "int8", outlier_columns=columns, progress=False, **options
+        folders("LlamaForCausalLM"),
+        tmp_path / "int8",
+        outlier_columns=columns,
+        recipe="paper",
+        progress=False,
+        **options,
     )
     ranks.run(_int8, tmp_path / "int8")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "int8")
@@ -173,7 +178,9 @@ def test_what_octavo_quantize_wrote(ranks: Ranks, folders: Any, tmp_path: Path) 
 
 def test_experts_whose_projections_are_stored_apart(ranks: Ranks, folders: Any, tmp_path: Path) -> None:
     """As octavo quantize writes them: each rank's rows are those of both projections, once they are together."""
-    checkpoint.quantize(folders("MixtralForCausalLM"), tmp_path / "int8", progress=False, path="weight_only")
+    checkpoint.quantize(
+        folders("MixtralForCausalLM"), tmp_path / "int8", recipe="paper", progress=False, path="weight_only"
+    )
     ranks.run(_int8, tmp_path / "int8")
 
 
@@ -237,7 +244,7 @@ def test_tp_plan_auto_under_torchrun(folders: Any, tmp_path: Path, size: int) ->
         torch.set_num_threads(1)
         more = {"tp_plan": "auto"} if "WORLD_SIZE" in os.environ else {}
         model = AutoModelForCausalLM.from_pretrained(
-            sys.argv[1], quantization_config=OctavoConfig(path="weight_only"), **more
+            sys.argv[1], quantization_config=OctavoConfig(recipe="paper", path="weight_only"), **more
         )
         made = model.generate(torch.tensor([[5, 7, 11]]), max_new_tokens=8, do_sample=False, pad_token_id=0)
         sharded = sum("ParallelInt8Linear" in type(module).__name__ for module in model.modules())

@@ -12,15 +12,17 @@ from typing import Any
 
 from octavo.checkpoint.layers import Patterns
 from octavo.checkpoint.running import Running
+from octavo.options import DEFAULT, WHOLE_MODELS, options_of
 
 
 def calibrate(
     model: str | Path,
     text: str | Path | None = None,
     *,
-    threshold: float = 6.0,
-    relative: float | None = None,
-    cap: float | None = None,
+    recipe: str = DEFAULT,
+    threshold: float = DEFAULT,
+    relative: float | None = DEFAULT,
+    cap: float | None = DEFAULT,
     min_fraction: float = 0.06,
     batches: int = 32,
     include: Patterns = None,
@@ -35,7 +37,7 @@ def calibrate(
             (mixtures of experts), and those of PyTorch files, are first copied into a temporary folder (``TMPDIR``).
         text: a file of text like what the model will see; up to `batches` times 1024 tokens of it are used. Default:
             random token ids, as in `octavo.torch.calibrate_`.
-        threshold, relative, cap, min_fraction: see `octavo.torch.calibrate_`.
+        recipe, threshold, relative, cap, min_fraction: see `octavo.torch.calibrate_`.
         batches: how many, of four sequences of up to 256 tokens; each reads the model once.
         include, skip: patterns of layer names, as `quantize` will be given.
         progress: show a progress bar.
@@ -48,12 +50,15 @@ def calibrate(
         RuntimeError: PyTorch, transformers or accelerate is missing.
         OSError, ValueError: files that cannot be read, a model that transformers does not know, no text, no layers.
     """
+    single: dict[str, Any] = {"recipe": recipe, "threshold": threshold, "relative": relative, "cap": cap}
+    options = options_of("calibrate", default=WHOLE_MODELS, **single)
     running = Running(model, include, skip, trust_remote_code, "calibrate")
     from octavo.torch.convert import random_tokens, systematic_columns
 
     inputs = random_tokens(running.config) if text is None else running.batches(text)[:batches]
     with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
         loaded, layers = running.load(progress, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
-        criterion: Any = {"threshold": threshold, "relative": relative, "cap": cap, "min_fraction": min_fraction}
+        criterion: Any = {name: getattr(options, name) for name in ("threshold", "relative", "cap")}
+        criterion["min_fraction"] = min_fraction
         found = systematic_columns(loaded, layers, inputs, **criterion, progress=progress, function="calibrate")
     return {name: own.tolist() for name, own in found.items()}

@@ -33,8 +33,10 @@ from octavo.checkpoint.layers import Chosen, choose, keep_in_16_bit
 from octavo.checkpoint.reader import Checkpoint
 from octavo.checkpoint.tasks import Task, Writer, convert, hash_of, plan_tasks
 from octavo.file_format import Format
-from octavo.options import Options, options_of
+from octavo.options import WHOLE_MODELS, Options, options_of
 
+# Of each format, unless one is named: what others read knows no rotation.
+RECIPES = {**dict.fromkeys(get_args(Format), WHOLE_MODELS), "bitsandbytes": "paper"}
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 14, 1 << 22  # elements: beyond, nothing gets faster
 
 
@@ -91,7 +93,8 @@ def quantize(
         model: a folder as Hugging Face lays it out, or a file: safetensors, sharded or not, or a PyTorch state dict.
         output: the folder to make. It appears when it is complete; until then there is ``<output>.partial``.
         options: see `octavo.Options`; those that do not belong to the weight are what the layers compute with unless
-            whoever loads them says otherwise. Or single ones by name, such as ``threshold=5.0``.
+            whoever loads them says otherwise. Or single ones by name, such as ``threshold=5.0``, and ``recipe=``
+            for the others (see `octavo.recipe`; that of "bitsandbytes" is "paper").
         include, skip: patterns of layer names; see `octavo.checkpoint.layers`.
         head: convert the output head, too; one that is tied to the embedding gets a weight of its own beside it, which
             takes memory and makes decoding faster on CPUs. No columns of it are kept.
@@ -114,7 +117,6 @@ def quantize(
             output is removed where this model cannot be converted.
     """
     started = time.monotonic()
-    options = options_of("quantize", options, **keywords)
     expect("quantize: model", model, (str, PathLike), "a path")
     expect("quantize: output", output, (str, PathLike), "a path")
     for name, mapping in (
@@ -125,6 +127,7 @@ def quantize(
         expect(f"quantize: {name}", count, (Integral, NoneType), "a whole number")
     expect("quantize: head", head, bool, "a bool")
     expect_choice("quantize: format", format, get_args(Format))
+    options = options_of("quantize", options, default=RECIPES[format], **keywords)
     if wrong := misfit(options, format, outlier_columns is not None, head):
         raise ValueError(f"quantize: {wrong}")
     jobs = min(8, octavo.get_num_threads()) if jobs is None else jobs

@@ -118,7 +118,7 @@ def _int8_task(
     if entry.dtype not in _FLOATS:
         raise unexpected(entry.where, f"a weight of {', '.join(_FLOATS)}", entry.dtype)
     n, k = entry.shape[::-1] if is_transposed else entry.shape
-    kept = None
+    kept, options = None, options.keeping(columns)
     if columns is not None:
         kept = column_indices("quantize", f"outlier_columns of {shown(entry.name)}", columns, k)
     elif options.outliers == "static":

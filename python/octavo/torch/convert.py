@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from octavo._text import expect
 from octavo.functional import find_outliers
-from octavo.options import DEFAULT, Options, options_of
+from octavo.options import DEFAULT, WHOLE_MODELS, Options, options_of
 from octavo.torch.choice import choose_layers
 from octavo.torch.layer import CALIBRATED, Int8Linear, watch_loading
 from octavo.torch.operation import FLOAT_DTYPES
@@ -42,7 +42,7 @@ def quantize_(
     The layers stay what they are, with their class, hooks and attributes (``nn.Linear`` becomes its subclass
     `Int8Linear`). The 16/32-bit weight of a layer is released as soon as its int8 form exists. Layers that share a
     weight go on sharing it. Which layers stay as they are: see `octavo.torch.choice.choose_layers`. Columns that
-    `calibrate_` recorded are kept in 16 bit. What `train_` changed is undone first.
+    `calibrate_` recorded are kept in 16 bit (see `octavo.Options.keeping`). What `train_` changed is undone first.
 
     Args:
         skip: patterns as in a shell ("*", "?", "[...]") of qualified names ("decoder.layers.0.fc1"); default: the
@@ -50,7 +50,8 @@ def quantize_(
         head: convert the output head of a Transformers model, too; one that is tied to the embedding gets a weight of
             its own beside it, which takes memory and makes decoding faster on CPUs.
         progress: show a progress bar.
-        options: see `octavo.Options`; or single ones by name, such as ``threshold=5.0``.
+        options: see `octavo.Options`; or single ones by name, such as ``threshold=5.0``, and ``recipe=`` for the
+            others (see `octavo.recipe`).
 
     Returns:
         model.
@@ -66,7 +67,7 @@ def quantize_(
         raise ValueError(
             "quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)"
         )
-    chosen = options_of("quantize_", options, **keywords)
+    chosen = options_of("quantize_", options, default=WHOLE_MODELS, **keywords)
     layers = choose_layers(model, skip=skip, head=head).layers
     _check_layers(layers, chosen)
     untrain_(model)
@@ -127,6 +128,7 @@ def calibrate_(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
     *,
+    recipe: str = DEFAULT,
     threshold: float = DEFAULT,
     relative: float | None = DEFAULT,
     cap: float | None = DEFAULT,
@@ -147,6 +149,7 @@ def calibrate_(
             (``model(**batch)``). Default: for a language model of Transformers, 1536 random token ids. Columns that
             are large whatever the text are what is looked for: on real models those found with random ids, with text
             that a model made itself and with text of the kind it was measured on served equally well.
+        recipe: whose criterion it is where none of the next three is given; see `octavo.recipe`.
         threshold, relative: as in `octavo.find_outliers`.
         cap: the most columns, as a part of k; of more those of the largest magnitude stay.
         min_fraction: in [0, 1]; 0 records every column that was ever an outlier. Unused with `relative`.
@@ -165,7 +168,8 @@ def calibrate_(
     """
     expect("calibrate_: min_fraction", min_fraction, Real, "a number")
     expect_runnable("calibrate_", model, () if batches is None else batches)
-    criterion = options_of("calibrate_", options, threshold=threshold, relative=relative, cap=cap)
+    single: dict[str, Any] = {"recipe": recipe, "threshold": threshold, "relative": relative, "cap": cap}
+    criterion = options_of("calibrate_", options, default=WHOLE_MODELS, **single)
     layers = choose_layers(model, skip=skip).layers
     if batches is None:
         batches = random_tokens(getattr(model, "config", None), next(model.parameters()).device)

@@ -75,12 +75,13 @@ class Int8Tensor(torch.Tensor):
         """Quantize ``[n, k]``, float32, float16 or bfloat16.
 
         Args:
-            outlier_columns: input features whose original weights are kept; see `octavo.quantize_weight`.
+            outlier_columns: input features whose original weights are kept; see `octavo.quantize_weight` and, for the
+                options, `octavo.Options.keeping`.
 
         Raises TypeError or ValueError as `octavo.quantize_weight` does.
         """
         made = octavo.quantize_weight(weight.detach(), options=options, outlier_columns=outlier_columns)
-        return cls(Arrays.of(made, options), weight.dtype)
+        return cls(Arrays.of(made, options.keeping(outlier_columns)), weight.dtype)
 
     @classmethod
     def from_int8_weight(cls, weight: Int8Weight, dtype: torch.dtype, options: Options) -> Int8Tensor:
@@ -133,7 +134,7 @@ class Int8Tensor(torch.Tensor):
         Args:
             dtype: default the tensor's own.
         """
-        weight = self._arrays.dequantize(dtype or self.dtype)
+        weight = self._arrays.dequantize(dtype or self.dtype).contiguous()  # without a rotation's padding
         return weight.t() if self._transposed else weight
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

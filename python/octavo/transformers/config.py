@@ -12,7 +12,8 @@ from transformers.quantizers import auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from octavo.file_format import HEAD, READABLE_VERSIONS, VERSION
-from octavo.options import Options
+from octavo.options import WHOLE_MODELS, Options
+from octavo.options import recipe as options_of
 
 
 class Method(str, Enum):
@@ -29,6 +30,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How `from_pretrained` is to convert a model, or how a model that is int8 already is to compute.
 
     Args:
+        recipe: the options that are not given; see `octavo.recipe`.
         options: those of `octavo.Options`, each by its name, and each an attribute: ``OctavoConfig(outliers="rows")``.
             "static" outliers need calibrated columns, so a 16-bit model cannot be converted with them: use ``octavo
             quantize --calibrate``, or `octavo.torch.calibrate_` and `octavo.torch.quantize_`.
@@ -54,6 +56,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         *,
+        recipe: str = WHOLE_MODELS,
         modules_to_not_convert: Sequence[str] | None = None,
         head: bool = False,
         drop_padding: bool | None = None,
@@ -72,7 +75,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
         self.head = head
         self.drop_padding = drop_padding
-        chosen = Options.from_dict(options, "OctavoConfig")
+        chosen = Options.from_dict(options, "OctavoConfig", options_of(recipe))
         for field in fields(Options):
             setattr(self, field.name, getattr(chosen, field.name))
         self.given = {name: getattr(chosen, name) for name in options}
@@ -80,6 +83,8 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **more: Any) -> Any:
         """The config of a config.json, where nothing is the caller's wish."""
+        if "format_version" in config_dict:  # of an older version, which had fewer options, all as in the paper
+            config_dict = {"recipe": "paper", **config_dict}
         config = super().from_dict(config_dict, **more)
         (config[0] if isinstance(config, tuple) else config).given = {}
         return config
@@ -110,7 +115,9 @@ def _merge_bitsandbytes(stored: Any, given: Any) -> Any:
     threshold = stored.get("llm_int8_threshold", 6.0)
     theirs = {"threshold": threshold} if threshold else {"outliers": "none"}  # which bitsandbytes means by 0
     left = stored.get("llm_int8_skip_modules")
-    return OctavoConfig(**{**theirs, **given.given}, modules_to_not_convert=left, drop_padding=given.drop_padding)
+    return OctavoConfig(
+        **{"recipe": "paper", **theirs, **given.given}, modules_to_not_convert=left, drop_padding=given.drop_padding
+    )
 
 
 auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(_merge_bitsandbytes)
