@@ -113,7 +113,15 @@ def test_recipes_are_compared_with_octavo_without_outliers(tmp_path: Path) -> No
     )
     assert run(*words) == 0
     (cases,) = json.loads((tmp_path / "recipes.json").read_text())["tables"]
-    names = ["paper", "paper, cap 0.02", "best", "best, no cap", "torch bfloat16", "torch float32"]
+    names = [
+        "paper",
+        "paper, cap 0.02",
+        "best",
+        "best, by row",
+        "best, by row, no cap",
+        "torch bfloat16",
+        "torch float32",
+    ]
     assert list(cases["columns"])[7:] == names
     for row in cases["rows"][:-1]:
         assert all(ratio > 0 for ratio in row[4:]), cases["note"]

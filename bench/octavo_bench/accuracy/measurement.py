@@ -21,7 +21,7 @@ from ..models import variants
 from ..models.find import find
 from ..models.language import Language, Window, read_windows, set_aside
 from ..models.modules import linear_bytes, rows_at_a_time
-from ..models.variants import BROKEN, FLOAT32, LLM_INT8, PEERS, Maker, Variant, chosen, reason
+from ..models.variants import BEST, BROKEN, FLOAT32, LLM_INT8, PEERS, Maker, Variant, chosen, reason
 from ..pictures import BLUE, GRAY, Figures, draw_losses, quiet
 from ..progress import Progress
 from ..tables import Cell, Report, Table
@@ -89,7 +89,7 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
     tables[0] = replace(tables[0], note=tables[0].note + _reasons(left_out))
     if settings.peers:
         with progress.step("timing", timing):
-            others = (variants.VECTOR_WISE, variants.BEST, variants.BEST_KEPT, *PEERS)
+            others = (variants.BEST_KEPT, LLM_INT8, variants.VECTOR_WISE, *PEERS)
             peers = [variant for variant in others if variant.key in scores]
             tables.append(times(maker, peers, windows[0].inputs, settings.seconds))
     about = {"model": loaded.path.name, "parameters": loaded.model.num_parameters(), "text": str(text)}
@@ -127,7 +127,7 @@ def times(maker: Maker, others: Sequence[Variant], inputs: Mapping[str, Tensor],
     untimed = {}
     tokens = inputs["attention_mask"].bool()  # what stands in padded rows is nobody's concern
     exact = maker.model(**inputs)[0][tokens].double().flatten()
-    for variant in (LLM_INT8, FLOAT32, *others):
+    for variant in (BEST, FLOAT32, *others):
         try:
             call = partial(maker.make(variant, **({"path": "auto"} if variant.options else {})), **inputs)
             cosine = float(torch.nn.functional.cosine_similarity(call()[0][tokens].double().flatten(), exact, dim=0))

@@ -42,14 +42,15 @@ def of_octavo(dtype: str, paths: Sequence[str] = ("auto",), **options: Any) -> d
 
 
 def of_recipes(dtype: str) -> dict[str, Contender]:
-    """Without outliers, as `OCTAVO`, and octavo's recipes, each as it is and without its cap or with the other's."""
+    """Without outliers, as `OCTAVO`, and octavo's recipes, the paper's with a cap, too, "best" with rows' outliers."""
     made, paper, best = getattr(torch, dtype), octavo.recipe("paper"), octavo.recipe("best")
     options = {
         OCTAVO: replace(paper, outliers="none"),
         "paper": paper,
         f"paper, cap {best.cap}": replace(paper, cap=best.cap),
         "best": best,
-        "best, no cap": replace(best, cap=None),
+        "best, by row": replace(best, outliers="rows", relative=6.3),
+        "best, by row, no cap": replace(best, outliers="rows", relative=6.3, cap=None),
     }
 
     def prepare(weight: Tensor, options: octavo.Options) -> Layer:

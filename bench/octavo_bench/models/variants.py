@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -49,6 +49,7 @@ _VECTOR, _COLUMNS = _options("absmax", "vector"), _options("absmax", "vector", "
 _BY_ROW, _STATIC = _options("absmax", "vector", "rows"), _options("absmax", "vector", "static")
 _ZEROPOINT = _options("zeropoint", "vector", "columns")
 _BEST = recipe("best")
+_ROWS = Options(rotation=64, outliers="rows", relative=6.3, cap=0.02)  # 20 times the median magnitude of a row
 
 FLOAT32 = Variant("float32", "float32")
 ABSMAX = Variant("absmax", "absmax (tensor)", _options("absmax", "tensor"))
@@ -78,10 +79,10 @@ OTHERS = (
     Variant("kept-rows", "absmax LLM.int8(), kept 16-bit, row by row", _BY_ROW, kept=_COLUMNS),
     Variant("kept-static", "absmax LLM.int8(), kept 16-bit, static columns", _STATIC, kept=_COLUMNS),
     Variant("relative", "columns from 4 times the median on", Options(relative=4.0, cap=0.02)),
-    Variant("rotation", "rotation alone", Options(rotation=64, outliers="none")),
     BEST,
     BEST_KEPT,
-    Variant("best-static", "recipe best, calibrated, static", replace(_BEST, outliers="static"), kept=_BEST),
+    Variant("rotation-rows", "rotation, outliers row by row", _ROWS),
+    Variant("rotation-rows-kept", "rotation, outliers row by row, kept", _ROWS, kept=_ROWS),
     Variant("weight-only", "int8 weights alone", _options("absmax", "vector", path="weight_only")),
     Variant("smoothquant", "SmoothQuant, absmax vector-wise", _VECTOR, smooth=True),
     Variant("smoothquant-llm-int8", "SmoothQuant, absmax LLM.int8()", _COLUMNS, smooth=True),

@@ -11,6 +11,7 @@ its own for each engine. Files that an engine needs (int8 folders, GGUF, CTransl
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import re
@@ -27,6 +28,7 @@ from typing import Any
 
 import octavo.checkpoint
 import torch
+from octavo import Options, recipe
 from torch import Tensor
 
 from .. import machine
@@ -38,6 +40,7 @@ from .peers import ctranslate2_decoder, llama_cpp, onnxruntime_encoder
 from .variants import BROKEN, bitsandbytes_layer, reason
 
 REFERENCE = "torch float32"
+_BEST = recipe("best")
 WRONG = 0.5  # relative error of an engine whose files or calls cannot be right
 
 
@@ -98,12 +101,18 @@ def _torch(dtype: torch.dtype, change: Callable[[Any], Any], folder: Path, **opt
     return run
 
 
-def _octavo(dtype: torch.dtype, recipe: str, head: bool, folder: Path) -> Any:
-    """The folder as ``octavo quantize --format packed`` makes it."""
-    packed = find.cache() / f"{folder.name}-{recipe}{'-head' * head}"
+def _octavo(
+    dtype: torch.dtype, folder: Path, options: Options = _BEST, head: bool = False, calibrated: bool = False
+) -> Any:
+    """The folder as ``octavo quantize --format packed`` makes it, by default."""
+    made_with = hashlib.sha256(f"{options.text} {head} {calibrated}".encode()).hexdigest()[:8]
+    packed = find.cache() / f"{folder.name}-int8-{made_with}"
     if not packed.exists():
-        options = octavo.recipe(recipe)
-        octavo.checkpoint.quantize(folder, packed, options=options, format="packed", head=head, progress=False)
+        given: dict[str, Any] = {"options": options, "head": head, "format": "packed", "progress": False}
+        if calibrated:
+            chosen = {name: getattr(options, name) for name in ("threshold", "relative", "cap")}
+            given["outlier_columns"] = octavo.checkpoint.calibrate(folder, **chosen, progress=False)
+        octavo.checkpoint.quantize(folder, packed, **given)
     return _torch(dtype, lambda model: None, packed)
 
 
@@ -122,10 +131,12 @@ def _torchao(model: Any) -> None:
 
 _16, _32 = torch.bfloat16, torch.float32
 ENGINES: Mapping[str, Engine] = {
-    "octavo float32": Engine(partial(_octavo, _32, "paper", False)),
-    "octavo bfloat16": Engine(partial(_octavo, _16, "paper", False)),
-    "octavo bfloat16, int8 head": Engine(partial(_octavo, _16, "paper", True), kinds=("decoder",)),
-    "octavo bfloat16, best, int8 head": Engine(partial(_octavo, _16, "best", True), kinds=("decoder",)),
+    "octavo float32": Engine(partial(_octavo, _32)),
+    "octavo bfloat16": Engine(partial(_octavo, _16)),
+    "octavo bfloat16, int8 head": Engine(partial(_octavo, _16, head=True), kinds=("decoder",)),
+    "octavo bfloat16, calibrated": Engine(partial(_octavo, _16, calibrated=True), kinds=("decoder",)),
+    "octavo bfloat16, LLM.int8()": Engine(partial(_octavo, _16, options=recipe("paper"))),
+    "octavo bfloat16, vector-wise": Engine(partial(_octavo, _16, options=Options(outliers="none"))),
     REFERENCE: Engine(partial(_torch, _32, lambda model: None)),
     "torch bfloat16": Engine(partial(_torch, _16, lambda model: None)),
     "bitsandbytes": Engine(partial(_torch, torch.float16, _bitsandbytes), "bitsandbytes"),
