@@ -84,6 +84,15 @@ py::object dlpack(OwnArray& array, const py::object& /*stream*/, const py::objec
     return array.capsule(!max_version.is_none() && py::object(max_version[py::int_(0)]).cast<int>() >= 1);
 }
 
+// NumPy's `__array__`: without it NumPy would make an array of one object.
+py::object numpy_array(const py::object& self, const py::object& dtype, const py::object& copy) {
+    if (self.cast<const OwnArray&>().dtype() == DType::bf16) {
+        throw py::type_error("DLPackArray: expected a dtype that NumPy has, got bfloat16");
+    }
+    const py::module_ numpy = py::module_::import("numpy");
+    return numpy.attr("array")(numpy.attr("from_dlpack")(self), dtype, py::arg("copy") = copy);
+}
+
 }  // namespace
 
 void OwnArray::Free::operator()(void* data) const noexcept { ::operator delete(data, alignment); }
@@ -111,6 +120,7 @@ void define_own_array(py::module_& module) {
     type.attr("__module__") = "octavo";
     type.def("__dlpack__", &dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
              py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+        .def("__array__", &numpy_array, py::arg("dtype") = py::none(), py::arg("copy") = py::none())
         .def("__dlpack_device__", [](const OwnArray&) { return py::make_tuple(1, 0); })
         .def_property_readonly("shape", &shape_of)
         .def_property_readonly("dtype", [](const OwnArray& array) { return name_of(array.dtype()); })

@@ -125,6 +125,10 @@ def test_what_has_dlpack_is_an_array(legacy: bool) -> None:
     assert (y.shape, y.dtype, y.nbytes, len(y)) == ((3, 2), "float32", 24, 3)
     assert repr(y) == "<octavo.DLPackArray of shape (3, 2), float32: give it to a framework's from_dlpack>"
     np.testing.assert_array_equal(np.from_dlpack(y), octavo.linear(X, octavo.quantize_weight(W)))
+    assert np.asarray(y, np.float64).dtype == np.float64
+    np.testing.assert_array_equal(np.asarray(y), np.from_dlpack(y))
+    assert np.shares_memory(np.asarray(y, copy=False), np.from_dlpack(y))
+    assert not np.shares_memory(np.array(y), np.from_dlpack(y))
     del weight
     strided = np.zeros((2, 3, 5, 4), np.float32)[:, :, ::2, ::-1]
     strided[...] = np.arange(72).reshape(strided.shape)
