@@ -11,6 +11,7 @@
 #include <array>
 #include <charconv>
 #include <cstdint>
+#include <deque>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
@@ -551,6 +552,33 @@ py::object product(Array& x, const WeightView& weight, py::handle bias_object, c
     return result.finish();
 }
 
+py::object linear_many_op(py::handle x_object, py::handle weights_object, py::handle biases_object,
+                          py::handle options_object, py::handle outs_object) {
+    constexpr auto function = "linear_many";
+    Array x(x_object, {function, "x"}, Use::differentiable);
+    const ConstMatrix source = x.matrix();
+    const LinearOptions& options = options_of(options_object, function).linear;
+    const auto weights = weights_object.cast<py::list>();
+    std::deque<std::string> names;  // which, as the next two, moves none
+    std::deque<std::optional<Array>> biases;
+    std::deque<Output> outputs;
+    std::vector<LinearLayer> layers;
+    double work = 0;
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        const char* const layer = names.emplace_back(function + ("[" + std::to_string(i) + "]")).c_str();
+        const WeightView& weight = instance_of<Weight>(weights[i], {layer, "weight"}, "Int8Weight").view();
+        biases.push_back(optional_array(biases_object[py::int_(i)], {layer, "bias", float_dtype_names, &x}));
+        outputs.emplace_back(outs_object[py::int_(i)], x, with_last(x, weight.codes.rows), x.dtype(),
+                             Argument{layer, "out", float_dtype_names, &x});
+        layers.push_back({weight, vector_or_absent(biases.back()), outputs.back().matrix()});
+        work += work_of(source, weight.codes.rows);
+    }
+    run(x, work, [&](Stream stream) { octavo::linear_many(source, layers, options, stream); });
+    py::list results;
+    for (const Output& output : outputs) results.append(output.finish());
+    return results;
+}
+
 py::object linear_op(py::handle x_object, py::handle weight_object, py::handle bias, py::handle options,
                      py::handle out) {
     constexpr auto function = "linear";
@@ -710,6 +738,7 @@ void define_operations(py::module_& module) {
         method<dequantize_op>("dequantize",
                               "dequantize($module, codes, scale, zeropoint, rotation, k, dtype, /)\n--\n\n"),
         method<linear_op>("linear", "linear($module, x, weight, bias, options, out, /)\n--\n\n"),
+        method<linear_many_op>("linear_many", "linear_many($module, x, weights, biases, options, outs, /)\n--\n\n"),
         method<linear_backward_op>("linear_backward",
                                    "linear_backward($module, grad, weight, options, out, /)\n--\n\n"),
         method<is_plain_op>("is_plain", "is_plain($module, x, /)\n--\n\n"),

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -77,9 +78,9 @@ public:
         call("dequantize", codes.device, scratch_(),
              [&] { cuda::dequantize(codes, scale, zeropoint, rotation, out, native(stream)); });
     }
-    void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+    void linear(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options,
                 Stream stream) const override {
-        call("linear", x.device, scratch_(), [&] { cuda::linear(x, weight, bias, out, options, native(stream)); });
+        call("linear", x.device, scratch_(), [&] { cuda::linear(x, layers, options, native(stream)); });
     }
     void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
                          Stream stream) const override {

@@ -7,11 +7,16 @@
 //      Rotation takes two launches more, one scale for all of X without outlier columns one
 //   3. int8 product, scales, outlier columns times 16-bit weights, bias
 //
-// Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own.
+// Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own. Several layers of one X share the
+// first two steps.
 //
 // Few rows go by the weight-only product instead, one launch that is bound by reading the weights; selection.hpp says
 // how many.
 #include "octavo/linear.hpp"
+
+#include <algorithm>
+#include <span>
+#include <vector>
 
 #include "memory.hpp"
 #include "operations.hpp"
@@ -23,8 +28,20 @@ namespace {
 // Rows of codes begin at multiples of 16 bytes, which every int8 product can read at once.
 constexpr std::int64_t codes_alignment = 16;
 
-void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out,
-                 const LinearOptions& options, cudaStream_t stream) {
+// What one layer needs between its kernels, and what is written beside the quantization for it.
+struct Plan {
+    const LinearLayer& layer;
+    FusedLinear fused;
+    std::int64_t first_ticket = 0;
+    Workspace::Part<float> panel_w{};
+    Workspace::Part<std::int32_t> excluded_codes{};
+    Panels panels{};
+};
+
+// Of at most `most_layers` layers.
+void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, const LinearOptions& options,
+                 cudaStream_t stream) {
+    const WeightView& weight = layers.front().weight;  // which quantizes X as all do
     const std::int64_t m = x.rows;
     const std::int64_t k = x.cols;
     const std::int64_t depth = weight.codes.cols;
@@ -76,24 +93,42 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         count = workspace.reserve<std::int32_t>(1);
     }
     const bool is_fused = device_facts().architecture >= first_fused_architecture;
-    const FusedLinear fused(m, weight, options);
+    std::vector<Plan> plans;
     Workspace::Part<float> panel_x;
-    Workspace::Part<float> panel_w;
-    Workspace::Part<std::int32_t> excluded_codes;
+    std::int64_t ticket_count = 0;
+    std::int64_t most_sums = 0;  // of one layer: the next comes when it is done
+    for (const LinearLayer& layer : layers) {
+        const std::int64_t n = layer.out.cols;
+        Plan plan{.layer = layer, .fused{m, layer.weight, options}, .first_ticket = ticket_count};
+        if (!is_fused) {
+            most_sums = std::max(most_sums, product_parts(depth) * m * n);
+        } else {
+            plan.panels.weight = &layer.weight;
+            plan.panels.width = has_outliers ? plan.fused.panel_width() : 0;
+            if (plan.panels.width > 0) {
+                if (!panel_x.present) panel_x = workspace.reserve<float>(m * plan.panels.width);
+                plan.panel_w = workspace.reserve<float>(n * plan.panels.width);
+            }
+            if (has_outliers && plan.fused.wants_excluded_codes()) {
+                plan.excluded_codes = workspace.reserve<std::int32_t>(n);
+            }
+            ticket_count += plan.fused.tickets();
+            if (plan.fused.tickets() > 0) most_sums = std::max(most_sums, plan.fused.partial_sums());
+        }
+        plans.push_back(plan);
+    }
     Workspace::Part<unsigned> tickets;
     Workspace::Part<std::int32_t> acc;
-    if (is_fused) {
-        if (has_outliers && fused.panel_width() > 0) {
-            panel_x = workspace.reserve<float>(m * fused.panel_width());
-            panel_w = workspace.reserve<float>(out.cols * fused.panel_width());
-        }
-        if (has_outliers && fused.wants_excluded_codes()) excluded_codes = workspace.reserve<std::int32_t>(out.cols);
-        if (fused.tickets() > 0) tickets = workspace.reserve<unsigned>(fused.tickets());
-        if (fused.tickets() > 0) acc = workspace.reserve<std::int32_t>(fused.partial_sums());
-    } else {
-        acc = workspace.reserve<std::int32_t>(product_parts(depth) * m * out.cols);
-    }
+    if (ticket_count > 0) tickets = workspace.reserve<unsigned>(ticket_count);
+    if (most_sums > 0) acc = workspace.reserve<std::int32_t>(most_sums);
     workspace.allocate();
+    std::vector<Panels> panels;
+    for (Plan& plan : plans) {
+        plan.panels.x = workspace.at(panel_x);
+        plan.panels.w = workspace.at(plan.panel_w);
+        plan.panels.excluded_codes = workspace.at(plan.excluded_codes);
+        if (plan.panel_w.present || plan.excluded_codes.present) panels.push_back(plan.panels);
+    }
 
     marks.words = workspace.at(words);
     const ColumnList list{workspace.at(columns), workspace.at(count)};
@@ -112,13 +147,9 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
                               .elements = {options.threshold, workspace.at(limits)},
                               .list = list,
                               .ranges = workspace.at(ranges),
-                              .weight = panel_x.present || excluded_codes.present ? &weight : nullptr,
-                              .panels = {.x = workspace.at(panel_x),
-                                         .w = workspace.at(panel_w),
-                                         .width = panel_x.present ? fused.panel_width() : 0,
-                                         .excluded_codes = workspace.at(excluded_codes)},
+                              .panels = panels,
                               .tickets = workspace.at(tickets),
-                              .ticket_count = tickets.present ? fused.tickets() : 0};
+                              .ticket_count = ticket_count};
     const Matrix x_codes{workspace.at(codes), DType::i8, x.device, m, depth, width, 1};
     quantize_rows(
         x, quantize_options, exclusion, x_codes, width,
@@ -131,9 +162,17 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         {.data = workspace.at(sums), .dtype = DType::i32, .device = x.device, .size = m, .present = has_zeropoint},
         stream);
     const CodedX coded{x_codes, workspace.at(scale), workspace.at(zeropoint), workspace.at(sums), groups};
-    if (is_fused) return fused.start(coded, x, weight, bias, exclusion, workspace.at(acc), out, stream);
-    multiply(x_codes, weight.codes, workspace.at(acc), Copies::none, stream);
-    finish_linear(workspace.at(acc), coded, x, weight, bias, list, per_element, exclusion.elements, out, stream);
+    for (const Plan& plan : plans) {
+        const LinearLayer& layer = plan.layer;
+        if (is_fused) {
+            unsigned* const own = tickets.present ? workspace.at(tickets) + plan.first_ticket : nullptr;
+            plan.fused.start(coded, x, layer, exclusion, plan.panels, own, workspace.at(acc), stream);
+            continue;
+        }
+        multiply(x_codes, layer.weight.codes, workspace.at(acc), Copies::none, stream);
+        finish_linear(workspace.at(acc), coded, x, layer.weight, layer.bias, list, per_element, exclusion.elements,
+                      layer.out, stream);
+    }
 }
 
 // `weight_only_linear` of an x that is rotated first where the weight is; times 2^-8 meanwhile, as a rotated number can
@@ -152,15 +191,24 @@ void rotated_weight_only(const ConstMatrix& x, const WeightView& weight, const C
 
 }  // namespace
 
-void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
-            cudaStream_t stream) {
-    const auto few_rows = [&] {
-        const bool by_mma = weight.rotation == 0 && weight_only_uses_mma(x, weight);
-        return x.rows <= most_weight_only_rows(device_facts().architecture, by_mma, x.cols, out.cols);
+void linear(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options, cudaStream_t stream) {
+    const auto is_weight_only = [&](const LinearLayer& layer) {
+        if (options.path != Path::auto_) return options.path == Path::weight_only;
+        const bool by_mma = layer.weight.rotation == 0 && weight_only_uses_mma(x, layer.weight);
+        return x.rows <= most_weight_only_rows(device_facts().architecture, by_mma, x.cols, layer.out.cols);
     };
-    if (options.path == Path::weight_only || (options.path == Path::auto_ && few_rows()))
-        return rotated_weight_only(x, weight, bias, out, stream);
-    int8_linear(x, weight, bias, out, options, stream);
+    while (!layers.empty()) {
+        const std::size_t most = std::min<std::size_t>(layers.size(), most_layers);
+        std::size_t count = 0;
+        while (count < most && !is_weight_only(layers[count])) ++count;
+        if (count > 0) {
+            int8_linear(x, layers.first(count), options, stream);
+        } else {
+            const LinearLayer& layer = layers[count++];
+            rotated_weight_only(x, layer.weight, layer.bias, layer.out, stream);
+        }
+        layers = layers.subspan(count);
+    }
 }
 
 }  // namespace octavo::cuda

@@ -199,9 +199,11 @@ void int8_backward(const ConstMatrix& grad, const WeightView& weight, const Matr
         .granularity = Granularity::row,
     };
     const ConstMatrix x{workspace.at(scaled), DType::f32, grad.device, m, n, n, 1};
-    if (weight.rotation == 0) return linear(x, transposed, absent_vector, out, options, stream);
+    LinearLayer layer{.weight = transposed, .out = out};
+    if (weight.rotation == 0) return linear(x, {&layer, 1}, options, stream);
     float* const y = workspace.at(rotated_y);
-    linear(x, transposed, absent_vector, {y, DType::f32, grad.device, m, width, width, 1}, options, stream);
+    layer.out = {y, DType::f32, grad.device, m, width, width, 1};
+    linear(x, {&layer, 1}, options, stream);
     const std::int64_t row_blocks = m * blocks_for(width, row_threads);
     with_float(out.dtype, [&]<class T>(Type<T>) {
         launch(rotate_back_kernel<T>, Grid{static_cast<unsigned>(row_blocks), row_threads}, stream,

@@ -467,8 +467,9 @@ FusedLinear::FusedLinear(std::int64_t m, const WeightView& weight, const LinearO
     panel_width_ = std::min(most_panel_width, blocks_for(most, panel_multiple) * panel_multiple);
 }
 
-void FusedLinear::start(const CodedX& coded, ConstMatrix x, const WeightView& weight, ConstVector bias,
-                        const Exclusion& exclusion, std::int32_t* partial, Matrix out, cudaStream_t stream) const {
+void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& layer, const Exclusion& exclusion,
+                        const Panels& panels, unsigned* tickets, std::int32_t* partial, cudaStream_t stream) const {
+    const auto& [weight, bias, out] = layer;
     const Rest rest{
         .scale_x = coded.scale,
         .zeropoint_x = coded.zeropoint,
@@ -481,12 +482,12 @@ void FusedLinear::start(const CodedX& coded, ConstMatrix x, const WeightView& we
         .bias = float_span_of(bias),
         .columns = outlier_columns_of(x, weight, exclusion.per_element, exclusion.elements),
         .list = exclusion.list,
-        .panels = exclusion.panels,
+        .panels = panels,
         .in_order = in_order_ || x.dtype == DType::f32,
         .in_pairs = in_pairs_,
         .is_exact = is_exact_,
         .partial = partial,
-        .tickets = exclusion.tickets,
+        .tickets = tickets,
         .out = out,
         .wide = writes_wide(out),
     };

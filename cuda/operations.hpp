@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <span>
 
 #include "octavo/linear.hpp"
 #include "octavo/options.hpp"
@@ -92,22 +93,25 @@ void find_column_ranges(ConstMatrix x, Scheme scheme, Outliers outliers, float t
 inline constexpr std::int64_t most_panel_width = 256;
 inline constexpr std::int64_t panel_multiple = 16;
 struct Panels {
-    float* x = nullptr;                      // [m, width]
+    const WeightView* weight = nullptr;      // W
+    float* x = nullptr;                      // [m, width], the same for all layers of a call
     float* w = nullptr;                      // [n, width]
     std::int64_t width = 0;                  // a multiple of panel_multiple, at most most_panel_width
     std::int32_t* excluded_codes = nullptr;  // [n], or null: sums of the codes of all outlier columns
 };
+
+// Layers that one quantization of X can make ready for.
+inline constexpr int most_layers = 4;
 
 // What takes no part in the quantization of X, and has code 0.
 struct Exclusion {
     ColumnMarks marks{};       // these columns; under `per_element` only listed, not excluded
     bool per_element = false;  // instead, in each row its own elements
     ElementCriterion elements{};
-    ColumnList list{};              // where not null: receives the marked columns
-    const Range* ranges = nullptr;  // where not null: what `find_column_ranges` made of X, for granularity `tensor`
-    const WeightView* weight = nullptr;  // where not null: `panels` are written, with the list
-    Panels panels{};
-    unsigned* tickets = nullptr;  // where not null: receives zeros
+    ColumnList list{};               // where not null: receives the marked columns
+    const Range* ranges = nullptr;   // where not null: what `find_column_ranges` made of X, for granularity `tensor`
+    std::span<const Panels> panels;  // of layers, at most `most_layers`: are written, with the list
+    unsigned* tickets = nullptr;     // where not null: receives zeros
     std::int64_t ticket_count = 0;
 };
 
@@ -186,9 +190,9 @@ public:
     [[nodiscard]] std::int64_t partial_sums() const { return partial_sums_; }
     [[nodiscard]] std::int64_t tickets() const { return tickets_; }
 
-    // `exclusion` is that of the quantization.
-    void start(const CodedX& coded, ConstMatrix x, const WeightView& weight, ConstVector bias,
-               const Exclusion& exclusion, std::int32_t* partial, Matrix out, cudaStream_t stream) const;
+    // `exclusion` is that of the quantization, `panels` and `tickets` are the layer's own.
+    void start(const CodedX& coded, ConstMatrix x, const LinearLayer& layer, const Exclusion& exclusion,
+               const Panels& panels, unsigned* tickets, std::int32_t* partial, cudaStream_t stream) const;
 
 private:
     std::int64_t parts_ = 1;
@@ -227,7 +231,7 @@ void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, boo
 
 // --- linear.cpp -----------------------------------------------------------------------------------------------------
 
-void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
-            cudaStream_t stream);
+// All layers quantize X in the same way.
+void linear(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options, cudaStream_t stream);
 
 }  // namespace octavo::cuda

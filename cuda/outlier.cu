@@ -127,11 +127,11 @@ __global__ void __launch_bounds__(list_threads)
 // Block 0 lists the marked columns, the others write panels.
 constexpr int list_outliers_threads = 512;
 
-__global__ void __launch_bounds__(list_outliers_threads)
+__global__ void __launch_bounds__(list_outliers_threads, 1)
     list_kernel(ColumnMarks marks, std::int64_t k, Span<std::int32_t> columns, Span<std::int32_t> count,
-                PanelTask task) {
+                PanelTasks tasks) {
     if (blockIdx.x == 0) return list_marked(marks, k, columns, count);
-    write_panels(task, marks, k, blockIdx.x - 1);
+    write_panels(tasks, marks, k, blockIdx.x - 1);
 }
 
 }  // namespace
@@ -161,10 +161,10 @@ void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStr
 }
 
 void list_outliers(ConstMatrix x, const Exclusion& exclusion, cudaStream_t stream) {
-    const PanelTask task = panel_task(x, exclusion);
-    launch(list_kernel, Grid{static_cast<unsigned>(1 + task.blocks), list_outliers_threads}, stream, exclusion.marks,
+    const PanelTasks tasks = panel_tasks(x, exclusion);
+    launch(list_kernel, Grid{static_cast<unsigned>(1 + tasks.blocks), list_outliers_threads}, stream, exclusion.marks,
            x.cols, Span<std::int32_t>{exclusion.list.columns, x.cols, 1},
-           Span<std::int32_t>{exclusion.list.count, 1, 1}, task);
+           Span<std::int32_t>{exclusion.list.count, 1, 1}, tasks);
 }
 
 void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, cudaStream_t stream) {
@@ -180,7 +180,7 @@ void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, 
         mark_outliers(x, options.threshold, marks, stream);
     }
     launch(list_kernel, Grid{1, list_outliers_threads}, stream, marks, x.cols, span_of<std::int32_t>(columns),
-           span_of<std::int32_t>(count), PanelTask{});
+           span_of<std::int32_t>(count), PanelTasks{});
 }
 
 int architecture_of_code() {

@@ -66,7 +66,7 @@ inline OutlierColumns outlier_columns_of(const ConstMatrix& x, const WeightView&
             .rotation = weight.rotation};
 }
 
-// What blocks that write panels need. `blocks` of them: none where no panels are wanted.
+// What blocks that write the panels of a layer need: `m` rows of X, of which only the first layer has any.
 struct PanelTask {
     OutlierColumns columns;
     std::int64_t m = 0;
@@ -75,25 +75,41 @@ struct PanelTask {
     std::int64_t blocks = 0;
 };
 
+// The same for all layers. `blocks` in all: none where no panels are wanted.
+struct PanelTasks {
+    PanelTask of_layer[most_layers];
+    std::int64_t blocks = 0;
+};
+
 // Whether there is a product that reads panels, on the architecture that is being compiled for.
 inline constexpr bool has_fused_linear = compiled_for == 0 || compiled_for >= first_fused_architecture;
 
 inline constexpr std::int64_t panel_rows = 64;  // of a block, of X and W one after the other
 
-inline PanelTask panel_task(const ConstMatrix& x, const Exclusion& exclusion) {
-    if (exclusion.weight == nullptr) return {};
-    const std::int64_t n = exclusion.weight->codes.rows;
-    return {.columns = outlier_columns_of(x, *exclusion.weight, exclusion.per_element, exclusion.elements),
-            .m = x.rows,
-            .n = n,
-            .panels = exclusion.panels,
-            .blocks = blocks_for(x.rows + n, panel_rows)};
+inline PanelTasks panel_tasks(const ConstMatrix& x, const Exclusion& exclusion) {
+    PanelTasks tasks;
+    PanelTask* next = tasks.of_layer;
+    for (const Panels& panels : exclusion.panels) {
+        const std::int64_t m = next == tasks.of_layer ? x.rows : 0;
+        const std::int64_t n = panels.weight->codes.rows;
+        *next = {.columns = outlier_columns_of(x, *panels.weight, exclusion.per_element, exclusion.elements),
+                 .m = m,
+                 .n = n,
+                 .panels = panels,
+                 .blocks = blocks_for(m + n, panel_rows)};
+        tasks.blocks += next->blocks;
+        ++next;
+    }
+    return tasks;
 }
 
 // Block `block` of those that write panels. All its threads must take part. Static for the reason of `list_marked`.
-__device__ static inline void write_panels(const PanelTask& task, const ColumnMarks& marks, std::int64_t k,
+__device__ static inline void write_panels(const PanelTasks& tasks, const ColumnMarks& marks, std::int64_t k,
                                            std::int64_t block) {
     if constexpr (has_fused_linear) {
+        int layer = 0;
+        while (block >= tasks.of_layer[layer].blocks) block -= tasks.of_layer[layer++].blocks;
+        const PanelTask& task = tasks.of_layer[layer];
         __shared__ std::int32_t listed[most_panel_width];
         __shared__ std::int32_t total;
         const std::int64_t first_row = block * panel_rows;

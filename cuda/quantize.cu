@@ -209,7 +209,7 @@ struct Task {
     ElementCriterion elements;
     ColumnMarks marks;
     ColumnList list;
-    PanelTask panels;
+    PanelTasks panels;
     unsigned* tickets = nullptr;
     std::int64_t ticket_count = 0;
     View<std::int8_t> codes{};
@@ -635,7 +635,7 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool ro
               .elements = exclusion.elements,
               .marks = exclusion.marks,
               .list = exclusion.list,
-              .panels = panel_task(x, exclusion),
+              .panels = panel_tasks(x, exclusion),
               .tickets = exclusion.tickets,
               .ticket_count = exclusion.ticket_count,
               .codes = view_of<std::int8_t>(codes),

@@ -1,6 +1,8 @@
 // The interface that every backend fills: the stems of the public headers, with arguments already validated.
 #pragma once
 
+#include <span>
+
 #include "octavo/linear.hpp"
 #include "octavo/options.hpp"
 #include "octavo/types.hpp"
@@ -28,8 +30,9 @@ public:
     virtual void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout, Stream stream) const = 0;
     virtual void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation,
                             Matrix out, Stream stream) const = 0;
-    virtual void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out,
-                        const LinearOptions& options, Stream stream) const = 0;
+    // At least one layer; all quantize X in the same way (`linear_many`).
+    virtual void linear(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options,
+                        Stream stream) const = 0;
     // `uses_kept`: whether the weight has kept columns that are to be used. `int8`: whether the product is the int8
     // one; then the scheme is absmax.
     virtual void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
@@ -59,7 +62,7 @@ public:
     void int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_layout, Stream stream) const override;
     void dequantize(ConstMatrix codes, ConstVector scale, ConstVector zeropoint, std::int32_t rotation, Matrix out,
                     Stream stream) const override;
-    void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
+    void linear(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options,
                 Stream stream) const override;
     void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
                          Stream stream) const override;

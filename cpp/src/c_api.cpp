@@ -6,6 +6,7 @@
 #include <new>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "check.hpp"
 #include "cuda.hpp"
@@ -305,6 +306,23 @@ octavo_status octavo_linear(const octavo_matrix* x, const octavo_weight_view* we
         constexpr auto function = "linear";
         linear(matrix_of({function, "x"}, x), weight_of(function, weight), optional_vector_of({function, "bias"}, bias),
                matrix_of({function, "out"}, out), options_of(function, options), {stream});
+    });
+}
+
+octavo_status octavo_linear_many(const octavo_matrix* x, const octavo_linear_layer* layers, int64_t count,
+                                 const octavo_linear_options* options, void* stream) {
+    return report([&] {
+        constexpr auto function = "linear_many";
+        if (count < 0) check::fail(ErrorKind::value, {function, "count"}, "a count >= 0", std::to_string(count));
+        if (count > 0) not_null({function, "layers"}, layers);
+        std::vector<LinearLayer> many;
+        for (std::int64_t i = 0; i < count; ++i) {
+            const std::string name = function + ("[" + std::to_string(i) + "]");
+            const auto& [weight, bias, out] = layers[i];
+            many.push_back({weight_of(name.c_str(), weight), optional_vector_of({name.c_str(), "bias"}, bias),
+                            matrix_of({name.c_str(), "out"}, out)});
+        }
+        linear_many(matrix_of({function, "x"}, x), many, options_of(function, options), {stream});
     });
 }
 

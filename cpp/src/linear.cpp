@@ -21,6 +21,17 @@ void check_options(const LinearOptions& options, const char* function) {
     }
 }
 
+namespace {
+
+// Of a list in CPU memory.
+std::int32_t column_at(const ConstVector& columns, std::int64_t index) {
+    std::int32_t column = 0;
+    __builtin_memcpy(&column, static_cast<const char*>(columns.data) + index * columns.stride * 4, sizeof column);
+    return column;
+}
+
+}  // namespace
+
 void check_weight(const WeightView& weight, const char* function) {
     const auto& codes = weight.codes;
     const std::int64_t groups = weight.granularity == Granularity::vector ? codes.rows : 1;
@@ -59,8 +70,7 @@ void check_weight(const WeightView& weight, const char* function) {
     if (codes.device.kind != DeviceKind::cpu) return;  // the values can be read here on the CPU only
     std::int32_t previous = -1;
     for (std::int64_t i = 0; i < columns.size; ++i) {
-        std::int32_t column = 0;
-        __builtin_memcpy(&column, static_cast<const char*>(columns.data) + i * columns.stride * 4, sizeof column);
+        const std::int32_t column = column_at(columns, i);
         if (column <= previous || column >= k) {
             check::fail(ErrorKind::value, {function, "weight.outlier_columns"},
                         "ascending columns of the weight, 0 to " + std::to_string(k - 1),
@@ -71,6 +81,20 @@ void check_weight(const WeightView& weight, const char* function) {
 }
 
 namespace {
+
+// That `out` shares no memory with what is read.
+void are_apart(const char* function, const Matrix& out, const check::Memory& in, const WeightView& weight,
+               const ConstVector& bias) {
+    check::are_apart(function, {{"out", out}},
+                     {in,
+                      {"weight.codes", check::memory_of(weight.codes, weight.layout)},
+                      {"weight.scale", weight.scale},
+                      {"weight.zeropoint", weight.zeropoint},
+                      {"weight.code_sums", weight.code_sums},
+                      {"weight.outlier_columns", weight.outlier_columns},
+                      {"weight.outlier_weight", weight.outlier_weight},
+                      {"bias", bias}});
+}
 
 // What `linear` and `linear_backward` ask of the weight and of their matrices. `extent`: what `in_features` is called.
 void check_matrices(const char* function, const check::Memory& in, const std::string& extent, std::int64_t in_features,
@@ -92,15 +116,36 @@ void check_matrices(const char* function, const check::Memory& in, const std::st
     check::is_float({function, "out"}, out);
     check::has_shape({function, "out"}, out, in.view.rows, out_features);
     check::on_device({function, "out"}, out.device, in.view.device);
-    check::are_apart(function, {{"out", out}},
-                     {in,
-                      {"weight.codes", check::memory_of(weight.codes, weight.layout)},
-                      {"weight.scale", weight.scale},
-                      {"weight.zeropoint", weight.zeropoint},
-                      {"weight.code_sums", weight.code_sums},
-                      {"weight.outlier_columns", weight.outlier_columns},
-                      {"weight.outlier_weight", weight.outlier_weight},
-                      {"bias", bias}});
+    are_apart(function, out, in, weight, bias);
+}
+
+void check_layer(const char* function, const ConstMatrix& x, const LinearLayer& layer, const LinearOptions& options) {
+    const WeightView& weight = layer.weight;
+    check_matrices(function, {"x", x}, "k", features_of(weight), weight, layer.out, weight.codes.rows, layer.bias);
+    check_options(options, function);
+    if (options.outliers == Outliers::static_ && options.path != Path::weight_only && !weight.outlier_columns.present) {
+        check::fail(ErrorKind::value, {function, "outliers"}, "a weight with calibrated outlier_columns for 'static'",
+                    "a weight without");
+    }
+}
+
+// Whether two lists name the same columns, as far as that can be seen here.
+bool are_same(const ConstVector& a, const ConstVector& b) {
+    if (a.size != b.size) return false;
+    if (a.data == b.data && a.stride == b.stride) return true;
+    if (a.device.kind != DeviceKind::cpu) return false;
+    for (std::int64_t i = 0; i < a.size; ++i) {
+        if (column_at(a, i) != column_at(b, i)) return false;
+    }
+    return true;
+}
+
+// Whether the codes of X for one layer are those for the other.
+bool quantize_alike(const LinearLayer& a, const LinearLayer& b, const LinearOptions& options) {
+    const bool by_tensor = a.weight.granularity == Granularity::tensor;
+    return a.weight.scheme == b.weight.scheme && a.weight.rotation == b.weight.rotation &&
+           by_tensor == (b.weight.granularity == Granularity::tensor) &&
+           (options.outliers != Outliers::static_ || are_same(a.weight.outlier_columns, b.weight.outlier_columns));
 }
 
 }  // namespace
@@ -108,15 +153,36 @@ void check_matrices(const char* function, const check::Memory& in, const std::st
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
             Stream stream) {
     constexpr auto function = "linear";
-    check_matrices(function, {"x", x}, "k", features_of(weight), weight, out, weight.codes.rows, bias);
-    check_options(options, function);
-    if (options.outliers == Outliers::static_ && options.path != Path::weight_only && !weight.outlier_columns.present) {
-        check::fail(ErrorKind::value, {function, "outliers"}, "a weight with calibrated outlier_columns for 'static'",
-                    "a weight without");
-    }
+    const LinearLayer layer{weight, bias, out};
+    check_layer(function, x, layer, options);
     const Backend& backend = backend_for(x.device, function);
     if (out.rows == 0 || out.cols == 0) return;
-    backend.linear(x, weight, bias, out, options, stream);
+    backend.linear(x, {&layer, 1}, options, stream);
+}
+
+void linear_many(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options, Stream stream) {
+    check::is_float({"linear_many", "x"}, x);
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        const std::string function = "linear_many[" + std::to_string(i) + "]";
+        check_layer(function.c_str(), x, layers[i], options);
+        for (const LinearLayer& other : layers) {
+            if (&other == &layers[i]) continue;
+            check::are_apart(function.c_str(), {{"out", layers[i].out}}, {{"the out of another layer", other.out}});
+            are_apart(function.c_str(), layers[i].out, {"x", x}, other.weight, other.bias);
+        }
+    }
+    const Backend& backend = backend_for(x.device, "linear_many");
+    while (!layers.empty() && x.rows > 0) {
+        const LinearLayer& first = layers.front();
+        std::size_t count = 1;
+        const auto has_work = [](const LinearLayer& layer) { return layer.out.cols > 0; };
+        while (has_work(first) && count < layers.size() && has_work(layers[count]) &&
+               quantize_alike(first, layers[count], options)) {
+            ++count;
+        }
+        if (has_work(first)) backend.linear(x, layers.first(count), options, stream);
+        layers = layers.subspan(count);
+    }
 }
 
 void linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, const LinearOptions& options,

@@ -12,10 +12,11 @@ Equations are those of arXiv 2208.07339.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from octavo import _core
-from octavo._text import expect
+from octavo._text import expect, unexpected
 from octavo._types import (
     Array,
     Columns,
@@ -282,6 +283,53 @@ def linear(
             "linear", options, threshold=threshold, relative=relative, cap=cap, outliers=outliers, path=path
         )
     return _core.linear(x, native, bias, options._native, out)
+
+
+def linear_many(
+    x: Array,
+    weights: Sequence[Int8Weight],
+    biases: Sequence[Array | None] | None = None,
+    *,
+    threshold: float = DEFAULT,
+    relative: float | None = DEFAULT,
+    cap: float | None = DEFAULT,
+    outliers: Outliers = DEFAULT,
+    path: ProductPath = DEFAULT,
+    options: Options | None = None,
+    out: Sequence[Array | None] | None = None,
+) -> list[Array]:
+    """`linear` of one x for several weights: the outputs are those of one call for each, bit for bit.
+
+    X is quantized once for weights that follow each other and have the scheme, rotation and product ("tensor" or not)
+    in common, and with "static" the kept columns: on CUDA devices their memory, and at most four weights at a time.
+
+    Args:
+        x: as for `linear`.
+        weights: from `quantize_weight`, ``[n_i, k]``.
+        biases: for each weight ``[n_i]`` or None; default: none.
+        threshold, relative, cap, outliers, path, options: as for `linear`.
+        out: for each weight an array ``[..., n_i]`` to write to, or None for a new one; default: new ones.
+
+    Returns:
+        For each weight ``[..., n_i]``.
+
+    Raises:
+        TypeError, ValueError: as `linear`; of a layer "linear_many[1]: ...". An `out` shares memory with another.
+    """
+    expect("linear_many: weights", weights, (list, tuple), "a list or tuple")
+    each: dict[str, list[Any]] = {}
+    for name, given in (("biases", biases), ("out", out)):
+        expect(f"linear_many: {name}", given, (list, tuple, type(None)), "a list or tuple")
+        each[name] = [None] * len(weights) if given is None else list(given)
+        if len(each[name]) != len(weights):
+            raise unexpected(f"linear_many: {name}", f"{len(weights)} of them, as of weights", len(each[name]))
+    for index, weight in enumerate(weights):
+        expect(f"linear_many[{index}]: weight", weight, Int8Weight, "an Int8Weight")
+    options = options_of(
+        "linear_many", options, threshold=threshold, relative=relative, cap=cap, outliers=outliers, path=path
+    )
+    natives = [weight._native for weight in weights]
+    return _core.linear_many(x, natives, each["biases"], options._native, each["out"])
 
 
 def get_num_threads() -> int:

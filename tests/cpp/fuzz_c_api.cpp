@@ -278,7 +278,17 @@ Outcome linear(Generator& g, bool backward) {
     options.path = static_cast<octavo_path>(g.number(0, 3));
     options.relative = g.chance(70) ? 0.0F : static_cast<float>(g.number(1, 9));
     if (backward) return {octavo_linear_backward(&in, &weight, &out, &options, nullptr), false};
-    return {octavo_linear(&in, &weight, &bias, &out, &options, nullptr), must_fail};
+    if (g.chance(70)) return {octavo_linear(&in, &weight, &bias, &out, &options, nullptr), must_fail};
+    // One that lies may have no work.
+    std::array<octavo_matrix, 5> outs{};
+    std::array<octavo_linear_layer, 5> layers{};
+    const std::int64_t count = g.number(0, std::ssize(layers) + 1);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
+        outs.at(i) = i == 0 ? out : g.matrix(g.floats(), m, g.chance(95) ? n : n + 1, true);
+        layers.at(i) = {&weight, g.chance(50) ? &bias : nullptr, &outs.at(i)};
+    }
+    layers.at(0).bias = &bias;
+    return {octavo_linear_many(&in, layers.data(), count, &options, nullptr), must_fail && count > 0};
 }
 
 Outcome call(Generator& g) {

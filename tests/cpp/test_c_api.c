@@ -203,6 +203,18 @@ static void test_linear(void) {
     CHECK_OK(octavo_linear(&source, &w.view, NULL, &out, &options, NULL));
     CHECK(y[0][0] == 1.0F);
 
+    float others[2][1][2];
+    const octavo_matrix outs[2] = {octavo_cpu_matrix(others[0], octavo_dtype_f32, 1, 2),
+                                   octavo_cpu_matrix(others[1], octavo_dtype_f32, 1, 2)};
+    octavo_linear_layer layers[2] = {{&w.view, &bias, &outs[0]}, {&w.view, NULL, &outs[1]}};
+    CHECK_OK(octavo_linear_many(&source, layers, 2, &options, NULL));
+    CHECK(others[0][0][0] == y[0][0] + 10.0F && others[1][0][0] == y[0][0] && others[1][0][1] == y[0][1]);
+    CHECK_OK(octavo_linear_many(&source, NULL, 0, NULL, NULL));
+    CHECK_FAILS(octavo_linear_many(&source, NULL, 1, NULL, NULL), value, "linear_many: layers: expected a pointer");
+    CHECK_FAILS(octavo_linear_many(&source, layers, -1, NULL, NULL), value, "linear_many: count: expected a count");
+    layers[1].out = NULL;
+    CHECK_FAILS(octavo_linear_many(&source, layers, 2, NULL, NULL), value, "linear_many[1]: out: expected a pointer");
+
     // Codes [127, 1, 0] with scale 1 and [0, 127, 2] with scale 2; kept in column 2: 0.001 and 3.
     float gradient[1][3];
     const octavo_matrix of_x = octavo_cpu_matrix(gradient, octavo_dtype_f32, 1, 3);

@@ -554,6 +554,73 @@ TEST(argument_errors) {
     octavo::check_weight(plain.view(), "load");
 }
 
+// Each layer has the outputs that it has alone, whether X was quantized for it or for another, too.
+TEST(many) {
+    Random random(103);
+    constexpr std::int64_t k = 130;
+    const Array x(DType::f16, activations(random, 70, k));
+    std::vector<Weight> weights;
+    const auto add = [&](std::int64_t n, Scheme scheme, Granularity granularity, std::vector<std::int32_t> kept) {
+        weights.emplace_back(Array(DType::f16, random_normal(random, n, k, 0.05)), scheme, granularity, kept);
+    };
+    for (const std::int64_t n : {33, 64, 5, 16, 40, 1}) add(n, Scheme::absmax, Granularity::vector, kept_columns(k));
+    add(7, Scheme::absmax, Granularity::row, {0, 5, 8});
+    add(0, Scheme::absmax, Granularity::vector, kept_columns(k));
+    for (const Granularity granularity : granularities) {
+        add(9, Scheme::zeropoint, granularity, kept_columns(k));
+        add(17, Scheme::zeropoint, granularity, kept_columns(k));
+    }
+    for (LinearOptions options : all_options) {
+        std::vector<Array> biases;
+        std::vector<Array> outs;
+        std::vector<octavo::LinearLayer> layers;
+        for (const Weight& weight : weights) {
+            const std::int64_t n = weight.view().codes.rows;
+            biases.emplace_back(DType::f32, random_normal(random, 1, n));
+            outs.emplace_back(n % 2 == 0 ? DType::f16 : DType::f32, x.matrix().rows, n);
+            layers.push_back({weight.view(), biases.back().vector(), outs.back().matrix()});
+        }
+        octavo::linear_many(x.matrix(), layers, options);
+        for (std::size_t i = 0; i < weights.size(); ++i) {
+            const check::Context context("layer ", i, " ", describe(weights[i], options));
+            const Array alone = linear(x, weights[i], biases[i], options, outs[i].matrix().dtype);
+            check_values("y", outs[i], alone.values());
+        }
+    }
+    octavo::linear_many(x.matrix(), {});
+}
+
+TEST(errors_of_many) {
+    const Array x(DType::f32, 2, 3);
+    const Array w(DType::f32, 4, 3);
+    const Weight weight(w, Scheme::absmax, Granularity::vector);
+    const Array outs[] = {Array(DType::f32, 2, 4), Array(DType::f32, 2, 4)};
+    const auto call = [&](auto change) {
+        octavo::LinearLayer layers[] = {{.weight = weight.view(), .out = outs[0].matrix()},
+                                        {.weight = weight.view(), .out = outs[1].matrix()}};
+        change(layers[1]);
+        octavo::linear_many(x.matrix(), layers);
+    };
+    call([](auto&) {});
+    CHECK_THROWS(call([](auto& layer) { layer.weight.scale.size = 3; }), value,
+                 "linear_many[1]: weight.scale: expected shape [4], got [3]");
+    CHECK_THROWS(call([](auto& layer) { layer.out.dtype = DType::i8; }), type, "linear_many[1]: out: expected dtype");
+    CHECK_THROWS(call([&](auto& layer) { layer.out = outs[0].matrix(); }), value,
+                 "linear_many[0]: out: expected memory apart from the out of another layer,");
+    const Array scales(DType::f32, 1, 8);
+    CHECK_THROWS(call([&](auto& layer) {
+                     layer.weight.scale.data = scales.matrix().data;
+                     layer.out.data = scales.matrix().data;
+                 }),
+                 value, "linear_many[1]: out: expected memory apart from weight.scale,");
+    CHECK_THROWS(call([&](auto& layer) {
+                     layer.bias = outs[0].vector();
+                     layer.bias.size = 4;
+                 }),
+                 value, "linear_many[0]: out: expected memory apart from bias,");
+    CHECK_THROWS(octavo::linear_many(Array(DType::i32, 2, 3).matrix(), {}), type, "linear_many: x: expected dtype");
+}
+
 // On the CPU `auto` is the int8 path; on a GPU the weight-only path for few rows, how many depends on the shape.
 TEST(auto_picks_by_shape) {
     Random random(101);

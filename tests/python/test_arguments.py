@@ -113,6 +113,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             **{"outliers": "columns", "path": "int8", "out": None},
         },
     ),
+    "linear_many": (
+        octavo.linear_many,
+        {
+            **{"x": X, "weights": [WEIGHT], "biases": None, "threshold": 6.0, "relative": None, "cap": None},
+            **{"outliers": "columns", "path": "int8", "out": None},
+        },
+    ),
+    "linear_many options": (octavo.linear_many, {"x": X, "weights": [WEIGHT], "options": None}),
     "linear options": (octavo.linear, {"x": X, "weight": WEIGHT, "options": None}),
     "Options": (
         octavo.Options,
@@ -180,8 +188,9 @@ def test_any_object_as_any_argument(function: str, argument: str) -> None:
             continue
         # What names another argument says that the two do not fit each other.
         fits = value is None or isinstance(value, (np.ndarray, octavo.Int8Weight, tuple))
-        named = f"({'|'.join(good)}|scale|codes|code_sums|out)" if fits else argument
-        assert re.search(rf"^{name}: (\w+\.)*{named}: ", str(raised)), f"{kind}: {raised!r}"
+        one = {"weights": "weight", "biases": "bias"}.get(argument, argument)  # of a layer
+        named = f"({'|'.join(good)}|weight|bias|scale|codes|code_sums|out)" if fits else f"({argument}|{one})"
+        assert re.search(rf"^{name}(\[\d\])?: (\w+\.)*{named}: ", str(raised)), f"{kind}: {raised!r}"
 
 
 @pytest.mark.parametrize("value", [2**70, -1, 1.5, "16"])

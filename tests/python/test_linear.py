@@ -511,3 +511,47 @@ def test_a_weight_of_another_framework() -> None:
             names(error, "linear: weight")
         else:
             tolerances.check_output(of_x.host(y), expected, "float32")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several weights of one X
+
+
+@pytest.mark.parametrize("policy", ["columns", "rows", "static", "none"])
+def test_many_are_those_alone(typed: Typed, policy: Any) -> None:
+    backend = typed.backend
+    x = typed.array(make("outliers", (3, 5, 70), typed.dtype))
+    weights, biases = [], []
+    for n, options in ((40, {}), (33, {}), (0, {}), (8, {"scheme": "zeropoint"}), (24, {"rotation": 16})):
+        w = typed.array(make("normal", (n, 70), typed.dtype, n))
+        weights.append(octavo.quantize_weight(w, outlier_columns=[3, 50], **options))  # type: ignore[arg-type]
+        biases.append(typed.array(make("normal", (n,), typed.dtype)) if n % 16 else None)
+    many = octavo.linear_many(x, weights, biases, outliers=policy, path="int8")
+    assert isinstance(many, list)
+    for y, weight, bias in zip(many, weights, biases, strict=True):
+        equal(backend.host(y), backend.host(linear(x, weight, bias, outliers=policy)))
+    out = backend.array(np.zeros((3, 5, 33)), typed.dtype)
+    again = octavo.linear_many(x, weights[:2], out=[None, out], outliers=policy, path="int8")
+    assert again[1] is out
+    equal(backend.host(out), backend.host(linear(x, weights[1], outliers=policy)))
+    assert octavo.linear_many(x, []) == []
+
+
+def test_errors_of_many() -> None:
+    x, weight = np.ones((2, 4), F), octavo.quantize_weight(np.ones((3, 4), F))
+    other = octavo.quantize_weight(np.ones((3, 5), F))
+    many, out = octavo.linear_many, np.empty((2, 3), F)
+    for call, error, message in (
+        (lambda: many(x, [weight, other]), ValueError, r"linear_many\[1\]: x: expected k = 5 columns"),
+        (lambda: many(x, [weight, W]), TypeError, r"linear_many\[1\]: weight: expected an Int8Weight"),  # type: ignore[list-item]
+        (lambda: many(x, [weight], [out]), ValueError, r"linear_many\[0\]: bias: expected"),
+        (lambda: many(x, [weight], []), ValueError, "linear_many: biases: expected 1 of them, as of w"),
+        (
+            lambda: many(x, [weight] * 2, out=[out, out]),
+            ValueError,
+            r"linear_many\[0\]: out: expected mem",
+        ),
+        (lambda: many(x, (w for w in [weight])), TypeError, "linear_many: weights: expected a list or"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            call()

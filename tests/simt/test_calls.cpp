@@ -224,6 +224,35 @@ TEST(launches_of_linear_where_blocks_share_the_depth) {
     CHECK_EQ(again.allocations, 0);
 }
 
+// Several layers share what is started before the product, four at a time.
+TEST(launches_of_linear_many) {
+    constexpr std::int64_t m = 70;
+    std::vector<Problem> problems;
+    for (const std::int64_t n : {136, 33, 40, 16, 8}) {
+        problems.emplace_back(m, n, 272, DType::f16, Scheme::absmax, Granularity::vector, 7);
+    }
+    for (const LinearOptions& options : all_options) {
+        if (options.path == Path::auto_) continue;  // by shape
+        for (const std::size_t count : {1UL, 3UL, 5UL}) {
+            const check::Context context(count, " layers ", describe(options));
+            std::vector<octavo::LinearLayer> layers;
+            for (std::size_t i = 0; i < count; ++i) {
+                layers.push_back({problems[i].view(), problems[i].bias(), problems[i].y.matrix()});
+                layers.back().weight.outlier_columns = problems[0].view().outlier_columns;
+            }
+            const auto call = [&] { octavo::linear_many(problems[0].x.matrix(), layers, options); };
+            counted(call);
+            const simt::Counters again = counted(call);
+            const long own = is_fused() || options.path == Path::weight_only ? 1 : 2;  // of each layer
+            const long before = most_started(options, problems[0].x.matrix(), 136, Granularity::vector) - own;
+            const auto layer_count = static_cast<long>(count);
+            CHECK_EQ(started(again), own * layer_count + before * ((layer_count + 3) / 4));
+            CHECK_EQ(again.synchronizations, 0);
+            CHECK_EQ(again.allocations, 0);
+        }
+    }
+}
+
 // Few outlier columns are added in order, and many under `rows`, so that outputs are the CPU's, bit for bit: also where
 // blocks share the depth.
 TEST(outputs_are_those_of_the_cpu) {

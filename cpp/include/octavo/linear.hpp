@@ -1,6 +1,8 @@
 // LLM.int8(): the linear layer with int8 weights.
 #pragma once
 
+#include <span>
+
 #include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
@@ -55,6 +57,21 @@ struct WeightView {
 // value, device) naming the argument; `static_` needs weight.outlier_columns.
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options = {},
             Stream stream = {});
+
+// A layer of `linear_many`: what `linear` is called with.
+struct LinearLayer {
+    WeightView weight;
+    ConstVector bias = absent_vector;
+    Matrix out{};
+};
+
+// `linear` of one X for several weights, each with the outputs that it has alone, bit for bit. X is quantized once for
+// weights that follow each other and quantize it in the same way: with equal scheme, rotation and `tensor` or not, and
+// for `static_` the same kept columns (on CUDA devices: the same memory of them; and at most four weights at a time).
+// CUDA: it enqueues a kernel for each layer, after those that make ready for them all. Errors name the layer,
+// "linear_many[1]: ...".
+void linear_many(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options = {},
+                 Stream stream = {});
 
 // The gradient of a loss with respect to the X of `linear`, from that with respect to its Y:
 //

@@ -284,6 +284,18 @@ OCTAVO_API octavo_status octavo_linear(const octavo_matrix* x, const octavo_weig
                                        const octavo_vector* bias, const octavo_matrix* out,
                                        const octavo_linear_options* options, void* stream);
 
+// A layer of octavo_linear_many: arguments of octavo_linear.
+typedef struct octavo_linear_layer {
+    const octavo_weight_view* weight;
+    const octavo_vector* bias;  // or NULL
+    const octavo_matrix* out;
+} octavo_linear_layer;
+
+// octavo/linear.hpp: octavo_linear of one x for several weights, which quantizes x once for those that take it in the
+// same way; `count` layers with the outputs that each has alone. Errors: as octavo_linear; the message names the layer.
+OCTAVO_API octavo_status octavo_linear_many(const octavo_matrix* x, const octavo_linear_layer* layers, int64_t count,
+                                            const octavo_linear_options* options, void* stream);
+
 // octavo/linear.hpp: the gradient with respect to x of a loss, from that with respect to y: grad W, with the
 // dequantized weight and its kept values, in float32.
 //

@@ -197,15 +197,14 @@ float largest_of(const float* values, std::int64_t count) {
     return largest;
 }
 
-void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out,
-                 const LinearOptions& options) {
-    OutlierElements outliers(x, weight, options);
-    const QuantizedX quantized(x, weight, outliers);
-    const float largest_scale = largest_of(quantized.scales.data(), x.rows);
+void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& outliers, const LinearLayer& layer) {
+    const WeightView& weight = layer.weight;
+    const Matrix& out = layer.out;
+    const float largest_scale = largest_of(quantized.scales.data(), out.rows);
     const std::int64_t k = weight.codes.cols;
     for_each_block(quantized.codes.blocking(), out.rows, out.cols, k, [&](const Block& block) {
         const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
-        BlockWeight block_weight(weight, bias, block);
+        BlockWeight block_weight(weight, layer.bias, block);
         const OutputBlock rows(out, block);
         // What the epilogue cannot do: the zeropoints' terms, sums of more than 32 bits, scales whose product
         // overflows.
@@ -242,6 +241,12 @@ void int8_linear(const ConstMatrix& x, const WeightView& weight, const ConstVect
         multiply(quantized.codes, w, block_weight.code_sums, block, finish, prepare);
         rows.write();
     });
+}
+
+void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, const LinearOptions& options) {
+    OutlierElements outliers(x, layers.front().weight, options);
+    const QuantizedX quantized(x, layers.front().weight, outliers);
+    for (const LinearLayer& layer : layers) multiply_and_finish(quantized, outliers, layer);
 }
 
 // Rows with values from 2^90 on, whose sums could overflow where the result does not, are multiplied scaled down.
@@ -319,12 +324,13 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
 
 }  // namespace
 
-void Backend::linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out,
-                     const LinearOptions& options, Stream /*stream*/) const {
+void Backend::linear(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options,
+                     Stream /*stream*/) const {
     switch (options.path) {
         case Path::auto_:
-        case Path::int8: return int8_linear(x, weight, bias, out, options);
-        case Path::weight_only: return weight_only_linear(x, weight, bias, out);
+        case Path::int8: return int8_linear(x, layers, options);
+        case Path::weight_only:
+            for (const LinearLayer& layer : layers) weight_only_linear(x, layer.weight, layer.bias, layer.out);
     }
 }
 

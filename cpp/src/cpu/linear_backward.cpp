@@ -214,10 +214,11 @@ void int8_backward(const octavo::Backend& backend, const ConstMatrix& grad, cons
         .layout = Layout::packed,
     };
     const ConstMatrix x{.data = scaled.data(), .rows = grad.rows, .cols = n, .row_stride = n};
-    if (weight.rotation == 0) return backend.linear(x, transposed, absent_vector, out, gradient_options, {});
+    LinearLayer layer{.weight = transposed, .out = out};
+    if (weight.rotation == 0) return backend.linear(x, {&layer, 1}, gradient_options, {});
     const Scratch<float> rotated(grad.rows * width);
-    const Matrix y{.data = rotated.data(), .rows = grad.rows, .cols = width, .row_stride = width};
-    backend.linear(x, transposed, absent_vector, y, gradient_options, {});
+    layer.out = {.data = rotated.data(), .rows = grad.rows, .cols = width, .row_stride = width};
+    backend.linear(x, {&layer, 1}, gradient_options, {});
     parallel_for(grad.rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             kernels().rotate(rotated.data() + i * width, width, weight.rotation);
