@@ -76,9 +76,8 @@ public:
     }
 
     // The next arguments as a weight: codes, scale, code_sums, and those of zeropoint, outlier_columns and
-    // outlier_weight that the attribute `weight` names.
-    [[nodiscard]] WeightView weight(const NativeOptions& options) {
-        const std::string_view parts = text("weight");
+    // outlier_weight that `parts`, a word of the attribute `weight`, names.
+    [[nodiscard]] WeightView weight(const NativeOptions& options, std::string_view parts) {
         const auto has = [parts](char part) { return parts.find(part) != std::string_view::npos; };
         WeightView weight{.codes = matrix(argument()),
                           .scale = vector(argument()),
@@ -100,7 +99,17 @@ public:
         return weight;
     }
 
-    [[nodiscard]] const NativeOptions& options() const { return read_options(std::string(text("options"))); }
+    // Those that the thread's last call had, most of the time.
+    [[nodiscard]] const NativeOptions& options() const {
+        thread_local std::string last;
+        thread_local const NativeOptions* known = nullptr;
+        const std::string_view given = text("options");
+        if (known == nullptr || last != given) {
+            known = &read_options(std::string(given));
+            last = given;
+        }
+        return *known;
+    }
 
 private:
     [[nodiscard]] const void* attribute(std::string_view name, xla::AttributeType type) const {
@@ -129,16 +138,29 @@ private:
 void linear_op(Call& call) {
     const NativeOptions& options = call.options();
     const Matrix x = call.matrix(call.argument());
-    const WeightView weight = call.weight(options);
-    const bool has_bias = call.text("weight").ends_with('b');
-    const ConstVector bias = has_bias ? ConstVector(call.vector(call.argument())) : absent_vector;
-    linear(x, weight, bias, call.matrix(call.result()), options.linear, call.stream());
+    const auto next_layer = [&](std::string_view parts) {
+        LinearLayer layer{.weight = call.weight(options, parts)};
+        if (parts.ends_with('b')) layer.bias = call.vector(call.argument());
+        layer.out = call.matrix(call.result());
+        return layer;
+    };
+    std::string_view words = call.text("weight");  // one for each layer
+    if (words.find(',') == std::string_view::npos) {
+        const LinearLayer layer = next_layer(words);
+        return linear(x, layer.weight, layer.bias, layer.out, options.linear, call.stream());
+    }
+    std::vector<LinearLayer> layers;
+    for (std::size_t end = 0; end != std::string_view::npos; words.remove_prefix(std::min(end + 1, words.size()))) {
+        end = words.find(',');
+        layers.push_back(next_layer(words.substr(0, end)));
+    }
+    linear_many(x, layers, options.linear, call.stream());
 }
 
 void linear_backward_op(Call& call) {
     const NativeOptions& options = call.options();
     const Matrix grad = call.matrix(call.argument());
-    const WeightView weight = call.weight(options);
+    const WeightView weight = call.weight(options, call.text("weight"));
     linear_backward(grad, weight, call.matrix(call.result()), options.linear, call.stream());
 }
 
@@ -162,7 +184,7 @@ void quantize_weight_op(Call& call) {
 
 void dequantize_op(Call& call) {
     const NativeOptions& options = call.options();
-    WeightView weight = call.weight(options);
+    WeightView weight = call.weight(options, call.text("weight"));
     const Matrix out = call.matrix(call.result());
     std::vector<std::int8_t> rows;
     if (weight.layout == Layout::packed) {

@@ -9,6 +9,7 @@ Sharded by the compiler itself (``jit`` without ``shard_map``), an operation is 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from octavo._text import unexpected
 from octavo._types import rotated_size
 from octavo.options import WEIGHT_OPTIONS, Options
 
-__all__ = ["Int8Weight", "find_outliers", "int8_matmul", "linear", "linear_backward", "quantize_weight"]
+__all__ = ["Int8Weight", "find_outliers", "int8_matmul", "linear", "linear_backward", "linear_many", "quantize_weight"]
 
 for _platform, _targets in _core.jax_targets().items():
     for _name, _target in _targets.items():
@@ -96,7 +97,9 @@ class Int8Weight:
 
     def dequantize(self) -> Array:
         """``(codes + zeropoint) * scale``, float32 ``[n, k]``, rotated back. Kept outlier columns are not put in."""
-        return _weight_call("octavo_dequantize", jax.ShapeDtypeStruct(self.shape, jnp.float32), self, self.options)
+        result = [jax.ShapeDtypeStruct(self.shape, jnp.float32)]
+        (values,) = _weight_call("octavo_dequantize", result, [self], self.options)
+        return values
 
 
 def quantize_weight(
@@ -158,31 +161,70 @@ def linear(x: Array, weight: Int8Weight, bias: Array | None = None, *, options: 
     Raises:
         TypeError, ValueError: arguments that do not fit each other.
     """
-    options = options or weight.options
-    if options.of_weight != weight.options.of_weight:
-        raise unexpected("linear: options", f"{', '.join(WEIGHT_OPTIONS)} of the weight, {weight.options}", options)
-    x = _array("linear", "x", x, _FLOATS)
-    _, k = weight.shape
-    if x.ndim == 0 or x.shape[-1] != k:
-        raise ValueError(f"linear: x: expected k = {k} columns, got shape {x.shape}")
-    return _linear(options, x, weight, bias)
+    return _checked("linear", x, [weight], [bias], options)[0]
+
+
+def linear_many(
+    x: Array,
+    weights: Sequence[Int8Weight],
+    biases: Sequence[Array | None] | None = None,
+    *,
+    options: Options | None = None,
+) -> list[Array]:
+    """`linear` of one x for several weights, in one operation (see `octavo.linear_many`).
+
+    Args:
+        x: ``[..., k]``, float32, float16 or bfloat16.
+        weights: from `quantize_weight`, ``[n_i, k]``, all with the same options.
+        biases: for each weight ``[n_i]`` or None; default: none.
+        options: as for `linear`.
+
+    Returns:
+        For each weight ``[..., n_i]`` in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other.
+    """
+    biases = [None] * len(weights) if biases is None else list(biases)
+    if len(biases) != len(weights):
+        raise unexpected("linear_many: biases", f"{len(weights)} of them, as of weights", len(biases))
+    return _checked("linear_many", x, list(weights), biases, options) if weights else []
+
+
+def _checked(
+    function: str, x: Array, weights: list[Int8Weight], biases: list[Array | None], options: Options | None
+) -> list[Array]:
+    options = options or weights[0].options
+    x = _array(function, "x", x, _FLOATS)
+    for weight in weights:
+        if options.of_weight != weight.options.of_weight:
+            of_weight = f"{', '.join(WEIGHT_OPTIONS)} of the weight, {weight.options}"
+            raise unexpected(f"{function}: options", of_weight, options)
+        _, k = weight.shape
+        if x.ndim == 0 or x.shape[-1] != k:
+            raise ValueError(f"{function}: x: expected k = {k} columns, got shape {x.shape}")
+    y: list[Array] = _linear(options, x, weights, biases)
+    return y
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(options: Options, x: Array, weight: Int8Weight, bias: Array | None) -> Array:
-    result = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[0]), x.dtype)
-    return _weight_call("octavo_linear", result, weight, options, x, bias=bias)
+def _linear(options: Options, x: Array, weights: list[Int8Weight], biases: list[Array | None]) -> list[Array]:
+    results = [jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[0]), x.dtype) for weight in weights]
+    return _weight_call("octavo_linear", results, weights, options, x, biases=biases)
 
 
-def _forward(options: Options, x: Array, weight: Int8Weight, bias: Array | None) -> tuple[Array, Any]:
-    return _linear(options, x, weight, bias), (weight, bias)
+def _forward(options: Options, x: Array, weights: list[Int8Weight], biases: list[Array | None]) -> tuple[Any, Any]:
+    return _linear(options, x, weights, biases), (weights, biases)
 
 
-def _backward(options: Options, held: Any, grad: Array) -> tuple[Array, None, Array | None]:
-    weight, bias = held
-    grad_x = linear_backward(grad, weight, options=options)
-    grad_bias = None if bias is None else grad.sum(tuple(range(grad.ndim - 1))).astype(bias.dtype)
-    return grad_x, None, grad_bias
+def _backward(options: Options, held: Any, grads: list[Array]) -> tuple[Array, None, list[Array | None]]:
+    weights, biases = held
+    of_x = [linear_backward(grad, weight, options=options) for grad, weight in zip(grads, weights, strict=True)]
+    of_biases = [
+        None if bias is None else grad.sum(tuple(range(grad.ndim - 1))).astype(bias.dtype)
+        for grad, bias in zip(grads, biases, strict=True)
+    ]
+    return sum(of_x[1:], of_x[0]), None, of_biases
 
 
 _linear.defvjp(_forward, _backward)
@@ -200,8 +242,9 @@ def linear_backward(grad: Array, weight: Int8Weight, *, options: Options | None 
         ``[..., k]`` in the dtype of grad.
     """
     grad = _array("linear_backward", "grad", grad, _FLOATS)
-    result = jax.ShapeDtypeStruct((*grad.shape[:-1], weight.in_features), grad.dtype)
-    return _weight_call("octavo_linear_backward", result, weight, options or weight.options, grad)
+    result = [jax.ShapeDtypeStruct((*grad.shape[:-1], weight.in_features), grad.dtype)]
+    (of_x,) = _weight_call("octavo_linear_backward", result, [weight], options or weight.options, grad)
+    return of_x
 
 
 def find_outliers(x: Array, *, options: Options | None = None, size: int | None = None) -> Array:
@@ -238,25 +281,27 @@ def _call(target: str, results: Any, *arrays: Array, **attributes: Any) -> Any:
 
 
 def _weight_call(
-    target: str, result: Any, weight: Int8Weight, options: Options, *before: Array, bias: Array | None = None
-) -> Any:
-    """An operation whose last arguments are a weight's arrays and a bias; letters say which there are."""
-    optional = {
-        "z": [weight.zeropoint],
-        "o": [weight.outlier_columns, weight.outlier_weight],
-        "b": [bias],
-    }
-    given = {letter: arrays for letter, arrays in optional.items() if arrays[0] is not None}
-    arrays = [weight.codes, weight.scale, weight.code_sums, *(array for own in given.values() for array in own)]
-    return _call(
-        target,
-        result,
-        *before,
-        *arrays,
-        options=options.text,
-        weight=("p" if weight.codes.ndim == 4 else "") + "".join(given),
-        in_features=np.int64(weight.in_features),
-    )
+    target: str,
+    results: Any,
+    weights: Sequence[Int8Weight],
+    options: Options,
+    *arrays: Array,
+    biases: Sequence[Array | None] = (None,),
+) -> list[Array]:
+    """An operation whose last arguments are the arrays of weights and their biases; letters say which there are."""
+    words = []
+    for weight, bias in zip(weights, biases, strict=True):
+        optional = {
+            "z": [weight.zeropoint],
+            "o": [weight.outlier_columns, weight.outlier_weight],
+            "b": [bias],
+        }
+        given = {letter: own for letter, own in optional.items() if own[0] is not None}
+        arrays += (weight.codes, weight.scale, weight.code_sums, *(each for own in given.values() for each in own))
+        words.append(("p" if weight.codes.ndim == 4 else "") + "".join(given))
+    attributes = {"options": options.text, "weight": ",".join(words), "in_features": np.int64(weights[0].in_features)}
+    made: list[Array] = _call(target, results, *arrays, **attributes)
+    return made
 
 
 def _array(function: str, name: str, given: Any, dtypes: tuple[Any, ...]) -> Array:

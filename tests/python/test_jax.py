@@ -57,6 +57,26 @@ def test_linear_is_the_core(options: Options) -> None:
     same(jax.jit(lambda w: w.dequantize())(weight), np.asarray(native.dequantize()))
 
 
+@pytest.mark.parametrize("options", POLICIES, ids=lambda options: options.outliers + options.path)
+def test_many_are_those_alone(options: Options) -> None:
+    x, _, bias, _, weight = made(options=options)
+    other = made(n=24, options=options)[4]
+    x, weights, biases = jnp.asarray(x), [weight, other, weight], [jnp.asarray(bias), None, None]
+    alone = [oj.linear(x, *each) for each in zip(weights, biases, strict=True)]
+    for many in (oj.linear_many(x, weights, biases), jax.jit(oj.linear_many)(x, weights, biases)):
+        assert len(many) == 3
+        for y, expected in zip(many, alone, strict=True):
+            same(y, expected)
+    many_grad = jax.grad(lambda x: sum((y * y).sum() for y in oj.linear_many(x, weights, biases)))
+    each_grad = jax.grad(lambda x: sum((oj.linear(x, *each) ** 2).sum() for each in zip(weights, biases, strict=True)))
+    np.testing.assert_allclose(many_grad(x), each_grad(x), rtol=1e-5, atol=1e-3)
+    assert oj.linear_many(x, []) == []
+    with pytest.raises(ValueError, match=r"^linear_many: biases: expected 3 of them, as of weights, got 1$"):
+        oj.linear_many(x, weights, [None])
+    with pytest.raises(ValueError, match=r"^linear_many: options: expected scheme"):
+        oj.linear_many(x, [weight, oj.quantize_weight(jnp.ones((2, 100)), options=Options(rotation=256))])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 def test_half_precision(dtype: Any) -> None:
     x, _, _, native, weight = made(dtype=dtype)
