@@ -5,7 +5,9 @@
 //   scale f32; code_sums i32 [n]; then, each of which may be left out: zeropoint f32; outlier_columns i32 [r];
 //   outlier_weight f32 [n, r]; bias f32 [n]                                              ->  y [..., n], dtype of x
 //
-// Attributes are the fields of octavo.Options, and in_features, k. What is left out has its default there.
+// After them those of up to three further weights, from codes to bias, may follow: each has an output of its own
+// (octavo::linear_many). Attributes are the fields of octavo.Options, and in_features, k. What is left out has its
+// default there.
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -30,7 +32,10 @@ void check(Status* status) {
     if (status != nullptr) throw Failure{status};
 }
 
-enum Input : std::size_t { x_at, codes_at, scale_at, code_sums_at, zeropoint_at, columns_at, kept_at, bias_at, inputs };
+// After x, for each layer:
+enum Input : std::size_t { codes_at, scale_at, code_sums_at, zeropoint_at, columns_at, kept_at, bias_at, layer_inputs };
+constexpr std::size_t most_layers = 4;
+constexpr std::size_t inputs = 1 + most_layers * layer_inputs;
 
 DType dtype_of(ElementType type) {
     switch (type) {
@@ -125,12 +130,30 @@ public:
 
     void compute(KernelContext* context) const {
         const ThreadLimit limit(threads_);
-        std::array<Tensor, inputs> in;
         std::size_t count = 0;
         check(api_.input_count(context, &count));
-        for (std::size_t i = 0; i < std::min<std::size_t>(count, inputs); ++i) in[i] = input(context, i);
-        std::vector<std::int64_t> dims = in[x_at].dims;
-        const Matrix x = in[x_at].matrix();
+        const Tensor x = input(context, 0);
+        std::vector<LinearLayer> layers;
+        for (std::size_t first = 1; first < count; first += layer_inputs) {
+            std::array<Tensor, layer_inputs> in;
+            const std::size_t end = std::min(count - first, in.size());
+            for (std::size_t i = 0; i < end; ++i) in[i] = input(context, first + i);
+            LinearLayer layer = layer_of(in);
+            std::vector<std::int64_t> dims = x.dims;
+            if (!dims.empty()) dims.back() = layer.weight.codes.rows;
+            Tensor out{.dtype = x.dtype, .dims = dims};
+            Value* value = nullptr;
+            check(api_.output(context, layers.size(), dims.data(), dims.size(), &value));
+            check(api_.data(value, &out.data));
+            layer.out = out.matrix();
+            layers.push_back(layer);
+        }
+        if (layers.size() != 1) return linear_many(x.matrix(), layers, options_);
+        linear(x.matrix(), layers[0].weight, layers[0].bias, layers[0].out, options_);
+    }
+
+private:
+    [[nodiscard]] LinearLayer layer_of(const std::array<Tensor, layer_inputs>& in) const {
         WeightView weight = weight_;
         weight.scale = in[scale_at].vector();
         weight.code_sums = in[code_sums_at].vector();
@@ -151,16 +174,9 @@ public:
             weight.outlier_columns = in[columns_at].vector();
             weight.outlier_weight = in[kept_at].matrix();
         }
-        const ConstVector bias = in[bias_at].data != nullptr ? in[bias_at].vector() : Vector(absent_vector);
-        dims.back() = weight.codes.rows;
-        Tensor out{.dtype = x.dtype, .dims = dims};
-        Value* value = nullptr;
-        check(api_.output(context, 0, dims.data(), dims.size(), &value));
-        check(api_.data(value, &out.data));
-        linear(x, weight, bias, out.matrix(), options_);
+        return {.weight = weight, .bias = in[bias_at].data != nullptr ? in[bias_at].vector() : Vector(absent_vector)};
     }
 
-private:
     [[nodiscard]] Tensor input(KernelContext* context, std::size_t index) const {
         const Value* value = nullptr;
         check(api_.input(context, index, &value));
@@ -233,18 +249,20 @@ Linear make_linear(const Api& api, int threads) {
     op.input_type = [](const CustomOp*, std::size_t index) {
         constexpr auto f32 = ElementType::f32;
         constexpr auto i32 = ElementType::i32;
-        constexpr std::array types{ElementType::undefined, ElementType::i8, f32, i32, f32, i32, f32, f32};
-        static_assert(types.size() == inputs);
-        return types.at(index);
+        constexpr std::array types{ElementType::i8, f32, i32, f32, i32, f32, f32};
+        static_assert(types.size() == layer_inputs);
+        return index == 0 ? ElementType::undefined : types.at((index - 1) % layer_inputs);
     };
     op.input_count = [](const CustomOp*) -> std::size_t { return inputs; };
     op.output_type = [](const CustomOp*, std::size_t) { return ElementType::undefined; };  // that of x
-    op.output_count = [](const CustomOp*) -> std::size_t { return 1; };
+    op.output_count = [](const CustomOp*) -> std::size_t { return most_layers; };
     op.destroy = [](void* kernel) { delete static_cast<CreatedKernel*>(kernel); };
     op.input_characteristic = [](const CustomOp*, std::size_t index) {
-        return index >= zeropoint_at ? Characteristic::optional : Characteristic::required;
+        return index > 1 + code_sums_at ? Characteristic::optional : Characteristic::required;
     };
-    op.output_characteristic = [](const CustomOp*, std::size_t) { return Characteristic::required; };
+    op.output_characteristic = [](const CustomOp*, std::size_t index) {
+        return index > 0 ? Characteristic::optional : Characteristic::required;
+    };
     op.input_memory = [](const CustomOp*, std::size_t) { return 0; };
     std::fill(std::begin(op.variadic), std::end(op.variadic), [](const CustomOp*) { return 1; });
     op.create_or_fail = create;

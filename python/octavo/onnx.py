@@ -28,6 +28,7 @@ from octavo.options import Options
 
 __all__ = ["library_path", "quantize_model", "session_options"]
 
+_MOST_LAYERS = 4  # of one operator
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -62,7 +63,7 @@ def quantize_model(
     outlier_columns: Mapping[str, Sequence[int]] | None = None,
     skip: Sequence[str] = ("*lm_head*",),
 ) -> onnx.ModelProto:
-    """A model with octavo.Linear in place of every product with a constant weight.
+    """A model with octavo.Linear in place of every product with a constant weight; of one x, up to four in one.
 
     Those are ``MatMul`` of x and a weight ``[k, n]``, with the ``Add`` of a bias ``[n]`` that follows, and ``Gemm`` of
     an x as it is, unscaled, in the model's main graph. The input may be float32, float16 or bfloat16. So are what ONNX
@@ -96,14 +97,18 @@ def quantize_model(
         model = onnx.load(str(model))
     columns = dict(outlier_columns or {})
     graph = _Graph(model.graph)
+    by_input: dict[str, list[_Product]] = {}
     for node in list(model.graph.node):
         found = graph.product(node)
         if found is None or any(matches(name, skip) for name in found.names):
             continue
-        kept = next((columns.pop(name) for name in found.names if name in columns), None)
-        graph.replace(found, options, kept)
+        found.kept = next((columns.pop(name) for name in found.names if name in columns), None)
+        by_input.setdefault(found.x, []).append(found)
     if columns:
         raise ValueError(f"quantize_model: outlier_columns: expected weights that are converted, got {sorted(columns)}")
+    for products in by_input.values():
+        for first in range(0, len(products), _MOST_LAYERS):
+            graph.replace(products[first : first + _MOST_LAYERS], options)
     graph.finish()
     if all(entry.domain != "octavo" for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid("octavo", 1))
@@ -112,6 +117,8 @@ def quantize_model(
 
 class _Product:
     """``output = x weight^T + bias``, computed by nodes of a graph."""
+
+    kept: Sequence[int] | None = None
 
     def __init__(self, nodes: list[Any], x: str, weight: str, values: Any, bias: Any) -> None:
         self.nodes, self.x, self.values, self.bias = nodes, x, values, bias
@@ -163,32 +170,35 @@ class _Graph:
             nodes = [*nodes, add] if given is not None else nodes
         return _Product(nodes, x, name, values, given)
 
-    def replace(self, product: _Product, options: Options, kept: Sequence[int] | None) -> None:
-        """Put the operator where the last node of a product is."""
-        weight = octavo.quantize_weight(np.ascontiguousarray(product.values), options=options, outlier_columns=kept)
-        has_kept = weight.outlier_columns is not None
-        arrays = {
-            "codes": weight.packed if weight.is_packed else weight.codes,
-            "scale": weight.scale,
-            "code_sums": weight.code_sums,
-            "zeropoint": weight.zeropoint,
-            "outlier_columns": weight.outlier_columns,
-            "outlier_weight": np.asarray(weight.outlier_weight, np.float32) if has_kept else None,
-            "bias": product.bias,
-        }
-        names = [product.x]
-        for part, array in arrays.items():
-            names.append("" if array is None else f"{product.output}.octavo.{part}")
-            if array is not None:
-                self.graph.initializer.append(numpy_helper.from_array(np.asarray(array), names[-1]))
-        while not names[-1]:
-            names.pop()
+    def replace(self, products: Sequence[_Product], options: Options) -> None:
+        """Put one operator where the first node of products of one input is."""
+        names, last = [products[0].x], 0
+        for product in products:
+            values = np.ascontiguousarray(product.values)
+            weight = octavo.quantize_weight(values, options=options, outlier_columns=product.kept)
+            has_kept = weight.outlier_columns is not None
+            arrays = {
+                "codes": weight.packed if weight.is_packed else weight.codes,
+                "scale": weight.scale,
+                "code_sums": weight.code_sums,
+                "zeropoint": weight.zeropoint,
+                "outlier_columns": weight.outlier_columns,
+                "outlier_weight": np.asarray(weight.outlier_weight, np.float32) if has_kept else None,
+                "bias": product.bias,
+            }
+            for part, array in arrays.items():
+                names.append("" if array is None else f"{product.output}.octavo.{part}")
+                if array is not None:
+                    self.graph.initializer.append(numpy_helper.from_array(np.asarray(array), names[-1]))
+                    last = len(names)
         attributes = {key: value for key, value in asdict(options).items() if value is not None}
         attributes |= {"cap": repr(options.cap)} if options.cap is not None else {}
         attributes |= {"in_features": weight.shape[1], "threshold": float(options.threshold)}
-        name = f"{product.nodes[0].name or product.output}.octavo"
-        operator = helper.make_node("Linear", names, [product.output], name, domain="octavo", **attributes)
-        self.replaced |= {id(node): None for node in product.nodes} | {id(product.nodes[-1]): operator}
+        outputs = [product.output for product in products]
+        name = f"{products[0].nodes[0].name or outputs[0]}.octavo"
+        operator = helper.make_node("Linear", names[:last], outputs, name, domain="octavo", **attributes)
+        self.replaced |= {id(node): None for product in products for node in product.nodes}
+        self.replaced[id(products[0].nodes[0])] = operator
 
     def finish(self) -> None:
         """Replace what was to be replaced; what nobody reads any more goes."""

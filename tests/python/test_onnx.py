@@ -133,6 +133,29 @@ def test_what_is_converted() -> None:
     assert np.abs(run(int8, x) - exact).max() < 0.05 * np.abs(exact).max()
 
 
+@pytest.mark.parametrize("options", [Options(), Options(scheme="zeropoint"), octavo.recipe("best")], ids=str)
+def test_products_of_one_input_are_one_operator(options: Options) -> None:
+    """Four at a time, with the outputs that each has alone; with a bias or not, kept columns or not."""
+    sizes = {"q": 48, "k": 16, "v": 7, "gate": 33, "up": 40}
+    weights = {name: make("normal", (n, 64), "float32", n) for name, n in sizes.items()}
+    bias = make("normal", (16,), "float32")
+    nodes = [helper.make_node("MatMul", ["x", name], [f"of_{name}"], name) for name in weights]
+    nodes.insert(2, helper.make_node("Add", ["of_k", "bias"], ["biased"]))
+    outputs = ["biased" if name == "k" else f"of_{name}" for name in weights]
+    nodes.append(helper.make_node("Concat", outputs, ["y"], axis=-1))
+    given = model(nodes, {**{name: w.T for name, w in weights.items()}, "bias": bias}, 64, sum(sizes.values()))
+    int8 = octavo_onnx.quantize_model(given, options, outlier_columns={"v": [5, 9]})
+    assert operators(int8) == ["Linear", "Linear", "Concat"]
+    assert [len(node.output) for node in int8.graph.node] == [4, 1, 1]
+    x = make("outliers", (2, 9, 64), "float32")
+    parts = []
+    for name, w in weights.items():
+        weight = octavo.quantize_weight(w, options=options, outlier_columns=[5, 9] if name == "v" else None)
+        parts.append(octavo.linear(x, weight, bias if name == "k" else None, options=options))
+    for threads in (1, 2):
+        np.testing.assert_array_equal(run(int8, x, threads), np.concatenate(parts, -1))
+
+
 def test_what_onnx_runtime_quantized_to_int8(tmp_path: Path) -> None:
     """Its codes for each output feature stay as they are."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -274,7 +297,7 @@ def test_an_encoder(tmp_path: Path) -> None:
     program.save(tmp_path / "m.onnx", external_data=True)
     int8 = octavo_onnx.quantize_model(tmp_path / "m.onnx")
     layers = [node for node in int8.graph.node if node.domain == "octavo"]
-    assert len(layers) == 12
+    assert [len(node.output) for node in layers] == [3, 1, 1, 1] * 2  # q, k and v are one
     for name in {layers[-1].input[0], layers[-1].output[0]}:
         int8.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     session = ort.InferenceSession(int8.SerializeToString(), octavo_onnx.session_options(2))
