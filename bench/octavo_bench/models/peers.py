@@ -181,23 +181,27 @@ class _Hidden(torch.nn.Module):
         return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
-def onnxruntime_encoder(folder: Path) -> Any:
-    """ONNX Runtime's dynamic quantization of an exported encoder."""
+def onnxruntime_encoder(how: str, folder: Path) -> Any:
+    """An exported encoder in ONNX Runtime: "float32", its own dynamic quantization "int8", or octavo's "operator"."""
+    import octavo.onnx
+    import onnx
     import onnxruntime
     from onnxruntime.quantization import quantize_dynamic
     from transformers import AutoModel
 
-    path = find.cache() / f"{folder.parent.name}-{folder.name}-int8.onnx"
-    if not path.exists():
+    path = find.cache() / f"{folder.parent.name}-{folder.name}-{how}.onnx"
+    exported = path.with_name(path.name.replace(how, "float32"))
+    if not exported.exists():
         model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
         ids = torch.ones(2, 9, dtype=torch.int64)
         axes = {"input_ids": {0: "b", 1: "t"}, "attention_mask": {0: "b", 1: "t"}}
-        exported = path.with_suffix(".float32.onnx")
         more: Any = {"input_names": list(axes), "output_names": ["y"], "dynamic_axes": axes, "dynamo": False}
         torch.onnx.export(_Hidden(model), (ids, ids), str(exported), **more)
+    if how == "int8" and not path.exists():
         quantize_dynamic(exported, path)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    if how == "operator":  # of octavo's version here
+        onnx.save(octavo.onnx.quantize_model(exported), path)
+    options = octavo.onnx.session_options(torch.get_num_threads())
     session = onnxruntime.InferenceSession(str(path), options)
 
     def run(ids: Tensor, mask: Tensor, new: int) -> Any:

@@ -143,7 +143,9 @@ ENGINES: Mapping[str, Engine] = {
     "torchao": Engine(partial(_torch, _16, _torchao), "torchao"),
     "llama.cpp Q8_0": Engine(llama_cpp, "xllamacpp", ("decoder",)),
     "CTranslate2 int8": Engine(ctranslate2_decoder, "ctranslate2", ("decoder",)),
-    "ONNX Runtime int8": Engine(onnxruntime_encoder, "onnxruntime", ("encoder",)),
+    "ONNX Runtime float32": Engine(partial(onnxruntime_encoder, "float32"), "onnxruntime", ("encoder",)),
+    "ONNX Runtime int8": Engine(partial(onnxruntime_encoder, "int8"), "onnxruntime", ("encoder",)),
+    "octavo in ONNX Runtime": Engine(partial(onnxruntime_encoder, "operator"), "onnxruntime", ("encoder",)),
 }
 
 
