@@ -89,16 +89,8 @@ def pretrain(setting: train.Setting, tokens: train.Tokens, held_out: Tensor, way
 
     losses = []
     for step in range(setting.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = train.rate(setting, step)
         loss = loss_of(train.batch(setting, tokens, step, seed))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(train.learn(model, optimizers, train.rate(setting, step), loss))
     model.eval()
     with torch.no_grad():
         evaluated = statistics.mean(float(loss_of(part)) for part in held_out.split(16))

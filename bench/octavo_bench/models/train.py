@@ -131,6 +131,18 @@ def new_optimizers(model: Any, setting: Setting) -> list[torch.optim.Optimizer]:
     ]
 
 
+def learn(model: Any, optimizers: Sequence[torch.optim.Optimizer], rate: float, loss: Tensor) -> float:
+    """A step of the optimizers at a learning rate, along the gradients of a loss; returns the loss."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
 def train(setting: Setting, output: Path, tokens: Tokens, progress: Progress) -> list[float]:
     """Train, and write the model; returns the losses by step. Goes on where one that was ended had got to."""
     model = new_model(setting)
@@ -145,17 +157,9 @@ def train(setting: Setting, output: Path, tokens: Tokens, progress: Progress) ->
     model.train()
     for step in range(len(losses), setting.steps):
         with progress.step(f"training: loss {losses[-1]:.3f}" if losses else "training"):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate(setting, step)
             ids = batch(setting, tokens, step)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(learn(model, optimizers, rate(setting, step), loss))
         if len(losses) % KEEP_EVERY == 0:
             values = [owner.state_dict() for owner in (model, *optimizers)]
             state = {"run": [asdict(setting), text], "losses": losses, "values": values}
