@@ -17,6 +17,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "octavo/octavo.h"
@@ -283,7 +284,7 @@ Outcome linear(Generator& g, bool backward) {
     std::array<octavo_matrix, 5> outs{};
     std::array<octavo_linear_layer, 5> layers{};
     const std::int64_t count = g.number(0, std::ssize(layers) + 1);
-    for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i) {
+    for (std::size_t i = 0; std::cmp_less(i, count); ++i) {
         outs.at(i) = i == 0 ? out : g.matrix(g.floats(), m, g.chance(95) ? n : n + 1, true);
         layers.at(i) = {&weight, g.chance(50) ? &bias : nullptr, &outs.at(i)};
     }

@@ -263,10 +263,10 @@ TEST(encode_absmax_is_ideal_for_bfloat16) { check_ideal_codes(DType::bf16); }
 TEST(encode_absmax_of_float32_is_the_quotient_rounded_once) {
     Random random(12);
     for (int part = 0; part < 400; ++part) {
-        const auto absmax = static_cast<float>(std::ldexp(random.uniform(1, 2), static_cast<int>(part % 101) - 50));
+        const auto absmax = static_cast<float>(std::ldexp(random.uniform(1, 2), (part % 101) - 50));
         std::vector<float> x;
         for (int code = -127; code < 127; ++code) {
-            float value = static_cast<float>((code + 0.5) * absmax / 127);
+            auto value = static_cast<float>((code + 0.5) * absmax / 127);
             for (int places = 0; places < 4; ++places) value = std::nextafterf(value, -INFINITY);
             for (int places = 0; places < 9; ++places, value = std::nextafterf(value, INFINITY)) x.push_back(value);
         }
@@ -276,7 +276,7 @@ TEST(encode_absmax_of_float32_is_the_quotient_rounded_once) {
             for (std::size_t i = 0; i < x.size(); ++i) {
                 const float product = x[i] * 127.0F;
                 const float quotient = product / absmax;
-                if (codes[i] == std::nearbyint(quotient)) continue;
+                if (static_cast<float>(codes[i]) == std::nearbyint(quotient)) continue;
                 const check::Context context(table->isa, " absmax ", absmax, " x ", x[i]);
                 CHECK_EQ(int{codes[i]}, static_cast<int>(std::nearbyint(quotient)));
             }
@@ -559,7 +559,7 @@ namespace {
 struct Finished {
     const Plan& plan;
     const std::int32_t* acc;
-    std::vector<std::int32_t> sums{};
+    std::vector<std::int32_t> sums;
 
     static void take(const void* context, std::int64_t row, std::int64_t rows) {
         Finished& finished = **static_cast<Finished* const*>(context);
@@ -606,16 +606,16 @@ std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8
             tile.w = slice.data();
             tile.w_stride = 16 * size * plan.regrouped;
         }
-        Finished finished{.plan = plan, .acc = acc.data()};
-        Finished* const context = &finished;
+        Finished finished{.plan = plan, .acc = acc.data(), .sums = {}};
+        Finished* const context = &finished;  // NOLINT(misc-const-correctness): rows are added to it
         if (plan.run_rows > 0 && end == depth) {
             tile.finish = Finished::take;
-            tile.context = &context;
+            tile.context = static_cast<const void*>(&context);
         }
         plan.multiply(tile);
         if (tile.finish != nullptr) {
             CHECK_EQ(std::ssize(finished.sums), rows * plan.cols);
-            std::copy(finished.sums.begin(), finished.sums.end(), acc.data());
+            std::ranges::copy(finished.sums, acc.data());
         }
         begin = end;
     }
