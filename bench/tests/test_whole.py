@@ -28,7 +28,11 @@ def test_whole(tmp_path: Path, facts: Any, progress: Progress, monkeypatch: pyte
     wrong = whole.Engine(lambda folder: lambda ids, mask, new: torch.zeros(len(ids), 300))
     more = {"broken": whole.Engine(broken), "wrong": wrong, "absent": whole.Engine(broken, "a_package_of_nobody")}
     monkeypatch.setattr(whole, "ENGINES", {**whole.ENGINES, **more})
-    engines = [name for name in whole.ENGINES if name.startswith(("octavo", "torch "))]
+    engines = [
+        name
+        for name, each in whole.ENGINES.items()
+        if "decoder" in each.kinds and name.startswith(("octavo", "torch "))
+    ]
     args = argparse.Namespace(model="tiny", engines=[*engines, *more], rounds=2, seconds=0.0, loads=False)
     report = whole.run(args, tmp_path / "tiny", facts, progress)
     (table,) = report.tables
