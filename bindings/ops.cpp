@@ -320,7 +320,8 @@ py::object quantize_weight_op(py::handle weight_object, py::handle options_objec
 
 // As quantize_weight, into the arrays of a weight: codes [n, k'] or, in CPU memory, packed. Nothing is allocated.
 py::object requantize_op(py::handle weight_object, py::handle options_object, py::handle codes_object,
-                         py::handle scale_object, py::handle zeropoint_object, py::handle code_sums_object) {
+                         py::handle scale_object, py::handle zeropoint_object, py::handle code_sums_object,
+                         py::handle seed_object, py::handle enqueue_object) {
     constexpr auto function = "quantize_weight";
     Array weight(weight_object, {function, "weight"});
     need_rank(weight, {function, "weight"}, 2);
@@ -341,9 +342,11 @@ py::object requantize_op(py::handle weight_object, py::handle options_object, py
         need_rank(codes, {function, "out.codes"}, 2);
         target = codes.mutable_matrix();
     }
+    Requantization again{.enqueue = enqueue_object.cast<bool>()};
+    if (!seed_object.is_none()) again.seed = seed_object.cast<std::uint64_t>();
     run(weight, work_of(source), [&](Stream stream) {
         octavo::quantize_weight(source, options, target, scale.vector(), vector_or_absent(zeropoint),
-                                code_sums.vector(), stream, packed ? Layout::packed : Layout::row_major);
+                                code_sums.vector(), stream, packed ? Layout::packed : Layout::row_major, again);
     });
     return py::none();
 }
@@ -729,7 +732,8 @@ void define_operations(py::module_& module) {
         method<quantize_op>("quantize", "quantize($module, x, options, exclude, /)\n--\n\n"),
         method<quantize_weight_op>("quantize_weight", "quantize_weight($module, weight, options, /)\n--\n\n"),
         method<requantize_op>("requantize",
-                              "requantize($module, weight, options, codes, scale, zeropoint, code_sums, /)\n--\n\n"),
+                              "requantize($module, weight, options, codes, scale, zeropoint, code_sums, seed, enqueue, "
+                              "/)\n--\n\n"),
         method<find_outliers_op>("find_outliers", "find_outliers($module, x, options, /)\n--\n\n"),
         method<pack_op>("pack", "pack($module, codes, /)\n--\n\n"),
         method<unpack_op>("unpack", "unpack($module, packed, n, k, /)\n--\n\n"),

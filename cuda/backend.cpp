@@ -56,9 +56,11 @@ public:
              [&] { cuda::quantize(x, options, exclude, codes, scale, zeropoint, native(stream)); });
     }
     void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
-                         Vector zeropoint, Vector code_sums, Layout /*layout*/, Stream stream) const override {
-        call("quantize_weight", weight.device, scratch_(),
-             [&] { cuda::quantize_weight(weight, options, codes, scale, zeropoint, code_sums, native(stream)); });
+                         Vector zeropoint, Vector code_sums, Layout /*layout*/, const Requantization& again,
+                         Stream stream) const override {
+        call("quantize_weight", weight.device, scratch_(), [&] {
+            cuda::quantize_weight(weight, options, codes, scale, zeropoint, code_sums, again, native(stream));
+        });
     }
     void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const override {
         call("sum_codes", codes.device, scratch_(), [&] { cuda::sum_codes(codes, code_sums, native(stream)); });

@@ -127,9 +127,9 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const Exclusio
 void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
               Vector zeropoint, cudaStream_t stream);
 
-// Waits for the device, to report a weight that is not finite; cannot be captured.
+// Waits for the device, to report a weight that is not finite, and cannot be captured, unless `again` says so.
 void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
-                     Vector code_sums, cudaStream_t stream);
+                     Vector code_sums, const Requantization& again, cudaStream_t stream);
 
 void sum_codes(ConstMatrix codes, Vector code_sums, cudaStream_t stream);
 

@@ -26,6 +26,7 @@
 #include "marks.cuh"
 #include "memory.hpp"
 #include "octavo/error.hpp"
+#include "octavo/stochastic.hpp"
 #include "operations.hpp"
 #include "outlier_columns.cuh"
 #include "ranges.cuh"
@@ -192,6 +193,36 @@ private:
     double wide_nd_ = 0.0;
     double wide_zeropoint_ = 0.0;
 };
+
+// --- stochastic rounding --------------------------------------------------------------------------------------------
+
+constexpr int stochastic_threads = 256;
+
+// The codes anew, by the scales that there are; a thread has four elements of a row, which have one counter.
+__global__ void __launch_bounds__(stochastic_threads)
+    round_kernel(FloatView x, std::int64_t cols, std::uint64_t seed, Span<float> scale, View<std::int8_t> codes) {
+    const std::int64_t quads = (cols + 3) / 4;
+    const std::int64_t chunks = (quads + stochastic_threads - 1) / stochastic_threads;
+    const std::int64_t row = blockIdx.x / chunks;
+    const std::int64_t quad = blockIdx.x % chunks * stochastic_threads + threadIdx.x;
+    if (quad >= quads) return;
+    const RandomWords random = words_of(row, quad, seed);
+    const float of_row = scale.of_group(row);
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+        const std::int64_t col = 4 * quad + part;
+        if (col < cols) *codes.at(row, col) = stochastic_code(x(row, col), of_row, random.words[part]);
+    }
+}
+
+void round_stochastically(const ConstMatrix& weight, const std::optional<std::uint64_t>& seed, const Matrix& codes,
+                          const Vector& scale, const Vector& code_sums, cudaStream_t stream) {
+    if (!seed || weight.rows == 0 || weight.cols == 0) return;
+    const std::int64_t blocks = weight.rows * blocks_for(blocks_for(weight.cols, 4), stochastic_threads);
+    launch(round_kernel, Grid{static_cast<unsigned>(blocks), stochastic_threads}, stream, float_view_of(weight),
+           weight.cols, *seed, span_of<float>(scale), view_of<std::int8_t>(codes));
+    sum_codes(codes, code_sums, stream);
+}
 
 // --- kernel ---------------------------------------------------------------------------------------------------------
 
@@ -686,10 +717,15 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
 }
 
 void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
-                     Vector code_sums, cudaStream_t stream) {
-    refuse_capture(stream, "quantize_weight");
+                     Vector code_sums, const Requantization& again, cudaStream_t stream) {
     QuantizeOptions of_rows = options;
     of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
+    if (again.enqueue) {
+        quantize_rows(weight, of_rows, false, nullptr, {}, codes, codes.cols, scale, zeropoint, code_sums, nullptr,
+                      stream);
+        return round_stochastically(weight, again.seed, codes, scale, code_sums, stream);
+    }
+    refuse_capture(stream, "quantize_weight");
     // A row's number is never as great as this, which bytes of one value make.
     constexpr int filler = 0x7F;
     constexpr unsigned long long none = 0x7F7F7F7F7F7F7F7FULL;
@@ -705,7 +741,7 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
               "cudaMemcpyAsync");
         check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
     }
-    if (first == none) return;
+    if (first == none) return round_stochastically(weight, again.seed, codes, scale, code_sums, stream);
     const std::string where = scale.size == 1 ? "" : " in row " + std::to_string(first);
     throw Error(ErrorKind::value, "quantize_weight: weight: expected finite values, got NaN or Inf" + where);
 }

@@ -5,6 +5,7 @@
 
 #include "octavo/linear.hpp"
 #include "octavo/options.hpp"
+#include "octavo/quantize.hpp"
 #include "octavo/types.hpp"
 
 namespace octavo {
@@ -21,7 +22,8 @@ public:
     virtual void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes,
                           Vector scale, Vector zeropoint, Stream stream) const = 0;
     virtual void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
-                                 Vector zeropoint, Vector code_sums, Layout layout, Stream stream) const = 0;
+                                 Vector zeropoint, Vector code_sums, Layout layout, const Requantization& again,
+                                 Stream stream) const = 0;
     virtual void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const = 0;
     virtual void pack(ConstMatrix codes, Vector packed, Stream stream) const = 0;
     virtual void unpack(ConstVector packed, Matrix codes, Stream stream) const = 0;
@@ -53,7 +55,8 @@ public:
     void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
                   Vector zeropoint, Stream stream) const override;
     void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
-                         Vector zeropoint, Vector code_sums, Layout layout, Stream stream) const override;
+                         Vector zeropoint, Vector code_sums, Layout layout, const Requantization& again,
+                         Stream stream) const override;
     void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) const override;
     void pack(ConstMatrix codes, Vector packed, Stream stream) const override;
     void unpack(ConstVector packed, Matrix codes, Stream stream) const override;

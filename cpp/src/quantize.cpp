@@ -1,5 +1,7 @@
 #include "octavo/quantize.hpp"
 
+#include <string>
+
 #include "backend.hpp"
 #include "check.hpp"
 
@@ -48,8 +50,13 @@ void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude
 }
 
 void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
-                     Vector code_sums, Stream stream, Layout layout) {
+                     Vector code_sums, Stream stream, Layout layout, const Requantization& again) {
     constexpr auto function = "quantize_weight";
+    if (again.seed && (options.scheme != Scheme::absmax || options.rotation != 0)) {
+        check::fail(ErrorKind::value, {function, "seed"}, "scheme 'absmax' and rotation 0, which it rounds for",
+                    options.scheme == Scheme::absmax ? "rotation " + std::to_string(options.rotation)
+                                                     : std::string("'zeropoint'"));
+    }
     check::is_float({function, "weight"}, weight);
     check::depth({function, "weight"}, weight.cols);
     const std::int64_t groups = options.granularity == Granularity::vector ? weight.rows : 1;
@@ -64,7 +71,7 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
                       {"code_sums", code_sums}},
                      {{"weight", weight}});
     backend_for(weight.device, function)
-        .quantize_weight(weight, options, codes, scale, zeropoint, code_sums, layout, stream);
+        .quantize_weight(weight, options, codes, scale, zeropoint, code_sums, layout, again, stream);
 }
 
 void sum_codes(ConstMatrix codes, Vector code_sums, Stream stream) {

@@ -55,7 +55,15 @@ class DLPackArray:
 def quantize(x: Array, options: Options, exclude: Array | None, /) -> tuple[Array, Array, Array | None]: ...
 def quantize_weight(weight: Array, options: Options, /) -> tuple[Array, Array, Array | None, Array]: ...
 def requantize(
-    weight: Array, options: Options, codes: Array, scale: Array, zeropoint: Array | None, code_sums: Array, /
+    weight: Array,
+    options: Options,
+    codes: Array,
+    scale: Array,
+    zeropoint: Array | None,
+    code_sums: Array,
+    seed: int | None,
+    enqueue: bool,
+    /,
 ) -> None: ...
 def find_outliers(x: Array, options: Options, /) -> Array: ...
 def take_columns(weight: Array, indices: Array, /) -> tuple[Array, Array]: ...

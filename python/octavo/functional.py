@@ -113,6 +113,7 @@ def quantize_weight(
     outlier_columns: Columns | None = None,
     options: Options | None = None,
     out: Int8Weight | None = None,
+    seed: int | None = None,
 ) -> Int8Weight:
     """Quantize the weight of a linear layer for `linear`.
 
@@ -128,18 +129,28 @@ def quantize_weight(
             the 16-bit product of these columns uses them instead of dequantized codes.
         options: whose `scheme`, `granularity` and `rotation` to use, instead of single ones.
         out: a weight of the same shape, made with the same options and without kept columns, whose arrays to write to,
-            without an allocation; it is returned. For a weight that is trained.
+            without an allocation; it is returned. For a weight that is trained. On CUDA devices the work is enqueued,
+            and a group of the weight that holds NaN or Inf has scale NaN, so that whatever it produces is NaN.
+        seed: 0 to 2**64 - 1: codes are rounded stochastically, so that ``codes * scale`` is the weight on average over
+            seeds: of ``r = weight / scale`` the greater neighbor as likely as ``r`` is near to it. The random numbers
+            are those of Philox-4x32-10 for this key and the places of the elements (stochastic.hpp), the same on every
+            machine. Absmax without rotation, and with `out` only. None (default): to the nearest.
 
     Raises:
         ValueError: the weight holds NaN or Inf (`out` is then unspecified), is not of rank 2, or a column is out of
-            range; `out` does not fit, or its arrays cannot be written to.
+            range; `out` does not fit, or its arrays cannot be written to; a seed without `out`, out of range, with
+            "zeropoint" or with rotation.
     """
+    if seed is not None:
+        expect("quantize_weight: seed", seed, int, "an int")
+        if out is None or not 0 <= seed < 2**64:
+            raise ValueError(f"quantize_weight: seed: expected `out`, and 0 to 2**64 - 1, got {seed}")
     indices = None
     if outlier_columns is not None:
         indices = column_indices("quantize_weight", "outlier_columns", outlier_columns, columns_of(weight))
     options = options_of("quantize_weight", options, scheme=scheme, granularity=granularity, rotation=rotation)
     if out is not None:
-        return _requantize(weight, options, indices, out)
+        return _requantize(weight, options, indices, out, seed)
     codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, options._native)
     kept, kept_weight = (None, None) if indices is None else take_columns(weight, indices)
     return Int8Weight(
@@ -154,7 +165,7 @@ def quantize_weight(
     )
 
 
-def _requantize(weight: Array, options: Options, kept: Any, out: Int8Weight) -> Int8Weight:
+def _requantize(weight: Array, options: Options, kept: Any, out: Int8Weight, seed: int | None) -> Int8Weight:
     """Quantize into the arrays of `out`."""
     expect("quantize_weight: out", out, Int8Weight, "an Int8Weight")
     expected = (tuple(weight.shape), options.scheme, options.granularity, options.rotation)
@@ -162,7 +173,7 @@ def _requantize(weight: Array, options: Options, kept: Any, out: Int8Weight) -> 
         raise ValueError("quantize_weight: out: expected {}, {}, {}, rotation {}, got {!r}".format(*expected, out))
     if kept is not None or out.outlier_columns is not None:
         raise ValueError("quantize_weight: out: expected no kept columns, got some")
-    _core.requantize(weight, options._native, out._codes, out.scale, out.zeropoint, out.code_sums)
+    _core.requantize(weight, options._native, out._codes, out.scale, out.zeropoint, out.code_sums, seed, True)
     return out
 
 

@@ -1,6 +1,7 @@
 // quantize, quantize_weight and sum_codes: literal cases, the edges of the number formats, then the reference.
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "device.hpp"
 #include "octavo/pack.hpp"
 #include "octavo/quantize.hpp"
+#include "octavo/stochastic.hpp"
 #include "reference.hpp"
 
 using octavo::DType;
@@ -402,6 +404,127 @@ TEST(packed_weight) {
             }
         }
     }
+}
+
+// Known answers of Random123, by the authors of the paper.
+TEST(philox) {
+    const auto check_words = [](const octavo::RandomWords& found, const octavo::RandomWords& expected) {
+        for (int i = 0; i < 4; ++i) CHECK_EQ(found.words[i], expected.words[i]);
+    };
+    constexpr std::uint32_t all = 0xFFFFFFFFU;
+    check_words(octavo::philox({{0, 0, 0, 0}}, 0), {{0x6627E8D5U, 0xE169C58DU, 0xBC57AC4CU, 0x9B00DBD8U}});
+    check_words(octavo::philox({{all, all, all, all}}, ~std::uint64_t{0}),
+                {{0x408F276DU, 0x41C83B0EU, 0xA20BC7C6U, 0x6D5451FDU}});
+    check_words(octavo::philox({{0x243F6A88U, 0x85A308D3U, 0x13198A2EU, 0x03707344U}}, 0x299F31D0A4093822U),
+                {{0xD16CFE09U, 0x94FDCCEBU, 0x5001E420U, 0x24126EA1U}});
+}
+
+TEST(stochastic_weight) {
+    Random random(54);
+    constexpr std::int64_t n = 18;
+    constexpr std::int64_t k = 70;
+    for (const DType dtype : float_dtypes) {
+        for (const Granularity granularity : {Granularity::row, Granularity::vector}) {
+            const Array w(dtype, random_normal(random, n, k));
+            const Values values = w.values();
+            const std::int64_t groups = granularity == Granularity::vector ? n : 1;
+            const Array codes(DType::i8, n, k);
+            const Array scale(DType::f32, 1, groups);
+            const Array sums(DType::i32, 1, n);
+            const auto requantize = [&](std::optional<std::uint64_t> seed) {
+                octavo::quantize_weight(w.matrix(), {Scheme::absmax, granularity}, codes.matrix(), scale.vector(),
+                                        octavo::absent_vector, sums.vector(), {}, octavo::Layout::row_major,
+                                        {.seed = seed});
+            };
+            requantize({});
+            const Values nearest = scale.values();
+            constexpr int draws = 64;
+            std::vector<double> means(n * k, 0.0);
+            for (std::uint64_t seed = 0; seed < draws; ++seed) {
+                requantize(seed << 40U);
+                check_values("scale", scale, nearest);
+                for (std::int64_t j = 0; j < n; ++j) {
+                    double sum = 0;
+                    const auto of_row = static_cast<float>(scale.get(groups == 1 ? 0 : j));
+                    for (std::int64_t h = 0; h < k; ++h) {
+                        const double code = codes.get(j, h);
+                        const auto words = octavo::words_of(j, h / 4, seed << 40U);
+                        const auto x = static_cast<float>(values(j, h));
+                        CHECK_EQ(code, octavo::stochastic_code(x, of_row, words.words[h % 4]));
+                        CHECK(std::fabs(code - static_cast<double>(x) / of_row) < 1 + 1e-5);
+                        sum += code;
+                        means[static_cast<std::size_t>(j * k + h)] += code / draws;
+                    }
+                    CHECK_EQ(sums.get(j), sum);
+                }
+            }
+            // A mean of 64 draws is off by 1 / 16 at most in the standard deviation, by less than five of them, and
+            // the mean of those errors is 0: to the nearest it would be so only by chance.
+            double bias = 0;
+            for (std::int64_t i = 0; i < n * k; ++i) {
+                const double exact = values(i / k, i % k) / scale.get(groups == 1 ? 0 : i / k);
+                CHECK(std::fabs(means[static_cast<std::size_t>(i)] - exact) < 5.0 / 16);
+                bias += (means[static_cast<std::size_t>(i)] - exact) / (n * k);
+            }
+            CHECK(std::fabs(bias) < 5.0 / 16 / std::sqrt(static_cast<double>(n * k)));
+        }
+    }
+}
+
+TEST(stochastic_weight_is_the_same_packed) {
+    if (test_device().kind != octavo::DeviceKind::cpu) return;
+    Random random(55);
+    const Array w(DType::f32, random_normal(random, 35, 70));
+    const Array codes(DType::i8, 35, 70);
+    const Array expected(DType::i8, 1, octavo::packed_size(35, 70));
+    const Array packed(DType::i8, std::vector<double>(expected.values().v.size(), 99));
+    const Array scale(DType::f32, 1, 35);
+    const Array sums(DType::i32, 1, 35);
+    octavo::Matrix target = codes.matrix();
+    const auto requantize = [&](octavo::Layout layout) {
+        octavo::quantize_weight(w.matrix(), {}, target, scale.vector(), octavo::absent_vector, sums.vector(), {},
+                                layout, {.seed = 3});
+    };
+    requantize(octavo::Layout::row_major);
+    octavo::pack(codes.matrix(), expected.vector());
+    target.data = packed.matrix().data;
+    requantize(octavo::Layout::packed);
+    check_values("codes", packed, expected.values());
+}
+
+TEST(stochastic_weight_at_the_ends) {
+    constexpr float largest = 3e38F;
+    CHECK_EQ(octavo::stochastic_code(largest, largest / 127, 0), 127);
+    CHECK_EQ(octavo::stochastic_code(-largest, largest / 127, ~0U), -127);
+    CHECK_EQ(octavo::stochastic_code(0.5F, 0.0F, 0), 0);
+    CHECK_EQ(octavo::stochastic_code(1.0F, static_cast<float>(quiet_nan), 0), 0);
+    CHECK_EQ(octavo::stochastic_code(-0.25F, 1.0F, 0), 0);     // u 0: up
+    CHECK_EQ(octavo::stochastic_code(-0.25F, 1.0F, ~0U), -1);  // u nearly 1: down
+    CHECK_EQ(octavo::stochastic_code(5.0F, 1.0F, 0), 5);
+    const Array x(DType::f32, 2, 3);
+    const Array codes(DType::i8, 2, 3);
+    const Array scale(DType::f32, 1, 2);
+    const Array sums(DType::i32, 1, 2);
+    for (const octavo::QuantizeOptions options :
+         {octavo::QuantizeOptions{Scheme::zeropoint}, octavo::QuantizeOptions{.rotation = 16}}) {
+        const Array wide(DType::i8, 2, octavo::rotated_size(3, options.rotation));
+        CHECK_THROWS(octavo::quantize_weight(x.matrix(), options, wide.matrix(), scale.vector(), octavo::absent_vector,
+                                             sums.vector(), {}, octavo::Layout::row_major, {.seed = 1}),
+                     value, "quantize_weight: seed: expected scheme 'absmax' and rotation 0, which it rounds for, got");
+    }
+}
+
+TEST(weight_that_is_only_enqueued) {
+    if (test_device().kind == octavo::DeviceKind::cpu) return;  // an error, as ever
+    const Array w(DType::f32, Values(3, 2, {1, 2, 3, quiet_nan, 4, 5}));
+    const Array codes(DType::i8, 3, 2);
+    const Array scale(DType::f32, 1, 3);
+    const Array sums(DType::i32, 1, 3);
+    octavo::quantize_weight(w.matrix(), {}, codes.matrix(), scale.vector(), octavo::absent_vector, sums.vector(), {},
+                            octavo::Layout::row_major, {.enqueue = true});
+    CHECK(std::isnan(scale.get(1)));
+    check_values("codes", codes, Values(3, 2, {64, 127, 0, 0, 102, 127}));
+    check_values("sums", sums, {191, 0, 229});
 }
 
 TEST(weight_must_be_finite) {

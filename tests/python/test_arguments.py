@@ -100,7 +100,15 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "quantize": (octavo.quantize, {"x": X, "scheme": "absmax", "granularity": "row", "rotation": 0, "exclude": None}),
     "quantize_weight": (
         octavo.quantize_weight,
-        {"weight": W, "scheme": "absmax", "granularity": "row", "rotation": 0, "outlier_columns": None, "out": None},
+        {
+            "weight": W,
+            "scheme": "absmax",
+            "granularity": "row",
+            "rotation": 0,
+            "outlier_columns": None,
+            "out": None,
+            "seed": None,
+        },
     ),
     "quantize_weight options": (octavo.quantize_weight, {"weight": W, "options": None}),
     "dequantize": (octavo.dequantize, {"q": WEIGHT, "dtype": None}),

@@ -158,6 +158,17 @@ def test_arguments() -> None:
         ({"grad_input": "8bit"}, ValueError, "train_: grad_input: expected 'int8' or '16bit', got '8bit'"),
         ({"decomposition": 1}, TypeError, "train_: decomposition: expected a bool, got int"),
         ({"threshold": -1.0}, ValueError, "train_: threshold: expected"),
+        ({"seed": 0.5}, TypeError, "train_: seed: expected an int or None, got float"),
+        (
+            {"seed": 1, "rotation": 16},
+            ValueError,
+            "train_: seed: expected scheme 'absmax' and rotation 0, got 'absmax'",
+        ),
+        (
+            {"seed": 1, "scheme": "zeropoint"},
+            ValueError,
+            "train_: seed: expected scheme 'absmax' and rotation 0, got 'z",
+        ),
         ({"outliers": "static"}, ValueError, "train_: outliers: expected 'columns', 'rows' or 'none', got 'static'"),
     ]:
         with pytest.raises(error, match=message):
@@ -228,6 +239,61 @@ def test_codes_are_made_once_and_in_the_same_memory(monkeypatch: pytest.MonkeyPa
         assert len(made) == steps + 1
         optimizer.step()
     assert made[0] is made[1] is made[2]
+
+
+def test_codes_on_a_device_are_made_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value is compared: every forward pass makes codes, which its backward pass takes."""
+    from octavo.torch import training
+
+    def waits(*_: Any) -> bool:
+        raise AssertionError("it compares values")
+
+    made = []
+    quantize_weight = octavo.quantize_weight
+    monkeypatch.setattr(training, "_compares", lambda weight: False)
+    monkeypatch.setattr(
+        training, "quantize_weight", lambda *args, **more: made.append(1) or quantize_weight(*args, **more)
+    )
+    model = nn.Sequential(nn.Linear(48, 40))
+    train_(model, ["0"])
+    x = torch.randn(5, 48, requires_grad=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "equal", waits)
+        for passes in range(1, 4):
+            changes()["preserved version"](model[0].weight)
+            model(x).sum().backward()
+            assert len(made) == passes
+    expected = octavo.linear(x.detach(), octavo.quantize_weight(model[0].weight), model[0].bias.detach())
+    assert torch.equal(model(x), expected)
+
+
+def test_weights_are_rounded_stochastically() -> None:
+    """By a seed: another draw for each layer and change, the same ones again, right on average."""
+
+    def codes(seed: int) -> list[Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 48, bias=False), nn.Linear(48, 48, bias=False))
+        model[1].load_state_dict(model[0].state_dict())
+        train_(model, ["*"], seed=seed)
+        found = []
+        for _ in range(2):
+            x = torch.eye(48)
+            found += [model[0](x), model[1](x)]
+            with torch.no_grad():
+                model[0].weight.add_(0)  # changed, to what it was
+        weights.append(model[0].weight.detach())
+        return found
+
+    weights: list[Any] = []
+    first, again, other = codes(3), codes(3), codes(4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(first[1], first[3])  # whose weight did not change
+    different = [first[0], first[1], first[2], other[0]]
+    assert all(not torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
+    exact = weights[0].T
+    nearest = octavo.linear(torch.eye(48), octavo.quantize_weight(weights[0]))
+    mean = torch.stack([codes(seed)[0] for seed in range(64)]).mean(0)
+    assert relative(mean, exact) < 0.5 * relative(nearest, exact)
 
 
 def test_a_weight_that_is_not_finite_is_an_error() -> None:

@@ -196,6 +196,41 @@ def test_out_is_the_weight_made_anew(pack: bool, scheme: Any, granularity: Any, 
     equal(octavo.linear(x, out), octavo.linear(x, expected))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_stochastic_rounding(dtype: str) -> None:
+    """Codes next to the exact quotient, right on average, the same for a seed, and not those of another."""
+    w = np.random.default_rng(0).normal(size=(35, 70)).astype(dtype)
+    out = octavo.quantize_weight(w)
+    nearest, exact = np.array(out.codes), w.astype(F) / np.array(out.scale)[:, None]
+    draws = []
+    for seed in (*range(100), 2**64 - 1):
+        octavo.quantize_weight(w, out=out, seed=seed)
+        draws.append(np.array(out.codes))
+        equal(out.code_sums, draws[-1].sum(1, dtype=np.int32))
+    assert np.abs(draws - exact).max() < 1 + 1e-5
+    assert np.abs(np.mean(draws, 0) - exact).max() < 5 * 0.5 / 10  # five standard errors, at most
+    assert len({each.tobytes() for each in draws}) == 101
+    equal(octavo.quantize_weight(w, out=out, seed=7).codes, draws[7])
+    equal(octavo.quantize_weight(w, out=out).codes, nearest)
+
+
+def test_seeds_that_are_none() -> None:
+    w = np.ones((5, 7), F)
+    out = octavo.quantize_weight(w)
+    for arguments, error, message in [
+        ({"seed": 1.0, "out": out}, TypeError, "seed: expected an int, got float"),
+        ({"seed": -1, "out": out}, ValueError, r"seed: expected `out`, and 0 to 2\*\*64 - 1, got -1"),
+        ({"seed": 2**64, "out": out}, ValueError, r"seed: expected `out`, and 0 to 2\*\*64 - 1, got 1844"),
+        ({"seed": 1}, ValueError, r"seed: expected `out`, and 0 to 2\*\*64 - 1, got 1"),
+    ]:
+        with pytest.raises(error, match=f"quantize_weight: {message}"):
+            octavo.quantize_weight(w, **arguments)
+    for options in (octavo.Options(scheme="zeropoint"), octavo.Options(rotation=16)):
+        out = octavo.quantize_weight(w, options=options)
+        with pytest.raises(ValueError, match="quantize_weight: seed: expected scheme 'absmax' and rotation 0"):
+            octavo.quantize_weight(w, options=options, out=out, seed=1)
+
+
 def test_out_that_does_not_fit() -> None:
     w = np.ones((5, 7), F)
     good = octavo.quantize_weight(w)

@@ -1,6 +1,8 @@
 // Quantization of activations and weights to int8 codes.
 #pragma once
 
+#include <optional>
+
 #include "octavo/options.hpp"
 #include "octavo/types.hpp"
 
@@ -47,6 +49,17 @@ inline void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, Cons
     quantize(x, {scheme, granularity}, exclude, codes, scale, zeropoint, stream);
 }
 
+// For a weight that is trained, whose codes are made over and over.
+struct Requantization {
+    // Round stochastically with this seed (octavo/stochastic.hpp): the scales are those of absmax, to which the scheme
+    // and rotation 0 are bound, the element [j, h] of the weight takes the word h % 4 of words_of(j, h / 4, seed).
+    // Codes depend on the seed alone, not on instruction set, device, layout or threads.
+    std::optional<std::uint64_t> seed = std::nullopt;
+    // On CUDA devices: only enqueue, also into a stream that is being captured. A group that holds NaN or Inf then has
+    // scale NaN and codes 0, so that whatever it produces is NaN, in place of an error.
+    bool enqueue = false;
+};
+
 // Quantize a weight for `linear`: as `quantize` with one scale per tensor (`tensor`, `row`) or per row (`vector`), and
 // the sums of its codes, which the zeropoint product (Eq. 4-5) and the unsigned dot product instructions need.
 //
@@ -58,9 +71,10 @@ inline void quantize(ConstMatrix x, Scheme scheme, Granularity granularity, Cons
 //   code_sums  i32 [n]: sum of the codes of each row
 //
 // Throws Error (value) where the weight holds NaN or Inf; the outputs are then unspecified. Returns when done, on CUDA
-// devices too; there it throws Error (device) where the stream is being captured.
+// devices too; there it throws Error (device) where the stream is being captured. `again` may say otherwise.
 void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale, Vector zeropoint,
-                     Vector code_sums, Stream stream = {}, Layout layout = Layout::row_major);
+                     Vector code_sums, Stream stream = {}, Layout layout = Layout::row_major,
+                     const Requantization& again = {});
 inline void quantize_weight(ConstMatrix weight, Scheme scheme, Granularity granularity, Matrix codes, Vector scale,
                             Vector zeropoint, Vector code_sums, Stream stream = {}) {
     quantize_weight(weight, {scheme, granularity}, codes, scale, zeropoint, code_sums, stream);

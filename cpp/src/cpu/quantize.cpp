@@ -14,6 +14,7 @@
 #include "octavo/error.hpp"
 #include "octavo/pack.hpp"
 #include "octavo/quantize.hpp"
+#include "octavo/stochastic.hpp"
 
 namespace octavo::cpu {
 namespace {
@@ -190,6 +191,18 @@ std::optional<Range> range_of(const ConstMatrix& x, const QuantizeOptions& optio
     return whole;
 }
 
+// The codes of a row rounded stochastically; `values` has room for the row.
+void encode_stochastically(const ConstMatrix& x, std::int64_t row, float scale, std::uint64_t seed, float* values,
+                           std::int8_t* codes) {
+    load_row(x, row, 0, x.cols, values);
+    for (std::int64_t col = 0; col < x.cols; col += 4) {
+        const RandomWords random = words_of(row, col / 4, seed);
+        for (std::int64_t j = col; j < std::min(col + 4, x.cols); ++j) {
+            codes[j] = stochastic_code(values[j], scale, random.words[j - col]);
+        }
+    }
+}
+
 }  // namespace
 
 void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTraits& traits, Matrix codes, Vector scale,
@@ -211,6 +224,7 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
     const auto work = [&](std::int64_t begin, std::int64_t end) {
         QuantizedRows rows(x, options);
         const bool in_place = codes.data != nullptr && codes.col_stride == 1;
+        const Scratch<float> row_values(traits.seed ? x.cols : 0);
         const Scratch<std::int8_t> row_codes(in_place ? 0 : together * depth);
         for (std::int64_t r = 0; !in_place && r < together; ++r) {
             std::fill(row_codes.data() + r * depth + codes.cols, row_codes.data() + (r + 1) * depth, std::int8_t{0});
@@ -232,7 +246,11 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
 
             std::int8_t* const target =
                 in_place ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data() + i % together * depth;
-            coding.encode(rows.dtype(), values, codes.cols, target);
+            if (traits.seed) {
+                encode_stochastically(x, i, coding.scale(), *traits.seed, row_values.data(), target);
+            } else {
+                coding.encode(rows.dtype(), values, codes.cols, target);
+            }
             if (options.rotation == 0) {
                 for (const std::int32_t column : excluded) target[column] = 0;
             }
@@ -265,11 +283,13 @@ void Backend::quantize(ConstMatrix x, const QuantizeOptions& options, ConstVecto
 }
 
 void Backend::quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix codes, Vector scale,
-                              Vector zeropoint, Vector code_sums, Layout layout, Stream /*stream*/) const {
+                              Vector zeropoint, Vector code_sums, Layout layout, const Requantization& again,
+                              Stream /*stream*/) const {
     QuantizeOptions of_rows = options;
     of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
     RowTraits traits{
-        .excluded = [](std::int64_t) { return [](std::int64_t) { return std::span<const std::int32_t>(); }; }};
+        .excluded = [](std::int64_t) { return [](std::int64_t) { return std::span<const std::int32_t>(); }; },
+        .seed = again.seed};
     if (layout == Layout::packed) {
         traits.together = block_cols;
         traits.done = [=](std::int64_t row, const std::int8_t* block) {

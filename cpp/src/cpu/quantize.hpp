@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 
 #include "octavo/options.hpp"
@@ -22,6 +23,8 @@ struct RowTraits {
     std::function<void(std::int64_t row, const std::int8_t* codes)> done = nullptr;
     // Where they have none: as many rows at a time, padded_depth(k) apart, the first one's number a multiple of it.
     std::int64_t together = 1;
+    // Of stochastic rounding (octavo/stochastic.hpp), where rows are neither rotated nor have a zeropoint.
+    std::optional<std::uint64_t> seed = std::nullopt;
 };
 
 // octavo::quantize with the excluded columns chosen row by row. `codes` without data are kept by nobody but

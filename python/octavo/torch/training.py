@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,9 +26,11 @@ _SAMPLE = 256  # values of a weight that are compared, for changes that its vers
 class _Product:
     """The ``forward`` of a layer that is trained: the product, and the codes of the weight as it was last quantized."""
 
-    def __init__(self, layer: nn.Linear, options: Options, grad_input: str) -> None:
+    def __init__(self, layer: nn.Linear, options: Options, grad_input: str, seed: str | None) -> None:
         self.layer = layer
         self.options = options
+        self.seed = seed
+        self.draws = 0
         self.of_gradient = replace(options, path="int8")
         self.grad_input = grad_input
         self._begin()
@@ -35,12 +38,15 @@ class _Product:
     def _begin(self) -> None:
         self._int8_weight: Int8Weight | None = None
         self._mark: Any = None
-        self._sample: Tensor | None = None
+        self._shape: Any = None
+        self._sample: Any = None
         self.number = next(_numbers)
         _products[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("layer", "options", "of_gradient", "grad_input")}
+        return {
+            name: getattr(self, name) for name in ("layer", "options", "of_gradient", "grad_input", "seed", "draws")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -53,23 +59,35 @@ class _Product:
         layer = self.layer
         return _linear(input, layer.weight, layer.bias, self.number, self.grad_input == "int8")  # type: ignore[no-any-return]
 
-    def int8_weight(self, weight: Tensor) -> Int8Weight:
+    def int8_weight(self, weight: Tensor, *, backward: bool = False) -> Int8Weight:
         """The weight as codes, which are made anew, in the same memory, where it has changed.
 
         A change that the version counter tells, or memory that is another, is always seen. FSDP2 and what is done to
-        ``weight.data`` change a weight without that: so some values are compared, too.
+        ``weight.data`` change a weight without that: so some values are compared, too. On a device that comparison
+        would wait for it: there codes are made in every forward pass, and the backward pass takes those.
         """
         version = -1 if weight.is_inference() else weight._version
         mark = (version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
-        sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLE)]
-        if self._sample is None or mark != self._mark or not torch.equal(sample, self._sample):
-            held = self._int8_weight
-            fits = held is not None and mark[2:] == self._mark[2:]
-            self._mark = self._sample = None  # of codes that are half made
-            self._int8_weight = quantize_weight(weight, options=self.options, out=held if fits else None)
-            self._mark, self._sample = mark, sample.clone()
-        assert self._int8_weight is not None
-        return self._int8_weight
+        sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLE)] if _compares(weight) else None
+        held = self._int8_weight
+        if mark != self._mark or not (backward if sample is None else torch.equal(sample, self._sample)):
+            fits = held is not None and self._shape == mark[2:]
+            self._mark = None  # of codes that are half made
+            if not fits:
+                held = quantize_weight(weight, options=self.options)
+            if fits or self.seed is not None:
+                number = None if self.seed is None else random.Random(f"{self.seed} {self.draws}").getrandbits(64)
+                held = quantize_weight(weight, options=self.options, out=held, seed=number)
+            self.draws += 1
+            self._int8_weight, self._shape = held, mark[2:]
+            self._mark, self._sample = mark, None if sample is None else sample.clone()
+        assert held is not None
+        return held
+
+
+def _compares(weight: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return weight.device.type == "cpu"
 
 
 _numbers = itertools.count()
@@ -88,7 +106,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, number: int, int8_gr
 def _input_gradient(grad: Tensor, weight: Tensor, number: int) -> Tensor:
     """``grad @ weight`` by the int8 product with the same codes."""
     own = _products[number]
-    native = own.int8_weight(weight.detach())._native
+    native = own.int8_weight(weight.detach(), backward=True)._native
     return _core.linear_backward(grad.detach(), native, own.of_gradient._native, None)  # type: ignore[no-any-return]
 
 
@@ -130,6 +148,7 @@ def train_(
     *,
     grad_input: Literal["int8", "16bit"] = "int8",
     decomposition: bool = True,
+    seed: int | None = None,
     options: Options | None = None,
     **keywords: Any,
 ) -> nn.Module:
@@ -151,6 +170,8 @@ def train_(
             pattern names them; see `octavo.torch.choice.choose_layers`.
         grad_input: "int8", as above, or "16bit": ``grad @ weight`` in the dtype of the gradient.
         decomposition: whether outliers of x are multiplied in 16 bit; False is ``outliers="none"``.
+        seed: round weights stochastically (`octavo.quantize_weight`): another draw for each layer and each time that
+            its codes are made, the same for the same seed. None: to the nearest.
         options: see `octavo.Options`; or single ones by name. With scheme "zeropoint" the gradient of x is the product
             with the dequantized weight, in float32.
 
@@ -159,8 +180,8 @@ def train_(
 
     Raises (before anything is replaced):
         TypeError: a weight of another dtype than float32, float16 and bfloat16; a value of the wrong kind.
-        ValueError: no such layers; a layer whose class has a ``forward`` of its own; "static", as nothing is kept; a
-            value that octavo does not have.
+        ValueError: no such layers; a seed with scheme "zeropoint" or rotation; a layer whose class has a ``forward`` of
+            its own; "static", as nothing is kept; a value that octavo does not have.
     """
     expect("train_: model", model, nn.Module, "an nn.Module")
     if not isinstance(modules, str):
@@ -168,16 +189,22 @@ def train_(
         expect_patterns("train_: modules", modules)
     expect_choice("train_: grad_input", grad_input, ("int8", "16bit"))
     expect("train_: decomposition", decomposition, bool, "a bool")
+    if seed is not None:
+        expect("train_: seed", seed, int, "an int or None")
     chosen = options_of("train_", options, **keywords)
     if chosen.outliers == "static":
         raise ValueError("train_: outliers: expected 'columns', 'rows' or 'none', got 'static'")
+    if seed is not None and (chosen.scheme != "absmax" or chosen.rotation):
+        raise ValueError(
+            f"train_: seed: expected scheme 'absmax' and rotation 0, got {chosen.scheme!r} and {chosen.rotation}"
+        )
     if not decomposition:
         chosen = replace(chosen, outliers="none")
     for name, layer in (layers := _choose(model, modules)).items():
         if layer.weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"train_: {name}.weight: expected float32, float16 or bfloat16, got {layer.weight.dtype}")
-    for layer in layers.values():
-        layer.forward = _Product(layer, chosen, grad_input)  # type: ignore[method-assign]
+    for name, layer in layers.items():
+        layer.forward = _Product(layer, chosen, grad_input, None if seed is None else f"{seed} {name}")  # type: ignore[method-assign]
     return model
 
 
