@@ -63,14 +63,17 @@ class _Product:
         """The weight as codes, which are made anew, in the same memory, where it has changed.
 
         A change that the version counter tells, or memory that is another, is always seen. FSDP2 and what is done to
-        ``weight.data`` change a weight without that: so some values are compared, too. On a device that comparison
-        would wait for it: there codes are made in every forward pass, and the backward pass takes those.
+        ``weight.data`` change a weight without that: so a forward pass compares some values, too. On a device that
+        would wait for it: there codes are made in every forward pass. The backward pass takes those.
         """
         version = -1 if weight.is_inference() else weight._version
         mark = (version, weight.data_ptr(), weight.shape, weight.dtype, weight.device)
-        sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLE)] if _compares(weight) else None
         held = self._int8_weight
-        if mark != self._mark or not (backward if sample is None else torch.equal(sample, self._sample)):
+        if mark == self._mark and backward:
+            assert held is not None
+            return held
+        sample = weight.flatten()[:: max(1, weight.numel() // _SAMPLE)] if _compares(weight) else None
+        if mark != self._mark or sample is None or not torch.equal(sample, self._sample):
             fits = held is not None and self._shape == mark[2:]
             self._mark = None  # of codes that are half made
             if not fits:
