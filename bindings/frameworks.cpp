@@ -1,7 +1,9 @@
 #include "bindings/frameworks.hpp"
 
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <mutex>
@@ -19,6 +21,10 @@ struct TorchNames {
     py::object tensor = torch.attr("Tensor");
     py::object dispatch = tensor.attr("__torch_dispatch__");
     py::object strided = torch.attr("strided");
+    // Of its C interface, which is faster than Python's functions; null in versions before it.
+    bool (*is_grad_enabled_fast)() = symbol<bool (*)()>("aoti_torch_grad_mode_is_enabled");
+    std::int32_t (*get_num_threads_fast)(std::uint32_t*) =
+        symbol<std::int32_t (*)(std::uint32_t*)>("torch_get_num_threads");
     py::object is_grad_enabled = torch.attr("is_grad_enabled");
     py::object get_num_threads = torch.attr("get_num_threads");
     py::object new_empty = tensor.attr("new_empty");  // unbound: of any tensor
@@ -28,7 +34,7 @@ struct TorchNames {
     py::object has_torch_function = torch.attr("_C").attr("_has_torch_function_unary");
     py::object dispatch_modes = torch.attr("_C").attr("_len_torch_dispatch_stack");
     py::object are_transforms_active = torch.attr("_C").attr("_are_functorch_transforms_active");
-    py::object tracing_state = torch.attr("_C").attr("_get_tracing_state");
+    py::object is_tracing = torch.attr("_C").attr("_is_tracing");
     py::object is_autocast_enabled = torch.attr("_C").attr("_is_any_autocast_enabled");
     py::object dtype_keyword = py::make_tuple(interned("dtype"));
     py::object requires_grad = interned("requires_grad");
@@ -38,6 +44,11 @@ struct TorchNames {
                                      torch.attr("int8"), torch.attr("int32")};
     const DLPackExchangeAPI* exchange = find_exchange(tensor);
 
+    template <class Function>
+    static Function symbol(const char* name) {
+        return reinterpret_cast<Function>(symbol_of("libtorch_cpu.so", name));
+    }
+
     static const DLPackExchangeAPI* find_exchange(const py::object& tensor_type) {
         if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return nullptr;
         const py::capsule capsule = tensor_type.attr("__dlpack_c_exchange_api__");
@@ -46,6 +57,24 @@ struct TorchNames {
         if (api == nullptr) throw py::error_already_set();
         return api->header.version.major == 1 ? api : nullptr;
     }
+};
+
+struct TorchModuleNames {
+    py::module_ module = py::module_::import("torch.nn.modules.module");
+    py::object type = module.attr("Module");
+    py::handle entries = reinterpret_cast<PyTypeObject*>(type.ptr())->tp_dict;
+    py::object call_name = interned("__call__");
+    py::object call = type.attr("__call__");
+    py::object parameters = interned("_parameters");
+    py::object weight = interned("weight");
+    py::object bias = interned("bias");
+    // Of a layer: what it has in place of its class's; empty without hooks; and of all modules, the same.
+    std::array<py::object, 3> replaced{interned("forward"), interned("_call_impl"), interned("_compiled_call_impl")};
+    std::array<py::object, 4> hooks{interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
+    std::array<py::object, 4> all_hooks{module.attr("_global_forward_hooks"), module.attr("_global_forward_pre_hooks"),
+                                        module.attr("_global_backward_hooks"),
+                                        module.attr("_global_backward_pre_hooks")};
 };
 
 struct NumpyNames {
@@ -95,6 +124,28 @@ py::object call(const py::object& function) { return checked(PyObject_CallNoArgs
 
 py::object attribute(py::handle object, const py::object& name) {
     return checked(PyObject_GetAttr(object.ptr(), name.ptr()));
+}
+
+// The entry of a dictionary, or nothing.
+py::object entry(py::handle dict, const py::object& name) {
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* found = nullptr;
+    if (PyDict_GetItemRef(dict.ptr(), name.ptr(), &found) < 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found);
+#else
+    PyObject* const found = PyDict_GetItemWithError(dict.ptr(), name.ptr());
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    return py::reinterpret_borrow<py::object>(found);
+#endif
+}
+
+bool has(py::handle dict, const py::object& name) {
+    const py::object found = entry(dict, name);
+    return found && !found.is_none();
+}
+
+bool is_empty_dict(const py::object& object) {
+    return object && PyDict_Check(object.ptr()) != 0 && PyDict_Size(object.ptr()) == 0;
 }
 
 // A module that somebody has imported, or nothing.
@@ -214,6 +265,11 @@ TypeFacts facts_of(py::handle object) {
     return facts;
 }
 
+void* symbol_of(const char* library, const char* name) {
+    void* const handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    return handle == nullptr ? nullptr : dlsym(handle, name);
+}
+
 std::string type_name(py::handle object) {
     const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
     const auto module = py::str(type.attr("__module__")).cast<std::string>();
@@ -252,8 +308,9 @@ bool torch_requires_grad(py::handle tensor) { return is_true(attribute(tensor, n
 bool torch_records(py::handle tensor, py::handle other) {
     const auto& torch = names<TorchNames>();
     const bool has_other = !other.is_none();
-    const bool wants = torch_requires_grad(tensor) || (has_other && torch_requires_grad(other));
-    if (wants && is_true(call(torch.is_grad_enabled))) return true;
+    const bool enabled =
+        torch.is_grad_enabled_fast != nullptr ? torch.is_grad_enabled_fast() : is_true(call(torch.is_grad_enabled));
+    if (enabled && (torch_requires_grad(tensor) || (has_other && torch_requires_grad(other)))) return true;
     if (PyLong_AsLong(attribute(torch.forward_ad, torch.forward_level).ptr()) < 0) return false;
     const py::object unpack = torch.forward_ad.attr("unpack_dual");
     return !unpack(tensor).attr("tangent").is_none() || (has_other && !unpack(other).attr("tangent").is_none());
@@ -270,7 +327,25 @@ bool torch_is_plain(py::handle tensor) {
     PyObject* const arguments[] = {tensor.ptr()};
     return torch_is_plain_below_autograd(tensor) &&
            !is_true(checked(PyObject_Vectorcall(torch.has_torch_function.ptr(), arguments, 1, nullptr))) &&
-           call(torch.tracing_state).is_none() && !is_true(call(torch.is_autocast_enabled));
+           !is_true(call(torch.is_tracing)) && !is_true(call(torch.is_autocast_enabled));
+}
+
+bool torch_calls_forward_alone(py::handle module) {
+    const auto& known = names<TorchModuleNames>();
+    if (!entry(known.entries, known.call_name).is(known.call)) return false;
+    if (!std::ranges::all_of(known.all_hooks, is_empty_dict)) return false;
+    const py::object own = checked(PyObject_GenericGetDict(module.ptr(), nullptr));
+    return std::ranges::none_of(known.replaced, [&](const py::object& name) { return has(own, name); }) &&
+           std::ranges::all_of(known.hooks, [&](const py::object& name) { return is_empty_dict(entry(own, name)); });
+}
+
+std::optional<TorchParameters> torch_parameters(py::handle layer) {
+    const auto& known = names<TorchModuleNames>();
+    const py::object parameters = entry(checked(PyObject_GenericGetDict(layer.ptr(), nullptr)), known.parameters);
+    if (!parameters || PyDict_Check(parameters.ptr()) == 0) return std::nullopt;
+    TorchParameters result{entry(parameters, known.weight), entry(parameters, known.bias)};
+    if (!result.weight || !result.bias) return std::nullopt;  // pruned or parametrized
+    return result;
 }
 
 // As that of `x.conj().imag` does.
@@ -328,7 +403,12 @@ Stream stream_of(Framework framework, Device device) {
 
 int threads_of(Framework framework) {
     if (framework != Framework::torch) return 0;
-    return static_cast<int>(PyLong_AsLong(call(names<TorchNames>().get_num_threads).ptr()));
+    const auto& torch = names<TorchNames>();
+    std::uint32_t count = 0;
+    if (torch.get_num_threads_fast != nullptr && torch.get_num_threads_fast(&count) == 0) {
+        return static_cast<int>(count);
+    }
+    return static_cast<int>(PyLong_AsLong(call(torch.get_num_threads).ptr()));
 }
 
 }  // namespace octavo::python

@@ -27,6 +27,9 @@ struct TypeFacts {
 // A type is of NumPy, PyTorch or CuPy if it is derived from that framework's own class, whatever it calls itself.
 [[nodiscard]] TypeFacts facts_of(py::handle object);
 
+// A function of a library that the process has loaded, or null.
+[[nodiscard]] void* symbol_of(const char* library, const char* name);
+
 // "module.Class" of the object, for messages.
 [[nodiscard]] std::string type_name(py::handle object);
 
@@ -54,6 +57,17 @@ struct TypeFacts {
 // own (nested, or on the meta device), which reading it tells.
 [[nodiscard]] bool torch_is_plain(py::handle tensor);
 [[nodiscard]] bool torch_is_plain_below_autograd(py::handle tensor);
+
+// Whether the call of a module comes to nothing but `forward` of its class: nobody has hooked, compiled or replaced it,
+// nor nn.Module's own call.
+[[nodiscard]] bool torch_calls_forward_alone(py::handle module);
+
+// What a linear layer has as parameters, the bias perhaps None; nothing where one of the two is something else.
+struct TorchParameters {
+    py::object weight;
+    py::object bias;
+};
+[[nodiscard]] std::optional<TorchParameters> torch_parameters(py::handle layer);
 
 // A new, contiguous, uninitialized array on the device of `like`, of its framework or an OwnArray.
 [[nodiscard]] py::object allocate(Framework framework, py::handle like, Device device, const Shape& shape,

@@ -662,29 +662,65 @@ constexpr std::size_t arity_of(py::object (*)(Handles...)) {
     return sizeof...(Handles);
 }
 
-// What `plain_linear` returns, called with x and bias.
-PyObject* plain_product(PyObject* weight_and_options, PyObject* const* arguments, Py_ssize_t count) noexcept {
-    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected x and bias, got %zd arguments", count);
-    const py::handle x_object = arguments[0];
-    const py::handle bias = arguments[1];
+// The product of x where PyTorch wants nothing of it but its result, else None. `weight_and_options`: what
+// `plain_linear` was given.
+py::object plain_product(py::handle weight_and_options, py::handle x_object, py::handle bias) {
+    std::optional<Array> x = torch_is_plain(x_object) ? unrecorded(x_object, bias) : std::nullopt;
+    if (!x) return py::none();
+    const py::handle weight_object = PyTuple_GET_ITEM(weight_and_options.ptr(), 0);
+    const auto& weight = instance_of<Weight>(weight_object, {"linear", "weight"}, "Int8Weight");
+    const auto& options = options_of(PyTuple_GET_ITEM(weight_and_options.ptr(), 1), "linear");
+    return product(*x, weight.view(), bias, options.linear, py::none());
+}
+
+// The product of a layer's parameters where PyTorch wants nothing of it but its result, else None. `types`: that of the
+// weight, and None or that of a layer of which, if nobody has changed what its call comes to, this is the call.
+py::object plain_layer_product(py::handle types, py::handle layer, py::handle x) {
+    const py::handle weight_type = PyTuple_GET_ITEM(types.ptr(), 0);
+    const py::handle layer_type = PyTuple_GET_ITEM(types.ptr(), 1);
+    const bool is_call = !layer_type.is_none();
+    if (is_call && !(py::type::handle_of(layer).is(layer_type) && torch_calls_forward_alone(layer))) return py::none();
+    const std::optional<TorchParameters> parameters = torch_parameters(layer);
+    if (!parameters || !py::type::handle_of(parameters->weight).is(weight_type)) return py::none();
+    static const py::handle is_transposed = py::str("_transposed").release();
+    static const py::handle arrays_of = py::str("_arrays").release();
+    static const py::handle product_of = py::str("product").release();
+    const py::handle weight = parameters->weight;
+    if (checked(PyObject_GetAttr(weight.ptr(), is_transposed.ptr())).ptr() != Py_False) return py::none();
+    const py::object arrays = checked(PyObject_GetAttr(weight.ptr(), arrays_of.ptr()));
+    const py::object product = checked(PyObject_GetAttr(arrays.ptr(), product_of.ptr()));
+    PyObject* const arguments[] = {x.ptr(), parameters->bias.ptr()};
+    return checked(PyObject_Vectorcall(product.ptr(), arguments, 2, nullptr));
+}
+
+// A function of two arguments that also has what it was made with.
+template <auto function>
+PyObject* bound_entry(PyObject* own, PyObject* const* arguments, Py_ssize_t count) noexcept {
+    if (count != 2) return PyErr_Format(PyExc_TypeError, "expected 2 arguments, got %zd", count);
     try {
-        std::optional<Array> x = torch_is_plain(x_object) ? unrecorded(x_object, bias) : std::nullopt;
-        if (!x) Py_RETURN_NONE;
-        const py::handle weight_object = PyTuple_GET_ITEM(weight_and_options, 0);
-        const auto& weight = instance_of<Weight>(weight_object, {"linear", "weight"}, "Int8Weight");
-        const auto& options = options_of(PyTuple_GET_ITEM(weight_and_options, 1), "linear");
-        return product(*x, weight.view(), bias, options.linear, py::none()).release().ptr();
+        return function(own, arguments[0], arguments[1]).release().ptr();
     } catch (...) {
         set_error_of_exception();
         return nullptr;
     }
 }
 
-// A function of x and bias: the product of PyTorch tensors where PyTorch wants nothing of it but its result; else None.
+template <auto function>
+py::object bound(const char* name, const py::tuple& own) {
+    static PyMethodDef definition{name,
+                                  reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bound_entry<function>)),
+                                  METH_FASTCALL, nullptr};
+    return checked(PyCFunction_New(&definition, own.ptr()));
+}
+
+// A function of x and bias: see `plain_product`.
 py::object plain_linear_op(py::handle weight, py::handle options) {
-    static PyMethodDef definition{"product", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain_product)),
-                                  METH_FASTCALL, "product(x, bias, /)\n--\n\n"};
-    return checked(PyCFunction_New(&definition, py::make_tuple(weight, options).ptr()));
+    return bound<plain_product>("product", py::make_tuple(weight, options));
+}
+
+// A function of a layer and x: see `plain_layer_product`.
+py::object plain_layer_op(py::handle weight_type, py::handle layer_type) {
+    return bound<plain_layer_product>("plain_layer_product", py::make_tuple(weight_type, layer_type));
 }
 
 // `signature` is shown by help() and checked against _core.pyi.
@@ -747,6 +783,7 @@ void define_operations(py::module_& module) {
                                    "linear_backward($module, grad, weight, options, out, /)\n--\n\n"),
         method<is_plain_op>("is_plain", "is_plain($module, x, /)\n--\n\n"),
         method<plain_linear_op>("plain_linear", "plain_linear($module, weight, options, /)\n--\n\n"),
+        method<plain_layer_op>("plain_layer", "plain_layer($module, weight_type, layer_type, /)\n--\n\n"),
         method<torch_linear_op>("torch_linear",
                                 "torch_linear($module, x, codes, scale, code_sums, zeropoint, outlier_columns, "
                                 "outlier_weight, bias, options, /)\n--\n\n"),

@@ -3,7 +3,6 @@
 // (torch/csrc/stable/c/shim.h, PyTorch 2.10), found at run time in the library that `import torch` has loaded.
 #include "bindings/torch_op.hpp"
 
-#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -15,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/frameworks.hpp"
 #include "bindings/ops.hpp"
 #include "octavo/octavo.hpp"
 
@@ -54,8 +54,7 @@ struct Torch {
 
 template <class Function>
 Function find(const char* library, const char* name) {
-    void* const handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
-    return handle == nullptr ? nullptr : reinterpret_cast<Function>(dlsym(handle, name));
+    return reinterpret_cast<Function>(symbol_of(library, name));
 }
 
 template <class Function>

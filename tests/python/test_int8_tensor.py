@@ -288,6 +288,54 @@ def close(found: Tensor, expected: Tensor, most: float = 0.02) -> None:
     assert (found - expected).norm() <= most * expected.norm()
 
 
+def twice(*args: Any) -> Tensor:
+    return args[-1] * 2
+
+
+class Doubled(ot.Int8Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+def change(layer: ot.Int8Linear, way: str, patch: pytest.MonkeyPatch) -> Any:
+    """Double what calls of the layer give."""
+    modules = torch.nn.modules.module
+    if way == "hook":
+        layer.register_forward_hook(twice)
+    elif way == "hook of all":
+        return modules.register_module_forward_hook(twice)
+    elif way == "pre-hook":
+        layer.register_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+    elif way == "pre-hook of all":
+        return modules.register_module_forward_pre_hook(lambda layer, args: (args[0] * 2,))
+    elif way == "forward":
+        before = layer.forward
+        layer.forward = lambda x: before(x) * 2  # type: ignore[method-assign]
+    elif way == "compiled":
+        layer._compiled_call_impl = lambda x: layer._call_impl(x) * 2  # type: ignore[assignment]
+    elif way == "class":
+        layer.__class__ = Doubled
+    elif way == "every module's call":
+        call = nn.Module._call_impl
+        patch.setattr(nn.Module, "__call__", lambda self, x: call(self, x) * 2)
+    return None
+
+
+@pytest.mark.parametrize("way", ["hook", "hook of all", "pre-hook", "pre-hook of all", "forward", "compiled", "class",
+                                 "every module's call"])  # fmt: skip
+def test_a_call_is_what_others_have_made_of_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ot.Int8Linear.from_linear(nn.Linear(24, 40, bias=False), recipe="paper")
+    x = values(3, 24)
+    y, forward = layer(x), layer.forward(x)
+    assert torch.equal(y, forward)
+    handle = change(layer, way, monkeypatch)
+    try:
+        assert torch.equal(layer(x), y * 2)
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def test_a_weight_that_layers_share() -> None:
     """It stays one: converted, copied, pickled, saved, and counted."""
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))

@@ -77,6 +77,7 @@ def contenders(program: Path | None) -> dict[str, Callable[[], float]]:
             found[f"octavo.linear, {name}, {policy}"] = _turn("linear(x, weight, bias, options=options)", names)
         _check(layer(x), dense(x))
         found[f"Int8Linear, {policy}"] = _turn("layer(x)", {"layer": layer, "x": x})
+        found[f"torch.ops.octavo.linear, {policy}"] = _operation(layer, x)
     names = {"linear": torch.nn.functional.linear, "x": x, "weight": weight, "bias": bias, "dense": dense}
     found["torch.nn.functional.linear"] = _turn("linear(x, weight, bias)", names)
     found["torch.nn.Linear"] = _turn("dense(x)", names)
@@ -114,6 +115,12 @@ def _run_core(program: Path, policy: str) -> float:
 
 def _turn(statement: str, names: dict[str, Any]) -> Callable[[], float]:
     return partial(timeit.Timer(statement, globals=names).timeit, CALLS)  # without garbage collection
+
+
+def _operation(layer: Any, x: torch.Tensor) -> Callable[[], float]:
+    arrays = layer.weight._arrays
+    names = {"linear": torch.ops.octavo.linear.default, "x": x, "rest": (*arrays.tensors(), layer.bias, arrays.text)}
+    return _turn("linear(x, *rest)", names)
 
 
 def _check(found: Any, expected: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional
 
+from octavo import _core
 from octavo import file_format as names
 from octavo.options import Options, options_of
 from octavo.torch.tensor import Int8Tensor
@@ -126,15 +127,20 @@ class Int8Linear(nn.Linear):
         """The weight as `octavo.linear` takes it; it shares the layer's memory."""
         return self.weight.int8_weight  # type: ignore[no-any-return]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of every module; where that would come to nothing but the product, at once."""
+        if len(args) == 1 and not kwargs and not is_dynamo_compiling():
+            y = _plain_call(self, args[0])
+            if y is not None:
+                return y
+        return super().__call__(*args, **kwargs)
+
     def forward(self, input: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of input (under autocast: in autocast's dtype)."""
         if not is_dynamo_compiling():
-            parameters: dict[str, Any] = self._parameters  # found faster than as attributes
-            weight = parameters.get("weight")
-            if type(weight) is Int8Tensor and not weight._transposed and "bias" in parameters:  # else parametrized
-                y = weight._arrays.product(input, parameters["bias"])
-                if y is not None:
-                    return y
+            y: Tensor | None = _plain_product(self, input)
+            if y is not None:
+                return y
         return functional.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -147,6 +153,12 @@ class Int8Linear(nn.Linear):
             f"{super().extra_repr()}, scheme={options.scheme!r}, granularity={options.granularity!r}, "
             f"threshold={options.threshold:g}, outliers={options.outliers!r}, path={options.path!r}{kept}"
         )
+
+
+# The product of a layer and x where PyTorch wants nothing of it but its result, else None; the first only where a call
+# of the layer comes to nothing but `forward`: nobody has hooked, compiled or replaced anything.
+_plain_call = _core.plain_layer(Int8Tensor, Int8Linear)
+_plain_product = _core.plain_layer(Int8Tensor, None)
 
 
 # --- state dicts ------------------------------------------------------------------------------------------------------

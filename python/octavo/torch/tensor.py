@@ -232,7 +232,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """``input @ weight.T + bias``."""
     if not isinstance(weight, Int8Tensor) or isinstance(input, Int8Tensor) or isinstance(bias, Int8Tensor):
         return functional.linear(*map(_plain, (input, weight, bias)))
-    if input.device != weight.device:
+    if input.device != weight._arrays.scale.device:
         raise ValueError(f"Int8Tensor: expected x on the device of the weight, {weight.device}, got {input.device}")
     if not weight._transposed:
         return operation.linear(input, weight._arrays, bias)
