@@ -172,7 +172,7 @@ def _training(parser: argparse.ArgumentParser, folder: Path) -> None:
     """Of what is trained in several ways with several seeds; `folder` keeps the single runs."""
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
     parser.add_argument(
-        "--ways", nargs="+", metavar="NAME", help="default: all; one that there is not gets them listed"
+        "--ways", nargs="+", metavar="NAME", help="default: seven; one that there is not gets them listed"
     )
     _output(parser, folder)
 

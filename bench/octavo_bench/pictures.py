@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from .tables import write_atomically
 
 # Okabe and Ito's colors: told apart by the color-blind too. Markers differ as well.
-BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C"
+BLUE, ORANGE, GREEN, VERMILION, GRAY, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#8C8C8C", "#CC79A7"
 
 Figures = Mapping[str, Callable[[], Figure]]  # by the name of the file, what draws it
 

@@ -264,8 +264,8 @@ def test_adapters_over_int8(folder: Path, facts: Any, tmp_path: Path) -> None:
     report = adapters.run(setting, 1, facts, Progress(show=False), tmp_path / "llama", folders=[folder])
     losses, before = (report.tables[0].column(name) for name in ("held-out loss", "before"))
     assert all(after < first for after, first in zip(losses, before, strict=True))
-    assert len({*losses}) == 3
-    assert losses[2] == losses[3]  # nothing stands out in this model
+    assert len({*losses}) == 4
+    assert losses[3] == losses[4]  # nothing stands out in this model
 
 
 def test_fine_tuning_has_examples_of_every_answer() -> None:
@@ -280,7 +280,7 @@ def test_fine_tuning_has_examples_of_every_answer() -> None:
 
 def test_the_time_of_a_training_step(facts: Any) -> None:
     report = step.run(1, ["float32", "int8, feed-forward, the rest in float32"], facts, Progress(show=False), width=64)
-    table, parts = report.tables
+    table, parts, frozen = report.tables
     assert parts.rows[0][1:3] == [0, 0]
     assert parts.rows[1][1] > 2  # it is counted, by the name that PyTorch gives it
     assert min(parts.rows[1][1:4]) > 0
@@ -289,3 +289,5 @@ def test_the_time_of_a_training_step(facts: Any) -> None:
     phases = [table.column(f"{phase} (ms)") for phase in step.PHASES]
     assert [sum(own) for own in zip(*phases, strict=True)] == pytest.approx(table.column("step (ms)"))
     assert min(min(own) for own in phases) > 0
+    assert len(frozen.rows) == 6
+    assert min(min(row[1:]) for row in frozen.rows) > 0

@@ -37,13 +37,14 @@ class Setting:
     evaluated: int  # windows
 
 
-SETTING = Setting(16, 4, 64, 1e-3, 8, 24)
+SETTING = Setting(24, 4, 64, 1e-3, 8, 24)
 # By name, what `quantize_` is given; None: nothing is quantized.
 BASES: dict[str, Mapping[str, Any] | None] = {
     "bfloat16": None,
     "int8": {},
     "int8, gradients of x in int8, too": {"path": "int8"},
-    "int8 without decomposition": {"outliers": "none", "path": "int8"},
+    "the paper's int8": {"recipe": "paper", "path": "int8"},
+    "the paper's without decomposition": {"recipe": "paper", "outliers": "none", "path": "int8"},
 }
 
 
@@ -74,23 +75,24 @@ def run(
         for base, options in BASES.items():
             name = f"{base}, seed {seed}"
             with progress.step(name):
+                before = runs.get(f"{base}, before", lambda: tune(folder, windows, setting, options, None))  # noqa: B023
                 found = runs.get(name, lambda: tune(folder, windows, setting, options, seed))  # noqa: B023
-            values[base].append(found)
+            values[base].append(found + before)
     table = compare(f"LoRA, {seeds} seeds", values, {"held-out loss": ".4f", "before": ".4f"})
     return Report("LoRA over a frozen int8 model", facts.now(seeds=seeds, **about), [table])
 
 
 def tune(
-    folder: Path, windows: Mapping[str, Tensor], setting: Setting, options: Mapping[str, Any] | None, seed: int
-) -> tuple[float, float]:
-    """Loss on the held-out windows, after training and before."""
+    folder: Path, windows: Mapping[str, Tensor], setting: Setting, options: Mapping[str, Any] | None, seed: int | None
+) -> list[float]:
+    """Loss on the held-out windows, after training or, without a seed, before."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     if options is not None:
         quantize_(model, progress=False, **options)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed or 0)
     adapter = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, target_modules="all-linear")
     tuned: Any = get_peft_model(model, adapter)
 
@@ -103,7 +105,8 @@ def tune(
         tuned.eval()
         return statistics.mean(float(loss_of(part)) for part in windows["heldout"][: setting.evaluated].split(8))
 
-    before = evaluate()
+    if seed is None:
+        return [evaluate()]
     optimizer = torch.optim.AdamW([each for each in tuned.parameters() if each.requires_grad], setting.rate)
     tuned.train()
     generator = torch.Generator().manual_seed(seed)
@@ -112,4 +115,4 @@ def tune(
         loss_of(windows["train"][drawn]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return evaluate(), before
+    return [evaluate()]

@@ -24,10 +24,11 @@ from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
 from . import find, text
-from .ways import WAYS, Runs, Way, arithmetic, check, compare, prepare_
+from .ways import DEFAULT, WAYS, Runs, Way, arithmetic, check, compare, prepare_
 
 PACKAGES = ("torch", "numpy", "transformers", "jax", "sympy", "onnx")
 LENGTH = 32  # tokens of an example, at most
+SCALE, UNRELATED = 20, 0.3  # of the logit of sentences' cosine, and from which cosine on it is positive
 
 Example = tuple[str, str, float]  # a text, another one or "", what to tell of them
 
@@ -42,12 +43,12 @@ class Setting:
     rate: float
 
 
-SETTINGS = {"minilm": Setting(384, 200, 16, 3e-4), "mpnet": Setting(192, 160, 16, 1e-4)}
+SETTINGS = {"minilm": Setting(384, 200, 16, 3e-4), "mpnet": Setting(192, 100, 16, 1e-4)}
 
 
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, None]:
     """``python -m octavo_bench finetune``."""
-    ways, tasks = args.ways or list(WAYS), args.tasks or list(TASKS)
+    ways, tasks = args.ways or DEFAULT, args.tasks or list(TASKS)
     kept = args.output / f"{args.model}.json"
     return run(args.model, SETTINGS[args.model], args.seeds, ways, facts, progress, kept, tasks), None
 
@@ -99,14 +100,21 @@ def fine_tune(
     prepare_(model, way)
     trained, held_out = examples[: setting.examples], examples[setting.examples :]
 
-    def outputs(batch: list[Example]) -> tuple[Tensor, Tensor]:
-        pairs = [first for first, _, _ in batch], [second for _, second, _ in batch]
-        given = pairs if any(pairs[1]) else pairs[:1]
+    def embed(*given: list[str]) -> Tensor:
         x = tokenizer(*given, truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
         with arithmetic(way):
             hidden = model(**x).last_hidden_state.float()
         mask = x["attention_mask"][..., None]
-        return head((hidden * mask).sum(1) / mask.sum(1)), torch.tensor([label for _, _, label in batch])
+        pooled: Tensor = (hidden * mask).sum(1) / mask.sum(1)
+        return pooled
+
+    def outputs(batch: list[Example]) -> tuple[Tensor, Tensor]:
+        first, second = [first for first, _, _ in batch], [second for _, second, _ in batch]
+        labels = torch.tensor([label for _, _, label in batch])
+        if task == "next sentence":  # each embedded by itself, as these models compare sentences
+            near = SCALE * functional.cosine_similarity(*embed(first + second).chunk(2)) - SCALE * UNRELATED
+            return torch.stack((torch.zeros_like(near), near), 1), labels
+        return head(embed(first, second) if any(second) else embed(first)), labels
 
     def loss_of(given: Tensor, labels: Tensor) -> Tensor:
         if task in CLASSES:
@@ -114,7 +122,8 @@ def fine_tune(
         return functional.mse_loss(given[:, 0], labels)
 
     parameters = [parameter for parameter in (*model.parameters(), *head.parameters()) if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, setting.rate, fused=True)
+    rate = setting.rate / (3 if task == "next sentence" else 1)  # no head begins from nothing there
+    optimizer = torch.optim.AdamW(parameters, rate, fused=True)
     random.Random(seed).shuffle(trained)
     model.train()
     for begin in range(0, len(trained), setting.batch):

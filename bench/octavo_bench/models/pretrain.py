@@ -21,16 +21,12 @@ from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
 from . import text, train
-from .ways import WAYS, Runs, Way, arithmetic, check, compare, error_of, prepare_
+from .ways import DEFAULT, WAYS, Runs, Way, arithmetic, check, compare, error_of, prepare_
 
 if TYPE_CHECKING:
     from ..pictures import Figures
 
 SETTING = train.Setting(3_000_000, 1024, 3, 128, 4, 128, 8, 180, 4e-3, 48)
-DEFAULT = (
-    "float32", "bfloat16", "int8, feed-forward", "without decomposition", "int8, attention too",
-    "attention too, without decomposition",
-)  # fmt: skip
 POINTS = 30  # of a curve, each the mean of as many steps
 
 Curves = Mapping[str, Sequence[Sequence[float]]]  # by way, for each seed: losses while training, and held-out
@@ -123,7 +119,8 @@ def _draw(setting: train.Setting, curves: Curves) -> Any:
     left, right = figure.subplots(1, 2)
     steps = [(point + 1) * setting.steps / POINTS for point in range(POINTS)]
     first = "bfloat16" if "bfloat16" in curves else next(iter(curves))
-    colors = (pictures.GRAY, "black", pictures.BLUE, pictures.ORANGE, pictures.GREEN, pictures.VERMILION)
+    colors = (pictures.GRAY, "black", pictures.BLUE, pictures.ORANGE, pictures.GREEN, pictures.VERMILION,
+              pictures.PURPLE)  # fmt: skip
     for (way, found), color in zip(curves.items(), colors, strict=False):
         points = list(zip(*(own[:POINTS] for own in found), strict=True))
         left.plot(steps, [statistics.mean(point) for point in points], color=color, label=way, linewidth=1)

@@ -40,6 +40,10 @@ WAYS = {
     "gradient of x in 16 bit": Way({"grad_input": "16bit"}),
     "bitsandbytes, feed-forward": Way({}, bitsandbytes=True),
 }
+DEFAULT = (
+    "float32", "bfloat16", "int8, feed-forward", "without decomposition", "int8, attention too",
+    "attention too, without decomposition", "bitsandbytes, feed-forward",
+)  # fmt: skip
 
 
 def check(ways: Sequence[str]) -> None:
