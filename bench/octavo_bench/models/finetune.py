@@ -112,7 +112,8 @@ def fine_tune(
         first, second = [first for first, _, _ in batch], [second for _, second, _ in batch]
         labels = torch.tensor([label for _, _, label in batch])
         if task == "next sentence":  # each embedded by itself, as these models compare sentences
-            near = SCALE * functional.cosine_similarity(*embed(first + second).chunk(2)) - SCALE * UNRELATED
+            a, b = embed(first + second).chunk(2)
+            near = SCALE * (functional.cosine_similarity(a, b) - UNRELATED)
             return torch.stack((torch.zeros_like(near), near), 1), labels
         return head(embed(first, second) if any(second) else embed(first)), labels
 

@@ -104,7 +104,7 @@ def _frozen(turns: int, width: int) -> Table:
         "weight": "", "rows": "d", "float32 (ms)": ".2f", "int8": ".2f", "int8, kept columns": ".2f",
         "path auto": ".2f", "codes, to a copy": ".2f",
     }  # fmt: skip
-    note = "Processor time to that of float32, whose column has milliseconds; of codes made anew to a copy of the weight."
+    note = "Processor time, to that of float32, which is in milliseconds; of codes made anew, to a copy of the weight."
     return Table("The gradient of x through frozen int8 weights", columns, rows, note)
 
 
