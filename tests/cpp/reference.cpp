@@ -20,7 +20,7 @@ double at_group(const std::vector<double>& values, std::int64_t index, double ab
 }
 
 bool is_set(const Mask& mask, const Values& x, std::int64_t i, std::int64_t j) {
-    return !mask.empty() && mask[static_cast<std::size_t>(i * x.cols + j)];
+    return !mask.empty() && mask[static_cast<std::size_t>(i * x.cols + j)] != 0;
 }
 
 // Eq. 1
@@ -59,11 +59,11 @@ Mask outlier_mask(const Values& x, const Weight& weight, const octavo::LinearOpt
         case octavo::Outliers::columns: columns = find_outliers(x, options.threshold); break;
         case octavo::Outliers::static_: columns = weight.outlier_columns; break;
         case octavo::Outliers::rows:
-            for (std::size_t at = 0; at < mask.size(); ++at) mask[at] = !(std::fabs(x.v[at]) < options.threshold);
+            for (std::size_t at = 0; at < mask.size(); ++at) mask[at] = std::fabs(x.v[at]) < options.threshold ? 0 : 1;
             break;
     }
     for (const std::int32_t column : columns) {
-        for (std::int64_t i = 0; i < x.rows; ++i) mask[static_cast<std::size_t>(i * x.cols + column)] = true;
+        for (std::int64_t i = 0; i < x.rows; ++i) mask[static_cast<std::size_t>(i * x.cols + column)] = 1;
     }
     return mask;
 }
@@ -176,20 +176,22 @@ Output linear(const Values& x, const Weight& weight, const std::vector<double>& 
 
     Output output{Values(x.rows, n), Values(x.rows, n)};
     for (std::int64_t i = 0; i < x.rows; ++i) {
+        std::vector<std::int64_t> outlying;
+        std::vector<std::int64_t> others;
+        for (std::int64_t h = 0; h < x.cols; ++h) (is_set(mask, x, i, h) ? outlying : others).push_back(h);
         for (std::int64_t j = 0; j < n; ++j) {
             const double zw = at_group(weight.zeropoint, j, 0);
             const double scale_w = at_group(weight.scale, j, 0);
+            const double zx = at_group(qx.zeropoint, i, 0);
             Sum sum;
             double integer = 0;
-            double float_terms = 8;  // the roundings of the epilogue itself
-            for (std::int64_t h = 0; h < x.cols; ++h) {
+            double float_terms = 8 + static_cast<double>(outlying.size());  // 8: the roundings of the epilogue itself
+            for (const std::int64_t h : outlying) sum.add(x(i, h) * outlier_weight(j, h));
+            for (const std::int64_t h : others) {
                 if (weight_only) {
                     sum.add(x(i, h) * (weight.codes(j, h) + zw) * scale_w);
-                } else if (is_set(mask, x, i, h)) {
-                    sum.add(x(i, h) * outlier_weight(j, h));
-                    float_terms += 1;
                 } else {
-                    integer += (qx.codes(i, h) + at_group(qx.zeropoint, i, 0)) * (weight.codes(j, h) + zw);
+                    integer += (qx.codes(i, h) + zx) * (weight.codes(j, h) + zw);
                 }
             }
             if (weight_only) {

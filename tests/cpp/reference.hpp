@@ -13,7 +13,7 @@
 
 namespace reference {
 
-using Mask = std::vector<bool>;  // [rows * cols], row-major
+using Mask = std::vector<char>;  // [rows * cols], row-major: 1 or 0, not bits, which instrumented code reads slowly
 using octavo::DType;
 using octavo::Scheme;
 

@@ -109,7 +109,13 @@ Array backward(const Array& grad, const octavo::WeightView& weight, DType dtype,
 // as its block of the weight is long.
 void check_backward(const Array& grad, const Weight& weight, const Array& out, bool with_kept) {
     const Values w = weight.values(with_kept);
+    const Values gradients = grad.values();
     const std::int64_t block = weight.rotation() == 0 ? 1 : weight.rotation();
+    Values lengths(w.rows, (w.cols + block - 1) / block);
+    for (std::int64_t j = 0; j < w.rows; ++j) {
+        for (std::int64_t h = 0; h < w.cols; ++h) lengths(j, h / block) += w(j, h) * w(j, h);
+    }
+    for (double& length : lengths.v) length = std::sqrt(length);
     const double unit = out.matrix().dtype == DType::f32   ? 0x1p-24
                         : out.matrix().dtype == DType::f16 ? 0x1p-11
                                                            : 0x1p-8;
@@ -118,12 +124,8 @@ void check_backward(const Array& grad, const Weight& weight, const Array& out, b
             double sum = 0;
             double magnitude = 0;
             for (std::int64_t j = 0; j < w.rows; ++j) {
-                sum += grad.get(i, j) * w(j, h);
-                double length = 0;
-                for (std::int64_t c = h / block * block; c < std::min(h / block * block + block, w.cols); ++c) {
-                    length += w(j, c) * w(j, c);
-                }
-                magnitude += std::fabs(grad.get(i, j)) * std::sqrt(length);
+                sum += gradients(i, j) * w(j, h);
+                magnitude += std::fabs(gradients(i, j)) * lengths(j, h / block);
             }
             const double bound =
                 static_cast<double>(w.rows + 16) * 0x1p-24 * magnitude + unit * std::fabs(sum) + 0x1p-24 * unit;

@@ -119,7 +119,7 @@ TEST(excluded_columns) {
         // The NaN and the large values are in excluded columns; order and repetition of the list do not matter.
         const Array x(DType::f32, Values(2, 5, {1, quiet_nan, 900, -2, 4, 3, 1e30, infinity, 0, -6}));
         const auto result = quantize(x, scheme, Granularity::row, {2, 1, 2});
-        const reference::Mask mask{false, true, true, false, false, false, true, true, false, false};
+        const reference::Mask mask{0, 1, 1, 0, 0, 0, 1, 1, 0, 0};
         check_codes(result, reference::quantize(x.values(), scheme, true, mask));
         CHECK_EQ(result.codes.get(0, 1), 0.0);
         CHECK_EQ(result.scale.get(0), scheme == Scheme::absmax ? 4 / 127.0F : 6 / 254.0F);
@@ -150,7 +150,7 @@ TEST(matches_the_reference) {
                         reference::Mask mask(x.values().v.size());
                         for (const std::int32_t column : exclude) {
                             for (std::int64_t i = 0; i < shape.m; ++i) {
-                                mask[static_cast<std::size_t>(i * shape.k + column)] = true;
+                                mask[static_cast<std::size_t>(i * shape.k + column)] = 1;
                             }
                         }
                         const bool per_row = granularity == Granularity::row;
