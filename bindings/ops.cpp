@@ -393,6 +393,8 @@ py::object pack_op(py::handle codes_object) {
     return result_of(packed, codes);
 }
 
+py::object shape_op(py::handle object) { return to_tuple(Array(object, {"shape_of", "array"}).shape()); }
+
 py::object unpack_op(py::handle packed_object, py::handle n_object, py::handle k_object) {
     constexpr auto function = "unpack";
     const Array packed(packed_object, {function, "packed", "int8"});
@@ -771,6 +773,7 @@ void define_operations(py::module_& module) {
                               "requantize($module, weight, options, codes, scale, zeropoint, code_sums, seed, enqueue, "
                               "/)\n--\n\n"),
         method<find_outliers_op>("find_outliers", "find_outliers($module, x, options, /)\n--\n\n"),
+        method<shape_op>("shape_of", "shape_of($module, array, /)\n--\n\n"),
         method<pack_op>("pack", "pack($module, codes, /)\n--\n\n"),
         method<unpack_op>("unpack", "unpack($module, packed, n, k, /)\n--\n\n"),
         method<take_columns_op>("take_columns", "take_columns($module, weight, indices, /)\n--\n\n"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -42,10 +43,18 @@ def rotated_size(k: int, rotation: int) -> int:
     return k if rotation == 0 else -(-k // rotation) * rotation
 
 
+def shape_of(array: Array) -> tuple[int, ...]:
+    """The extents, also of what has nothing but ``__dlpack__``; () of what is no array, which the core refuses."""
+    shape = getattr(array, "shape", None)
+    if shape is None:
+        with suppress(TypeError, ValueError):
+            shape = _core.shape_of(array)
+    return tuple(map(int, shape or ()))
+
+
 def columns_of(array: Array) -> int:
-    """The extent of the last dimension; 0 for what has none (the core will refuse it)."""
-    shape: tuple[int, ...] = getattr(array, "shape", ())
-    return int(shape[-1]) if shape else 0
+    """The extent of the last dimension; 0 where there is none."""
+    return (shape_of(array) or (0,))[-1]
 
 
 def column_indices(function: str, name: str, columns: Columns, count: int) -> np.ndarray:

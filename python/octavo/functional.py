@@ -27,6 +27,7 @@ from octavo._types import (
     column_indices,
     columns_of,
     dtype_name,
+    shape_of,
     take_columns,
     to_framework_of,
 )
@@ -168,7 +169,7 @@ def quantize_weight(
 def _requantize(weight: Array, options: Options, kept: Any, out: Int8Weight, seed: int | None) -> Int8Weight:
     """Quantize into the arrays of `out`."""
     expect("quantize_weight: out", out, Int8Weight, "an Int8Weight")
-    expected = (tuple(weight.shape), options.scheme, options.granularity, options.rotation)
+    expected = (shape_of(weight), options.scheme, options.granularity, options.rotation)
     if (out.shape, out.scheme, out.granularity, out.rotation) != expected:
         raise ValueError("quantize_weight: out: expected {}, {}, {}, rotation {}, got {!r}".format(*expected, out))
     if kept is not None or out.outlier_columns is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from octavo import _core
 from octavo._text import expect
-from octavo._types import Array, Granularity, Scheme, dtype_name, rotated_size
+from octavo._types import Array, Granularity, Scheme, dtype_name, rotated_size, shape_of
 from octavo.options import WEIGHT_OPTIONS, options_of
 
 _ARRAYS = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
@@ -84,9 +84,10 @@ class Int8Weight:
 
         self._native = native(codes, code_sums)
         self.code_sums = self._native.code_sums
-        self.is_packed = shape is not None and len(codes.shape) != 2
+        self.is_packed = shape is not None and len(shape_of(codes)) != 2
         if shape is None:
-            shape = int(codes.shape[0]), int(codes.shape[1])
+            n, k = shape_of(codes)
+            shape = n, k
         if pack and not self.is_packed and self._native.is_on_cpu:
             codes = _core.pack(codes)
             self._native = native(codes, self.code_sums)

@@ -117,6 +117,21 @@ def test_frameworks(framework: str) -> None:
     np.testing.assert_array_equal(octavo.linear(X, weight, make(W[:, 0].copy())), expected)
 
 
+def test_extents_of_what_has_dlpack_alone() -> None:
+    """Rotated codes have other extents than the weight, and columns are checked against its own."""
+    options = octavo.Options(rotation=16)
+    weight = octavo.quantize_weight(Producer(W), outlier_columns=[2], options=options)
+    expected = octavo.quantize_weight(W, outlier_columns=[2], options=options)
+    assert weight.shape == expected.shape == W.shape
+    y = octavo.linear(Producer(X), weight, options=options)
+    np.testing.assert_array_equal(np.from_dlpack(y), octavo.linear(X, expected, options=options))
+    assert octavo.quantize_weight(Producer(W), options=options, out=octavo.quantize_weight(W, options=options))
+    with pytest.raises(ValueError, match=r"quantize_weight: outlier_columns: expected columns in \[0, 4\), got 4"):
+        octavo.quantize_weight(Producer(W), outlier_columns=[4])
+    codes, of_numpy = (octavo.quantize(x, exclude=[2], rotation=16) for x in (Producer(X), X))
+    np.testing.assert_array_equal(np.from_dlpack(octavo.dequantize(codes)), octavo.dequantize(of_numpy))
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_what_has_dlpack_is_an_array(legacy: bool) -> None:
     weight = octavo.quantize_weight(Producer(W, legacy=legacy))
