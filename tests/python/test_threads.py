@@ -143,9 +143,9 @@ def test_the_interpreter_runs_meanwhile(operation: str) -> None:
             "int8_matmul": lambda c=codes: octavo.int8_matmul(c, c[:4096]),
             "quantize_weight": lambda x=x: octavo.quantize_weight(x, scheme="zeropoint"),
         }[operation]
-        start = time.perf_counter()
+        start = time.thread_time()  # of the processor: not what other programs take of it
         call()
-        if time.perf_counter() - start > 0.1 or rows >= 2**16:
+        if time.thread_time() - start > 0.1 or rows >= 2**16:
             break
         rows *= 2
     running, finished = threading.Event(), threading.Event()
