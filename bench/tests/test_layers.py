@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +131,17 @@ def test_recipes_are_compared_with_octavo_without_outliers(tmp_path: Path) -> No
 def test_what_a_call_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is over C++ is told where a compiler is there; without one the note says so, and the rest is measured."""
     monkeypatch.setattr(overhead, "CALLS", 20)
+    monkeypatch.setattr(overhead, "CHAIN", 10)
     for compiler in ("c++", "missing"):
         monkeypatch.setenv("CXX", shutil.which(compiler) or compiler)
         assert run("--overhead", "--json", tmp_path / "calls.json") == 0
-        (table,) = json.loads((tmp_path / "calls.json").read_text())["tables"]
+        table, *others = json.loads((tmp_path / "calls.json").read_text())["tables"]
         found = {row[0]: row[1:] for row in table["rows"]}
         assert ("C++, columns" in found) == (found["octavo.linear, torch, columns"][2] is not None)
         assert ("C++, columns" in found) != ("No call of C++" in table["note"])
         assert found["Int8Linear, none"][0] > found["Python's loop alone"][0] > 0
+        jitted = [row[0] for other in others for row in other["rows"]]
+        assert ("octavo.jax.linear, none" in jitted) == (find_spec("jax") is not None)
     assert "C++, columns" not in found
 
 

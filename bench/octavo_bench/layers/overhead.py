@@ -3,7 +3,8 @@
 Of one row, 64 features in and 16 out, in float32, almost everything is overhead. Contenders take turns, a loop of many
 calls each; the fastest turn is the one that other programs disturbed least. The core's call is the same product in a
 loop of a C++ program (bench/cpp/core_call.cpp), compiled against the library that octavo's wheel carries; what is over
-it is all of Python's share: reading arguments, allocating the result, the interpreter's own loop.
+it is all of Python's share: reading arguments, allocating the result, the interpreter's own loop. In ``jax.jit`` an
+operation is measured among its like, a chain of them in one program, beside XLA's own product of the same shape.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 import octavo
 import octavo.torch
 import torch
@@ -29,7 +31,7 @@ from ..tables import Report, Table
 from ..turns import take_turns
 
 M, K, N = 1, 64, 16
-CALLS = 2000  # of a turn
+CALLS, CHAIN = 2000, 200  # of a turn; operations of a jitted program
 POLICIES: tuple[Literal["none", "columns"], ...] = ("none", "columns")
 _BENCH = Path(__file__).resolve().parents[2]
 _SOURCE = _BENCH / "cpp" / "core_call.cpp"
@@ -41,16 +43,56 @@ def run(seconds: float, facts: Facts, progress: Progress) -> Report:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), progress.step("calls"):
         program, absent = compile_core(Path(folder))
         samples = take_turns(contenders(program), seconds, clock=_nanoseconds)
+        operations = in_jax(program)
+        jitted = take_turns(operations, seconds, clock=_nanoseconds) if operations else {}
+    note = f"The word behind the comma is the policy of outliers. Turns of {CALLS} calls." + absent
+    tables = [_table(f"The cost of a call: m={M} k={K} n={N}, float32", samples, note)]
+    if jitted:
+        title = f"The cost of an operation in jax.jit: m={M} k={K} n={K}, float32"
+        tables += [_table(title, jitted, f"Chains of {CHAIN}, each on the result of the one before." + absent)]
+    return Report("octavo bench: what a call costs apart from its product", facts.now(), tables)
+
+
+def _table(title: str, samples: dict[str, list[float]], note: str) -> Table:
     fastest = {name: min(values) for name, values in samples.items()}
     rows = []
     for name, values in samples.items():
         core = fastest.get(f"C++, {name.rpartition(', ')[2]}")
         over = None if core is None or name.startswith("C++") else fastest[name] - core
         rows.append([name, fastest[name], statistics.median(values), over])
-    columns = {"call": "", "fastest, ns": ".0f", "median, ns": ".0f", "over C++, ns": ".0f"}
-    note = f"The word behind the comma is the policy of outliers. Turns of {CALLS} calls." + absent
-    table = Table(f"The cost of a call: m={M} k={K} n={N}, float32", columns, rows, note)
-    return Report("octavo bench: what a call costs apart from its product", facts.now(), [table])
+    return Table(title, {"call": "", "fastest, ns": ".0f", "median, ns": ".0f", "over C++, ns": ".0f"}, rows, note)
+
+
+def in_jax(program: Path | None) -> dict[str, Callable[[], float]]:
+    """By name, what runs a turn of operations in a jitted chain and returns its seconds; empty without JAX."""
+    try:
+        import jax
+        import octavo.jax
+    except ImportError:
+        return {}
+    dense = jax.random.normal(jax.random.key(0), (K, K)) / K**0.5  # which keeps the length of a row
+    weight, x = octavo.jax.quantize_weight(dense.T), jax.numpy.ones((M, K))
+    operations: dict[str, Callable[..., Any]] = {"jax.numpy.matmul": jax.numpy.matmul}
+    for policy in POLICIES:
+        options = octavo.Options(outliers=policy)
+        operations[f"octavo.jax.linear, {policy}"] = partial(octavo.jax.linear, options=options)
+        _check(octavo.jax.linear(x, weight, options=options), torch.from_numpy(numpy.array(x @ dense)))
+
+    def chain(operation: Callable[..., Any], x: Any, weight: Any) -> Any:
+        for _ in range(CHAIN):
+            x = operation(x, weight)
+        return x
+
+    found: dict[str, Callable[[], float]] = {}
+    for name, operation in operations.items():
+        given = (x, weight if name.startswith("octavo") else dense)
+        names = {"jitted": jax.jit(partial(chain, operation)), "given": given}
+        timer = timeit.Timer("jitted(*given).block_until_ready()", globals=names)
+        timer.timeit(1)  # compiled
+        found[name] = partial(timer.timeit, CALLS // CHAIN)
+    if program is not None:
+        found |= {f"C++, {policy}": partial(_run_core, program, policy, K) for policy in POLICIES}
+    return found
 
 
 def contenders(program: Path | None) -> dict[str, Callable[[], float]]:
@@ -67,7 +109,7 @@ def contenders(program: Path | None) -> dict[str, Callable[[], float]]:
         options = octavo.Options(outliers=policy)
         layer = octavo.torch.Int8Linear.from_linear(dense, outliers=policy)
         if program is not None:
-            found[f"C++, {policy}"] = partial(_run_core, program, policy)
+            found[f"C++, {policy}"] = partial(_run_core, program, policy, N)
         for name, given in (("torch", tensors), ("NumPy", arrays)):
             names = {**given, "linear": octavo.linear, "options": options}
             _check(octavo.linear(given["x"], given["weight"], given["bias"], options=options), dense(x))
@@ -107,8 +149,8 @@ def _nanoseconds(turn: Callable[[], Any]) -> float:
     return float(1e9 / CALLS * turn())
 
 
-def _run_core(program: Path, policy: str) -> float:
-    words = [program, policy, M, K, N, CALLS]
+def _run_core(program: Path, policy: str, n: int) -> float:
+    words = [program, policy, M, K, n, CALLS]
     done = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True)
     return CALLS * float(done.stdout) / 1e9
 
