@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <string>
 #include <utility>
@@ -45,6 +46,12 @@ public:
 private:
     GuardedMemory memory_;
 };
+
+std::vector<std::int8_t> random_codes(Random& random, std::int64_t size) {
+    std::vector<std::int8_t> codes(static_cast<std::size_t>(size));
+    for (std::int8_t& code : codes) code = static_cast<std::int8_t>(random.integer(-128, 127));
+    return codes;
+}
 
 std::vector<float> random_floats(Random& random, std::int64_t size, double deviation = 1.0) {
     std::vector<float> values(static_cast<std::size_t>(size));
@@ -422,7 +429,7 @@ namespace {
 struct Tile {
     static constexpr std::int64_t outliers = 5;
     static constexpr std::int64_t stride = 96;
-    static constexpr std::int64_t most_rows = 7;
+    static constexpr std::int64_t most_rows = 21;
 
     Tile(Random& random, std::int64_t cols)
         : width(static_cast<std::size_t>((cols + 15) / 16 * 16)),
@@ -435,7 +442,8 @@ struct Tile {
           bias(random_floats(random, static_cast<std::int64_t>(width))),
           outlier_x(random_floats(random, most_rows * outliers)),
           outlier_w(
-              random_floats(random, (outliers - 1) * octavo::cpu::outlier_stride + static_cast<std::int64_t>(width))) {
+              random_floats(random, (outliers - 1) * octavo::cpu::outlier_stride + static_cast<std::int64_t>(width))),
+          w(random_codes(random, static_cast<std::int64_t>(width) * depth)) {
         for (const auto* ints : {&acc, &row_offsets, &col_offsets}) {
             for (std::size_t i = 0; i < ints->bytes().size() / 4; ++i) {
                 ints->data()[i] = static_cast<std::int32_t>(random.bits());
@@ -453,7 +461,15 @@ struct Tile {
     Guarded<float> bias;
     Guarded<float> outlier_x;
     Guarded<float> outlier_w;
+    static constexpr std::int64_t depth = 64;  // of packed codes
+    Guarded<std::int8_t> w;
 };
+
+// The weight of column `column` for output feature j of packed codes.
+float dequantized(const std::int8_t* w, std::int64_t column, std::int64_t j, float zeropoint, float scale) {
+    const std::int8_t code = w[octavo::cpu::packed_index(j, column, Tile::depth)];
+    return (static_cast<float>(code) + zeropoint) * scale;
+}
 
 // Every step rounded once, in the order that the table promises.
 float expected_output(const octavo::cpu::EpilogueTile& tile, std::int64_t i, std::int64_t j) {
@@ -467,11 +483,15 @@ float expected_output(const octavo::cpu::EpilogueTile& tile, std::int64_t i, std
         y = static_cast<float>(sum) * (tile.scale_x[i] * tile.scale_w[j]);
     }
     const bool own = tile.outlier_begin != nullptr;
-    const std::int64_t begin = own ? tile.outlier_begin[i] : i * tile.outliers;
+    const std::int64_t begin = own ? tile.outlier_begin[i] : 0;
     const std::int64_t end = own ? tile.outlier_begin[i + 1] : begin + tile.outliers;
     for (std::int64_t o = begin; o < end; ++o) {
-        const std::int64_t place = own ? tile.outlier_places[o] : o - begin;
-        y = std::fma(tile.outlier_x[o], tile.outlier_w[place * octavo::cpu::outlier_stride + j], y);
+        const std::int64_t place = own ? tile.outlier_places[o] : o;
+        const float x = tile.outlier_x[own ? o : o * tile.outlier_x_stride + i];
+        const float weight = own || tile.outlier_columns == nullptr
+                                 ? tile.outlier_w[place * octavo::cpu::outlier_stride + j]
+                                 : dequantized(tile.w, tile.outlier_columns[o], j, 0.0F, tile.scale_w[j]);
+        y = std::fma(x, weight, y);
     }
     return tile.bias != nullptr ? y + tile.bias[j] : y;
 }
@@ -479,14 +499,23 @@ float expected_output(const octavo::cpu::EpilogueTile& tile, std::int64_t i, std
 }  // namespace
 
 TEST(epilogue_is_the_equation_to_the_bit) {
-    const Guarded<std::int64_t> begin(std::vector<std::int64_t>{0, 2, 5, 7, 10, 10, 13, 14});
-    const Guarded<std::int32_t> places(std::vector<std::int32_t>{4, 0, 3, 3, 1, 2, 4, 0, 1, 2, 0, 0, 4, 3});
+    std::vector<std::int64_t> begins{0};
+    std::vector<std::int32_t> all_places;
+    for (std::int64_t i = 0; i < Tile::most_rows; ++i) {
+        for (std::int64_t o = 0; o < i * 3 % 4; ++o) {
+            all_places.push_back(static_cast<std::int32_t>((i + o * o) % Tile::outliers));
+        }
+        begins.push_back(std::ssize(all_places));
+    }
+    const Guarded<std::int64_t> begin(begins);
+    const Guarded<std::int32_t> places(all_places);
+    const Guarded<std::int32_t> columns(std::vector<std::int32_t>{0, 7, 22, 41, 63});
     for (const Kernels* table : tables()) {
         Random random(9);
         for (std::int64_t cols = 1; cols <= Tile::stride; cols += cols < 40 ? 1 : 19) {
             const Tile given(random, cols);
-            for (int kind = 0; kind < 16; ++kind) {
-                const std::int64_t rows = 1 + (cols + kind) % Tile::most_rows;
+            for (int kind = 0; kind < 32; ++kind) {
+                const std::int64_t rows = 1 + (cols + 5 * kind) % Tile::most_rows;
                 const check::Context context("epilogue of ", table->isa, ", ", rows, " x ", cols, ", kind ", kind);
                 const bool scaled = (kind & 1) != 0;
                 const octavo::cpu::EpilogueTile tile{.rows = rows,
@@ -500,10 +529,16 @@ TEST(epilogue_is_the_equation_to_the_bit) {
                                                      .scale_w = given.scale_w.data(),
                                                      .outliers = kind / 2 % 2 * Tile::outliers,
                                                      .outlier_x = given.outlier_x.data(),
+                                                     .outlier_x_stride = Tile::most_rows,
+                                                     .outlier_columns = kind >= 16 ? columns.data() : nullptr,
+                                                     .w = given.w.data(),
+                                                     .w_stride = 16 * Tile::depth,
                                                      .outlier_begin = kind / 4 % 2 != 0 ? begin.data() : nullptr,
                                                      .outlier_places = places.data(),
                                                      .outlier_w = given.outlier_w.data(),
-                                                     .bias = kind >= 8 ? given.bias.data() : nullptr};
+                                                     .bias = kind / 8 % 2 != 0 ? given.bias.data() : nullptr,
+                                                     .ahead = given.w.data(),
+                                                     .ahead_lines = kind % 3};
                 const std::int64_t y_cols = cols + kind % 3;  // the last row ends at the guard page
                 const auto size = static_cast<std::size_t>((rows - 1) * y_cols + cols);
                 const Guarded<float> y{std::vector<float>(size)};  // zeros, which stay between the rows
@@ -524,6 +559,34 @@ TEST(epilogue_is_the_equation_to_the_bit) {
                     }
                     CHECK(narrow.bytes() == rounded.bytes());
                 }
+            }
+        }
+    }
+}
+
+TEST(columns_are_dequantized_to_the_bit) {
+    const std::vector<std::int32_t> columns{3, 4, 18, 63};
+    const std::vector<std::int32_t> rows{0, 2, 3, 1};
+    for (const Kernels* table : tables()) {
+        Random random(10);
+        for (std::int64_t cols = 1; cols <= Tile::stride; cols += 5) {
+            const Tile given(random, cols);
+            for (const bool has_zeropoint : {false, true}) {
+                const check::Context context("columns of ", table->isa, ", ", cols, ", zeropoint ", has_zeropoint);
+                const auto width = static_cast<std::int64_t>(given.width);
+                const float* const zeropoint = has_zeropoint ? given.bias.data() : nullptr;
+                std::vector<float> expected(static_cast<std::size_t>(3 * octavo::cpu::outlier_stride + width));
+                const Guarded<float> target(expected);
+                table->dequantize_columns(given.w.data(), 16 * Tile::depth, columns.data(), rows.data(), 4, cols,
+                                          zeropoint, given.scale_w.data(), target.data());
+                for (std::size_t c = 0; c < columns.size(); ++c) {
+                    for (std::int64_t j = 0; j < width; ++j) {
+                        expected[static_cast<std::size_t>(rows[c] * octavo::cpu::outlier_stride + j)] =
+                            dequantized(given.w.data(), columns[c], j, has_zeropoint ? zeropoint[j] : 0.0F,
+                                        given.scale_w.data()[j]);
+                    }
+                }
+                CHECK(target.bytes() == Guarded<float>(expected).bytes());
             }
         }
     }

@@ -71,7 +71,7 @@ thread_local const Entered* Entered::innermost = nullptr;
 // The sums of a block over one part of k.
 class BlockProduct {
 public:
-    BlockProduct(const XPanels& x, const PackedPanel& w, const Block& block)
+    BlockProduct(const XPanels& x, const PackedPanel& w, const Block& block, std::int64_t lines)
         : x_(x),
           w_(w),
           block_(block),
@@ -81,7 +81,8 @@ public:
           strip_(x.bytes(block.rows()) <= near_size() ? plan_.cols : cols_),
           acc_(panels_ * tile_size() * ceiling(cols_, plan_.cols)),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
-          offsets_(cols_) {}
+          offsets_(cols_),
+          lines_of_finish_(block.rows() <= plan_.rows ? lines : 0) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
              const std::function<void(SumsTile&)>& finish,
@@ -134,6 +135,17 @@ private:
             tile.w = regrouped_.data();
             tile.w_stride = block_cols * tile.depth * plan_.regrouped;
         }
+        const std::int8_t* for_finish = nullptr;
+        std::int64_t lines = 0;
+        if (tile.ahead != nullptr && tile.ahead_stride == block_cols * tile.ahead_depth) {  // all of it is in a row
+            const std::int64_t blocks = tile.cols / block_cols;
+            const std::int64_t of_block = tile.ahead_depth * block_cols / line;
+            lines = std::min(lines_of_finish_ / blocks, of_block) * blocks;
+            for_finish = tile.ahead;
+            tile.ahead += lines * line;
+            tile.ahead_depth -= lines / blocks * line / block_cols;
+            tile.ahead_stride = tile.ahead_depth * block_cols;
+        }
         const std::int64_t run = std::max(plan_.rows, plan_.run_rows);
         for (std::int64_t row = block_.row_begin; row < block_.row_end; row += run) {
             tile.x = x_.panel(row, begin);
@@ -144,7 +156,9 @@ private:
                               .product = {.rows = rows,
                                           .cols = std::min(tile.cols, block_.cols() - j),
                                           .acc = tile.acc + first * plan_.cols,
-                                          .stride = plan_.cols}};
+                                          .stride = plan_.cols,
+                                          .ahead = for_finish,
+                                          .ahead_lines = lines}};
                 if (has_offsets(plan_)) {
                     sums.product.row_offsets = x_.offsets(row + first, part);
                     sums.product.col_offsets = offsets_.data() + j;
@@ -192,6 +206,7 @@ private:
     Scratch<std::int32_t> acc_;  // tile after tile, down the rows first
     Scratch<std::int8_t> regrouped_;
     Scratch<std::int32_t> offsets_;
+    std::int64_t lines_of_finish_;  // of what comes next
 };
 
 }  // namespace
@@ -293,8 +308,8 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
 
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
               const std::function<void(SumsTile&)>& finish,
-              const std::function<void(std::int64_t, std::int64_t)>& prepare) {
-    const BlockProduct product(x, w, block);
+              const std::function<void(std::int64_t, std::int64_t)>& prepare, std::int64_t lines) {
+    const BlockProduct product(x, w, block, lines);
     if (x.depth() <= max_int32_depth) return product.run(0, x.depth(), w_sums, finish, prepare);
 
     const std::int64_t cols = whole_blocks(block.cols());

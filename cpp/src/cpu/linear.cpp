@@ -2,7 +2,9 @@
 // each tile of the product while it is in the first-level cache.
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "backend.hpp"
@@ -76,50 +78,67 @@ public:
         }
     }
 
-    // The weights of the outlier columns for columns [first, first + cols) of the block. In W they lie apart from each
-    // other, so this is done for one tile after the other, when the product has brought them near.
-    void gather_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes, std::int64_t first,
-                         std::int64_t cols) {
-        const auto count = static_cast<std::int64_t>(columns.size());
+    // Which of the outlier columns are kept. Those that are not and are rotated are products, which are made for all of
+    // the block at once.
+    // `in_registers`: if none are kept the epilogue may dequantize them.
+    void sort_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes, bool in_registers) {
+        const auto count = std::ssize(columns);
+        if (count == 0) return;
+        w_ = &codes;
+        if (in_registers && weight_.rotation == 0 && weight_.outlier_columns.size == 0) return;
+        outlier_weight_ = Scratch<float>(count * outlier_stride);
         const bool needs_codes = weight_.scheme == Scheme::zeropoint && weight_.rotation == 0;
-        if (first == 0) {
-            outlier_weight_ = Scratch<float>(count * outlier_stride);
-            if (needs_codes) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
-        }
-        std::vector<std::int32_t> rotated;  // columns that are not kept, and where they go
-        std::vector<float*> targets;
+        if (needs_codes) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
         const ConstVector& list = weight_.outlier_columns;
         std::int64_t kept = 0;  // both lists ascend
         for (std::int64_t o = 0; o < count; ++o) {
             const std::int32_t column = columns[static_cast<std::size_t>(o)];
-            if (needs_codes) {
-                for (std::int64_t j = first; j < first + cols; ++j) {
-                    outlier_codes_[o * most_cols + j] = codes.code(j, column);
-                }
-            }
-            float* const target = outlier_weight_.data() + o * outlier_stride + first;
             while (kept < list.size && get<std::int32_t>(list, kept) < column) ++kept;
             if (kept < list.size && get<std::int32_t>(list, kept) == column) {
-                const ConstMatrix& original = weight_.outlier_weight;
-                kernels().load(original.dtype, at(original, block_.col_begin + first, kept), original.row_stride, cols,
-                               target);
-                std::fill(target + cols, target + whole_blocks(cols), 0.0F);
-            } else if (weight_.rotation != 0) {
-                rotated.push_back(column);
-                targets.push_back(target);
+                kept_.emplace_back(o, kept);
             } else {
-                kernels().dequantize_column(codes.data() + first * codes.depth(), codes.stride(), column, cols,
-                                            zeropoint + first, scale + first, target);
+                not_kept_.push_back(column);
+                not_kept_places_.push_back(static_cast<std::int32_t>(o));
             }
         }
-        // These are products, which are made for all of the block at once.
-        if (first > 0 || rotated.empty()) return;
-        rotate_back_columns(codes, weight_.rotation, block_.cols(), zeropoint, scale, rotated, targets);
+        if (weight_.rotation == 0 || not_kept_.empty()) return;
+        std::vector<float*> targets;
+        for (const std::int32_t place : not_kept_places_) {
+            targets.push_back(outlier_weight_.data() + place * outlier_stride);
+        }
+        rotate_back_columns(codes, weight_.rotation, block_.cols(), zeropoint, scale, not_kept_, targets);
+    }
+
+    // The weights of the outlier columns for columns [first, first + cols) of the block, once sort_outliers has been
+    // called. In W they lie apart from each other, so this is done for one tile after the other, when the product has
+    // brought them near.
+    void gather_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes, std::int64_t first,
+                         std::int64_t cols) {
+        if (outlier_weight_.data() == nullptr || first == gathered_) return;
+        gathered_ = first;
+        if (outlier_codes_.data() != nullptr) {
+            for (std::size_t o = 0; o < columns.size(); ++o) {
+                std::int8_t* const target = outlier_codes_.data() + static_cast<std::int64_t>(o) * most_cols;
+                for (std::int64_t j = first; j < first + cols; ++j) target[j] = codes.code(j, columns[o]);
+            }
+        }
+        for (const auto& [place, index] : kept_) {
+            const ConstMatrix& original = weight_.outlier_weight;
+            float* const target = outlier_weight_.data() + place * outlier_stride + first;
+            kernels().load(original.dtype, at(original, block_.col_begin + first, index), original.row_stride, cols,
+                           target);
+            std::fill(target + cols, target + whole_blocks(cols), 0.0F);
+        }
+        if (weight_.rotation != 0) return;  // sort_outliers has done it
+        kernels().dequantize_columns(codes.data() + first * codes.depth(), codes.stride(), not_kept_.data(),
+                                     not_kept_places_.data(), std::ssize(not_kept_), cols,
+                                     weight_.zeropoint.present ? zeropoint + first : nullptr, scale + first,
+                                     outlier_weight_.data() + first);
     }
 
     // How many codes of a row take no part in the product. With rotation all do.
     [[nodiscard]] std::int64_t left_out(const OutlierElements::Row& outliers) const {
-        return weight_.rotation != 0 ? 0 : static_cast<std::int64_t>(outliers.values.size());
+        return weight_.rotation != 0 ? 0 : outliers.count;
     }
 
     // sums[i] = the sum of the codes of column first + i of the block, over the inputs that are not outliers of the row
@@ -135,11 +154,17 @@ public:
 
     // Everything after the product, for the rows and columns of `tile`, which has all of X's side and gets the
     // weight's. (By reference: a copy would wait for each of the stores that have just made it.)
-    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const Matrix& out,
-                const OutputBlock& rows) const {
+    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const Matrix& out, const OutputBlock& rows,
+                const std::int32_t* outlier_columns = nullptr) const {
         const std::int64_t j = col - block_.col_begin;
         tile.scale_w = scale + j;
-        tile.outlier_w = outlier_weight_.data() + j;
+        if (outlier_weight_.data() != nullptr) {
+            tile.outlier_w = outlier_weight_.data() + j;
+        } else if (tile.outliers > 0) {
+            tile.outlier_columns = outlier_columns;
+            tile.w = w_->data() + j * w_->depth();
+            tile.w_stride = w_->stride();
+        }
         tile.bias = has_bias_ ? bias_ + j : nullptr;
         if (out.col_stride == 1) {
             rows.fetch(row + OutputBlock::ahead, col, tile.rows, tile.cols);
@@ -160,6 +185,11 @@ private:
     const WeightView& weight_;
     Block block_;
     bool has_bias_;
+    std::vector<std::pair<std::int64_t, std::int64_t>> kept_;  // places among the outlier columns and among the kept
+    std::vector<std::int32_t> not_kept_;
+    std::vector<std::int32_t> not_kept_places_;
+    const PackedPanel* w_ = nullptr;
+    std::int64_t gathered_ = -1;
     Scratch<float> outlier_weight_{0};       // [|O|, outlier_stride]
     Scratch<std::int8_t> outlier_codes_{0};  // [|O|, most_cols]; only for zeropoint
     float bias_[most_cols];
@@ -211,14 +241,17 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth ||
                                  std::isinf(largest_scale * largest_of(block_weight.scale, block.cols()));
         const Scratch<float> scaled(scaled_here ? quantized.codes.plan().rows * quantized.codes.plan().cols : 0);
+        // A panel is finished at once: what is dequantized there needs no memory.
+        const bool in_registers = !scaled_here && outliers.are_shared() && block.rows() <= quantized.codes.plan().rows;
         const auto prepare = [&](std::int64_t col, std::int64_t cols) {
-            block_weight.gather_outliers(outliers.columns(), w, col, cols);
+            if (col == 0) block_weight.sort_outliers(outliers.columns(), w, in_registers);
             rows.fetch(block.row_begin, block.col_begin + col, OutputBlock::ahead, cols);
         };
         const auto finish = [&](SumsTile& tile) {
             EpilogueTile& epilogue = tile.product;
             const std::int64_t first_col = tile.col - block.col_begin;
             epilogue.scale_x = quantized.scales.data() + tile.row;
+            block_weight.gather_outliers(outliers.columns(), w, first_col, epilogue.cols);
             if (scaled_here) {
                 const std::int64_t stride = quantized.codes.plan().cols;
                 for (std::int64_t i = 0; i < epilogue.rows; ++i) {
@@ -236,9 +269,11 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
                 epilogue.stride = stride;
             }
             outliers.describe(tile.row, epilogue);
-            block_weight.finish(epilogue, tile.row, tile.col, out, rows);
+            block_weight.finish(epilogue, tile.row, tile.col, out, rows, outliers.columns().data());
         };
-        multiply(quantized.codes, w, block_weight.code_sums, block, finish, prepare);
+        // Half of what memory brings while the outliers are added: with all of it these would wait.
+        const std::int64_t lines = outliers.are_shared() ? std::ssize(outliers.columns()) * block.rows() / 4 : 0;
+        multiply(quantized.codes, w, block_weight.code_sums, block, finish, prepare, lines);
         rows.write();
     });
 }

@@ -201,11 +201,11 @@ OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight,
             return;
     }
     if (columns_.empty()) return;
-    values_.resize(static_cast<std::size_t>(x.rows) * columns_.size());
+    stride_ = (x.rows + 15) / 16 * 16 + 16;  // no power of two: columns would push each other out of the cache
+    values_.resize(static_cast<std::size_t>(stride_) * columns_.size());
     parallel_for(x.rows, row_grain(std::ssize(columns_)), [&](std::int64_t begin, std::int64_t end) {
-        std::int64_t place = begin * std::ssize(columns_);
         for (std::int64_t i = begin; i < end; ++i) {
-            for (const std::int32_t column : columns_) load_row(x, i, column, 1, values_.data() + place++);
+            load_columns(x, i, columns_, values_.data() + i, stride_);
         }
     });
 }
@@ -229,7 +229,8 @@ std::function<std::span<const std::int32_t>(std::int64_t)> OutlierElements::find
         const auto found = search->criterion.find(search->rows.row(row));
         row_begin_[static_cast<std::size_t>(row) + 1] = std::ssize(found);
         piece->columns.insert(piece->columns.end(), found.begin(), found.end());
-        for (const std::int32_t column : found) load_row(x_, row, column, 1, &piece->values.emplace_back());
+        piece->values.resize(piece->columns.size());
+        load_columns(x_, row, found, piece->values.data() + piece->values.size() - found.size(), 1);
         return found;
     };
 }
@@ -265,16 +266,14 @@ void OutlierElements::gather() {
 
 OutlierElements::Bounds OutlierElements::bounds(std::int64_t row) const noexcept {
     const auto index = static_cast<std::size_t>(row);
-    if (per_row_) {
-        const auto begin = static_cast<std::size_t>(row_begin_[index]);
-        return {begin, static_cast<std::size_t>(row_begin_[index + 1]) - begin};
-    }
-    return {index * columns_.size(), columns_.size()};
+    const auto begin = static_cast<std::size_t>(row_begin_[index]);
+    return {begin, static_cast<std::size_t>(row_begin_[index + 1]) - begin};
 }
 
 OutlierElements::Row OutlierElements::row(std::int64_t index) const noexcept {
+    if (!per_row_) return {std::ssize(columns_), nullptr};
     const auto [begin, size] = bounds(index);
-    return {std::span(values_).subspan(begin, size), per_row_ ? positions_.data() + begin : nullptr};
+    return {static_cast<std::int64_t>(size), positions_.data() + begin};
 }
 
 void OutlierElements::describe(std::int64_t first, EpilogueTile& tile) const noexcept {
@@ -286,7 +285,8 @@ void OutlierElements::describe(std::int64_t first, EpilogueTile& tile) const noe
         tile.outlier_places = positions_.data();
     } else {
         tile.outliers = std::ssize(columns_);
-        tile.outlier_x = values_.data() + first * tile.outliers;
+        tile.outlier_x = values_.data() + first;
+        tile.outlier_x_stride = stride_;
     }
 }
 

@@ -62,12 +62,14 @@ public:
     void gather();
     void find_all();
 
+    [[nodiscard]] bool are_shared() const noexcept { return !per_row_; }
+
     // Every column with such an element, ascending.
     [[nodiscard]] std::span<const std::int32_t> columns() const noexcept { return columns_; }
 
     // Row i's own elements.
     struct Row {
-        std::span<const float> values;
+        std::int64_t count;
         const std::int32_t* positions;  // of their columns in columns(); null: 0, 1, 2, ...
     };
     [[nodiscard]] Row row(std::int64_t index) const noexcept;
@@ -80,6 +82,7 @@ private:
         std::size_t begin;
         std::size_t size;
     };
+    // Only under `rows`.
     [[nodiscard]] Bounds bounds(std::int64_t row) const noexcept;
     // The columns of row i's own elements: all of columns(), except under the policy `rows`.
     [[nodiscard]] std::span<const std::int32_t> columns_of(std::int64_t row) const noexcept;
@@ -94,7 +97,9 @@ private:
     const LinearOptions& options_;
     bool per_row_;
     std::vector<std::int32_t> columns_;
-    std::vector<float> values_;  // row after row
+    // Under `rows` row after row, else column after column, stride_ apart.
+    std::vector<float> values_;
+    std::int64_t stride_ = 0;
     // Only under `rows`: where each row's elements begin, their columns, and the places of those in columns_.
     bool found_ = false;
     std::vector<std::int64_t> row_begin_;

@@ -42,11 +42,14 @@ public:
             const void* const source = at(x_, row, 0);
             if (excluded.empty()) return source;
             const auto item = static_cast<std::size_t>(size_of(dtype_));
-            auto* const copy = reinterpret_cast<char*>(copy_.data());
-            __builtin_memcpy(copy, source, static_cast<std::size_t>(x_.cols) * item);
-            for (const std::int32_t column : excluded)
-                __builtin_memset(copy + static_cast<std::size_t>(column) * item, 0, item);
-            return copy;
+            __builtin_memcpy(copy_.data(), source, static_cast<std::size_t>(x_.cols) * item);
+            if (dtype_ == DType::f32) {
+                for (const std::int32_t column : excluded) copy_[column] = 0.0F;
+            } else {
+                auto* const copy = reinterpret_cast<char*>(copy_.data());
+                for (const std::int32_t column : excluded) __builtin_memset(copy + std::ptrdiff_t{column} * 2, 0, 2);
+            }
+            return copy_.data();
         }
         float* const values = copy_.data();
         load_row(x_, row, 0, x_.cols, values);

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
+#include <span>
 #include <type_traits>
 #include <vector>
 
@@ -49,6 +51,13 @@ inline std::int64_t row_grain(std::int64_t cols) { return 1 + (std::int64_t{1} <
 // Columns [begin, begin + size) of a row as float32.
 inline void load_row(const ConstMatrix& matrix, std::int64_t row, std::int64_t begin, std::int64_t size, float* dst) {
     kernels().load(matrix.dtype, at(matrix, row, begin), matrix.col_stride, size, dst);
+}
+
+// Some columns of a row, likewise, each `stride` behind the one before.
+inline void load_columns(const ConstMatrix& matrix, std::int64_t row, std::span<const std::int32_t> columns, float* dst,
+                         std::int64_t stride) {
+    kernels().load_columns(matrix.dtype, at(matrix, row, 0), matrix.col_stride, columns.data(), std::ssize(columns),
+                           dst, stride);
 }
 
 // That a row will be read soon.

@@ -87,23 +87,68 @@ template <DType Type, int Rows, int Vectors>
     });
 }
 
-// The accumulators of a square of the tile, which fit the registers.
-constexpr int square_rows = 4;
+// The accumulators of a square of the tile, which fit the registers. With AVX-512, whose tiles may be narrower, of half
+// as many vectors twice as many rows: additions of outliers wait for the one before them, so they had better be many.
 constexpr int square_vectors = register_size == 32 ? 2 : 4;
+constexpr int square_rows(int vectors) { return register_size == 64 ? 4 * square_vectors / vectors : 4; }
+
+// The weights of a column for `Vectors` vectors of output features. A cache line of packed W holds the 4 codes of each
+// of 16 output features: the wanted byte is shifted to the top, and down again with its sign.
+template <int Vectors>
+[[gnu::always_inline]] inline void read_column(const std::int8_t* w, std::int64_t w_stride, std::uint32_t column,
+                                               const Floats* zeropoints, const Floats* scales, Floats* weights) {
+    constexpr int in_block = 16 / static_cast<int>(width);
+    const std::int8_t* const line = w + column / 4 * std::int64_t{64};
+    const Bits left = 24 - column % 4 * 8 - Bits{};
+    unroll<Vectors>([&](auto v) OCTAVO_INLINE {
+        Bits group;
+        read(line + v / in_block * w_stride + v % in_block * register_size, group);
+        group <<= left;
+        Ints codes;
+        read(&group, codes);
+        weights[v] = __builtin_convertvector(codes >> 24, Floats);
+        if (zeropoints != nullptr) weights[v] += zeropoints[v];
+        weights[v] *= scales[v];
+    });
+}
 
 // The outliers of `Rows` rows from row i on, in `Vectors` vectors from column j on. A row of outlier weights is loaded
 // once for all of them.
 template <int Rows, int Vectors>
 [[gnu::always_inline]] inline void add_shared_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
-                                                       Floats* sums) {
-    for (std::int64_t o = 0; o < tile.outliers; ++o) {
+                                                       const Floats* scales, Floats* sums) {
+    if (tile.outliers == 0) return;
+    // This square's part of the lines to be fetched.
+    constexpr std::int64_t cols = Vectors * width;
+    const std::int64_t squares_below = (tile.rows + Rows - 1) / Rows;
+    const std::int64_t squares = (tile.cols + cols - 1) / cols * squares_below;
+    const std::int64_t lines = (tile.ahead_lines + squares * tile.outliers - 1) / (squares * tile.outliers);
+    const std::int8_t* ahead = tile.ahead + (j / cols * squares_below + i / Rows) * tile.outliers * lines * 64;
+    const float* x = tile.outlier_x + i;
+    const auto add = [&](std::int64_t o, auto read_weights) OCTAVO_INLINE {
+        for (std::int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         Floats weights[Vectors];
-        unroll<Vectors>([&](auto v)
-                            OCTAVO_INLINE { read(tile.outlier_w + o * outlier_stride + j + v * width, weights[v]); });
+        read_weights(o, weights);
         unroll<Rows>([&](auto r) OCTAVO_INLINE {
-            const Floats x = tile.outlier_x[(i + r) * tile.outliers + o] - Floats{};
-            unroll<Vectors>([&](auto v) OCTAVO_INLINE { fused_multiply_add(x, weights[v], sums[r * Vectors + v]); });
+            const Floats value = x[r] - Floats{};
+            unroll<Vectors>([&](auto v)
+                                OCTAVO_INLINE { fused_multiply_add(value, weights[v], sums[r * Vectors + v]); });
         });
+        x += tile.outlier_x_stride;
+    };
+    if (tile.outlier_columns == nullptr) {
+        const auto from_floats = [&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
+            unroll<Vectors>(
+                [&](auto v) OCTAVO_INLINE { read(tile.outlier_w + o * outlier_stride + j + v * width, weights[v]); });
+        };
+        for (std::int64_t o = 0; o < tile.outliers; ++o) add(o, from_floats);
+    } else {
+        const std::int8_t* const w = tile.w + j / 16 * tile.w_stride + j % 16 * 4;
+        const auto from_codes = [&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
+            const auto column = static_cast<std::uint32_t>(tile.outlier_columns[o]);
+            read_column<Vectors>(w, tile.w_stride, column, nullptr, scales, weights);
+        };
+        for (std::int64_t o = 0; o < tile.outliers; ++o) add(o, from_codes);
     }
 }
 
@@ -176,7 +221,7 @@ template <DType Type, int Rows, int Vectors>
         });
     }
     if (tile.outlier_begin == nullptr) {
-        add_shared_outliers<Rows, Vectors>(tile, i, j, sums);
+        add_shared_outliers<Rows, Vectors>(tile, i, j, scales, sums);
     } else {
         add_own_outliers<Rows, Vectors>(tile, i, j, sums);
     }
@@ -192,7 +237,7 @@ void finish_columns(const EpilogueTile& tile, std::int64_t j, char* y, std::int6
     Floats scales[Vectors]{};
     Floats bias[Vectors]{};
     unroll<Vectors>([&](auto v) OCTAVO_INLINE {
-        if (tile.scaled == nullptr) read(tile.scale_w + j + v * width, scales[v]);
+        if (tile.scale_w != nullptr) read(tile.scale_w + j + v * width, scales[v]);
         if (tile.bias != nullptr) read(tile.bias + j + v * width, bias[v]);
     });
     const auto finish_rows = [&](auto rows, std::int64_t i) OCTAVO_INLINE {
@@ -208,7 +253,9 @@ void finish_columns(const EpilogueTile& tile, std::int64_t j, char* y, std::int6
         }
     };
     std::int64_t i = 0;
-    for (; i + square_rows <= tile.rows; i += square_rows) finish_rows(IndexConstant<square_rows>{}, i);
+    constexpr int most = square_rows(Vectors);
+    for (; i + most <= tile.rows; i += most) finish_rows(IndexConstant<most>{}, i);
+    for (; most > 4 && i + 4 <= tile.rows; i += 4) finish_rows(IndexConstant<4>{}, i);
     switch (tile.rows - i) {
         case 3: return finish_rows(IndexConstant<3>{}, i);
         case 2: return finish_rows(IndexConstant<2>{}, i);
@@ -220,11 +267,38 @@ void finish_columns(const EpilogueTile& tile, std::int64_t j, char* y, std::int6
 // Columns from j on, by `Vectors` vectors as long as there are so many, then by half as many.
 template <DType Type, int Vectors = square_vectors>
 void finish_tile(const EpilogueTile& tile, char* y, std::int64_t y_stride, std::int64_t j = 0) {
+    if constexpr (Vectors > 1 && register_size == 64) {
+        // Columns that are dequantized here are so once for all rows of a square.
+        if (tile.outlier_columns != nullptr && tile.rows >= square_rows(1)) {
+            return finish_tile<Type, 1>(tile, y, y_stride, j);
+        }
+    }
     constexpr std::int64_t least = Vectors > 1 ? Vectors * width : 1;
     for (; j + least <= tile.cols; j += Vectors * width) {
         finish_columns<Type, Vectors>(tile, j, y + j * size_of(Type), y_stride);
     }
     if constexpr (Vectors > 1) finish_tile<Type, Vectors / 2>(tile, y, y_stride, j);
+}
+
+// The weights of some columns for `Blocks` blocks of 16 output features.
+template <int Blocks, bool HasZeropoint>
+void dequantize_blocks(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,
+                       const std::int32_t* rows, std::int64_t count, const float* zeropoint, const float* scale,
+                       float* target) {
+    constexpr int all = Blocks * 16 / static_cast<int>(width);
+    Floats zeropoints[all]{};
+    Floats scales[all];
+    unroll<all>([&](auto v) OCTAVO_INLINE {
+        if constexpr (HasZeropoint) read(zeropoint + v * width, zeropoints[v]);
+        read(scale + v * width, scales[v]);
+    });
+    for (std::int64_t c = 0; c < count; ++c) {
+        Floats weights[all];
+        read_column<all>(w, w_stride, static_cast<std::uint32_t>(columns[c]), HasZeropoint ? zeropoints : nullptr,
+                         scales, weights);
+        float* const row = target + rows[c] * outlier_stride;
+        unroll<all>([&](auto v) OCTAVO_INLINE { __builtin_memcpy(row + v * width, &weights[v], sizeof weights[v]); });
+    }
 }
 
 // The sums themselves.
@@ -247,26 +321,23 @@ void put_sums(const EpilogueTile& tile, char* y, std::int64_t y_stride) {
 
 }  // namespace
 
-void dequantize_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
-                       const float* zeropoint, const float* scale, float* target) {
-    // A cache line holds the 4 codes of each of 16 output features: shift the wanted byte to the top, and down again
-    // with its sign.
-    const std::int8_t* line = w + col / 4 * 64;
-    const int left = static_cast<int>(24 - col % 4 * 8);
-    for (std::int64_t first = 0; first < cols; first += 16, line += w_stride) {
-        unroll<16 / width>([&](auto v) OCTAVO_INLINE {
-            const std::int64_t j = first + v * width;
-            Ints codes;
-            Floats zeropoints;
-            Floats scales;
-            read(line + v * register_size, codes);
-            read(zeropoint + j, zeropoints);
-            read(scale + j, scales);
-            codes = (codes << left) >> 24;
-            const Floats weight = (__builtin_convertvector(codes, Floats) + zeropoints) * scales;
-            __builtin_memcpy(target + j, &weight, sizeof weight);
-        });
-    }
+void dequantize_columns(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,
+                        const std::int32_t* rows, std::int64_t count, std::int64_t cols, const float* zeropoint,
+                        const float* scale, float* target) {
+    const auto dequantize = [&](auto blocks, std::int64_t first) OCTAVO_INLINE {
+        const std::int8_t* const begin = w + first / 16 * w_stride;
+        if (zeropoint == nullptr) {
+            dequantize_blocks<blocks, false>(begin, w_stride, columns, rows, count, nullptr, scale + first,
+                                             target + first);
+        } else {
+            dequantize_blocks<blocks, true>(begin, w_stride, columns, rows, count, zeropoint + first, scale + first,
+                                            target + first);
+        }
+    };
+    constexpr int most = square_vectors * register_size / 64;
+    std::int64_t first = 0;
+    for (; first + 16 * (most - 1) < cols; first += 16 * most) dequantize(IndexConstant<most>{}, first);
+    for (; first < cols; first += 16) dequantize(IndexConstant<1>{}, first);
 }
 
 void epilogue(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride) {

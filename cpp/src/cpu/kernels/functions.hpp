@@ -10,6 +10,8 @@ extern const Plan few;
 extern const Plan many;
 
 void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, float* dst);
+void load_columns(DType dtype, const void* src, std::int64_t stride, const std::int32_t* columns, std::int64_t count,
+                  float* dst, std::int64_t dst_stride);
 void store(const float* src, std::int64_t size, DType dtype, void* dst, std::int64_t stride);
 Range range(const float* x, std::int64_t size);
 std::uint32_t largest_magnitude(DType dtype, const void* x, std::int64_t size);
@@ -29,8 +31,9 @@ void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t
                        const float* scale, float* target);
 void multiply_floats(const FloatTile& tile);
 void finish_floats(const float* sums, std::int64_t rows, const float* scale, float* y);
-void dequantize_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
-                       const float* zeropoint, const float* scale, float* target);
+void dequantize_columns(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,
+                        const std::int32_t* rows, std::int64_t count, std::int64_t cols, const float* zeropoint,
+                        const float* scale, float* target);
 void epilogue(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
 
 }  // namespace octavo::cpu::OCTAVO_ISA

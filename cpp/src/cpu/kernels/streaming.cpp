@@ -263,6 +263,21 @@ void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, 
     __builtin_trap();
 }
 
+void load_columns(DType dtype, const void* src, std::int64_t stride, const std::int32_t* columns, std::int64_t count,
+                  float* dst, std::int64_t dst_stride) {
+    const auto gather = [&](auto read_at) {
+        for (std::int64_t i = 0; i < count; ++i) dst[i * dst_stride] = read_at(columns[i] * stride);
+    };
+    switch (dtype) {
+        case DType::f32: return gather([&](std::int64_t at) { return read<float>(src, at); });
+        case DType::f16: return gather([&](std::int64_t at) { return from_f16(read<std::uint16_t>(src, at)); });
+        case DType::bf16: return gather([&](std::int64_t at) { return from_bf16(read<std::uint16_t>(src, at)); });
+        case DType::i8:
+        case DType::i32: break;
+    }
+    __builtin_trap();
+}
+
 void store(const float* src, std::int64_t size, DType dtype, void* dst, std::int64_t stride) {
     switch (dtype) {
         case DType::f32: return store_as<float>(src, size, dst, stride, [](float v) { return v; });

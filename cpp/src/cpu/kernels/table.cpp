@@ -12,6 +12,7 @@ extern const Kernels table;
 const Kernels table{
     .isa = OCTAVO_NAME_OF(OCTAVO_ISA),
     .load = load,
+    .load_columns = load_columns,
     .store = store,
     .range = range,
     .largest_magnitude = largest_magnitude,
@@ -32,7 +33,7 @@ const Kernels table{
     .dequantize_square = dequantize_square,
     .multiply_floats = multiply_floats,
     .finish_floats = finish_floats,
-    .dequantize_column = dequantize_column,
+    .dequantize_columns = dequantize_columns,
     .epilogue = epilogue,
 };
 

@@ -111,14 +111,23 @@ struct EpilogueTile {
     std::int64_t stride = 0;        // of `acc` or `scaled`
     const float* scale_x = nullptr;
     const float* scale_w = nullptr;
-    // Rows that share their outliers: `outliers` of each, of which number o meets row o of outlier_w.
+    // Rows that share their outliers: `outliers` of each, of which number o meets row o of outlier_w, or, where
+    // outlier_columns is given, the codes of that column times scale_w, of packed W from the tile's first column on.
     std::int64_t outliers = 0;
-    const float* outlier_x = nullptr;  // [rows, outliers]
-    // Rows with outliers of their own: those of row i are outlier_begin[i] to outlier_begin[i + 1] of outlier_x.
+    const float* outlier_x = nullptr;  // [outliers, rows], outlier_x_stride apart
+    std::int64_t outlier_x_stride = 0;
+    const std::int32_t* outlier_columns = nullptr;  // or null
+    const std::int8_t* w = nullptr;
+    std::int64_t w_stride = 0;
+    // Rows with outliers of their own, one after the other: those of row i are outlier_begin[i] to outlier_begin[i + 1]
+    // of outlier_x.
     const std::int64_t* outlier_begin = nullptr;   // [rows + 1], or null
     const std::int32_t* outlier_places = nullptr;  // the rows of outlier_w that they meet
     const float* outlier_w = nullptr;              // rows `outlier_stride` apart
     const float* bias = nullptr;                   // or null
+    // What will be multiplied next: cache lines to be fetched beside shared outliers.
+    const std::int8_t* ahead = nullptr;
+    std::int64_t ahead_lines = 0;
 };
 
 struct Kernels {
@@ -128,6 +137,9 @@ struct Kernels {
 
     // dst[i] = src[i * stride] as float32; src is f32, f16 or bf16 and needs no alignment.
     void (*load)(DType dtype, const void* src, std::int64_t stride, std::int64_t size, float* dst);
+    // dst[i * dst_stride] = src[columns[i] * stride], likewise.
+    void (*load_columns)(DType dtype, const void* src, std::int64_t stride, const std::int32_t* columns,
+                         std::int64_t count, float* dst, std::int64_t dst_stride);
     // dst[i * stride] = src[i], rounded half to even to f32, f16 or bf16.
     void (*store)(const float* src, std::int64_t size, DType dtype, void* dst, std::int64_t stride);
     // size >= 1.
@@ -180,10 +192,11 @@ struct Kernels {
 
     // --- the outliers and the end ------------------------------------------------------------------------------------
 
-    // target[j] = (code + zeropoint[j]) * scale[j] over `cols` entries rounded up to 16, for the codes of column `col`
-    // of packed W, `w_stride` bytes from block to block.
-    void (*dequantize_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t col, std::int64_t cols,
-                              const float* zeropoint, const float* scale, float* target);
+    // target[i * outlier_stride + j] = (code + zeropoint[j]) * scale[j] over `cols` entries rounded up to 16 (zeropoint
+    // null: 0), for the codes of column columns[c] of packed W, `w_stride` bytes from block to block, and i = rows[c].
+    void (*dequantize_columns)(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,
+                               const std::int32_t* rows, std::int64_t count, std::int64_t cols, const float* zeropoint,
+                               const float* scale, float* target);
     // y[i, j] = acc * (scale_x[i] * scale_w[j]), then y = fma(outlier x, outlier_w, y) for the row's outliers in order,
     // then y + bias[j], in float32, in this order, rounded once to f32, f16 or bf16; or, as i32, the product and no
     // more. Rows of y are contiguous, y_stride bytes apart.
