@@ -61,11 +61,12 @@ void multiply_rows(const FloatTile& tile, std::int64_t i, Load load) {
     });
 }
 
-// The squares have 8 to 12 sums: enough to keep the processor busy, and no more than registers hold.
+// The squares have 8 to 16 sums: enough to keep the processor busy, and no more than registers hold.
 template <class Load>
 void multiply_codes(const FloatTile& tile, Load load) {
+    constexpr int places = register_size == 64 ? 4 : 2;
     std::int64_t i = 0;
-    for (; i + 4 <= tile.rows; i += 4) multiply_rows<4, 4, 2, 1>(tile, i, load);
+    for (; i + 4 <= tile.rows; i += 4) multiply_rows<4, 4, places, 1>(tile, i, load);
     switch (tile.rows - i) {
         case 3: return multiply_rows<4, 3, 4, 1>(tile, i, load);
         case 2: return multiply_rows<4, 2, 4, 1>(tile, i, load);
@@ -130,7 +131,7 @@ void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t
 
 void multiply_floats(const FloatTile& tile) {
     const auto codes_at = [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
-        constexpr std::int64_t ahead = std::int64_t{20} * 64;  // bytes, so that W is there in time
+        constexpr std::int64_t ahead = std::int64_t{40} * 64;  // bytes, so that W is there in time
         if constexpr (place == 0) __builtin_prefetch(tile.w + group * 64 + v * register_size + ahead);
         Ints codes;
         read(tile.w + group * 64 + v * register_size, codes);
