@@ -20,6 +20,7 @@ REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
         "epilogue": (r"vcvtdq2ps .*%ymm", r"vfmadd\w*ps .*%ymm"),
     },
     "avx_vnni": {"product": (r"\{vex\} vpdpbusd .*%ymm",)},
+    "avx512bw": {"product": (r"vpmaddwd .*%zmm",), "epilogue": (r"vcvtdq2ps .*%zmm", r"vfmadd\w*ps .*%zmm")},
     "avx512_vnni": {
         "product": (r"vpdpbusd .*%zmm",),
         "streaming": (r"vpmaxuw .*%zmm", r"vfn?m\w*ps .*%zmm"),

@@ -95,6 +95,25 @@ __attribute__((target("avx2"))) bool pairs_ymm(std::int64_t iterations) {
     return all_are(sums, sizeof sums, static_cast<std::uint32_t>(8 * iterations));
 }
 
+// The same for AVX-512 without VNNI (cpp/src/cpu/kernels/product/avx512bw.hpp): a multiplication and an addition for 32
+// products.
+#define OCTAVO_WORDS(accumulator) "vpmaddwd %[a], %[b], %%zmm16\n\tvpaddd %%zmm16, " accumulator ", " accumulator "\n\t"
+__attribute__((target("avx512f,avx512bw"))) bool words_zmm(std::int64_t iterations) {
+    const __m512i a = _mm512_set1_epi16(1);
+    const __m512i b = a;
+    __m512i c0 = _mm512_setzero_si512();
+    __m512i c1 = c0, c2 = c0, c3 = c0, c4 = c0, c5 = c0, c6 = c0, c7 = c0, c8 = c0, c9 = c0, c10 = c0, c11 = c0;
+    for (std::int64_t i = 0; i < iterations; ++i) {
+        asm volatile(OCTAVO_TWELVE(OCTAVO_WORDS)
+                     : "+v"(c0), "+v"(c1), "+v"(c2), "+v"(c3), "+v"(c4), "+v"(c5), "+v"(c6), "+v"(c7), "+v"(c8),
+                       "+v"(c9), "+v"(c10), "+v"(c11)
+                     : [a] "v"(a), [b] "v"(b)
+                     : "xmm16");
+    }
+    const __m512i sums[chains] = {c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, c11};
+    return all_are(sums, sizeof sums, static_cast<std::uint32_t>(2 * iterations));
+}
+
 // What a product of float32 is made of, for comparison: 1 * 1 added to the bit pattern of 0 stays exact up to 2^24.
 #define OCTAVO_FMA(accumulator) "vfmadd231ps %[a], %[b], " accumulator "\n\t"
 __attribute__((target("avx2,fma"))) bool vfmadd_ymm(std::int64_t iterations) {
@@ -181,6 +200,10 @@ std::string_view avx2_missing() {
     return has ? "" : "the processor has no AVX2";
 }
 
+std::string_view avx512bw_missing() {
+    return __builtin_cpu_supports("avx512bw") != 0 ? "" : "the processor has no AVX512-BW";
+}
+
 std::string_view vnni_missing(bool with_vl) {
     const bool has = __builtin_cpu_supports("avx512vnni") != 0 && __builtin_cpu_supports("avx512f") != 0 &&
                      (!with_vl || __builtin_cpu_supports("avx512vl") != 0);
@@ -252,6 +275,7 @@ const std::vector<Peak>& peaks() {
 #if defined(__x86_64__)
         {"vfmadd_ymm", chains * 16.0, vfmadd_ymm, avx2_missing()},
         {"pairs_ymm", 8 * 64.0, pairs_ymm, avx2_missing()},
+        {"words_zmm", chains * 64.0, words_zmm, avx512bw_missing()},
         {"vpdpbusd_zmm", chains * 128.0, vpdpbusd_zmm, vnni_missing(false)},
         {"vpdpbusd_ymm", chains * 64.0, vpdpbusd_ymm, vnni_missing(true)},
         {"tdpbssd", 4 * 2.0 * 16 * 16 * 64, tdpbssd, amx_missing()},

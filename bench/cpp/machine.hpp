@@ -24,8 +24,8 @@ struct Peak {
     std::string_view missing;              // why this processor cannot run it; empty where it can
 };
 
-// vfmadd_ymm (float32, for comparison) and pairs_ymm (AVX2's best exact loop), vpdpbusd_zmm, vpdpbusd_ymm
-// (AVX512-VNNI), tdpbssd (AMX): also those that cannot run here.
+// vfmadd_ymm (float32, for comparison) and pairs_ymm (AVX2's best exact loop), words_zmm (that of AVX-512 without
+// VNNI), vpdpbusd_zmm, vpdpbusd_ymm (AVX512-VNNI), tdpbssd (AMX): also those that cannot run here.
 [[nodiscard]] const std::vector<Peak>& peaks();
 
 // Operations per second: the best of several short runs, some 10 ms together. Fails where the sums are wrong.

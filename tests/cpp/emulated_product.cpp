@@ -14,7 +14,9 @@ struct Dot {
     static constexpr int rows = 6;
     static constexpr int blocks = 4;
     static constexpr int vectors = 1;
+    static constexpr int x_size = 1;
     static constexpr bool x_is_unsigned = true;
+    static constexpr auto place_row = place_unsigned;
     using Accumulator = std::array<std::uint32_t, 16>;  // sums wrap, as the instruction's do
     using X = std::int32_t;
     using W = const std::int8_t*;

@@ -19,6 +19,9 @@ extern const Kernels table;
 namespace avx_vnni {
 extern const Kernels table;
 }
+namespace avx512bw {
+extern const Kernels table;
+}
 namespace avx512_vnni {
 extern const Kernels table;
 }
@@ -41,6 +44,7 @@ inline std::vector<const octavo::cpu::Kernels*> tables() {
 #if defined(__x86_64__)
     all.push_back(&octavo::cpu::avx2::table);
     all.push_back(&octavo::cpu::avx_vnni::table);
+    all.push_back(&octavo::cpu::avx512bw::table);
     all.push_back(&octavo::cpu::avx512_vnni::table);
     all.push_back(&octavo::cpu::amx::table);
 #elif defined(__aarch64__)

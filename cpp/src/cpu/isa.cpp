@@ -29,6 +29,9 @@ extern const Kernels table;
 namespace avx_vnni {
 extern const Kernels table;
 }
+namespace avx512bw {
+extern const Kernels table;
+}
 namespace avx512_vnni {
 extern const Kernels table;
 }
@@ -96,13 +99,14 @@ std::vector<const Kernels*> tables_available() {
 #ifdef OCTAVO_X86_64
     __builtin_cpu_init();
     const Leaf7 leaf = leaf_7();
-    const bool avx512_vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                             __builtin_cpu_supports("avx512vnni");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512bw = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool avx512_vnni = avx512bw && __builtin_cpu_supports("avx512vnni");
     if (avx512_vnni && leaf.avx512_bf16 && leaf.amx_int8 && may_use_tiles()) tables.push_back(&amx::table);
     if (avx512_vnni) tables.push_back(&avx512_vnni::table);
     if (avx2 && leaf.avx_vnni) tables.push_back(&avx_vnni::table);
+    if (avx512bw) tables.push_back(&avx512bw::table);
     if (avx2) tables.push_back(&avx2::table);
 #endif
 #ifdef OCTAVO_AARCH64

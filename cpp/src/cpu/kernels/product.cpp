@@ -14,6 +14,8 @@ namespace octavo::cpu::OCTAVO_ISA {
 constexpr Plan many = dot_plan<Dot>(192);
 constexpr Plan few = many;
 }  // namespace octavo::cpu::OCTAVO_ISA
+#elif defined(__AVX512BW__)
+#include "cpu/kernels/product/avx512bw.hpp"
 #elif defined(__AVXVNNI__)
 #include "cpu/kernels/product/avx_vnni.hpp"
 #elif defined(__AVX2__)

@@ -11,7 +11,9 @@ struct Dot {
     static constexpr int rows = 6;
     static constexpr int blocks = 1;
     static constexpr int vectors = 2;
+    static constexpr int x_size = 1;
     static constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
+    static constexpr auto place_row = place_unsigned;
     using Accumulator = __m256i;
     using X = __m256i;
     using W = __m256i;

@@ -3,11 +3,12 @@
 //
 // An instruction set supplies `Dot`:
 //   rows, blocks       the register tile: rows of X by blocks of 16 output features
+//   x_size, place_row, x_is_unsigned    as Plan has them
 //   vectors            operands that a block of 16 output features by 4 along k is loaded in
 //   Accumulator, zero(), X, broadcast(p), W, load(p), multiply_add(acc, x, w)
 //   store(p, acc)      p[0 ... 16 / vectors - 1] = the sums of an accumulator
 //   add(p, acc)        the same, added
-// Panels of X are row-major: a row of a slice is `depth` bytes, and the next row follows.
+// Panels of X are row-major: a row of a slice is `depth` codes, and the next row follows.
 #pragma once
 
 #include "cpu/kernels/functions.hpp"
@@ -22,12 +23,6 @@ inline std::int32_t group_at(const std::int8_t* p) {
     std::int32_t group = 0;
     __builtin_memcpy(&group, p, sizeof group);
     return group;
-}
-
-// Plan::place_row: the codes as they are.
-inline std::int32_t place_signed(const std::int8_t* codes, std::int64_t depth, std::int64_t row, std::int8_t* panel) {
-    __builtin_memcpy(panel + row * depth, codes, static_cast<unsigned long>(depth));
-    return 0;
 }
 
 // Plan::place_row: x + 128 as an unsigned byte.
@@ -55,7 +50,7 @@ void multiply_block(const ProductTile& tile, std::int64_t j) {
                                         v % Dot::vectors * vector_size);
             });
             unroll<Rows>([&](auto i) OCTAVO_INLINE {
-                const auto row = Dot::broadcast(x + i * tile.depth + k + 4 * step);
+                const auto row = Dot::broadcast(x + (i * tile.depth + k + 4 * step) * Dot::x_size);
                 unroll<width>([&](auto v) OCTAVO_INLINE { Dot::multiply_add(sums[i * width + v], row, operands[v]); });
             });
         });
@@ -96,8 +91,9 @@ constexpr Plan dot_plan(std::int64_t block_rows) noexcept {
             .cols = 16 * std::int64_t{Dot::blocks},
             .depth = 512,  // 8 KiB of W for a block
             .block_rows = block_rows,
+            .x_size = Dot::x_size,
             .x_is_unsigned = Dot::x_is_unsigned,
-            .place_row = Dot::x_is_unsigned ? place_unsigned : place_signed,
+            .place_row = Dot::place_row,
             .multiply = multiply_dots<Dot>};
 }
 
