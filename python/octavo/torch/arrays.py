@@ -79,6 +79,14 @@ class Arrays:
         blocks, groups, rows, depth = self.codes.shape
         return self.codes.permute(0, 2, 1, 3).reshape(blocks * rows, groups * depth)[:n, :k].contiguous()
 
+    def sums(self) -> Tensor:
+        """The sums of the codes of each output feature, int32 ``[n]``, computed anew."""
+        codes, none = self.by_row(), (None, None, None)
+        if not has_memory(codes):
+            return codes.sum(1, dtype=torch.int32)
+        made = _core.Weight(codes, self.shape, self.scale, self.zeropoint, *none, self.options._native)
+        return made.code_sums  # type: ignore[no-any-return]
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """``(codes + zeropoint) * scale`` in float32, rotated back, kept columns put in, rounded once to `dtype`."""
         weight, rotation = self.by_row().to(torch.float32), self.options.rotation

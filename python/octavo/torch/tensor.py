@@ -6,6 +6,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,7 +152,8 @@ class Int8Tensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         arrays, is_parameter = self._arrays, getattr(self, "_is_param", False)
         options = arrays.options.to_dict()
-        return _rebuild, (arrays.tensors(), arrays.shape, options, self.dtype, self._transposed, is_parameter)
+        stored = replace(arrays, code_sums=None).tensors()  # type: ignore[arg-type]  # they are computed anew
+        return _rebuild, (stored, arrays.shape, options, self.dtype, self._transposed, is_parameter)
 
     def data_ptr(self) -> int:
         """Of the codes: what accelerate knows weights that are tied by."""
@@ -220,6 +222,7 @@ def _rebuild(
 ) -> Int8Tensor:
     """An Int8Tensor from a pickle."""
     held = Arrays.named(arrays, shape, Options.from_dict(options))
+    held.code_sums = held.sums()
     return _parameter(Int8Tensor(held.to(held.scale.device), dtype, transposed), parameter)
 
 
