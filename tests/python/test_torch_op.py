@@ -304,9 +304,9 @@ def test_nested_tensors() -> None:
             assert torch.equal(own, layer(x))
 
 
-ONNX = POLICIES | {
-    "relative columns": {"relative": 4.0, "cap": 0.05},
-    "rotated columns": {"rotation": 16, "threshold": 2.5, "scheme": "zeropoint", "cap": 0.1},
+# Each is exported for ten seconds: those that have all there is between them.
+ONNX: dict[str, dict[str, Any]] = {name: POLICIES[name] for name in ("columns", "static", "none", "rotated")} | {
+    "rotated columns": {"rotation": 16, "relative": 2.5, "scheme": "zeropoint", "cap": 0.1},
     "rotated weight only": {"rotation": 64, "path": "weight_only"},
 }
 
@@ -317,7 +317,7 @@ def test_onnx_is_a_graph_of_standard_operators(name: str, tmp_path: Path) -> Non
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     import onnx
 
-    model, other = mlp(ONNX[name]), inputs(9, seed=2)
+    model, other = mlp(ONNX[name])[:1], inputs(9, seed=2)
     path = str(tmp_path / "model.onnx")
     rows = torch.export.Dim("rows", min=2)
     with warnings.catch_warnings():
