@@ -174,8 +174,13 @@ private:
             }
             if (plan_.run_rows == 0) fetch_ahead(tile, (row - block_.row_begin) / run);
             if (tile.depth > 0) plan_.multiply(tile);
-            for (std::int64_t i = 0; finish != nullptr && !finishes && i < tile.rows; i += plan_.rows) {
+            const bool hands_over = finish != nullptr && !finishes;
+            const bool together = block_.rows() <= few_rows;
+            for (std::int64_t i = 0; hands_over && !together && i < tile.rows; i += plan_.rows) {
                 hand_over(i, std::min(plan_.rows, tile.rows - i));
+            }
+            if (hands_over && together && row + run >= block_.row_end) {  // the sums of all panels lie in a row
+                hand_over(block_.row_begin - row, block_.rows());
             }
             tile.acc += ceiling(tile.rows, plan_.rows) * tile_size();
         }

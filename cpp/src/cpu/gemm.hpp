@@ -72,7 +72,8 @@ struct Block {
 void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
                     const std::function<void(const Block&)>& work);
 
-// A tile of a block, whole: sum_k x[row + i, k] * w[col + j, k] for i < rows, j < cols.
+// A tile of a block, or of few rows all that are below each other, whole: sum_k x[row + i, k] * w[col + j, k] for i <
+// rows, j < cols.
 struct SumsTile {
     std::int64_t row = 0;
     std::int64_t col = 0;

@@ -240,9 +240,10 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
         // overflows.
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth ||
                                  std::isinf(largest_scale * largest_of(block_weight.scale, block.cols()));
-        const Scratch<float> scaled(scaled_here ? quantized.codes.plan().rows * quantized.codes.plan().cols : 0);
-        // A panel is finished at once: what is dequantized there needs no memory.
-        const bool in_registers = !scaled_here && outliers.are_shared() && block.rows() <= quantized.codes.plan().rows;
+        const std::int64_t most_rows = std::max(quantized.codes.plan().rows, few_rows);
+        const Scratch<float> scaled(scaled_here ? most_rows * quantized.codes.plan().cols : 0);
+        // Few rows are finished at once: what is dequantized there needs no memory.
+        const bool in_registers = !scaled_here && outliers.are_shared() && block.rows() <= kernels().rows_from_codes;
         const auto prepare = [&](std::int64_t col, std::int64_t cols) {
             if (col == 0) block_weight.sort_outliers(outliers.columns(), w, in_registers);
             rows.fetch(block.row_begin, block.col_begin + col, OutputBlock::ahead, cols);
@@ -295,7 +296,7 @@ bool is_any_large(const float* row, std::int64_t k) {
 // y = scale_w * (X (q + zeropoint)^T) + bias. Few rows read W as it is packed; for more a slice of 16 output features
 // is made float32 once for all of them. The order of sums is that of FloatTile either way.
 void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out) {
-    constexpr std::int64_t few_rows = 4;
+    constexpr std::int64_t read_as_packed = 4;                   // rows
     constexpr Blocking blocking{.rows = 12, .block_rows = 240};  // what registers hold, and the second-level cache
     // 16 KiB of a block of W as float32. Also the length of sums: that of all slices adds up theirs.
     constexpr std::int64_t slice = 256;
@@ -319,7 +320,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
         const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
         const BlockWeight block_weight(weight, bias, block);
         const OutputBlock rows(out, block);
-        const bool widened = block.rows() > few_rows;
+        const bool widened = block.rows() > read_as_packed;
         const Scratch<float> w_floats(widened ? slice * block_cols : 0);
         const Scratch<float> sums(block.rows() * block_cols * 4);
         const Scratch<float> y(block.rows() * block_cols);

@@ -1,5 +1,6 @@
 #include "cpu/kernels/table.hpp"
 
+#include "cpu/kernels/floats.hpp"
 #include "cpu/kernels/functions.hpp"
 
 #define OCTAVO_NAME_OF(isa) OCTAVO_QUOTE(isa)
@@ -35,6 +36,7 @@ const Kernels table{
     .finish_floats = finish_floats,
     .dequantize_columns = dequantize_columns,
     .epilogue = epilogue,
+    .rows_from_codes = register_size == 64 ? few_rows : 4,
 };
 
 }  // namespace octavo::cpu::OCTAVO_ISA

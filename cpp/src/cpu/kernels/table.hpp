@@ -201,7 +201,12 @@ struct Kernels {
     // then y + bias[j], in float32, in this order, rounded once to f32, f16 or bf16; or, as i32, the product and no
     // more. Rows of y are contiguous, y_stride bytes apart.
     void (*epilogue)(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
+    // Up to so many rows, of one tile, outlier_columns take less time than dequantize_columns and outlier_w.
+    std::int64_t rows_from_codes;
 };
+
+// Up to so many rows of a block are finished together.
+inline constexpr std::int64_t few_rows = 32;
 
 // The most columns of a block of work.
 inline constexpr std::int64_t most_cols = 256;
