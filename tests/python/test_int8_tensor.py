@@ -117,6 +117,33 @@ def test_what_keeps_it_int8(weight: ot.Int8Tensor) -> None:
     assert (torch.empty_like(weight).shape, type(torch.empty_like(weight))) == (weight.shape, ot.Int8Tensor)
 
 
+WAYS_THAT_KEEP_INT8 = {
+    "to": lambda weight: weight.to(torch.bfloat16),
+    "half": lambda weight: weight.half(),
+    "cpu": lambda weight: weight.cpu(),
+    "contiguous": lambda weight: weight.contiguous(),
+    "T": lambda weight: weight.T,
+    "mT": lambda weight: weight.mT,
+    "slice": lambda weight: weight[2:5],
+    "chunk": lambda weight: weight.chunk(2)[0],
+    "split": lambda weight: weight.split(4)[1],
+    "vstack": lambda weight: torch.vstack([weight, weight]),
+    "reshape": lambda weight: weight.reshape(40, 24),
+    "parameter": lambda weight: nn.Parameter(weight, requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_THAT_KEEP_INT8)
+def test_inference_mode_keeps_it_int8(way: str) -> None:
+    """There PyTorch does not take operations apart before it asks a tensor subclass."""
+    weight = ot.Int8Tensor.from_float(values(40, 24))
+    change = WAYS_THAT_KEEP_INT8[way]
+    expected = change(weight).dequantize()
+    with torch.inference_mode():
+        for own in (weight, ot.Int8Tensor.from_parts(weight.parts())):
+            is_int8(change(own), expected)
+
+
 def test_parts_are_put_together_again() -> None:
     weight = ot.Int8Tensor.from_float(values(40, 24), Options(scheme="zeropoint"), [3])
     is_int8(torch.cat(weight.chunk(3)), weight.dequantize())

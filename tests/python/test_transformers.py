@@ -262,6 +262,15 @@ def test_without_an_import(tmp_path: Path, folders: Any) -> None:
     assert run(program, str(tmp_path)).split() == ["Int8Tensor", "OctavoConfig"]
 
 
+def test_loading_in_inference_mode(tmp_path: Path, folders: Any) -> None:
+    model = convert(folders("OPTForCausalLM"))
+    model.save_pretrained(tmp_path)
+    inputs = tiny_inputs(model)
+    with torch.inference_mode():
+        loaded = type(model).from_pretrained(tmp_path)
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
 def test_without_the_entry_point(tmp_path: Path, folders: Any) -> None:
     """Transformers refuses, until octavo is imported: codes are never taken for weights."""
     convert(folders("OPTForCausalLM")).save_pretrained(tmp_path)

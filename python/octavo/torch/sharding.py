@@ -14,7 +14,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map
 
 from octavo.torch.arrays import Arrays, pack
-from octavo.torch.tensor import _OPERATIONS, Int8Tensor
+from octavo.torch.tensor import _OPERATIONS, Int8Tensor, _alias
 from octavo.weight import Int8Weight
 
 aten: Any = torch.ops.aten
@@ -66,13 +66,13 @@ class _Flat(Tensor):
 
 def _view(x: Int8Tensor, size: Any) -> Any:
     if tuple(size) == tuple(x.shape):
-        return Int8Tensor(x._arrays, x.dtype, x._transposed)
+        return _alias(x)
     return _Flat(x) if list(size) == [-1] else NotImplemented
 
 
 def _as_strided(x: Int8Tensor, size: Any, stride: Any, offset: int | None = None) -> Any:
     as_it_is = (tuple(size), tuple(stride), offset or 0) == (tuple(x.shape), x.stride(), 0)
-    return Int8Tensor(x._arrays, x.dtype, x._transposed) if as_it_is else NotImplemented
+    return _alias(x) if as_it_is else NotImplemented
 
 
 _OPERATIONS[aten.new_zeros.default] = _OPERATIONS[aten.new_empty.default] = _new

@@ -201,8 +201,9 @@ class Int8Tensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        handler = _OPERATIONS.get(func)
-        result = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
+        # In inference mode PyTorch has not taken apart what consists of other operations.
+        handler = _OPERATIONS.get(func, func.decompose)
+        result = handler(*args, **(kwargs or {}))
         return _dequantized(func, args, kwargs or {}) if result is NotImplemented else result
 
 
@@ -356,8 +357,7 @@ def _empty_like(x: Int8Tensor, *, dtype: Any = None, device: Any = None, **_: An
 
 
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
-    aten.detach.default: _alias,
-    aten.alias.default: _alias,
+    **dict.fromkeys((aten.detach.default, aten.alias.default), _alias),
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
     aten.t.default: _transposed,
@@ -369,14 +369,12 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.mul.Tensor: _scale(torch.Tensor.mul_, is_copy=True),
     aten.div.Tensor: _scale(torch.Tensor.div_, is_copy=True),
     aten.slice.Tensor: _slice,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
+    **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default), _split),
     aten.cat.default: _cat,
     aten.empty_like.default: _empty_like,
     aten.is_pinned.default: lambda *_: False,
     aten.linear.default: _linear,
-    aten.matmul.default: _matmul,
-    aten.mm.default: _matmul,
+    **dict.fromkeys((aten.matmul.default, aten.mm.default), _matmul),
     aten.addmm.default: _addmm,
 }
 
@@ -417,23 +415,16 @@ def _no_memory(x: Tensor, *_: Any, **__: Any) -> Any:
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
-    torch.matmul: _matmul,
-    torch.mm: _matmul,
-    torch.addmm: _addmm,
-    torch.Tensor.matmul: _matmul,
-    torch.Tensor.__matmul__: _matmul,
+    **dict.fromkeys((torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm), _matmul),
     torch.Tensor.__rmatmul__: lambda a, b: _matmul(b, a),
-    torch.Tensor.mm: _matmul,
-    torch.Tensor.addmm: _addmm,
+    **dict.fromkeys((torch.addmm, torch.Tensor.addmm), _addmm),
     torch.Tensor.__setitem__: _set_item,
     torch.Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     torch.Tensor.requires_grad_: _set_requires_grad,
     torch.Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     torch.Tensor.numpy: lambda x, **_: x.dequantize().numpy(),
     torch.Tensor.tolist: lambda x: x.dequantize().tolist(),
-    torch.Tensor.storage: _no_memory,
-    torch.Tensor.__dlpack__: _no_memory,
-    torch.Tensor.__dlpack_device__: _no_memory,
+    **dict.fromkeys((torch.Tensor.storage, torch.Tensor.__dlpack__, torch.Tensor.__dlpack_device__), _no_memory),
 }
 
 # --- everything else --------------------------------------------------------------------------------------------------
