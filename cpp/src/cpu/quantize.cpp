@@ -14,7 +14,6 @@
 #include "octavo/error.hpp"
 #include "octavo/pack.hpp"
 #include "octavo/quantize.hpp"
-#include "octavo/stochastic.hpp"
 
 namespace octavo::cpu {
 namespace {
@@ -194,18 +193,6 @@ std::optional<Range> range_of(const ConstMatrix& x, const QuantizeOptions& optio
     return whole;
 }
 
-// The codes of a row rounded stochastically; `values` has room for the row.
-void encode_stochastically(const ConstMatrix& x, std::int64_t row, float scale, std::uint64_t seed, float* values,
-                           std::int8_t* codes) {
-    load_row(x, row, 0, x.cols, values);
-    for (std::int64_t col = 0; col < x.cols; col += 4) {
-        const RandomWords random = words_of(row, col / 4, seed);
-        for (std::int64_t j = col; j < std::min(col + 4, x.cols); ++j) {
-            codes[j] = stochastic_code(values[j], scale, random.words[j - col]);
-        }
-    }
-}
-
 }  // namespace
 
 void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTraits& traits, Matrix codes, Vector scale,
@@ -250,7 +237,8 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
             std::int8_t* const target =
                 in_place ? static_cast<std::int8_t*>(at(codes, i, 0)) : row_codes.data() + i % together * depth;
             if (traits.seed) {
-                encode_stochastically(x, i, coding.scale(), *traits.seed, row_values.data(), target);
+                load_row(x, i, 0, x.cols, row_values.data());
+                kernels().encode_stochastic(row_values.data(), x.cols, coding.scale(), i, *traits.seed, target);
             } else {
                 coding.encode(rows.dtype(), values, codes.cols, target);
             }

@@ -22,6 +22,8 @@ std::int64_t count_below(DType dtype, const void* x, std::int64_t size, std::uin
 void rotate(float* x, std::int64_t size, std::int64_t block);
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_rotated(const float* x, std::int64_t size, float absmax, std::int8_t* codes);
+void encode_stochastic(const float* x, std::int64_t size, float scale, std::int64_t row, std::uint64_t seed,
+                       std::int8_t* codes);
 void encode_zeropoint(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
 std::int32_t sum(const std::int8_t* codes, std::int64_t size);
 void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed);

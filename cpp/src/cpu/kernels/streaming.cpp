@@ -156,6 +156,69 @@ void encode_by_inverse(const void* x, std::int64_t size, float absmax, Convert c
     encode_by_division<T>(x, size, absmax, convert, codes);
 }
 
+// --- stochastic rounding: what octavo/stochastic.hpp says, many counters at a time -----------------------------------
+
+constexpr std::int64_t counters = 32;  // more than the compiler takes apart before it would vectorize
+constexpr std::int64_t drawn = 4 * counters;
+
+std::uint32_t low(std::uint64_t value) { return static_cast<std::uint32_t>(value); }
+std::uint32_t high(std::uint64_t value) { return static_cast<std::uint32_t>(value >> 32U); }
+
+// The words of the elements from 4 * `quad` of a row on, in their order.
+void draw(std::uint64_t row, std::uint64_t quad, std::uint64_t seed, std::uint32_t* words) {
+    std::uint32_t a[counters];
+    std::uint32_t b[counters];
+    std::uint32_t c[counters];
+    std::uint32_t d[counters];
+    for (std::int64_t i = 0; i < counters; ++i) {
+        const std::uint64_t own = quad + static_cast<std::uint64_t>(i);
+        a[i] = low(own);
+        b[i] = high(own);
+        c[i] = low(row);
+        d[i] = high(row);
+    }
+    std::uint32_t keys[] = {low(seed), high(seed)};
+    for (int round = 0; round < 10; ++round) {
+        for (std::int64_t i = 0; i < counters; ++i) {
+            const std::uint64_t first = std::uint64_t{0xD2511F53U} * a[i];
+            const std::uint64_t second = std::uint64_t{0xCD9E8D57U} * c[i];
+            a[i] = high(second) ^ b[i] ^ keys[0];
+            b[i] = low(second);
+            c[i] = high(first) ^ d[i] ^ keys[1];
+            d[i] = low(first);
+        }
+        keys[0] += 0x9E3779B9U;
+        keys[1] += 0xBB67AE85U;
+    }
+    for (std::int64_t i = 0; i < counters; ++i) {
+        words[4 * i] = a[i];
+        words[4 * i + 1] = b[i];
+        words[4 * i + 2] = c[i];
+        words[4 * i + 3] = d[i];
+    }
+}
+
+// Of sixteen elements. Vectors by name: of a loop that does the same the compiler makes branches, without AVX-512.
+void round_by(const std::uint32_t* words, const float* x, float scale, std::int8_t* codes) {
+    using Floats [[gnu::vector_size(64)]] = float;
+    using Integers [[gnu::vector_size(64)]] = std::int32_t;
+    using Words [[gnu::vector_size(64)]] = std::uint32_t;
+    using Codes [[gnu::vector_size(16)]] = std::int8_t;
+    Floats ratio;
+    Words word;
+    __builtin_memcpy(&ratio, x, sizeof ratio);
+    __builtin_memcpy(&word, words, sizeof word);
+    ratio /= scale;
+    const Floats nearest = (ratio + 0x1.8p23F) - 0x1.8p23F;
+    const Floats below = nearest + __builtin_convertvector(nearest > ratio, Floats);  // true is -1
+    const Floats random = __builtin_convertvector(__builtin_convertvector(word >> 8U, Integers), Floats) * 0x1p-24F;
+    Integers code = __builtin_convertvector(below, Integers) - (random < ratio - below);
+    code = code > 127 ? 127 : code;
+    code = code < -127 ? -127 : code;
+    const Codes narrow = __builtin_convertvector(code, Codes);
+    __builtin_memcpy(codes, &narrow, sizeof narrow);
+}
+
 // --- rotation --------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
@@ -389,6 +452,24 @@ void encode_rotated(const float* x, std::int64_t size, float absmax, std::int8_t
         for (std::int64_t i = 0; i < size; ++i) codes[i] = to_code(x[i] * inverse);
     } else {
         for (std::int64_t i = 0; i < size; ++i) codes[i] = to_code(x[i] / absmax * 127.0F);
+    }
+}
+
+void encode_stochastic(const float* x, std::int64_t size, float scale, std::int64_t row, std::uint64_t seed,
+                       std::int8_t* codes) {
+    if (!(scale > 0.0F && scale <= 0x1.fffffep127F)) {
+        for (std::int64_t i = 0; i < size; ++i) codes[i] = 0;
+        return;
+    }
+    std::uint32_t words[drawn];
+    float values[drawn] = {};
+    std::int8_t rounded[drawn];
+    for (std::int64_t begin = 0; begin < size; begin += drawn) {
+        const std::int64_t count = size - begin < drawn ? size - begin : drawn;
+        draw(static_cast<std::uint64_t>(row), static_cast<std::uint64_t>(begin / 4), seed, words);
+        for (std::int64_t i = 0; i < count; ++i) values[i] = x[begin + i];
+        for (std::int64_t i = 0; i < drawn; i += 16) round_by(words + i, values + i, scale, rounded + i);
+        for (std::int64_t i = 0; i < count; ++i) codes[begin + i] = rounded[i];
     }
 }
 

@@ -24,6 +24,7 @@ const Kernels table{
     .rotate = rotate,
     .encode_absmax = encode_absmax,
     .encode_rotated = encode_rotated,
+    .encode_stochastic = encode_stochastic,
     .encode_zeropoint = encode_zeropoint,
     .sum = sum,
     .pack = pack,

@@ -162,6 +162,10 @@ struct Kernels {
     void (*encode_absmax)(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
     // codes[i] = rint(x[i] * (127 / absmax)), likewise.
     void (*encode_rotated)(const float* x, std::int64_t size, float absmax, std::int8_t* codes);
+    // codes[i] = stochastic_code(x[i], scale, words_of(row, i / 4, seed).words[i % 4]) (octavo/stochastic.hpp),
+    // for |x[i] / scale| < 2^22, or a scale that is 0 or not finite.
+    void (*encode_stochastic)(const float* x, std::int64_t size, float scale, std::int64_t row, std::uint64_t seed,
+                              std::int8_t* codes);
     // codes[i] = clip(rint(nd * x[i]) - zeropoint, -127, 127), for finite nd * x[i].
     void (*encode_zeropoint)(const float* x, std::int64_t size, float nd, float zeropoint, std::int8_t* codes);
     // sum_i codes[i]; size <= 2^24.
