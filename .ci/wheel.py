@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("cmake.define.OCTAVO_MANYLINUX=ON", "cmake.define.OCTAVO_WERROR=ON")
 # The tests that need neither PyTorch nor a package of its own.
-TESTS = ("quantize", "outlier", "gemm", "dequantize", "linear", "weight", "errors", "threads")
+TESTS = ("quantize", "outlier", "gemm", "dequantize", "linear", "weight", "errors", "threads", "interpreter")
 
 
 def main() -> None:

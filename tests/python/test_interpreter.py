@@ -1,4 +1,4 @@
-"""octavo and the interpreter's life: signals, daemon threads at exit, subinterpreters."""
+"""octavo and the interpreter's life: signals, daemon threads at exit, subinterpreters, no global lock."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -76,3 +77,9 @@ except ImportError as error:
 interpreters.run_string(interpreters.create(), program)
 """)
     assert "octavo cannot be used in subinterpreters" in result.stdout + result.stderr, result.stderr
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python is not free-threaded")
+def test_free_threaded_python_stays_without_its_lock() -> None:
+    result = run("import sys, octavo; print(sys._is_gil_enabled())")
+    assert (result.stdout, result.stderr) == ("False\n", "")
