@@ -438,6 +438,10 @@ def test_models_computed_from_models() -> None:
     model(x).square().sum().backward()
     optimizer.step()
     assert torch.equal(model[0].weight.int8_weight.codes, codes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model[0].weight.add_(torch.zeros(40, 24))  # as LBFGS does to whatever has no gradient
+    assert torch.equal(model[0].weight.int8_weight.codes, codes)
     assert model[0].weight.grad is None
 
 

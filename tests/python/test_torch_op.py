@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import shutil
 import warnings
 from pathlib import Path
@@ -129,6 +130,15 @@ def test_jit_trace(policy: dict[str, Any]) -> None:
     model, other = mlp(policy), inputs(seed=2)
     traced = torch.jit.trace(model, inputs())
     assert torch.equal(traced(other), model(other))
+
+
+def test_jit_save() -> None:
+    """A traced model has the weights as constants; frozen, it has nothing else of them."""
+    model, x = mlp({}).eval(), inputs()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.freeze(torch.jit.trace(model, x)), file)
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(x), model(x))
 
 
 def test_make_fx(policy: dict[str, Any]) -> None:

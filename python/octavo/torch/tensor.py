@@ -300,6 +300,8 @@ def _change(target: Tensor, values: Tensor) -> None:
     if not isinstance(target, Int8Tensor) or isinstance(values, Int8Tensor):
         _copy(target, values)
         return
+    if values.dtype == target.dtype and values.device == target.device and torch.equal(target.dequantize(), values):
+        return  # quantized anew it would not be quite the same
     _copy(target, values, columns=target._arrays.outlier_columns)  # what was kept in 16 bit is kept of these, too
     error = (target.dequantize(torch.float32) - values).norm() / values.norm().clamp_min(1e-30)
     warnings.warn(
