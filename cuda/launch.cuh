@@ -48,11 +48,14 @@ __device__ inline void must_not_run() {
 #endif
 }
 
-// What a launch is made of. `shared` is the dynamic shared memory of a block, in bytes.
+// What a launch is made of. `shared` is the dynamic shared memory of a block, in bytes. `early`: it may begin before
+// the one before it in the stream has ended (sm_90); its threads call `wait_for_launch_before` (ptx.cuh) before
+// anything else.
 struct Grid {
     dim3 blocks;
     dim3 threads;
     std::size_t shared = 0;
+    bool early = false;
 };
 
 // Blocks of `size` that cover `count`.
@@ -63,7 +66,7 @@ constexpr std::int64_t blocks_for(std::int64_t count, std::int64_t size) { retur
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, Arguments&&... arguments) {
 #ifdef OCTAVO_SIMT
-    check(simt::launch(kernel, grid.blocks, grid.threads, grid.shared, stream,
+    check(simt::launch(kernel, grid.blocks, grid.threads, grid.shared, grid.early, stream,
                        static_cast<Parameters>(std::forward<Arguments>(arguments))...),
           "launch");
 #else
@@ -72,6 +75,11 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream
     config.blockDim = grid.threads;
     config.dynamicSmemBytes = grid.shared;
     config.stream = stream;
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = grid.early ? 1 : 0;
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...),
           "cudaLaunchKernelEx");
 #endif

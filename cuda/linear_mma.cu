@@ -393,6 +393,7 @@ __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile
     if constexpr (has_fused_linear) {
         OCTAVO_DYNAMIC_SHARED(std::int8_t, shared);
         const Job job = job_of<Tile>(a.rows, b.rows, k, depth);
+        wait_for_launch_before();
         Sums<Tile> sums = {};
         sum_products<Tile, copy>(a, b, job, shared, sums);
         const std::int32_t outliers = rest.list.count != nullptr ? *rest.list.count : 0;
@@ -425,8 +426,10 @@ void launch_tiles(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts
     }
     const std::int64_t depth = depth_of_part(b.cols, parts);
     const auto with_work = static_cast<unsigned>(parts_with_work(b.cols, depth));
-    launch(kernel, {dim3(static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows)), with_work), Tile::threads, shared},
-           stream, operand_of(a), operand_of(b), b.cols, depth, rest);
+    launch(
+        kernel,
+        {dim3(static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows)), with_work), Tile::threads, shared, begins_early()},
+        stream, operand_of(a), operand_of(b), b.cols, depth, rest);
 }
 
 // Codes of X are always aligned; how those of W are, decides.

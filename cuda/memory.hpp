@@ -44,6 +44,9 @@ struct DeviceFacts {
 // it.
 const DeviceFacts& device_facts();
 
+// Whether launches on the current device may begin before the one before them has ended (Grid::early): from sm_90 on.
+inline bool begins_early() { return device_facts().architecture >= 90; }
+
 // Does something once for each device, with that device current: what sets up a kernel, whatever thread comes first.
 class OncePerDevice {
 public:

@@ -15,6 +15,7 @@
 #include "memory.hpp"
 #include "operations.hpp"
 #include "outlier_columns.cuh"
+#include "ptx.cuh"
 
 namespace octavo::cuda {
 namespace {
@@ -60,6 +61,7 @@ template <class T, bool wide>
 __global__ void __launch_bounds__(mark_threads, 1)
     mark_kernel(View<const Bits<T>> x, float threshold, ColumnMarks marks, std::int64_t rows_per_part) {
     __shared__ Quad found[mark_warps][warp_size];
+    let_next_launch_begin();
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
     const std::int64_t first_column = blockIdx.x * tile_columns(sizeof(T));

@@ -128,6 +128,22 @@ __device__ inline uint4 load_16_once(const void* source, std::uint64_t policy) {
     return value;
 }
 
+// --- launches that begin before the one before them has ended (sm_90) ------------------------------------------------
+
+// Waits until the launch before, with all that it waited for, has ended, and what it wrote can be read.
+__device__ inline void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next launch may begin, as soon as all blocks of this one have come here or ended.
+__device__ inline void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // --- bits -----------------------------------------------------------------------------------------------------------
 
 // Four bytes of the eight of `low` (0 to 3) and `high` (4 to 7): hexadecimal digit i of `selector` says which is byte

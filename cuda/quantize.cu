@@ -29,6 +29,7 @@
 #include "octavo/stochastic.hpp"
 #include "operations.hpp"
 #include "outlier_columns.cuh"
+#include "ptx.cuh"
 #include "ranges.cuh"
 #include "rotation.cuh"
 
@@ -493,6 +494,8 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
     // Two of each, used in turn: whoever writes one again has passed the barrier of the other, after all have read it.
     __shared__ Range partial_ranges[2][warp_size];
     __shared__ std::int32_t partial_sums[2][warp_size];
+    wait_for_launch_before();
+    let_next_launch_begin();
     const int thread = static_cast<int>(threadIdx.x);
     const int threads = static_cast<int>(blockDim.x);
     const bool lists = task.list.columns != nullptr;
@@ -624,7 +627,7 @@ Teams teams_for(std::int64_t rows, std::int64_t width, std::int64_t elements, st
 void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& teams, Task task, cudaStream_t stream) {
     task.rows_of_warps = teams.of_warps;
     const std::int64_t blocks = teams.blocks + (task.list.columns != nullptr ? 1 + task.panels.blocks : 0);
-    const Grid grid{static_cast<unsigned>(blocks), teams.threads};
+    const Grid grid{static_cast<unsigned>(blocks), teams.threads, 0, begins_early()};
     with_float(x.dtype, [&]<class T>(Type<T>) {
         const auto start = [&]<Scheme s>(std::integral_constant<Scheme, s>) {
             launch(wide ? quantize_kernel<T, s, true> : quantize_kernel<T, s, false>, grid, stream, view_of<Bits<T>>(x),

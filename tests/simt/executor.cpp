@@ -60,6 +60,7 @@ struct Fiber {
     unsigned thread = 0;
     State state = State::done;
     std::uint32_t warp_epoch = 0;
+    bool too_early = false;
     // What it waits in.
     const char* what = "";
     unsigned mask = 0;
@@ -178,6 +179,7 @@ void raw_switch(Fiber& from, Fiber& to) { swapcontext(&context_of(from), &contex
 void switch_to(Fiber& to) {
     Fiber& from = *current;
     where.warp_epoch = to.warp_epoch;
+    where.too_early = to.too_early;
     if (&from == &to) return;
     current = &to;
     threadIdx = to.index;
@@ -301,6 +303,7 @@ void run_thread() {
 #endif
     call->run(call->arguments.get());
     Fiber& fiber = *current;
+    if (fiber.too_early) fail("a thread of a launch that begins early never waits for the launch before");
     fiber.state = State::done;
     --live_threads;
     Warp& group = warps[fiber.thread / warp];
@@ -321,6 +324,7 @@ void start_thread(unsigned thread) {
     fiber.index = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
     fiber.thread = thread;
     fiber.warp_epoch = 0;
+    fiber.too_early = call->early;
     fiber.copies.clear();
     fiber.copy_group = 0;
     if (fiber.stack == nullptr) {
@@ -485,6 +489,8 @@ Range fiber_stacks() {
 }
 
 void allow_dynamic_shared(const void* kernel, std::size_t bytes) { dynamic_allowed[kernel] = bytes; }
+
+void wait_for_launch_before() { where.too_early = current->too_early = false; }
 
 unsigned lane_id() { return current->thread % warp; }
 

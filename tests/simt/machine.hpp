@@ -40,6 +40,7 @@ struct Position {
     std::uint16_t thread = 0;
     std::uint32_t block_epoch = 0;  // barriers that this block has passed
     std::uint32_t warp_epoch = 0;   // __syncwarp that this thread has passed
+    bool too_early = false;         // the launch before may not have ended, as far as this thread knows
 };
 const Position& position();
 

@@ -279,6 +279,7 @@ void access(std::uintptr_t address, std::size_t size, Kind kind, const void* fro
         the.busy = false;
         return;
     }
+    if (now.too_early && !region->shared) fail_at("an access of memory before the launch before has ended", from);
     if (address + size > region->range.end) fail_at("an access past the end of a variable or of device memory", from);
     Record record;
     record.code = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(from) - the.base);

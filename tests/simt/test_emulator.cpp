@@ -304,7 +304,7 @@ __global__ void use_both(int* out) {
 }
 
 cudaError_t try_launch(dim3 grid, dim3 block, std::size_t shared, int* out) {
-    return simt::launch(use_shared, grid, block, shared, nullptr, out);
+    return simt::launch(use_shared, grid, block, shared, false, nullptr, out);
 }
 
 TEST(refuses_what_hardware_refuses) {
@@ -328,7 +328,7 @@ TEST(refuses_what_hardware_refuses) {
 TEST(static_and_dynamic_shared_memory_are_one) {
     Buffer<int> out(1);
     const auto with = [&](std::size_t dynamic) {
-        const cudaError_t status = simt::launch(use_both, 1, 1, dynamic, nullptr, out.data());
+        const cudaError_t status = simt::launch(use_both, 1, 1, dynamic, false, nullptr, out.data());
         cudaGetLastError();
         return status;
     };

@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "defects.hpp"
+#include "ptx.cuh"
 
 using defects::Buffer;
 using defects::launch_one;
@@ -85,6 +86,37 @@ DEFECT(conversion_that_overflows, defects::asan) {
     Buffer<signed char> out(32);
     launch_one(broken, quantize<true>, quantize<false>, {1, 32}, in.data(), out.data());
     return broken || out.holds(127);
+}
+
+// Of a launch that may begin before the one that writes `in` has ended.
+template <bool broken>
+__global__ void take_over(const int* in, int* out) {
+    if (!broken) octavo::cuda::wait_for_launch_before();
+    const int value = in[threadIdx.x];
+    if (broken) octavo::cuda::wait_for_launch_before();
+    out[threadIdx.x] = value;
+}
+
+constexpr octavo::cuda::Grid early{1, 32, 0, true};
+
+DEFECT(reads_before_waiting, defects::race) {
+    Buffer<int> in(32);
+    Buffer<int> out(32);
+    octavo::cuda::launch(fill, {1, 32}, nullptr, in.data());
+    launch_one(broken, take_over<true>, take_over<false>, early, in.data(), out.data());
+    return out.holds(1);
+}
+
+template <bool broken>
+__global__ void fill_early(int* out) {
+    if (!broken) octavo::cuda::wait_for_launch_before();
+    out[threadIdx.x] = 1;
+}
+
+DEFECT(never_waits_for_the_launch_before, defects::every) {
+    Buffer<int> out(32);
+    launch_one(broken, fill_early<true>, fill_early<false>, early, out.data());
+    return out.holds(1);
 }
 
 }  // namespace
