@@ -106,6 +106,7 @@ struct CupyNames {
     py::object empty = cupy.attr("empty");
     py::object device = cupy.attr("cuda").attr("Device");
     py::object current_stream = cupy.attr("cuda").attr("get_current_stream");
+    py::object alloc = cupy.attr("cuda").attr("alloc");
     // In the order of octavo::DType; CuPy has no bfloat16.
     std::array<py::object, 5> dtypes{cupy.attr("dtype")("float32"), cupy.attr("dtype")("float16"), py::none(),
                                      cupy.attr("dtype")("int8"), cupy.attr("dtype")("int32")};
@@ -200,23 +201,31 @@ py::object allocate_numpy(const Shape& shape, DType dtype) {
     return checked(PyObject_Vectorcall(numpy.empty.ptr(), arguments, 2, nullptr));
 }
 
-py::object allocate_cupy(Device where, const Shape& shape, DType dtype) {
+// What `make` gives with a device as CuPy's current one.
+template <class Make>
+py::object on_cupy_device(Device where, const Make& make) {
     const auto& cupy = names<CupyNames>();
-    if (dtype == DType::bf16) throw py::type_error("CuPy has no bfloat16; expected dtype float32 or float16");
     const py::object outer = cupy.device();
     const py::object device = cupy.device(where.index);
     device.attr("use")();
-    const py::tuple extents = to_tuple(shape);
-    PyObject* const arguments[] = {extents.ptr(), cupy.dtypes[static_cast<std::size_t>(dtype)].ptr()};
     py::object result;
     try {
-        result = checked(PyObject_Vectorcall(cupy.empty.ptr(), arguments, 2, nullptr));
+        result = make(cupy);
     } catch (...) {
         outer.attr("use")();
         throw;
     }
     outer.attr("use")();
     return result;
+}
+
+py::object allocate_cupy(Device where, const Shape& shape, DType dtype) {
+    if (dtype == DType::bf16) throw py::type_error("CuPy has no bfloat16; expected dtype float32 or float16");
+    return on_cupy_device(where, [&](const CupyNames& cupy) {
+        const py::tuple extents = to_tuple(shape);
+        PyObject* const arguments[] = {extents.ptr(), cupy.dtypes[static_cast<std::size_t>(dtype)].ptr()};
+        return checked(PyObject_Vectorcall(cupy.empty.ptr(), arguments, 2, nullptr));
+    });
 }
 
 // like.new_empty(*shape, dtype=dtype). Of PyTorch's ways this is the cheapest that keeps its rules (device, mode,
@@ -370,6 +379,10 @@ py::object allocate(Framework framework, py::handle like, Device device, const S
                               type_name(like));
     }
     return py::cast(std::make_shared<OwnArray>(shape, dtype));
+}
+
+py::object cupy_memory(Device device, std::size_t size) {
+    return on_cupy_device(device, [&](const CupyNames& cupy) { return cupy.alloc(size); });
 }
 
 py::object handed_over(const py::object& own, py::handle like) {

@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -72,6 +73,9 @@ struct TorchParameters {
 // A new, contiguous, uninitialized array on the device of `like`, of its framework or an OwnArray.
 [[nodiscard]] py::object allocate(Framework framework, py::handle like, Device device, const Shape& shape,
                                   DType like_dtype, DType dtype);
+
+// A MemoryPointer of CuPy's current allocator, on CuPy's current stream.
+[[nodiscard]] py::object cupy_memory(Device device, std::size_t size);
 
 // An OwnArray as an array of the framework of `like`; itself where that has no function for it.
 [[nodiscard]] py::object handed_over(const py::object& own, py::handle like);

@@ -23,6 +23,7 @@
 
 #include "bindings/errors.hpp"
 #include "bindings/interpreter.hpp"
+#include "bindings/scratch.hpp"
 #include "bindings/tensor.hpp"
 #include "bindings/torch_op.hpp"
 #include "octavo/octavo.hpp"
@@ -232,6 +233,8 @@ double work_of(const ConstMatrix& a, std::int64_t b_rows = 1) {
 template <class Call>
 void run(const Array& array, double work, const Call& call) {
     constexpr double small = 1 << 12;
+    const FrameworkScratch scratch(array.framework(), array.device());
+    const ScratchFrom scratch_from(scratch.get());
     const Stream stream = array.stream();
     const ThreadLimit limit(threads_of(array.framework()));
     if (work <= small) return call(stream);

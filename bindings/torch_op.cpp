@@ -16,6 +16,7 @@
 
 #include "bindings/frameworks.hpp"
 #include "bindings/ops.hpp"
+#include "bindings/scratch.hpp"
 #include "octavo/octavo.hpp"
 
 namespace octavo::python {
@@ -312,6 +313,8 @@ Value result_like(const Tensor& x, std::int64_t last, const Compute& compute) {
     if (sizes.empty()) refuse("x: expected at least one dimension, got none");
     sizes.back() = last;
     Tensor out = Tensor::empty(x, sizes);
+    const FrameworkScratch scratch(Framework::torch, x.device());
+    const ScratchFrom scratch_from(scratch.get());
     Stream stream;
     if (x.device().kind == DeviceKind::cuda) {
         if (torch().get_current_cuda_stream == nullptr) throw std::runtime_error("octavo::linear: PyTorch has no CUDA");

@@ -98,11 +98,24 @@ def test_launches_and_nothing_that_waits(options: dict[str, Any]) -> None:
     for _ in range(2):
         octavo.linear(x, weight, bias, out=out, **options)
     started, calls = profiled(lambda: octavo.linear(x, weight, bias, out=out, **options))
-    most = 1 if options["path"] == "weight_only" else most_launches
+    most = 1 if options["path"] == "weight_only" else most_launches - (options.get("outliers") in {"static", "none"})
     assert 1 <= sum(count for name, count in started.items() if "Memset" not in name) <= most, started
     waits = {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"}
     waits |= {"cudaMalloc", "cudaFree", "cudaMemcpy", "cudaMemcpyAsync"}
     assert not waits & set(calls), calls
+
+
+def test_scratch_memory_is_of_the_pool_of_torch() -> None:
+    x, weight, bias = problem(m=4096)
+    out = torch.empty(4096, 192, dtype=torch.float16, device="cuda")
+    octavo.linear(x, weight, bias, path="int8", out=out)
+    octavo.release_cuda_memory()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    octavo.linear(x, weight, bias, path="int8", out=out)
+    assert torch.cuda.max_memory_allocated() >= before + 4096 * 256  # the codes of X
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -555,3 +555,57 @@ def test_errors_of_many() -> None:
     ):
         with pytest.raises(error, match=f"^{message}"):
             call()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory of the framework's own, on a device
+
+CUPY = Backend("cupy", "cuda")
+
+
+@pytest.fixture
+def cupy_problem() -> tuple[Any, Any, Any]:
+    """CuPy, X and a weight of it."""
+    if CUPY.missing:
+        pytest.skip(CUPY.missing)
+    import cupy  # type: ignore[import-not-found]
+
+    x = CUPY.array(make("outliers", (5, 64), "float16"), "float16")
+    return cupy, x, octavo.quantize_weight(CUPY.array(make("normal", (24, 64), "float16"), "float16"))
+
+
+def test_scratch_memory_is_of_the_pool_of_cupy(cupy_problem: tuple[Any, Any, Any]) -> None:
+    cupy, x, weight = cupy_problem
+    pool = cupy.get_default_memory_pool()
+    out = octavo.linear(x, weight, path="int8")
+    expected, used, made = CUPY.host(out), pool.used_bytes(), []
+
+    def allocate(size: int) -> Any:
+        made.append(size)
+        return pool.malloc(size)
+
+    def refuse(size: int) -> Any:
+        raise MemoryError(size)
+
+    try:
+        cupy.cuda.set_allocator(allocate)
+        octavo.linear(x, weight, path="int8", out=out)
+        assert made
+        assert made[0] >= 5 * 64
+        assert pool.used_bytes() == used
+        equal(CUPY.host(out), expected)
+        cupy.cuda.set_allocator(refuse)
+        with pytest.raises(RuntimeError, match=r"^linear: CUDA: scratch: expected \d+ bytes .*, got none$"):
+            octavo.linear(x, weight, path="int8", out=out)
+    finally:
+        cupy.cuda.set_allocator(pool.malloc)
+
+
+def test_cupy_before_14(cupy_problem: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `__dlpack__` knows no `max_version`."""
+    cupy, x, weight = cupy_problem
+    if cupy.__version__ != "0+simt":
+        pytest.skip("CuPy's own class cannot be changed")
+    expected, today = CUPY.host(octavo.linear(x, weight, path="int8")), cupy.ndarray.__dlpack__
+    monkeypatch.setattr(cupy.ndarray, "__dlpack__", lambda self, stream=None: today(self, stream=stream))
+    equal(CUPY.host(octavo.linear(x, weight, path="int8")), expected)

@@ -159,9 +159,37 @@ def get_current_stream(device_id: int | None = None) -> _Stream:
     return _Stream()
 
 
+class _MemoryPointer:
+    """What CuPy's allocators give."""
+
+    used = 0  # bytes of all of them
+
+    def __init__(self, size: int) -> None:
+        self._host = np.full(size + 256, 0xA5, np.uint8)
+        self.ptr = (self._host.ctypes.data + 255) // 256 * 256
+        _MemoryPointer.used += self._host.nbytes
+
+    def __del__(self) -> None:
+        _MemoryPointer.used -= self._host.nbytes
+
+
+_pool = types.SimpleNamespace(malloc=_MemoryPointer, used_bytes=lambda: _MemoryPointer.used)
+_allocator = [_pool.malloc]
+
+
+def get_default_memory_pool() -> Any:
+    return _pool
+
+
+def _set_allocator(allocator: Any) -> None:
+    _allocator[0] = allocator
+
+
 lib = types.SimpleNamespace(stride_tricks=types.SimpleNamespace(as_strided=_as_strided))
 cuda = types.SimpleNamespace(
     Device=Device,
     get_current_stream=get_current_stream,
+    alloc=lambda size: _allocator[0](size),
+    set_allocator=_set_allocator,
     runtime=types.SimpleNamespace(getDeviceCount=lambda: 1),
 )
