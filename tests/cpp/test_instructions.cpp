@@ -24,7 +24,6 @@ namespace {
 
 using octavo::DType;
 using octavo::cpu::EpilogueTile;
-using octavo::cpu::FloatTile;
 using octavo::cpu::Kernels;
 using octavo::cpu::Plan;
 using octavo::cpu::Scratch;
@@ -196,7 +195,8 @@ void renew(const char* path, Counts bounds, const Counts& found) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv)  // NOLINT(misc-const-correctness): as the standard has it
+{
     if (argc < 2) return std::fprintf(stderr, "usage: test_instructions BOUNDS [--renew]\n"), 2;
     std::signal(SIGTRAP, on_trap);
     const Counts found = counted();

@@ -514,7 +514,7 @@ TEST(epilogue_is_the_equation_to_the_bit) {
         Random random(9);
         for (std::int64_t cols = 1; cols <= Tile::stride; cols += cols < 40 ? 1 : 19) {
             const Tile given(random, cols);
-            for (int kind = 0; kind < 32; ++kind) {
+            for (std::int64_t kind = 0; kind < 32; ++kind) {
                 const std::int64_t rows = 1 + (cols + 5 * kind) % Tile::most_rows;
                 const check::Context context("epilogue of ", table->isa, ", ", rows, " x ", cols, ", kind ", kind);
                 const bool scaled = (kind & 1) != 0;

@@ -51,7 +51,7 @@ OCTAVO_ANYWHERE inline RandomWords words_of(std::int64_t row, std::int64_t quad,
 // in float32, the division rounded once, the rest exact: over all words q is r on average, to 2^-24, where it is not
 // clipped. A scale of 0, NaN or Inf gives 0.
 OCTAVO_ANYWHERE inline std::int8_t stochastic_code(float x, float scale, std::uint32_t word) {
-    if (!(scale > 0.0F && scale <= 3.402823466e38F)) return 0;
+    if (!(scale > 0.0F) || !(scale <= 3.402823466e38F)) return 0;
     const float ratio = x / scale;
     if (ratio >= 127.0F) return 127;
     if (!(ratio > -127.0F)) return -127;

@@ -103,6 +103,7 @@ public:
         }
         if (weight_.rotation == 0 || not_kept_.empty()) return;
         std::vector<float*> targets;
+        targets.reserve(not_kept_places_.size());
         for (const std::int32_t place : not_kept_places_) {
             targets.push_back(outlier_weight_.data() + place * outlier_stride);
         }

@@ -334,7 +334,7 @@ void dequantize_columns(const std::int8_t* w, std::int64_t w_stride, const std::
                                             target + first);
         }
     };
-    constexpr int most = square_vectors * register_size / 64;
+    constexpr std::int64_t most = square_vectors * register_size / 64;
     std::int64_t first = 0;
     for (; first + 16 * (most - 1) < cols; first += 16 * most) dequantize(IndexConstant<most>{}, first);
     for (; first < cols; first += 16) dequantize(IndexConstant<1>{}, first);

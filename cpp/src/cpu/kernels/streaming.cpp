@@ -457,7 +457,7 @@ void encode_rotated(const float* x, std::int64_t size, float absmax, std::int8_t
 
 void encode_stochastic(const float* x, std::int64_t size, float scale, std::int64_t row, std::uint64_t seed,
                        std::int8_t* codes) {
-    if (!(scale > 0.0F && scale <= 0x1.fffffep127F)) {
+    if (!(scale > 0.0F) || !(scale <= 0x1.fffffep127F)) {
         for (std::int64_t i = 0; i < size; ++i) codes[i] = 0;
         return;
     }
