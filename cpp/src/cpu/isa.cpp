@@ -26,12 +26,14 @@ extern const Kernels table;
 namespace avx2 {
 extern const Kernels table;
 }
+#ifndef OCTAVO_FEWER_TABLES
 namespace avx_vnni {
 extern const Kernels table;
 }
 namespace avx512bw {
 extern const Kernels table;
 }
+#endif
 namespace avx512_vnni {
 extern const Kernels table;
 }
@@ -92,8 +94,9 @@ bool may_use_tiles() {
 
 #endif
 
-// What this processor can run, best first. The compiler's cpuid helper also asks whether the operating system saves
-// the wide registers.
+}  // namespace
+
+// The compiler's cpuid helper also asks whether the operating system saves the wide registers.
 std::vector<const Kernels*> tables_available() {
     std::vector<const Kernels*> tables;
 #ifdef OCTAVO_X86_64
@@ -105,8 +108,10 @@ std::vector<const Kernels*> tables_available() {
     const bool avx512_vnni = avx512bw && __builtin_cpu_supports("avx512vnni");
     if (avx512_vnni && leaf.avx512_bf16 && leaf.amx_int8 && may_use_tiles()) tables.push_back(&amx::table);
     if (avx512_vnni) tables.push_back(&avx512_vnni::table);
+#ifndef OCTAVO_FEWER_TABLES
     if (avx2 && leaf.avx_vnni) tables.push_back(&avx_vnni::table);
     if (avx512bw) tables.push_back(&avx512bw::table);
+#endif
     if (avx2) tables.push_back(&avx2::table);
 #endif
 #ifdef OCTAVO_AARCH64
@@ -117,6 +122,8 @@ std::vector<const Kernels*> tables_available() {
     tables.push_back(&scalar::table);
     return tables;
 }
+
+namespace {
 
 const Kernels& choose() {
     const auto available = tables_available();
