@@ -453,6 +453,8 @@ def run(*words: str | Path, **variables: str | None) -> None:
     defaults = {"CMAKE_BUILD_PARALLEL_LEVEL": CORES, **(CCACHE if shutil.which("ccache") else {})}
     # The tools of .venv come first: ninja, for one, is found by CMake on the path.
     environment = {**defaults, **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    # Transformers takes ten seconds to import where Python may not keep what it has compiled.
+    variables = {"PYTHONDONTWRITEBYTECODE": None, **variables}
     environment |= {name: value for name, value in variables.items() if value is not None}
     for name in (name for name, value in variables.items() if value is None):
         environment.pop(name, None)
