@@ -232,14 +232,13 @@ def _shard(style: _Int8Style, layer: Int8Linear, mesh: DeviceMesh | dist.Process
 
 
 # What Transformers calls its styles, and ours, which shard nn.Linear and nn.Embedding as well as Int8Linear.
+_GATHERED = partial(ColwiseInt8Parallel, output_layouts=Replicate())
+_SPLIT = partial(RowwiseInt8Parallel, input_layouts=Replicate())
 TRANSFORMERS_STYLES: dict[str, Callable[[], Any]] = {
     "colwise": ColwiseInt8Parallel,
-    "colwise_gather_output": partial(ColwiseInt8Parallel, output_layouts=Replicate()),
-    "colwise_rep": partial(ColwiseInt8Parallel, output_layouts=Replicate()),
+    **dict.fromkeys(("colwise_gather_output", "colwise_rep"), _GATHERED),
     "rowwise": RowwiseInt8Parallel,
-    "rowwise_split_input": partial(RowwiseInt8Parallel, input_layouts=Replicate()),
-    "rowwise_rep": partial(RowwiseInt8Parallel, input_layouts=Replicate()),
-    "embedding_rowwise": partial(RowwiseInt8Parallel, input_layouts=Replicate()),
+    **dict.fromkeys(("rowwise_split_input", "rowwise_rep", "embedding_rowwise"), _SPLIT),
 }
 
 
@@ -309,24 +308,17 @@ def columns(weight: Int8Tensor, own: slice) -> Int8Tensor:
 
     Raises ValueError where their bounds are no multiples of the weight's rotation.
     """
-    whole, (start, stop, _) = weight.int8_weight, own.indices(weight.shape[1])
-    rotation, kept, kept_weight = whole.rotation, whole.outlier_columns, whole.outlier_weight
+    given, (start, stop, _) = weight.int8_weight._arguments(), own.indices(weight.shape[1])
+    rotation, kept = given["rotation"], given["outlier_columns"]
     if rotation and (start % rotation or (stop % rotation and stop < weight.shape[1])):
         fits = f"bounds that are multiples of the rotation, {rotation} (recipe 'paper' has none)"
         raise unexpected("columns", fits, f"{start}, {stop}")
-    if kept is not None and kept_weight is not None:
+    if kept is not None:
         here = (kept >= start) & (kept < stop)
-        kept, kept_weight = kept[here] - start, kept_weight[:, here]
-    part = Int8Weight(
-        whole.codes[:, start : rotated_size(stop, rotation)].clone(memory_format=torch.contiguous_format),
-        whole.scale,
-        zeropoint=whole.zeropoint,
-        outlier_columns=kept,
-        outlier_weight=kept_weight,
-        shape=(whole.shape[0], stop - start),
-        **weight.options.of_weight,
-    )
-    return Int8Tensor.from_int8_weight(part, weight.dtype, weight.options)
+        given |= {"outlier_columns": kept[here] - start, "outlier_weight": given["outlier_weight"][:, here]}
+    codes = given["codes"][:, start : rotated_size(stop, rotation)].clone(memory_format=torch.contiguous_format)
+    given |= {"codes": codes, "code_sums": None, "shape": (weight.shape[0], stop - start)}
+    return Int8Tensor.from_int8_weight(Int8Weight(**given), weight.dtype, weight.options)
 
 
 def chunk(size: int, mesh: DeviceMesh) -> slice:

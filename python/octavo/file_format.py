@@ -19,21 +19,18 @@ import numpy as np
 from octavo._text import shown, unexpected
 from octavo._types import on_host, rotated_size, to_framework_of
 from octavo.options import Options
-from octavo.weight import Int8Weight
+from octavo.weight import ARRAYS, Int8Weight
 
 VERSION, PACKED_VERSION = 2, 3
 READABLE_VERSIONS = (1, VERSION, PACKED_VERSION)
 Format = Literal["octavo", "packed", "bitsandbytes"]
 
-CODES, SCALE, ZEROPOINT, OPTIONS = "codes", "scale", "zeropoint", "options"
-OUTLIER_COLUMNS, OUTLIER_WEIGHT = "outlier_columns", "outlier_weight"
+# Of packed codes the sums are stored, too, so that these need not be read to be used.
+CODES, SCALE, CODE_SUMS, ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT = ARRAYS
+OPTIONS = "options"
 PARTS = (CODES, SCALE, ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT, OPTIONS)
-CODE_SUMS = "code_sums"  # of packed codes, so that these need not be read to be used
 # The parts of version 1 and of bitsandbytes by the last word of their names, which follows the layer's.
-PARTS_OF_VERSION_1 = {
-    "weight": CODES, "scale": SCALE, "zeropoint": ZEROPOINT, "outlier_columns": OUTLIER_COLUMNS,
-    "outlier_weight": OUTLIER_WEIGHT, "_extra_state": OPTIONS,
-}  # fmt: skip
+PARTS_OF_VERSION_1 = {"weight": CODES, **{part: part for part in PARTS[1:-1]}, "_extra_state": OPTIONS}
 ABSMAX, LAYOUT = "absmax", "layout"
 PARTS_OF_BITSANDBYTES = {"weight": CODES, "SCB": ABSMAX, "weight_format": LAYOUT}
 ROW_MAJOR = 0  # bitsandbytes' layout
@@ -65,12 +62,9 @@ HEAD: Mapping[str, Any] = {"quant_method": None, "octavo": "load with: import oc
 
 
 def quantization_config(options: Options, kept: Iterable[str], format: Format) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json, so that a reader knows what it has before it.
+    """The ``quantization_config`` of config.json: the layers' options, and which layers are `kept` in 16 bit.
 
-    Args:
-        options: of the layers; a reader may choose others for what they compute with.
-        kept: layers that stay in 16 bit.
-        format: of the weights; for "bitsandbytes" the keys are those that Transformers writes for it.
+    For "bitsandbytes" the keys are those that Transformers writes for it.
     """
     left = sorted(kept)
     if format == "bitsandbytes":
@@ -113,13 +107,9 @@ def stored_name(weight: str, part: str, format: Format = "octavo") -> str:
 
 
 def find_weights(dtypes: Mapping[str, str]) -> dict[str, StoredWeight]:
-    """The int8 weights among tensors, by name.
+    """The int8 weights among tensors, by name, from the dtypes of these as safetensors spells them.
 
-    Args:
-        dtypes: of the tensors by name, as safetensors spells them.
-
-    Raises:
-        ValueError: int8 codes without the tensors that belong to them.
+    Raises ValueError for int8 codes without the tensors that belong to them.
     """
     found = {}
     for name, dtype in dtypes.items():
@@ -145,21 +135,16 @@ def find_weights(dtypes: Mapping[str, str]) -> dict[str, StoredWeight]:
 def encode_options(
     options: Options, dtype: str, in_features: int | None = None, out_features: int | None = None
 ) -> bytes:
-    """The JSON of ``<name>.options``.
+    """The JSON of ``<name>.options``: of a layer, of a weight ``[n, k]`` that had this dtype.
 
-    Args:
-        options: of the layer.
-        dtype: of the weight before it was quantized: "float32", "float16" or "bfloat16".
-        in_features: its columns, k: noted where rotation or packing makes more codes of them.
-        out_features: its rows, n, where the codes are packed.
+    `out_features`, n, is given where the codes are packed; k is noted where packing or rotation makes more of it.
     """
-    more: dict[str, Any] = {}
+    about: dict[str, Any] = {"format_version": VERSION if out_features is None else PACKED_VERSION, "dtype": dtype}
     if out_features is not None:
-        more = {"out_features": out_features, "in_features": in_features}
-    elif in_features is not None and in_features != rotated_size(in_features, options.rotation):
-        more = {"in_features": in_features}
-    version = VERSION if out_features is None else PACKED_VERSION
-    return json.dumps({"format_version": version, "dtype": dtype, **more, **options.to_dict()}).encode()
+        about["out_features"] = out_features
+    if out_features is not None or (in_features or 0) != rotated_size(in_features or 0, options.rotation):
+        about["in_features"] = in_features
+    return json.dumps({**about, **options.to_dict()}).encode()
 
 
 def decode_options(data: bytes, where: str) -> tuple[Options, str | None, int | None, int | None]:
@@ -187,8 +172,7 @@ def decode_options(data: bytes, where: str) -> tuple[Options, str | None, int | 
 
 def disassemble(weight: Int8Weight, options: Options, dtype: str) -> dict[str, Any]:
     """The tensors to store for a weight, by part: arrays of its framework (of NumPy's or PyTorch's)."""
-    arrays = {part: getattr(weight, part) for part in PARTS if part != OPTIONS}
-    parts = {part: array for part, array in arrays.items() if array is not None}
+    parts = {part: array for part in PARTS[:-1] if (array := getattr(weight, part)) is not None}
     encoded = np.frombuffer(bytearray(encode_options(options, dtype, int(weight.shape[1]))), np.uint8)
     return {**parts, OPTIONS: to_framework_of(weight.scale, encoded)}
 
@@ -196,15 +180,10 @@ def disassemble(weight: Int8Weight, options: Options, dtype: str) -> dict[str, A
 def assemble(parts: Mapping[str, Any], where: str, **more: Any) -> tuple[Int8Weight, Options, str | None]:
     """The weight that is stored in `parts`, its options, and the dtype that it had (None where no part says it).
 
-    Args:
-        parts: by part: those of version 1 or 2, or of bitsandbytes; arrays of one framework.
-        where: the file and the weight, for errors.
-        more: arguments of `octavo.Int8Weight`.
+    `parts` are of any version or of bitsandbytes, arrays of one framework; `more` are arguments of `Int8Weight`.
 
-    Raises:
-        ValueError: names `where` and the part; one that is missing or unknown, whose shape or dtype does not fit, or
-            whose values no quantization gives: scales are finite and not negative, zeropoints integers, outlier columns
-            ascending without repetitions, in [0, k).
+    Raises ValueError, which names `where` and the part, for one that is missing or unknown, does not fit, or holds what
+    no quantization gives: scales are finite and not negative, zeropoints integers, outlier columns ascending in [0, k).
     """
     given = dict(parts)
     try:
@@ -216,7 +195,7 @@ def assemble(parts: Mapping[str, Any], where: str, **more: Any) -> tuple[Int8Wei
         codes, scale = given.pop(CODES), given.pop(SCALE)
     except KeyError as error:
         raise unexpected(where, f"a tensor {error}", "none") from error
-    kept = {name: given.pop(name, None) for name in (ZEROPOINT, OUTLIER_COLUMNS, OUTLIER_WEIGHT, CODE_SUMS)}
+    kept = {name: given.pop(name, None) for name in ARRAYS[2:]}
     if given:
         raise unexpected(where, "the tensors of an int8 weight", repr(next(iter(given))))
     rank = 2 if n is None else 4

@@ -153,17 +153,11 @@ def quantize_weight(
     if out is not None:
         return _requantize(weight, options, indices, out, seed)
     codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, options._native)
-    kept, kept_weight = (None, None) if indices is None else take_columns(weight, indices)
-    return Int8Weight(
-        codes,
-        scale,
-        zeropoint=zeropoint,
-        outlier_columns=kept,
-        outlier_weight=kept_weight,
-        code_sums=code_sums,
-        shape=(len(codes), columns_of(weight)) if options.rotation else None,
-        **options.of_weight,
-    )
+    more: dict[str, Any] = {"zeropoint": zeropoint, "code_sums": code_sums, **options.of_weight}
+    if indices is not None:
+        more["outlier_columns"], more["outlier_weight"] = take_columns(weight, indices)
+    shape = (len(codes), columns_of(weight)) if options.rotation else None
+    return Int8Weight(codes, scale, shape=shape, **more)
 
 
 def _requantize(weight: Array, options: Options, kept: Any, out: Int8Weight, seed: int | None) -> Int8Weight:

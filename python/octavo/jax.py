@@ -25,6 +25,7 @@ from octavo import _core
 from octavo._text import unexpected
 from octavo._types import rotated_size
 from octavo.options import WEIGHT_OPTIONS, Options
+from octavo.weight import ARRAYS
 
 __all__ = ["Int8Weight", "find_outliers", "int8_matmul", "linear", "linear_backward", "linear_many", "quantize_weight"]
 
@@ -35,11 +36,7 @@ for _platform, _targets in _core.jax_targets().items():
 _FLOATS = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["codes", "scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight"],
-    meta_fields=["in_features", "options"],
-)
+@partial(jax.tree_util.register_dataclass, data_fields=list(ARRAYS), meta_fields=["in_features", "options"])
 @dataclass(frozen=True)
 class Int8Weight:
     """A weight ``[n, k]`` as int8 codes, ``weight ~ (codes + zeropoint) * scale``, and a pytree of arrays.
@@ -70,10 +67,7 @@ class Int8Weight:
     def from_int8_weight(cls, weight: octavo.Int8Weight, options: Options | None = None) -> Int8Weight:
         """The same weight from one of `octavo`, in JAX's memory."""
         own: dict[str, Any] = {name: getattr(weight, name) for name in WEIGHT_OPTIONS}
-        names = ("scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight")
-        given = {"codes": weight.packed if weight.is_packed else weight.codes}
-        given |= {name: getattr(weight, name) for name in names}
-        arrays = {name: None if array is None else jnp.asarray(array) for name, array in given.items()}
+        arrays = {name: None if array is None else jnp.asarray(array) for name, array in weight._arrays().items()}
         return cls(**arrays, in_features=weight.shape[1], options=replace(options or Options(), **own))
 
     def specs(self, axis: str) -> Int8Weight:
@@ -84,16 +78,9 @@ class Int8Weight:
         """
         rows, whole = PartitionSpec(axis), PartitionSpec()
         of_scale = rows if self.options.granularity == "vector" else whole
-        return Int8Weight(
-            codes=rows,
-            scale=of_scale,
-            code_sums=rows,
-            zeropoint=None if self.zeropoint is None else of_scale,
-            outlier_columns=None if self.outlier_columns is None else whole,
-            outlier_weight=None if self.outlier_weight is None else rows,
-            in_features=self.in_features,
-            options=self.options,
-        )
+        others = {"scale": of_scale, "zeropoint": of_scale, "outlier_columns": whole}
+        specs: dict[str, Any] = {**dict.fromkeys(ARRAYS, rows), **others}
+        return replace(self, **{name: own for name, own in specs.items() if getattr(self, name) is not None})
 
     def dequantize(self) -> Array:
         """``(codes + zeropoint) * scale``, float32 ``[n, k]``, rotated back. Kept outlier columns are not put in."""
@@ -105,16 +92,7 @@ class Int8Weight:
 def quantize_weight(
     weight: Array, *, options: Options | None = None, outlier_columns: Array | None = None
 ) -> Int8Weight:
-    """Quantize a weight for `linear` (see `octavo.quantize_weight`).
-
-    Args:
-        weight: ``[n, k]``, float32, float16 or bfloat16, finite: the transpose of a Flax kernel.
-        options: see `octavo.Options`.
-        outlier_columns: int32 ``[r]``: input features whose values are kept with the codes.
-
-    Raises:
-        TypeError, ValueError: `weight` is of another dtype or rank, or holds NaN or Inf.
-    """
+    """`octavo.quantize_weight` of ``[n, k]``, the transpose of a Flax kernel. `outlier_columns` are int32 ``[r]``."""
     options = options or Options()
     weight = _array("quantize_weight", "weight", weight, _FLOATS)
     if weight.ndim != 2:
@@ -129,37 +107,18 @@ def quantize_weight(
         jax.ShapeDtypeStruct((n,), jnp.int32),
         *([scales] if options.scheme == "zeropoint" else []),
     ]
-    codes, scale, code_sums, *zeropoint = _call("octavo_quantize_weight", results, weight, options=options.text)
-    columns = kept = None
+    made = dict(zip(ARRAYS, _call("octavo_quantize_weight", results, weight, options=options.text), strict=False))
     if outlier_columns is not None:
         columns = jnp.sort(_array("quantize_weight", "outlier_columns", outlier_columns, (jnp.int32,)))
-        kept = weight[:, columns]
-    return Int8Weight(
-        codes=codes,
-        scale=scale,
-        code_sums=code_sums,
-        zeropoint=zeropoint[0] if zeropoint else None,
-        outlier_columns=columns,
-        outlier_weight=kept,
-        in_features=k,
-        options=options,
-    )
+        made |= {"outlier_columns": columns, "outlier_weight": weight[:, columns]}
+    return Int8Weight(**made, in_features=k, options=options)
 
 
 def linear(x: Array, weight: Int8Weight, bias: Array | None = None, *, options: Options | None = None) -> Array:
-    """``y = x W^T + bias`` by LLM.int8() (see `octavo.linear`). Differentiable in x and bias.
+    """`octavo.linear`, ``[..., k]`` -> ``[..., n]`` in the dtype of x. Differentiable in x and bias.
 
-    Args:
-        x: ``[..., k]``, float32, float16 or bfloat16.
-        weight: from `quantize_weight`.
-        bias: ``[n]``, or None.
-        options: what to run with; default: the weight's. Scheme, granularity and rotation must be the weight's.
-
-    Returns:
-        ``[..., n]`` in the dtype of x.
-
-    Raises:
-        TypeError, ValueError: arguments that do not fit each other.
+    `options` are what to run with, by default the weight's; scheme, granularity and rotation must be the weight's.
+    Raises TypeError or ValueError for arguments that do not fit each other.
     """
     return _checked("linear", x, [weight], [bias], options)[0]
 
@@ -171,19 +130,9 @@ def linear_many(
     *,
     options: Options | None = None,
 ) -> list[Array]:
-    """`linear` of one x for several weights, in one operation (see `octavo.linear_many`).
+    """`octavo.linear_many` in one operation: `linear` of one x for several weights, all with the same options.
 
-    Args:
-        x: ``[..., k]``, float32, float16 or bfloat16.
-        weights: from `quantize_weight`, ``[n_i, k]``, all with the same options.
-        biases: for each weight ``[n_i]`` or None; default: none.
-        options: as for `linear`.
-
-    Returns:
-        For each weight ``[..., n_i]`` in the dtype of x.
-
-    Raises:
-        TypeError, ValueError: arguments that do not fit each other.
+    `biases`: for each weight ``[n_i]`` or None; default: none. Returns for each ``[..., n_i]``.
     """
     biases = [None] * len(weights) if biases is None else list(biases)
     if len(biases) != len(weights):
@@ -233,13 +182,7 @@ _linear.defvjp(_forward, _backward)
 def linear_backward(grad: Array, weight: Int8Weight, *, options: Options | None = None) -> Array:
     """The gradient of `linear` with respect to x: ``grad W`` in float32 sums, W dequantized with its kept columns.
 
-    Args:
-        grad: ``[..., n]``, float32, float16 or bfloat16.
-        weight: from `quantize_weight`.
-        options: what the product ran with; default: the weight's.
-
-    Returns:
-        ``[..., k]`` in the dtype of grad.
+    ``[..., n]`` -> ``[..., k]`` in the dtype of grad. `options` are what the product ran with.
     """
     grad = _array("linear_backward", "grad", grad, _FLOATS)
     result = [jax.ShapeDtypeStruct((*grad.shape[:-1], weight.in_features), grad.dtype)]
@@ -248,15 +191,9 @@ def linear_backward(grad: Array, weight: Int8Weight, *, options: Options | None 
 
 
 def find_outliers(x: Array, *, options: Options | None = None, size: int | None = None) -> Array:
-    """The outlier columns of x, ascending (see `octavo.find_outliers`).
+    """`octavo.find_outliers`: the outlier columns of x ``[..., k]``, int32, ascending, by threshold, relative and cap.
 
-    Args:
-        x: ``[..., k]``, float32, float16 or bfloat16; leading dimensions are rows.
-        options: threshold, relative and cap count.
-        size: how many to return, as for ``jnp.nonzero``: the rest is k. Under ``jit`` it must be given.
-
-    Returns:
-        int32 ``[size]``, or as many as there are.
+    `size`: how many to return, as for ``jnp.nonzero``: the rest is k. Under ``jit`` it must be given.
     """
     x = _array("find_outliers", "x", x, _FLOATS)
     k = x.shape[-1]
@@ -291,11 +228,7 @@ def _weight_call(
     """An operation whose last arguments are the arrays of weights and their biases; letters say which there are."""
     words = []
     for weight, bias in zip(weights, biases, strict=True):
-        optional = {
-            "z": [weight.zeropoint],
-            "o": [weight.outlier_columns, weight.outlier_weight],
-            "b": [bias],
-        }
+        optional = {"z": [weight.zeropoint], "o": [weight.outlier_columns, weight.outlier_weight], "b": [bias]}
         given = {letter: own for letter, own in optional.items() if own[0] is not None}
         arrays += (weight.codes, weight.scale, weight.code_sums, *(each for own in given.values() for each in own))
         words.append(("p" if weight.codes.ndim == 4 else "") + "".join(given))

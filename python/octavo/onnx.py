@@ -95,15 +95,12 @@ def quantize_model(
         model.CopyFrom(given)
     else:
         model = onnx.load(str(model))
-    columns = dict(outlier_columns or {})
-    graph = _Graph(model.graph)
+    columns, graph = dict(outlier_columns or {}), _Graph(model.graph)
     by_input: dict[str, list[_Product]] = {}
-    for node in list(model.graph.node):
-        found = graph.product(node)
-        if found is None or any(matches(name, skip) for name in found.names):
-            continue
-        found.kept = next((columns.pop(name) for name in found.names if name in columns), None)
-        by_input.setdefault(found.x, []).append(found)
+    for found in map(graph.product, list(model.graph.node)):
+        if found is not None and not any(matches(name, skip) for name in found.names):
+            found.kept = next((columns.pop(name) for name in found.names if name in columns), None)
+            by_input.setdefault(found.x, []).append(found)
     if columns:
         raise ValueError(f"quantize_model: outlier_columns: expected weights that are converted, got {sorted(columns)}")
     for products in by_input.values():
@@ -158,10 +155,8 @@ class _Graph:
         elif node.op_type == "MatMulNBits" and node.domain == "com.microsoft":
             name, values = node.input[1], self._of_blocks(node, attributes)
             bias = node.input[5] if len(node.input) > 5 else None
-        if values is None:
-            return None
-        given = self._bias(bias, len(values)) if bias else None
-        if bias and given is None:
+        given = self._bias(bias, len(values)) if bias and values is not None else None
+        if values is None or (bias and given is None):
             return None
         add = self._reader(nodes[-1], "Add")
         if not bias and add is not None:
@@ -176,20 +171,11 @@ class _Graph:
         for product in products:
             values = np.ascontiguousarray(product.values)
             weight = octavo.quantize_weight(values, options=options, outlier_columns=product.kept)
-            has_kept = weight.outlier_columns is not None
-            arrays = {
-                "codes": weight.packed if weight.is_packed else weight.codes,
-                "scale": weight.scale,
-                "code_sums": weight.code_sums,
-                "zeropoint": weight.zeropoint,
-                "outlier_columns": weight.outlier_columns,
-                "outlier_weight": np.asarray(weight.outlier_weight, np.float32) if has_kept else None,
-                "bias": product.bias,
-            }
-            for part, array in arrays.items():
+            for part, array in {**weight._arrays(), "bias": product.bias}.items():
                 names.append("" if array is None else f"{product.output}.octavo.{part}")
                 if array is not None:
-                    self.graph.initializer.append(numpy_helper.from_array(np.asarray(array), names[-1]))
+                    values = np.asarray(array, np.float32) if part == "outlier_weight" else np.asarray(array)
+                    self.graph.initializer.append(numpy_helper.from_array(values, names[-1]))
                     last = len(names)
         attributes = {key: value for key, value in asdict(options).items() if value is not None}
         attributes |= {"cap": repr(options.cap)} if options.cap is not None else {}
@@ -202,15 +188,13 @@ class _Graph:
 
     def finish(self) -> None:
         """Replace what was to be replaced; what nobody reads any more goes."""
-        nodes = [self.replaced.get(id(node), node) for node in self.graph.node]
-        nodes = [node for node in nodes if node is not None]
-        while True:
-            read = {name for node in nodes for name in node.input} | {value.name for value in self.graph.output}
-            read |= {name for node in nodes for name in _outer_names(node)}
-            live = [node for node in nodes if read & set(node.output)]
-            if len(live) == len(nodes):
-                break
-            nodes = live
+        nodes = [new for node in self.graph.node if (new := self.replaced.get(id(node), node)) is not None]
+        count = None
+        while count != len(nodes):
+            count = len(nodes)
+            read = {name for node in nodes for name in (*node.input, *_outer_names(node))}
+            read |= {value.name for value in self.graph.output}
+            nodes = [node for node in nodes if read & set(node.output)]
         initializers = [tensor for tensor in self.graph.initializer if tensor.name in read]
         del self.graph.node[:], self.graph.initializer[:]
         self.graph.node.extend(nodes)
@@ -219,13 +203,10 @@ class _Graph:
     def _weight(self, name: str) -> tuple[str, Any]:
         """Name and values of a constant matrix, or of the transpose of one."""
         maker = self.makers.get(name)
-        turned = maker if maker is not None and maker.op_type == "Transpose" else None
-        source = name if turned is None else turned.input[0]
-        tensor = self.constants.get(source)
-        if tensor is None or len(tensor.dims) != 2 or tensor.data_type not in _FLOATS:
-            return source, None
-        values = numpy_helper.to_array(tensor)
-        return source, values if turned is None else values.T
+        if maker is None or maker.op_type != "Transpose":
+            return name, self._constant(name, rank=2)
+        values = self._constant(maker.input[0], rank=2)
+        return maker.input[0], None if values is None else values.T
 
     def _of_integers(self, node: Any) -> tuple[str, str, Any, list[Any]]:
         """Name of the weight, x, values and nodes of a product of an x that DynamicQuantizeLinear quantized.
@@ -269,8 +250,12 @@ class _Graph:
         values = unpacked(codes).reshape(n, blocks, block) - zero.reshape(n, blocks, 1).astype(np.float32)
         return (values * scale.reshape(n, blocks, 1).astype(np.float32)).reshape(n, -1)[:, :k]
 
-    def _constant(self, name: str) -> Any:
-        return numpy_helper.to_array(self.constants[name]) if name in self.constants else None
+    def _constant(self, name: str, rank: int | None = None) -> Any:
+        """A constant's values; with a rank, of a floating-point one of that rank; else None."""
+        tensor = self.constants.get(name)
+        if tensor is None or (rank and (len(tensor.dims) != rank or tensor.data_type not in _FLOATS)):
+            return None
+        return numpy_helper.to_array(tensor)
 
     def _reader(self, node: Any, op_type: str) -> Any:
         """The only node that reads the output of another, if it is of that type."""
@@ -278,10 +263,8 @@ class _Graph:
         return readers[0] if len(readers) == 1 and getattr(readers[0], "op_type", "") == op_type else None
 
     def _bias(self, name: str, n: int) -> Any:
-        tensor = self.constants.get(name)
-        if tensor is None or list(tensor.dims) != [n] or tensor.data_type not in _FLOATS:
-            return None
-        return numpy_helper.to_array(tensor).astype(np.float32)
+        values = self._constant(name, rank=1)
+        return None if values is None or len(values) != n else values.astype(np.float32)
 
 
 def _outer_names(node: Any) -> set[str]:

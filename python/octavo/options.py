@@ -14,6 +14,7 @@ from octavo._text import expect
 from octavo._types import Granularity, Outliers, ProductPath, Scheme
 
 WEIGHT_OPTIONS = ("scheme", "granularity", "rotation")  # those that a weight is made with
+CRITERION_OPTIONS = ("threshold", "relative", "cap")
 # The default of a keyword, so that one that is not given differs from one that is.
 DEFAULT: Any = type("Default", (), {"__repr__": lambda _: "<default>"})()
 
@@ -54,13 +55,12 @@ class Options:
     path: ProductPath = "auto"
 
     def __post_init__(self) -> None:
-        numbers = ("threshold", "relative", "cap")
-        for name in numbers:
-            if isinstance(getattr(self, name), bool):
+        for name, value in self.criterion.items():
+            if isinstance(value, bool):
                 raise TypeError(f"Options: {name}: expected a number, got bool")
         _ = self._native  # the core checks the values
-        for name in numbers:
-            if (value := getattr(self, name)) is not None:
+        for name, value in self.criterion.items():
+            if value is not None:
                 object.__setattr__(self, name, float(value))
         if self.relative == 0:  # which to the core is None
             raise ValueError("Options: relative: expected a number above 0 or None, got 0")
@@ -74,6 +74,11 @@ class Options:
     def of_weight(self) -> dict[str, Any]:
         """Those that belong to the weight, by name."""
         return {name: getattr(self, name) for name in WEIGHT_OPTIONS}
+
+    @property
+    def criterion(self) -> dict[str, Any]:
+        """Those that say what an outlier is, by name: the arguments of `octavo.find_outliers`."""
+        return {name: getattr(self, name) for name in CRITERION_OPTIONS}
 
     def _values(self) -> dict[str, Any]:
         return {option.name: getattr(self, option.name) for option in fields(self)}
@@ -131,10 +136,7 @@ class Options:
 
 
 WHOLE_MODELS = "best"  # the recipe of whatever converts a model, unless one is named
-_RECIPES = {
-    "paper": Options(),
-    "best": Options(rotation=64, outliers="none", relative=4.5, cap=0.02),
-}
+_RECIPES = {"paper": Options(), "best": Options(rotation=64, outliers="none", relative=4.5, cap=0.02)}
 
 
 def recipe(name: str) -> Options:

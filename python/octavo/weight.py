@@ -11,7 +11,8 @@ from octavo._text import expect
 from octavo._types import Array, Granularity, Scheme, dtype_name, rotated_size, shape_of
 from octavo.options import WEIGHT_OPTIONS, options_of
 
-_ARRAYS = ("codes", "scale", "zeropoint", "outlier_columns", "outlier_weight", "code_sums")
+# All that a weight consists of, in the order in which the operations take them.
+ARRAYS = ("codes", "scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight")
 
 
 class Int8Weight:
@@ -43,20 +44,7 @@ class Int8Weight:
     where the arrays do not fit each other.
     """
 
-    __slots__ = (
-        "_codes",
-        "_native",
-        "code_sums",
-        "granularity",
-        "is_packed",
-        "outlier_columns",
-        "outlier_weight",
-        "rotation",
-        "scale",
-        "scheme",
-        "shape",
-        "zeropoint",
-    )
+    __slots__ = ("_codes", "_native", "is_packed", "shape", *ARRAYS[1:], *WEIGHT_OPTIONS)
 
     def __init__(
         self,
@@ -121,12 +109,15 @@ class Int8Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays that are held."""
-        arrays = (self._codes, *(getattr(self, name) for name in _ARRAYS[1:]))
-        return sum(int(array.nbytes) for array in arrays if array is not None)
+        return sum(int(array.nbytes) for array in self._arrays().values() if array is not None)
+
+    def _arrays(self) -> dict[str, Any]:
+        """Those that are held, by the names of `ARRAYS`: packed codes as they are."""
+        return {"codes": self._codes, **{name: getattr(self, name) for name in ARRAYS[1:]}}
 
     def _arguments(self, change: Callable[[Array], Array] = lambda array: array) -> dict[str, Any]:
         """Those that make this weight, by name, the arrays changed."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {**self._arrays(), "codes": self.codes}
         changed = {name: None if array is None else change(array) for name, array in arrays.items()}
         return {**changed, **{name: getattr(self, name) for name in (*WEIGHT_OPTIONS, "shape")}}
 

@@ -13,13 +13,4 @@ from octavo.torch.smoothing import smooth_
 from octavo.torch.tensor import Int8Tensor
 from octavo.torch.training import train_, untrain_
 
-__all__ = [
-    "Int8Linear",
-    "Int8Tensor",
-    "calibrate_",
-    "quantize_",
-    "smooth_",
-    "systematic_columns",
-    "train_",
-    "untrain_",
-]
+__all__ = ["Int8Linear", "Int8Tensor", "calibrate_", "quantize_", "smooth_", "systematic_columns", "train_", "untrain_"]

@@ -18,10 +18,8 @@ from torch import Tensor
 from octavo import _core
 from octavo._types import rotated_size
 from octavo.options import Options
+from octavo.weight import ARRAYS as NAMES
 from octavo.weight import Int8Weight
-
-# In the order in which the operations take them.
-NAMES = ("codes", "scale", "code_sums", "zeropoint", "outlier_columns", "outlier_weight")
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -55,9 +53,8 @@ class Arrays:
     @classmethod
     def of(cls, weight: Int8Weight, options: Options) -> Arrays:
         """Those of a weight; they share its memory."""
-        codes = pack(weight.codes) if weight.packed is None else weight.packed
-        shape: Any = weight.shape
-        return cls.named([codes, *(getattr(weight, name) for name in NAMES[1:])], shape, options)
+        codes, *others = weight._arrays().values()
+        return cls.named([pack(codes), *others], weight.shape, options)
 
     @classmethod
     def named(cls, arrays: Iterable[Any], shape: tuple[int, int], options: Options, **more: Any) -> Arrays:
@@ -90,8 +87,7 @@ class Arrays:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """``(codes + zeropoint) * scale`` in float32, rotated back, kept columns put in, rounded once to `dtype`."""
         weight, rotation = self.by_row().to(torch.float32), self.options.rotation
-        if rotation:
-            weight = _rotated(weight, rotation)
+        weight = rotated(weight, rotation)
         if self.zeropoint is not None:  # rotated back it is in the first column of each block alone
             weight[:, :: rotation or 1] += self.zeropoint[:, None] * math.sqrt(rotation or 1)
         weight = weight[:, : self.shape[1]]
@@ -103,11 +99,7 @@ class Arrays:
     @cached_property
     def int8_weight(self) -> Int8Weight:
         """The weight as `octavo.linear` takes it; it reads the same memory."""
-        return Int8Weight(
-            **dict(zip(NAMES, self.tensors(), strict=True)),
-            **self.options.of_weight,
-            shape=self.shape,
-        )
+        return Int8Weight(**dict(zip(NAMES, self.tensors(), strict=True)), **self.options.of_weight, shape=self.shape)
 
     @cached_property
     def product(self) -> Callable[[Tensor, Tensor | None], Tensor | None]:
@@ -161,15 +153,12 @@ class Arrays:
     @staticmethod
     def together(parts: list[Arrays]) -> Arrays | None:
         """Weights one above the other; None where they were not made alike, with one scale for each output feature."""
-        first = parts[0]
-        for own in parts:
-            if own.options != first.options or own.options.granularity != "vector" or own.shape[1] != first.shape[1]:
-                return None
-            if (own.outlier_columns is None) != (first.outlier_columns is None):
-                return None
-            columns: Any = first.outlier_columns
-            if own.outlier_columns is not None and not torch.equal(own.outlier_columns, columns):
-                return None
+        first, columns = parts[0], [own.outlier_columns for own in parts]
+        alike = {(own.options, own.shape[1], own.outlier_columns is None) for own in parts}
+        if len(alike) > 1 or first.options.granularity != "vector":
+            return None
+        if any(own is not None and not torch.equal(own, columns[0]) for own in columns):  # type: ignore[arg-type]
+            return None
         codes = torch.cat([own.by_row() for own in parts])
         each: Any = zip(*(own.tensors()[1:] for own in parts), strict=True)
         scale, sums, zeropoint, _, kept = (None if own[0] is None else torch.cat(own) for own in each)
@@ -212,11 +201,14 @@ class Arrays:
             )
 
 
-def _rotated(rows: Tensor, rotation: int) -> Tensor:
-    """Blocks of columns times the Hadamard matrix over its root; of codes exact."""
+def rotated(x: Tensor, rotation: int) -> Tensor:
+    """Blocks of `rotation` features times the Hadamard matrix over its root; the last block filled up with zeros."""
+    if not rotation:
+        return x
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % rotation)).unflatten(-1, (-1, rotation))
     distance = 1
     while distance < rotation:
-        pairs = rows.reshape(rows.shape[0], -1, 2, distance)
-        rows = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).reshape(rows.shape)
+        u, v = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
+        x = torch.stack((u + v, u - v), -2).flatten(-3)
         distance *= 2
-    return rows / math.sqrt(rotation)
+    return (x / math.sqrt(rotation)).flatten(-2)

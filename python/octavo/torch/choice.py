@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from octavo._text import expect_patterns, matches
 
@@ -52,17 +53,10 @@ def choose_layers(
     """
     for name, patterns in (("include", include), ("skip", skip)):
         expect_patterns(name, patterns)
-    found = [(name, layer) for name, layer in model.named_modules(remove_duplicate=False) if is_linear(layer)]
-    reason = _Reasons(model, include, skip, head)
-    layers: dict[str, Any] = {}
-    kept: dict[str, str] = {}
-    for name, layer in found:
-        why = reason(name, layer)
-        if why:
-            kept[name] = why
-        else:
-            layers[name] = layer
-    return Choice(layers, kept)
+    reason, modules = _reasons(model, include, skip, head), model.named_modules(remove_duplicate=False)
+    found = {name: (layer, reason(name, layer)) for name, layer in modules if is_linear(layer)}
+    layers = {name: layer for name, (layer, why) in found.items() if not why}
+    return Choice(layers, {name: why for name, (_, why) in found.items() if why})
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -72,38 +66,39 @@ def is_conv1d(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.Conv1D)
 
 
+def oriented(layer: nn.Module, weight: Any) -> Any:
+    """A linear layer's weight as ``[n, k]``, and one of ``[n, k]`` as the layer has it: transposed for a Conv1D."""
+    return weight.t() if is_conv1d(layer) else weight
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether `module` is a linear layer."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-class _Reasons:
-    """Why a layer stays as it is: "" where it does not."""
+def _reasons(
+    model: nn.Module, include: Sequence[str] | None, skip: Sequence[str] | None, with_head: bool
+) -> Callable[[str, Any], str]:
+    """A function that tells why a layer stays as it is: "" where it does not."""
+    modules = dict(model.named_modules())
+    users = {
+        id(parameter): name or type(module).__name__
+        for name, module in modules.items()
+        if not is_linear(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    head: Any = None
+    with suppress(NotImplementedError, AttributeError):  # how a model says that it has none
+        head = model.get_output_embeddings()  # type: ignore[operator]
+    chosen_head = head if with_head else None
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    tied |= {source: target for target, source in tied.items()}
+    plan = getattr(model, "_get_dtype_plan", None)
+    float32 = () if plan is None else plan(getattr(model, "dtype"))  # noqa: B009 (of a PreTrainedModel)
+    in_float32 = [re.compile(pattern.replace("*", ".*")) for pattern in float32]
+    adapters = [f"{name}." if name else "" for name, module in modules.items() if hasattr(module, "base_layer")]
 
-    def __init__(
-        self, model: nn.Module, include: Sequence[str] | None, skip: Sequence[str] | None, with_head: bool
-    ) -> None:
-        self._include = include
-        self._skip = skip
-        self._users: dict[int, str] = {
-            id(parameter): name or type(module).__name__
-            for name, module in model.named_modules()
-            if not is_linear(module)
-            for parameter in module.parameters(recurse=False)
-        }
-        head: Callable[[], Any] = getattr(model, "get_output_embeddings", lambda: None)
-        self._head = _quietly(head)
-        self._chosen_head = self._head if with_head else None
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        self._tied: dict[str, str] = dict(tied) | {source: target for target, source in dict(tied).items()}
-        plan = getattr(model, "_get_dtype_plan", None)
-        float32 = () if plan is None else plan(getattr(model, "dtype"))  # noqa: B009 (of a PreTrainedModel)
-        self._float32 = [re.compile(pattern.replace("*", ".*")) for pattern in float32]
-        self._adapters = [
-            f"{name}." if name else "" for name, module in model.named_modules() if hasattr(module, "base_layer")
-        ]
-
-    def __call__(self, name: str, layer: Any) -> str:
+    def reason(name: str, layer: Any) -> str:
         weight = layer._parameters.get("weight")
         if weight is None:
             return "its weight is computed from other parameters"
@@ -111,30 +106,21 @@ class _Reasons:
             return "its weight is int8 already"
         if weight.dim() != 2 or not weight.is_floating_point():
             return f"its weight is {weight.dtype} of {weight.dim()} dimensions"
-        user = self._users.get(id(weight)) or self._tied.get(f"{name}.weight")
-        if user and layer is not self._chosen_head:
+        user = users.get(id(weight)) or tied.get(f"{name}.weight")
+        if user and layer is not chosen_head:
             return f"its weight is also that of {user}"
-        if any(name.startswith(above) and not f"{name}.".startswith(f"{above}base_layer.") for above in self._adapters):
+        if any(name.startswith(above) and not f"{name}.".startswith(f"{above}base_layer.") for above in adapters):
             return "it belongs to an adapter"
-        if any(pattern.search(f"{name}.weight") for pattern in self._float32):
+        if any(pattern.search(f"{name}.weight") for pattern in in_float32):
             return "the model keeps it in float32"
-        return self._by_name(name, layer, weight)
-
-    def _by_name(self, name: str, layer: Any, weight: Tensor) -> str:
-        if self._skip is not None and matches(name, self._skip):
+        if skip is not None and matches(name, skip):
             return "skipped"
-        if self._include is not None:
-            return "" if matches(name, self._include) else "not included"
-        if self._skip is not None:
+        if include is not None:
+            return "" if matches(name, include) else "not included"
+        if skip is not None:
             return ""
-        if layer is self._head or matches(name, HEADS):
-            return "" if layer is self._chosen_head else "it is the output head"
+        if layer is head or matches(name, HEADS):
+            return "" if layer is chosen_head else "it is the output head"
         return "it is a router" if matches(name, ROUTERS) else ""
 
-
-def _quietly(head: Callable[[], Any]) -> Any:
-    """The output head; None of a model that has none and says so by an exception."""
-    try:
-        return head()
-    except (NotImplementedError, AttributeError):
-        return None
+    return reason

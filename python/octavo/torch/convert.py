@@ -17,7 +17,7 @@ from tqdm import tqdm
 from octavo._text import expect
 from octavo.functional import find_outliers
 from octavo.options import DEFAULT, WHOLE_MODELS, Options, options_of
-from octavo.torch.choice import choose_layers
+from octavo.torch.choice import choose_layers, oriented
 from octavo.torch.layer import CALIBRATED, Int8Linear, watch_loading
 from octavo.torch.operation import FLOAT_DTYPES
 from octavo.torch.tensor import Int8Tensor
@@ -96,10 +96,7 @@ def quantize_(
 
 def _save_dequantized(module: nn.Module, output_path: str, safe_serialization: bool = True) -> None:
     """``save_torch_weights`` of sentence-transformers, whose readers know no int8: the weights are dequantized."""
-    state = {
-        name: value.dequantize() if isinstance(value, Int8Tensor) else value
-        for name, value in module.state_dict().items()
-    }
+    state = {key: own.dequantize() if isinstance(own, Int8Tensor) else own for key, own in module.state_dict().items()}
     if safe_serialization:
         save_file(state, Path(output_path, "model.safetensors"))
     else:
@@ -108,12 +105,8 @@ def _save_dequantized(module: nn.Module, output_path: str, safe_serialization: b
 
 def convert_(layer: Any, options: Options) -> None:
     """Make the weight of one linear layer an Int8Tensor."""
-    columns = getattr(layer, CALIBRATED, None)
-    if isinstance(layer, nn.Linear):
-        weight = Int8Tensor.from_float(layer.weight, options, columns)
-    else:  # Conv1D, which has [in, out]
-        weight = Int8Tensor.from_float(layer.weight.t(), options, columns).t()  # type: ignore[assignment]
-    hold(layer, nn.Parameter(weight, requires_grad=False))
+    weight = Int8Tensor.from_float(oriented(layer, layer.weight), options, getattr(layer, CALIBRATED, None))
+    hold(layer, nn.Parameter(oriented(layer, weight), requires_grad=False))
 
 
 def hold(layer: Any, weight: nn.Parameter) -> None:
@@ -169,20 +162,11 @@ def calibrate_(
     expect("calibrate_: min_fraction", min_fraction, Real, "a number")
     expect_runnable("calibrate_", model, () if batches is None else batches)
     single: dict[str, Any] = {"recipe": recipe, "threshold": threshold, "relative": relative, "cap": cap}
-    criterion = options_of("calibrate_", options, default=WHOLE_MODELS, **single)
+    how = {**options_of("calibrate_", options, default=WHOLE_MODELS, **single).criterion, "progress": progress}
     layers = choose_layers(model, skip=skip).layers
     if batches is None:
         batches = random_tokens(getattr(model, "config", None), next(model.parameters()).device)
-    columns = systematic_columns(
-        model,
-        layers,
-        batches,
-        threshold=criterion.threshold,
-        relative=criterion.relative,
-        cap=criterion.cap,
-        min_fraction=float(min_fraction),
-        progress=progress,
-    )
+    columns = systematic_columns(model, layers, batches, **how, min_fraction=float(min_fraction))
     for name, own in columns.items():
         setattr(layers[name], CALIBRATED, own)
     return columns
@@ -225,35 +209,31 @@ def systematic_columns(
         raise ValueError(f"{function}: min_fraction: expected a number in [0, 1], got {min_fraction}")
     if not layers:
         raise ValueError(f"{function}: model: expected linear layers, got none")
-    counts: dict[nn.Module, Tensor] = {}
-    largest: dict[nn.Module, Tensor] = {}
-    positions: dict[nn.Module, int] = {}
+    seen: dict[nn.Module, tuple[Any, Any, int]] = {}  # by column outliers and the largest magnitude; positions
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         magnitudes = x.detach().reshape(-1, x.shape[-1]).float().abs()
+        zeros = magnitudes.new_zeros(magnitudes.shape[1])
+        outliers, largest, positions = seen.get(module, (zeros, zeros, 0))
         # As in find_outliers: compared in float32, and NaN and Inf count.
-        found = (~(magnitudes < threshold)).sum(0)
-        most = magnitudes.amax(0) if len(magnitudes) else magnitudes.new_zeros(magnitudes.shape[1])
-        counts[module] = counts[module] + found if module in counts else found
-        largest[module] = torch.maximum(largest[module], most) if module in largest else most
-        positions[module] = positions.get(module, 0) + len(magnitudes)
+        outliers = outliers + (~(magnitudes < threshold)).sum(0)
+        largest = torch.maximum(largest, magnitudes.amax(0) if len(magnitudes) else zeros)
+        seen[module] = outliers, largest, positions + len(magnitudes)
 
     modules = {id(layer): layer for layer in layers.values()}.values()
     hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in modules]
     run_batches(model, batches, hooks, doing="calibrate", progress=progress)
-    if not counts:
+    if not seen:
         raise ValueError(f"{function}: batches: expected at least one that reaches a linear layer, got none")
 
     columns: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        if layer in counts:
-            own = largest[layer]
-            if relative is None:
-                own = own.where(counts[layer] >= min_fraction * positions[layer], 0)
-            # The maxima stand for every position: from 512 on, how many there are matters to no criterion.
-            rows = own.cpu().expand(min(positions[layer], 512), -1)
-            columns[name] = find_outliers(rows, threshold=threshold, relative=relative, cap=cap)
+    for name, (outliers, largest, positions) in ((name, seen[own]) for name, own in layers.items() if own in seen):
+        if relative is None:
+            largest = largest.where(outliers >= min_fraction * positions, 0)
+        # The maxima stand for every position: from 512 on, how many there are matters to no criterion.
+        rows = largest.cpu().expand(min(positions, 512), -1)
+        columns[name] = find_outliers(rows, threshold=threshold, relative=relative, cap=cap)
     return columns
 
 

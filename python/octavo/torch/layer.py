@@ -179,16 +179,15 @@ def _take_weight(
     """
     key = f"{prefix}weight"
     present: Any = module._parameters.get("weight")
-    value = state_dict.get(key)
+    value, made = state_dict.get(key), None
     if f"{key}.{names.CODES}" in state_dict:
         start = f"{key}."
         parts = {name[len(start) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(start)}
-        state_dict[key] = _turned(Int8Tensor.from_parts(parts), present)
+        made = Int8Tensor.from_parts(parts)
     elif value is not None and value.dtype == torch.int8 and f"{prefix}_extra_state" in state_dict:
         old = names.PARTS_OF_VERSION_1.items()
         parts = {part: state_dict.pop(prefix + name) for name, part in old if prefix + name in state_dict}
-        dtype = torch.float32 if present is None else present.dtype
-        state_dict[key] = _turned(Int8Tensor.from_parts(parts, dtype), present)
+        made = Int8Tensor.from_parts(parts, torch.float32 if present is None else present.dtype)
     elif (
         isinstance(present, Int8Tensor)
         and local_metadata.get("assign_to_params_buffers", False)
@@ -197,10 +196,6 @@ def _take_weight(
         and value.is_floating_point()
         and value.shape == present.shape
     ):
-        weight = value.t() if present._transposed else value
-        state_dict[key] = _turned(Int8Tensor.from_float(weight, present.options), present)
-
-
-def _turned(weight: Int8Tensor, present: Any) -> Int8Tensor:
-    """The weight as a layer with ``[k, n]`` has it, where `present` is one of such a layer."""
-    return weight.t() if isinstance(present, Int8Tensor) and present._transposed else weight  # type: ignore[return-value]
+        made = Int8Tensor.from_float(value.t() if present._transposed else value, present.options)
+    if made is not None:  # a layer may have [k, n]
+        state_dict[key] = made.t() if isinstance(present, Int8Tensor) and present._transposed else made

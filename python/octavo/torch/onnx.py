@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo._types import rotated_size
 from octavo.options import Options
-from octavo.torch.arrays import Arrays
+from octavo.torch.arrays import Arrays, rotated
 
 
 def is_exporting() -> bool:
@@ -29,7 +28,7 @@ def linear(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
     options, k = arrays.options, arrays.shape[1]
     codes, value = arrays.by_row(), x.to(torch.float32)
     if options.path == "weight_only":
-        y = _rotated(value, options.rotation) @ _dequantized(arrays, codes).t()
+        y = rotated(value, options.rotation) @ _dequantized(arrays, codes).t()
         return (y if bias is None else y + bias).to(x.dtype)
     outlying = torch.zeros(k, dtype=torch.bool)
     if options.outliers == "static" and arrays.outlier_columns is not None:
@@ -45,7 +44,7 @@ def linear(x: Tensor, arrays: Arrays, bias: Tensor | None) -> Tensor:
 def _int8_product(value: Tensor, outlying: Tensor, arrays: Arrays, codes: Tensor) -> Tensor:
     """The product of what is not outlying, quantized."""
     options = arrays.options
-    inside = _rotated(torch.where(outlying, 0.0, value), options.rotation)
+    inside = rotated(torch.where(outlying, 0.0, value), options.rotation)
     dims = list(range(value.dim())) if options.granularity == "tensor" else [-1]
     if options.scheme == "absmax":
         largest = inside.abs().amax(dims, keepdim=True)
@@ -70,21 +69,19 @@ def _int8_product(value: Tensor, outlying: Tensor, arrays: Arrays, codes: Tensor
 
 def _outlier_product(apart: Tensor, outlying: Tensor, arrays: Arrays, codes: Tensor) -> Tensor:
     """The product of X where it is outlying, zero elsewhere, with kept columns or else dequantized ones."""
-    columns, kept, rotation = arrays.outlier_columns, arrays.outlier_weight, arrays.options.rotation
-    if columns is None or kept is None or columns.shape[0] == 0:
-        columns = kept = None
-    if rotation:  # a column of W is spread over its block
-        if columns is None or kept is None:
-            return _rotated(apart, rotation) @ _dequantized(arrays, codes).t()
-        others = _rotated(apart.index_fill(-1, columns.long(), 0.0), rotation) @ _dequantized(arrays, codes).t()
-        return others + apart.index_select(-1, columns.long()) @ kept.to(torch.float32).t()
+    none = torch.zeros(0, dtype=torch.int64)
+    columns = none if arrays.outlier_columns is None else arrays.outlier_columns.long()
+    kept = torch.zeros(0) if arrays.outlier_weight is None else arrays.outlier_weight.to(torch.float32)
+    if arrays.options.rotation:  # a column of W is spread over its block
+        others = apart.index_fill(-1, columns, 0.0) if len(columns) else apart
+        product = rotated(others, arrays.options.rotation) @ _dequantized(arrays, codes).t()
+        return product + apart.index_select(-1, columns) @ kept.t() if len(columns) else product
     k = arrays.shape[1]
     chosen = outlying.reshape(-1, k).any(0).nonzero().flatten()
     values = _dequantized(arrays, codes.index_select(1, chosen))
-    if columns is not None and kept is not None:
-        places = torch.full((k,), -1).scatter(0, columns.long(), torch.arange(columns.shape[0]))
-        place = places.index_select(0, chosen)
-        values = torch.where(place >= 0, kept.to(torch.float32).index_select(1, place.clamp(min=0)), values)
+    if len(columns):
+        place = torch.full((k,), -1).scatter(0, columns, torch.arange(len(columns))).index_select(0, chosen)
+        values = torch.where(place >= 0, kept.index_select(1, place.clamp(min=0)), values)
     return apart.index_select(-1, chosen) @ values.t()
 
 
@@ -96,20 +93,6 @@ def _dequantized(arrays: Arrays, codes: Tensor) -> Tensor:
     return values * arrays.scale[:, None]
 
 
-def _rotated(x: Tensor, rotation: int) -> Tensor:
-    """Blocks of `rotation` features times the Hadamard matrix over its root; the last block filled up with zeros."""
-    if not rotation:
-        return x
-    k = x.shape[-1]
-    x = torch.nn.functional.pad(x, (0, rotated_size(k, rotation) - k)).unflatten(-1, (-1, rotation))
-    distance = 1
-    while distance < rotation:
-        u, v = x.unflatten(-1, (-1, 2, distance)).unbind(-2)
-        x = torch.stack((u + v, u - v), -2).flatten(-3)
-        distance *= 2
-    return (x / math.sqrt(rotation)).flatten(-2)
-
-
 # --- which elements are outliers: `octavo.find_outliers` --------------------------------------------------------------
 
 
@@ -117,15 +100,16 @@ def _outliers(value: Tensor, options: Options) -> Tensor:
     """Of "columns", bool ``[k]``; of "rows", bool ``[..., k]``, every row as a call of its own."""
     largest = value.abs()
     largest = torch.where(largest.isnan(), torch.inf, largest)
-    rows: Any = 1
+    factor: Any = math.sqrt(math.log(1024) / math.log(2))  # f(1), of f(m) = sqrt(ln 1024 / ln 2m) for m < 512, else 1
     if options.outliers == "columns":
         largest = largest.reshape(-1, value.shape[-1])
-        rows = torch.ones_like(largest[:, 0]).sum()
+        rows = torch.ones_like(largest[:, 0]).sum().to(torch.float64)
+        factor = torch.sqrt(math.log(1024) / torch.log(2 * rows)).clamp(min=1).to(torch.float32)
         largest = largest.amax(0)
     if options.relative is None:
         outlying = ~(largest < options.threshold)
     else:
-        outlying = (largest > 0) & ~(largest < options.relative * _factor(rows) * _median(largest))
+        outlying = (largest > 0) & ~(largest < options.relative * factor * _median(largest))
     if options.cap is None:
         return outlying
     most = math.floor(options.cap * value.shape[-1])
@@ -134,13 +118,6 @@ def _outliers(value: Tensor, options: Options) -> Tensor:
         places = torch.topk(torch.where(outlying, largest, -1.0), most).indices
         stays = stays | torch.zeros_like(stays).scatter(-1, places, True)
     return outlying & stays
-
-
-def _factor(rows: Any) -> Any:
-    """f(m) = sqrt(ln 1024 / ln 2m) for m < 512, else 1."""
-    if not isinstance(rows, Tensor):  # one
-        return math.sqrt(math.log(1024) / math.log(2))
-    return torch.sqrt(math.log(1024) / torch.log(2 * rows.to(torch.float64))).clamp(min=1).to(torch.float32)
 
 
 def _median(largest: Tensor) -> Tensor:

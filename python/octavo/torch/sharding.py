@@ -64,20 +64,14 @@ class _Flat(Tensor):
         return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
-def _view(x: Int8Tensor, size: Any) -> Any:
-    if tuple(size) == tuple(x.shape):
+def _view(x: Int8Tensor, size: Any, stride: Any = None, offset: int | None = None) -> Any:
+    if (tuple(size), tuple(stride or x.stride()), offset or 0) == (tuple(x.shape), x.stride(), 0):
         return _alias(x)
-    return _Flat(x) if list(size) == [-1] else NotImplemented
-
-
-def _as_strided(x: Int8Tensor, size: Any, stride: Any, offset: int | None = None) -> Any:
-    as_it_is = (tuple(size), tuple(stride), offset or 0) == (tuple(x.shape), x.stride(), 0)
-    return _alias(x) if as_it_is else NotImplemented
+    return _Flat(x) if list(size) == [-1] and stride is None else NotImplemented
 
 
 _OPERATIONS[aten.new_zeros.default] = _OPERATIONS[aten.new_empty.default] = _new
-_OPERATIONS[aten.view.default] = _view
-_OPERATIONS[aten.as_strided.default] = _as_strided
+_OPERATIONS[aten.view.default] = _OPERATIONS[aten.as_strided.default] = _view
 
 
 def _pre_all_gather(
@@ -117,7 +111,7 @@ def _post_all_gather(
     codes = outputs[0][:n].view(n, own.width)
     # PyTorch has a single rank gather the first tensor only.
     tail = outputs[1].view(outputs[0].shape[0], -1)[:n] if len(outputs) > 1 else None
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"outlier_columns": own.outlier_columns, **own.options.of_weight}
     start = 0
     for name in _OF_ROWS:
         mine = parts[name] = getattr(own, name)
@@ -129,14 +123,7 @@ def _post_all_gather(
             start += width
         elif like is not None:
             parts[name] = mine.clone()
-    weight = Int8Weight(
-        codes.contiguous(),
-        **parts,
-        outlier_columns=own.outlier_columns,
-        **own.options.of_weight,
-        shape=(n, k),
-    )
-    made = Arrays.of(weight, own.options)
+    made = Arrays.of(Int8Weight(codes.contiguous(), **parts, shape=(n, k)), own.options)
     if out is not None:
         # The backward pass reads what the forward pass read, in the same memory, gathered anew.
         held = tuple(getattr(out, name) for name in out.__tensor_flatten__()[0])

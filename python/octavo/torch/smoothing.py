@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from numbers import Real
 from typing import Any
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from octavo._text import expect
-from octavo.torch.choice import choose_layers
+from octavo._text import expect, unexpected
+from octavo.torch.choice import choose_layers, oriented
 from octavo.torch.convert import expect_runnable, run_batches
 from octavo.torch.layer import CALIBRATED
 
@@ -85,19 +86,25 @@ def smooth_(
     if not layers:
         raise ValueError("smooth_: model: expected linear layers, got none")
     seen = _watch(model, layers, batches, pairs, progress)
-    shared = _shared_parameters(model)
+    held = (module.parameters(recurse=False) for module in model.modules())
+    users = Counter(chain.from_iterable({id(parameter) for parameter in own} for own in held))
+    shared = {parameter for parameter, count in users.items() if count > 1}  # held by more than one module
     chosen: list[_Norm] = []
     reasons: dict[str, str] = {}
     for norm in seen:
         if norm.layers and norm.largest is not None and not torch.isfinite(norm.largest).all():
             raise ValueError(f"smooth_: {norm.name}: expected finite values, got NaN or Inf in its output")
-        reason = norm.obstacle(shared, insert)
-        if reason:
+        if reason := norm.obstacle(shared, insert):
             reasons[norm.name] = reason
         else:
             chosen.append(norm)
-    if pairs is not None:
-        _check_pairs(pairs, seen, reasons)
+    for norm in seen if pairs is not None else ():
+        if norm.name in reasons:
+            raise ValueError(f"smooth_: pairs: {norm.name} cannot be smoothed: {reasons[norm.name]}")
+        taking, given = {layer.name for layer in norm.layers.values()}, set((pairs or {})[norm.name])
+        if taking != given:
+            expected = f"the layers that take its output, {sorted(taking)}"
+            raise unexpected(f"smooth_: pairs: {norm.name}", expected, sorted(given))
     if not chosen:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:_LISTED])
         raise ValueError(
@@ -140,12 +147,6 @@ class _Layer:
     name: str
     module: Any
     inputs: set[_Norm | None] = field(default_factory=set)
-
-    @property
-    def columns(self) -> Tensor:
-        """The weight as [n, k]."""
-        weight: Tensor = self.module.weight.detach()
-        return weight if isinstance(self.module, nn.Linear) else weight.T
 
 
 @dataclass(eq=False)
@@ -193,18 +194,14 @@ class _Norm:
             found: Tensor = torch.func.functional_call(module, {**bare, "weight": gain}, (x,))
             return found.float()
 
-        zero, one = output(bare["weight"]), output(torch.ones_like(weight))
-        tolerance = 4 * torch.finfo(weight.dtype).eps
-        actual = output(weight)
+        zero, one, actual = (output(gain) for gain in (bare["weight"], torch.ones_like(weight), weight))
+        near = partial(torch.allclose, rtol=4 * torch.finfo(weight.dtype).eps, atol=1e-6)
         if not one.any() or not torch.isfinite(one).all():
             return ""
-        if not zero.any() and torch.allclose(actual, one * weight.float(), rtol=tolerance, atol=1e-6):
-            return "weight"
-        if torch.allclose(one, 2 * zero, rtol=tolerance, atol=1e-6) and torch.allclose(
-            actual, zero * (1 + weight.float()), rtol=2 * tolerance, atol=1e-6
-        ):
-            return "1 + weight"
-        return ""
+        if not zero.any():
+            return "weight" if near(actual, one * weight.float()) else ""
+        is_shifted = near(one, 2 * zero) and near(actual, zero * (1 + weight.float()), rtol=2 * near.keywords["rtol"])
+        return "1 + weight" if is_shifted else ""
 
 
 class _Uses(TorchDispatchMode):
@@ -220,29 +217,18 @@ class _Uses(TorchDispatchMode):
         """The normalization in whose output's memory `x` lies."""
         return self.sources.get(_address(x)) if isinstance(x, Tensor) else None
 
-    def note_output(self, norm: _Norm, x: Tensor) -> None:
-        """`x` is what `norm` returned."""
-        self.sources[_address(x)] = norm
-        self.alive.append(x)
-
-    def end_of_batch(self, result: Any) -> None:
-        """What the model returns is used by its caller."""
-        for leaf in tree_leaves(result):
+    def note_use(self, values: Any, what: str, views: Any = ()) -> None:
+        """Something other than a linear layer takes `values`; what of them is in `views` is no use yet."""
+        for leaf in tree_leaves(values):
             norm = self.source(leaf)
-            if norm is not None:
-                norm.elsewhere = norm.elsewhere or "the model's result"
-        self.sources.clear()
-        self.alive.clear()
+            if norm is not None and _address(leaf) not in views:
+                norm.elsewhere = norm.elsewhere or what
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.layer:
-            views = {_address(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
-            for leaf in tree_leaves((args, kwargs)):
-                norm = self.source(leaf)
-                # A view is not a use yet; an operation that writes to it is.
-                if norm is not None and (func._schema.is_mutable or _address(leaf) not in views):
-                    norm.elsewhere = norm.elsewhere or str(func)
+        if not self.layer:  # a view is not a use yet; an operation that writes to it is
+            made = () if func._schema.is_mutable else tree_leaves(result)
+            self.note_use((args, kwargs), str(func), {_address(leaf) for leaf in made if isinstance(leaf, Tensor)})
         return result
 
 
@@ -258,45 +244,44 @@ def _watch(
     progress: bool,
 ) -> list[_Norm]:
     """Run the batches; returns the normalizations (those of `pairs`, or all), in the model's order."""
-    uses = _Uses()
+    uses, norms = _Uses(), _norms(model, pairs)
     known: dict[int, _Layer] = {}
     for name, module in layers.items():
         known.setdefault(id(module), _Layer(name, module))
-    norms = _named_norms(model, pairs) if pairs is not None else _all_norms(model)
 
-    def leave_norm(norm: _Norm) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
-                return
-            x = args[0].detach()
-            norm.probe = x.reshape(-1, x.shape[-1])[:_PROBED].clone() if x.dim() else None
-            largest = output.detach().reshape(-1, output.shape[-1]).float().abs().amax(0)
-            norm.largest = largest if norm.largest is None else torch.maximum(norm.largest, largest)
-            uses.note_output(norm, output)
+    def leave_norm(norm: _Norm, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+            return
+        x = args[0].detach()
+        norm.probe = x.reshape(-1, x.shape[-1])[:_PROBED].clone() if x.dim() else None
+        largest = output.detach().reshape(-1, output.shape[-1]).float().abs().amax(0)
+        norm.largest = largest if norm.largest is None else torch.maximum(norm.largest, largest)
+        uses.sources[_address(output)] = norm
+        uses.alive.append(output)
 
-        return hook
-
-    def enter_layer(layer: _Layer) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            norm = uses.source(x)
-            if norm is not None and not _whole_rows(x, norm):
+    def enter_layer(layer: _Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        norm = uses.source(x)
+        layer.inputs.add(norm)
+        if norm is not None:
+            norm.layers[id(module)] = layer
+            if not _whole_rows(x, norm):
                 norm.elsewhere = norm.elsewhere or f"a part of the input of {layer.name}"
-            layer.inputs.add(norm)
-            if norm is not None:
-                norm.layers[id(module)] = layer
-            uses.layer += 1
+        uses.layer += 1
 
-        return hook
-
-    def leave_layer(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave_layer(*_: Any) -> None:
         uses.layer -= 1
 
-    hooks = [norm.module.register_forward_hook(leave_norm(norm)) for norm in norms]
+    def leave_model(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        uses.note_use(output, "the model's result")
+        uses.sources.clear()
+        uses.alive.clear()
+
+    hooks = [norm.module.register_forward_hook(partial(leave_norm, norm)) for norm in norms]
     for layer in known.values():
-        hooks.append(layer.module.register_forward_pre_hook(enter_layer(layer), with_kwargs=True))
+        hooks.append(layer.module.register_forward_pre_hook(partial(enter_layer, layer), with_kwargs=True))
         hooks.append(layer.module.register_forward_hook(leave_layer))
-    hooks.append(model.register_forward_hook(lambda module, args, output: uses.end_of_batch(output)))
+    hooks.append(model.register_forward_hook(leave_model))
     with uses:
         run_batches(model, batches, hooks, doing="smooth", progress=progress)
     if not any(layer.inputs for layer in known.values()):
@@ -316,39 +301,14 @@ def _whole_rows(x: Tensor, norm: _Norm) -> bool:
     )
 
 
-def _all_norms(model: nn.Module) -> list[_Norm]:
-    """The modules that call themselves a norm and have no parts; their formula is tried out later."""
-    return [
-        _Norm(name, module)
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and not any(module.children())
-    ]
-
-
-def _named_norms(model: nn.Module, pairs: Mapping[str, Sequence[str]]) -> list[_Norm]:
+def _norms(model: nn.Module, pairs: Mapping[str, Sequence[str]] | None) -> list[_Norm]:
+    """Those of `pairs`, or the modules that call themselves a norm and have no parts; their formula is tried later."""
     modules = dict(model.named_modules())
-    for name in (*pairs, *(layer for layers in pairs.values() for layer in layers)):
+    for name in () if pairs is None else (*pairs, *chain.from_iterable(pairs.values())):
         if name not in modules:
             raise ValueError(f"smooth_: pairs: expected qualified names of the model's modules, got {name!r}")
-    return [_Norm(name, modules[name]) for name in pairs]
-
-
-def _check_pairs(pairs: Mapping[str, Sequence[str]], seen: Sequence[_Norm], reasons: Mapping[str, str]) -> None:
-    for norm in seen:
-        if norm.name in reasons:
-            raise ValueError(f"smooth_: pairs: {norm.name} cannot be smoothed: {reasons[norm.name]}")
-        taking = {layer.name for layer in norm.layers.values()}
-        if taking != set(pairs[norm.name]):
-            raise ValueError(
-                f"smooth_: pairs: {norm.name}: expected the layers that take its output, {sorted(taking)}, "
-                f"got {sorted(pairs[norm.name])}"
-            )
-
-
-def _shared_parameters(model: nn.Module) -> set[int]:
-    """The parameters that more than one module holds."""
-    held = [{id(parameter) for parameter in module.parameters(recurse=False)} for module in model.modules()]
-    return {parameter for parameter, count in Counter(chain.from_iterable(held)).items() if count > 1}
+    named = [name for name, own in modules.items() if "norm" in type(own).__name__.lower() and not any(own.children())]
+    return [_Norm(name, modules[name]) for name in (named if pairs is None else pairs)]
 
 
 # --- the change -------------------------------------------------------------------------------------------------------
@@ -358,7 +318,8 @@ def _change(norm: _Norm, alpha: float) -> tuple[Tensor, dict[tuple[Any, str], Te
     """s, float64 ``[k]``, and the new parameters by module and name, made in float64 and rounded once."""
     assert norm.largest is not None
     x = norm.largest.double()
-    w = torch.stack([layer.columns.abs().amax(0) for layer in norm.layers.values()]).amax(0).double()
+    weights = [oriented(layer.module, layer.module.weight.detach()) for layer in norm.layers.values()]
+    w = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).double()
     if not torch.isfinite(w).all():
         names = ", ".join(layer.name for layer in norm.layers.values())
         raise ValueError(f"smooth_: {names}: expected finite weights, got NaN or Inf")

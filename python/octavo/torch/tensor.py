@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_map
 
 import octavo
 from octavo import file_format
-from octavo.options import Options
+from octavo.options import WEIGHT_OPTIONS, Options
 from octavo.torch import operation
-from octavo.torch.arrays import NAMES, Arrays, has_memory, pack
+from octavo.torch.arrays import Arrays, has_memory, pack
+from octavo.weight import ARRAYS as NAMES
 from octavo.weight import Int8Weight
 
 aten: Any = torch.ops.aten
 _DEFAULT = Options()
-_OF_WEIGHT = ("scheme", "granularity", "rotation")  # options that are fixed when a weight is quantized
 
 
 class Int8Tensor(torch.Tensor):
@@ -87,9 +87,9 @@ class Int8Tensor(torch.Tensor):
     @classmethod
     def from_int8_weight(cls, weight: Int8Weight, dtype: torch.dtype, options: Options) -> Int8Tensor:
         """The tensor of a weight of PyTorch arrays, whose memory it shares; `dtype` is that of the original weight."""
-        given, own = (tuple(getattr(of, name) for name in _OF_WEIGHT) for of in (options, weight))
-        if given != own:
-            raise ValueError(f"Int8Tensor: options: expected those of the weight, {own}, got {given}")
+        own = {name: getattr(weight, name) for name in WEIGHT_OPTIONS}
+        if options.of_weight != own:
+            raise ValueError(f"Int8Tensor: options: expected those of the weight, {own}, got {options.of_weight}")
         return cls(Arrays.of(weight, options), dtype)
 
     def parts(self) -> dict[str, Tensor]:
@@ -121,11 +121,8 @@ class Int8Tensor(torch.Tensor):
 
     @options.setter
     def options(self, options: Options) -> None:
-        mine = self._arrays.options
-        if any(getattr(options, name) != getattr(mine, name) for name in _OF_WEIGHT):
-            raise ValueError(
-                "Int8Tensor: options: scheme, granularity and rotation are fixed when a weight is quantized"
-            )
+        if options.of_weight != self._arrays.options.of_weight:
+            raise ValueError("Int8Tensor: options: scheme, granularity and rotation are fixed when it is quantized")
         self._arrays.options = options
         self._arrays.forget()
 

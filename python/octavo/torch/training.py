@@ -187,9 +187,6 @@ def train_(
             its own; "static", as nothing is kept; a value that octavo does not have.
     """
     expect("train_: model", model, nn.Module, "an nn.Module")
-    if not isinstance(modules, str):
-        expect("train_: modules", modules, (list, tuple, set), "'ffn', 'ffn+attention' or a list of patterns")
-        expect_patterns("train_: modules", modules)
     expect_choice("train_: grad_input", grad_input, ("int8", "16bit"))
     expect("train_: decomposition", decomposition, bool, "a bool")
     if seed is not None:
@@ -225,12 +222,15 @@ def _choose(model: nn.Module, modules: str | Sequence[str]) -> dict[str, nn.Line
     if isinstance(modules, str):
         if modules not in ("ffn", "ffn+attention"):
             raise ValueError(f"train_: modules: expected 'ffn', 'ffn+attention' or patterns, got {modules!r:.99}")
-        found = {
-            name: layer
-            for name, layer in choose_layers(model).layers.items()
-            if _is_linear(layer) and _is_wanted(name.lower().split("."), modules == "ffn+attention")
-        }
+        found = {}
+        for name, layer in choose_layers(model).layers.items():
+            path = name.lower().split(".")
+            in_attention = any("attention" in part or "attn" in part for part in path)
+            if _is_linear(layer) and any(map(str.isdigit, path)) and (modules == "ffn+attention" or not in_attention):
+                found[name] = layer
     else:
+        expect("train_: modules", modules, (list, tuple, set), "'ffn', 'ffn+attention' or a list of patterns")
+        expect_patterns("train_: modules", modules)
         found = choose_layers(model, include=modules).layers
         for name, layer in found.items():
             if not _is_linear(layer):
@@ -246,8 +246,3 @@ def _is_linear(layer: Any) -> bool:
     return kind.forward is nn.Linear.forward and not isinstance(
         layer, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
-
-
-def _is_wanted(path: list[str], attention: bool) -> bool:
-    in_attention = any("attention" in part or "attn" in part for part in path)
-    return any(part.isdigit() for part in path) and (attention or not in_attention)
