@@ -10,9 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from octavo.checkpoint.layers import Patterns
-from octavo.checkpoint.running import Running
+from octavo._text import unexpected
+from octavo.checkpoint.layers import Patterns, choose
+from octavo.checkpoint.meta_model import names_in_model
+from octavo.checkpoint.reader import Checkpoint
 from octavo.options import DEFAULT, WHOLE_MODELS, options_of
+
+_TOKENS = 256  # of a sequence
 
 
 def calibrate(
@@ -51,14 +55,90 @@ def calibrate(
         OSError, ValueError: files that cannot be read, a model that transformers does not know, no text, no layers.
     """
     single: dict[str, Any] = {"recipe": recipe, "threshold": threshold, "relative": relative, "cap": cap}
-    options = options_of("calibrate", default=WHOLE_MODELS, **single)
+    criterion = options_of("calibrate", default=WHOLE_MODELS, **single).criterion
     running = Running(model, include, skip, trust_remote_code, "calibrate")
     from octavo.torch.convert import random_tokens, systematic_columns
 
     inputs = random_tokens(running.config) if text is None else running.batches(text)[:batches]
     with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
         loaded, layers = running.load(progress, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
-        criterion: Any = {name: getattr(options, name) for name in ("threshold", "relative", "cap")}
-        criterion["min_fraction"] = min_fraction
-        found = systematic_columns(loaded, layers, inputs, **criterion, progress=progress, function="calibrate")
+        how: dict[str, Any] = {"min_fraction": min_fraction, "progress": progress, "function": "calibrate"}
+        found = systematic_columns(loaded, layers, inputs, **criterion, **how)
     return {name: own.tolist() for name, own in found.items()}
+
+
+class Running:
+    """A model that Transformers can run; the arguments are those of `calibrate`, `function` whose they are.
+
+    Attributes:
+        config: the model's.
+        stored: the weights of the layers that are asked about, by the names that they have in the checkpoint.
+    """
+
+    def __init__(
+        self, model: str | Path, include: Patterns, skip: Patterns, trust_remote_code: bool, function: str
+    ) -> None:
+        source = Checkpoint(model, framework="numpy")
+        self.stored = list(choose(source, include, skip, function=function).int8)
+        try:
+            import accelerate  # noqa: F401 - transformers needs it, and says so late
+            import transformers
+        except ImportError as error:
+            install = 'pip install "octavo[transformers]"'
+            raise RuntimeError(f"this needs PyTorch, transformers and accelerate: {install} ({error})") from error
+        own_code = "auto_map" in source.config and source.config.get("model_type") not in transformers.CONFIG_MAPPING
+        if own_code and not trust_remote_code:
+            runs_it = "trust_remote_code=True (--trust-remote-code) runs it"
+            raise unexpected(model, "a model of Transformers", f"one that brings its own code: {runs_it}")
+        self.model, self._trust = model, {"trust_remote_code": trust_remote_code}
+        self.config = transformers.AutoConfig.from_pretrained(model, **self._trust)
+        # The very class that saved the checkpoint: others name its layers otherwise.
+        name = (self.config.architectures or ["AutoModelForCausalLM"])[0]
+        places = source.config.get("auto_map") or {}  # a model's is a string, a tokenizer's a pair
+        own = [auto for auto, place in places.items() if isinstance(place, str) and place.endswith(f".{name}")]
+        self._class: Any = getattr(transformers, own[0] if own else name, None)
+        if self._class is None:
+            raise unexpected(model, "an architecture of transformers in config.json", name)
+
+    def load(self, progress: bool, **how: Any) -> tuple[Any, dict[str, Any]]:
+        """The model, from ``from_pretrained`` with arguments of its own, and its layers by the checkpoint's names."""
+        from transformers.utils import logging
+
+        shown = logging.is_progress_bar_enabled()
+        if not progress:
+            logging.disable_progress_bar()
+        try:
+            model = self._class.from_pretrained(self.model, **how, **self._trust)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        name_in_model, modules = names_in_model(model), dict(model.named_modules(remove_duplicate=False))
+        layers = {}
+        for name in self.stored:
+            own, operations = name_in_model(name)
+            layer = modules.get(own.removesuffix(".weight"))
+            if operations is None and layer is not None:
+                layers[name.removesuffix(".weight")] = layer
+        if not layers:
+            linear = f"linear layers that transformers names as the checkpoint does ({self.config.model_type})"
+            raise unexpected(self.model, linear, "none")
+        return model, layers
+
+    def batches(self, text: str | Path, sequences: int = 4) -> list[dict[str, Any]]:
+        """The model's arguments for a file of text: some sequences of 256 tokens at a time; a shorter one alone."""
+        import torch
+        import transformers
+
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.model, **self._trust)
+        try:
+            tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
+        except UnicodeDecodeError as error:
+            raise unexpected(text, "text in UTF-8", error) from error
+        if not tokens:
+            raise unexpected(text, "text to calibrate with", "none")
+        length = min(_TOKENS, getattr(self.config, "max_position_embeddings", None) or _TOKENS)
+        whole = len(tokens) // length * length
+        ids = list(torch.tensor(tokens[:whole], dtype=torch.int64).reshape(-1, length).split(sequences))
+        ids = [each for each in (*ids, torch.tensor(tokens[whole:], dtype=torch.int64)[None]) if each.numel()]
+        names = ("input_ids", "decoder_input_ids") if self.config.is_encoder_decoder else ("input_ids",)
+        return [dict.fromkeys(names, own) for own in ids]

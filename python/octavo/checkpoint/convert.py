@@ -119,21 +119,18 @@ def quantize(
     started = time.monotonic()
     expect("quantize: model", model, (str, PathLike), "a path")
     expect("quantize: output", output, (str, PathLike), "a path")
-    for name, mapping in (
-        ("layer_options", layer_options), ("outlier_columns", outlier_columns), ("measured", measured),
-    ):  # fmt: skip
+    mappings = {"layer_options": layer_options, "outlier_columns": outlier_columns, "measured": measured}
+    for name, mapping in mappings.items():
         expect(f"quantize: {name}", mapping, (Mapping, NoneType), "a mapping")
     for name, count in (("jobs", jobs), ("memory", memory)):
         expect(f"quantize: {name}", count, (Integral, NoneType), "a whole number")
+        if count is not None and count < 1:
+            raise unexpected(f"quantize: {name}", "at least 1", count)
     expect("quantize: head", head, bool, "a bool")
     expect_choice("quantize: format", format, get_args(Format))
     options = options_of("quantize", options, default=RECIPES[format], **keywords)
     if wrong := misfit(options, format, outlier_columns is not None, head):
         raise ValueError(f"quantize: {wrong}")
-    jobs = min(8, octavo.get_num_threads()) if jobs is None else jobs
-    for argument, value in (("jobs", jobs), ("memory", memory)):
-        if value is not None and value < 1:
-            raise unexpected(f"quantize: {argument}", "at least 1", value)
     output = Path(output)
     if output.name in ("", ".."):
         raise unexpected("quantize: output", "the name of a folder to make", repr(str(output)))
@@ -147,6 +144,7 @@ def quantize(
         others, elsewhere = companions(Path(model)) if Path(model).is_dir() else ({}, [])
         partial = output.with_name(output.name + ".partial")
         noted = dict(measured or {})
+        jobs = min(8, octavo.get_num_threads()) if jobs is None else jobs
         run = _Run(source, chosen, shards, others, options, format, noted, partial, jobs, memory)
         resumed = run.into(output, progress)
     return Report(

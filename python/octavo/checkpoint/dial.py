@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from tqdm import tqdm
 
 import octavo
 from octavo._text import unexpected
+from octavo.checkpoint.calibrate import Running
 from octavo.checkpoint.layers import Patterns
-from octavo.checkpoint.running import Running
 from octavo.options import Options
 
 TEXT = Path(__file__).with_name("text.txt")  # of the public domain: from Jefferson to Wells
@@ -138,7 +139,7 @@ def _choose(
         with layers.run_as(ways):
             found = steering.divergence()
         bar.update()
-        cost = layers.cost(ways)
+        cost = sum(layers.cost(*own) for own in ways.items())
         if found <= bound and (best is None or cost < best[0]):
             best = cost, ways, found
         closest = min(closest, found)
@@ -159,10 +160,9 @@ class _Judge:
 
     def divergence(self) -> float:
         """Nats a token."""
-        pairs = zip(self._sequences, self._exact, strict=True)
-        return sum(float((own.exp() * (own - _log_probabilities(self._model, each))).sum()) for each, own in pairs) / (
-            self.tokens
-        )
+        found = (_log_probabilities(self._model, each) for each in self._sequences)
+        pairs = zip(self._exact, found, strict=True)
+        return sum(float((exact.exp() * (exact - own)).sum()) for exact, own in pairs) / self.tokens
 
 
 class _Layers:
@@ -179,31 +179,23 @@ class _Layers:
         self.modules = {name: layers[name] for name in names.values()}
         self._every = layers
 
-    def weight(self, name: str) -> Any:
-        """``[n, k]``, also of a Conv1D."""
-        from octavo.torch.choice import is_conv1d
-
-        module = self.modules[name]
-        return module.weight.detach().t() if is_conv1d(module) else module.weight.detach()
-
     def effects(self, model: Any, batches: Sequence[Mapping[str, Any]], bar: Any) -> dict[str, list[float]]:
         """What each way to run a layer adds to the divergence, by layer, nats a token."""
         import torch
+
+        from octavo.torch.choice import oriented
 
         effects = {name: [0.0] * len(WAYS) for name in self.modules}
         generator = torch.Generator().manual_seed(0)
         calls: list[tuple[str, Any, Any]] = []  # layer, input, output
 
-        def note(name: str) -> Any:
-            def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
-                output.retain_grad()
-                calls.append((self.first[name], arguments[0].detach(), output))
-
-            return hook
+        def note(name: str, module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            output.retain_grad()
+            calls.append((self.first[name], arguments[0].detach(), output))
 
         tokens = 0
         embeddings = model.get_input_embeddings()
-        handles = [layer.register_forward_hook(note(name)) for name, layer in self._every.items()]
+        handles = [layer.register_forward_hook(partial(note, name)) for name, layer in self._every.items()]
         handles.append(embeddings.register_forward_hook(lambda module, arguments, output: output.requires_grad_()))
         try:
             for batch in batches:
@@ -216,10 +208,11 @@ class _Layers:
                     if output.grad is None:
                         continue
                     gradient, x = output.grad.reshape(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
-                    exact = x @ self.weight(name).t()
+                    own = oriented(self.modules[name], self.modules[name].weight.detach())
+                    exact = x @ own.t()
                     for way, (options, _) in enumerate(WAYS):
                         if options is not None:
-                            weight = octavo.quantize_weight(self.weight(name), options=options)
+                            weight = octavo.quantize_weight(own, options=options)
                             error = octavo.linear(x, weight, options=options) - exact
                             effects[name][way] += float((gradient * error).sum(1).square().sum()) / 2
                 bar.update()
@@ -232,26 +225,22 @@ class _Layers:
         """The way of each layer: from the cheapest on, what lessens the sum most for its cost, until it is in bound."""
         ways = dict.fromkeys(self.modules, 0)
         left = sum(effects[name][0] for name in ways)
-        while left > bound and any(way < len(WAYS) - 1 for way in ways.values()):
-            gain, name, way = max(
-                (self._gain(effects[name], name, now, way), name, way)
-                for name, now in ways.items()
-                for way in range(now + 1, len(WAYS))
-            )
-            if gain <= 0:
+
+        def gain(name: str, way: int) -> float:
+            saved = effects[name][ways[name]] - effects[name][way]
+            return saved / (self.cost(name, way) - self.cost(name, ways[name]))
+
+        while left > bound:
+            steps = [(name, way) for name, now in ways.items() for way in range(now + 1, len(WAYS))]
+            best, name, way = max(((gain(*step), *step) for step in steps), default=(0.0, "", 0))
+            if best <= 0:
                 break
             left -= effects[name][ways[name]] - effects[name][way]
             ways[name] = way
         return ways
 
-    def cost(self, ways: Mapping[str, int]) -> float:
-        """Of all layers."""
-        return sum(self._cost(name, way) for name, way in ways.items())
-
-    def _gain(self, effects: Sequence[float], name: str, now: int, way: int) -> float:
-        return (effects[now] - effects[way]) / (self._cost(name, way) - self._cost(name, now))
-
-    def _cost(self, name: str, way: int) -> float:
+    def cost(self, name: str, way: int) -> float:
+        """Of a layer."""
         return WAYS[way][1] * float(self.modules[name].weight.numel())
 
     @contextmanager
@@ -260,15 +249,15 @@ class _Layers:
         from torch import nn
 
         from octavo.torch import Int8Tensor
-        from octavo.torch.choice import is_conv1d
+        from octavo.torch.choice import oriented
 
         own = {name: layer.weight for name, layer in self._every.items()}
         try:
             for name, way in ways.items():
                 options, layer = WAYS[way][0], self.modules[name]
                 if options is not None:
-                    weight: Any = Int8Tensor.from_float(self.weight(name), options)
-                    layer.weight = nn.Parameter(weight.t() if is_conv1d(layer) else weight, requires_grad=False)
+                    weight = Int8Tensor.from_float(oriented(layer, layer.weight), options)
+                    layer.weight = nn.Parameter(oriented(layer, weight), requires_grad=False)
             for name, first in self.first.items():
                 self._every[name].weight = self.modules[first].weight
             yield

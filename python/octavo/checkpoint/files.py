@@ -129,12 +129,7 @@ class Shard:
 
 
 def open_shard(path: Path) -> Shard:
-    """The tensors of a file, in the order of their data.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: names the file: it is truncated, corrupt, or of another format.
-    """
+    """The tensors of a file, in the order of their data. Raises OSError, or ValueError where it is damaged."""
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
@@ -277,8 +272,7 @@ def _open_torch_file(path: Path) -> Shard:
 def _records(path: Path) -> dict[int, int]:
     """The sizes of the records of an archive by the places of their data in the file.
 
-    Raises ValueError unless they are uncompressed, so that what it takes to read them is bounded by the file's size,
-    and their checksums are right.
+    They must be uncompressed, so that what it takes to read them is bounded by the file's size.
     """
     sizes = {}
     try:

@@ -26,12 +26,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".
 
 
 def weights_file(path: Path) -> Path:
-    """The file or the index that a folder's weights are in; a file itself.
-
-    Raises:
-        FileNotFoundError: it has none.
-        ValueError: an adapter; a folder of several models.
-    """
+    """The file or the index that a folder's weights are in; a file itself. Raises for none, an adapter, and several."""
     if not path.exists():
         raise unexpected(path, "a checkpoint (a folder or a file)", "nothing of that name", FileNotFoundError)
     if not path.is_dir():
@@ -84,7 +79,6 @@ def companions(folder: Path) -> tuple[dict[str, Path], list[str]]:
     Weights in folders below are the model's where a modules.json says so (sentence-transformers).
     """
     found: dict[str, Path] = {}
-    elsewhere = []
     has_modules = (folder / "modules.json").exists()
     # Hugging Face's cache keeps files in ../../blobs, and links to them here.
     home = [folder.resolve(), *(parent.resolve() for parent in (folder / "../blobs", folder / "../../blobs"))]
@@ -95,18 +89,11 @@ def companions(folder: Path) -> tuple[dict[str, Path], list[str]]:
             outputs.add(path)
         is_module = has_modules and len(relative.parts) > 1 and path.name in _STEMS
         is_weights = path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        if (
-            not path.is_file()
-            or (is_weights and not is_module)
-            or any(part.startswith(".") for part in relative.parts)
-            or not outputs.isdisjoint(path.parents)
-        ):
-            continue
-        if any(path.resolve().is_relative_to(own) for own in home):
+        is_hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_file() and not is_hidden and (is_module or not is_weights) and outputs.isdisjoint(path.parents):
             found[str(relative)] = path
-        else:
-            elsewhere.append(str(relative))
-    return found, elsewhere
+    own = {name for name, path in found.items() if any(path.resolve().is_relative_to(place) for place in home)}
+    return {name: found[name] for name in found if name in own}, [name for name in found if name not in own]
 
 
 def _is_output(folder: Path) -> bool:

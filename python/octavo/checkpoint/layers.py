@@ -15,6 +15,7 @@ Patterns are those of a shell and are matched against whole layer names ("model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,19 +55,10 @@ class Chosen:
 def choose(
     model: Checkpoint, include: Patterns, skip: Patterns, *, head: bool = False, function: str = "quantize"
 ) -> Chosen:
-    """Decide for every tensor of a checkpoint.
+    """Decide for every tensor of a checkpoint; the arguments are those of `quantize`, `function` whose they are.
 
-    Args:
-        model: the checkpoint.
-        include: patterns of layers; given, only these.
-        skip: patterns of layers to leave; default: the output head and routers, or nothing where `include` is given.
-        head: do not leave the output head; one that is tied to the embedding gets a weight of its own beside it.
-        function: whose arguments these are, for its errors.
-
-    Raises:
-        TypeError: a pattern in the place of a sequence of them.
-        ValueError: a model that is quantized already; an include pattern that no layer matches; no layer to convert;
-            one stored as nobody can tell; `head` of a model that Transformers does not have.
+    By default the output head and routers are left, or nothing where `include` is given. Raises TypeError or ValueError
+    for arguments that do not fit the model, one that is quantized already, and one without layers to convert.
     """
     for argument, patterns in (("include", include), ("skip", skip)):
         expect_patterns(f"{function}: {argument}", patterns)
@@ -80,12 +72,9 @@ def choose(
     if head and by_model is None:
         raise unexpected(f"{function}: head", "a model that Transformers has", "another")
     decide, in_model, tied_head = by_model or (_by_name(model.config, include, skip), {}, {})
-    for name, entry in model.entries.items():
-        decision = decide(name, entry)
-        if isinstance(decision, str):
-            chosen.kept[name.removesuffix(".weight")] = decision
-        elif decision is not None:
-            chosen.int8[name] = decision
+    decisions = {name: decide(name, entry) for name, entry in model.entries.items()}
+    chosen.kept.update({name.removesuffix(".weight"): why for name, why in decisions.items() if isinstance(why, str)})
+    chosen.int8.update({name: own for name, own in decisions.items() if isinstance(own, bool)})
     for name, first in model.ties.items():  # of tensors that are one, all become int8 or none
         if (name in chosen.int8) != (first in chosen.int8):
             for each in (name, first):
@@ -106,11 +95,7 @@ def choose(
 
 
 def keep_in_16_bit(chosen: Chosen, options: Mapping[str, object]) -> None:
-    """Leave the layers whose options are None.
-
-    Raises:
-        ValueError: options of a layer that does not become int8, or no layer is left that does.
-    """
+    """Leave the layers whose options are None. Raises ValueError for one that does not become int8, or if none does."""
     for layer, own in options.items():
         if f"{layer}.weight" not in chosen.int8:
             raise unexpected("quantize: layer_options", "layers that are quantized", repr(layer))
@@ -141,8 +126,9 @@ def _by_model(
 
     def also_in_model(patterns: Patterns) -> list[str] | None:
         """The patterns, and what they match of the checkpoint's names by the model's."""
-        matched = [own for name, own in layer_in_model.items() if matches(name, patterns or ())]
-        return None if patterns is None else [*patterns, *matched]
+        if patterns is None:
+            return None
+        return [*patterns, *(own for name, own in layer_in_model.items() if matches(name, patterns))]
 
     choice = choose_layers(model, include=also_in_model(include), skip=also_in_model(skip), head=head)
     tied = {source: own for own, source in getattr(model, "all_tied_weights_keys", {}).items() if head}
@@ -171,15 +157,13 @@ def _of_expert(model: Any, parameter: str, operations: Sequence[Any], by_name: D
     """Of a tensor that Transformers rearranges while it is loaded: an expert's may be int8, if it is only stacked."""
     if not isinstance(by_name, bool):
         return by_name
-    try:
-        from octavo.transformers.experts import is_convertible
+    from octavo.transformers.experts import is_convertible
 
+    with suppress(AttributeError):
         experts = model.get_submodule(parameter.rpartition(".")[0])
         is_stacked = {type(each).__name__ for each in operations} <= {"MergeModulelist", "Concatenate"}
         if is_stacked and is_convertible(experts):
             return False
-    except AttributeError:
-        pass
     return "Transformers rearranges it while loading"
 
 

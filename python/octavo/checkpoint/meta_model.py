@@ -12,15 +12,10 @@ from octavo._text import unexpected
 
 
 def meta_model(config: Mapping[str, Any], dtype: str) -> Any:
-    """A model, all of whose parameters are on the meta device.
+    """The model of a config.json on the meta device; `dtype` decides which parameters some models keep in float32.
 
-    Args:
-        config: the content of a config.json.
-        dtype: of its parameters: which of them a model keeps in float32 depends on it.
-
-    Raises:
-        RuntimeError: PyTorch, or the library that has the model, is missing.
-        ValueError: a model that neither Transformers nor diffusers has, or sizes that they refuse.
+    Raises RuntimeError where PyTorch, or the library that has the model, is missing, and ValueError for a model that
+    neither Transformers nor diffusers has, or sizes that they refuse.
     """
     model_type, of_diffusers = config.get("model_type"), isinstance(config.get("_class_name"), str)
     if not isinstance(model_type, str) and not of_diffusers:
@@ -34,7 +29,12 @@ def meta_model(config: Mapping[str, Any], dtype: str) -> Any:
         raise unexpected("config: model_type", "one that Transformers has", repr(model_type))
     try:
         with torch.device("meta"):
-            model = _diffusers_model(config) if of_diffusers else _transformers_model(config)
+            if of_diffusers:
+                import diffusers
+
+                model = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+            else:
+                model = _transformers_model(config)
     except ImportError as error:
         raise RuntimeError(f"config: {error}") from error
     except Exception as error:  # each class checks its fields in its own way
@@ -55,12 +55,6 @@ def _transformers_model(config: Mapping[str, Any]) -> Any:
     return auto.from_config(known)
 
 
-def _diffusers_model(config: Mapping[str, Any]) -> Any:
-    import diffusers
-
-    return getattr(diffusers, config["_class_name"]).from_config(dict(config))
-
-
 def names_in_model(model: Any) -> Callable[[str], tuple[str, Any]]:
     """A function: the name of a tensor in a checkpoint -> the parameter of `model` that it is loaded into.
 
@@ -78,7 +72,6 @@ def names_in_model(model: Any) -> Callable[[str], tuple[str, Any]]:
 
     def name_in_model(name: str) -> tuple[str, Any]:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        operations = [each.operations for each in converters if pattern in each.source_patterns]
-        return renamed, operations[0] if operations else None
+        return renamed, next((each.operations for each in converters if pattern in each.source_patterns), None)
 
     return name_in_model

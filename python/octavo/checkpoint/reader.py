@@ -66,20 +66,17 @@ class Checkpoint:
         self.config = read_json(config) if config in self._identities else {}
         self.shards = [open_shard(file) for file in files]
         self.entries: dict[str, Entry] = {}
-        self.ties: dict[str, str] = {}
-        self.kept: dict[str, str] = {}
-        self.measured: dict[str, str] = {}
-        self._crc32: dict[str, str] = {}
-        for shard in self.shards:
-            for name, entry in shard.entries.items():
-                if self.entries.setdefault(name, entry) is not entry:
-                    raise unexpected(entry.where, "each tensor once", f"it in {self.entries[name].path.name} too")
-                if _ADAPTER.search(name):
-                    raise unexpected(entry.where, "a model", f"an adapter: {MERGE}")
-            self.ties |= {**shard.ties, **_names(shard, names.TIED_KEY)}
-            self.kept |= _names(shard, names.KEPT_KEY)
-            self.measured |= _names(shard, names.MEASURED_KEY)
-            self._crc32 |= _names(shard, names.CRC32_KEY)
+        for name, entry in (pair for shard in self.shards for pair in shard.entries.items()):
+            if self.entries.setdefault(name, entry) is not entry:
+                raise unexpected(entry.where, "each tensor once", f"it in {self.entries[name].path.name} too")
+            if _ADAPTER.search(name):
+                raise unexpected(entry.where, "a model", f"an adapter: {MERGE}")
+
+        def noted(key: str) -> dict[str, str]:
+            return {name: value for shard in self.shards for name, value in _names(shard, key).items()}
+
+        self.kept, self.measured, self._crc32 = map(noted, (names.KEPT_KEY, names.MEASURED_KEY, names.CRC32_KEY))
+        self.ties = {name: first for shard in self.shards for name, first in shard.ties.items()} | noted(names.TIED_KEY)
         self.checksums = len(self._crc32)
         for name, file in listed.items():
             if name not in self.entries or self.entries[name].path != file:
@@ -153,8 +150,12 @@ class Checkpoint:
     def _check_parts(self, stored: StoredWeight) -> tuple[tuple[int, int], Options]:
         """Shape and options of a weight, whose parts are checked as far as can be told without reading large ones."""
         entries = {part: self.entries[name] for part, name in stored.parts.items()}
-        large = (names.CODES, names.OUTLIER_WEIGHT)
-        parts = {part: _blank(entry) if part in large else self._read(entry) for part, entry in entries.items()}
+        parts: dict[str, Any] = {}
+        for part, entry in entries.items():
+            # In place of large ones zeros that nobody touches, of a dtype that is refused where its own is.
+            dtype = "<f2" if entry.dtype == "BF16" else DTYPES[entry.dtype][0]
+            is_large = part in (names.CODES, names.OUTLIER_WEIGHT)
+            parts[part] = np.zeros(entry.shape, dtype) if is_large else self._read(entry)
         parts.setdefault(names.CODE_SUMS, np.zeros(parts[names.CODES].shape[:1], np.int32))
         weight, options, _ = names.assemble(parts, self._where(stored), pack=False)
         return weight.shape, options
@@ -195,11 +196,6 @@ def load(path: str | Path, *, framework: Framework = "torch", verify: bool = Tru
     Int8Weight(shape=(3072, 768), scheme='absmax', granularity='vector')
     """
     return dict(Checkpoint(path, framework=framework, verify=verify).items())
-
-
-def _blank(entry: Entry) -> Any:
-    """Zeros of a tensor's shape, and of a dtype that is refused where its own is, that nobody has touched."""
-    return np.zeros(entry.shape, "<f2" if entry.dtype == "BF16" else DTYPES[entry.dtype][0])
 
 
 def _names(shard: Shard, key: str) -> dict[str, str]:

@@ -68,12 +68,7 @@ def plan_tasks(
     outlier_columns: Mapping[str, Sequence[int]],
     format: Format,
 ) -> list[list[Task]]:
-    """For each shard what is to be done with each of its tensors.
-
-    Raises:
-        ValueError: a weight of another dtype, columns of other layers or none where they are needed, a name that is
-            needed twice.
-    """
+    """For each shard what is to be done with each of its tensors; raises ValueError for what does not fit."""
     columns = _columns_by_weight(model, chosen, outlier_columns)
 
     def tasks_of(entry: Entry) -> Iterator[Task]:
@@ -124,22 +119,18 @@ def _int8_task(
     elif options.outliers == "static":
         raise unexpected("quantize: outliers", "outlier columns of every layer for 'static'", f"none of {entry.name}")
     groups = n if options.granularity == "vector" else 1
-    codes: tuple[int, ...] = n, rotated_size(k, options.rotation)
-    if format == "packed":
-        codes = -(-n // 16), -(-codes[1] // 64) * 16, 16, 4
+    width, is_packed = rotated_size(k, options.rotation), format == "packed"
+    codes: tuple[int, ...] = (-(-n // 16), -(-width // 64) * 16, 16, 4) if is_packed else (n, width)
     parts: dict[str, tuple[str, tuple[int, ...]]] = {names.CODES: ("I8", codes)}
     if format == "bitsandbytes":
         parts |= {names.ABSMAX: ("F32", (n,)), names.LAYOUT: ("U8", ())}
     else:
-        parts[names.SCALE] = "F32", (groups,)
-        if format == "packed":
-            parts[names.CODE_SUMS] = "I32", (n,)
+        parts |= {names.SCALE: ("F32", (groups,))} | ({names.CODE_SUMS: ("I32", (n,))} if is_packed else {})
         if options.scheme == "zeropoint":
             parts[names.ZEROPOINT] = "F32", (groups,)
         if kept is not None:
-            parts[names.OUTLIER_COLUMNS] = "I32", (len(kept),)
-            parts[names.OUTLIER_WEIGHT] = entry.dtype, (n, len(kept))
-        parts[names.OPTIONS] = "U8", (len(_json(entry, options, k, n if format == "packed" else None)),)
+            parts |= {names.OUTLIER_COLUMNS: ("I32", kept.shape), names.OUTLIER_WEIGHT: (entry.dtype, (n, len(kept)))}
+        parts[names.OPTIONS] = "U8", (len(_json(entry, options, k, n if is_packed else None)),)
     outputs = {part: (names.stored_name(entry.name, part, format), *own) for part, own in parts.items()}
     return Task(entry, outputs, options, is_transposed, kept)
 
@@ -154,19 +145,14 @@ def _json(entry: Entry, options: Options, k: int, n: int | None) -> bytes:
 class Writer:
     """A safetensors file under construction. What it will hold is known, so every tensor has its place at once.
 
-    The header, which carries the CRC-32 of each tensor, is written by `finish`.
-
-    Args:
-        file: open for writing.
-        outputs: the tensors, in any order.
-        metadata: strings; those under `CRC32_KEY` and `MADE_OF_KEY` come with `finish`.
+    The header, which carries the CRC-32 of each tensor and what the file was made of, is written by `finish`.
     """
 
     def __init__(self, file: int, outputs: Iterable[Output], metadata: dict[str, str]) -> None:
         self._file = file
         # Packed codes first, which are whole KiB and are mapped as they lie; then wide elements, so that each tensor
         # begins at a multiple of its element's size.
-        self._outputs = sorted(outputs, key=lambda each: (not _is_packed(each), -itemsize(each[1]), each[0]))
+        self._outputs = sorted(outputs, key=lambda o: ((o[1], len(o[2])) != ("I8", 4), -itemsize(o[1]), o[0]))
         self._metadata = metadata
         self._crc32 = {name: 0 for name, _, _ in self._outputs}
         position = len(self._header("0" * 64))
@@ -200,29 +186,14 @@ class Writer:
         return header_bytes(self._outputs, metadata)
 
 
-def _is_packed(output: Output) -> bool:
-    return output[1] == "I8" and len(output[2]) == 4
-
-
 # --- one tensor -------------------------------------------------------------------------------------------------------
 
 
 def convert(task: Task, file: int, writer: Writer, block: int) -> bytes:
-    """Convert or copy one tensor, which is read once.
+    """Convert or copy one tensor, which is read once, `block` elements at a time; returns the hash of its bytes.
 
-    A copy takes a MiB of memory, a weight its own size and 9 bytes for each element of a block.
-
-    Args:
-        task: what to do.
-        file: the source's, open.
-        writer: of the output.
-        block: elements that are converted at a time.
-
-    Returns:
-        The hash of the tensor's bytes in the file.
-
-    Raises:
-        ValueError: names file and tensor: NaN or Inf among its values, or the file ends before.
+    A copy takes a MiB of memory, a weight its own size and 9 bytes for each element of a block. Raises ValueError,
+    which names file and tensor, for NaN or Inf, and where the file ends before.
     """
     entry = task.entry
     if task.options is None and entry.strides is None:
@@ -264,13 +235,14 @@ def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: 
     if whole and len(blocks) > 1:
         found = np.array([_extremes(_as_numbers(data[rows], dtype)) for rows in blocks])
         extremes = np.array([found[:, 0].min(), found[:, 1].max()])  # a NaN is one, for quantize_weight to refuse
-    small: dict[str, list[Array]] = {part: [] for part in (names.SCALE, names.ZEROPOINT, names.ABSMAX, names.CODE_SUMS)}
+    every = (names.SCALE, names.ZEROPOINT, names.CODE_SUMS, names.ABSMAX)
+    small: dict[str, list[Array]] = {part: [] for part in every if part in output}
 
     def convert_rows(rows: Array) -> None:  # a function, so that nothing of a block is left when the next one is read
         if task.columns is not None:
             writer.write(output[names.OUTLIER_WEIGHT], rows[:, task.columns])
         values = _as_numbers(rows, dtype)
-        if names.ABSMAX in output:
+        if names.ABSMAX in small:
             small[names.ABSMAX].append(np.maximum(values.max(1), -values.min(1)).astype(np.float32))
         if extremes is not None:
             values = np.concatenate([values, np.broadcast_to(extremes[:, None], (2, k))])
@@ -280,22 +252,17 @@ def _quantize(task: Task, options: Options, data: Array, writer: Writer, block: 
             raise ValueError(f"{task.entry.where}: {error}") from error
         codes = weight.codes[: len(rows)]
         writer.write(output[names.CODES], _core.pack(codes) if names.CODE_SUMS in output else codes)
-        small[names.CODE_SUMS].append(weight.code_sums[: len(rows)])
-        small[names.SCALE].append(weight.scale)
-        small[names.ZEROPOINT].append(weight.zeropoint)
+        for part in small.keys() - {names.ABSMAX}:
+            small[part].append(getattr(weight, part)[: len(rows)])
 
     for rows in blocks:
         convert_rows(data[rows])
-    parts = {
-        part: arrays[0] if whole and part != names.CODE_SUMS else np.concatenate(arrays)
-        for part, arrays in small.items()
-        if part in output
-    }
-    parts |= {names.LAYOUT: bytes([names.ROW_MAJOR]), names.OUTLIER_COLUMNS: task.columns}
+    parts: dict[str, Any] = {names.LAYOUT: bytes([names.ROW_MAJOR]), names.OUTLIER_COLUMNS: task.columns}
     parts[names.OPTIONS] = _json(task.entry, options, k, n if names.CODE_SUMS in output else None)
-    for part, values in parts.items():
-        if part in output:
-            writer.write(output[part], values)
+    for part, arrays in small.items():
+        parts[part] = arrays[0] if whole and part != names.CODE_SUMS else np.concatenate(arrays)
+    for part in output.keys() & parts.keys():
+        writer.write(output[part], parts[part])
 
 
 def _extremes(values: Array) -> tuple[Any, Any]:
