@@ -4,10 +4,7 @@
 >>> model.save_pretrained("opt-6.7b-int8")                                              # doctest: +SKIP
 >>> model = AutoModelForCausalLM.from_pretrained("opt-6.7b-int8")                       # doctest: +SKIP
 
-Transformers (5.23 or later) knows int8 models without an import of octavo: PyTorch loads the entry point
-`octavo_autoload` by itself, which waits for such a model. Where that is switched off, import this module first. Where
-octavo is not installed, Transformers refuses an int8 model (``no `quant_method` attribute``); its file has no tensor
-under the name of a 16-bit weight.
+Transformers (5.23 or later) knows int8 models without an import of octavo: `docs/guide/transformers.md` says how.
 
 **Converting.** Weights are converted one by one as they are read, so the 16-bit model is never held. What becomes int8:
 the linear layers that `octavo.torch.choice.choose_layers` names, and expert weights that a model keeps stacked in one
@@ -27,8 +24,6 @@ the file, so its checksums are not compared here: ``octavo inspect --verify`` do
 experts, those of one layer) and its codes. Pages of the files, which Transformers maps, are given back to the system as
 they are read, where weights keep the dtype of the file. `save_pretrained` makes a second copy of the codes. A folder of
 ``octavo quantize --format packed`` stays mapped, and codes and all else lie in it as they are used.
-
-**Encoders.** Padded rows of a batch are left out of the int8 products of BERT's family and MPNet: `drop_padding_`.
 
 **Compiling.** ``torch.compile(model, fullgraph=True)`` works but for mixtures of experts, whose loop over the experts
 that a batch needs breaks the graph.

@@ -23,6 +23,7 @@ class Method(str, Enum):
 
 
 METHOD = Method.OCTAVO
+_NAMES = [field.name for field in fields(Options)]
 
 
 @auto.register_quantization_config(METHOD)
@@ -76,8 +77,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.head = head
         self.drop_padding = drop_padding
         chosen = Options.from_dict(options, "OctavoConfig", options_of(recipe))
-        for field in fields(Options):
-            setattr(self, field.name, getattr(chosen, field.name))
+        self.__dict__.update({name: getattr(chosen, name) for name in _NAMES})
         self.given = {name: getattr(chosen, name) for name in options}
 
     @classmethod
@@ -91,7 +91,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def options(self) -> Options:
         """The options of a layer."""
-        return Options(**{field.name: getattr(self, field.name) for field in fields(Options)})
+        return Options(**{name: getattr(self, name) for name in _NAMES})
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What of a caller's config counts when a model is loaded that is int8 already: what he gave."""

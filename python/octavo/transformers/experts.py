@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.options import Options
 from octavo.torch import Int8Tensor
-
-_ELSEWHERE = "_is_expert_parallel"  # some of the experts are in other processes
+from octavo.torch.choice import is_conv1d
 
 
 class Int8Stack(nn.Module):
@@ -45,20 +45,10 @@ class Int8Stack(nn.Module):
             return hook.weights_map[name].to(hook.execution_device)  # type: ignore[no-any-return]
         return weight
 
-    @property
-    def shape(self) -> torch.Size:
-        """Of the parameter in whose place this is."""
-        return torch.Size((len(self), *self[0].shape))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameter in whose place this is."""
-        return self[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self[0].device
+    # Of the parameter in whose place this is.
+    shape = property(lambda self: torch.Size((len(self), *self[0].shape)))
+    dtype = property(lambda self: self[0].dtype)
+    device = property(lambda self: self[0].device)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter in whose place this is."""
@@ -90,13 +80,20 @@ def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def is_convertible(module: nn.Module) -> bool:
     """Whether the forward of `module` takes the weight of one expert after the other, or all in ``torch.bmm``."""
-    known = hasattr(module, "is_concatenated") and not getattr(module, _ELSEWHERE, False)
-    return known or type(module).__name__ in ("JetMoeParallelExperts", "Llama4TextExperts")
+    is_elsewhere = getattr(module, "_is_expert_parallel", False)  # some of the experts are in other processes
+    is_known = hasattr(module, "is_concatenated") and not is_elsewhere
+    return is_known or type(module).__name__ in ("JetMoeParallelExperts", "Llama4TextExperts")
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weight of an expert is ``[k, n]``."""
     return getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+
+
+def quantized(module: nn.Module, weights: Tensor, options: Options) -> Iterator[Int8Tensor]:
+    """The int8 weights ``[n, k]`` of a module's parameter: one, or one after the other where it stacks experts."""
+    turned = weights.mT if is_conv1d(module) or is_transposed(module) else weights
+    return (Int8Tensor.from_float(weight, options) for weight in (turned if turned.dim() == 3 else [turned]))
 
 
 def put(module: nn.Module, name: str, weights: Iterable[Int8Tensor]) -> None:

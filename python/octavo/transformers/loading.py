@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -25,12 +23,13 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
 )
+from transformers.modeling_utils import load_state_dict
 
 from octavo import _core
 from octavo import file_format as names
 from octavo._text import unexpected
 from octavo.torch import Int8Tensor
-from octavo.torch.choice import is_conv1d, is_linear
+from octavo.torch.choice import is_linear, oriented
 from octavo.transformers import experts
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class _Operation(ConversionOps):  # type: ignore[misc]
         if isinstance(weight, Int8Tensor):
             own = self.quantizer.part(name, weight)
             untie(model, name)
-            return {name: nn.Parameter(own.t() if is_conv1d(layer) else own, requires_grad=False)}
+            return {name: nn.Parameter(oriented(layer, own), requires_grad=False)}
         if isinstance(weight, Tensor):  # an operation of the model's own has dequantized it
             return {name: weight}
         experts.put(layer, leaf, (self.quantizer.part(name, one) for one in weight))
@@ -80,10 +79,8 @@ class Quantize(_Operation):
             if not self.quantizer.param_needs_quantization(model, name):
                 result[name] = tensor
                 continue
-            module = model.get_submodule(name.rpartition(".")[0])
-            weights = tensor.mT if is_conv1d(module) or experts.is_transposed(module) else tensor
-            each = (Int8Tensor.from_float(weight, options) for weight in (weights if tensor.dim() == 3 else [weights]))
-            result |= self.place(model, name, each if tensor.dim() == 3 else next(each), missing_keys)
+            made = experts.quantized(model.get_submodule(name.rpartition(".")[0]), tensor, options)
+            result |= self.place(model, name, made if tensor.dim() == 3 else next(made), missing_keys)
             give_back(tensor, self.quantizer.files)
         return result
 
@@ -94,22 +91,14 @@ class Quantize(_Operation):
 class Renaming(WeightRenaming):  # type: ignore[misc]
     """The tensors of int8 weights by the names of the format's second version, whichever they have in the files.
 
-    Args:
-        files: of the checkpoint.
-        stacks: the last two words of the names of parameters that stack experts.
+    `stacks`: the last two words of the names of parameters that stack experts.
     """
 
     __slots__ = ("_new",)
 
     def __init__(self, files: Sequence[str], stacks: Collection[str]) -> None:
         super().__init__("octavo", "octavo")
-        keys: set[str] = set()
-        for file in files:
-            if file.endswith(".safetensors"):
-                with safe_open(file, framework="pt") as opened:
-                    keys |= set(opened.keys())
-            else:
-                keys |= torch.load(file, map_location="meta", weights_only=True).keys()
+        keys = {key for file in files for key in load_state_dict(file, map_location="meta")}
         self._new: dict[str, str] = {}
         for key in keys:
             layer, _, last = key.rpartition(".")
@@ -167,13 +156,9 @@ class Stack(MergeModulelist):  # type: ignore[misc]
 
 
 class Assemble(_Operation):
-    """The parts of int8 weights become `Int8Tensor`.
+    """The parts of int8 weights become `Int8Tensor`."""
 
-    Attributes:
-        dtype: of the weights, which the loader says.
-    """
-
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | None = None  # of the weights, which the loader says
 
     def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **_: Any) -> dict[str, Any]:
         """Take lists by the patterns of parts; the result has the pattern of the codes."""
@@ -209,20 +194,14 @@ class Place(_Operation):
     """Weights take their place in the model."""
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        *,
-        full_layer_name: str,
-        target_patterns: list[str],
-        model: nn.Module,
-        missing_keys: set[str],
-        **_: Any,
+        self, input_dict: dict[str, Any], *, full_layer_name: str, target_patterns: list[str], **about: Any
     ) -> dict[str, Any]:
         """Take a weight for each target."""
         result: dict[str, Any] = {}
-        for target, weight in input_dict.items():
+        for target, weights in input_dict.items():
             name = full_layer_name.replace(target_patterns[0], target) if len(target_patterns) > 1 else full_layer_name
-            result |= self.place(model, name, weight[0] if isinstance(weight, list) else weight, missing_keys)
+            weight = weights[0] if isinstance(weights, list) else weights
+            result |= self.place(about["model"], name, weight, about["missing_keys"])
         return result
 
 
@@ -263,12 +242,10 @@ def keep_names(model: Any, int8: Sequence[str]) -> None:
         known = get_model_conversion_mapping(model, add_legacy=False) or []
         conversions = [conversion for conversion in known if not isinstance(conversion, PrefixChange)]
     lines = "\n".join(int8)
+
+    def takes_apart(own: Any) -> bool:
+        return isinstance(own.operations[0], Assemble) or any(target in lines for target in own.target_patterns)
+
     model._weight_conversions = [
-        conversion
-        for conversion in conversions
-        if not isinstance(conversion, WeightConverter)
-        or not (
-            isinstance(conversion.operations[0], Assemble)
-            or any(re.search(re.escape(target), lines) for target in conversion.target_patterns)
-        )
+        each for each in conversions if not isinstance(each, WeightConverter) or not takes_apart(each)
     ]

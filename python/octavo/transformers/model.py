@@ -83,8 +83,7 @@ def finish_(model: nn.Module, options: Options, skip: Sequence[str] | None) -> N
     for name, module, leaf in list(experts.stacks(model)):
         weight = getattr(module, leaf)
         if name in chosen and not isinstance(weight, experts.Int8Stack):
-            each = (one.mT if experts.is_transposed(module) else one for one in weight.detach())
-            experts.put(module, leaf, (Int8Tensor.from_float(one, options) for one in each))
+            experts.put(module, leaf, experts.quantized(module, weight.detach(), options))
     for whole in _topmost(model, PreTrainedModel):
         adopt(whole, OctavoQuantizer(OctavoConfig(**options.to_dict()), pre_quantized=True))
     if "diffusers.models.modeling_utils" in sys.modules:

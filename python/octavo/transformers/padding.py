@@ -45,28 +45,20 @@ def drop_padding_(model: nn.Module, on: bool = True) -> nn.Module:
     for module in model.modules():
         for hook in module.__dict__.pop(_HOOKS, ()):
             hook.remove()
-    encoders = [module for module in model.modules() if on and _is_encoder(module)]
-    for encoder in encoders:
+    for encoder in model.modules() if on else ():
+        config = getattr(encoder, "config", None)
+        is_encoder = getattr(config, "model_type", None) in MODEL_TYPES and not getattr(config, "is_decoder", False)
+        is_masked = getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
+        if not is_encoder or not is_masked or encoder is not getattr(encoder, "base_model", None):
+            continue
         begin = encoder.register_forward_pre_hook(_begin, with_kwargs=True)
         end = encoder.register_forward_hook(_end, always_call=True)
         encoder.__dict__[_HOOKS] = [begin, end]
         for layer in encoder.modules():
             if is_linear(layer) and isinstance(layer.weight, Int8Tensor) and _HOOKS not in layer.__dict__:
-                layer.__dict__[_HOOKS] = [
-                    layer.register_forward_pre_hook(_gather),
-                    layer.register_forward_hook(_scatter),
-                ]
+                hooks = layer.register_forward_pre_hook(_gather), layer.register_forward_hook(_scatter)
+                layer.__dict__[_HOOKS] = hooks
     return model
-
-
-def _is_encoder(module: Any) -> bool:
-    config = getattr(module, "config", None)
-    return (
-        getattr(config, "model_type", None) in MODEL_TYPES
-        and module is getattr(module, "base_model", None)
-        and not getattr(config, "is_decoder", False)
-        and getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
-    )
 
 
 def _begin(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -46,14 +46,13 @@ class TensorParallel:
             module = model.get_submodule(name)
             if is_convertible(module):
                 style = plan.pop(parameter, None)
-                if style is not None and style not in _EXPERTS:
-                    raise ValueError(_unknown(parameter, style, _EXPERTS))
-                if style is not None and getattr(module, "has_bias", False):
-                    raise ValueError(_unknown(parameter, f"{style} for experts with biases", _EXPERTS))
-                if style is not None:
-                    self._experts[parameter] = style
-                elif name in plan:
+                if style is None and name in plan:
                     raise ValueError(f"{_PLAN}: expected a style for {parameter}, got {plan[name]!r} for {name} only")
+                if style is not None:
+                    given = f"{style} for experts with biases" if getattr(module, "has_bias", False) else style
+                    if given not in _EXPERTS:
+                        raise ValueError(_unknown(parameter, given, _EXPERTS))
+                    self._experts[parameter] = style
                 continue
             own = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
             styles = {plan.pop(key) for key in (name, *own) if key in plan}
@@ -68,22 +67,17 @@ class TensorParallel:
 
         `parameter` is its qualified name; of experts, that of the parameter that stacks them.
         """
+        name, (n, k) = parameter.rpartition(".")[0], weight.shape
         if parameter in self._experts:
-            return self._shard_expert(parameter, weight)
-        name = parameter.rpartition(".")[0]
+            features, matrices = _EXPERTS[self._experts[parameter]]
+            if features == "columns":
+                return columns(weight, chunk(k, self._mesh))
+            own = chunk(n // matrices, self._mesh)
+            return torch.cat([weight[i * (n // matrices) :][own] for i in range(matrices)])  # type: ignore[return-value]
         if name not in self._styles:
             return weight
         self._shapes[name] = weight.shape
         return self._styles[name].layer.part(weight, self._mesh)  # type: ignore[no-any-return]
-
-    def _shard_expert(self, parameter: str, weight: Int8Tensor) -> Int8Tensor:
-        features, matrices = _EXPERTS[self._experts[parameter]]
-        n, k = weight.shape
-        if features == "columns":
-            return columns(weight, chunk(k, self._mesh))
-        own = chunk(n // matrices, self._mesh)
-        rows = [weight[i * (n // matrices) :][own] for i in range(matrices)]
-        return torch.cat(rows)  # type: ignore[return-value]
 
     def finish(self, model: nn.Module) -> None:
         """Shard what could not be before all was read: the layers around the weights, and those that stay in 16 bit."""

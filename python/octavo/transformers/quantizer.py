@@ -52,10 +52,9 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
         """Raise ValueError for what cannot be loaded so: "static" without calibration, layers on disk."""
         if not self.pre_quantized and self.quantization_config.outliers == "static":
+            others = "'columns', 'rows' or 'none' when converting while loading"
             needs = "'static', which needs calibrated columns (octavo quantize --calibrate, or octavo.torch.calibrate_)"
-            raise unexpected(
-                "OctavoConfig: outliers", "'columns', 'rows' or 'none' when converting while loading", needs
-            )
+            raise unexpected("OctavoConfig: outliers", others, needs)
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if any(str(place) == "disk" for place in places):
             disk = "'disk': octavo's layers are not offloaded to it"
