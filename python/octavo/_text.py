@@ -50,15 +50,18 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, least: int = 0) -> int:
     """Bytes in "24GB", "24GiB", "0.5G" or "1000": powers of 1024 in every spelling, which is how GPUs are labelled.
 
-    Raises argparse.ArgumentTypeError (so it can be an argument's type) for anything else.
+    Raises argparse.ArgumentTypeError (so it can be an argument's type) for anything else, and for less than `least`.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 24GB or 500MB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size < least:
+        raise argparse.ArgumentTypeError(f"expected a size such as 24GB, got {text!r}, which is {size} bytes")
+    return size
 
 
 def format_size(count: int) -> str:

@@ -7,6 +7,7 @@ is its help. Other packages add commands in the same way, by entry points of the
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import octavo
 from octavo import checkpoint, plan
 from octavo._text import format_size, matches, parse_size, shown, table, unexpected
-from octavo.checkpoint.convert import RECIPES, misfit
+from octavo.checkpoint import convert
 from octavo.checkpoint.folder import read_json
 from octavo.checkpoint.layers import DEFAULT_SKIP
 from octavo.file_format import Format
@@ -100,13 +101,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _size(text: str, least: int = 1) -> int:
-    size = parse_size(text)
-    if size < least:
-        raise argparse.ArgumentTypeError(f"expected a size such as 24GB, got {text!r}, which is {size} bytes")
-    return size
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
@@ -121,14 +115,13 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     add = parser.add_argument
     add("model", type=Path, help="a Hugging Face folder, or a .safetensors, .bin or .pt file")
     add("output", type=Path, help="the folder to make; run again after an interruption to go on")
-    formats = "default: octavo; packed: codes that a CPU uses as they lie in the mapped file"
-    add("--format", choices=get_args(Format), default="octavo", help=formats)
+    about = described(convert.quantize)
+    add("--format", choices=get_args(Format), default="octavo", help=about["format"])
     add_options(parser)
     add("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     skip = f"no layers that match; may be repeated; default: {' '.join(DEFAULT_SKIP)}"
     add("--skip", action="append", metavar="PATTERN", help=skip)
-    head = "convert the output head, too; one tied to the embedding gets a weight of its own beside it"
-    add("--head", action="store_true", help=head)
+    add("--head", action="store_true", help=about["head"])
     text = "run the model on a text file, or else on random tokens, and keep its systematic outlier columns in 16 bit"
     text += " (the model stays on the disk; needs transformers and accelerate)"
     add("--calibrate", type=Path, nargs="?", const=False, metavar="TEXT", help=text)
@@ -140,9 +133,8 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     columns = "a file of the columns to keep by layer; with --calibrate it is written, or read if it is there; those of"
     columns += " layers that --include and --skip leave out are not used"
     add("--outlier-columns", type=Path, metavar="JSON", help=columns)
-    add("--jobs", type=_positive, metavar="N", help="tensors at a time; default: threads, at most 8")
-    memory = "for the weights of all jobs together; default: that of the largest tensor in float32"
-    add("--memory", type=_size, metavar="SIZE", help=memory)
+    add("--jobs", type=_positive, metavar="N", help=about["jobs"])
+    add("--memory", type=partial(parse_size, least=1), metavar="SIZE", help=about["memory"])
     add("--quiet", action="store_true", help="no progress bar")
     add("--json", action="store_true", help="print the report as JSON")
     return _run_quantize
@@ -150,9 +142,9 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
 
 def _run_quantize(args: argparse.Namespace) -> int:
     given = _given(args)
-    options, text = options_of("octavo quantize", default=RECIPES[args.format], **given), args.calibrate or None
+    options, text = options_of("octavo quantize", default=convert.RECIPES[args.format], **given), args.calibrate or None
     calibrated = args.outlier_columns is not None or (args.calibrate is not None and args.kl is None)
-    wrong = misfit(options, args.format, calibrated, args.head)
+    wrong = convert.misfit(options, args.format, calibrated, args.head)
     if args.kl is not None and (given or calibrated or args.head or args.format == "bitsandbytes"):
         wrong = "--kl chooses the options, and goes with no others, no outlier columns, no --head and octavo's formats"
     if wrong:
@@ -161,44 +153,35 @@ def _run_quantize(args: argparse.Namespace) -> int:
     which: dict[str, Any] = {"include": args.include, "skip": args.skip, "progress": not args.quiet}
     run = {**which, "text": text, "trust_remote_code": args.trust_remote_code}
     choice = None if args.kl is None else checkpoint.choose_options(args.model, args.kl, **run)
-    report = checkpoint.quantize(
-        args.model,
-        args.output,
-        options=options,
-        layer_options=choice.options if choice else None,
-        measured=choice.notes() if choice else None,
-        outlier_columns=_outlier_columns(args, options, run) if calibrated else None,
-        head=args.head,
-        format=args.format,
-        jobs=args.jobs,
-        memory=args.memory,
-        **which,
-    )
+    which |= {"layer_options": choice and choice.options, "measured": choice and choice.notes()}
+    which["outlier_columns"] = _outlier_columns(args, options, run) if calibrated else None
+    which |= {name: getattr(args, name) for name in ("head", "format", "jobs", "memory")}
+    report = checkpoint.quantize(args.model, args.output, options=options, **which)
     print(json.dumps(asdict(report), indent=2) if args.json else _text(report))
     return 0
+
+
+def described(documented: Any) -> dict[str, str]:
+    """What a docstring says of each argument or attribute, as help."""
+    found = re.findall(r"^ {4}(\w+): (.+(?:\n {6,}.+)*)", inspect.getdoc(documented) or "", re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text).replace("`", "").replace("%", "%%") for name, text in found}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """An option of the command for each of `octavo.Options`, whose docstring is their help; see `_given`."""
     recipe = f"the options that are not given; default: {WHOLE_MODELS}, of bitsandbytes' format paper"
     parser.add_argument("--recipe", choices=("paper", "best"), help=recipe)
-    described = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {10,}.+)*)", Options.__doc__ or "", re.MULTILINE))
     for name, hint in get_type_hints(Options).items():
         choices = [value for value in get_args(hint) if isinstance(value, str)]
-        kind: dict[str, Any] = {"choices": choices} if choices else {"type": _option(name, hint), "metavar": "X"}
-        text = re.sub(r"\s+", " ", described.get(name, "")).replace("`", "").replace("%", "%%")
-        parser.add_argument(f"--{name}", **kind, help=text)
+        number: dict[str, Any] = {"type": partial(_option, name, int if hint is int else float), "metavar": "X"}
+        parser.add_argument(f"--{name}", **({"choices": choices} if choices else number), help=described(Options)[name])
 
 
-def _option(name: str, hint: Any) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            value: Any = int(text) if hint is int else float(text)
-            return getattr(Options(**{name: value}), name)
-        except (TypeError, ValueError) as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"Options: {name}: ")) from None
-
-    return read
+def _option(name: str, kind: type, text: str) -> Any:
+    try:
+        return getattr(Options(**{name: kind(text)}), name)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(f"Options: {name}: ")) from None
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -210,22 +193,17 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 def _outlier_columns(args: argparse.Namespace, options: Options, run: dict[str, Any]) -> dict[str, list[int]]:
     path: Path | None = args.outlier_columns
     if path is not None and (path.exists() or args.calibrate is None):
+        columns: dict[str, list[int]] = read_json(path)
+        if not all(isinstance(own, list) and all(type(item) is int for item in own) for own in columns.values()):
+            raise unexpected(path, '{"layer": [column, ...], ...}', "something else")
         # A file of columns may hold those of a run that chose other layers.
-        columns = {n: own for n, own in _read_columns(path).items() if not matches(n, args.skip or ())}
+        columns = {n: own for n, own in columns.items() if not matches(n, args.skip or ())}
         return {n: own for n, own in columns.items() if args.include is None or matches(n, args.include)}
-    criterion = {name: getattr(options, name) for name in ("threshold", "relative", "cap")}
-    columns = checkpoint.calibrate(args.model, **criterion, **run)
+    columns = checkpoint.calibrate(args.model, **options.criterion, **run)
     if path is not None:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
-    return columns
-
-
-def _read_columns(path: Path) -> dict[str, list[int]]:
-    columns = read_json(path)
-    if not all(isinstance(own, list) and all(type(item) is int for item in own) for own in columns.values()):
-        raise unexpected(path, '{"layer": [column, ...], ...}', "something else")
     return columns
 
 
@@ -272,7 +250,7 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     add = parser.add_argument
     add("config", type=Path, help="a config.json, or the folder of a model")
     memory = "of each GPU, such as 24GB (24 * 2^30 bytes)"
-    add("--gpu-memory", type=partial(_size, least=2**20), required=True, metavar="SIZE", help=memory)
+    add("--gpu-memory", type=partial(parse_size, least=2**20), required=True, metavar="SIZE", help=memory)
     add("--gpus", type=_positive, default=1, metavar="N", help="how many; default: 1")
     add("--batch", type=_positive, default=1, metavar="N", help="sequences at a time; default: 1")
     add("--context", type=_positive, default=2048, metavar="N", help="tokens of each; default: 2048")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 _FOLDER = Path(__file__).resolve().parent
+_LIBRARIES = _FOLDER / "lib"
 
 
 def cmake_prefix() -> str:
@@ -21,16 +22,11 @@ def cmake_prefix() -> str:
     return str(_FOLDER)
 
 
-def compiler_flags() -> list[str]:
-    """What a compiler needs to find the headers ``octavo/octavo.h`` (C) and ``octavo/octavo.hpp`` (C++20)."""
-    return [f"-I{_FOLDER / 'include'}"]
-
-
-def linker_flags() -> list[str]:
-    """What a linker, and later the program, need to find the shared library."""
-    return [f"-L{_FOLDER / 'lib'}", f"-Wl,-rpath,{_FOLDER / 'lib'}", "-loctavo"]
-
-
-def pkg_config_path() -> str:
-    """The folder for ``PKG_CONFIG_PATH``, which has ``octavo.pc``."""
-    return str(_FOLDER / "lib" / "pkgconfig")
+# By what ``python -m octavo`` is asked: of the headers, ``octavo/octavo.h`` (C) and ``octavo/octavo.hpp`` (C++20); of
+# the shared library, for the linker and later the program; the folder of ``octavo.pc``.
+ANSWERS = {
+    "--cflags": [f"-I{_FOLDER / 'include'}"],
+    "--libs": [f"-L{_LIBRARIES}", f"-Wl,-rpath,{_LIBRARIES}", "-loctavo"],
+    "--cmake-prefix": [cmake_prefix()],
+    "--pkg-config-path": [str(_LIBRARIES / "pkgconfig")],
+}
