@@ -89,7 +89,11 @@ template <DType Type, int Rows, int Vectors>
 
 // The accumulators of a square of the tile, which fit the registers. With AVX-512, whose tiles may be narrower, of half
 // as many vectors twice as many rows: additions of outliers wait for the one before them, so they had better be many.
+#if defined(__AVX2__) || defined(__aarch64__)
 constexpr int square_vectors = register_size == 32 ? 2 : 4;
+#else
+constexpr int square_vectors = 1;  // it would not be faster, and long to compile
+#endif
 constexpr int square_rows(int vectors) { return register_size == 64 ? 4 * square_vectors / vectors : 4; }
 
 // The weights of a column for `Vectors` vectors of output features. A cache line of packed W holds the 4 codes of each
@@ -334,7 +338,7 @@ void dequantize_columns(const std::int8_t* w, std::int64_t w_stride, const std::
                                             target + first);
         }
     };
-    constexpr std::int64_t most = square_vectors * register_size / 64;
+    constexpr std::int64_t most = square_vectors > 1 ? square_vectors * register_size / 64 : 1;
     std::int64_t first = 0;
     for (; first + 16 * (most - 1) < cols; first += 16 * most) dequantize(IndexConstant<most>{}, first);
     for (; first < cols; first += 16) dequantize(IndexConstant<1>{}, first);

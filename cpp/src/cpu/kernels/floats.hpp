@@ -43,8 +43,14 @@ void read(const T* p, Vector& vector) {
 #endif
 }
 
-// sum = x * weight + sum, rounded once.
-[[gnu::always_inline]] inline void fused_multiply_add(const Floats& x, const Floats& weight, Floats& sum) {
+// sum = x * weight + sum, rounded once. What calls a function for that had better be in few places: a square of it
+// takes a minute to compile with sanitizers.
+#if defined(__AVX2__) || defined(__aarch64__)
+[[gnu::always_inline]]
+#else
+[[gnu::noinline]]
+#endif
+inline void fused_multiply_add(const Floats& x, const Floats& weight, Floats& sum) {
 #if defined(__AVX512F__)
     sum = _mm512_fmadd_ps(x, weight, sum);
 #elif defined(__AVX2__)
