@@ -203,7 +203,7 @@ def test_the_own_commands_are_there() -> None:
 
 
 def test_fine_tuning_in_int8(facts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    setting = finetune.Setting(48, 30, 16, 1e-4)
+    setting = finetune.Setting(16, 16, 8, 1e-4)
     given: Any = ("minilm", setting, 2, ["float32", "int8, feed-forward, the rest in float32"], facts)
     kept = tmp_path / "runs.json"
     report = finetune.run(*given, Progress(show=False), kept)

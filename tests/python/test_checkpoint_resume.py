@@ -82,7 +82,7 @@ def killed(work: Callable[[], Any], *, after: float | None) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_at_random_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """60 kills: what then finishes has the bytes of a run that nobody disturbed, and no beginning is left."""
+    """20 kills: what then finishes has the bytes of a run that nobody disturbed, and no beginning is left."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # for those who lose power, not for kills; and it is slow
     tqdm.set_lock(threading.RLock())  # else one that all processes share, which who is killed does not give back
     model = write_model(tmp_path / "m")
@@ -94,7 +94,7 @@ def test_killed_at_random_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert content(tmp_path / "again") == whole
     chance, kills, resumed = random.Random(0), 0, 0
     output = tmp_path / "out"
-    while kills < 60:
+    while kills < 20:
         for _ in range(chance.randint(1, 6)):
             kills += killed(lambda: convert(model, output, jobs=1), after=chance.uniform(0, 1.5 * seconds))
             if output.exists():  # complete, as soon as it has its name
