@@ -138,6 +138,39 @@ std::int64_t weight_only(const Kernels& table, std::int64_t rows) {
     });
 }
 
+// A slice of the gradient through an int8 weight, of as many rows as registers hold, and of its weights.
+std::int64_t gradient(const Kernels& table) {
+    constexpr std::int64_t rows = 12;
+    constexpr std::int64_t depth = octavo::cpu::float_slice;
+    const auto x = values<float>(rows * depth);
+    const auto w = values<float>(depth * table.gradient_cols);
+    const auto sums = values<float>(rows * table.gradient_cols);
+    return count([&] {
+        table.multiply_floats({.x = x.data(),
+                               .x_stride = depth,
+                               .rows = rows,
+                               .w = nullptr,
+                               .w_floats = w.data(),
+                               .zeropoint = nullptr,
+                               .depth = depth,
+                               .places = 1,
+                               .first = false,
+                               .sums = sums.data()});
+    });
+}
+
+std::int64_t dequantized_square(const Kernels& table) {
+    constexpr std::int64_t features = octavo::cpu::float_slice;
+    constexpr std::int64_t depth = 64;
+    const auto w = values<std::int8_t>(features * depth);
+    const auto zeropoint = values<float>(features);
+    const auto scale = values<float>(features);
+    const Scratch<float> target(features * table.gradient_cols);
+    return count([&] {
+        table.dequantize_square(w.data(), 16 * depth, features, zeropoint.data(), scale.data(), target.data());
+    });
+}
+
 using Counts = std::map<std::pair<std::string, std::string>, std::int64_t>;  // instruction set and loop
 
 Counts counted() {
@@ -151,15 +184,20 @@ Counts counted() {
     std::fill(maxima.data(), maxima.data() + row, std::uint16_t{0});
     for (const Kernels* table : tables()) {
         if (table->isa == std::string("scalar")) continue;  // which calls the system's fma
-        const auto put = [&](const char* loop, std::int64_t instructions) { found[{table->isa, loop}] = instructions; };
+        const auto put = [&](const std::string& loop, std::int64_t instructions) {
+            found[{table->isa, loop}] = instructions;
+        };
         put("product", product(*table->many));
         put("product_few", product(*table->few));
         put("epilogue", epilogue(*table, 0, false));
         put("outliers", epilogue(*table, 32, false));
         put("outliers_codes", epilogue(*table, 32, true));
         put("dequantize_columns", dequantized_columns(*table));
-        put("weight_only_1", weight_only(*table, 1));
-        put("weight_only_4", weight_only(*table, 4));
+        for (const std::int64_t rows : {1, 2, 3, 4}) {
+            put("weight_only_" + std::to_string(rows), weight_only(*table, rows));
+        }
+        put("gradient", gradient(*table));
+        put("dequantize_square", dequantized_square(*table));
         put("largest_magnitude",
             count([&] { static_cast<void>(table->largest_magnitude(DType::bf16, x.data(), row)); }));
         put("raise_maxima", count([&] { table->raise_maxima(DType::bf16, x.data(), row, maxima.data()); }));

@@ -359,36 +359,38 @@ TEST(backward_product_of_floats_is_the_equation_to_the_bit) {
             const check::Context context(table->isa, ", rows ", rows);
             constexpr std::int64_t features = 48;
             constexpr std::int64_t depth = features - 3;
-            const Guarded<float> x(random_floats(random, rows * depth));
+            const std::int64_t cols = table->gradient_cols;
+            const Guarded<float> x(random_floats(random, (rows - 1) * octavo::cpu::float_slice + depth));
             std::vector<std::int8_t> codes(64 * features);
             for (auto& code : codes) code = static_cast<std::int8_t>(random.integer(-128, 127));
             const Guarded<std::int8_t> w(codes);
             const Guarded<float> zeropoint(random_floats(random, features, 30));
             const Guarded<float> scale(random_floats(random, features));
-            const auto before = random_floats(random, rows * 16);
+            const auto before = random_floats(random, rows * cols);
             std::vector<float> floats;
             for (std::int64_t j = 0; j < features; ++j) {
-                for (std::int64_t h = 0; h < 16; ++h) {
+                for (std::int64_t h = 0; h < cols; ++h) {
                     const auto place = static_cast<std::size_t>(j / 16 * 1024 + h / 4 * 64 + j % 16 * 4 + h % 4);
                     floats.push_back((static_cast<float>(codes[place]) + zeropoint.data()[j]) * scale.data()[j]);
                 }
             }
             std::vector<float> expected;
             for (std::int64_t i = 0; i < rows; ++i) {
-                for (std::int64_t h = 0; h < 16; ++h) {
+                for (std::int64_t h = 0; h < cols; ++h) {
                     float sum = 0;
                     for (std::int64_t j = 0; j < depth; ++j) {
-                        sum = std::fma(x.data()[i * depth + j], floats[static_cast<std::size_t>(j * 16 + h)], sum);
+                        sum = std::fma(x.data()[i * octavo::cpu::float_slice + j],
+                                       floats[static_cast<std::size_t>(j * cols + h)], sum);
                     }
-                    expected.push_back(before[static_cast<std::size_t>(i * 16 + h)] + sum);
+                    expected.push_back(before[static_cast<std::size_t>(i * cols + h)] + sum);
                 }
             }
-            const Guarded<float> square(static_cast<std::size_t>(features * 16));
+            const Guarded<float> square(static_cast<std::size_t>(features * cols));
             table->dequantize_square(w.data(), 1024, features, zeropoint.data(), scale.data(), square.data());
             CHECK(square.bytes() == Guarded<float>(floats).bytes());
             const Guarded<float> sums(before);
             table->multiply_floats({.x = x.data(),
-                                    .x_stride = depth,
+                                    .x_stride = octavo::cpu::float_slice,
                                     .rows = rows,
                                     .w = nullptr,
                                     .w_floats = square.data(),

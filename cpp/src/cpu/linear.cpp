@@ -297,10 +297,10 @@ bool is_any_large(const float* row, std::int64_t k) {
 // y = scale_w * (X (q + zeropoint)^T) + bias. Few rows read W as it is packed; for more a slice of 16 output features
 // is made float32 once for all of them. The order of sums is that of FloatTile either way.
 void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out) {
-    constexpr std::int64_t read_as_packed = 4;                   // rows
+    constexpr std::int64_t read_as_packed = 6;                   // rows
     constexpr Blocking blocking{.rows = 12, .block_rows = 240};  // what registers hold, and the second-level cache
-    // 16 KiB of a block of W as float32. Also the length of sums: that of all slices adds up theirs.
-    constexpr std::int64_t slice = 256;
+    // Of few rows, output features that are multiplied by a slice of X while it is in the first-level cache.
+    constexpr std::int64_t together = 64;
     const std::int64_t depth = padded_depth(weight.codes.cols);
     const std::int64_t x_stride = depth + 16;  // no power of two: rows would push each other out of the cache
     const Scratch<float> x_rows(x.rows * x_stride);
@@ -322,38 +322,42 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
         const BlockWeight block_weight(weight, bias, block);
         const OutputBlock rows(out, block);
         const bool widened = block.rows() > read_as_packed;
-        const Scratch<float> w_floats(widened ? slice * block_cols : 0);
-        const Scratch<float> sums(block.rows() * block_cols * 4);
+        const Scratch<float> w_floats(widened ? float_slice * block_cols : 0);
+        const std::int64_t step = widened ? block_cols : together;
+        const Scratch<float> sums(block.rows() * step * 4);
         const Scratch<float> y(block.rows() * block_cols);
-        for (std::int64_t j = 0; j < block.cols(); j += block_cols) {
-            const float* const zeropoint = weight.zeropoint.present ? block_weight.zeropoint + j : nullptr;
-            for (std::int64_t begin = 0; begin < depth;) {
-                const std::int64_t end = std::min(begin + slice, depth);
-                const FloatTile tile{.x = x_rows.data() + block.row_begin * x_stride + begin,
-                                     .x_stride = x_stride,
-                                     .rows = block.rows(),
-                                     .w = codes.data() + j * depth + begin * block_cols,
-                                     .w_floats = w_floats.data(),
-                                     .zeropoint = zeropoint,
-                                     .depth = end - begin,
-                                     .places = 4,
-                                     .first = begin == 0,
-                                     .sums = sums.data()};
-                if (widened) kernels().widen(tile.w, tile.depth, zeropoint, w_floats.data());
-                kernels().multiply_floats(tile);
-                begin = end;
+        for (std::int64_t first = 0; first < block.cols(); first += step) {
+            const std::int64_t last = std::min(first + step, block.cols());
+            const auto sums_of = [&](std::int64_t j) { return sums.data() + (j - first) * block.rows() * 4; };
+            if (depth == 0) std::fill(sums.data(), sums.data() + block.rows() * step * 4, 0.0F);
+            for (std::int64_t begin = 0; begin < depth; begin += float_slice) {
+                for (std::int64_t j = first; j < last; j += block_cols) {
+                    const FloatTile tile{.x = x_rows.data() + block.row_begin * x_stride + begin,
+                                         .x_stride = x_stride,
+                                         .rows = block.rows(),
+                                         .w = codes.data() + j * depth + begin * block_cols,
+                                         .w_floats = w_floats.data(),
+                                         .zeropoint = weight.zeropoint.present ? block_weight.zeropoint + j : nullptr,
+                                         .depth = std::min(float_slice, depth - begin),
+                                         .places = 4,
+                                         .first = begin == 0,
+                                         .sums = sums_of(j)};
+                    if (widened) kernels().widen(tile.w, tile.depth, tile.zeropoint, w_floats.data());
+                    kernels().multiply_floats(tile);
+                }
             }
-            if (depth == 0) std::fill(sums.data(), sums.data() + block.rows() * block_cols * 4, 0.0F);
-            kernels().finish_floats(sums.data(), block.rows(), block_weight.scale + j, y.data());
-            for (std::int64_t i = 0; i < block.rows(); ++i) {
-                if (is_large[static_cast<std::size_t>(block.row_begin + i)] == 0) continue;
-                std::for_each_n(y.data() + i * block_cols, block_cols, [](float& value) { value /= small; });
+            for (std::int64_t j = first; j < last; j += block_cols) {
+                kernels().finish_floats(sums_of(j), block.rows(), block_weight.scale + j, y.data());
+                for (std::int64_t i = 0; i < block.rows(); ++i) {
+                    if (is_large[static_cast<std::size_t>(block.row_begin + i)] == 0) continue;
+                    std::for_each_n(y.data() + i * block_cols, block_cols, [](float& value) { value /= small; });
+                }
+                EpilogueTile epilogue{.rows = block.rows(),
+                                      .cols = std::min(block_cols, block.cols() - j),
+                                      .scaled = y.data(),
+                                      .stride = block_cols};
+                block_weight.finish(epilogue, block.row_begin, block.col_begin + j, out, rows);
             }
-            EpilogueTile epilogue{.rows = block.rows(),
-                                  .cols = std::min(block_cols, block.cols() - j),
-                                  .scaled = y.data(),
-                                  .stride = block_cols};
-            block_weight.finish(epilogue, block.row_begin, block.col_begin + j, out, rows);
         }
         rows.write();
     });

@@ -1,5 +1,5 @@
-// The gradient of X: grad times the dequantized weight, of which there is one tile of 256 output features by 16 input
-// features at a time, in the first-level cache; or the int8 product of grad with the transposed codes.
+// The gradient of X: grad times the dequantized weight, of which there is one tile of 256 output features by 16 or 32
+// input features at a time, in the first-level cache; or the int8 product of grad with the transposed codes.
 #include <algorithm>
 #include <utility>
 #include <vector>
@@ -12,22 +12,25 @@
 namespace octavo::cpu {
 namespace {
 
-// Output features that are summed before they are added to the sums of the others.
-constexpr std::int64_t slice = 256;
+constexpr std::int64_t slice = float_slice;  // output features
 // Rows of a block: what registers hold, and, with a slice of `grad` and the sums, the second-level cache.
 constexpr std::int64_t tile_rows = 12;
 constexpr std::int64_t block_rows = 192;
 
+// What the gradient is multiplied by: the dequantized weight, in which kept columns may stand in their places, or kept
+// columns alone, side by side.
+enum class Columns : std::uint8_t { all, with_kept, kept };
+
 // A kept column of the weight, and where it goes.
 struct KeptColumn {
-    std::int64_t index;   // in weight.outlier_weight
-    std::int64_t column;  // counted from the first of the block
+    std::int64_t index;  // in weight.outlier_weight
+    std::int64_t place;  // counted from the first column of the block
 };
 
-std::vector<KeptColumn> kept_columns_in(const WeightView& weight, const Block& block) {
+std::vector<KeptColumn> kept_columns_in(const WeightView& weight, const Block& block, Columns columns) {
     std::vector<KeptColumn> kept;
-    for (std::int64_t i = 0; i < weight.outlier_columns.size; ++i) {
-        const std::int64_t column = get<std::int32_t>(weight.outlier_columns, i);
+    for (std::int64_t i = 0; columns != Columns::all && i < weight.outlier_columns.size; ++i) {
+        const std::int64_t column = columns == Columns::kept ? i : get<std::int32_t>(weight.outlier_columns, i);
         if (column >= block.col_begin && column < block.col_end) kept.push_back({i, column - block.col_begin});
     }
     return kept;
@@ -44,85 +47,74 @@ PackedPanel codes_of(const WeightView& weight, std::int64_t begin, std::int64_t 
     return {part, weight.layout, begin, end};
 }
 
-// Which columns of the weight: all, or only those that are kept.
-enum class Columns : std::uint8_t { all, kept };
-
-// Tiles of `block_cols` columns of the dequantized weight, for one slice of output features after the other.
+// Tiles of `tile_cols` columns of the matrix, for one slice of output features after the other.
 class WeightTiles {
 public:
-    WeightTiles(const WeightView& weight, const Block& block, std::vector<KeptColumn> kept, Columns columns)
-        : weight_(weight),
-          block_(block),
-          kept_(std::move(kept)),
-          dequantized_(columns == Columns::all ? whole_blocks(block.cols()) : 0) {}
+    WeightTiles(const WeightView& weight, const Block& block, Columns columns)
+        : weight_(weight), block_(block), columns_(columns), kept_(kept_columns_in(weight, block, columns)) {}
 
-    // Tiles of the block's columns, and of as many as hold the kept ones, where they are apart because the others are
-    // rotated or not wanted.
-    [[nodiscard]] std::int64_t dequantized_cols() const { return dequantized_; }
-    [[nodiscard]] bool are_kept_apart() const { return weight_.rotation != 0 || dequantized_ == 0; }
-    [[nodiscard]] std::int64_t cols() const {
-        return dequantized_ + (are_kept_apart() ? whole_blocks(std::ssize(kept_)) : 0);
-    }
-    [[nodiscard]] const std::vector<KeptColumn>& kept() const { return kept_; }
+    // The block's columns, up to whole tiles: never more than packed codes are padded to.
+    [[nodiscard]] std::int64_t cols() const { return (block_.cols() + tile_cols_ - 1) / tile_cols_ * tile_cols_; }
 
-    // Calls use(column, tile) with each tile [end - begin, block_cols].
+    // Calls use(column, tile) with each tile [end - begin, tile_cols].
     template <class Use>
     void for_each(std::int64_t begin, std::int64_t end, Use use) {
+        if (columns_ == Columns::kept) {
+            for (std::int64_t col = 0; col < cols(); col += tile_cols_) {
+                std::fill(tile_.data(), tile_.data() + slice * tile_cols_, 0.0F);
+                put_kept(col, begin, end);
+                use(col, tile_.data());
+            }
+            return;
+        }
         const PackedPanel codes = codes_of(weight_, begin, end, block_);
         gather_features(weight_.scale, begin, end - begin, scale_);
         if (weight_.zeropoint.present) gather_features(weight_.zeropoint, begin, end - begin, zeropoint_);
-        for (std::int64_t col = 0; col < dequantized_; col += block_cols) {
+        for (std::int64_t col = 0; col < cols(); col += tile_cols_) {
             kernels().dequantize_square(codes.data() + col * block_cols, codes.stride(), whole_blocks(end - begin),
                                         zeropoint_, scale_, tile_.data());
-            if (!are_kept_apart()) {
-                for (const KeptColumn& kept : kept_) {
-                    if (kept.column / block_cols == col / block_cols) put(kept, begin, end, kept.column % block_cols);
-                }
-            }
-            use(col, tile_.data());
-        }
-        for (std::int64_t col = dequantized_; col < cols(); col += block_cols) {
-            std::fill(tile_.data(), tile_.data() + slice * block_cols, 0.0F);
-            const std::int64_t first = col - dequantized_;
-            for (std::int64_t i = first; i < std::min(first + block_cols, std::ssize(kept_)); ++i) {
-                put(kept_[static_cast<std::size_t>(i)], begin, end, i - first);
-            }
+            put_kept(col, begin, end);
             use(col, tile_.data());
         }
     }
 
 private:
-    // A kept column as column `place` of the tile.
-    void put(const KeptColumn& kept, std::int64_t begin, std::int64_t end, std::int64_t place) {
-        float values[slice];
+    // Kept columns into their places in the tile that begins at `col`.
+    void put_kept(std::int64_t col, std::int64_t begin, std::int64_t end) {
         const ConstMatrix& original = weight_.outlier_weight;
-        kernels().load(original.dtype, at(original, begin, kept.index), original.row_stride, end - begin, values);
-        for (std::int64_t j = 0; j < end - begin; ++j) tile_[j * block_cols + place] = values[j];
+        for (const KeptColumn& kept : kept_) {
+            if (kept.place / tile_cols_ != col / tile_cols_) continue;
+            float values[slice];
+            kernels().load(original.dtype, at(original, begin, kept.index), original.row_stride, end - begin, values);
+            float* const target = tile_.data() + kept.place - col;
+            for (std::int64_t j = 0; j < end - begin; ++j) target[j * tile_cols_] = values[j];
+        }
     }
 
+    const std::int64_t tile_cols_ = kernels().gradient_cols;
     const WeightView& weight_;
     const Block& block_;
-    std::vector<KeptColumn> kept_;
-    std::int64_t dequantized_;
+    const Columns columns_;
+    const std::vector<KeptColumn> kept_;
     float scale_[slice]{};
     float zeropoint_[slice]{};
-    Scratch<float> tile_{slice * block_cols};
+    Scratch<float> tile_{slice * tile_cols_};
 };
 
-// The product with the columns of the dequantized weight, in float32.
-void float_backward(const ConstMatrix& grad, const WeightView& weight, const Matrix& out, bool uses_kept,
-                    Columns columns) {
+// The product with these columns of the weight, in float32.
+void float_backward(const ConstMatrix& grad, const WeightView& weight, const Matrix& out, Columns columns) {
     const Blocking blocking{
         .rows = tile_rows, .block_rows = block_rows, .cols = std::max<std::int64_t>(64, weight.rotation)};
-    const std::int64_t width = weight.rotation != 0 ? weight.codes.cols : out.cols;
+    const std::int64_t width = columns == Columns::kept ? weight.outlier_columns.size
+                               : weight.rotation != 0   ? weight.codes.cols
+                                                        : out.cols;
     for_each_block(blocking, out.rows, width, grad.cols, [&](const Block& block) {
-        WeightTiles weights(weight, block, uses_kept ? kept_columns_in(weight, block) : std::vector<KeptColumn>{},
-                            columns);
+        WeightTiles weights(weight, block, columns);
         const std::int64_t rows = block.rows();
         const Scratch<float> sums(rows * weights.cols());  // tile after tile
         std::fill(sums.data(), sums.data() + rows * weights.cols(), 0.0F);
         const Scratch<float> grad_rows(rows * slice);
-        for (std::int64_t begin = 0; weights.cols() > 0 && begin < grad.cols; begin += slice) {
+        for (std::int64_t begin = 0; begin < grad.cols; begin += slice) {
             const std::int64_t end = std::min(begin + slice, grad.cols);
             for (std::int64_t i = 0; i < rows; ++i) {
                 load_row(grad, block.row_begin + i, begin, end - begin, grad_rows.data() + i * slice);
@@ -140,23 +132,22 @@ void float_backward(const ConstMatrix& grad, const WeightView& weight, const Mat
                                            .sums = sums.data() + rows * col});
             });
         }
+        const std::int64_t tile_cols = kernels().gradient_cols;
         const Scratch<float> row(weights.cols());
         const auto put = [&](std::int64_t i, std::int64_t col, const float* values, std::int64_t cols) {
-            kernels().store(values, cols, out.dtype, at(out, block.row_begin + i, block.col_begin + col),
-                            out.col_stride);
+            kernels().store(values, cols, out.dtype, at(out, block.row_begin + i, col), out.col_stride);
         };
         for (std::int64_t i = 0; i < rows; ++i) {
-            for (std::int64_t col = 0; col < weights.cols(); col += block_cols) {
-                std::copy_n(sums.data() + rows * col + i * block_cols, block_cols, row.data() + col);
+            for (std::int64_t col = 0; col < weights.cols(); col += tile_cols) {
+                std::copy_n(sums.data() + rows * col + i * tile_cols, tile_cols, row.data() + col);
             }
-            if (columns == Columns::all) {
+            if (columns == Columns::kept) {
+                for (std::int64_t c = 0; c < block.cols(); ++c) {
+                    put(i, get<std::int32_t>(weight.outlier_columns, block.col_begin + c), row.data() + c, 1);
+                }
+            } else {
                 if (weight.rotation != 0) kernels().rotate(row.data(), block.cols(), weight.rotation);
-                put(i, 0, row.data(), std::min(block.cols(), out.cols - block.col_begin));
-            }
-            if (!weights.are_kept_apart()) continue;
-            for (std::int64_t c = 0; c < std::ssize(weights.kept()); ++c) {
-                put(i, weights.kept()[static_cast<std::size_t>(c)].column, row.data() + weights.dequantized_cols() + c,
-                    1);
+                put(i, block.col_begin, row.data(), std::min(block.cols(), out.cols - block.col_begin));
             }
         }
     });
@@ -231,9 +222,13 @@ void int8_backward(const octavo::Backend& backend, const ConstMatrix& grad, cons
 
 void Backend::linear_backward(ConstMatrix grad, const WeightView& weight, Matrix out, bool uses_kept, bool int8,
                               Stream /*stream*/) const {
-    if (!int8) return float_backward(grad, weight, out, uses_kept, Columns::all);
-    int8_backward(*this, grad, weight, out);
-    if (uses_kept) float_backward(grad, weight, out, true, Columns::kept);
+    const bool are_kept_apart = int8 || weight.rotation != 0;
+    if (int8) {
+        int8_backward(*this, grad, weight, out);
+    } else {
+        float_backward(grad, weight, out, uses_kept && !are_kept_apart ? Columns::with_kept : Columns::all);
+    }
+    if (uses_kept && are_kept_apart) float_backward(grad, weight, out, Columns::kept);
 }
 
 }  // namespace octavo::cpu

@@ -5,6 +5,13 @@
 
 namespace octavo::cpu::OCTAVO_ISA {
 
+// Two registers, or one that is shorter twice as often.
+#if defined(__AVX512F__)
+constexpr int gradient_cols = 32;
+#else
+constexpr int gradient_cols = 16;
+#endif
+
 // How this instruction set multiplies (product.cpp).
 extern const Plan few;
 extern const Plan many;

@@ -1,4 +1,5 @@
 // The int8 product, by the best that this instruction set has (`few` and `many`), and the packed order of W.
+#include "cpu/kernels/fours.hpp"
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
 
@@ -33,25 +34,6 @@ constexpr Plan few = many;
 #endif
 
 namespace octavo::cpu::OCTAVO_ISA {
-namespace {
-
-using Quad [[gnu::vector_size(16)]] = std::uint32_t;
-
-// Four rows, 16 codes of each: brought together by groups of 4 codes. `packed` is where the first row's group goes.
-[[gnu::always_inline]] inline void pack_square(const std::int8_t* codes, std::int64_t stride, std::int8_t* packed) {
-    Quad row[4];
-    unroll<4>([&](auto j) OCTAVO_INLINE { __builtin_memcpy(&row[j], codes + j * stride, 16); });
-    const Quad low_a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-    const Quad low_b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-    const Quad high_a = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-    const Quad high_b = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-    const Quad groups[4] = {
-        __builtin_shufflevector(low_a, low_b, 0, 1, 4, 5), __builtin_shufflevector(low_a, low_b, 2, 3, 6, 7),
-        __builtin_shufflevector(high_a, high_b, 0, 1, 4, 5), __builtin_shufflevector(high_a, high_b, 2, 3, 6, 7)};
-    unroll<4>([&](auto g) OCTAVO_INLINE { __builtin_memcpy(packed + g * 64, &groups[g], 16); });
-}
-
-}  // namespace
 
 void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed) {
     // A cache line of each row at a time: rows whose distance is a power of two push each other out of the cache, so
@@ -61,7 +43,7 @@ void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std:
     for (; cols == 16 && begin + line <= k; begin += line) {
         for (std::int64_t j = 0; j < 16; j += 4) {
             for (std::int64_t at = begin; at < begin + line; at += 16) {
-                pack_square(codes + j * stride + at, stride, packed + at * 16 + j * 4);
+                transpose_fours(codes + j * stride + at, stride, packed + at * 16 + j * 4, 64);
             }
         }
     }

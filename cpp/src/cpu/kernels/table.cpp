@@ -32,6 +32,7 @@ const Kernels table{
     .few = &few,
     .many = &many,
     .widen = widen,
+    .gradient_cols = gradient_cols,
     .dequantize_square = dequantize_square,
     .multiply_floats = multiply_floats,
     .finish_floats = finish_floats,

@@ -78,23 +78,26 @@ struct Plan {
     void (*leave)() = nullptr;
 };
 
-// A product in float32, of rows of X by 16 columns of a matrix over a slice of the depth:
+// How long the sums are that products in float32 add up: the depth of a slice at most.
+inline constexpr std::int64_t float_slice = 256;
+
+// A product in float32, of rows of X by some columns of a matrix over a slice of the depth:
 //
-//   sums[i, p, j] = (0 or the sum before) + s,   s = fma(x[i, k], w[k, j], s) for k = p, p + places, ...
+//   sums[i, j, p] = (0 or the sum before) + s,   s = fma(x[i, k], w[k, j], s) for k = p, p + places, ...
 //
 // weight_only has 4 places and 16 output features of W, plus their zeropoints, as columns; linear_backward has 1 place,
-// the output features as depth and 16 input features as columns.
+// the output features as depth and Kernels::gradient_cols input features as columns.
 struct FloatTile {
-    const float* x;  // row-major
-    std::int64_t x_stride;
+    const float* x;         // row-major
+    std::int64_t x_stride;  // float_slice with 1 place
     std::int64_t rows;
-    const std::int8_t* w;   // a packed block; only with 4 places
-    const float* w_floats;  // [depth, 16] as `widen` or `dequantize_square` has made it, which is read instead; or null
+    const std::int8_t* w;    // a packed block; only with 4 places
+    const float* w_floats;   // as `widen` or `dequantize_square` has made it, which is read instead; or null
     const float* zeropoint;  // [16], or null: 0; only of `w`
-    std::int64_t depth;      // a multiple of `places`
+    std::int64_t depth;      // a multiple of `places`, at most float_slice
     std::int64_t places;
     bool first;   // whether it is the first slice: there is no sum before
-    float* sums;  // [rows, places, 16]
+    float* sums;  // [rows, columns, places]
 };
 
 // What the epilogue does to a tile of sums. All arrays begin at the tile's first row or column and can be read up to
@@ -184,14 +187,17 @@ struct Kernels {
 
     // --- products in float32 -----------------------------------------------------------------------------------------
 
-    // target[k, j] = w[j, k] + zeropoint[j] (null: 0), over `depth` along k of a packed block of 16 output features.
+    // target[k / 4, j, k % 4] = w[j, k] + zeropoint[j] (null: 0), over `depth` along k of a packed block of 16 output
+    // features.
     void (*widen)(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
-    // target[j, h] = (w[j, h] + zeropoint[j]) * scale[j] for the first 16 input features of packed W, `w_stride` bytes
-    // from block to block, and `count` output features, a multiple of 16.
+    // The columns of a FloatTile with 1 place: 16 or 32.
+    std::int64_t gradient_cols;
+    // target[j, h] = (w[j, h] + zeropoint[j]) * scale[j] for the first gradient_cols input features of packed W,
+    // `w_stride` bytes from block to block, and `count` output features, a multiple of 16 and at most float_slice.
     void (*dequantize_square)(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, const float* zeropoint,
                               const float* scale, float* target);
     void (*multiply_floats)(const FloatTile& tile);
-    // y[i, j] = ((sums[i, 0, j] + sums[i, 1, j]) + (sums[i, 2, j] + sums[i, 3, j])) * scale[j] for 16 output features.
+    // y[i, j] = ((sums[i, j, 0] + sums[i, j, 1]) + (sums[i, j, 2] + sums[i, j, 3])) * scale[j] for 16 output features.
     void (*finish_floats)(const float* sums, std::int64_t rows, const float* scale, float* y);
 
     // --- the outliers and the end ------------------------------------------------------------------------------------

@@ -1,183 +1,202 @@
 // Products of floats by int8 weights, in float32 (table.hpp says in which order).
 //
-// In packed codes a lane holds 4 neighbors along k of one output feature. For weight_only each of the 4 is shifted out,
-// converted, and multiplied with its value of X, for all output features of a register at once.
+// In packed order codes follow each other as the lanes of the sums do: 4 neighbors along k of one output feature, then
+// those of the next. So weight_only widens as many as a register holds, and multiplies each four of them by the same
+// four values of X.
 #include "cpu/kernels/floats.hpp"
+#include "cpu/kernels/fours.hpp"
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
 
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
 
-constexpr std::int64_t features = 16;                        // of a block
-constexpr int vectors = static_cast<int>(features / width);  // registers of a block
-constexpr int pair = vectors < 2 ? vectors : 2;
+constexpr std::int64_t features = 16;  // of a block
 
-// Code `place` of each lane.
-template <int Place>
-[[gnu::always_inline]] inline void convert(const Ints& groups, Floats& numbers) {
-#if defined(__AVX512BW__)
-    // As code + 128 into the lowest byte of 2^23, whose last place is 1: an instruction fewer than shifting and
-    // converting.
-    const __m512i from = _mm512_set4_epi32(12 + Place, 8 + Place, 4 + Place, Place);
-    const __m512i codes = _mm512_xor_si512(reinterpret_cast<__m512i>(groups), _mm512_set1_epi8(-128));
-    const __m512i shuffled = _mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4B000000), 0x1111111111111111U, codes, from);
-    numbers = reinterpret_cast<Floats>(shuffled) - (0x1p23F + 128.0F);
+// Sums that the registers hold beside weights and a value of X, and the most rows of 4 places that they are of.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int most_sums = 24;
+constexpr int most_rows = 6;
+#elif defined(__AVX2__)
+constexpr int most_sums = 12;
+constexpr int most_rows = 6;
 #else
-    numbers = __builtin_convertvector((groups << (24 - 8 * Place)) >> 24, Floats);
+constexpr int most_sums = 4;  // more would not be faster, and long to compile
+constexpr int most_rows = 1;
 #endif
+
+// Sums of one row, for each place, and the registers of them.
+template <int Places>
+constexpr std::int64_t row_sums = Places == 1 ? gradient_cols : Places * features;
+template <int Places>
+constexpr int vectors = static_cast<int>(row_sums<Places> / width);
+
+// Of these registers, how many are multiplied by so many rows at once.
+constexpr int vectors_at_once(int rows, int all) {
+    return rows * all <= most_sums ? all : vectors_at_once(rows, all / 2);
 }
 
-// `Rows` rows of X from row i on by `Vectors` registers of the block, for `Places` places of `Group` along the depth.
-// `load` gives the weights at (group, place, register); the last two are part of their types, as in unroll.hpp.
-template <int Group, int Rows, int Places, int Vectors, int FirstPlace, int FirstVector, class Load>
+// The same `Places` values in all lanes.
+template <int Places>
+[[gnu::always_inline]] inline void repeat(const float* x, Floats& values) {
+    if constexpr (Places == 1) {
+        values = *x - Floats{};
+    } else {
+        static_assert(Places == 4);
+#if defined(__AVX512F__)
+        values = _mm512_maskz_broadcast_f32x4(0xFFFF, _mm_loadu_ps(x));  // with a mask: as in floats.hpp
+#elif defined(__AVX2__)
+        values = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(x));
+#else
+        read(x, values);
+#endif
+    }
+}
+
+// `Rows` rows of X from row i on by `Vectors` registers of weights, from number `First` on. `load` gives a register of
+// the weights of a step, which is `Places` deep; numbers are part of their types, as in unroll.hpp.
+template <int Places, int Rows, int Vectors, int First, class Load>
 void multiply_square(const FloatTile& tile, std::int64_t i, Load load) {
-    Floats sums[Rows * Places * Vectors];
-    unroll<Rows * Places * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = Floats{}; });
-    const float* const x = tile.x + i * tile.x_stride + FirstPlace;
-    for (std::int64_t group = 0; group < tile.depth / Group; ++group) {
-        unroll<Places>([&](auto p) OCTAVO_INLINE {
-            Floats weights[Vectors];
-            unroll<Vectors>([&](auto u) OCTAVO_INLINE {
-                load(group, IndexConstant<FirstPlace + p>{}, IndexConstant<FirstVector + u>{}, weights[u]);
-            });
-            unroll<Rows>([&](auto r) OCTAVO_INLINE {
-                const Floats value = x[r * tile.x_stride + group * Group + p] - Floats{};
-                unroll<Vectors>([&](auto u) OCTAVO_INLINE {
-                    fused_multiply_add(value, weights[u], sums[(r * Places + p) * Vectors + u]);
-                });
-            });
+    Floats sums[Rows * Vectors];
+    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = Floats{}; });
+    const std::int64_t x_stride = Places == 1 ? float_slice : tile.x_stride;
+    const float* const x = tile.x + i * x_stride;
+    const std::int64_t steps = tile.depth / Places;
+    for (std::int64_t step = 0; step < steps; ++step) {
+        Floats weights[Vectors];
+        unroll<Vectors>([&](auto u) OCTAVO_INLINE {
+            load(step, IndexConstant<First + u>{}, IndexConstant<Vectors>{}, weights[u]);
+        });
+        unroll<Rows>([&](auto r) OCTAVO_INLINE {
+            Floats values;
+            repeat<Places>(x + r * x_stride + step * Places, values);
+            unroll<Vectors>([&](auto u)
+                                OCTAVO_INLINE { fused_multiply_add(values, weights[u], sums[r * Vectors + u]); });
         });
     }
-    float* const target = tile.sums + (i * Group + FirstPlace) * features + FirstVector * width;
-    unroll<Rows * Places * Vectors>([&](auto s) OCTAVO_INLINE {
-        constexpr int row = s / (Places * Vectors);
-        constexpr int place = s / Vectors % Places;
-        float* const part = target + (row * Group + place) * features + s % Vectors * width;
-        Floats before{};
-        if (!tile.first) read(part, before);
-        before += sums[s];
-        __builtin_memcpy(part, &before, sizeof before);
-    });
+    float* const target = tile.sums + i * row_sums<Places> + First * width;
+    const auto part = [&](auto s)
+                          OCTAVO_INLINE { return target + s / Vectors * row_sums<Places> + s % Vectors * width; };
+    if (tile.first) {
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] += Floats{}; });  // -0 becomes 0
+    } else {
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE {
+            Floats before;
+            read(part(s), before);
+            sums[s] += before;
+        });
+    }
+    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { __builtin_memcpy(part(s), &sums[s], sizeof sums[s]); });
 }
 
-// The whole width and depth of the tile, for `Rows` rows from row i on.
-template <int Group, int Rows, int Places, int Vectors, class Load>
+// All rows from row i on: `Rows` at a time, and then the fewer that are left.
+template <int Places, int Rows, class Load>
 void multiply_rows(const FloatTile& tile, std::int64_t i, Load load) {
-    unroll<vectors / Vectors>([&](auto v) {
-        unroll<Group / Places>(
-            [&](auto p) { multiply_square<Group, Rows, Places, Vectors, p * Places, v * Vectors>(tile, i, load); });
-    });
-}
-
-// The squares have 8 to 16 sums: enough to keep the processor busy, and no more than registers hold.
-template <class Load>
-void multiply_codes(const FloatTile& tile, Load load) {
-    constexpr int places = register_size == 64 ? 4 : 2;
-    std::int64_t i = 0;
-    for (; i + 4 <= tile.rows; i += 4) multiply_rows<4, 4, places, 1>(tile, i, load);
-    switch (tile.rows - i) {
-        case 3: return multiply_rows<4, 3, 4, 1>(tile, i, load);
-        case 2: return multiply_rows<4, 2, 4, 1>(tile, i, load);
-        case 1: return multiply_rows<4, 1, 4, pair>(tile, i, load);
-        default: return;
+    constexpr int at_once = vectors_at_once(Rows, vectors<Places>);
+    for (; i + Rows <= tile.rows; i += Rows) {
+        unroll<vectors<Places> / at_once>(
+            [&](auto part) { multiply_square<Places, Rows, at_once, part * at_once>(tile, i, load); });
+    }
+    if constexpr (Rows > 1) {
+        if (i < tile.rows) multiply_rows<Places, Rows - 1>(tile, i, load);
     }
 }
 
-// The last rows with one place: at most `Rows`.
-template <int Rows, class Load>
-void multiply_last_rows(const FloatTile& tile, std::int64_t i, Load load) {
-    if constexpr (Rows > 0) {
-        if (tile.rows - i == Rows) return multiply_rows<1, Rows, 1, pair>(tile, i, load);
-        multiply_last_rows<Rows - 1>(tile, i, load);
-    }
+// zeropoints[j, p] = zeropoint[j]: for each sum of a row.
+void repeat_zeropoint(const float* zeropoint, float* zeropoints) {
+    for (std::int64_t s = 0; s < row_sums<4>; ++s) zeropoints[s] = zeropoint == nullptr ? 0.0F : zeropoint[s / 4];
+}
+
+// A register of packed codes as numbers.
+[[gnu::always_inline]] inline void convert(const std::int8_t* w, Floats& numbers) {
+    Ints codes;
+#if defined(__aarch64__)
+    std::uint32_t four = 0;
+    __builtin_memcpy(&four, w, sizeof four);
+    codes = vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four))));
+#else
+    read_codes(w, codes);
+#endif
+    numbers = __builtin_convertvector(codes, Floats);
 }
 
 }  // namespace
 
 void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target) {
-    for (std::int64_t group = 0; group < depth / 4; ++group, target += 4 * features) {
-        unroll<vectors>([&](auto v) OCTAVO_INLINE {
-            Ints codes;
-            read(w + group * 64 + v * register_size, codes);
-            unroll<4>([&](auto place) OCTAVO_INLINE {
-                Floats numbers;
-                convert<place>(codes, numbers);
-                if (zeropoint != nullptr) {
-                    Floats zeropoints;
-                    read(zeropoint + v * width, zeropoints);
-                    numbers += zeropoints;
-                }
-                __builtin_memcpy(target + place * features + v * width, &numbers, sizeof numbers);
-            });
+    float zeropoints[row_sums<4>];
+    repeat_zeropoint(zeropoint, zeropoints);
+    for (std::int64_t step = 0; step < depth / 4; ++step, w += row_sums<4>, target += row_sums<4>) {
+        unroll<vectors<4>>([&](auto v) OCTAVO_INLINE {
+            Floats numbers;
+            convert(w + v * width, numbers);
+            Floats shift;
+            read(zeropoints + v * width, shift);
+            numbers += shift;
+            __builtin_memcpy(target + v * width, &numbers, sizeof numbers);
         });
     }
 }
 
-// Fours of codes are brought into rows before they are converted, some rows ahead, so that no load waits for a store.
+// All fours of codes are brought into rows before any is converted, so that no load waits for a store.
 void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, const float* zeropoint,
                        const float* scale, float* target) {
-    constexpr std::int64_t columns = 16;
-    std::int8_t rows[features][columns];
-    for (std::int64_t first = 0; first < count; first += features, w += w_stride, target += features * columns) {
-        for (std::int64_t j = 0; j < features; ++j) {
-            for (std::int64_t column = 0; column < columns; column += 4) {
-                __builtin_memcpy(&rows[j][column], w + column * features + j * 4, 4);
+    std::int8_t rows[float_slice * gradient_cols];
+    for (std::int64_t first = 0; first < count; first += features, w += w_stride) {
+        for (std::int64_t col = 0; col < gradient_cols; col += 16) {
+            for (std::int64_t j = 0; j < features; j += 4) {
+                transpose_fours(w + col * features + j * 4, 4 * features, rows + (first + j) * gradient_cols + col,
+                                gradient_cols);
             }
         }
-        for (std::int64_t j = 0; j < features; ++j) {
-            const Floats shift = zeropoint[first + j] - Floats{};
-            const Floats factor = scale[first + j] - Floats{};
-            unroll<vectors>([&](auto v) OCTAVO_INLINE {
-                Ints codes;
-                read_codes(&rows[j][v * width], codes);
-                const Floats numbers = (__builtin_convertvector(codes, Floats) + shift) * factor;
-                __builtin_memcpy(target + j * columns + v * width, &numbers, sizeof numbers);
-            });
-        }
+    }
+    for (std::int64_t j = 0; j < count; ++j) {
+        const Floats shift = zeropoint[j] - Floats{};
+        const Floats factor = scale[j] - Floats{};
+        unroll<vectors<1>>([&](auto v) OCTAVO_INLINE {
+            Floats numbers;
+            convert(rows + j * gradient_cols + v * width, numbers);
+            numbers = (numbers + shift) * factor;
+            __builtin_memcpy(target + j * gradient_cols + v * width, &numbers, sizeof numbers);
+        });
     }
 }
 
 void multiply_floats(const FloatTile& tile) {
-    const auto codes_at = [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
-        constexpr std::int64_t ahead = std::int64_t{40} * 64;  // bytes, so that W is there in time
-        if constexpr (place == 0) __builtin_prefetch(tile.w + group * 64 + v * register_size + ahead);
-        Ints codes;
-        read(tile.w + group * 64 + v * register_size, codes);
-        convert<place>(codes, weights);
+    // What a loop reads it holds by value: GCC would look for it in the tile again and again.
+    const auto floats_of = [w = tile.w_floats]<int Places>(IndexConstant<Places> /*places*/) {
+        return [w](std::int64_t step, auto v, auto /*at_once*/, Floats& weights)
+                   OCTAVO_INLINE { read(w + step * row_sums<Places> + v * width, weights); };
     };
-    if (tile.places == 1) {
-        constexpr int most = vectors == 1 ? 12 : 6;  // rows: sums in 12 registers
-        const auto load = [&](std::int64_t k, auto /*place*/, auto v, Floats& weights)
-                              OCTAVO_INLINE { read(tile.w_floats + k * features + v * width, weights); };
-        std::int64_t i = 0;
-        for (; i + most <= tile.rows; i += most) multiply_rows<1, most, 1, pair>(tile, i, load);
-        multiply_last_rows<most - 1>(tile, i, load);
-    } else if (tile.w_floats != nullptr) {
-        const auto load = [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
-            read(tile.w_floats + (group * 4 + place) * features + v * width, weights);
-        };
-        std::int64_t i = 0;
-        for (; i + 6 <= tile.rows; i += 6) multiply_rows<4, 6, 2 / pair, pair>(tile, i, load);
-        for (; i + 2 <= tile.rows; i += 2) multiply_rows<4, 2, 2, pair>(tile, i, load);
-        if (i < tile.rows) multiply_rows<4, 1, 4, pair>(tile, i, load);
-    } else if (tile.zeropoint == nullptr) {
-        multiply_codes(tile, codes_at);
-    } else {
-        multiply_codes(tile, [&](std::int64_t group, auto place, auto v, Floats& weights) OCTAVO_INLINE {
-            codes_at(group, place, v, weights);
-            Floats zeropoints;
-            read(tile.zeropoint + v * width, zeropoints);
-            weights += zeropoints;
+    if (tile.places == 1) return multiply_rows<1, most_sums / vectors<1>>(tile, 0, floats_of(IndexConstant<1>{}));
+    if (tile.w_floats != nullptr) return multiply_rows<4, most_rows>(tile, 0, floats_of(IndexConstant<4>{}));
+    const auto codes_at = [w = tile.w, steps = tile.depth / 4](std::int64_t step, auto v, auto at_once,
+                                                               Floats& weights) OCTAVO_INLINE {
+        if constexpr (v % at_once == 0) {
+            // Where there are more parts than one, each goes through the slice, and fetches its share of the next.
+            constexpr std::int64_t ahead = std::int64_t{40} * 64;  // bytes, so that W is there in time
+            constexpr int parts = vectors<4> / at_once;
+            constexpr int part = v / at_once;
+            __builtin_prefetch(w + ahead + (part * steps + step) * (row_sums<4> / parts));
+        }
+        convert(w + step * row_sums<4> + v * width, weights);
+    };
+    if (tile.zeropoint == nullptr) return multiply_rows<4, most_rows>(tile, 0, codes_at);
+    float zeropoints[row_sums<4>];
+    repeat_zeropoint(tile.zeropoint, zeropoints);
+    multiply_rows<4, most_rows>(
+        tile, 0,
+        [codes_at, shifts = &zeropoints[0]](std::int64_t step, auto v, auto at_once, Floats& weights) OCTAVO_INLINE {
+            codes_at(step, v, at_once, weights);
+            Floats shift;
+            read(shifts + v * width, shift);
+            weights += shift;
         });
-    }
 }
 
 void finish_floats(const float* sums, std::int64_t rows, const float* scale, float* y) {
-    for (std::int64_t i = 0; i < rows; ++i, sums += 4 * features, y += features) {
-        for (std::int64_t j = 0; j < features; ++j) {
-            const float* const places = sums + j;
-            y[j] = ((places[0] + places[features]) + (places[2 * features] + places[3 * features])) * scale[j];
+    for (std::int64_t i = 0; i < rows; ++i, y += features) {
+        for (std::int64_t j = 0; j < features; ++j, sums += 4) {
+            y[j] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale[j];
         }
     }
 }
