@@ -3,16 +3,8 @@
 >>> mesh = init_device_mesh("cuda", (8,))                                                        # doctest: +SKIP
 >>> parallelize_module(model, mesh, {"up": ColwiseInt8Parallel(), "down": RowwiseInt8Parallel()})  # doctest: +SKIP
 
-A layer is sharded from the codes it has; nothing is quantized anew. With R ranks, k input and n output features:
-
-- Column-parallel (of Y = X W^T, hence the name): a rank holds n/R rows of the codes and computes n/R columns of Y from
-  the whole X. Each output is made of the same numbers as in one process and is equal to it, bit for bit.
-- Row-parallel: a rank holds k/R columns of the codes and multiplies k/R features of X with them. Its product is
-  float32; the products are summed in float32, the bias is added once, and the sum is rounded once to the dtype of X.
-  Outlier columns are found, and kept ones held, by the rank that has their feature: they are the same columns as in
-  one process. Scales of X are taken over the features of a rank, so they are at most those of one process.
-
-`docs/distributed.md` has the commands for one and for several machines, FSDP2, and layers on several devices.
+A layer is sharded from the codes it has; nothing is quantized anew. `docs/distributed.md` tells what a rank computes
+and how exactly, and has the commands for one and for several machines, FSDP2, and layers on several devices.
 """
 
 from __future__ import annotations
@@ -89,18 +81,12 @@ class _Int8Style:
 
 
 class _Sharded(Int8Linear):
-    """An Int8Linear that holds one rank's part; `weight` is an Int8Tensor of the rank's own.
-
-    Attributes:
-        mesh: the ranks, one dimension.
-        total_features: of the whole layer, along the dimension that is sharded.
-        input_layout, output_layout, use_local_output: see the styles.
-    """
+    """An Int8Linear that holds one rank's part; `weight` is an Int8Tensor of the rank's own."""
 
     sharded: int  # which dimension of the weight is
-    mesh: DeviceMesh
-    total_features: int
-    input_layout: Placement
+    mesh: DeviceMesh  # the ranks, one dimension
+    total_features: int  # of the whole layer, along the dimension that is sharded
+    input_layout: Placement  # as the styles have it
     output_layout: Placement
     use_local_output: bool
 

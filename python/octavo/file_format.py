@@ -85,17 +85,11 @@ def quantization_config(options: Options, kept: Iterable[str], format: Format) -
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """An int8 weight among the tensors of a checkpoint.
+    """An int8 weight among the tensors of a checkpoint."""
 
-    Attributes:
-        name: "<layer>.weight"; what the weight had before it was quantized.
-        format: whose it is.
-        parts: by part the name of its tensor.
-    """
-
-    name: str
+    name: str  # "<layer>.weight": what the weight had before it was quantized
     format: Format
-    parts: dict[str, str]
+    parts: dict[str, str]  # by part the name of its tensor
 
 
 def stored_name(weight: str, part: str, format: Format = "octavo") -> str:

@@ -14,10 +14,9 @@ understands, bitsandbytes' ``Linear8bitLt``, too.
 the largest one, and at least the largest weight as it is stored) and 10 % of it. A handful of files is open at a
 time.
 
-**Interruptions.** All is written in ``<output>.partial``. A second run reads what the finished files were made of,
-compares it with their hash, and their data with the checksums, and makes the others: the same bytes as without the
-interruption. The folder gets its name by a rename when everything is on the disk. A model that changes while it is read
-is an error.
+**Interruptions.** All is written in ``<output>.partial``, which gets its name by a rename when everything is on the
+disk. A second run reads what the finished files were made of, compares it with their hash, and their data with the
+checksums, and makes the others. A model that changes while it is read is an error.
 
 **Trust.** A checkpoint brings no code: none is ever run. Links that lead out of the model's folder are not copied.
 """

@@ -4,10 +4,8 @@ How far an int8 model is from the one it was made of is the Kullback-Leibler div
 token. To second order it is the sum of what each layer adds, for the errors of layers are independent: with g the
 gradient of the log-probability of a token drawn from the model's own distribution, and e the error of a layer's output,
 half the mean of (g e)^2 (the Fisher information, along e). One pass forward and back gives g of all layers; each way to
-run a layer has its e on the same inputs. Then each layer takes the cheapest way that the bound leaves it, and the whole
-model is measured on text that the pass did not see; where it is not within the bound, the sum is corrected by what was
-measured, and the layers choose again. The figure that is told is of a third text, which says no more than whether the
-bound holds: where it does not, the layers choose by a smaller one.
+run a layer has its e on the same inputs. How layers choose by it, and what is measured, `docs/guide/checkpoints.md`
+tells; where the whole model is not within the bound, the sum is corrected by what was measured.
 """
 
 from __future__ import annotations
@@ -166,15 +164,11 @@ class _Judge:
 
 
 class _Layers:
-    """The linear layers that are run, by name.
-
-    Attributes:
-        modules: the first layer of each weight, by name.
-        first: by name of every layer, that of the first one with its weight.
-    """
+    """The linear layers that are run, by name."""
 
     def __init__(self, layers: Mapping[str, Any]) -> None:
         names: dict[int, str] = {}
+        # Of every layer the first one with its weight, and these.
         self.first = {name: names.setdefault(id(layer.weight), name) for name, layer in layers.items()}
         self.modules = {name: layers[name] for name in names.values()}
         self._every = layers

@@ -42,21 +42,14 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file.
-
-    Attributes:
-        name, dtype, shape: as a safetensors header has them ("BF16").
-        path: the file.
-        offset: of its first byte in the file.
-        strides: in elements; None where the tensor is contiguous (a PyTorch file may hold others).
-    """
+    """A tensor in a file; name, dtype and shape are as a safetensors header has them ("BF16")."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     path: Path
-    offset: int
-    strides: tuple[int, ...] | None = None
+    offset: int  # of its first byte in the file
+    strides: tuple[int, ...] | None = None  # in elements; None: it is contiguous (a PyTorch file may hold others)
 
     @property
     def numel(self) -> int:

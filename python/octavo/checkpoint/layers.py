@@ -39,16 +39,13 @@ Patterns = Sequence[str] | None
 
 @dataclass(frozen=True)
 class Chosen:
-    """What becomes of a checkpoint's layers.
+    """What becomes of a checkpoint's layers."""
 
-    Attributes:
-        int8: by the name of a weight that becomes int8, whether it is stored as ``[in, out]``.
-        kept: by the name of each other linear layer, or stack of experts, why it stays.
-        heads: by the name of an embedding's weight that of the output head, which is tied to it and becomes int8.
-    """
-
+    # By the name of a weight that becomes int8, whether it is stored as [in, out].
     int8: dict[str, bool] = field(default_factory=dict)
+    # By the name of each other linear layer, or stack of experts, why it stays.
     kept: dict[str, str] = field(default_factory=dict)
+    # By the name of an embedding's weight that of the output head, which is tied to it and becomes int8.
     heads: dict[str, str] = field(default_factory=dict)
 
 

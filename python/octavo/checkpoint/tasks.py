@@ -30,21 +30,13 @@ _FLOATS = ("F32", "F16", "BF16")  # what octavo quantizes
 
 @dataclass(frozen=True)
 class Task:
-    """A tensor of the source and what is made of it.
-
-    Attributes:
-        entry: the tensor.
-        outputs: what is made, by part; a copy is the part "".
-        options: of a weight that becomes int8; None: it is copied.
-        is_transposed: whether the tensor is ``[k, n]``.
-        columns: that are kept in 16 bit.
-    """
+    """A tensor of the source and what is made of it."""
 
     entry: Entry
-    outputs: dict[str, Output]
-    options: Options | None = None
-    is_transposed: bool = False
-    columns: Array | None = None
+    outputs: dict[str, Output]  # by part; a copy is the part ""
+    options: Options | None = None  # of a weight that becomes int8; None: it is copied
+    is_transposed: bool = False  # the tensor is [k, n]
+    columns: Array | None = None  # that are kept in 16 bit
 
     def tied_outputs(self, name: str) -> dict[str, str]:
         """Where the source has this tensor as `name`, too: by name that is not in the file the one that is."""

@@ -21,15 +21,10 @@ ROUTERS = ("gate", "*.gate", "router", "*.router", "*.router.*", "*.shared_exper
 
 @dataclass(frozen=True)
 class Choice:
-    """What `choose_layers` found.
+    """What `choose_layers` found, by qualified name."""
 
-    Attributes:
-        layers: the layers to convert, by qualified name; a layer under several names is there under each.
-        kept: why each other linear layer stays as it is, by qualified name.
-    """
-
-    layers: dict[str, Any]
-    kept: dict[str, str]
+    layers: dict[str, Any]  # to convert; one that has several names is there under each
+    kept: dict[str, str]  # why each other linear layer stays as it is
 
 
 def choose_layers(

@@ -1,9 +1,8 @@
 """Encoders without padding: a batch's rows that are no tokens are left out of the int8 products.
 
-Texts of a batch are padded to the length of the longest. Attention ignores what is at padded positions, and everything
-else computes each position by itself, so an int8 layer may give zeros there: the outputs at tokens are those of the
-whole batch. They are equal bit for bit where a row's result depends on no other row (outliers "rows", "static" or
-"none", and not granularity "tensor"); with "columns" padded rows have no part in the choice of outlier columns.
+Attention ignores what is at padded positions, and everything else computes each position by itself, so an int8 layer
+may give zeros there: the outputs at tokens are those of the whole batch, bit for bit where a row's result depends on no
+other row. With outliers "columns" padded rows have no part in the choice of outlier columns.
 """
 
 from __future__ import annotations

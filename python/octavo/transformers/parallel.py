@@ -2,11 +2,7 @@
 
 Transformers makes a DTensor placeholder of each parameter that its plan names, and fills it with a rank's part of what
 it reads. A scale belongs to a whole row of a weight, and packed codes are no DTensor; so layers that are to be int8 are
-taken out of that plan. They are read whole, one after the other, quantized, and sharded at once: a rank holds its parts
-and one layer. Embeddings, an output head and whatever else stays in 16 bit is left to Transformers.
-
-Experts: each rank has some of the intermediate features of every expert. Transformers sums their outputs, in the dtype
-of the model.
+taken out of that plan, read whole, quantized, and sharded at once: `docs/distributed.md` tells who holds what.
 """
 
 from __future__ import annotations
@@ -25,14 +21,10 @@ _EXPERTS = {"packed_colwise": ("rows", 2), "colwise": ("rows", 1), "rowwise": ("
 
 
 class TensorParallel:
-    """The layers of one model that octavo shards.
+    """The layers of one model that octavo shards, which is made before its weights are loaded, its mesh being known.
 
-    Args:
-        model: before its weights are loaded, distributed by Transformers (its mesh is known).
-        plan: Transformers' own, by concrete name of a module or a parameter. What octavo shards is taken out of it.
-        parameters: weights that are to be int8, by qualified name.
-
-    Raises ValueError for a style that int8 layers do not have.
+    `plan` is Transformers' own, by name of a module or a parameter: what octavo shards is taken out of it. `parameters`
+    are the weights that are to be int8, by qualified name.
     """
 
     def __init__(self, model: nn.Module, plan: dict[str, str], parameters: set[str]) -> None:
