@@ -185,6 +185,13 @@ def step(parser: argparse.ArgumentParser) -> Run:
     return partial(_run, "models.step", _MODELS)
 
 
+def gradient(parser: argparse.ArgumentParser) -> Run:
+    """Time the gradient of x through frozen int8 weights, next to nn.Linear's."""
+    parser.add_argument("--turns", type=positive, default=10, metavar="N", help="of each; default: %(default)s")
+    _output(parser)
+    return partial(_run, "models.gradient", _MODELS)
+
+
 def whole(parser: argparse.ArgumentParser) -> Run:
     """Time a whole model in octavo and in other engines that are installed."""
     add = parser.add_argument
@@ -210,7 +217,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """``python -m octavo_bench``."""
     parser = argparse.ArgumentParser(prog="python -m octavo_bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for register in (train, finetune, pretrain, adapters, step, whole, evidence, bench):
+    for register in (train, finetune, pretrain, adapters, step, gradient, whole, evidence, bench):
         subparser = commands.add_parser(register.__name__, help=register.__doc__)
         subparser.set_defaults(run=register(subparser))
     args = parser.parse_args(words)

@@ -3,8 +3,8 @@
     python -m octavo_bench step --threads 1 --json step.json
 
 Random weights, since none are needed for the time; the ways take turns, and each has the processor time of its fastest
-step. Then the gradient of x through frozen layers, and codes made anew next to a copy. To compare with AVX2, keep
-PyTorch's own products to it as well: ``OCTAVO_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``.
+step. To compare with AVX2, keep PyTorch's own products to it as well: ``OCTAVO_CPU_ISA=avx2
+MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
-from octavo import quantize_weight
-from octavo.torch import Int8Linear
-from torch import nn
 
 from ..machine import Facts
 from ..progress import Progress
@@ -64,7 +60,7 @@ def run(turns: int, ways: Sequence[str], facts: Facts, progress: Progress, width
     parts = [[way, *_profile(step)] for way, step in steps.items()]
     columns = {"trained in": "", **{f"{part} (%)": ".0f" for part in (*PARTS, "the rest")}}
     note = "Of one more step, by PyTorch's profiler. The weight's codes are made anew with the output in int8."
-    tables = [times, Table("Where the time of a step goes", columns, parts, note), _frozen(turns, width)]
+    tables = [times, Table("Where the time of a step goes", columns, parts, note)]
     return Report("Training in int8: time", facts.now(turns=turns), tables)
 
 
@@ -76,48 +72,6 @@ def _profile(step: Callable[[], object]) -> list[float]:
     total = sum(own.values())
     shares = [100 * sum(own.get(name, 0.0) for name in names) / total for names in PARTS.values()]
     return [*shares, 100 - sum(shares)]
-
-
-def _frozen(turns: int, width: int) -> Table:
-    """The gradient of x through frozen int8 weights, and codes made anew, next to PyTorch."""
-    rows = []
-    for n, k in ((width, width), (4 * width, width), (width, 4 * width)):
-        layer = nn.Linear(k, n, bias=False).requires_grad_(False)
-        layers = {
-            "float32": layer,
-            "int8": Int8Linear.from_linear(layer, path="int8"),
-            "kept": Int8Linear.from_linear(layer, path="int8", outlier_columns=range(0, k, k // 7)),
-            "float": Int8Linear.from_linear(layer),
-        }
-        codes = quantize_weight(layer.weight)
-        for tokens in (TOKENS, SEQUENCES * TOKENS):
-            x, gradient = torch.randn(tokens, k, requires_grad=True), torch.randn(tokens, n) * torch.randn(tokens, n)
-            calls: dict[str, Callable[[], object]] = {
-                name: partial(torch.autograd.grad, each(x), x, gradient, retain_graph=True)
-                for name, each in layers.items()
-            }
-            calls["codes"] = lambda: quantize_weight(layer.weight, out=codes)  # noqa: B023
-            calls["copy"] = layer.weight.clone
-            first, int8, kept, floats, made, copied = _fastest(calls.values(), turns)
-            rows.append([f"{n} x {k}", tokens, 1e3 * first, int8 / first, kept / first, floats / first, made / copied])
-    columns = {
-        "weight": "", "rows": "d", "float32 (ms)": ".2f", "int8": ".2f", "int8, kept columns": ".2f",
-        "path auto": ".2f", "codes, to a copy": ".2f",
-    }  # fmt: skip
-    note = "Processor time, to that of float32, which is in milliseconds; of codes made anew, to a copy of the weight."
-    return Table("The gradient of x through frozen int8 weights", columns, rows, note)
-
-
-def _fastest(calls: Iterable[Callable[[], object]], turns: int) -> list[float]:
-    """Seconds of each call's fastest turn, after one that warms up."""
-    best = []
-    for call in calls:
-        marks = [time.process_time()]
-        for _ in range(turns + 1):
-            call()
-            marks.append(time.process_time())
-        best.append(min(end - begin for begin, end in itertools.pairwise(marks[1:])))
-    return best
 
 
 def _step(way: Way, width: int) -> Callable[[], list[float]]:
