@@ -17,6 +17,7 @@ from octavo_bench.models import (
     adapters,
     find,
     finetune,
+    gradient,
     language,
     pretrain,
     step,
@@ -280,7 +281,7 @@ def test_fine_tuning_has_examples_of_every_answer() -> None:
 
 def test_the_time_of_a_training_step(facts: Any) -> None:
     report = step.run(1, ["float32", "int8, feed-forward, the rest in float32"], facts, Progress(show=False), width=64)
-    table, parts, frozen = report.tables
+    table, parts = report.tables
     assert parts.rows[0][1:3] == [0, 0]
     assert parts.rows[1][1] > 2  # it is counted, by the name that PyTorch gives it
     assert min(parts.rows[1][1:4]) > 0
@@ -289,5 +290,9 @@ def test_the_time_of_a_training_step(facts: Any) -> None:
     phases = [table.column(f"{phase} (ms)") for phase in step.PHASES]
     assert [sum(own) for own in zip(*phases, strict=True)] == pytest.approx(table.column("step (ms)"))
     assert min(min(own) for own in phases) > 0
-    assert len(frozen.rows) == 6
-    assert min(min(row[1:]) for row in frozen.rows) > 0
+
+
+def test_the_time_of_the_gradient_through_frozen_weights(facts: Any) -> None:
+    (table,) = gradient.run(1, facts, Progress(show=False), [(64, 32)]).tables
+    assert [row[:2] for row in table.rows] == [["64 x 32", rows] for rows in gradient.ROWS]
+    assert min(min(row[2:]) for row in table.rows) > 0

@@ -1,4 +1,4 @@
-"""Times the gradient of x through frozen int8 weights, next to nn.Linear's in float32, and codes made anew next to a copy.
+"""Times the gradient of x through frozen int8 weights beside nn.Linear's, and codes made anew beside a copy.
 
     python -m octavo_bench gradient --threads 1 --json gradient.json
 
