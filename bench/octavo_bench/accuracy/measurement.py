@@ -145,19 +145,13 @@ def times(maker: Maker, others: Sequence[Variant], inputs: Mapping[str, Tensor],
         ratio = statistics.median(map(truediv, values, samples[next(iter(samples))]))  # a round's load meets both
         rows.append([name, own.median, own.lower, own.upper, ratio])
     sequences, length = inputs["input_ids"].shape
-    return Table(
-        f"{TIMES} in {maker.dtype}: {sequences} x {length} tokens, {own.calls} rounds in turns",
-        {
-            "linear layers": "",
-            "CPU ms" if alone else "ms": ".2f",
-            "lower quartile": ".2f",
-            "upper quartile": ".2f",
-            RATIO: ".2f",
-        },
-        rows,
+    numbers = ("CPU ms" if alone else "ms", "lower quartile", "upper quartile", RATIO)
+    title = f"{TIMES} in {maker.dtype}: {sequences} x {length} tokens, {own.calls} rounds in turns"
+    note = (
         "Ratios: the median over the rounds. All but the linear layers is the same in each; bitsandbytes computes in "
-        "float16." + _reasons(untimed),
     )
+    note += "float16." + _reasons(untimed)
+    return Table(title, {"linear layers": "", **dict.fromkeys(numbers, ".2f")}, rows, note)
 
 
 # The heads of the first table, and the formats below them.
@@ -179,13 +173,9 @@ _OF_PASSAGES = (
 
 
 def _table(
-    listed: Sequence[Variant],
-    scores: Mapping[str, Scores],
-    held: Mapping[str, Sequence[Cell]],
-    judge: Judge,
-    *,
+    listed: Sequence[Variant], scores: Mapping[str, Scores], held: Mapping[str, Sequence[Cell]], judge: Judge, *,
     causal: bool,
-) -> Table:
+) -> Table:  # fmt: skip
     """A row for each variant that was scored."""
     rows, reference = [], scores[FLOAT32.key]
     for key, found in scores.items():

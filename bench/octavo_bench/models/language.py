@@ -92,12 +92,9 @@ def load(path: Path, *, trust_remote_code: bool = False) -> Language:
         causal = any(name.endswith(_CAUSAL) for name in kinds)
         if config.is_encoder_decoder and not causal:
             raise ValueError(f"{path}: expected a causal language model or an encoder, got {', '.join(kinds)}")
-        if causal:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
-        else:  # eager attention is the kind whose softmax can be read out
-            model = transformers.AutoModel.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="eager", **options
-            )
+        auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+        eager = {} if causal else {"attn_implementation": "eager"}  # whose softmax can be read out
+        model = auto.from_pretrained(path, dtype=torch.float32, **eager, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     except ValueError as error:
         if trust_remote_code or "trust_remote_code" not in str(error):

@@ -79,12 +79,9 @@ def observe(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> dict[Group, 
     with hooked((model.get_submodule(path), hook(group)) for group, path in first.items()), torch.inference_mode():
         for batch in batches:
             model(**batch)
-    seen = {}
-    for group, parts in inputs.items():
-        x = torch.cat(parts)
-        deviation, mean = torch.std_mean(x, 0, correction=0)
-        seen[group] = Features(x.abs().amax(0), mean, deviation)
-    return seen
+    every = {group: torch.cat(parts) for group, parts in inputs.items()}
+    moments = {group: torch.std_mean(x, 0, correction=0)[::-1] for group, x in every.items()}
+    return {group: Features(x.abs().amax(0), *moments[group]) for group, x in every.items()}
 
 
 def largest_features(seen: Mapping[Group, Features], count: int = FEATURES) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import octavo.torch
@@ -126,12 +125,8 @@ def torchao_layer(linear: nn.Linear) -> Any:
     return layer
 
 
-def _bfloat16_layer(linear: nn.Linear) -> Any:
-    return copy.deepcopy(linear).bfloat16()
-
-
 PEERS = (
-    Variant("bfloat16", "torch bfloat16", peer=lambda linear: _In16Bit(_bfloat16_layer(linear), torch.bfloat16)),
+    Variant("bfloat16", "torch bfloat16", peer=lambda x: _In16Bit(copy.deepcopy(x).bfloat16(), torch.bfloat16)),
     Variant("bitsandbytes", "bitsandbytes", peer=lambda linear: _In16Bit(bitsandbytes_layer(linear), torch.float16)),
     Variant("torchao", "torchao", peer=torchao_layer),
 )
@@ -163,28 +158,26 @@ class Maker:
         self.dtype = next(model.parameters()).dtype
         head = output_head(model)
         self._skip = () if head is None else (head,)
-        self._with_columns: dict[Options, Any] = {}
+        self._bases: dict[tuple[bool, Options | None], Any] = {}
 
-    def _calibrated(self, criterion: Options) -> Any:
-        if criterion not in self._with_columns:
-            model = self._with_columns[criterion] = copy_modules(self.model)
-            octavo.torch.calibrate_(model, self._calibration, options=criterion, skip=self._skip, progress=False)
-        return self._with_columns[criterion]
-
-    @cached_property
-    def _smoothed(self) -> Any:
-        model = copy_modules(self.model)
-        octavo.torch.smooth_(model, self._calibration, insert=self._insert, skip=self._skip, progress=False)
-        return model
+    def _calibrated(self, variant: Variant) -> Any:
+        """The model that a variant is made of."""
+        key = variant.smooth, variant.kept
+        if key not in self._bases:
+            model = self._bases[key] = copy_modules(self.model)
+            given: Any = (model, self._calibration)
+            if variant.smooth:
+                octavo.torch.smooth_(*given, insert=self._insert, skip=self._skip, progress=False)
+            else:
+                octavo.torch.calibrate_(*given, options=variant.kept, skip=self._skip, progress=False)
+        return self._bases[key]
 
     def make(self, variant: Variant, **options: Any) -> Any:
         """The model as `variant`, with other options where they are given (``path="auto"``).
 
         Raises ValueError where the model cannot be smoothed, one of `BROKEN` where a peer's package does not run.
         """
-        base = self._smoothed if variant.smooth else self.model
-        if variant.kept is not None:
-            base = self._calibrated(variant.kept)
+        base = self._calibrated(variant) if variant.smooth or variant.kept is not None else self.model
         if variant.options is None and variant.peer is None:
             return base
         model = copy_modules(base)
@@ -211,14 +204,11 @@ def share_in_16_bit(model: nn.Module, inputs: Mapping[str, Tensor], rows: int | 
         nonlocal outlying, total
         x, weight = args[0].flatten(0, -2), module.weight
         own = weight.options
-        criterion = {"threshold": own.threshold, "relative": own.relative, "cap": own.cap}
         if own.outliers == "static":
             outlying += len(x) * len(weight.int8_weight.outlier_columns)
-        elif own.outliers == "columns":
-            calls = x.split(rows or len(x))
-            outlying += sum(len(call) * len(octavo.find_outliers(call, **criterion)) for call in calls)
-        elif own.outliers == "rows":
-            outlying += sum(len(octavo.find_outliers(row, **criterion)) for row in x)
+        elif own.outliers in ("columns", "rows"):
+            calls = x.split(1 if own.outliers == "rows" else rows or len(x))
+            outlying += sum(len(call) * len(octavo.find_outliers(call, **own.criterion)) for call in calls)
         total += x.numel()
 
     layers: list[Any] = [each for _, each in linear_layers(model) if isinstance(each.weight, octavo.torch.Int8Tensor)]

@@ -36,6 +36,7 @@ from ..progress import Progress
 from ..tables import Report, Table
 from ..turns import on_the_cpu, on_the_wall, take_turns
 from . import find
+from .modules import linear_layers
 from .peers import ctranslate2_decoder, llama_cpp, onnxruntime_encoder
 from .variants import BROKEN, bitsandbytes_layer, reason
 
@@ -110,15 +111,12 @@ def _octavo(
     if not packed.exists():
         given: dict[str, Any] = {"options": options, "head": head, "format": "packed", "progress": False}
         if calibrated:
-            chosen = {name: getattr(options, name) for name in ("threshold", "relative", "cap")}
-            given["outlier_columns"] = octavo.checkpoint.calibrate(folder, **chosen, progress=False)
+            given["outlier_columns"] = octavo.checkpoint.calibrate(folder, **options.criterion, progress=False)
         octavo.checkpoint.quantize(folder, packed, **given)
     return _torch(dtype, lambda model: None, packed)
 
 
 def _bitsandbytes(model: Any) -> None:
-    from .modules import linear_layers
-
     for name, linear in list(linear_layers(model)):
         model.set_submodule(name, bitsandbytes_layer(linear))
 
@@ -185,7 +183,8 @@ def run(args: argparse.Namespace, folder: Path, facts: machine.Facts, progress: 
     kind = "decoder" if is_decoder(folder) else "encoder"
     asked = {*(args.engines or ENGINES), REFERENCE}
     wanted = {name: engine for name, engine in ENGINES.items() if kind in engine.kinds and name in asked}
-    missing = {name: f"{each.package} is not installed" for name, each in wanted.items() if not _has(each.package)}
+    not_here = {name: each.package for name, each in wanted.items() if importlib.util.find_spec(each.package) is None}
+    missing = {name: f"{package} is not installed" for name, package in not_here.items()}
     progress.begin(2 * len(wanted) + 1)
     made: dict[str, Any] = {}
     loads: dict[str, Mapping[str, float]] = {}
@@ -227,27 +226,17 @@ def run(args: argparse.Namespace, folder: Path, facts: machine.Facts, progress: 
         memory = [loads[name].get(each) for each in ("seconds", "peak", "steady")]
         rows.append([name, errors[name], *own, *ratios, *memory])
     about = f"{args.model}, {threads} thread{'s' * (threads > 1)}"
-    note = (
-        f"Times are {'processor' if threads == 1 else 'wall'} time, medians of calls in turns; load, peak and steady "
-    )
-    note += "memory of a process of its own, above what the imports take."
+    note = f"Times are {'processor' if threads == 1 else 'wall'} time, medians of calls in turns; load, peak and steady"
+    note += " memory of a process of its own, above what the imports take."
     versions = {each.package: machine.installed(each.package) for each in wanted.values()}
     left = [f"{name}: left out: {why}" for name, why in missing.items()]
-    return Report(
-        f"Whole models: {about}",
-        facts.now(model=args.model, engines=versions),
-        [Table(about, columns, rows, note)],
-        left,
-    )
+    told = facts.now(model=args.model, engines=versions)
+    return Report(f"Whole models: {about}", told, [Table(about, columns, rows, note)], left)
 
 
 def _every(engine: Any, given: Mapping[Case, Any]) -> Tensor:
     """Its outputs for all that is given, without new tokens."""
     return torch.cat([torch.as_tensor(engine(ids, mask, 0)).flatten() for ids, mask, _ in given.values()])
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _load(name: str, model: str, threads: int) -> Mapping[str, float]:

@@ -36,9 +36,8 @@ _STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, G
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
     """`octavo analyze`."""
     settings = Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
-    report, figures = run(
-        find(args.model, trust_remote_code=args.trust_remote_code), args.text, settings, facts, progress
-    )
+    loaded = find(args.model, trust_remote_code=args.trust_remote_code)
+    report, figures = run(loaded, args.text, settings, facts, progress)
     return report, figures if args.plots else {}
 
 
@@ -63,21 +62,13 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
         for chosen in modules.random_features(others, seen.width, excluded, settings.draws):
             drawn.append(without_features(chosen, doing="without random features"))
 
-    tables = [
-        observe.model_table(seen, features, settings, untouched.top, without.top if without else None),
-        observe.feature_table(features),
-        observe.projection_table(seen),
-    ]
+    tables = [observe.model_table(seen, features, settings, untouched.top, without.top if without else None)]
+    tables += [observe.feature_table(features), observe.projection_table(seen)]
     if settings.ablate:
         tables.append(ablation_table(untouched, without, drawn, causal=loaded.causal))
-    report = Report(
-        f"octavo analyze: {loaded.path.name}",
-        facts.now(
-            model=str(loaded.path), parameters=loaded.model.num_parameters(), text=str(text), windows=len(windows),
-            positions=seen.positions, threshold=settings.threshold, seed=modules.SEED,
-        ),
-        tables,
-    )  # fmt: skip
+    about = {"model": str(loaded.path), "parameters": loaded.model.num_parameters(), "text": str(text)}
+    about |= {"windows": len(windows), "positions": seen.positions, "threshold": settings.threshold}
+    report = Report(f"octavo analyze: {loaded.path.name}", facts.now(**about, seed=modules.SEED), tables)
     return report, {"outliers.png": partial(draw, seen, features, settings)}
 
 
@@ -114,18 +105,13 @@ def ablation_table(untouched: Ablation, without: Ablation | None, drawn: Sequenc
         rows.append(row(f"the {len(without.features)} outlier features", [without]))
     if drawn:
         rows.append(row(f"{len(drawn[0].features)} random features (mean of {len(drawn)} draws)", drawn))
-    return Table(
-        "What zeroing features in front of query, key and value does",
-        {
-            "set to zero": "", "perplexity" if causal else "1 - cosine": ".5g", "change, %": "+.1f", "top-1": ".4f",
-            "top-1 change, %": "+.1f",
-        },
-        rows,
-        "The feed-forward sees them as before, also those that are outlying there. Random: of those that are outlying "
-        "nowhere."
-        if without
-        else "There are no outlier features to be zeroed.",
-    )  # fmt: skip
+    quality = "perplexity" if causal else "1 - cosine"
+    columns = {"set to zero": "", quality: ".5g", "change, %": "+.1f", "top-1": ".4f", "top-1 change, %": "+.1f"}
+    note = "There are no outlier features to be zeroed."
+    if without:
+        note = "The feed-forward sees them as before, also those that are outlying there. Random: of those that are "
+        note += "outlying nowhere."
+    return Table("What zeroing features in front of query, key and value does", columns, rows, note)
 
 
 def _exp(value: float) -> float:

@@ -7,11 +7,12 @@ magnitude reaches the threshold in any of these three. Shares of positions are o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.language import Language, Window
 from ..models.modules import HIDDEN_STATES, Projection, hooked, projections
@@ -104,7 +105,8 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
     counts = {each: torch.zeros(each.module.in_features, dtype=torch.int64) for each in found}
     where, values, begin = [torch.empty(0, 3, dtype=torch.int64)], [torch.empty(0)], 0
 
-    def see(projection: Projection, x: Tensor) -> None:
+    def see(projection: Projection, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
         mask = ~(x.abs() < threshold)
         largest[projection] = torch.maximum(largest[projection], x.abs().amax(0))
         counts[projection] += mask.sum(0)
@@ -115,8 +117,11 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
             values.append(x[mask])
 
     for window in windows:
-        with progress.step("looking for outlier features"):
-            watch(language, window, found, see)
+        with (
+            progress.step("looking for outlier features"), torch.inference_mode(),
+            hooked((each.module, partial(see, each)) for each in found),
+        ):  # fmt: skip
+            language.model(**window.inputs)
             begin += window.ids.shape[1]
     magnitudes = torch.zeros(layers, width)
     for each in hidden:
@@ -127,18 +132,6 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
         ordered = dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))
         columns.append(Columns(each, ordered, float(largest[each].max())))
     return Observation(begin, magnitudes, torch.cat(where), torch.cat(values), columns)
-
-
-def watch(
-    language: Language, window: Window, watched: Sequence[Projection], see: Callable[[Projection, Tensor], None]
-) -> None:
-    """Run a window; calls see(projection, x float32 [positions, k]) with each input."""
-
-    def hook(projection: Projection) -> Callable[..., None]:
-        return lambda module, args: see(projection, args[0].detach().reshape(-1, args[0].shape[-1]).float())
-
-    with hooked((each.module, hook(each)) for each in watched), torch.inference_mode():
-        language.model(**window.inputs)
 
 
 def _hidden_states(found: Sequence[Projection], width: int) -> set[Projection]:
@@ -184,15 +177,10 @@ def model_table(
 
 def feature_table(features: Sequence[Feature]) -> Table:
     """Each outlier feature."""
-    return Table(
-        "Outlier features, the most common first",
-        {"feature": "", "layers, %": ".1f", "positions, %": ".1f", "largest magnitude": ".1f", "one-sided": ""},
-        [
-            [str(f.number), 100 * f.layers, 100 * f.positions, f.largest, "yes" if f.one_sided else "no"]
-            for f in features
-        ],
-        "" if features else "None.",
-    )
+    columns = {"feature": "", "layers, %": ".1f", "positions, %": ".1f", "largest magnitude": ".1f", "one-sided": ""}
+    sides = {True: "yes", False: "no"}
+    rows = [[str(f.number), 100 * f.layers, 100 * f.positions, f.largest, sides[f.one_sided]] for f in features]
+    return Table("Outlier features, the most common first", columns, rows, "" if features else "None.")
 
 
 def projection_table(seen: Observation) -> Table:
@@ -201,8 +189,5 @@ def projection_table(seen: Observation) -> Table:
     for found in seen.columns:
         named = ", ".join(map(str, list(found.shares)[:_LISTED])) + (", ..." if len(found.shares) > _LISTED else "")
         rows.append([f"{found.projection.layer} {found.projection.name}", found.largest, len(found.shares), named])
-    return Table(
-        "Columns that are outlying at any position, by linear layer",
-        {"layer, projection": "", "largest magnitude": ".1f", "columns": "d", "which, the most common first": ""},
-        rows,
-    )
+    columns = {"layer, projection": "", "largest magnitude": ".1f", "columns": "d", "which, the most common first": ""}
+    return Table("Columns that are outlying at any position, by linear layer", columns, rows)
