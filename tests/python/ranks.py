@@ -26,7 +26,9 @@ class Ranks:
     """`size` processes. `run` has each call a function with the mesh of them all; nothing can hang for ever."""
 
     def __init__(self, size: int, device: str = "cpu") -> None:
-        context = mp.get_context("spawn")
+        # Forks of one process that has imported what takes each of them ten seconds, and started no thread.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["octavo.transformers", "torch.distributed.fsdp", "torch.distributed.tensor"])
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         store = Path(self._folder.name) / "store"  # a file, so that there is no port to be taken by somebody else
