@@ -57,8 +57,8 @@ CCACHE = {
     "CCACHE_BASEDIR": str(ROOT),
     "CCACHE_NOHASHDIR": "true",
 }
-# The files of tests/python with tests that run on every backend.
-EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "ranges", "threads", "weight")
+# The files of tests/python with tests that run on every backend, but for threads: tests/simt/test_calls.cpp has those.
+EMULATED_FILES = ("dequantize", "errors", "gemm", "linear", "outlier", "quantize", "ranges", "weight")
 # Those that need more packages than NumPy, PyTorch and Transformers, or start many processes.
 INTEGRATION_FILES = (
     *("checkpoint_bitsandbytes", "checkpoint_resume", "checkpoint_transformers", "diffusers", "distributed"),
@@ -315,7 +315,7 @@ WHEEL = Step("wheel", wheel)
 STAGES = [
     [Step("system packages", system_packages), *TESTS, *CHECKS],
     [replace(MORE_CHECKS[0], do=partial(cuda_wheel, CI_ARCHITECTURES)), *MORE_TESTS, MORE_CHECKS[1]],
-    [*LABORATORY, WHEEL, EVIDENCE, DEMO, DOCS],
+    [LABORATORY[0], EVIDENCE, WHEEL, LABORATORY[1], DEMO, DOCS],
 ]
 
 
