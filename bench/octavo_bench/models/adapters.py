@@ -11,6 +11,7 @@ import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,13 @@ def run(
     about = {"setting": asdict(setting), "corpus_version": text.VERSION}
     runs = Runs(kept, about)
     progress.begin(len(BASES) * seeds)
-    values: dict[str, list[list[float]]] = {base: [] for base in BASES}
-    for seed in range(seeds):
-        for base, options in BASES.items():
-            name = f"{base}, seed {seed}"
-            with progress.step(name):
-                before = runs.get(f"{base}, before", lambda: tune(folder, windows, setting, options, None))  # noqa: B023
-                found = runs.get(name, lambda: tune(folder, windows, setting, options, seed))  # noqa: B023
-            values[base].append(found + before)
+
+    def make(base: str, seed: int | None) -> list[float]:
+        return tune(folder, windows, setting, BASES[base], seed)
+
+    before = {base: runs.get(f"{base}, before", partial(make, base, None)) for base in BASES}
+    found = runs.of_seeds(BASES, seeds, make, progress)
+    values = {base: [each + before[base] for each in own] for base, own in found.items()}
     table = compare(f"LoRA, {seeds} seeds", values, {"held-out loss": ".4f", "before": ".4f"})
     return Report("LoRA over a frozen int8 model", facts.now(seeds=seeds, **about), [table])
 

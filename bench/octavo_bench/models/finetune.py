@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ..machine import Facts
 from ..progress import Progress
-from ..tables import Report, Table
+from ..tables import Report
 from . import find, text
 from .ways import DEFAULT, WAYS, Runs, Way, arithmetic, check, compare, prepare_
 
@@ -68,22 +68,16 @@ def run(
     }
     runs = Runs(kept, about)
     progress.begin(len(examples) * len(ways) * seeds)
-    scores: dict[str, dict[str, list[list[float]]]] = {name: {way: [] for way in ways} for name in examples}
-    for seed in range(seeds):  # a table of fewer seeds soon
-        for task, given in examples.items():
-            for way in ways:
-                name = f"{task}, {way}, seed {seed}"
-                with progress.step(name):
-                    found = runs.get(name, lambda: fine_tune(folder, task, given, setting, WAYS[way], seed))  # noqa: B023
-                scores[task][way].append(found)
-    tables = [_table(task, values) for task, values in scores.items()]
+    tables = []
+    for task, given in examples.items():
+
+        def make(way: str, seed: int, task: str = task, given: list[Example] = given) -> tuple[float, float]:
+            return fine_tune(folder, task, given, setting, WAYS[way], seed)
+
+        values = runs.of_seeds(ways, seeds, make, progress, f"{task}, ")
+        score = "accuracy" if task in CLASSES else "correlation"
+        tables.append(compare(f"{task}, {seeds} seeds", values, {"held-out loss": ".4f", score: ".4f"}))
     return Report(f"{model} fine-tuned in int8", facts.now(seeds=seeds, **about), tables)
-
-
-def _table(task: str, values: dict[str, list[list[float]]]) -> Table:
-    score = "accuracy" if task in CLASSES else "correlation"
-    seeds = len(next(iter(values.values())))
-    return compare(f"{task}, {seeds} seeds", values, {"held-out loss": ".4f", score: ".4f"})
 
 
 def fine_tune(

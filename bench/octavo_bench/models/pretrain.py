@@ -53,13 +53,11 @@ def run(
     ids = tokenizer((output / "heldout.txt").read_text(encoding="utf-8"), verbose=False)["input_ids"]
     held_out = torch.tensor(ids[: setting.evaluated * setting.window]).unflatten(0, (-1, setting.window))
     progress.begin(len(ways) * seeds)
-    curves: dict[str, list[list[float]]] = {way: [] for way in ways}
-    for seed in range(seeds):
-        for way in ways:
-            name = f"{way}, seed {seed}"
-            with progress.step(name):
-                found = runs.get(name, lambda: pretrain(setting, tokens, held_out, WAYS[way], seed))  # noqa: B023
-            curves[way].append(found)
+
+    def make(way: str, seed: int) -> list[float]:
+        return pretrain(setting, tokens, held_out, WAYS[way], seed)
+
+    curves = runs.of_seeds(ways, seeds, make, progress)
     ends = {way: [(own[-1], own[-2]) for own in found] for way, found in curves.items()}
     last = setting.steps // POINTS
     losses = compare(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from octavo.torch import train_
 from torch import Tensor, nn
 
+from ..progress import Progress
 from ..tables import Table, write_text
 
 
@@ -111,6 +113,19 @@ class Runs:
             if self._path is not None:
                 write_text(self._path, json.dumps(self._content, indent=0))
         return list(runs[name])
+
+    def of_seeds(
+        self, ways: Iterable[str], seeds: int, make: Callable[[str, int], Sequence[float]], progress: Progress,
+        about: str = "",
+    ) -> dict[str, list[list[float]]]:  # fmt: skip
+        """By way the values with each seed; `make(way, seed)` makes a run, `about` begins its name."""
+        found: dict[str, list[list[float]]] = {way: [] for way in ways}
+        for seed in range(seeds):
+            for way, own in found.items():
+                name = f"{about}{way}, seed {seed}"
+                with progress.step(name):
+                    own.append(self.get(name, partial(make, way, seed)))
+        return found
 
 
 def compare(title: str, values: Mapping[str, Sequence[Sequence[float]]], forms: Mapping[str, str]) -> Table:

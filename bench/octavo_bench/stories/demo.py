@@ -97,10 +97,9 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
     tables += times
     figures = {**figures, **measurement.figures(natural)}
     told += [line for where, report in losses.items() for line in _about(where, report)]
+    told += [f"{table.title}: int8 is {table.rows[1][-1]:.2f} times as fast." for table in times]
     about = {**analyzed_report.facts, **facts.now(package=f"{MINILM}=={MINILM_VERSION}", sha256=MINILM_SHA256)}
-    report = Report(
-        "octavo demo: SmolLM2 and MiniLM in int8", about, tables, [*told, *map(_about_times, times)], list(figures)
-    )
+    report = Report("octavo demo: SmolLM2 and MiniLM in int8", about, tables, told, list(figures))
     with progress.step("writing report.json", 4):
         write_text(output / "report.json", report.json())
     return report, figures
@@ -139,7 +138,3 @@ def _about(where: str, report: Report) -> list[str]:
             f"Its linear layers take {own:.2f} MiB in int8, {own / before:.3f} of the {before:.2f} in float32."
         )
     return found
-
-
-def _about_times(table: Table) -> str:
-    return f"{table.title}: int8 is {table.rows[1][-1]:.2f} times as fast."

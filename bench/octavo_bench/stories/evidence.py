@@ -96,10 +96,6 @@ def cost_table(reports: Mapping[str, Report]) -> Table:
     rows = [
         [name, *(cell for model in reports for cell in own.get(model, [None, None]))] for name, own in found.items()
     ]
-    return Table(
-        "What each scheme costs, by model",
-        {"scheme": "", **columns},
-        rows,
-        "Language models: Kullback-Leibler divergence from float32, nats per token. Encoders: 1 - cosine of the "
-        "embeddings with float32's. ±: standard errors over windows or passages.",
-    )
+    note = "Language models: Kullback-Leibler divergence from float32, nats per token. Encoders: 1 - cosine of the "
+    note += "embeddings with float32's. ±: standard errors over windows or passages."
+    return Table("What each scheme costs, by model", {"scheme": "", **columns}, rows, note)
