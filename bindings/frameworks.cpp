@@ -9,6 +9,8 @@
 #include <mutex>
 #include <string_view>
 
+#include "bindings/torch_api.hpp"
+
 namespace octavo::python {
 namespace {
 
@@ -22,9 +24,7 @@ struct TorchNames {
     py::object dispatch = tensor.attr("__torch_dispatch__");
     py::object strided = torch.attr("strided");
     // Of its C interface, which is faster than Python's functions; null in versions before it.
-    bool (*is_grad_enabled_fast)() = symbol<bool (*)()>("aoti_torch_grad_mode_is_enabled");
-    std::int32_t (*get_num_threads_fast)(std::uint32_t*) =
-        symbol<std::int32_t (*)(std::uint32_t*)>("torch_get_num_threads");
+    const TorchApi& api = torch_api();
     py::object is_grad_enabled = torch.attr("is_grad_enabled");
     py::object get_num_threads = torch.attr("get_num_threads");
     py::object new_empty = tensor.attr("new_empty");  // unbound: of any tensor
@@ -43,11 +43,6 @@ struct TorchNames {
     std::array<py::object, 5> dtypes{torch.attr("float32"), torch.attr("float16"), torch.attr("bfloat16"),
                                      torch.attr("int8"), torch.attr("int32")};
     const DLPackExchangeAPI* exchange = find_exchange(tensor);
-
-    template <class Function>
-    static Function symbol(const char* name) {
-        return reinterpret_cast<Function>(symbol_of("libtorch_cpu.so", name));
-    }
 
     static const DLPackExchangeAPI* find_exchange(const py::object& tensor_type) {
         if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) return nullptr;
@@ -318,7 +313,7 @@ bool torch_records(py::handle tensor, py::handle other) {
     const auto& torch = names<TorchNames>();
     const bool has_other = !other.is_none();
     const bool enabled =
-        torch.is_grad_enabled_fast != nullptr ? torch.is_grad_enabled_fast() : is_true(call(torch.is_grad_enabled));
+        torch.api.is_grad_enabled != nullptr ? torch.api.is_grad_enabled() : is_true(call(torch.is_grad_enabled));
     if (enabled && (torch_requires_grad(tensor) || (has_other && torch_requires_grad(other)))) return true;
     if (PyLong_AsLong(attribute(torch.forward_ad, torch.forward_level).ptr()) < 0) return false;
     const py::object unpack = torch.forward_ad.attr("unpack_dual");
@@ -418,7 +413,7 @@ int threads_of(Framework framework) {
     if (framework != Framework::torch) return 0;
     const auto& torch = names<TorchNames>();
     std::uint32_t count = 0;
-    if (torch.get_num_threads_fast != nullptr && torch.get_num_threads_fast(&count) == 0) {
+    if (torch.api.get_num_threads != nullptr && torch.api.get_num_threads(&count) == 0) {
         return static_cast<int>(count);
     }
     return static_cast<int>(PyLong_AsLong(call(torch.get_num_threads).ptr()));

@@ -1,6 +1,5 @@
-// octavo::linear and octavo::linear_backward as PyTorch's dispatcher calls them, without Python in between. PyTorch is
-// not linked, and none of its headers is used: the functions are those of its stable C interface
-// (torch/csrc/stable/c/shim.h, PyTorch 2.10), found at run time in the library that `import torch` has loaded.
+// octavo::linear and octavo::linear_backward as PyTorch's dispatcher calls them, without Python in between, by the
+// functions of PyTorch 2.10.
 #include "bindings/torch_op.hpp"
 
 #include <pybind11/pybind11.h>
@@ -17,6 +16,7 @@
 #include "bindings/frameworks.hpp"
 #include "bindings/ops.hpp"
 #include "bindings/scratch.hpp"
+#include "bindings/torch_api.hpp"
 #include "octavo/octavo.hpp"
 
 namespace octavo::python {
@@ -26,85 +26,11 @@ namespace py = pybind11;
 
 // --- PyTorch's interface ---------------------------------------------------------------------------------------------
 
-using Status = std::int32_t;  // 0: it went well
-using Value = std::uint64_t;  // an argument: a number as it is, else the address of something that the kernel now owns
-using Kernel = void (*)(Value* stack, std::uint64_t inputs, std::uint64_t outputs);
+using Status = TorchApi::Status;
+using Value = TorchApi::Value;
 constexpr std::uint64_t torch_2_10 = (std::uint64_t{2} << 56) | (std::uint64_t{10} << 48);
 
-struct Torch {
-    Status (*get_data_ptr)(void* tensor, void** result);
-    Status (*get_dtype)(void* tensor, std::int32_t* result);
-    Status (*get_device_type)(void* tensor, std::int32_t* result);
-    Status (*get_device_index)(void* tensor, std::int32_t* result);
-    Status (*get_dim)(void* tensor, std::int64_t* result);
-    Status (*get_sizes)(void* tensor, std::int64_t** result);
-    Status (*get_strides)(void* tensor, std::int64_t** result);
-    Status (*empty_strided)(std::int64_t dim, const std::int64_t* sizes, const std::int64_t* strides,
-                            std::int32_t dtype, std::int32_t device_type, std::int32_t device_index, void** result);
-    Status (*copy)(void* target, void* source, std::int32_t non_blocking);
-    Status (*delete_tensor)(void* tensor);
-    Status (*string_length)(void* string, std::size_t* result);
-    Status (*string_data)(void* string, const char** result);
-    Status (*delete_string)(void* string);
-    Status (*get_num_threads)(std::uint32_t* result);
-    Status (*library_init)(const char* space, const char* key, const char* file, std::uint32_t line, void** result);
-    Status (*library_impl)(void* library, const char* name, Kernel kernel, std::uint64_t version);
-    Status (*get_current_cuda_stream)(std::int32_t device, void** result);  // null without CUDA
-    std::int32_t f32, f16, bf16, i8, i32, cuda;                             // its numbers for what it shares with us
-};
-
-template <class Function>
-Function find(const char* library, const char* name) {
-    return reinterpret_cast<Function>(symbol_of(library, name));
-}
-
-template <class Function>
-void need(Function& function, const char* name) {
-    function = find<Function>("libtorch_cpu.so", name);
-    if (function == nullptr) {
-        throw py::import_error(std::string("octavo.torch: expected PyTorch 2.10 or later, got one without ") + name);
-    }
-}
-
-std::int32_t number(const char* name) {
-    std::int32_t (*function)() = nullptr;
-    need(function, name);
-    return function();
-}
-
-Torch find_torch() {
-    Torch torch{};
-    need(torch.get_data_ptr, "aoti_torch_get_data_ptr");
-    need(torch.get_dtype, "aoti_torch_get_dtype");
-    need(torch.get_device_type, "aoti_torch_get_device_type");
-    need(torch.get_device_index, "aoti_torch_get_device_index");
-    need(torch.get_dim, "aoti_torch_get_dim");
-    need(torch.get_sizes, "aoti_torch_get_sizes");
-    need(torch.get_strides, "aoti_torch_get_strides");
-    need(torch.empty_strided, "aoti_torch_empty_strided");
-    need(torch.copy, "aoti_torch_copy_");
-    need(torch.delete_tensor, "aoti_torch_delete_tensor_object");
-    need(torch.string_length, "torch_string_length");
-    need(torch.string_data, "torch_string_c_str");
-    need(torch.delete_string, "torch_delete_string");
-    need(torch.get_num_threads, "torch_get_num_threads");
-    need(torch.library_init, "aoti_torch_library_init_impl");
-    need(torch.library_impl, "torch_library_impl");
-    torch.get_current_cuda_stream =
-        find<decltype(torch.get_current_cuda_stream)>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
-    torch.f32 = number("aoti_torch_dtype_float32");
-    torch.f16 = number("aoti_torch_dtype_float16");
-    torch.bf16 = number("aoti_torch_dtype_bfloat16");
-    torch.i8 = number("aoti_torch_dtype_int8");
-    torch.i32 = number("aoti_torch_dtype_int32");
-    torch.cuda = number("aoti_torch_device_type_cuda");
-    return torch;
-}
-
-const Torch& torch() {
-    static const Torch found = find_torch();
-    return found;
-}
+const TorchApi& torch() { return torch_api(); }
 
 void check(Status status) {
     if (status != 0) throw std::runtime_error("octavo::linear: PyTorch refused a call of its C interface");
@@ -374,6 +300,10 @@ PyObject* recorded_linear = nullptr;  // held for as long as the process runs
 py::handle recorded_torch_linear() { return recorded_linear; }
 
 void register_torch_operations(const py::function& recorded) {
+    if (torch().missing != nullptr) {
+        throw py::import_error(std::string("octavo.torch: expected PyTorch 2.10 or later, got one without ") +
+                               torch().missing);
+    }
     recorded_linear = py::object(recorded).release().ptr();
     for (const char* const key : {"CPU", "CUDA"}) {
         void* library = nullptr;  // never deleted: it is registered for as long as the process runs
