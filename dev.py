@@ -49,7 +49,7 @@ CORES = str(os.cpu_count() or 1)
 CUDA_HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*")
 # What CI compiles: the sources have code of their own for what is before sm_80 and for what is from there on, and
 # nothing else. `dev.py check` compiles for all GPUs that the wheel is for.
-CI_ARCHITECTURES = "75-real;90-real"
+CI_ARCHITECTURES = "75-real;90a-real"
 # Where ccache is, what one step has compiled another does not compile again: the wheels have the same core.
 CCACHE = {
     "CMAKE_CXX_COMPILER_LAUNCHER": "ccache",

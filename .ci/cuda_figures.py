@@ -4,8 +4,8 @@ A kernel that needs more of these is slower, or fewer of its blocks fit a multip
 
     registers, shared, stack   what the assembler says: registers of a thread, bytes of shared memory, spilled bytes
     code                       instructions in all
-    per IMMA, per HMMA         instructions for each matrix instruction (of int8; of floats), in the innermost loop that
-                               has any
+    per IMMA, per HMMA         instructions for each matrix instruction (of int8, of a warp or of four; of floats), in
+                               the innermost loop that has any
     per 16 B                   instructions for each access of 16 bytes of global memory, in the innermost loop that has
                                any, and no matrix instruction. Of f16 these are 8 elements
     per output                 products that know their tile: instructions outside the loop over k for each output of a
@@ -31,7 +31,7 @@ COLUMNS = (
 Figures = Mapping[str, float | None]  # by column; None where there is nothing to count
 Table = dict[tuple[str, str], Figures]  # by architecture and kernel
 
-MATRIX = re.compile(r"\b[IH]MMA\.")
+MATRIX = re.compile(r"\b(?:[IH]MMA|IGMMA)\.")
 WIDE = re.compile(r"\b(?:LDG|STG|LDGSTS)\.E\.(?:\w+\.)*128")
 BRANCH = re.compile(r"(?P<guard>@\S+ )?BRA\S* (?P<condition>.*?)0x(?P<target>[0-9a-f]+)")
 BYTES = 16  # of an instruction
@@ -49,15 +49,24 @@ def figures(arguments: str, code: Sequence[str], registers: int, shared: int, st
     found |= {"registers": registers, "shared": shared, "stack": stack}
     instructions = sum(not line.startswith("NOP") for line in code)
     found["code"] = instructions
-    found["per IMMA"] = worst(code, with_matrix, re.compile(r"\bIMMA\."))
+    found["per IMMA"] = worst(code, with_matrix, re.compile(r"\bIG?MMA\."))
     found["per HMMA"] = worst(code, with_matrix, re.compile(r"\bHMMA\."))
     found["per 16 B"] = worst(code, others, WIDE)
-    if tile := re.search(r"4TileILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", arguments):
-        rows, cols, warp_rows, warp_cols = map(int, tile.groups())
+    if sizes := tile_of(arguments):
+        rows, cols, warp_rows, warp_cols = sizes
         over_k = {place for loop in with_matrix for place in loop}
         found["per output"] = round((instructions - len(over_k)) / (warp_rows * warp_cols / 32), 1)
         found["B per output"] = DEPTH / rows + DEPTH / cols + output_bytes
     return found
+
+
+def tile_of(arguments: str) -> list[int] | None:
+    """Rows and columns of the tile that a product computes, and of a warp's part of it."""
+    if tile := re.search(r"4TileILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", arguments):
+        return [int(size) for size in tile.groups()]
+    if tile := re.search(r"9GroupTileILi(\d+)E", arguments):  # cuda/linear_wgmma.cuh
+        return [128, int(tile[1]), 16, int(tile[1])]
+    return None
 
 
 def worst(code: Sequence[str], all_loops: Iterable[frozenset[int]], work: re.Pattern[str]) -> float | None:

@@ -35,6 +35,7 @@ class Rule:
     instances: str = ""
     first: int = 75
     last: int = 999
+    of_one_gpu: bool = False  # only of code for what one GPU alone has, as 90a
 
 
 # The instances for arrays of any strides read an element at a time: the others have `wide` (Lb1E), or 16 elements at a
@@ -51,6 +52,9 @@ RULES = (
     Rule("linear_mma.linear_kernel", r"\bIMMA\.\d+\.S8\.S8", first=80),
     Rule("linear_mma.linear_kernel", r"\bHMMA\.\d+\.F32\.TF32", first=80),
     Rule("linear_mma.linear_kernel", WIDE_COPY, first=80),
+    Rule("linear_wgmma.wgmma_kernel", r"\bIGMMA\.64x(128|256)x32\.S8\.S8", first=90, last=90, of_one_gpu=True),
+    Rule("linear_wgmma.wgmma_kernel", r"\bHMMA\.\d+\.F32\.TF32", first=90, last=90, of_one_gpu=True),
+    Rule("linear_wgmma.wgmma_kernel", WIDE_COPY, first=90, last=90, of_one_gpu=True),
     Rule("gemm_copies.copy_kernel", WIDE_STORE),
     Rule("gemm_copies.sum_kernel", r"\b(RED|REDG|ATOMG)\.E\.MIN\.64"),
     Rule("weight_only.dot_kernel", WIDE_LOAD),
@@ -166,7 +170,7 @@ def faults(architecture: str, kernels: dict[str, Kernel]) -> list[str]:
     """What is missing or wrong in the kernels of an architecture."""
     found = []
     for rule in RULES:
-        if not rule.first <= number_of(architecture) <= rule.last:
+        if not rule.first <= number_of(architecture) <= rule.last or (rule.of_one_gpu and architecture[-1] != "a"):
             continue
         own = [
             kernel

@@ -12,9 +12,9 @@
 # Where the backend cannot be built here, prebuilt/liboctavo_cuda.so is taken instead, if it is there: any Python's does.
 #
 # Results are written after every step anew, so that whoever is killed loses one step: summary.txt, logs.tgz, and by the
-# name of the GPU and the date -key.json (few shapes, many rows), -graph.json (the same as CUDA graphs), -kernels.txt
-# (what each kernel takes) and .json (every shape). --continue goes on behind the steps that an earlier call did well.
-# Ends with a summary, and with a status that is not 0 where a step failed.
+# name of the GPU and the date -key.json (few shapes, many rows), -mma.json (some without wgmma), -graph.json (as CUDA
+# graphs), -kernels.txt (what each kernel takes) and .json (every shape). --continue goes on behind the steps that an
+# earlier call did well. Ends with a summary, and with a status that is not 0 where a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 limit=${OCTAVO_GPU_SECONDS:-840}  # of all together
@@ -88,6 +88,9 @@ step() {
 nvidia-smi >"$logs/nvidia-smi.txt" 2>&1
 architecture=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 if [ -z "$architecture" ]; then note setup "failed: nvidia-smi sees no GPU"; exit 2; fi
+# What only this GPU has, products of warpgroups among it.
+kind=$architecture
+if [ "$architecture" = 90 ]; then kind=90a; fi
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs '[:alnum:]' - | tr '[:upper:]' '[:lower:]')$(date +%F)
 venv=$PWD/$work/venv
 # Without pip: Debian's and Ubuntu's Pythons have no ensurepip; that of $PYTHON is found as its other packages are.
@@ -113,7 +116,7 @@ done
 step build-tests 240 sh -c "cmake -S . -B $work/cpp -G Ninja -DOCTAVO_TESTS=ON -DCMAKE_BUILD_TYPE=Release &&
   cmake --build $work/cpp -j $jobs" &
 install=("$py" -m pip install --no-build-isolation --no-deps --force-reinstall .)
-if OCTAVO_CUDA=1 OCTAVO_CUDA_ARCHITECTURES=$architecture-real CMAKE_BUILD_PARALLEL_LEVEL=$jobs \
+if OCTAVO_CUDA=1 OCTAVO_CUDA_ARCHITECTURES=$kind-real CMAKE_BUILD_PARALLEL_LEVEL=$jobs \
   step build-wheel 240 "${install[@]}"; then
   backend='pathlib.Path(octavo.__file__).parent / "liboctavo_cuda.so"'
 elif [ -f prebuilt/liboctavo_cuda.so ]; then
@@ -136,11 +139,18 @@ done
 wait
 OCTAVO_TEST_DEVICE=cuda LD_LIBRARY_PATH=$cublas step test-cpp-cublaslt 60 "$work/cpp/tests/cpp/test_gemm"
 
+# Products of warpgroups were tried when the device was first used (compute capability 9.0).
+step wgmma 60 "$py" -c 'import torch, octavo; octavo.quantize(torch.ones(1, 64, device="cuda", dtype=torch.float16))
+found = octavo.info()["cuda"]["wgmma"]; print(found); assert "wrong" not in found, found'
+
 # --- the figures that matter most, before anything that may take long -------------------------------------------------
 
 bench=(env PYTHONPATH=bench "$py" -m octavo_bench bench --device cuda)
 key=(--shapes 4096,16384 768,3072 8192,8192 --rows 1 8 16 64 65 128 256 1024 4096 --seconds 0.2)
 step key-figures 100 "${bench[@]}" "${key[@]}" --outliers 0 6 64 --limit 80 --json "$out/$name-key.json"
+# The same without products of warpgroups.
+OCTAVO_CUDA_WGMMA=0 step mma 40 "${bench[@]}" --shapes 4096,16384 8192,8192 --rows 128 256 1024 4096 --seconds 0.2 \
+  --outliers 6 --limit 30 --json "$out/$name-mma.json"
 step graphs 60 "${bench[@]}" "${key[@]}" --outliers 6 --graph --limit 45 --json "$out/$name-graph.json"
 step kernels 60 env PYTHONPATH=bench "$py" -m octavo_bench.layers.kernels "$out/$name-kernels.txt"
 

@@ -47,6 +47,7 @@ py::dict cuda_info() {
     }
     result["devices"] = devices;
     result["cublaslt"] = info.cublaslt;
+    result["wgmma"] = info.wgmma;
     return result;
 }
 

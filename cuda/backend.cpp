@@ -107,6 +107,7 @@ public:
         return result;
     }
     [[nodiscard]] std::string cublaslt() const override { return cuda::cublaslt_status(); }
+    [[nodiscard]] std::string wgmma() const override { return cuda::wgmma_status(); }
     void release_memory() const override { cuda::release_memory(); }
 
 private:

@@ -5,8 +5,10 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <string>
+#include <string_view>
 
 #include "check.hpp"
 #include "octavo/error.hpp"
@@ -27,6 +29,7 @@ constexpr int oldest_architecture = 75;
 // What is kept per device, made at its first use and, as the driver may be gone by then, never destroyed.
 struct DeviceState {
     std::once_flag facts_once;
+    std::atomic<bool> facts_known{false};
     DeviceFacts facts;
     std::once_flag pool_once;
     std::atomic<cudaMemPool_t> pool{nullptr};
@@ -90,6 +93,12 @@ DeviceFacts read_facts(int index) {
     facts.architecture = architecture_of_code();
     facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
     facts.shared = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+    // Other devices cannot run what is compiled for 9.0a.
+    const char* const wanted = std::getenv("OCTAVO_CUDA_WGMMA");
+    const bool is_off = wanted != nullptr && std::string_view(wanted) == "0";
+    if (10 * major + minor == wgmma_architecture && facts.architecture == wgmma_architecture && !is_off) {
+        facts.wgmma = try_wgmma();
+    }
     return facts;
 }
 
@@ -137,8 +146,27 @@ DeviceGuard::~DeviceGuard() {
 const DeviceFacts& device_facts() {
     const int index = current_device();
     DeviceState& state = state_of(index);
-    std::call_once(state.facts_once, [&] { state.facts = read_facts(index); });
+    std::call_once(state.facts_once, [&] {
+        state.facts = read_facts(index);
+        state.facts_known = true;
+    });
     return state.facts;
+}
+
+std::string wgmma_status() {
+    std::string text;
+    for (std::size_t index = 0; index < states().size(); ++index) {
+        const DeviceState& state = states()[index];
+        if (!state.facts_known) continue;
+        text += text.empty() ? "device " : "; device ";
+        text += std::to_string(index) + ": ";
+        switch (state.facts.wgmma) {
+            case Wgmma::none: text += "none"; break;
+            case Wgmma::right: text += "used"; break;
+            case Wgmma::wrong: text += "not used, because products were wrong"; break;
+        }
+    }
+    return text.empty() ? "no device was used so far" : text;
 }
 
 ScratchOfCall::ScratchOfCall(const Scratch* scratch) noexcept { scratch_of_call = scratch; }

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "octavo/runtime.hpp"
@@ -33,16 +34,24 @@ private:
     bool changed_ = false;
 };
 
+// What is known of the products of warpgroups (linear_wgmma.cu): that the code has none of them, that they are right,
+// or that they are not, and are not used.
+enum class Wgmma : std::int32_t { none, right, wrong };
+
 // Facts of a device that launchers choose by; read once.
 struct DeviceFacts {
     int multiprocessors = 0;
     int architecture = 0;    // of the code that it runs, 10 * major + minor: 90 for compute capability 9.0
     std::size_t shared = 0;  // bytes of shared memory that a block can have
+    Wgmma wgmma = Wgmma::none;
 };
 
 // Of the current device. Throws Error (device) where it is older than compute capability 7.5, or there is no code for
 // it.
 const DeviceFacts& device_facts();
+
+// On which devices, of those that were used so far, products of warpgroups are used, or why not.
+std::string wgmma_status();
 
 // Whether launches on the current device may begin before the one before them has ended (Grid::early): from sm_90 on.
 inline bool begins_early() { return device_facts().architecture >= 90; }

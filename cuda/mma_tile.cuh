@@ -83,6 +83,7 @@ template <int tile_rows, int threads, bool is_b>
 struct Share {
     static constexpr int pitch = threads / chunks;
     static constexpr int count = tile_rows / pitch;
+    static constexpr int row_bytes = slice;
     static_assert(tile_rows % pitch == 0 && pitch % 16 == 0);  // 16: the permutation of all these rows is the same
 
     __device__ static int first() { return static_cast<int>(threadIdx.x) / chunks; }
@@ -104,7 +105,7 @@ __device__ void copy_slice(const std::int8_t* source, std::int64_t row_stride, i
 #pragma unroll
     for (int i = 0; i < Share::count; ++i) {
         const bool inside = Share::first() + i * Share::pitch < rows;
-        copy_async_16(target + i * Share::pitch * slice, source + begin + i * Share::pitch * row_stride,
+        copy_async_16(target + i * Share::pitch * Share::row_bytes, source + begin + i * Share::pitch * row_stride,
                       inside ? bytes : 0);
     }
 }
@@ -232,20 +233,31 @@ struct Place {
     int col = static_cast<int>(threadIdx.x) / warp_size % Tile::warps_across * Tile::warp_cols;
 };
 
+// Where a lane's row of the matrices of step `s` of a slice is: of the first 16 rows of a, and, behind the rows of a,
+// of the first two fragments of b.
+template <class Tile>
+__device__ const std::int8_t* matrices_of_a(const std::int8_t* shared, int s, const Place<Tile>& place) {
+    // Matrices of a: rows 0-7 and 8-15 of the first 16 bytes, then of the next.
+    const int matrix = place.lane / 8;
+    const int row = place.row + matrix % 2 * 8 + place.lane % 8;
+    return shared + row * slice + chunk_of_a(row, 2 * s + matrix / 2) * chunk;
+}
+template <class Tile>
+__device__ const std::int8_t* matrices_of_b(const std::int8_t* shared, int s, const Place<Tile>& place) {
+    // Matrices of b: both 16 bytes of one fragment, then of its neighbour. Column 2q + e of fragment f of the two is
+    // column 4q + 2f + e of the tile.
+    const int matrix = place.lane / 8;
+    const int row = place.col + place.lane % 8 / 2 * together + matrix / 2 * 2 + place.lane % 2;
+    return shared + (Tile::rows + row) * slice + chunk_of_b(row, 2 * s + matrix % 2) * chunk;
+}
+
 // Reads step `s` of a slice: rows of a, behind them rows of b.
 template <class Tile>
 __device__ void read_fragments(const std::int8_t* shared, int s, const Place<Tile>& place, Fragments<Tile>& to) {
-    const int row_of_matrix = place.lane % 8;
-    const int matrix = place.lane / 8;
-    // Matrices of a: rows 0-7 and 8-15 of the first 16 bytes, then of the next.
-    const int row_a = place.row + matrix % 2 * 8 + row_of_matrix;
-    const std::int8_t* const a = shared + row_a * slice + chunk_of_a(row_a, 2 * s + matrix / 2) * chunk;
+    const std::int8_t* const a = matrices_of_a<Tile>(shared, s, place);
 #pragma unroll
     for (int t = 0; t < Tile::row_fragments; ++t) load_matrices(to.a[t], a + t * 16 * slice);
-    // Matrices of b: both 16 bytes of one fragment, then of its neighbour. Column 2q + e of fragment f of the two is
-    // column 4q + 2f + e of the tile.
-    const int row_b = place.col + row_of_matrix / 2 * together + matrix / 2 * 2 + row_of_matrix % 2;
-    const std::int8_t* const b = shared + (Tile::rows + row_b) * slice + chunk_of_b(row_b, 2 * s + matrix % 2) * chunk;
+    const std::int8_t* const b = matrices_of_b<Tile>(shared, s, place);
 #pragma unroll
     for (int t = 0; t < Tile::col_fragments; t += 2) {
         std::uint32_t pair[4];
@@ -436,7 +448,12 @@ std::int64_t tiles_of(std::int64_t m, std::int64_t n) {
     return blocks_for(m, Tile::rows) * blocks_for(n, Tile::cols);
 }
 
-// Clocks that a product takes, up to a factor. `rate`: the part of the peak that the tile can reach (see above).
+// What tiles reach (see above), of what the largest does.
+constexpr double large_rate = 1.0;
+constexpr double medium_rate = 0.95;
+constexpr double small_rate = 0.6;
+
+// Clocks that a product takes, up to a factor.
 template <class Tile>
 double clocks(std::int64_t m, std::int64_t n, double rate) {
     const std::int64_t multiprocessors = device_facts().multiprocessors;
@@ -451,9 +468,9 @@ inline Size size_for(std::int64_t m, std::int64_t n, SliceCopy copy) {
     // Byte by byte, reading is what takes time, whatever the tile. Large products are read so only where there may be
     // no copies (gemm.cpp).
     if (copy == SliceCopy::bytes) return Size::small;
-    const double medium = clocks<Medium>(m, n, 0.95);
-    const double small = clocks<Small>(m, n, 0.6);
-    if (copy == SliceCopy::async && clocks<Large>(m, n, 1.0) <= std::min(medium, small)) return Size::large;
+    const double medium = clocks<Medium>(m, n, medium_rate);
+    const double small = clocks<Small>(m, n, small_rate);
+    if (copy == SliceCopy::async && clocks<Large>(m, n, large_rate) <= std::min(medium, small)) return Size::large;
     return medium <= small ? Size::medium : Size::small;
 }
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <span>
 
+#include "memory.hpp"
 #include "octavo/linear.hpp"
 #include "octavo/options.hpp"
 #include "octavo/quantize.hpp"
@@ -204,6 +205,13 @@ private:
     bool in_order_ = false;
     bool is_exact_ = false;
 };
+
+// --- linear_wgmma.cu ------------------------------------------------------------------------------------------------
+
+// Whether the products of warpgroups, which devices of this architecture can have, are right on the current one: of
+// small matrices, all of whose sums are compared. Waits for the device.
+inline constexpr int wgmma_architecture = 90;
+Wgmma try_wgmma();
 
 // --- epilogue.cu ----------------------------------------------------------------------------------------------------
 

@@ -88,6 +88,104 @@ __device__ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint3
 #endif
 }
 
+// --- products of warpgroups (sm_90a) ---------------------------------------------------------------------------------
+//
+// Four warps, the first of which has a number that is a multiple of four, multiply matrices that are in shared memory,
+// and do not wait for the sums. The order of things is
+//
+//   wgmma_fence, wgmma_s8 as often as wanted, wgmma_commit, ..., wgmma_wait
+//
+// Until the wait neither the sums may be touched nor the memory be written. What threads wrote to that memory, by
+// stores or by `copy_async_16`, each of them makes visible by `fence_async_proxy`, before a barrier.
+
+// A matrix of bytes whose rows are 128 bytes apart, from a multiple of 1024 on: bytes 16 c to 16 c + 15 of row r are at
+// 128 r + 16 (c ^ r % 8). For columns from 32 s on, 2 s is added.
+__device__ inline std::uint64_t wgmma_matrix(const void* rows) {
+    constexpr std::uint64_t between_8_rows = 1024;
+    constexpr std::uint64_t swizzled_by_128_bytes = 1;
+    return std::uint64_t{shared_address(rows)} >> 4 | std::uint64_t{1} << 16 | between_8_rows >> 4 << 32 |
+           swizzled_by_128_bytes << 62;
+}
+
+// Makes what this thread has written to shared memory, with the copies that it has waited for, visible to products.
+__device__ inline void fence_async_proxy() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Orders this thread's accesses of the sums before the products that follow.
+__device__ inline void wgmma_fence() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Ends a group of products.
+__device__ inline void wgmma_commit() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits until all but the last `pending` groups are done.
+template <int pending>
+__device__ void wgmma_wait() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// sums[64, cols] += a[64, 32] * b[cols, 32]^T  of int8, exact modulo 2^32. Warp w of the four has rows 16 w to
+// 16 w + 15: of these and 8 columns a fragment, in the registers as `multiply_add_s8` has its sums.
+template <int cols>
+__device__ void wgmma_s8(std::int32_t (&sums)[cols / 8][4], std::uint64_t a, std::uint64_t b) {
+    static_assert(cols == 128 || cols == 256);
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define OCTAVO_SUMS(u) "+r"(sums[u][0]), "+r"(sums[u][1]), "+r"(sums[u][2]), "+r"(sums[u][3])
+    // clang-format off
+    if constexpr (cols == 128) {
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %66, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+            "%64, %65, adds;\n}"
+            : OCTAVO_SUMS(0), OCTAVO_SUMS(1), OCTAVO_SUMS(2), OCTAVO_SUMS(3),
+              OCTAVO_SUMS(4), OCTAVO_SUMS(5), OCTAVO_SUMS(6), OCTAVO_SUMS(7),
+              OCTAVO_SUMS(8), OCTAVO_SUMS(9), OCTAVO_SUMS(10), OCTAVO_SUMS(11),
+              OCTAVO_SUMS(12), OCTAVO_SUMS(13), OCTAVO_SUMS(14), OCTAVO_SUMS(15)
+            : "l"(a), "l"(b), "r"(1));
+    } else {
+        asm volatile(
+            "{\n.reg .pred adds;\nsetp.ne.b32 adds, %130, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 "
+            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+            "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+            "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+            "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+            "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+            "%128, %129, adds;\n}"
+            : OCTAVO_SUMS(0), OCTAVO_SUMS(1), OCTAVO_SUMS(2), OCTAVO_SUMS(3),
+              OCTAVO_SUMS(4), OCTAVO_SUMS(5), OCTAVO_SUMS(6), OCTAVO_SUMS(7),
+              OCTAVO_SUMS(8), OCTAVO_SUMS(9), OCTAVO_SUMS(10), OCTAVO_SUMS(11),
+              OCTAVO_SUMS(12), OCTAVO_SUMS(13), OCTAVO_SUMS(14), OCTAVO_SUMS(15),
+              OCTAVO_SUMS(16), OCTAVO_SUMS(17), OCTAVO_SUMS(18), OCTAVO_SUMS(19),
+              OCTAVO_SUMS(20), OCTAVO_SUMS(21), OCTAVO_SUMS(22), OCTAVO_SUMS(23),
+              OCTAVO_SUMS(24), OCTAVO_SUMS(25), OCTAVO_SUMS(26), OCTAVO_SUMS(27),
+              OCTAVO_SUMS(28), OCTAVO_SUMS(29), OCTAVO_SUMS(30), OCTAVO_SUMS(31)
+            : "l"(a), "l"(b), "r"(1));
+    }
+    // clang-format on
+#undef OCTAVO_SUMS
+#endif
+}
+
 // --- data that is read once -----------------------------------------------------------------------------------------
 
 // The policy of data that is read once: the level-2 cache gives it up first (sm_80).

@@ -39,7 +39,7 @@ case "$name $*" in
   test_*) [ "$OCTAVO_TEST_DEVICE $OCTAVO_CUDA_LIBRARY" = "cuda /${BACKEND:-wheel}/liboctavo_cuda.so" ] || exit 3
     echo "$OCTAVO_CUDA_LIBRARY ${LD_LIBRARY_PATH-}" ;;
   *"pip install --no-build-isolation"*) [ -z "${OCTAVO_CUDA-}" ] || [ -z "${NO_NVCC-}" ] || exit 7
-    [ "${OCTAVO_CUDA-} ${OCTAVO_CUDA_ARCHITECTURES-}" = "1 90-real" ] || [ -n "${NO_NVCC-}" ] || exit 3 ;;
+    [ "${OCTAVO_CUDA-} ${OCTAVO_CUDA_ARCHITECTURES-}" = "1 90a-real" ] || [ -n "${NO_NVCC-}" ] || exit 3 ;;
 esac
 if [ -n "${FAIL-}" ] && [[ "$name $*" == *$FAIL* ]]; then echo "it broke"; exit 7; fi
 if [ -n "${HANG-}" ] && [[ "$name $*" == *$HANG* ]]; then exec sleep 60; fi
@@ -95,7 +95,7 @@ Script = Callable[..., tuple[int, str, list[str]]]
 TESTS = [f"test-cpp-{name}" for name in ("dequantize", "gemm", "linear", "outlier", "quantize")]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 BENCHMARK = "-m octavo_bench bench --device cuda"
-FIGURES = ["key-figures", "graphs", "kernels"]
+FIGURES = ["wgmma", "key-figures", "mma", "graphs", "kernels"]
 STEPS = {
     *("build-tests", "build-wheel", "import", *TESTS, "test-cpp-cublaslt"),
     *(*FIGURES, "test-python", *TOOLS, "benchmark"),
@@ -127,8 +127,8 @@ def test_what_comes_back_is_at_most_eight_files(script: Script, tmp_path: Path) 
     script()
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     day = next(name for name in names if name.endswith("-key.json")).removesuffix("-key.json")
-    assert names == sorted(["logs.tgz", f"{day}-graph.json", f"{day}-kernels.txt", f"{day}-key.json", f"{day}.json",
-                            "summary.txt"])  # fmt: skip
+    assert names == sorted(["logs.tgz", f"{day}-graph.json", f"{day}-kernels.txt", f"{day}-key.json", f"{day}-mma.json",
+                            f"{day}.json", "summary.txt"])  # fmt: skip
     with tarfile.open(tmp_path / "out" / "logs.tgz") as logs:
         assert {f"./{name}.log" for name in STEPS} <= set(logs.getnames())
         cublas = logs.extractfile("./test-cpp-cublaslt.log")
@@ -147,7 +147,8 @@ def test_the_order_is_that_of_what_matters(script: Script) -> None:
 @pytest.mark.parametrize(
     ("hangs", "step"),
     [("cmake -S", "build-tests"), ("pip install --no-build", "build-wheel"), ("import octavo; i", "import"),
-     ("test_gemm ", "test-cpp-gemm"), ("-key.json", "key-figures"), ("--graph", "graphs"), ("kernels", "kernels"),
+     ("test_gemm ", "test-cpp-gemm"), ("-key.json", "key-figures"), ("-mma.json", "mma"),
+     ("--graph", "graphs"), ("kernels", "kernels"),
      ("-m pytest", "test-python"), ("initcheck", "initcheck"), ("--limit 260", "benchmark")],
 )  # fmt: skip
 def test_at_every_limit_the_next_step_begins(script: Script, hangs: str, step: str) -> None:

@@ -70,6 +70,7 @@ CudaInfo cuda_info() {
         const CudaBackend& backend = cuda_backend();
         info.devices = backend.devices();
         info.cublaslt = backend.cublaslt();
+        info.wgmma = backend.wgmma();
     } catch (const Error& error) {
         info.missing = error.what();
     }

@@ -15,6 +15,7 @@ public:
     [[nodiscard]] virtual std::vector<CudaDevice> devices() const = 0;
     // Version of the cuBLASLt in use, or why there is none; and the devices that it was found not to work with.
     [[nodiscard]] virtual std::string cublaslt() const = 0;
+    [[nodiscard]] virtual std::string wgmma() const = 0;
     virtual void release_memory() const = 0;
 };
 

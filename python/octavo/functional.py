@@ -364,8 +364,9 @@ def info() -> dict[str, Any]:
         version: str; python: str; platform: str; backends: the names of the usable backends; cpu: a dict of
         ``instruction_set`` (in use), ``instruction_sets`` (that this processor can run, best first), ``threads``;
         cuda: a dict of ``devices`` (each with ``name``, ``compute_capability``, ``multiprocessors``, ``memory`` in
-        bytes) and ``cublaslt`` (its version, or why it is not used; and the devices that calls could not use it on), or
-        of ``missing``: what CUDA arrays lack here.
+        bytes), ``cublaslt`` (its version, or why it is not used; and the devices that calls could not use it on) and
+        ``wgmma`` (on which of the devices used so far Hopper's matrix instructions multiply, or why not), or of
+        ``missing``: what CUDA arrays lack here.
     """
     cuda = _core.cuda_info()
     return {

@@ -28,6 +28,11 @@ KERNELS = {
         "HMMA.1688.F32.TF32 R72, R56, R60, R72",
         "LDGSTS.E.BYPASS.LTC128B.128.ZFILL [R0], [R2.64], P0",
     ],
+    "linear_wgmma.wgmma_kernelINS0_9GroupTileILi128ELi3ELi2EEEvv": [
+        "IGMMA.64x128x32.S8.S8 R24, gdesc[UR20], R24",
+        "HMMA.1688.F32.TF32 R72, R56, R60, R72",
+        "LDGSTS.E.BYPASS.LTC128B.128.ZFILL [R0], [R2.64], P0",
+    ],
     "gemm_copies.copy_kernelEvv": ["STG.E.128 desc[UR8][R2.64], R4"],
     "gemm_copies.sum_kernelEvv": ["REDG.E.MIN.64.STRONG.GPU desc[UR8][R2.64], R4"],
     "weight_only.dot_kernelI6__halfLi1EEEvv": ["LDG.E.NA.LTC128B.128.CONSTANT R4, [R2.64]"],
@@ -65,7 +70,7 @@ def good() -> dict[str, list[str]]:
     return {name: [*FILLER, *instructions] for name, instructions in KERNELS.items()}
 
 
-@pytest.mark.parametrize("architecture", ["sm_75", "sm_90", "sm_120"])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90a", "sm_120"])
 def test_nothing_is_wrong_with_what_is_right(architecture: str) -> None:
     kernels = listing(good(), architecture)
     assert list(kernels) == [architecture]
@@ -78,7 +83,7 @@ def test_nothing_is_wrong_with_what_is_right(architecture: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if "Lb0EEE" not in name])
 def test_a_kernel_without_its_instruction_is_reported(name: str) -> None:
-    architecture = "sm_75" if name.startswith("epilogue.") else "sm_90"
+    architecture = "sm_75" if name.startswith("epilogue.") else "sm_90a"
     code = good() | {name: [*FILLER, "LDG.E R1, [R2.64]"]}
     found = checked.faults(architecture, listing(code, architecture)[architecture])
     assert len(found) == len(KERNELS[name])
@@ -88,20 +93,20 @@ def test_a_kernel_without_its_instruction_is_reported(name: str) -> None:
 @pytest.mark.parametrize("rule", checked.RULES, ids=lambda rule: rule.kernel)
 def test_a_kernel_that_is_missing_is_reported(rule: checked.Rule) -> None:
     code = {name: lines for name, lines in good().items() if not name.startswith(rule.kernel)}
-    architecture = f"sm_{min(90, rule.last)}"
+    architecture = f"sm_{min(90, rule.last)}{'a' if rule.of_one_gpu else ''}"
     found = checked.faults(architecture, listing(code, architecture)[architecture])
     assert any(f"expected a kernel {rule.kernel}" in fault for fault in found)
 
 
 def test_an_instance_that_is_compiled_to_nothing_counts_as_missing() -> None:
     unused = {PRODUCT: ["LDC R1, c[0x0][0x28]", "EXIT", "BRA 0x20", *["NOP"] * 20]}
-    found = checked.faults("sm_90", listing(good() | unused, "sm_90")["sm_90"])
+    found = checked.faults("sm_90a", listing(good() | unused, "sm_90a")["sm_90a"])
     assert found == [
-        "sm_90: expected a kernel gemm_mma.mma_kernel, found none",
-        "sm_90: expected a kernel gemm_mma.mma_kernel SliceCopyE0E, found none",
+        "sm_90a: expected a kernel gemm_mma.mma_kernel, found none",
+        "sm_90a: expected a kernel gemm_mma.mma_kernel SliceCopyE0E, found none",
     ]
     beside = {"gemm_mma.mma_kernelINS1_5OtherEEEvv": unused[PRODUCT]}
-    assert checked.faults("sm_90", listing(good() | beside, "sm_90")["sm_90"]) == []
+    assert checked.faults("sm_90a", listing(good() | beside, "sm_90a")["sm_90a"]) == []
 
 
 def test_what_turing_lacks_is_not_asked_of_it() -> None:
@@ -123,16 +128,16 @@ def test_registers_in_memory_are_reported(spill: str) -> None:
 
 
 def test_a_stack_is_reported() -> None:
-    found = checked.faults("sm_90", listing(good(), "sm_90", stack=8)["sm_90"])
+    found = checked.faults("sm_90a", listing(good(), "sm_90a", stack=8)["sm_90a"])
     assert len(found) == len(KERNELS)
     assert all("stack of 8 bytes" in fault for fault in found)
 
 
 def test_a_kernel_whose_code_was_not_read_is_reported() -> None:
-    kernels = listing(good(), "sm_90")
-    for kernel in kernels["sm_90"].values():
+    kernels = listing(good(), "sm_90a")
+    for kernel in kernels["sm_90a"].values():
         kernel.code = ""
-    found = checked.faults("sm_90", kernels["sm_90"])
+    found = checked.faults("sm_90a", kernels["sm_90a"])
     assert sum("expected code, found none" in fault for fault in found) == len(KERNELS)
 
 
@@ -185,7 +190,7 @@ def bounds() -> cuda_figures.Table:
 
 
 def test_bounds_are_for_what_ci_builds(bounds: cuda_figures.Table) -> None:
-    assert list(dict.fromkeys(architecture for architecture, _ in bounds)) == ["sm_75", "sm_80", "sm_90", "sm_120"]
+    assert list(dict.fromkeys(architecture for architecture, _ in bounds)) == ["sm_75", "sm_80", "sm_90a", "sm_120"]
     sources = {path.stem for path in (Path(__file__).resolve().parents[2] / "cuda").glob("*.cu")}
     assert {kernel.split(".")[0] for _, kernel in bounds} == sources
     assert cuda_figures.read(cuda_figures.written(bounds)) == bounds
@@ -195,14 +200,14 @@ def test_bounds_are_for_what_ci_builds(bounds: cuda_figures.Table) -> None:
 
 @pytest.mark.parametrize("column", cuda_figures.COLUMNS)
 def test_a_figure_over_its_bound_is_reported(bounds: cuda_figures.Table, column: str) -> None:
-    place = next(place for place, own in bounds.items() if place[0] == "sm_90" and own[column] is not None)
+    place = next(place for place, own in bounds.items() if place[0] == "sm_90a" and own[column] is not None)
     before = bounds[place][column]
     assert before is not None
     most = cuda_figures.most(column, before)
     assert before <= most < before + max(8, 0.06 * before)
     assert cuda_figures.over(bounds | {place: {**bounds[place], column: most}}, bounds) == []
     found = cuda_figures.over(bounds | {place: {**bounds[place], column: 2 * most + 1}}, bounds)
-    expected = f"sm_90: {place[1]}: {column}: expected at most {most:g} ({before:g} before), got {2 * most + 1:g}"
+    expected = f"sm_90a: {place[1]}: {column}: expected at most {most:g} ({before:g} before), got {2 * most + 1:g}"
     assert found == [expected]
 
 
@@ -217,7 +222,7 @@ def test_kernels_and_bounds_are_the_same_ones(bounds: cuda_figures.Table) -> Non
     rest = {other: own for other, own in bounds.items() if other != place}
     assert cuda_figures.over(rest, bounds) == [f"sm_80: {PRODUCTS}: has bounds, but is not there"]
     assert cuda_figures.over(bounds, rest) == [f"sm_80: {PRODUCTS}: has no bounds"]
-    only = {where: own for where, own in bounds.items() if where[0] == "sm_90"}
+    only = {where: own for where, own in bounds.items() if where[0] == "sm_90a"}
     assert cuda_figures.over(only, bounds) == []  # a library for fewer architectures
     assert cuda_figures.over({("sm_86", PRODUCTS): bounds[place]}, bounds) == []  # one that CI does not build
 
@@ -225,7 +230,7 @@ def test_kernels_and_bounds_are_the_same_ones(bounds: cuda_figures.Table) -> Non
 def test_the_status_is_that_of_the_bounds(
     bounds: cuda_figures.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kernels = listing(good(), "sm_90")
+    kernels = listing(good(), "sm_90a")
     monkeypatch.setattr(checked, "run", lambda *words: "")
     monkeypatch.setattr(checked, "resources", lambda text: kernels)
     monkeypatch.setattr(checked, "add_code", lambda kernels, text: None)
@@ -233,7 +238,7 @@ def test_the_status_is_that_of_the_bounds(
     assert checked.main(["library", "--renew"]) == 0
     assert checked.main(["library"]) == 0
     assert "0 faults" in capsys.readouterr().out
-    next(iter(kernels["sm_90"].values())).registers = 97
+    next(iter(kernels["sm_90a"].values())).registers = 97
     assert checked.main(["library"]) == 1
     said = capsys.readouterr().err
     assert "registers: expected at most 96 (89 before), got 97" in said

@@ -52,6 +52,29 @@ struct Copy {
     bool has_landed;
 };
 
+// The last copy to 16 bytes of dynamic shared memory, by its number among those of its thread.
+struct LastCopy {
+    std::uint32_t block = 0;  // counted over all launches
+    std::uint32_t thread = 0;
+    unsigned number = 0;
+};
+
+// A matrix that wgmma reads: rows of 128 bytes, swizzled, `begin` the address of its first row.
+struct GroupMatrix {
+    unsigned begin = 0;
+    unsigned between_8_rows = 0;
+};
+
+// A warp's part of a wgmma that has been issued and not been waited for.
+struct Product {
+    GroupMatrix a;
+    GroupMatrix b;
+    int cols;
+    std::array<std::int32_t*, 32> sums;  // of each lane, [cols / 8][4]
+    unsigned group;
+    bool is_done;
+};
+
 struct Fiber {
     void* context = nullptr;  // where it stopped
     void* fake_stack = nullptr;
@@ -72,12 +95,19 @@ struct Fiber {
     Votes votes;
     std::vector<Copy> copies;
     unsigned copy_group = 0;
+    unsigned copies_issued = 0;
+    unsigned copies_waited = 0;   // the first of them
+    unsigned copies_visible = 0;  // to wgmma
+    bool may_multiply = false;    // by wgmma: there was a fence
 };
 
 struct Warp {
     unsigned ready = 0;    // lanes that can go on
     unsigned waiting = 0;  // in a collective
     unsigned live = 0;
+    std::vector<Product> products;
+    unsigned product_group = 0;
+    std::uint64_t begun = 0;  // all products that were, as a hash
 };
 
 enum class Order : std::uint8_t { ascending, descending, random };
@@ -98,6 +128,8 @@ char* dynamic_memory = nullptr;  // ends at a page that nobody may touch
 std::size_t dynamic_size = 0;
 std::map<const void*, std::size_t> dynamic_allowed;
 std::set<const void*> launched;
+std::vector<LastCopy> last_copies(most_dynamic_shared / 16);
+std::uint32_t blocks_run = 0;
 Order order = Order::ascending;
 bool keeps_warp = true;  // the running warp goes on as long as it can
 std::uint64_t random_state = 1;
@@ -289,6 +321,62 @@ void wait_in_warp(const char* what, unsigned mask, Lane lane, WarpOp op, bool ne
     reschedule();
 }
 
+// --- wgmma ----------------------------------------------------------------------------------------------------------
+
+bool is_dynamic_shared(const void* address) {
+    return dynamic_shared_range().holds(reinterpret_cast<std::uintptr_t>(address));
+}
+
+// Of a descriptor (PTX ISA, "Matrix Descriptor Format").
+GroupMatrix matrix_of(std::uint64_t descriptor) {
+    const auto field = [&](unsigned from, unsigned bits) {
+        return static_cast<unsigned>(descriptor >> from & ((std::uint64_t{1} << bits) - 1));
+    };
+    constexpr unsigned swizzled_by_128_bytes = 1;
+    if (field(62, 2) != swizzled_by_128_bytes || field(49, 3) != 0) fail("wgmma: a layout that is not emulated");
+    const GroupMatrix matrix{field(0, 14) * 16, field(32, 14) * 16};
+    if (matrix.begin % 1024 >= 128 || matrix.begin % 32 != 0) fail("wgmma: a matrix that is not aligned");
+    return matrix;
+}
+
+// The 16 bytes of a row from byte `begin` on, in the order of banks.
+char* address_in(const GroupMatrix& matrix, int row, int begin) {
+    const auto number = static_cast<unsigned>(row);
+    const unsigned plain =
+        matrix.begin + number / 8 * matrix.between_8_rows + number % 8 * 128 + static_cast<unsigned>(begin);
+    char* const address = dynamic_memory - most_dynamic_shared + (plain ^ (plain >> 7 & 7U) << 4U);
+    if (!is_dynamic_shared(address)) fail("wgmma: a matrix that is not in the block's shared memory");
+    return address;
+}
+
+void read_row(const GroupMatrix& matrix, int row, std::array<std::int16_t, 32>& to) {
+    for (int half = 0; half < 2; ++half) {
+        const char* const from = address_in(matrix, row, 16 * half);
+        for (int i = 0; i < 16; ++i) {
+            to[static_cast<std::size_t>(16 * half + i)] = static_cast<std::int8_t>(from[i]);
+        }
+    }
+}
+
+// Fails where a copy to a row has not been shown to wgmma. Stores are not known.
+void check_visible(const GroupMatrix& matrix, int row) {
+    for (int half = 0; half < 2; ++half) {
+        const LastCopy& last = last_copies[shared_address(address_in(matrix, row, 16 * half)) / 16];
+        if (last.block == blocks_run && last.number > fibers[last.thread].copies_visible) {
+            fail("wgmma of memory that was copied and not made visible to it (fence_async_proxy)");
+        }
+    }
+}
+
+// OCTAVO_SIMT_WGMMA=wrong: as if the hardware did not do what is thought.
+bool makes_mistakes() {
+    static const bool found = [] {
+        const char* const text = std::getenv("OCTAVO_SIMT_WGMMA");
+        return text != nullptr && std::string_view(text) == "wrong";
+    }();
+    return found;
+}
+
 // --- a fiber's life -------------------------------------------------------------------------------------------------
 
 void run_thread() {
@@ -326,7 +414,8 @@ void start_thread(unsigned thread) {
     fiber.warp_epoch = 0;
     fiber.too_early = call->early;
     fiber.copies.clear();
-    fiber.copy_group = 0;
+    fiber.copy_group = fiber.copies_issued = fiber.copies_waited = fiber.copies_visible = 0;
+    fiber.may_multiply = false;
     if (fiber.stack == nullptr) {
         char* const memory = stacks + thread * stack_stride;
         mprotect(memory, page, PROT_NONE);
@@ -358,12 +447,16 @@ void run_block(const std::vector<SharedVariable>& variables) {
     where.block_epoch = 0;
     for (unsigned first = 0; first < block_threads; first += warp) {
         const unsigned count = std::min(warp, block_threads - first);
-        warps[first / warp] = {0, 0, count == warp ? whole_warp : (1U << count) - 1};
+        warps[first / warp] = {0, 0, count == warp ? whole_warp : (1U << count) - 1, {}, 0, 0};
     }
+    ++blocks_run;
     for (unsigned i = 0; i < block_threads; ++i) start_thread(i);
     keeps_warp = order != Order::random || random_below(2) == 0;
     where.in_kernel = true;
     reschedule();
+    for (unsigned index = 0; index < (block_threads + warp - 1) / warp; ++index) {
+        if (warps[index].begun != warps[index / 4 * 4].begun) fail("wgmma: the warps of a group began other products");
+    }
 }
 
 // --- setting up -----------------------------------------------------------------------------------------------------
@@ -494,6 +587,11 @@ void wait_for_launch_before() { where.too_early = current->too_early = false; }
 
 unsigned lane_id() { return current->thread % warp; }
 
+// Of a window of addresses that begins at a multiple of a page.
+unsigned shared_address(const void* address) {
+    return static_cast<unsigned>(static_cast<const char*>(address) - (dynamic_memory - most_dynamic_shared));
+}
+
 // As near to the guard page behind it as its alignment allows.
 void* dynamic_shared() { return dynamic_memory - (dynamic_size + 15) / 16 * 16; }
 
@@ -538,6 +636,10 @@ void defer_copy(void* target, const void* source, int bytes, int size) {
     const Copy copy{target, source, bytes, size, current->copy_group, at_once};
     land(copy, at_once);
     current->copies.push_back(copy);
+    ++current->copies_issued;
+    if (is_dynamic_shared(target)) {
+        last_copies[shared_address(target) / 16] = {blocks_run, current->thread, current->copies_issued};
+    }
 }
 
 void copy_commit() { ++current->copy_group; }
@@ -553,6 +655,107 @@ void copy_wait(int keep) {
         }
     }
     copies.resize(kept);
+    current->copies_waited = current->copies_issued - static_cast<unsigned>(kept);
+}
+
+// --- wgmma ----------------------------------------------------------------------------------------------------------
+
+void fence_async_proxy() { current->copies_visible = current->copies_waited; }
+
+void wgmma_fence() { current->may_multiply = true; }
+
+// What a lane has a part in: so that each byte is noted once, a group's threads share the matrices.
+static void note_reads(const Product& product) {
+#ifdef OCTAVO_SIMT_RACE
+    constexpr int group = 128;
+    const int thread = static_cast<int>(current->thread) % group;
+    const auto note_chunk = [](const GroupMatrix& matrix, int index) {
+        note(address_in(matrix, index / 2, index % 2 * 16), 16, false, false);
+    };
+    note_chunk(product.a, thread);
+    for (int index = thread; index < 2 * product.cols; index += group) note_chunk(product.b, index);
+#else
+    static_cast<void>(product);
+#endif
+}
+
+static void multiply(Product& product, unsigned warp_index) {
+    constexpr int depth = 32;
+    constexpr int rows = 16;
+    const int first_row = static_cast<int>(warp_index % 4) * rows;
+    std::array<std::array<std::int16_t, depth>, rows> a;
+    for (int row = 0; row < rows; ++row) read_row(product.a, first_row + row, a[static_cast<std::size_t>(row)]);
+    for (int col = 0; col < product.cols; ++col) {
+        std::array<std::int16_t, depth> b;
+        read_row(product.b, col, b);
+        for (int row = 0; row < rows; ++row) {
+            std::int32_t sum = 0;
+            for (std::size_t h = 0; h < depth; ++h) sum += a[static_cast<std::size_t>(row)][h] * b[h];
+            const int lane = row % 8 * 4 + col % 8 / 2;
+            std::int32_t& total = product.sums[static_cast<std::size_t>(lane)][col / 8 * 4 + row / 8 * 2 + col % 2];
+            total = static_cast<std::int32_t>(static_cast<std::uint32_t>(total) + static_cast<std::uint32_t>(sum));
+        }
+    }
+    if (makes_mistakes()) ++product.sums[0][0];
+    product.is_done = true;
+}
+
+void wgmma(int cols, void* sums, std::uint64_t a, std::uint64_t b, const Loc& loc) {
+    struct Issue {
+        std::uint64_t a;
+        std::uint64_t b;
+        int cols;
+        bool may_multiply;
+    };
+    const Issue mine{a, b, cols, current->may_multiply};
+    note_reads({matrix_of(a), matrix_of(b), cols, {}, 0, false});
+    whole_warp_collective(
+        "wgmma_s8", {&mine, sums, 0},
+        [](Lane* lanes, unsigned) {
+            const auto& first = *static_cast<const Issue*>(lanes[0].in);
+            Product product{matrix_of(first.a), matrix_of(first.b), first.cols, {}, 0, false};
+            for (std::size_t lane = 0; lane < warp; ++lane) {
+                const auto& own = *static_cast<const Issue*>(lanes[lane].in);
+                if (own.a != first.a || own.b != first.b) fail("wgmma: lanes of a warp have different matrices");
+                if (!own.may_multiply) fail("wgmma without a fence before it");
+                product.sums[lane] = static_cast<std::int32_t*>(lanes[lane].out);
+            }
+            const unsigned index = current->thread / warp;
+            Warp& own = warps[index];
+            own.begun = (own.begun ^ first.a) * 0x9E3779B97F4A7C15U + first.b + static_cast<std::uint64_t>(first.cols);
+            for (int row = 0; row < 64; ++row) check_visible(product.a, row);
+            for (int row = 0; row < product.cols; ++row) check_visible(product.b, row);
+            product.group = own.product_group;
+            if (order == Order::descending || (order == Order::random && random_below(2) == 0))
+                multiply(product, index);
+            own.products.push_back(product);
+        },
+        loc);
+}
+
+void wgmma_commit(const Loc& loc) {
+    current->may_multiply = false;
+    whole_warp_collective(
+        "wgmma_commit", {}, [](Lane*, unsigned) { ++warps[current->thread / warp].product_group; }, loc);
+}
+
+void wgmma_wait(int keep, const Loc& loc) {
+    const Warp& own = warps[current->thread / warp];
+    for (const Product& product : own.products) {
+        if (product.group + static_cast<unsigned>(keep) < own.product_group) note_reads(product);
+    }
+    whole_warp_collective(
+        "wgmma_wait", {nullptr, nullptr, keep},
+        [](Lane* lanes, unsigned) {
+            const unsigned index = current->thread / warp;
+            Warp& group = warps[index];
+            std::erase_if(group.products, [&](Product& product) {
+                if (product.group + static_cast<unsigned>(lanes[0].arg) >= group.product_group) return false;
+                if (!product.is_done) multiply(product, index);
+                return true;
+            });
+        },
+        loc);
 }
 
 cudaError_t check_launch(const void* kernel, dim3 grid, dim3 block, std::size_t shared) {

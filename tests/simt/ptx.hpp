@@ -11,6 +11,8 @@
 
 namespace octavo::cuda {
 
+inline unsigned shared_address(const void* pointer) { return simt::shared_address(pointer); }
+
 inline void copy_async_16(void* target, const void* source, int bytes) {
     // NOLINTNEXTLINE(cppcoreguidelines-pro-type-reinterpret-cast): the hardware faults on these
     if (((reinterpret_cast<std::uintptr_t>(target) | reinterpret_cast<std::uintptr_t>(source)) & 15U) != 0) {
@@ -72,6 +74,25 @@ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint32_t (&a)[4]
             }
         },
         simt::Loc::current());
+}
+
+// --- products of warpgroups -----------------------------------------------------------------------------------------
+
+inline std::uint64_t wgmma_matrix(const void* rows) {
+    return std::uint64_t{simt::shared_address(rows)} >> 4 | std::uint64_t{1} << 16 | std::uint64_t{64} << 32 |
+           std::uint64_t{1} << 62;
+}
+inline void fence_async_proxy() { simt::fence_async_proxy(); }
+inline void wgmma_fence() { simt::wgmma_fence(); }
+inline void wgmma_commit(SIMT_LOC) { simt::wgmma_commit(loc); }
+template <int pending>
+void wgmma_wait(SIMT_LOC) {
+    simt::wgmma_wait(pending, loc);
+}
+template <int cols>
+void wgmma_s8(std::int32_t (&sums)[cols / 8][4], std::uint64_t a, std::uint64_t b, SIMT_LOC) {
+    static_assert(cols == 128 || cols == 256);
+    simt::wgmma(cols, sums, a, b, loc);
 }
 
 // --- 16-bit products ------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 // The device is OCTAVO_SIMT_ARCH (75, 80, 86, 89, 90, 100, 110 or 120; 90 by default), its code for that or for
 // OCTAVO_SIMT_CODE_ARCH (as if made of older PTX), and there is one, or OCTAVO_SIMT_DEVICES. It says that it has as
 // many multiprocessors as such a GPU, or OCTAVO_SIMT_MULTIPROCESSORS (few make launchers choose as for large inputs).
+// With OCTAVO_SIMT_WGMMA=wrong products of warpgroups are (executor.cpp).
 // Device memory ends at a page that nobody may touch (or, where its size is not a multiple of 256 bytes, before bytes
 // that are checked when it is freed); it starts as 0xFF bytes, and nobody may touch it after it is freed. Capture
 // records: nothing runs until the graph is launched, and calls that wait for the device fail.

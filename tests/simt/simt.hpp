@@ -92,6 +92,17 @@ void copy_commit();
 // Completes all groups of this thread's copies but the last `keep`.
 void copy_wait(int keep);
 
+// wgmma: products of matrices in shared memory, which four warps begin and do not wait for. A warp computes its own
+// part, at once, or not before the wait that it belongs to, depending on the order of threads: a kernel must be right
+// with both. Errors: a product without a fence before it, of memory that copies have written and no fence of the proxy
+// has made visible, in a layout that is not emulated; warps of a group that do not begin the same products.
+unsigned shared_address(const void* address);
+void fence_async_proxy();
+void wgmma_fence();
+void wgmma(int cols, void* sums, std::uint64_t a, std::uint64_t b, const Loc& loc);  // sums: int32 [cols / 8][4]
+void wgmma_commit(const Loc& loc);
+void wgmma_wait(int keep, const Loc& loc);
+
 // --- launches -------------------------------------------------------------------------------------------------------
 
 // A kernel with its arguments, which outlive the call of `launch` where it is recorded.

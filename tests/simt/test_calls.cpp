@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -280,6 +282,53 @@ TEST(outputs_are_those_of_the_cpu) {
             }
         }
     }
+}
+
+// The same of the tiles that warpgroups multiply: with two multiprocessors (CMakeLists.txt) the first shape takes those
+// of 128 x 128, the second those of 128 x 256. Many outlier columns are added in another order.
+TEST(outputs_of_warpgroups) {
+    struct Shape {
+        std::int64_t m, n, k;
+    };
+    struct Kind {
+        DType dtype;
+        Scheme scheme;
+        Granularity granularity;
+    };
+    for (const Shape& s : {Shape{130, 300, 400}, Shape{129, 500, 1040}}) {
+        for (const Kind& kind : {Kind{DType::f16, Scheme::absmax, Granularity::vector},
+                                 Kind{DType::bf16, Scheme::zeropoint, Granularity::tensor},
+                                 Kind{DType::f32, Scheme::absmax, Granularity::row}}) {
+            const Problem problem(s.m, s.n, s.k, kind.dtype, kind.scheme, kind.granularity);
+            for (const LinearOptions& options : all_options) {
+                if (options.path != Path::int8) continue;
+                if (options.outliers == Outliers::rows && kind.scheme == Scheme::zeropoint) continue;  // in pairs
+                const check::Context context(s.m, " x ", s.n, " x ", s.k, " dtype ", check::show(kind.dtype), " ",
+                                             describe(options));
+                problem.linear(options);
+                const Array of_cpu(kind.dtype, s.m, s.n);
+                problem.linear_on({octavo::DeviceKind::cpu, 0}, options, of_cpu.matrix(), {});
+                if (options.outliers != Outliers::columns || kind.dtype == DType::f32) {
+                    CHECK(of_cpu.bytes() == problem.y.bytes());
+                    continue;
+                }
+                double worst = 0.0;
+                double largest = 0.0;
+                for (std::int64_t i = 0; i < s.m; ++i) {
+                    for (std::int64_t j = 0; j < s.n; ++j) {
+                        const double expected = of_cpu.get(i, j);
+                        worst = std::max(worst, std::abs(problem.y.get(i, j) - expected));
+                        largest = std::max(largest, std::abs(expected));
+                    }
+                }
+                CHECK(worst <= largest * (kind.dtype == DType::f16 ? 0x1p-10 : 0x1p-7));  // one rounding each
+            }
+        }
+    }
+    // Found out at the first use of the device.
+    const bool is_wrong = std::getenv("OCTAVO_SIMT_WGMMA") != nullptr;
+    CHECK_EQ(octavo::cuda_info().wgmma,
+             is_wrong ? "device 0: not used, because products were wrong" : "device 0: used");
 }
 
 // What the pool has kept serves the next call; what it has given back, it takes again.

@@ -28,6 +28,9 @@ POINTS = sorted({*range(1, 65), 96, 97, *(m for edge in range(64, ROWS[-1] + 1, 
 WORTH = 1.1  # as many times as long as the int8 product may take what rounds no activations
 LAUNCH = 2.0  # microseconds until the first block starts and after the last has ended; between launches, half of it
 OUTLIERS = 6
+# Rows, columns, and what they reach of `Device.int8` (cuda/mma_tile.cuh, cuda/linear_wgmma.cuh).
+TILES = ((256, 128, 1.0), (128, 128, 0.93), (64, 64, 0.66))
+GROUP_TILES = ((128, 256, 1.15), (128, 128, 1.04))
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Device:
     int8: float  # operations of int8 ones in the largest tile of the int8 product
     multiprocessors: int
     clock: float
+    has_wgmma: bool = False
 
     @property
     def issued(self) -> float:
@@ -53,7 +57,7 @@ class Device:
 DEVICES = (
     Device(75, 0.27e6, 1.2e6, 3e6, 0, 0.45 * 130e6, 40, 1.2e3),
     Device(80, 1.75e6, 4.0e6, 32e6, 0.70 * 312e6, 0.68 * 624e6, 108, 1.41e3),
-    Device(90, 4.30e6, 5.5e6, 40e6, 0.55 * 990e6, 0.54 * 1979e6, 132, 1.83e3),
+    Device(90, 4.30e6, 5.5e6, 40e6, 0.55 * 990e6, 0.54 * 1979e6, 132, 1.83e3, has_wgmma=True),
     Device(120, 1.50e6, 5.0e6, 80e6, 0.70 * 210e6, 0.68 * 838e6, 170, 2.40e3),
 )
 
@@ -85,7 +89,7 @@ def int8(device: Device, by_mma: bool, n: int, k: int, m: int) -> float:
     mark = LAUNCH + 0.4 + 1.15 * read
     quantize = LAUNCH + 0.9 + 1.2 * (read + m * k / device.memory)
     product = []
-    for rows, cols, share in ((256, 128, 1.0), (128, 128, 0.93), (64, 64, 0.66)):
+    for rows, cols, share in (*TILES, *(GROUP_TILES if device.has_wgmma else ())):
         tiles = math.ceil(m / rows) * math.ceil(n / cols)
         waves = tiles / device.multiprocessors
         # Small tiles share the depth where there are few of them.

@@ -74,6 +74,7 @@ struct CudaInfo {
     std::string missing;              // why calls on CUDA memory cannot work here; empty: they can
     std::vector<CudaDevice> devices;  // in the order of their indices
     std::string cublaslt;             // version of the cuBLASLt in use, or why there is none; devices that it refused
+    std::string wgmma;  // of which devices, of those used so far, the matrix instructions of Hopper are used
 };
 
 // Loads the CUDA backend (liboctavo_cuda.so, beside the library that octavo is part of, or where the environment

@@ -1,0 +1,441 @@
+// What becomes of the sums of a tile (linear_mma.cu, linear_wgmma.cu): y, in the registers that hold them.
+//
+//   y[i, j] = acc[i, j] * (scale_x[i] * scale_w[j]) + sum_{o in O} x[i, o] * w[j, o] + bias[j]
+//
+// in float32, rounded once (paper Eq. 8; zeropoint: Eq. 4-5).
+//
+// O and its size are read on the device. Few columns (`most_in_order`) are added one after the other in ascending order
+// by the instructions of float32, so that y is the CPU's, bit for bit. More are a product on tensor cores, of slices
+// that take the way of the codes: panels of float32 (outlier_columns.cuh), which tf32 instructions multiply. A number
+// of 16 bits is one of tf32; a weight of more is split in two (`low_part`), of which 22 bits remain. Columns behind
+// the panels, of which there are many only where something is wrong with X, are made here as they are needed.
+//
+// Under the policy `rows`, and where X is float32, all columns are added in order: a row's result must not depend on
+// which columns the other rows list, and float32 has more bits than its half.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "device.cuh"
+#include "mma_tile.cuh"
+#include "operations.hpp"
+#include "outlier_columns.cuh"
+
+// Below compute capability 8.0 no kernel of these has a body, and nothing uses what they are made of.
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 177
+#endif
+
+namespace octavo::cuda {
+
+constexpr float largest_float = std::numeric_limits<float>::max();
+constexpr int most_in_order = 8;
+constexpr int chunk_columns = slice / static_cast<int>(sizeof(float));  // that are added in order at a time
+
+// What becomes of the sums.
+struct Rest {
+    const float* scale_x = nullptr;
+    const float* zeropoint_x = nullptr;  // null for absmax
+    const std::int32_t* sums_x = nullptr;
+    bool one_scale = false;  // for all rows of X
+    Span<const float> scale_w;
+    Span<const float> zeropoint_w;
+    Span<const std::int32_t> code_sums;
+    std::int64_t depth = 0;
+    FloatSpan bias;
+    OutlierColumns columns;
+    ColumnList list;  // count null: none
+    Panels panels;
+    bool in_order = false;  // all columns
+    bool in_pairs = false;  // see `Entry`
+    bool is_exact = false;  // whether all weights in the panel are numbers of tf32
+    std::int32_t* partial = nullptr;
+    unsigned* tickets = nullptr;
+    Matrix out;
+    bool wide = false;  // whether four columns can be stored at once
+
+    __device__ float scale_of_row(std::int64_t i) const { return scale_x[one_scale ? 0 : i]; }
+    __device__ float zeropoint_of_row(std::int64_t i) const { return zeropoint_x[one_scale ? 0 : i]; }
+};
+
+template <class Tile>
+using Values = float[Tile::row_fragments][Tile::col_fragments][4];
+
+// Where a lane's values of a tile are: row `row + 16 * t + 8 * h`, column `col + bundle * (u / 2) + c` for value
+// 2 * h + c % 2 of fragment (t, u + c / 2), with u even and c < 4. `col_of_tile`: of the tile, not of the output.
+template <class Tile>
+struct Corner {
+    std::int64_t row;
+    std::int64_t col;
+    int col_of_tile;
+
+    __device__ explicit Corner(const Job& job) {
+        const Place<Tile> place;
+        col_of_tile = place.col + place.lane % 4 * together;
+        row = made_again(job.row0) + place.row + place.lane / 4;
+        col = made_again(job.col0) + col_of_tile;
+    }
+};
+
+// --- scales of W, and bias, of the columns of a lane: those of fragments u and u + 1
+// ----------------------------------
+
+// Read where they are needed.
+template <class Tile>
+struct ColumnsInMemory {
+    const Rest& rest;
+    static constexpr bool know_the_largest = false;
+
+    __device__ Pack<float, together> scales(const Corner<Tile>& corner, int u) const {
+        Pack<float, together> found;
+#pragma unroll
+        for (int c = 0; c < together; ++c) {
+            const std::int64_t j = corner.col + u / 2 * bundle + c;
+            found[c] = j < rest.out.cols ? rest.scale_w.of_group(j) : 0.0F;
+        }
+        return found;
+    }
+    __device__ Pack<float, together> bias(const Corner<Tile>& corner, int u) const {
+        Pack<float, together> found;
+#pragma unroll
+        for (int c = 0; c < together; ++c) {
+            const std::int64_t j = corner.col + u / 2 * bundle + c;
+            found[c] = rest.bias.present() && j < rest.out.cols ? rest.bias[j] : 0.0F;
+        }
+        return found;
+    }
+};
+
+// Of a tile with many columns to a lane: all of its columns are read before the product, to shared memory.
+template <class Tile>
+struct ColumnsInShared {
+    static constexpr bool know_the_largest = true;
+    static constexpr int warps = Tile::threads / warp_size;
+    static constexpr std::size_t bytes = (2 * Tile::cols + warps) * sizeof(float);
+
+    float*
+        scale_w;  // [Tile::cols], behind them as many of bias, and behind those the largest scale that each warp read
+
+    // Others see them behind a barrier.
+    __device__ void read(const Rest& rest, const Job& job) const {
+        float largest = 0.0F;
+        for (int c = static_cast<int>(threadIdx.x); c < Tile::cols; c += Tile::threads) {
+            const std::int64_t j = job.col0 + c;
+            const float scale = j < rest.out.cols ? rest.scale_w.of_group(j) : 0.0F;
+            scale_w[c] = scale;
+            scale_w[Tile::cols + c] = rest.bias.present() && j < rest.out.cols ? rest.bias[j] : 0.0F;
+            largest = fmaxf(largest, scale);
+        }
+        largest = reduce_warp(largest, [](float a, float b) { return fmaxf(a, b); });
+        if (threadIdx.x % warp_size == 0) scale_w[2 * Tile::cols + threadIdx.x / warp_size] = largest;
+    }
+    __device__ float largest_scale() const {
+        float largest = 0.0F;
+#pragma unroll
+        for (int w = 0; w < warps; ++w) largest = fmaxf(largest, scale_w[2 * Tile::cols + w]);
+        return largest;
+    }
+    // By all lanes of a warp, and for all u in ascending order.
+    __device__ Pack<float, together> scales(const Corner<Tile>& corner, int u) const {
+        if (u % 8 == 0) __syncwarp();  // or the compiler reads all of them at once, for which registers are too few
+        return load<together>(scale_w + corner.col_of_tile + u / 2 * bundle);
+    }
+    __device__ Pack<float, together> bias(const Corner<Tile>& corner, int u) const {
+        return load<together>(scale_w + Tile::cols + corner.col_of_tile + u / 2 * bundle);
+    }
+};
+
+// --- scales ---------------------------------------------------------------------------------------------------------
+
+// acc * (scale_x * scale_w); the smaller scale first where the product of the scales alone overflows.
+__device__ inline float scaled(float sum, float scale_x, float scale_w) {
+    const float scale = scale_x * scale_w;
+    return scale > largest_float ? sum * fminf(scale_x, scale_w) * fmaxf(scale_x, scale_w) : sum * scale;
+}
+
+// One value after the other, where that takes more than a product. All threads of the block must take part.
+//
+// With zeropoints the other terms of Eq. 4-5 are large and cancel, so they are added as float64, where they are exact
+// unless zeropoints are beyond 2^20. That takes registers, of which the sums have half: so the sums of a row of
+// fragments wait in shared memory, each thread's own, for one loop over them.
+template <class Tile, class Sum>
+__device__ void scale_one_by_one(const Sum (&sums)[Tile::row_fragments][Tile::col_fragments][4], const Job& job,
+                                 std::int64_t m, std::int64_t n, const Rest& rest, std::int32_t outliers,
+                                 std::int8_t* shared, Values<Tile>& y) {
+    constexpr int count = Tile::col_fragments * 4;
+    static_assert(Tile::threads * count * sizeof(Sum) <= Tile::stages * Tile::stage_bytes);
+    const Corner<Tile> corner(job);
+    const bool excludes = rest.panels.excluded_codes != nullptr;
+    const auto depth = static_cast<double>(rest.depth - (excludes ? outliers : 0));
+    Sum* const own = reinterpret_cast<Sum*>(shared) + threadIdx.x;
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < Tile::row_fragments; ++t) {
+#pragma unroll
+        for (int e = 0; e < count; ++e) own[e * Tile::threads] = sums[t][e / 4][e % 4];
+#pragma unroll 1
+        for (int e = 0; e < count; ++e) {
+            const std::int64_t i = corner.row + 16 * t + 8 * (e % 4 / 2);
+            const std::int64_t j = corner.col + e / 8 * bundle + e / 4 % 2 * 2 + e % 2;
+            if (i >= m || j >= n) continue;
+            float& value = reinterpret_cast<float&>(own[e * Tile::threads]);
+            if (rest.zeropoint_x == nullptr) {
+                value =
+                    scaled(static_cast<float>(own[e * Tile::threads]), rest.scale_of_row(i), rest.scale_w.of_group(j));
+                continue;
+            }
+            const double zx = rest.zeropoint_of_row(i);
+            const double zw = rest.zeropoint_w.of_group(j);
+            const double sum_w = rest.code_sums[j] - (excludes ? rest.panels.excluded_codes[j] : 0);
+            const double sum =
+                static_cast<double>(own[e * Tile::threads]) + zw * rest.sums_x[i] + zx * sum_w + depth * zx * zw;
+            const double scale = static_cast<double>(rest.scale_of_row(i)) * rest.scale_w.of_group(j);
+            value = static_cast<float>(sum * scale);
+        }
+#pragma unroll
+        for (int e = 0; e < count; ++e) y[t][e / 4][e % 4] = reinterpret_cast<const float&>(own[e * Tile::threads]);
+    }
+}
+
+// The same, all at once. Where the columns know their largest scale, no product of scales overflows.
+template <class Tile, class Sum, class Columns>
+__device__ void scale_sums(const Sum (&sums)[Tile::row_fragments][Tile::col_fragments][4], const Job& job,
+                           std::int64_t m, const Rest& rest, const Columns& columns, Values<Tile>& y) {
+    const Corner<Tile> corner(job);
+    float scale_x[Tile::row_fragments][2];
+    float largest_x = 0.0F;
+#pragma unroll
+    for (int t = 0; t < Tile::row_fragments; ++t) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const std::int64_t i = corner.row + 16 * t + 8 * h;
+            scale_x[t][h] = i < m ? rest.scale_of_row(i) : 0.0F;
+            largest_x = fmaxf(largest_x, scale_x[t][h]);
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < Tile::col_fragments; u += 2) {
+        const Pack<float, together> scales = columns.scales(corner, u);
+#pragma unroll
+        for (int c = 0; c < together; ++c) {
+            const float scale_w = scales[c];
+            const bool overflows = !Columns::know_the_largest && largest_x * scale_w > largest_float;
+#pragma unroll
+            for (int r = 0; r < 2 * Tile::row_fragments; ++r) {
+                const float own = scale_x[r / 2][r % 2];
+                const auto sum = static_cast<float>(sums[r / 2][u + c / 2][2 * (r % 2) + c % 2]);
+                y[r / 2][u + c / 2][2 * (r % 2) + c % 2] =
+                    overflows ? scaled(sum, own, scale_w) : sum * (own * scale_w);
+            }
+        }
+    }
+}
+
+// --- outlier columns in order ---------------------------------------------------------------------------------------
+
+// Elements `e` of what is added for outlier columns: x * w of one each. With zeropoints under the policy `rows`, where
+// the elements that are left out differ from row to row, they come in pairs: the second takes out what the zeropoint of
+// X made of the code 0.
+struct Entry {
+    const Rest& rest;
+
+    __device__ float of_x(std::int64_t i, std::int32_t e) const {
+        if (!rest.in_pairs) {
+            return e < rest.panels.width ? rest.panels.x[i * rest.panels.width + e]
+                                         : rest.columns.of_x(i, rest.list.columns[e]);
+        }
+        const std::int32_t column = rest.list.columns[e / 2];
+        if (e % 2 == 0) return rest.columns.of_x(i, column);
+        return rest.columns.takes_part(rest.columns.x(i, column), i, column)
+                   ? -(rest.scale_of_row(i) * rest.zeropoint_of_row(i))
+                   : 0.0F;
+    }
+    __device__ float of_w(std::int64_t j, std::int32_t e) const {
+        if (!rest.in_pairs) {
+            return e < rest.panels.width ? rest.panels.w[j * rest.panels.width + e]
+                                         : rest.columns.of_w(j, rest.list.columns[e]);
+        }
+        const std::int32_t column = rest.list.columns[e / 2];
+        return e % 2 == 0 ? rest.columns.of_w(j, column) : rest.columns.dequantized(j, column);
+    }
+};
+
+// Adds entries `first` to `end` - 1. A chunk of them is in shared memory at a time, rows of X beside those of W.
+template <class Tile>
+__device__ void add_in_order(const Job& job, std::int64_t m, std::int64_t n, const Rest& rest, std::int32_t first,
+                             std::int32_t end, float* shared, Values<Tile>& y) {
+    constexpr int width = Tile::rows + Tile::cols;
+    const Place<Tile> place;
+    const Entry entry{rest};
+#pragma unroll 1
+    for (std::int32_t begin = first; begin < end; begin += chunk_columns) {
+        const int count = end - begin < chunk_columns ? end - begin : chunk_columns;
+        __syncthreads();
+#pragma unroll 1
+        for (int place_of = static_cast<int>(threadIdx.x); place_of < count * width; place_of += Tile::threads) {
+            const std::int32_t e = begin + place_of / width;
+            const int r = place_of % width;
+            const std::int64_t i = made_again(job.row0) + r;
+            const std::int64_t j = made_again(job.col0) + r - Tile::rows;
+            float value = 0.0F;
+            if (r < Tile::rows) {
+                if (i < m) value = entry.of_x(i, e);
+            } else {
+                if (j < n) value = entry.of_w(j, e);
+            }
+            shared[place_of] = value;
+        }
+        __syncthreads();
+#pragma unroll 1
+        for (int e = 0; e < count; ++e) {
+            const float* const row = shared + e * width;
+            float x[Tile::row_fragments][2];
+            bool any = false;
+#pragma unroll
+            for (int r = 0; r < 2 * Tile::row_fragments; ++r) {
+                x[r / 2][r % 2] = row[place.row + place.lane / 4 + 8 * r];
+                any = any || x[r / 2][r % 2] != 0.0F;
+            }
+            // Outliers of other rows alone are nothing to add.
+            if (__any_sync(whole_warp, any) == 0) continue;
+#pragma unroll
+            for (int u = 0; u < Tile::col_fragments; u += 2) {
+                const auto w =
+                    load<together>(row + Tile::rows + place.col + u / 2 * bundle + place.lane % 4 * together);
+#pragma unroll
+                for (int r = 0; r < 2 * Tile::row_fragments; ++r) {
+#pragma unroll
+                    for (int c = 0; c < together; ++c) {
+                        float& sum = y[r / 2][u + c / 2][2 * (r % 2) + c % 2];
+                        sum = fmaf(x[r / 2][r % 2], w[c], sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// --- outlier columns on tensor cores --------------------------------------------------------------------------------
+
+constexpr std::uint32_t tf32_bits = 0xFFFFE000U;
+constexpr std::uint32_t exponent_bits = 0x7F800000U;
+
+// What a weight has beyond tf32 is multiplied apart, by the x that are finite, which are numbers of tf32: Inf times 0
+// would be NaN.
+__device__ inline void high_part(const std::uint32_t (&from)[2], std::uint32_t (&high)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) high[r] = from[r] & tf32_bits;
+}
+__device__ inline void low_part(const std::uint32_t (&from)[2], std::uint32_t (&low)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float rest = __fadd_rn(__uint_as_float(from[r]), -__uint_as_float(from[r] & tf32_bits));
+        low[r] = (from[r] & exponent_bits) == exponent_bits ? 0 : __float_as_uint(rest) & tf32_bits;
+    }
+}
+__device__ inline void finite_part(const std::uint32_t (&from)[4], std::uint32_t (&finite)[4]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) finite[r] = (from[r] & exponent_bits) == exponent_bits ? 0 : from[r];
+}
+
+// A panel as rows of bytes.
+__device__ inline Operand bytes_of(const float* panel, std::int64_t rows, std::int64_t width) {
+    return {reinterpret_cast<const std::int8_t*>(panel), rows, width * static_cast<std::int64_t>(sizeof(float)), 1};
+}
+
+// --- output ---------------------------------------------------------------------------------------------------------
+
+template <class Y>
+__device__ void store_together(Y* target, const Pack<float, together>& values) {
+    if constexpr (std::is_same_v<Y, float>) {
+        store(target, values);
+    } else if constexpr (std::is_same_v<Y, __half>) {
+        store(reinterpret_cast<__half2*>(target),
+              Pack<__half2, 2>{{__floats2half2_rn(values[0], values[1]), __floats2half2_rn(values[2], values[3])}});
+    } else {
+        store(reinterpret_cast<__nv_bfloat162*>(target),
+              Pack<__nv_bfloat162, 2>{
+                  {__floats2bfloat162_rn(values[0], values[1]), __floats2bfloat162_rn(values[2], values[3])}});
+    }
+}
+
+template <class Tile, class Y, class Columns>
+__device__ void store_values(const Values<Tile>& y, const Job& job, const Rest& rest, const Columns& columns, Y* out) {
+    const Corner<Tile> corner(job);
+    const auto left = [](std::int64_t count, int most) { return count < most ? static_cast<int>(count) : most; };
+    const int rows = left(rest.out.rows - corner.row, Tile::rows);
+    const int cols = left(rest.out.cols - corner.col, Tile::cols);
+    Y* const first = out + corner.row * rest.out.row_stride + corner.col * rest.out.col_stride;
+    const std::int64_t between = 8 * rest.out.row_stride;
+#pragma unroll
+    for (int u = 0; u < Tile::col_fragments; u += 2) {
+        const int col = u / 2 * bundle;
+        if (col >= cols) continue;
+        const Pack<float, together> bias = columns.bias(corner, u);
+        Y* row = first + (rest.wide ? col : col * rest.out.col_stride);
+#pragma unroll
+        for (int r = 0; r < 2 * Tile::row_fragments; ++r, row += between) {
+            if (8 * r >= rows) continue;
+            Pack<float, together> values;
+#pragma unroll
+            for (int c = 0; c < together; ++c) values[c] = y[r / 2][u + c / 2][2 * (r % 2) + c % 2] + bias[c];
+            if (rest.wide) {
+                store_together(row, values);
+            } else {
+#pragma unroll
+                for (int c = 0; c < together; ++c) {
+                    if (col + c < cols) row[c * rest.out.col_stride] = from_float<Y>(values[c]);
+                }
+            }
+        }
+    }
+}
+
+// --- all of it ------------------------------------------------------------------------------------------------------
+
+template <class Tile, class Sum, class Columns>
+__device__ void start_values(const Sum (&sums)[Tile::row_fragments][Tile::col_fragments][4], const Job& job,
+                             std::int64_t m, std::int64_t n, const Rest& rest, const Columns& columns,
+                             std::int32_t outliers, std::int8_t* shared, Values<Tile>& y) {
+    bool is_simple = rest.zeropoint_x == nullptr;
+    if constexpr (Columns::know_the_largest) {
+        const Corner<Tile> corner(job);
+        float largest_x = 0.0F;
+#pragma unroll
+        for (int r = 0; r < 2 * Tile::row_fragments; ++r) {
+            const std::int64_t i = corner.row + 8 * r;
+            if (i < m) largest_x = fmaxf(largest_x, rest.scale_of_row(i));
+        }
+        is_simple = __syncthreads_or(largest_x * columns.largest_scale() > largest_float ? 1 : 0) == 0 && is_simple;
+    }
+    if (!is_simple) return scale_one_by_one<Tile>(sums, job, m, n, rest, outliers, shared, y);
+    scale_sums<Tile>(sums, job, m, rest, columns, y);
+}
+
+// Everything after the scales. All threads of the block must take part. `multiply_panels(x, w, job)` adds the products
+// of panels to y.
+template <class Tile, class Columns, class MultiplyPanels>
+__device__ void finish(Values<Tile>& y, const Job& job, std::int64_t m, std::int64_t n, const Rest& rest,
+                       const Columns& columns, std::int32_t outliers, std::int8_t* shared,
+                       const MultiplyPanels& multiply_panels) {
+    std::int32_t added = 0;
+    if (!rest.in_order && outliers > most_in_order) {
+        const auto width = static_cast<std::int32_t>(rest.panels.width);
+        added = outliers < width ? outliers : width;
+        const std::int64_t end = (added + panel_multiple - 1) / panel_multiple * slice;
+        __syncthreads();
+        multiply_panels(bytes_of(rest.panels.x, m, width), bytes_of(rest.panels.w, n, width),
+                        Job{made_again(job.row0), made_again(job.col0), 0, end});
+    }
+    add_in_order<Tile>(job, m, n, rest, added, rest.in_pairs ? 2 * outliers : outliers,
+                       reinterpret_cast<float*>(shared), y);
+    switch (rest.out.dtype) {
+        case DType::f16: return store_values<Tile>(y, job, rest, columns, static_cast<__half*>(rest.out.data));
+        case DType::bf16: return store_values<Tile>(y, job, rest, columns, static_cast<__nv_bfloat16*>(rest.out.data));
+        default: return store_values<Tile>(y, job, rest, columns, static_cast<float*>(rest.out.data));
+    }
+}
+
+}  // namespace octavo::cuda

@@ -1,0 +1,298 @@
+// The fused product of linear_mma.cu in tiles that warpgroups multiply (sm_90a): 128 x 256 and 128 x 128. Instructions
+// take both operands from shared memory and multiply on while the warps copy; they reach what tensor cores of this
+// architecture do, of which those of mma_tile.cuh reach three fifths.
+//
+// A block walks along k in slices of 128 bytes, brought to shared memory by cp.async a few slices ahead. Of each slice
+// a warpgroup multiplies its 64 rows of a by all rows of b, in four steps, and begins with the next slice before that
+// is done. So there are two stages more than slices ahead: the one that is multiplied, and the one before it, which the
+// other warpgroup may still be multiplying.
+//
+// Rows of b are put into shared memory in such an order that a lane holds four columns of the output side by side, as
+// everywhere else: then what becomes of the sums is what becomes of those of other tiles (linear_epilogue.cuh). It has
+// more columns to a lane, so their scales and bias come by way of shared memory.
+#include "linear_wgmma.cuh"
+#include "ptx.cuh"
+
+namespace octavo::cuda {
+namespace {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(OCTAVO_SIMT)
+constexpr bool has_wgmma = true;
+#else
+constexpr bool has_wgmma = false;
+#endif
+
+constexpr int group_threads = 4 * warp_size;
+constexpr int group_rows = 64;
+constexpr std::size_t matrix_alignment = 1024;  // of shared memory
+
+// What a thread copies of the slices of one operand: chunk `index` of every `pitch`-th row from `first` on.
+template <class Tile, int tile_rows, bool is_b>
+struct GroupShare {
+    static constexpr int row_bytes = Tile::slice;
+    static constexpr int chunks = row_bytes / chunk;
+    static constexpr int pitch = Tile::threads / chunks;
+    static constexpr int count = tile_rows / pitch;
+    static_assert(tile_rows % pitch == 0 && pitch % bundle == 0);  // the order of all these rows is the same
+
+    __device__ static int first() { return static_cast<int>(threadIdx.x) / chunks; }
+    __device__ static int index() { return static_cast<int>(threadIdx.x) % chunks; }
+    __device__ static int offset() {
+        int row = first();
+        if (is_b) {
+            // Column 4q + 2f + e of the tile is column 2q + e of fragment f of two.
+            const int q = row % bundle / together;
+            row = row / bundle * bundle + row % together / 2 * 8 + 2 * q + row % 2;
+        }
+        return row * row_bytes + (index() ^ row % 8) * chunk;
+    }
+};
+
+template <class Tile>
+__device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
+                              Sums<Tile>& sums) {
+    static_assert(Tile::row_fragments == 1);
+    using ShareA = GroupShare<Tile, Tile::rows, false>;
+    using ShareB = GroupShare<Tile, Tile::cols, true>;
+    constexpr int ahead = Tile::stages - 2;
+    constexpr int bytes_of_a = Tile::rows * Tile::slice;
+    const auto rows_of = [](std::int64_t rows, int most) { return rows < most ? static_cast<int>(rows) : most; };
+    const int rows_a = rows_of(a.rows - job.row0, Tile::rows);
+    const int rows_b = rows_of(b.rows - job.col0, Tile::cols);
+    const auto end = static_cast<int>(job.end - job.begin);
+    const std::int8_t* const source_a =
+        a.data + (job.row0 + ShareA::first()) * a.row_stride + job.begin + ShareA::index() * chunk;
+    const std::int8_t* const source_b =
+        b.data + (job.col0 + ShareB::first()) * b.row_stride + job.begin + ShareB::index() * chunk;
+    const auto copy = [&](int begin, int stage) {
+        std::int8_t* const target = shared + stage * Tile::stage_bytes;
+        if (begin < end) {
+            copy_slice<ShareA>(source_a, a.row_stride, rows_a, begin, end, target + ShareA::offset());
+            copy_slice<ShareB>(source_b, b.row_stride, rows_b, begin, end, target + bytes_of_a + ShareB::offset());
+        }
+        copy_async_commit();  // also where nothing was copied: waiting counts groups
+    };
+
+    // The same for all lanes, as the compiler cannot know.
+    const int group = __shfl_sync(whole_warp, static_cast<int>(threadIdx.x) / group_threads, 0);
+    const std::uint64_t first_a = wgmma_matrix(shared + group * group_rows * Tile::slice);
+    const std::uint64_t first_b = wgmma_matrix(shared + bytes_of_a);
+#pragma unroll
+    for (int stage = 0; stage < ahead; ++stage) copy(stage * Tile::slice, stage);
+    int stage = 0;     // of the slice that is being multiplied
+    int free = ahead;  // of the slice before the one before it, which all groups have multiplied
+    for (int begin = 0; begin < end; begin += Tile::slice) {
+        copy_async_wait<ahead - 1>();
+        fence_async_proxy();
+        __syncthreads();
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < Tile::slice / step; ++s) {
+            const auto place = static_cast<std::uint64_t>(stage * Tile::stage_bytes + s * step) / chunk;
+            wgmma_s8<Tile::cols>(sums[0], first_a + place, first_b + place);
+        }
+        wgmma_commit();
+        copy(begin + ahead * Tile::slice, free);
+        wgmma_wait<1>();
+        stage = stage + 1 == Tile::stages ? 0 : stage + 1;
+        free = free + 1 == Tile::stages ? 0 : free + 1;
+    }
+    wgmma_wait<0>();
+}
+
+// Products of panels of outlier columns, of as many slices at a time as there is room for. Fragments are read when they
+// are needed: the registers are full of y.
+template <class Tile>
+__device__ void add_panels(const Operand& a, const Operand& b, const Job& job, bool is_exact, std::int8_t* shared,
+                           Values<Tile>& y) {
+    using ShareA = Share<Tile::rows, Tile::threads, false>;
+    using ShareB = Share<Tile::cols, Tile::threads, true>;
+    constexpr int slice_bytes = (Tile::rows + Tile::cols) * slice;
+    constexpr int batch = Tile::stages * Tile::stage_bytes / slice_bytes;
+    const Place<Tile> place;
+    const auto rows_of = [](std::int64_t rows, int most) { return rows < most ? static_cast<int>(rows) : most; };
+    const int rows_a = rows_of(a.rows - job.row0, Tile::rows);
+    const int rows_b = rows_of(b.rows - job.col0, Tile::cols);
+    const auto end = static_cast<int>(job.end);
+    const std::int8_t* const source_a = a.data + (job.row0 + ShareA::first()) * a.row_stride + ShareA::index() * chunk;
+    const std::int8_t* const source_b = b.data + (job.col0 + ShareB::first()) * b.row_stride + ShareB::index() * chunk;
+#pragma unroll 1
+    for (int first = 0; first < end; first += batch * slice) {
+        const int count = min((end - first) / slice, batch);
+        if (first > 0) __syncthreads();
+#pragma unroll 1
+        for (int s = 0; s < count; ++s) {
+            std::int8_t* const target = shared + s * slice_bytes;
+            copy_slice<ShareA>(source_a, a.row_stride, rows_a, first + s * slice, end, target + ShareA::offset());
+            copy_slice<ShareB>(source_b, b.row_stride, rows_b, first + s * slice, end,
+                               target + Tile::rows * slice + ShareB::offset());
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();
+#pragma unroll 1
+        for (int s = 0; s < count * steps; ++s) {
+            const std::int8_t* const from = shared + s / steps * slice_bytes;
+            std::uint32_t own[4];
+            std::uint32_t finite[4];
+            load_matrices(own, matrices_of_a<Tile>(from, s % steps, place));
+            finite_part(own, finite);
+            const std::int8_t* const rows_of_b = matrices_of_b<Tile>(from, s % steps, place);
+#pragma unroll
+            for (int u = 0; u < Tile::col_fragments; u += 2) {
+                std::uint32_t pair[4];
+                load_matrices(pair, rows_of_b + u * 8 * slice);
+#pragma unroll
+                for (int f = 0; f < 2; ++f) {
+                    const std::uint32_t all[2] = {pair[2 * f], pair[2 * f + 1]};
+                    std::uint32_t part[2];
+                    high_part(all, part);
+                    multiply_add_tf32(y[0][u + f], own, part);
+                    if (is_exact) continue;
+                    low_part(all, part);
+                    multiply_add_tf32(y[0][u + f], finite, part);
+                }
+            }
+        }
+    }
+}
+
+// --- kernels --------------------------------------------------------------------------------------------------------
+
+template <class Tile>
+constexpr std::size_t shared_of_groups =
+    matrix_alignment + Tile::stages * Tile::stage_bytes + ColumnsInShared<Tile>::bytes;
+
+// Where the first stage is.
+__device__ inline std::int8_t* aligned_shared(std::int8_t* shared) {
+    constexpr unsigned mask = matrix_alignment - 1;
+    return shared + ((mask + 1 - (shared_address(shared) & mask)) & mask);
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::threads, Tile::resident)
+    wgmma_kernel(Operand a, Operand b, std::int64_t k, Rest rest) {
+    if constexpr (has_wgmma) {
+        OCTAVO_DYNAMIC_SHARED(std::int8_t, memory);
+        std::int8_t* const shared = aligned_shared(memory);
+        const Job job = job_of<Tile>(a.rows, b.rows, k, k);
+        const ColumnsInShared<Tile> columns{reinterpret_cast<float*>(shared + Tile::stages * Tile::stage_bytes)};
+        wait_for_launch_before();
+        columns.read(rest, job);
+        Sums<Tile> sums = {};
+        sum_by_groups<Tile>(a, b, job, shared, sums);
+        __syncthreads();
+        const std::int32_t outliers = rest.list.count != nullptr ? *rest.list.count : 0;
+        Values<Tile> y;
+        start_values<Tile>(sums, job, a.rows, b.rows, rest, columns, outliers, shared, y);
+        finish<Tile>(y, job, a.rows, b.rows, rest, columns, outliers, shared,
+                     [&](const Operand& panel_x, const Operand& panel_w, const Job& part) {
+                         add_panels<Tile>(panel_x, panel_w, part, rest.is_exact, shared, y);
+                     });
+    } else {
+        must_not_run();
+    }
+}
+
+// A depth for which stages are used again, and the last slice is not whole.
+template <class Tile>
+constexpr int tried_depth = (Tile::stages + 2) * Tile::slice + 48;
+
+// Multiplies codes that it makes, in `codes` [rows + cols, tried_depth], and says in `verdict` whether the sums, which
+// it leaves in `sums` [rows, cols], are right.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::threads, Tile::resident)
+    try_kernel(std::int8_t* codes, std::int32_t* sums, Wgmma* verdict) {
+    if constexpr (has_wgmma) {
+        OCTAVO_DYNAMIC_SHARED(std::int8_t, memory);
+        constexpr int depth = tried_depth<Tile>;
+        constexpr int rows = Tile::rows + Tile::cols;
+        const int thread = static_cast<int>(threadIdx.x);
+        for (int i = thread; i < rows * depth; i += Tile::threads) {
+            codes[i] = static_cast<std::int8_t>(static_cast<unsigned>(i) * 2654435761U >> 23);
+        }
+        __syncthreads();
+        const std::int8_t* const b = codes + Tile::rows * depth;
+        Sums<Tile> own = {};
+        sum_by_groups<Tile>({codes, Tile::rows, depth, 1}, {b, Tile::cols, depth, 1}, {0, 0, 0, depth},
+                            aligned_shared(memory), own);
+        const Corner<Tile> corner({0, 0, 0, depth});
+#pragma unroll
+        for (int f = 0; f < Tile::col_fragments; ++f) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const std::int64_t col = corner.col + f / 2 * bundle + f % 2 * 2 + e % 2;
+                sums[(corner.row + e / 2 * 8) * Tile::cols + col] = own[0][f][e];
+            }
+        }
+        __syncthreads();
+        bool right = true;
+        for (int i = thread; i < Tile::rows * Tile::cols; i += Tile::threads) {
+            const auto* const row = reinterpret_cast<const int*>(codes + i / Tile::cols * depth);
+            const auto* const col = reinterpret_cast<const int*>(b + i % Tile::cols * depth);
+            int sum = 0;
+            for (int h = 0; h < depth / 4; ++h) sum = __dp4a(row[h], col[h], sum);
+            right = right && sum == sums[i];
+        }
+        right = __syncthreads_and(right ? 1 : 0) != 0;
+        if (thread == 0) *verdict = right ? Wgmma::right : Wgmma::wrong;
+    } else {
+        if (threadIdx.x == 0) *verdict = Wgmma::none;
+    }
+}
+
+// --- launch ---------------------------------------------------------------------------------------------------------
+
+// A stream of its own, so that nothing waits that is not this.
+class OwnStream {
+public:
+    OwnStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags"); }
+    ~OwnStream() { cudaStreamDestroy(stream_); }
+    OwnStream(const OwnStream&) = delete;
+    OwnStream& operator=(const OwnStream&) = delete;
+    [[nodiscard]] cudaStream_t get() const { return stream_; }
+
+private:
+    cudaStream_t stream_ = nullptr;
+};
+
+template <class Tile>
+Wgmma try_tile(cudaStream_t stream) {
+    constexpr std::size_t code_bytes = static_cast<std::size_t>(Tile::rows + Tile::cols) * tried_depth<Tile>;
+    constexpr std::size_t sum_bytes = sizeof(std::int32_t) * Tile::rows * Tile::cols;
+    static_assert(code_bytes % 16 == 0);
+    void* memory = nullptr;
+    check(cudaMallocAsync(&memory, code_bytes + sum_bytes + sizeof(Wgmma), stream), "cudaMallocAsync");
+    auto* const codes = static_cast<std::int8_t*>(memory);
+    auto* const verdict = reinterpret_cast<Wgmma*>(codes + code_bytes + sum_bytes);
+    allow_shared(try_kernel<Tile>, shared_of_groups<Tile>);
+    launch(try_kernel<Tile>, {1, Tile::threads, shared_of_groups<Tile>}, stream, codes,
+           reinterpret_cast<std::int32_t*>(codes + code_bytes), verdict);
+    Wgmma found = Wgmma::wrong;
+    check(cudaMemcpyAsync(&found, verdict, sizeof found, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
+    check(cudaFreeAsync(memory, stream), "cudaFreeAsync");
+    check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    return found;
+}
+
+}  // namespace
+
+Wgmma try_wgmma() {
+    const OwnStream stream;
+    const Wgmma wide = try_tile<Wide>(stream.get());
+    return wide == Wgmma::right ? try_tile<Square>(stream.get()) : wide;
+}
+
+template <class Tile>
+void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, const Rest& rest, cudaStream_t stream) {
+    static OncePerDevice set_up;
+    set_up([] { allow_shared(wgmma_kernel<Tile>, shared_of_groups<Tile>); });
+    launch(wgmma_kernel<Tile>,
+           {dim3(static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows))), Tile::threads, shared_of_groups<Tile>,
+            begins_early()},
+           stream, operand_of(a), operand_of(b), b.cols, rest);
+}
+template void start_wgmma<Wide>(const ConstMatrix&, const ConstMatrix&, const Rest&, cudaStream_t);
+template void start_wgmma<Square>(const ConstMatrix&, const ConstMatrix&, const Rest&, cudaStream_t);
+
+}  // namespace octavo::cuda

@@ -1,0 +1,29 @@
+// The tiles of linear_wgmma.cu, and what launches them.
+#pragma once
+
+#include "linear_epilogue.cuh"
+#include "memory.hpp"
+#include "mma_tile.cuh"
+
+namespace octavo::cuda {
+
+// Of eight warps, each of which has 16 rows of the tile, whole, so that the registers hold what those of a tile of
+// mma_tile.cuh of such warps do. Slices are of 128 bytes.
+template <int cols_, int stages_, int resident_>
+struct GroupTile : Tile<128, cols_, 16, cols_, resident_> {
+    static constexpr int stages = stages_;
+    static constexpr int slice = 128;
+    static constexpr int stage_bytes = (128 + cols_) * slice;
+};
+using Wide = GroupTile<256, 4, 1>;
+using Square = GroupTile<128, 3, 2>;
+
+// What they reach, as `large_rate`: .62 and .56 of the peak, where 256 x 128 by mma.sync reaches .54.
+constexpr double wide_rate = 1.15;
+constexpr double square_rate = 1.04;
+
+// `a` and `b`: rows aligned to 16 bytes.
+template <class Tile>
+void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, const Rest& rest, cudaStream_t stream);
+
+}  // namespace octavo::cuda
