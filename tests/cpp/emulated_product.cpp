@@ -1,6 +1,6 @@
 // The products of VNNI and AMX with their instructions done one number at a time, so that all around those is tested on
-// processors that have neither: a plan `few` (avx512_vnni's register tile) and `many` (AMX), of an instruction set
-// "emulated".
+// processors that have neither: a plan `few` (avx512_vnni's register tile), `some` and `many` (AMX), of an instruction
+// set "emulated".
 #define OCTAVO_ISA emulated
 
 #include <array>

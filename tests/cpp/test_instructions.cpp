@@ -189,6 +189,7 @@ Counts counted() {
         };
         put("product", product(*table->many));
         put("product_few", product(*table->few));
+        put("product_some", product(*table->some));
         put("epilogue", epilogue(*table, 0, false));
         put("outliers", epilogue(*table, 32, false));
         put("outliers_codes", epilogue(*table, 32, true));

@@ -20,6 +20,7 @@
 
 namespace octavo::cpu::emulated {
 extern const Plan few;
+extern const Plan some;
 extern const Plan many;
 }  // namespace octavo::cpu::emulated
 
@@ -170,7 +171,8 @@ TEST(rotation_agrees) {
         for (const Kernels* table : tables()) {
             const check::Context context("rotation of ", block, " by ", table->isa);
             const Guarded<float> x(values);
-            table->rotate(x.data(), 3 * block, block);
+            const std::uint32_t largest = table->rotate(x.data(), 3 * block, block);
+            CHECK_EQ(largest, table->largest_magnitude(DType::f32, x.data(), 3 * block));
             auto expected = values;
             for (std::int64_t distance = 1; distance < block; distance *= 2) {
                 for (std::int64_t i = 0; i < 3 * block; ++i) {
@@ -594,6 +596,46 @@ TEST(columns_are_dequantized_to_the_bit) {
     }
 }
 
+TEST(columns_are_rotated_back_to_the_bit) {
+    constexpr std::int64_t depth = 320;
+    for (const std::int64_t block : {16, 64, 256}) {
+        Random random(12);
+        std::vector<std::int8_t> codes(48 * depth);
+        for (std::int8_t& code : codes) code = static_cast<std::int8_t>(random.integer(-128, 127));
+        // The largest sums.
+        for (std::int64_t h = 0; h < block; ++h) codes[octavo::cpu::packed_index(0, h, depth)] = -128;
+        const Guarded<std::int8_t> w(codes);
+        const Guarded<float> zeropoint(random_floats(random, 48));
+        const Guarded<float> scale(random_floats(random, 48));
+        const float root = std::sqrt(static_cast<float>(block));
+        for (const Kernels* table : tables()) {
+            for (std::int64_t place = 0; place < block; ++place) {
+                const std::int64_t cols = 48 - place % 48;
+                const check::Context context("column ", place, " of ", block, " by ", table->isa, ", ", cols);
+                std::vector<float> expected(static_cast<std::size_t>((cols + 15) / 16 * 16));
+                const Guarded<float> target(expected);
+                table->rotate_back_column(w.data(), 16 * depth, block, place, cols, zeropoint.data(), scale.data(),
+                                          target.data());
+                for (std::size_t j = 0; j < expected.size(); ++j) {
+                    const auto row = static_cast<std::int64_t>(j);
+                    if (row >= cols) {  // may be written or not
+                        expected[j] = target.data()[j];
+                        continue;
+                    }
+                    int sum = 0;
+                    for (std::int64_t h = 0; h < block; ++h) {
+                        const int sign = std::popcount(static_cast<std::uint64_t>(h & place)) % 2 == 0 ? 1 : -1;
+                        sum += sign * w.data()[octavo::cpu::packed_index(row, h, depth)];
+                    }
+                    const float rotated = static_cast<float>(sum) * (1.0F / root);
+                    expected[j] = (rotated + zeropoint.data()[j] * (place == 0 ? root : 0.0F)) * scale.data()[j];
+                }
+                CHECK(target.bytes() == Guarded<float>(expected).bytes());
+            }
+        }
+    }
+}
+
 TEST(pack_is_the_packed_order) {
     for (const Kernels* table : tables()) {
         Random random(4);
@@ -739,9 +781,11 @@ struct NamedPlan {
 // Of every table, and those of emulated_product.cpp.
 std::vector<NamedPlan> plans() {
     std::vector<NamedPlan> all{{"emulated few", &octavo::cpu::emulated::few},
+                               {"emulated some", &octavo::cpu::emulated::some},
                                {"emulated many", &octavo::cpu::emulated::many}};
     for (const Kernels* table : tables()) {
         all.push_back({std::string(table->isa) + " few", table->few});
+        all.push_back({std::string(table->isa) + " some", table->some});
         all.push_back({std::string(table->isa) + " many", table->many});
     }
     return all;

@@ -172,7 +172,7 @@ private:
                     (*static_cast<const decltype(hand_over)*>(context))(first, rows);
                 };
             }
-            if (plan_.run_rows == 0) fetch_ahead(tile, (row - block_.row_begin) / run);
+            if (!plan_.fetches) fetch_ahead(tile, (row - block_.row_begin) / run);
             if (tile.depth > 0) plan_.multiply(tile);
             const bool hands_over = finish != nullptr && !finishes;
             const bool together = block_.rows() <= few_rows;
@@ -241,8 +241,10 @@ void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std
 }
 
 const Plan& plan_for(std::int64_t rows) {
-    const Plan& few = *kernels().few;
-    return rows <= few.block_rows ? few : *kernels().many;
+    for (const Plan* const plan : {kernels().few, kernels().some}) {
+        if (rows <= plan->block_rows) return *plan;
+    }
+    return *kernels().many;
 }
 
 XPanels::XPanels(const Plan& plan, std::int64_t rows, std::int64_t k)

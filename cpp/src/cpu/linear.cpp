@@ -78,8 +78,8 @@ public:
         }
     }
 
-    // Which of the outlier columns are kept. Those that are not and are rotated are products, which are made for all of
-    // the block at once.
+    // Which of the outlier columns are kept. Those that are not and are rotated are, where several are of one block of
+    // the rotation, products, which are made for all output features at once.
     // `in_registers`: if none are kept the epilogue may dequantize them.
     void sort_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes, bool in_registers) {
         const auto count = std::ssize(columns);
@@ -101,13 +101,7 @@ public:
                 not_kept_places_.push_back(static_cast<std::int32_t>(o));
             }
         }
-        if (weight_.rotation == 0 || not_kept_.empty()) return;
-        std::vector<float*> targets;
-        targets.reserve(not_kept_places_.size());
-        for (const std::int32_t place : not_kept_places_) {
-            targets.push_back(outlier_weight_.data() + place * outlier_stride);
-        }
-        rotate_back_columns(codes, weight_.rotation, block_.cols(), zeropoint, scale, not_kept_, targets);
+        if (weight_.rotation != 0) sort_rotated(codes);
     }
 
     // The weights of the outlier columns for columns [first, first + cols) of the block, once sort_outliers has been
@@ -130,7 +124,15 @@ public:
                            target);
             std::fill(target + cols, target + whole_blocks(cols), 0.0F);
         }
-        if (weight_.rotation != 0) return;  // sort_outliers has done it
+        if (weight_.rotation != 0) {
+            for (const auto& [column, place] : apart_) {
+                const std::int32_t in_block = column % weight_.rotation;
+                kernels().rotate_back_column(codes.data() + first * codes.depth() + (column - in_block) * block_cols,
+                                             codes.stride(), weight_.rotation, in_block, cols, zeropoint + first,
+                                             scale + first, outlier_weight_.data() + place * outlier_stride + first);
+            }
+            return;  // sort_outliers has done the others
+        }
         kernels().dequantize_columns(codes.data() + first * codes.depth(), codes.stride(), not_kept_.data(),
                                      not_kept_places_.data(), std::ssize(not_kept_), cols,
                                      weight_.zeropoint.present ? zeropoint + first : nullptr, scale + first,
@@ -183,12 +185,35 @@ public:
     std::int32_t code_sums[most_cols];
 
 private:
+    void sort_rotated(const PackedPanel& codes) {
+        constexpr std::int64_t few = 3;  // columns, up to which a product takes longer than one after the other
+        const std::int64_t depth = padded_depth(weight_.rotation);  // of a product
+        std::vector<std::int32_t> together;
+        std::vector<float*> targets;
+        for (std::size_t i = 0; i < not_kept_.size();) {
+            const auto next = static_cast<std::int32_t>((not_kept_[i] / depth + 1) * depth);
+            const auto end = std::ranges::lower_bound(not_kept_, next) - not_kept_.begin();
+            const bool is_few = end - static_cast<std::ptrdiff_t>(i) <= few;
+            for (; std::cmp_less(i, end); ++i) {
+                const std::int32_t place = not_kept_places_[i];
+                if (is_few) {
+                    apart_.emplace_back(not_kept_[i], place);
+                } else {
+                    together.push_back(not_kept_[i]);
+                    targets.push_back(outlier_weight_.data() + place * outlier_stride);
+                }
+            }
+        }
+        rotate_back_columns(codes, weight_.rotation, block_.cols(), zeropoint, scale, together, targets);
+    }
+
     const WeightView& weight_;
     Block block_;
     bool has_bias_;
     std::vector<std::pair<std::int64_t, std::int64_t>> kept_;  // places among the outlier columns and among the kept
     std::vector<std::int32_t> not_kept_;
     std::vector<std::int32_t> not_kept_places_;
+    std::vector<std::pair<std::int32_t, std::int64_t>> apart_;  // columns rotated back one by one, and their places
     const PackedPanel* w_ = nullptr;
     std::int64_t gathered_ = -1;
     Scratch<float> outlier_weight_{0};       // [|O|, outlier_stride]

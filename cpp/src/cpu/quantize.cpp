@@ -60,7 +60,7 @@ public:
             const std::int64_t size = rotated_size(x_.cols, options_.rotation);
             std::fill(values + x_.cols, values + size, 0.0F);
             if (factor != 1.0F) std::for_each_n(values, x_.cols, [factor](float& value) { value *= factor; });
-            kernels().rotate(values, size, options_.rotation);
+            largest_ = kernels().rotate(values, size, options_.rotation);
         }
         return values;
     }
@@ -69,7 +69,9 @@ public:
     [[nodiscard]] std::optional<Range> range(const void* values, std::span<const std::int32_t> excluded) const {
         const std::int64_t size = rotated_size(x_.cols, options_.rotation);
         if (options_.scheme == Scheme::absmax) {
-            const float absmax = magnitude_of(dtype_, kernels().largest_magnitude(dtype_, values, size));
+            const std::uint32_t largest =
+                options_.rotation != 0 ? largest_ : kernels().largest_magnitude(dtype_, values, size);
+            const float absmax = magnitude_of(dtype_, largest);
             return Range{-absmax, absmax, std::isfinite(absmax)};
         }
         const bool none = size == 0 || (options_.rotation == 0 && first_kept(excluded) == x_.cols);
@@ -92,6 +94,7 @@ private:
     bool in_place_;
     DType dtype_;
     Scratch<float> copy_;
+    std::uint32_t largest_ = 0;  // magnitude of what was rotated last
 };
 
 // How the values of one group (a row, or the whole tensor) become codes.

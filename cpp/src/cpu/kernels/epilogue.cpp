@@ -96,18 +96,45 @@ constexpr int square_vectors = 1;  // it would not be faster, and long to compil
 #endif
 constexpr int square_rows(int vectors) { return register_size == 64 ? 4 * square_vectors / vectors : 4; }
 
+// Byte number `place` of each group of four on top of its lane, whatever is below.
+[[gnu::always_inline]] inline void raise_byte(Bits& groups, std::uint32_t place) {
+#if defined(__AVX2__)
+    // A shuffle is one instruction; a shift by a number of the program's own is three.
+    struct Places {
+        std::int8_t of[4][64];
+    };
+    static constexpr Places places = [] {
+        Places made{};
+        for (int p = 0; p < 4; ++p) {
+            for (int i = 0; i < 64; ++i) made.of[p][i] = static_cast<std::int8_t>(i % 4 == 3 ? i % 16 - 3 + p : -128);
+        }
+        return made;
+    }();
+    Bits order;
+    read(places.of[place], order);
+#if defined(__AVX512BW__)
+    groups = reinterpret_cast<Bits>(
+        _mm512_shuffle_epi8(reinterpret_cast<__m512i>(groups), reinterpret_cast<__m512i>(order)));
+#else
+    groups = reinterpret_cast<Bits>(
+        _mm256_shuffle_epi8(reinterpret_cast<__m256i>(groups), reinterpret_cast<__m256i>(order)));
+#endif
+#else
+    groups <<= 24 - place * 8 - Bits{};
+#endif
+}
+
 // The weights of a column for `Vectors` vectors of output features. A cache line of packed W holds the 4 codes of each
-// of 16 output features: the wanted byte is shifted to the top, and down again with its sign.
+// of 16 output features: the wanted byte goes to the top, and down again with its sign.
 template <int Vectors>
 [[gnu::always_inline]] inline void read_column(const std::int8_t* w, std::int64_t w_stride, std::uint32_t column,
                                                const Floats* zeropoints, const Floats* scales, Floats* weights) {
     constexpr int in_block = 16 / static_cast<int>(width);
     const std::int8_t* const line = w + column / 4 * std::int64_t{64};
-    const Bits left = 24 - column % 4 * 8 - Bits{};
     unroll<Vectors>([&](auto v) OCTAVO_INLINE {
         Bits group;
         read(line + v / in_block * w_stride + v % in_block * register_size, group);
-        group <<= left;
+        raise_byte(group, column % 4);
         Ints codes;
         read(&group, codes);
         weights[v] = __builtin_convertvector(codes >> 24, Floats);
@@ -305,6 +332,28 @@ void dequantize_blocks(const std::int8_t* w, std::int64_t w_stride, const std::i
     }
 }
 
+// The column at `place` of a block of a rotated weight, times the root of the block: the sum of its codes with the
+// signs of a row of Sylvester's matrix, the parities of place & h. Half of 256 codes fit 16 bit twice over.
+template <bool SecondIsNegative>
+[[gnu::always_inline]] inline void sum_signed(const std::int8_t* w, std::int64_t block, std::int64_t place,
+                                              Ints& sums) {
+    using Words [[gnu::vector_size(register_size)]] = std::int16_t;
+    Words sum{};  // of each output feature's codes number 0 and 1 of 4, and of 2 and 3
+    for (std::int64_t group = 0; group < block / 4; ++group) {
+        Words codes;
+        read(w + group * 64, codes);
+        const Words even = (codes << 8) >> 8;
+        const Words odd = codes >> 8;
+        const Words pair = SecondIsNegative ? even - odd : even + odd;
+        sum = __builtin_parityll(static_cast<unsigned long long>(place / 4 & group)) != 0 ? sum - pair : sum + pair;
+    }
+    Ints both;
+    read(&sum, both);
+    const Ints low = (both << 16) >> 16;
+    const Ints high = both >> 16;
+    sums = place % 4 / 2 != 0 ? low - high : low + high;
+}
+
 // The sums themselves.
 void put_sums(const EpilogueTile& tile, char* y, std::int64_t y_stride) {
     for (std::int64_t i = 0; i < tile.rows; ++i) {
@@ -342,6 +391,29 @@ void dequantize_columns(const std::int8_t* w, std::int64_t w_stride, const std::
     std::int64_t first = 0;
     for (; first + 16 * (most - 1) < cols; first += 16 * most) dequantize(IndexConstant<most>{}, first);
     for (; first < cols; first += 16) dequantize(IndexConstant<1>{}, first);
+}
+
+void rotate_back_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t block, std::int64_t place,
+                        std::int64_t cols, const float* zeropoint, const float* scale, float* target) {
+    const float root = block == 16 ? 4.0F : block == 64 ? 8.0F : 16.0F;
+    const Floats factor = 1.0F / root - Floats{};
+    const Floats of_zeropoint = (place == 0 ? root : 0.0F) - Floats{};
+    for (std::int64_t j = 0; j < cols; j += width) {
+        const std::int8_t* const begin = w + j / 16 * w_stride + j % 16 * 4;
+        Ints sums;
+        if (place % 2 != 0) {
+            sum_signed<true>(begin, block, place, sums);
+        } else {
+            sum_signed<false>(begin, block, place, sums);
+        }
+        Floats zeropoints;
+        Floats scales;
+        read(zeropoint + j, zeropoints);
+        read(scale + j, scales);
+        const Floats rotated = __builtin_convertvector(sums, Floats) * factor;
+        const Floats weights = (rotated + zeropoints * of_zeropoint) * scales;
+        __builtin_memcpy(target + j, &weights, sizeof weights);
+    }
 }
 
 void epilogue(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride) {

@@ -14,6 +14,7 @@ constexpr int gradient_cols = 16;
 
 // How this instruction set multiplies (product.cpp).
 extern const Plan few;
+extern const Plan some;
 extern const Plan many;
 
 void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, float* dst);
@@ -26,7 +27,7 @@ void raise_maxima(DType dtype, const void* x, std::int64_t size, void* maxima);
 void mark_magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
 void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves);
 std::int64_t count_below(DType dtype, const void* x, std::int64_t size, std::uint16_t limit);
-void rotate(float* x, std::int64_t size, std::int64_t block);
+std::uint32_t rotate(float* x, std::int64_t size, std::int64_t block);
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_rotated(const float* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_stochastic(const float* x, std::int64_t size, float scale, std::int64_t row, std::uint64_t seed,
@@ -43,6 +44,8 @@ void finish_floats(const float* sums, std::int64_t rows, const float* scale, flo
 void dequantize_columns(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,
                         const std::int32_t* rows, std::int64_t count, std::int64_t cols, const float* zeropoint,
                         const float* scale, float* target);
+void rotate_back_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t block, std::int64_t place,
+                        std::int64_t cols, const float* zeropoint, const float* scale, float* target);
 void epilogue(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
 
 }  // namespace octavo::cpu::OCTAVO_ISA

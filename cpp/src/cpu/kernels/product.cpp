@@ -35,6 +35,10 @@ constexpr Plan few = many;
 
 namespace octavo::cpu::OCTAVO_ISA {
 
+#if !defined(__AMX_INT8__) && !defined(__AMXINT8__)
+constexpr Plan some = many;
+#endif
+
 void pack(const std::int8_t* codes, std::int64_t stride, std::int64_t cols, std::int64_t k, std::int8_t* packed) {
     // A cache line of each row at a time: rows whose distance is a power of two push each other out of the cache, so
     // that a line may not be there any more when it is come back to.

@@ -262,9 +262,25 @@ template <int Distance>
     x = swapped + second;
 }
 
+// Largest magnitudes, lane by lane, as bit patterns.
+using Magnitudes [[gnu::vector_size(width * 4)]] = std::uint32_t;
+
+[[gnu::always_inline]] inline void raise(Magnitudes& largest, const Floats& x) {
+    Magnitudes bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    bits &= 0x7FFFFFFFU;
+#if defined(__AVX512F__)
+    // With a mask of all: without one GCC 12 warns of a register that it leaves undefined.
+    largest = reinterpret_cast<Magnitudes>(
+        _mm512_maskz_max_epu32(0xFFFF, reinterpret_cast<__m512i>(largest), reinterpret_cast<__m512i>(bits)));
+#else
+    largest = bits > largest ? bits : largest;
+#endif
+}
+
 // `Count` numbers, at most 64, in registers.
 template <int Count>
-[[gnu::always_inline]] inline void rotate_in_registers(float* x, float factor) {
+[[gnu::always_inline]] inline void rotate_in_registers(float* x, float factor, Magnitudes& largest) {
     Floats v[Count / width];
     unroll<Count / width>([&](auto i) OCTAVO_INLINE {
         __builtin_memcpy(&v[i], x + i * width, sizeof v[i]);
@@ -289,27 +305,31 @@ template <int Count>
     unroll<Count / width>([&](auto i) OCTAVO_INLINE {
         v[i] *= factor;
         __builtin_memcpy(x + i * width, &v[i], sizeof v[i]);
+        raise(largest, v[i]);
     });
 }
 
 template <int Block>
-void rotate_block(float* x) {
+void rotate_block(float* x, Magnitudes& largest) {
     constexpr float factor = Block == 16 ? 0.25F : Block == 64 ? 0.125F : 0.0625F;
-    if constexpr (Block <= 64) {
-        rotate_in_registers<Block>(x, factor);
-    } else {
-        for (int part = 0; part < Block; part += 64) rotate_in_registers<64>(x + part, 1.0F);
-        for (int distance = 64; distance < Block; distance *= 2) {
-            const float scale = distance * 2 == Block ? factor : 1.0F;
-            for (int first = 0; first < Block; first += 2 * distance) {
-                for (int i = first; i < first + distance; ++i) {
-                    const float u = x[i];
-                    const float v = x[i + distance];
-                    x[i] = (u + v) * scale;
-                    x[i + distance] = (u - v) * scale;
-                }
+    if constexpr (Block <= 64) return rotate_in_registers<Block>(x, factor, largest);
+    Magnitudes of_part{};
+    for (int part = 0; part < Block; part += 64) rotate_in_registers<64>(x + part, 1.0F, of_part);
+    for (int distance = 64; distance < Block; distance *= 2) {
+        const float scale = distance * 2 == Block ? factor : 1.0F;
+        for (int first = 0; first < Block; first += 2 * distance) {
+            for (int i = first; i < first + distance; ++i) {
+                const float u = x[i];
+                const float v = x[i + distance];
+                x[i] = (u + v) * scale;
+                x[i + distance] = (u - v) * scale;
             }
         }
+    }
+    for (int i = 0; i < Block; i += width) {
+        Floats v;
+        __builtin_memcpy(&v, x + i, sizeof v);
+        raise(largest, v);
     }
 }
 
@@ -424,15 +444,19 @@ std::int64_t count_below(DType dtype, const void* x, std::int64_t size, std::uin
     __builtin_trap();
 }
 
-void rotate(float* x, std::int64_t size, std::int64_t block) {
+std::uint32_t rotate(float* x, std::int64_t size, std::int64_t block) {
+    Magnitudes largest{};
     for (std::int64_t begin = 0; begin < size; begin += block) {
         switch (block) {
-            case 16: rotate_block<16>(x + begin); break;
-            case 64: rotate_block<64>(x + begin); break;
-            case 256: rotate_block<256>(x + begin); break;
+            case 16: rotate_block<16>(x + begin, largest); break;
+            case 64: rotate_block<64>(x + begin, largest); break;
+            case 256: rotate_block<256>(x + begin, largest); break;
             default: __builtin_trap();  // refused by cpp/src before any kernel runs
         }
     }
+    std::uint32_t of_all = 0;
+    for (int i = 0; i < width; ++i) of_all = largest[i] > of_all ? largest[i] : of_all;
+    return of_all;
 }
 
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes) {

@@ -30,6 +30,7 @@ const Kernels table{
     .pack = pack,
     .transpose = transpose,
     .few = &few,
+    .some = &some,
     .many = &many,
     .widen = widen,
     .gradient_cols = gradient_cols,
@@ -37,6 +38,7 @@ const Kernels table{
     .multiply_floats = multiply_floats,
     .finish_floats = finish_floats,
     .dequantize_columns = dequantize_columns,
+    .rotate_back_column = rotate_back_column,
     .epilogue = epilogue,
     .rows_from_codes = register_size == 64 ? few_rows : 4,
 };

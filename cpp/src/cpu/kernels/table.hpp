@@ -64,6 +64,7 @@ struct Plan {
     std::int64_t regrouped = 0;  // bytes of a code in a slice that `regroup` has made
     // Whether codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much.
     bool x_is_unsigned = false;
+    bool fetches = false;  // whether `multiply` sees to what is `ahead`; else it is fetched before each panel
     // One row of a slice into row `row` of its panel (depth * rows * x_size bytes). What its sums will have too much.
     std::int32_t (*place_row)(const std::int8_t* codes, std::int64_t depth, std::int64_t row,
                               std::int8_t* panel) = nullptr;
@@ -159,8 +160,8 @@ struct Kernels {
     // How many of these halves are below `limit` <= 2^15; size <= 2^24. The halves themselves count as bf16.
     std::int64_t (*count_below)(DType dtype, const void* x, std::int64_t size, std::uint16_t limit);
     // Each `block` (16, 64 or 256) of x times the Hadamard matrix over sqrt(block) (octavo/quantize.hpp). `size` is a
-    // multiple of `block`.
-    void (*rotate)(float* x, std::int64_t size, std::int64_t block);
+    // multiple of `block`. The largest magnitude of what comes out, as `largest_magnitude` has it.
+    std::uint32_t (*rotate)(float* x, std::int64_t size, std::int64_t block);
     // codes[i] = rint(x[i] * 127 / absmax), for absmax > 0 and |x[i]| <= absmax; other x[i] give any code.
     void (*encode_absmax)(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
     // codes[i] = rint(x[i] * (127 / absmax)), likewise.
@@ -181,8 +182,9 @@ struct Kernels {
     // The transpose of packed codes: of the first 16 input features and of `count` output features, a multiple of 16,
     // of W, `w_stride` bytes from block to block, one block of 16 rows of W^T, `count` codes deep.
     void (*transpose)(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, std::int8_t* target);
-    // For a call of up to few->block_rows rows of X, and for all others.
+    // For a call of up to few->block_rows rows of X, of up to some->block_rows, and for all others.
     const Plan* few;
+    const Plan* some;
     const Plan* many;
 
     // --- products in float32 -----------------------------------------------------------------------------------------
@@ -207,6 +209,11 @@ struct Kernels {
     void (*dequantize_columns)(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,
                                const std::int32_t* rows, std::int64_t count, std::int64_t cols, const float* zeropoint,
                                const float* scale, float* target);
+    // target[j] = (s / sqrt(block) + zeropoint[j] * (place == 0 ? sqrt(block) : 0)) * scale[j] over `cols` entries, up
+    // to the next multiple of 16 at most, s being the codes of a block (16, 64, 256) of a rotated weight, which packed
+    // W begins with, times row `place` of Sylvester's matrix: column `place` of the block, rotated back.
+    void (*rotate_back_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t block, std::int64_t place,
+                               std::int64_t cols, const float* zeropoint, const float* scale, float* target);
     // y[i, j] = acc * (scale_x[i] * scale_w[j]), then y = fma(outlier x, outlier_w, y) for the row's outliers in order,
     // then y + bias[j], in float32, in this order, rounded once to f32, f16 or bf16; or, as i32, the product and no
     // more. Rows of y are contiguous, y_stride bytes apart.

@@ -8,7 +8,8 @@
 //   and finished among the others, on units of the processor that products leave idle;
 //   the slice of W that comes next is fetched into the second-level cache meanwhile.
 //
-// Setting the tiles up costs some hundred cycles, so few rows go by AVX-512 VNNI.
+// Up to 16 rows are one row of tiles, by which W passes, while X stays in the first-level cache. Setting the tiles up
+// costs some hundred cycles, so fewer still go by AVX-512 VNNI.
 #pragma once
 
 #include "cpu/kernels/product/dot.hpp"
@@ -115,16 +116,56 @@ void multiply_panels(const ProductTile& run) {
     finish(run.rows);
 }
 
+// panel[k / 64][row][k % 64] of up to 16 rows: in panels of 32 they would lie in half of the sets of a cache.
+inline std::int32_t place_row_of_16(const std::int8_t* codes, std::int64_t depth, std::int64_t row,
+                                    std::int8_t* panel) {
+    for (std::int64_t k = 0; k < depth; k += 64) __builtin_memcpy(panel + k * 16 + row * 64, codes + k, 64);
+    return 0;
+}
+
+// Up to 16 rows by 16 * Blocks output features. Lines of W come from the first to the last, which the processor fetches
+// ahead by itself: what was also fetched here would come by the caches' ports twice.
+template <int Blocks>
+void multiply_row_of_tiles(const ProductTile& tile) {
+    change_sums<0>(nullptr, tile.acc, tile.first);
+    if constexpr (Blocks == 2) change_sums<1>(nullptr, tile.acc, tile.first);
+    for (std::int64_t k = 0; k < tile.depth; k += 64) {
+        load_tile<4>(tile.x + k * 16, 64);
+        load_passing_tile<6>(tile.w + k * 16, 64);
+        multiply_tiles<0, 4, 6>();
+        if constexpr (Blocks == 2) {
+            load_passing_tile<7>(tile.w + tile.w_stride + k * 16, 64);
+            multiply_tiles<1, 4, 7>();
+        }
+    }
+    change_sums<0>(tile.acc, nullptr, false);
+    if constexpr (Blocks == 2) change_sums<1>(tile.acc, nullptr, false);
+}
+
+inline void multiply_few(const ProductTile& tile) {
+    tile.cols == cols ? multiply_row_of_tiles<2>(tile) : multiply_row_of_tiles<1>(tile);
+}
+
 inline void multiply(const ProductTile& run) { run.cols == cols ? multiply_panels<2>(run) : multiply_panels<1>(run); }
 
 }  // namespace tiles
 
 constexpr Plan few = dot_plan<Dot>(3);
+constexpr Plan some{.rows = 16,
+                    .cols = tiles::cols,
+                    .depth = 1024,
+                    .block_rows = 16,
+                    .fetches = true,
+                    .place_row = tiles::place_row_of_16,
+                    .multiply = tiles::multiply_few,
+                    .enter = tiles::enter,
+                    .leave = tiles::release};
 constexpr Plan many{.rows = tiles::rows,
                     .cols = tiles::cols,
                     .depth = 1024,  // 32 KiB of W
                     .block_rows = 256,
                     .run_rows = 256,
+                    .fetches = true,
                     .place_row = tiles::place_row,
                     .multiply = tiles::multiply,
                     .enter = tiles::enter,
