@@ -1,7 +1,8 @@
 """octavo.vllm: the plugin, called as vLLM calls it.
 
-Where vLLM is not installed, and it has wheels for CUDA only, what the plugin uses of it stands in here: the signatures
-are those of vLLM 0.33.
+Where vLLM is not installed, what the plugin uses of it stands in here: the signatures are those of vLLM 0.33. Its
+wheels are for CUDA; of one without its kernels (`pip install --no-deps`, and what it then asks for) the layers run here
+on a CPU.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from octavo import Options
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 LAYERS = "vllm.model_executor.layers"
+INSTALLED = importlib.util.find_spec("vllm") is not None
 
 
 def stand_in() -> dict[str, ModuleType]:
@@ -59,15 +61,36 @@ def stand_in() -> dict[str, ModuleType]:
     return modules
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What vLLM's layers ask for: a platform, a config and a group of this process alone."""
+    if not INSTALLED:
+        yield
+        return
+    import vllm.platforms
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()  # a wheel for CUDA finds none without a GPU
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    store = tmp_path_factory.mktemp("group") / "store"
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+
+
 @pytest.fixture
-def config_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    if importlib.util.find_spec("vllm") is None:
+def config_class(monkeypatch: pytest.MonkeyPatch, one_process: None) -> Iterator[Any]:
+    if not INSTALLED:
         for name, module in stand_in().items():
             monkeypatch.setitem(sys.modules, name, module)
     (entry,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="octavo")
     entry.load()()
     yield importlib.import_module(f"{LAYERS}.quantization").get_quantization_config("octavo")
-    sys.modules.pop("octavo.vllm", None)
+    if not INSTALLED:
+        sys.modules.pop("octavo.vllm", None)
 
 
 def made(config: Any, sizes: list[int], dtype: Any) -> tuple[Any, Any, Any]:
@@ -98,6 +121,33 @@ def test_layers_compute_what_linear_does(config_class: Any, dtype: Any) -> None:
     np.testing.assert_array_equal(y.float().numpy(), expected.float().numpy())
     compiled = torch.compile(lambda x: method.apply(layer, x, bias), fullgraph=True, backend="eager")
     np.testing.assert_array_equal(compiled(x).float().numpy(), expected.float().numpy())
+
+
+@pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_vllms_own_layers(config_class: Any, dtype: Any) -> None:
+    """Made, loaded and called as a model of vLLM does; q, k and v, and gate and up, as the one weight that they are."""
+    linear = importlib.import_module(f"{LAYERS}.linear")
+    options = Options(rotation=16, outliers="rows")
+    config = config_class.from_config_dict_json(options.text)
+    given: dict[str, Any] = {"quant_config": config, "params_dtype": dtype}
+    qkv = linear.QKVParallelLinear(64, 16, 4, 2, prefix="model.layers.0.self_attn.qkv_proj", **given)
+    gate_up = linear.MergedColumnParallelLinear(64, [96, 96], False, prefix="model.layers.0.mlp.gate_up_proj", **given)
+    down = linear.RowParallelLinear(64, 48, prefix="model.layers.0.mlp.down_proj", **given)
+    for layer, shards in ((qkv, {"q": 64, "k": 32, "v": 32}), (gate_up, {0: 96, 1: 96}), (down, {None: 48})):
+        parts = [torch.randn(rows, 64).to(dtype) for rows in shards.values()]
+        for name, part in zip(shards, parts, strict=True):
+            layer.weight.weight_loader(layer.weight, part, *(() if name is None else (name,)))
+        if layer.bias is not None:
+            layer.bias.data.normal_()
+        layer.quant_method.process_weights_after_loading(layer)
+        x = torch.randn(5, 64).to(dtype)
+        with torch.inference_mode():
+            y, _ = layer(x)
+        expected = octavo.linear(
+            x, octavo.quantize_weight(torch.cat(parts), options=options), layer.bias, options=options
+        )
+        np.testing.assert_array_equal(y.float().numpy(), expected.detach().float().numpy())
 
 
 def test_other_layers_stay(config_class: Any) -> None:
