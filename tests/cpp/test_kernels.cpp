@@ -603,7 +603,9 @@ TEST(columns_are_rotated_back_to_the_bit) {
         std::vector<std::int8_t> codes(48 * depth);
         for (std::int8_t& code : codes) code = static_cast<std::int8_t>(random.integer(-128, 127));
         // The largest sums.
-        for (std::int64_t h = 0; h < block; ++h) codes[octavo::cpu::packed_index(0, h, depth)] = -128;
+        for (std::int64_t h = 0; h < block; ++h) {
+            codes[static_cast<std::size_t>(octavo::cpu::packed_index(0, h, depth))] = -128;
+        }
         const Guarded<std::int8_t> w(codes);
         const Guarded<float> zeropoint(random_floats(random, 48));
         const Guarded<float> scale(random_floats(random, 48));

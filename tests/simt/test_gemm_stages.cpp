@@ -18,6 +18,7 @@
 #include "check.hpp"
 #include "gemm.hpp"
 #include "gemm_cublaslt.hpp"
+#include "memory.hpp"
 #include "octavo/error.hpp"
 #include "operations.hpp"
 #include "random.hpp"
@@ -364,6 +365,7 @@ TEST(cublaslt_or_ours) {
     Random random(8);
     const Codes a(random, 8, 64, Order::padded);
     const Codes b(random, 12, 64, Order::contiguous);
+    cuda::device_facts();  // what is done once for a device is not counted
     for (int again = 0; again < 2; ++again) {
         const Sums out(8, 12, 16, 1);
         octavo_simt_reset_counters();
