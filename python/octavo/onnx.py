@@ -95,6 +95,7 @@ def quantize_model(
         model.CopyFrom(given)
     else:
         model = onnx.load(str(model))
+    _tell_shapes(model)
     columns, graph = dict(outlier_columns or {}), _Graph(model.graph)
     by_input: dict[str, list[_Product]] = {}
     for found in map(graph.product, list(model.graph.node)):
@@ -110,6 +111,17 @@ def quantize_model(
     if all(entry.domain != "octavo" for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid("octavo", 1))
     return model
+
+
+def _tell_shapes(model: onnx.ModelProto) -> None:
+    """Write the shapes of all values into a model: ONNX Runtime knows none of an operator that is not its own.
+
+    Without them it does not join the additions and layer norms that follow. A model of more than 2 GiB goes without.
+    """
+    if model.ByteSize() < onnx.checker.MAXIMUM_PROTOBUF:
+        shapes = onnx.shape_inference.infer_shapes(model).graph.value_info
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(shapes)
 
 
 class _Product:
@@ -196,9 +208,12 @@ class _Graph:
             read |= {value.name for value in self.graph.output}
             nodes = [node for node in nodes if read & set(node.output)]
         initializers = [tensor for tensor in self.graph.initializer if tensor.name in read]
-        del self.graph.node[:], self.graph.initializer[:]
+        made = {name for node in nodes for name in node.output}
+        shapes = [value for value in self.graph.value_info if value.name in made]
+        del self.graph.node[:], self.graph.initializer[:], self.graph.value_info[:]
         self.graph.node.extend(nodes)
         self.graph.initializer.extend(initializers)
+        self.graph.value_info.extend(shapes)
 
     def _weight(self, name: str) -> tuple[str, Any]:
         """Name and values of a constant matrix, or of the transpose of one."""

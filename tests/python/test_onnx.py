@@ -224,6 +224,29 @@ def test_external_data(tmp_path: Path) -> None:
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], octavo.linear(x, octavo.quantize_weight(w)))
 
 
+def test_onnx_runtime_joins_what_follows(tmp_path: Path) -> None:
+    """It does so where it knows the shapes of what the operator gives."""
+    w, bias = make("normal", (32, 32), "float32"), make("normal", (32,), "float32")
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Add", ["product", "bias"], ["h"]),
+        helper.make_node("Add", ["h", "x"], ["sum"]),
+        helper.make_node("LayerNormalization", ["sum", "one", "zero"], ["y"]),
+    ]
+    constants = {"w": w.T, "bias": bias, "one": np.ones(32, F), "zero": np.zeros(32, F)}
+    int8 = octavo_onnx.quantize_model(model(nodes, constants, 32, 32))
+    options = octavo_onnx.session_options(1)
+    options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
+    session = ort.InferenceSession(int8.SerializeToString(), options)
+    assert operators(onnx.load(tmp_path / "as_run.onnx")) == ["Linear", "SkipLayerNormalization"]
+    x = make("outliers", (2, 3, 32), "float32")
+    sums = octavo.linear(x, octavo.quantize_weight(w), bias) + x
+    spread = np.sqrt(sums.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(
+        session.run(None, {"x": x})[0], (sums - sums.mean(-1, keepdims=True)) / spread, atol=1e-5
+    )
+
+
 def test_what_is_refused() -> None:
     w = make("normal", (8, 16), "float32")
     with pytest.raises(ValueError, match=r"^quantize_model: outlier_columns: expected weights .*\['v'\]"):
