@@ -54,10 +54,21 @@ class _Config(QuantizationConfig):  # type: ignore[misc]
             calibrated = "'columns', 'rows' or 'none', as no columns are calibrated here"
             raise unexpected("octavo in vLLM: outliers", calibrated, "'static'")
 
-    get_name = classmethod(lambda cls: "octavo")
-    get_supported_act_dtypes = classmethod(lambda cls: [torch.float32, torch.float16, torch.bfloat16])
-    get_min_capability = classmethod(lambda cls: 75)
-    get_config_filenames = staticmethod(list[str])
+    @classmethod
+    def get_name(cls) -> str:
+        return "octavo"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.float32, torch.float16, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> _Config:
