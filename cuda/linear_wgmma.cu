@@ -52,23 +52,16 @@ template <class Tile>
 __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
                               Sums<Tile>& sums) {
     static_assert(Tile::row_fragments == 1);
-    using ShareA = GroupShare<Tile, Tile::rows, false>;
-    using ShareB = GroupShare<Tile, Tile::cols, true>;
     constexpr int ahead = Tile::stages - 2;
     constexpr int bytes_of_a = Tile::rows * Tile::slice;
-    const auto rows_of = [](std::int64_t rows, int most) { return rows < most ? static_cast<int>(rows) : most; };
-    const int rows_a = rows_of(a.rows - job.row0, Tile::rows);
-    const int rows_b = rows_of(b.rows - job.col0, Tile::cols);
+    const AsyncSlices<GroupShare<Tile, Tile::rows, false>, Tile::rows> slices_a(a, job.row0, job);
+    const AsyncSlices<GroupShare<Tile, Tile::cols, true>, Tile::cols> slices_b(b, job.col0, job);
     const auto end = static_cast<int>(job.end - job.begin);
-    const std::int8_t* const source_a =
-        a.data + (job.row0 + ShareA::first()) * a.row_stride + job.begin + ShareA::index() * chunk;
-    const std::int8_t* const source_b =
-        b.data + (job.col0 + ShareB::first()) * b.row_stride + job.begin + ShareB::index() * chunk;
     const auto copy = [&](int begin, int stage) {
         std::int8_t* const target = shared + stage * Tile::stage_bytes;
         if (begin < end) {
-            copy_slice<ShareA>(source_a, a.row_stride, rows_a, begin, end, target + ShareA::offset());
-            copy_slice<ShareB>(source_b, b.row_stride, rows_b, begin, end, target + bytes_of_a + ShareB::offset());
+            slices_a.copy(begin, target);
+            slices_b.copy(begin, target + bytes_of_a);
         }
         copy_async_commit();  // also where nothing was copied: waiting counts groups
     };
@@ -105,17 +98,12 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
 template <class Tile>
 __device__ void add_panels(const Operand& a, const Operand& b, const Job& job, bool is_exact, std::int8_t* shared,
                            Values<Tile>& y) {
-    using ShareA = Share<Tile::rows, Tile::threads, false>;
-    using ShareB = Share<Tile::cols, Tile::threads, true>;
     constexpr int slice_bytes = (Tile::rows + Tile::cols) * slice;
     constexpr int batch = Tile::stages * Tile::stage_bytes / slice_bytes;
     const Place<Tile> place;
-    const auto rows_of = [](std::int64_t rows, int most) { return rows < most ? static_cast<int>(rows) : most; };
-    const int rows_a = rows_of(a.rows - job.row0, Tile::rows);
-    const int rows_b = rows_of(b.rows - job.col0, Tile::cols);
+    const AsyncSlices<Share<Tile::rows, Tile::threads, false>, Tile::rows> slices_a(a, job.row0, job);
+    const AsyncSlices<Share<Tile::cols, Tile::threads, true>, Tile::cols> slices_b(b, job.col0, job);
     const auto end = static_cast<int>(job.end);
-    const std::int8_t* const source_a = a.data + (job.row0 + ShareA::first()) * a.row_stride + ShareA::index() * chunk;
-    const std::int8_t* const source_b = b.data + (job.col0 + ShareB::first()) * b.row_stride + ShareB::index() * chunk;
 #pragma unroll 1
     for (int first = 0; first < end; first += batch * slice) {
         const int count = min((end - first) / slice, batch);
@@ -123,9 +111,8 @@ __device__ void add_panels(const Operand& a, const Operand& b, const Job& job, b
 #pragma unroll 1
         for (int s = 0; s < count; ++s) {
             std::int8_t* const target = shared + s * slice_bytes;
-            copy_slice<ShareA>(source_a, a.row_stride, rows_a, first + s * slice, end, target + ShareA::offset());
-            copy_slice<ShareB>(source_b, b.row_stride, rows_b, first + s * slice, end,
-                               target + Tile::rows * slice + ShareB::offset());
+            slices_a.copy(first + s * slice, target);
+            slices_b.copy(first + s * slice, target + Tile::rows * slice);
         }
         copy_async_commit();
         copy_async_wait<0>();

@@ -94,21 +94,44 @@ struct Share {
     }
 };
 
-// Copies the slice from column `begin` on, without waiting. Zeros stand for what is not in the operand, from column
-// `end` on too. `source` is the thread's first chunk of the first slice, `rows` how many rows of the operand are in the
-// tile.
-template <class Share>
-__device__ void copy_slice(const std::int8_t* source, std::int64_t row_stride, int rows, int begin, int end,
-                           std::int8_t* target) {
-    const int rest = end - begin - Share::index() * chunk;
-    const int bytes = rest < 0 ? 0 : rest < chunk ? rest : chunk;
+// What a block computes: a tile of the output, over columns begin to end - 1 of a and b.
+struct Job {
+    std::int64_t row0;
+    std::int64_t col0;
+    std::int64_t begin;
+    std::int64_t end;
+};
+
+// What a thread copies of the slices of a job, without waiting, of the `tile_rows` rows of an operand from `row0` on.
+template <class Share, int tile_rows>
+class AsyncSlices {
+public:
+    __device__ AsyncSlices(const Operand& operand, std::int64_t row0, const Job& job)
+        : source_(operand.data + (row0 + Share::first()) * operand.row_stride + job.begin + Share::index() * chunk),
+          row_stride_(operand.row_stride),
+          rows_(operand.rows - row0 < tile_rows ? static_cast<int>(operand.rows - row0) : tile_rows),
+          end_(static_cast<int>(job.end - job.begin)) {}
+
+    // That from column `begin` of the job on. Its columns are counted in 32 bits, as registers are few. Zeros stand for
+    // what is not in the operand or in the job.
+    __device__ void copy(int begin, std::int8_t* shared) const {
+        std::int8_t* const target = shared + Share::offset();
+        const int rest = end_ - begin - Share::index() * chunk;
+        const int bytes = rest < 0 ? 0 : rest < chunk ? rest : chunk;
 #pragma unroll
-    for (int i = 0; i < Share::count; ++i) {
-        const bool inside = Share::first() + i * Share::pitch < rows;
-        copy_async_16(target + i * Share::pitch * Share::row_bytes, source + begin + i * Share::pitch * row_stride,
-                      inside ? bytes : 0);
+        for (int i = 0; i < Share::count; ++i) {
+            const bool inside = Share::first() + i * Share::pitch < rows_;
+            copy_async_16(target + i * Share::pitch * Share::row_bytes,
+                          source_ + begin + i * Share::pitch * row_stride_, inside ? bytes : 0);
+        }
     }
-}
+
+private:
+    const std::int8_t* source_;  // the first chunk of the first slice
+    std::int64_t row_stride_;
+    int rows_;  // of the operand, that are in the tile
+    int end_;
+};
 
 // How slices come to shared memory.
 enum class SliceCopy : std::uint8_t {
@@ -281,37 +304,20 @@ __device__ void multiply_codes(const Fragments<Tile>& from, Sums<Tile>& sums) {
     }
 }
 
-// What a block computes: a tile of the output, over columns begin to end - 1 of a and b.
-struct Job {
-    std::int64_t row0;
-    std::int64_t col0;
-    std::int64_t begin;
-    std::int64_t end;
-};
-
 // Slices come by cp.async, `stages - 1` ahead. `multiply(fragments, sums)` adds the products of a step.
 template <class Tile, class Sums, class Multiply>
 __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared, Sums& sums,
                           const Multiply& multiply) {
-    using ShareA = Share<Tile::rows, Tile::threads, false>;
-    using ShareB = Share<Tile::cols, Tile::threads, true>;
     constexpr int ahead = Tile::stages - 1;
     const Place<Tile> place;
-    const auto rows_of = [](std::int64_t rows, int most) { return rows < most ? static_cast<int>(rows) : most; };
-    const int rows_a = rows_of(a.rows - job.row0, Tile::rows);
-    const int rows_b = rows_of(b.rows - job.col0, Tile::cols);
-    // From the job's first column on, its columns are counted in 32 bits, as registers are few.
+    const AsyncSlices<Share<Tile::rows, Tile::threads, false>, Tile::rows> slices_a(a, job.row0, job);
+    const AsyncSlices<Share<Tile::cols, Tile::threads, true>, Tile::cols> slices_b(b, job.col0, job);
     const auto end = static_cast<int>(job.end - job.begin);
-    const std::int8_t* const source_a =
-        a.data + (job.row0 + ShareA::first()) * a.row_stride + job.begin + ShareA::index() * chunk;
-    const std::int8_t* const source_b =
-        b.data + (job.col0 + ShareB::first()) * b.row_stride + job.begin + ShareB::index() * chunk;
     const auto copy = [&](int begin, int stage) {
         std::int8_t* const target = shared + stage * Tile::stage_bytes;
         if (begin < end) {
-            copy_slice<ShareA>(source_a, a.row_stride, rows_a, begin, end, target + ShareA::offset());
-            copy_slice<ShareB>(source_b, b.row_stride, rows_b, begin, end,
-                               target + Tile::rows * slice + ShareB::offset());
+            slices_a.copy(begin, target);
+            slices_b.copy(begin, target + Tile::rows * slice);
         }
         copy_async_commit();  // also where nothing was copied: waiting counts groups
     };
