@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from octavo_bench import commands, tables
 from octavo_bench.models import (
     adapters,
@@ -279,8 +280,14 @@ def test_fine_tuning_has_examples_of_every_answer() -> None:
         assert all(first and bool(second) == (name != "topic") for first, second, _ in examples)
 
 
+def small_encoder() -> Any:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    return transformers.BertModel(transformers.BertConfig(vocab_size=8, **sizes), add_pooling_layer=False)
+
+
 def test_the_time_of_a_training_step(facts: Any) -> None:
-    report = step.run(1, ["float32", "int8, feed-forward, the rest in float32"], facts, Progress(show=False), width=64)
+    ways = ["float32", "int8, feed-forward, the rest in float32"]
+    report = step.run(small_encoder, 1, ways, facts, Progress(show=False))
     table, parts = report.tables
     assert parts.rows[0][1:3] == [0, 0]
     assert parts.rows[1][1] > 2  # it is counted, by the name that PyTorch gives it

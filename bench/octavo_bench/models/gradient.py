@@ -62,7 +62,10 @@ def _calls(n: int, k: int, tokens: int) -> dict[str, Callable[[], object]]:
     calls: dict[str, Callable[[], object]] = {
         name: partial(torch.autograd.grad, each(x), x, gradient, retain_graph=True) for name, each in layers.items()
     }
-    return {**calls, "codes": partial(quantize_weight, layer.weight, out=codes), "copy": layer.weight.clone}
+    copied = torch.empty_like(layer.weight)
+    calls["codes"] = partial(quantize_weight, layer.weight, out=codes)
+    calls["copy"] = partial(copied.copy_, layer.weight)
+    return calls
 
 
 def _row(calls: Mapping[str, Callable[[], object]], name: str, tokens: int, turns: int) -> list[object]:

@@ -1,10 +1,9 @@
-"""Times a training step of an encoder as wide as MPNet-base, in int8 next to float32 and bfloat16.
+"""Times a training step of MPNet-base, in int8 next to float32 and bfloat16.
 
     python -m octavo_bench step --threads 1 --json step.json
 
-Random weights, since none are needed for the time; the ways take turns, and each has the processor time of its fastest
-step. To compare with AVX2, keep PyTorch's own products to it as well: ``OCTAVO_CPU_ISA=avx2
-MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``.
+The ways take turns, and each has the processor time of its fastest step. To compare with AVX2, keep PyTorch's own
+products to it as well: ``OCTAVO_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``.
 """
 
 from __future__ import annotations
@@ -13,36 +12,47 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
+from . import find
 from .ways import WAYS, Way, arithmetic, check, prepare_
 
-LAYERS, WIDTH, SEQUENCES, TOKENS = 2, 768, 8, 64
+SEQUENCES, TOKENS = 8, 64
 PHASES = ("forward", "backward", "optimizer")
 # What a profile counts under a name: operations whose own time it is.
 PARTS = {
     "output in int8": ("octavo::train_linear", "GeneratedBackwardFor_octavo_train_linear_default"),
     "gradient of x in int8": ("octavo::train_linear_backward",),
     "products in floats": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
-    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",
-                  "aten::_scaled_dot_product_flash_attention_for_cpu_backward"),
     "optimizer": ("aten::_fused_adamw_",),
-}  # fmt: skip
+}
 
 
 def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, None]:
     """``python -m octavo_bench step``."""
-    return run(args.turns, args.ways or list(WAYS), facts, progress), None
+    return run(_mpnet, args.turns, args.ways or list(WAYS), facts, progress), None
 
 
-def run(turns: int, ways: Sequence[str], facts: Facts, progress: Progress, width: int = WIDTH) -> Report:
-    """Tables of a step's phases, in milliseconds and relative to the first way, and of the operations in it."""
+def _mpnet() -> nn.Module:
+    from transformers import AutoModel
+
+    model: nn.Module = AutoModel.from_pretrained(find.mpnet(), dtype=torch.float32, add_pooling_layer=False)
+    return model
+
+
+def run(make: Callable[[], nn.Module], turns: int, ways: Sequence[str], facts: Facts, progress: Progress) -> Report:
+    """Tables of a step's phases, in milliseconds and relative to the first way, and of the operations in it.
+
+    `make` gives an encoder, the same one each time.
+    """
     check(ways)
-    steps = {way: _step(WAYS[way], width) for way in ways}
+    steps = {way: _step(WAYS[way], make()) for way in ways}
     best = {way: [float("inf")] * len(PHASES) for way in ways}
     progress.begin(turns)
     for turn in range(turns + 1):
@@ -55,7 +65,7 @@ def run(turns: int, ways: Sequence[str], facts: Facts, progress: Progress, width
     first = sum(best[ways[0]])
     rows = [[way, *(1e3 * each for each in own), 1e3 * sum(own), sum(own) / first] for way, own in best.items()]
     columns = {"trained in": "", **{f"{phase} (ms)": ".1f" for phase in PHASES}, "step (ms)": ".1f", "to first": ".2f"}
-    title = f"A training step: {LAYERS} encoder layers of width {width}, {SEQUENCES} sequences of {TOKENS} tokens"
+    title = f"A training step: {SEQUENCES} sequences of {TOKENS} tokens"
     times = Table(title, columns, rows, "Processor time, of the fastest turn.")
     parts = [[way, *_profile(step)] for way, step in steps.items()]
     columns = {"trained in": "", **{f"{part} (%)": ".0f" for part in (*PARTS, "the rest")}}
@@ -74,25 +84,18 @@ def _profile(step: Callable[[], object]) -> list[float]:
     return [*shares, 100 - sum(shares)]
 
 
-def _step(way: Way, width: int) -> Callable[[], list[float]]:
-    """What makes a step and gives the seconds of its phases."""
-    from transformers import BertConfig, BertModel
-
+def _step(way: Way, model: Any) -> Callable[[], list[float]]:
+    """What makes a step and gives the seconds of its phases. Embeddings stay as they are."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=8, hidden_size=width, num_hidden_layers=LAYERS, num_attention_heads=width // 64,
-        intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    layers = BertModel(config, add_pooling_layer=False).train()
-    layers.embeddings.requires_grad_(False)
-    prepare_(layers, way)
-    optimizer = torch.optim.AdamW([each for each in layers.parameters() if each.requires_grad], 1e-5, fused=True)
-    x = torch.randn(SEQUENCES, TOKENS, width, requires_grad=True)
+    model.train().embeddings.requires_grad_(False)
+    prepare_(model, way)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], 1e-5, fused=True)
+    x = torch.randn(SEQUENCES, TOKENS, model.config.hidden_size, requires_grad=True)
 
     def step() -> list[float]:
         marks = [time.process_time()]
         with arithmetic(way):
-            y = layers(inputs_embeds=x).last_hidden_state
+            y = model(inputs_embeds=x).last_hidden_state
         loss = y.float().pow(2).mean()
         marks.append(time.process_time())
         loss.backward()
