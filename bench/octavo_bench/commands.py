@@ -213,8 +213,7 @@ def main(words: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=register(subparser))
     args = parser.parse_args(words)
     args.command_line = shlex.join([parser.prog, *(sys.argv[1:] if words is None else words)])
-    status: int = args.run(args)
-    return status
+    return args.run(args)
 
 
 def _model_and_text(parser: argparse.ArgumentParser) -> Callable[..., Any]:

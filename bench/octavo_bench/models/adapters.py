@@ -97,8 +97,7 @@ def tune(
     tuned: Any = get_peft_model(model, adapter)
 
     def loss_of(ids: Tensor) -> Tensor:
-        loss: Tensor = tuned(input_ids=ids, labels=ids, use_cache=False).loss
-        return loss
+        return tuned(input_ids=ids, labels=ids, use_cache=False).loss
 
     @torch.no_grad()
     def evaluate() -> float:

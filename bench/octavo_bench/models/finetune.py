@@ -99,8 +99,7 @@ def fine_tune(
         with arithmetic(way):
             hidden = model(**x).last_hidden_state.float()
         mask = x["attention_mask"][..., None]
-        pooled: Tensor = (hidden * mask).sum(1) / mask.sum(1)
-        return pooled
+        return (hidden * mask).sum(1) / mask.sum(1)
 
     def outputs(batch: list[Example]) -> tuple[Tensor, Tensor]:
         first, second = [first for first, _, _ in batch], [second for _, second, _ in batch]

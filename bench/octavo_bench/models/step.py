@@ -42,8 +42,7 @@ def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple
 def _mpnet() -> nn.Module:
     from transformers import AutoModel
 
-    model: nn.Module = AutoModel.from_pretrained(find.mpnet(), dtype=torch.float32, add_pooling_layer=False)
-    return model
+    return AutoModel.from_pretrained(find.mpnet(), dtype=torch.float32, add_pooling_layer=False)
 
 
 def run(make: Callable[[], nn.Module], turns: int, ways: Sequence[str], facts: Facts, progress: Progress) -> Report:

@@ -90,8 +90,7 @@ def largest_features(seen: Mapping[Group, Features], count: int = FEATURES) -> l
     In front of the feed-forward others may be large, which come and go.
     """
     magnitudes = torch.stack([own.largest for (_, takes), own in seen.items() if takes == ATTENTION_INPUT]).amax(0)
-    found: list[int] = magnitudes.topk(count).indices.tolist()
-    return found
+    return magnitudes.topk(count).indices.tolist()
 
 
 def with_outliers(model: Any, features: Sequence[int], size: Size, seen: Mapping[Group, Features]) -> Any:
@@ -123,8 +122,7 @@ def _norm_in_front(model: Any, path: str) -> nn.LayerNorm | None:
         return None
     layer, attention, _ = path.partition(".self_attn.")
     name = f"{layer}.self_attn_layer_norm" if attention else f"{path.rpartition('.')[0]}.final_layer_norm"
-    found: nn.LayerNorm = model.get_submodule(name)
-    return found
+    return model.get_submodule(name)
 
 
 def rescaling_to(size: Size, features: Sequence[int], seen: Features) -> DiagonalShift:

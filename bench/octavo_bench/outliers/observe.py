@@ -79,8 +79,7 @@ class Observation:
 
     def ever_outlying(self) -> list[int]:
         """The features that are outlying at some position of some layer, ascending."""
-        found: list[int] = self.where[:, 2].unique().tolist()
-        return found
+        return self.where[:, 2].unique().tolist()
 
     def features(self, min_layers: float, min_positions: float) -> list[Feature]:
         """The features that are outlying in enough layers and at enough positions, the most common first."""

@@ -72,8 +72,7 @@ def _prompt(tokenizer: Any, question: str) -> Tensor:
     if tokenizer.chat_template is not None:
         message = [{"role": "user", "content": question}]
         question = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    ids: Tensor = tokenizer(question, return_tensors="pt")["input_ids"]
-    return ids
+    return tokenizer(question, return_tensors="pt")["input_ids"]
 
 
 @torch.inference_mode()
