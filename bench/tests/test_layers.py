@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,15 @@ def test_what_is_wrong_or_broken_is_not_timed() -> None:
         "half": Contender(lambda weight: lambda x: (x @ weight.T).half(), torch.float32, tolerance),
         "late": Contender(off, torch.float32, tolerance, most=1),
     }
-    cases = [Case(64, 32, 2, 0), Case(64, 32, 4, 3)]
-    contest.measure(cases, chosen, 0)
+    cases, time_calls = [Case(64, 32, 2, 0), Case(64, 32, 4, 3)], partial(take_turns, seconds=0)
+    contest.measure(cases, chosen, time_calls)
     for case in cases:
         assert set(case.times) == {OCTAVO, "torch float32"}
         assert case.left_out["broken"] == "ImportError: no such package"
-        assert case.left_out["off"].startswith("wrong: error 0.01, its arithmetic explains 0.001")
-        assert case.left_out["half"] == "wrong: the result is torch.float16, expected torch.float32"
+        assert case.left_out["off"].startswith("RuntimeError: wrong: error 0.01, its arithmetic explains 0.001")
+        assert case.left_out["half"] == "RuntimeError: wrong: the result is torch.float16, expected torch.float32"
         assert "late" not in case.left_out
-        assert 0 < case.error[OCTAVO] < 0.02
-    contest.measure(late := [Case(8, 8, 1, 0)], chosen, 0, deadline=0.0)
+    contest.measure(late := [Case(8, 8, 1, 0)], chosen, time_calls, deadline=0.0)
     assert late[0].left_out == {"all": contest.LATE}
 
 
@@ -150,7 +150,7 @@ def test_a_wrong_layer_of_octavo_ends_with_1(
 ) -> None:
     monkeypatch.setattr(contenders, "within", lambda threshold, **how: lambda given: 0.0)
     assert run("--shapes", "64,48", "--rows", 2) == 1
-    assert "octavo bench: k=64 n=48 m=2: octavo int8: wrong: error 0.0" in capsys.readouterr().err
+    assert "octavo bench: k=64 n=48 m=2: octavo int8: RuntimeError: wrong: error 0.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [("--shapes", "4"), ("--hidden", "0"), ("m", "--hidden", "8"), ("--outliers", "-1")])
@@ -178,7 +178,7 @@ def measured(groups: list[bench.Group], *words: str, peak: dict[str, float] | No
     """Groups of a GPU, measured here."""
     args = on_the_gpu(*words)
     args.device = "cpu"
-    return bench.run(args, groups, lambda name: None, peak or {}, FixedFacts(), Progress(show=False))
+    return bench.run(args, groups, None, peak or {}, FixedFacts(), Progress(show=False))
 
 
 def test_the_plan_of_a_gpu() -> None:
@@ -199,7 +199,6 @@ def test_paths_and_other_options_are_checked_and_timed() -> None:
     report = measured(groups, peak={"bytes_per_second": 1e12, "int8_operations_per_second": 1e15})
     for case in (case for group in groups for case in group.cases):
         assert {*contenders.PATHS.values(), "torch float16"} <= set(case.times), case.left_out
-        assert all(0 < error < 0.05 for error in case.error.values())
     assert not report.failure
     (table,) = report.tables
     assert [row[:4] for row in table.rows[3:6]] == [["64 x 256", 1, 1, 0], ["64 x 256", 1, 1, 3], ["64 x 256", 1, 5, 0]]

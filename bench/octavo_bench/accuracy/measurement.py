@@ -6,7 +6,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from operator import truediv
 from pathlib import Path
@@ -21,7 +21,7 @@ from ..models import variants
 from ..models.find import find
 from ..models.language import Language, Window, read_windows, set_aside
 from ..models.modules import linear_bytes, rows_at_a_time
-from ..models.variants import BEST, BROKEN, FLOAT32, LLM_INT8, PEERS, Maker, Variant, chosen, reason
+from ..models.variants import BEST, BROKEN, FLOAT32, LLM_INT8, PEERS, Maker, Variant, attempt, chosen, reason, told
 from ..pictures import BLUE, GRAY, Figures, draw_losses, quiet
 from ..progress import Progress
 from ..tables import Cell, Report, Table
@@ -67,8 +67,7 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
     windows, calibration = _windows(loaded, text, settings, calibrated)
     maker = Maker(loaded.model, [window.inputs for window in calibration], insert=not loaded.causal)
     judge = Judge(loaded, windows)
-    scores: dict[str, Scores] = {}
-    held: dict[str, list[Cell]] = {}
+    measured: dict[Variant, tuple[Scores, list[Cell]]] = {}  # the cells: the share in 16 bit, and MiB
     left_out: dict[str, str] = {}
     listed = [FLOAT32, *(variant for variant in wanted if variant is not FLOAT32)]
     timing = len(windows) if settings.peers else 0
@@ -84,19 +83,16 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
             left_out[variant.key] = reason(error)
             continue
         share = variants.share_in_16_bit(model, windows[0].inputs, settings.rows)
-        scores[variant.key], held[variant.key] = found, [share and 100 * share, linear_bytes(model) / MIB]
-    tables = [_table(listed, scores, held, judge, causal=loaded.causal)]
-    tables[0] = replace(tables[0], note=tables[0].note + _reasons(left_out))
+        measured[variant] = found, [share and 100 * share, linear_bytes(model) / MIB]
+    tables = [_table(measured, len(windows), told(left_out.items()), causal=loaded.causal)]
     if settings.peers:
         with progress.step("timing", timing):
             others = (variants.BEST_KEPT, LLM_INT8, variants.VECTOR_WISE, *PEERS)
-            peers = [variant for variant in others if variant.key in scores]
+            peers = [variant for variant in others if variant in measured]
             tables.append(times(maker, peers, windows[0].inputs, settings.seconds))
     about = {"model": loaded.path.name, "parameters": loaded.model.num_parameters(), "text": str(text)}
     about |= {"calibration": str(settings.calibration or text), "calibration_windows": len(calibration)}
-    about |= {"rows": settings.rows}
-    title = f"octavo eval: {loaded.path.name}"
-    return Report(title, facts.now(**about), tables)
+    return Report(f"octavo eval: {loaded.path.name}", facts.now(**about, rows=settings.rows), tables)
 
 
 def _windows(loaded: Language, text: Path, settings: Settings, calibrated: bool) -> tuple[list[Window], list[Window]]:
@@ -124,33 +120,28 @@ def times(maker: Maker, others: Sequence[Variant], inputs: Mapping[str, Tensor],
     A model is timed only where its output is near that of the model as it is: what is wrong has no speed.
     """
     calls: dict[str, Callable[[], object]] = {}
-    untimed = {}
+    untimed: dict[str, str] = {}
     tokens = inputs["attention_mask"].bool()  # what stands in padded rows is nobody's concern
     exact = maker.model(**inputs)[0][tokens].double().flatten()
     for variant in (BEST, FLOAT32, *others):
-        try:
+        with attempt(variant.name, untimed):
             call = partial(maker.make(variant, **({"path": "auto"} if variant.options else {})), **inputs)
             cosine = float(torch.nn.functional.cosine_similarity(call()[0][tokens].double().flatten(), exact, dim=0))
             if not cosine >= MIN_COSINE:
                 raise RuntimeError(f"wrong: cosine {cosine:.3f} with the output of the model as it is")
-        except BROKEN as error:
-            untimed[variant.name] = reason(error)
-            continue
-        calls[variant.name] = call
+            calls[variant.name] = call
     alone = torch.get_num_threads() == 1
     samples = take_turns(calls, seconds, least=_ROUNDS, clock=on_the_cpu if alone else on_the_wall)
-    rows = []
+    first, rows = next(iter(samples.values())), []
     for name, values in samples.items():
+        ratio = statistics.median(map(truediv, values, first))  # a round's load meets both
         own = spread(values)
-        ratio = statistics.median(map(truediv, values, samples[next(iter(samples))]))  # a round's load meets both
         rows.append([name, own.median, own.lower, own.upper, ratio])
-    sequences, length = inputs["input_ids"].shape
     numbers = ("CPU ms" if alone else "ms", "lower quartile", "upper quartile", RATIO)
-    title = f"{TIMES} in {maker.dtype}: {sequences} x {length} tokens, {own.calls} rounds in turns"
-    note = (
-        "Ratios: the median over the rounds. All but the linear layers is the same in each; bitsandbytes computes in "
-    )
-    note += "float16." + _reasons(untimed)
+    sequences, length = inputs["input_ids"].shape
+    title = f"{TIMES} in {maker.dtype}: {sequences} x {length} tokens, {len(first)} rounds in turns"
+    note = "Ratios: the median over the rounds. All but the linear layers is the same in each; bitsandbytes computes "
+    note += "in float16." + told(untimed.items())
     return Table(title, {"linear layers": "", **dict.fromkeys(numbers, ".2f")}, rows, note)
 
 
@@ -173,32 +164,24 @@ _OF_PASSAGES = (
 
 
 def _table(
-    listed: Sequence[Variant], scores: Mapping[str, Scores], held: Mapping[str, Sequence[Cell]], judge: Judge, *,
-    causal: bool,
-) -> Table:  # fmt: skip
-    """A row for each variant that was scored."""
-    rows, reference = [], scores[FLOAT32.key]
-    for key, found in scores.items():
-        loss, error = found.paired(reference)
+    measured: Mapping[Variant, tuple[Scores, Sequence[Cell]]], windows: int, left_out: str, *, causal: bool
+) -> Table:
+    """A row for each variant."""
+    rows, (reference, _) = [], measured[FLOAT32]
+    for variant, (found, held) in measured.items():
         cells: dict[str, Cell] = {}
         if causal:
             cells |= {"KL": found.mean(DIVERGENCE), "KL ±": found.error(DIVERGENCE)}
             cells |= {"same argmax, %": 100 * found.mean(AGREED), "argmax ±": 100 * found.error(AGREED)}
             cells["perplexity"] = math.exp(found.mean(LOSS)) if found.mean(LOSS) < 700 else math.inf
-        cells |= {"loss": loss, "loss ±": error}
+        cells |= zip(("loss", "loss ±"), found.paired(reference), strict=True)
         if not causal:
             cells |= {"largest": max(found.sums[LOSS]), "neighbors kept": neighbors_kept(found, reference)}
-        cells |= {"top-1": found.mean(TOP), **dict(zip(("16 bit, %", "MiB"), held[key], strict=True))}
-        name = next(variant.name for variant in listed if variant.key == key)
-        rows.append([name, key, *cells.values()])
+        cells |= {"top-1": found.mean(TOP), **dict(zip(("16 bit, %", "MiB"), held, strict=True))}
+        rows.append([variant.name, variant.key, *cells.values()])
     columns = {"scheme": "", "name for --schemes": "", **{name: _FORMATS[name] for name in cells}}
-    many = f"{sum(reference.counts)} tokens in {len(judge.windows)} windows"
-    title = many if causal else f"embeddings of {len(judge.windows)} passages"
-    return Table(f"{AGAINST}: {title}", columns, rows, _OF_TOKENS if causal else _OF_PASSAGES)
-
-
-def _reasons(left_out: Mapping[str, str]) -> str:
-    return "".join(f" Left out: {name}: {why}." for name, why in left_out.items())
+    title = f"{sum(reference.counts)} tokens in {windows} windows" if causal else f"embeddings of {windows} passages"
+    return Table(f"{AGAINST}: {title}", columns, rows, (_OF_TOKENS if causal else _OF_PASSAGES) + left_out)
 
 
 def figures(report: Report) -> Figures:
@@ -238,9 +221,7 @@ def peers(report: Report, measure: str, label: str) -> Figure:
         axis.margins(x=0.15)
         quiet(axis, "x")
     figure.axes[0].invert_yaxis()
-    facts = report.facts
-    figure.suptitle(
-        f"{facts['model']} by its linear layers: less is better (threads: {facts['threads']}, {facts['cpu']})"
-    )
+    about = "{model} by its linear layers: less is better (threads: {threads}, {cpu})"
+    figure.suptitle(about.format(**report.facts))
     figure.tight_layout()
     return figure

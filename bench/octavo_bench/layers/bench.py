@@ -23,8 +23,9 @@ import argparse
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from octavo.checkpoint.meta_model import meta_model
 from .. import commands, machine, turns
 from ..models.language import use_linear_
 from ..models.modules import linear_layers
-from ..models.variants import reason
+from ..models.variants import reason, told
 from ..progress import Progress
 from ..tables import Cell, Report, Table, write_text
 from ..turns import Call, Evict, take_turns
@@ -71,17 +72,19 @@ def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) 
     """`octavo bench`. Raises RuntimeError for a device that is not there, ValueError for graphs of another one."""
     if args.overhead:
         return overhead.run(args.seconds, facts, progress), None
-    _check_device(args.device)
-    if args.graph and args.device != "cuda":
+    on_gpu, backends = args.device == "cuda", octavo.info()["backends"]
+    if on_gpu and not torch.cuda.is_available():
+        raise RuntimeError(f"--device cuda: torch {torch.__version__} sees no GPU")
+    if args.device not in backends:
+        raise RuntimeError(f"--device {args.device}: octavo has no such backend here, only {backends}")
+    if args.graph and not on_gpu:
         raise ValueError(f"--graph: expected --device cuda, got {args.device}")
-    if args.device == "cuda":
-        cache = torch.cuda.get_device_properties(0).L2_cache_size
-        evict: Any = Evict(4 * cache, "cuda")
+    evict: Any = Evict(args.cold * torch.get_num_threads() << 20) if args.cold else None
+    peak = {}
+    if on_gpu:
+        evict = Evict(4 * torch.cuda.get_device_properties(0).L2_cache_size, "cuda")
         peak = {"bytes_per_second": bandwidth(evict), "int8_operations_per_second": int8_peak(evict)}
         facts.add(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda, octavo_info=octavo.info(), **peak)
-    else:
-        evict = Evict(args.cold * torch.get_num_threads() << 20) if args.cold else lambda name: None
-        peak = {}
     return run(args, plan(args), evict, peak, facts, progress), None
 
 
@@ -117,29 +120,24 @@ def plan(args: argparse.Namespace) -> list[Group]:
 
 
 def run(
-    args: argparse.Namespace,
-    groups: Sequence[Group],
-    evict: Callable[[str], object],
-    peak: Mapping[str, float],
-    facts: machine.Facts,
+    args: argparse.Namespace, groups: Sequence[Group], evict: Any, peak: Mapping[str, float], facts: machine.Facts,
     progress: Progress,
-) -> Report:
+) -> Report:  # fmt: skip
     """Measure. A file that is asked for is written after every group anew."""
     on_gpu = args.device == "cuda"
-    timing: dict[str, Any] = {"clock": turns.on_the_cpu if torch.get_num_threads() == 1 else turns.on_the_wall}
-    if on_gpu:
-        timing = {"clock": turns.on_the_gpu, "rounds": (3, CALLS)}
+    clock = turns.on_the_cpu if torch.get_num_threads() == 1 else turns.on_the_wall
+    how: dict[str, Any] = {"clock": turns.on_the_gpu, "most": CALLS} if on_gpu else {"clock": clock}
+    if evict is not None:
+        how["before"] = evict
+    more: dict[str, Any] = {"device": args.device, "deadline": time.perf_counter() + (args.limit or math.inf)}
     if args.graph:
-        timing["prepare"] = turns.captured
-    deadline = time.perf_counter() + (args.limit or math.inf)
-    every = [case for group in groups for case in group.cases]
-    progress.begin(len(every))
+        more["prepare"] = turns.captured
+    progress.begin(sum(len(group.cases) for group in groups))
     for group in groups:
         with progress.step(group.name, len(group.cases)):
             try:
                 with torch.inference_mode():
-                    more = {"before": evict, "device": args.device, "deadline": deadline, **timing}
-                    measure(group.cases, group.contenders, args.seconds, **more)
+                    measure(group.cases, group.contenders, partial(take_turns, seconds=args.seconds, **how), **more)
             except Exception as error:  # want of memory above all, or of the device, costs these cases alone
                 for case in group.cases:
                     if not case.times:
@@ -148,22 +146,14 @@ def run(
                 torch.cuda.empty_cache()
                 octavo.release_cuda_memory()
         tables = [cases_table(groups, peak), *([totals(groups)] if args.model else [])]
-        own = ("all", *known.PATHS.values())
         broken = [
             f"k={case.k} n={case.n} m={case.m}: {name}: {why}"
-            for case in every
+            for case in (case for each in groups for case in each.cases)
             for name, why in case.left_out.items()
-            if name in own and why != LATE
+            if name in ("all", *known.PATHS.values()) and why != LATE
         ]
-        asked = {
-            "clock": timing["clock"].__name__,
-            "cold_mebibytes": args.cold,
-            "seconds_of_a_case": args.seconds,
-            "cuda_graphs": args.graph,
-        }
-        about = facts.now(device=args.device, **asked)
         title = f"octavo bench: {args.model or 'the linear layer against its peers'}"
-        report = Report(title, about, tables, failure=broken[0] if broken else "")
+        report = Report(title, facts.now(clock=how["clock"].__name__), tables, failure=next(iter(broken), ""))
         if args.json and args.json != "-":
             write_text(Path(args.json), report.json())
     return report
@@ -172,39 +162,23 @@ def run(
 def cases_table(groups: Sequence[Group], peak: Mapping[str, float]) -> Table:
     """A row for each case. `peak`: what the device can do at best."""
     names = list(dict.fromkeys(name for group in groups for name in group.contenders))[1:]
+    every = [case for group in groups for case in group.cases]
     rows: list[list[Cell]] = []
     for group, case in [(each, case) for each in groups for case in each.cases]:
-        own = case.times.get(OCTAVO)
-        spread: list[Cell] = [own.median, own.lower, own.upper] if own else [None] * 3
-        shares: list[Cell] = [None] * len(peak)
-        if own and peak:
-            moved, operations = case.n * case.k + 2 * case.m * (case.k + case.n), 2 * case.m * case.n * case.k
-            seconds = 1e-3 * own.median
-            shares = [
-                100 * done / seconds / most for done, most in zip((moved, operations), peak.values(), strict=True)
-            ]
-        ratios = [case.ratio(name) for name in names]
-        rows.append([group.name, group.layers, case.m, case.outliers, *spread, *ratios, *shares])
-    every = [case for group in groups for case in group.cases]
-    reasons = {f"{name}: {reason}" for case in every for name, reason in case.left_out.items()}
+        times: list[Cell] = [None] * (3 + len(peak))
+        if own := case.times.get(OCTAVO):
+            work = case.n * case.k + 2 * case.m * (case.k + case.n), 2 * case.m * case.n * case.k  # bytes, operations
+            shares = [1e5 * done / own.median / most for done, most in zip(work, peak.values(), strict=False)]
+            times = [own.median, own.lower, own.upper, *shares]
+        rows.append([group.name, group.layers, case.m, case.outliers, *times[:3], *map(case.ratio, names), *times[3:]])
     lowest = [min((r for case in every if (r := case.ratio(name)) is not None), default=None) for name in names]
-    times = dict.fromkeys((f"{OCTAVO}, ms", "lower quartile", "upper quartile"), ".4f" if peak else ".3f")
-    shares_of = {"bandwidth, %": ".0f", "int8 peak, %": ".0f"} if peak else {}
-    return Table(
-        "Milliseconds of a call, and how many times as long the others take",
-        {
-            "k x n": "",
-            "layers": "d",
-            "m": "d",
-            "outlier columns": "d",
-            **times,
-            **dict.fromkeys(names, ".2f"),
-            **shares_of,
-        },
-        [*rows, ["lowest ratio", *[None] * 6, *lowest, *[None] * len(peak)]],
-        "Medians of calls that were measured in turns; above 1 octavo is faster. Results were checked against float64 "
-        "first." + "".join(f" Left out: {reason}." for reason in sorted(reasons)),
-    )
+    rows.append(["lowest ratio", *[None] * 6, *lowest, *[None] * len(peak)])
+    columns = {"k x n": "", **dict.fromkeys(("layers", "m", "outlier columns"), "d")}
+    columns |= dict.fromkeys((f"{OCTAVO}, ms", "lower quartile", "upper quartile"), ".4f" if peak else ".3f")
+    columns |= dict.fromkeys(names, ".2f") | dict.fromkeys(("bandwidth, %", "int8 peak, %")[: len(peak)], ".0f")
+    note = "Medians of calls that were measured in turns; above 1 octavo is faster. Results were checked against "
+    note += "float64 first." + told(sorted({each for case in every for each in case.left_out.items()}))
+    return Table("Milliseconds of a call, and how many times as long the others take", columns, rows, note)
 
 
 def totals(groups: Sequence[Group]) -> Table:
@@ -242,13 +216,6 @@ def int8_peak(evict: Evict) -> float:
     a, b = torch.randint(-127, 128, (2, size, size), dtype=torch.int8, device="cuda")
     seconds = min(best(lambda: torch._int_mm(a, b.t()), evict), best(lambda: octavo.int8_matmul(a, b), evict))
     return 2 * size**3 / seconds
-
-
-def _check_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device cuda: torch {torch.__version__} sees no GPU")
-    if device not in octavo.info()["backends"]:
-        raise RuntimeError(f"--device {device}: octavo has no such backend here, only {octavo.info()['backends']}")
 
 
 def model_shapes(path: Path) -> dict[tuple[int, int], int]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import octavo.torch
 import torch
+from octavo.torch.arrays import rotated
 from torch import Tensor
 
 from ..models import variants
@@ -27,23 +28,18 @@ WEIGHT_ONLY_ROWS = 256  # beyond, the weight-only path is no contender
 
 def of_octavo(dtype: str, paths: Sequence[str] = ("auto",), **options: Any) -> dict[str, Contender]:
     """`octavo.torch.Int8Linear` with `options`, X and Y in `dtype`, by each path ("auto" is octavo's own choice)."""
-    made, per_tensor = getattr(torch, dtype), options.get("granularity") == "tensor"
-
-    def prepare(weight: Tensor, path: str) -> Layer:
-        return octavo.torch.Int8Linear.from_linear(_linear(weight, made), path=path, **options)
-
     found = {}
     for path in paths:
-        weights_alone = path == "weight_only"
-        tolerance = within(THRESHOLD, weight_only=weights_alone, per_tensor=per_tensor)
-        most = WEIGHT_ONLY_ROWS if weights_alone else math.inf
-        found[PATHS[path]] = Contender(partial(prepare, path=path), made, tolerance, most)
+        alone, per_tensor = path == "weight_only", options.get("granularity") == "tensor"
+        tolerance = within(THRESHOLD, weight_only=alone, per_tensor=per_tensor)
+        most = WEIGHT_ONLY_ROWS if alone else math.inf
+        found[PATHS[path]] = _int8(dtype, tolerance, most, path=path, **options)
     return found
 
 
 def of_recipes(dtype: str) -> dict[str, Contender]:
     """Without outliers, as `OCTAVO`, and octavo's recipes, the paper's with a cap, too, "best" with rows' outliers."""
-    made, paper, best = getattr(torch, dtype), octavo.recipe("paper"), octavo.recipe("best")
+    paper, best = octavo.recipe("paper"), octavo.recipe("best")
     options = {
         OCTAVO: replace(paper, outliers="none"),
         "paper": paper,
@@ -53,17 +49,12 @@ def of_recipes(dtype: str) -> dict[str, Contender]:
         "best, by row, no cap": replace(best, outliers="rows", relative=6.3, cap=None),
     }
 
-    def prepare(weight: Tensor, options: octavo.Options) -> Layer:
-        return octavo.torch.Int8Linear.from_linear(_linear(weight, made), options=options)
-
     def explained(given: Problem, rotation: int) -> float:
         """What is not kept in 16 bits is rounded at most as far as without outliers, after rotation."""
-        turned = Problem(rotated(given.x, rotation), rotated(given.weight, rotation)) if rotation else given
-        return within(0)(turned)
+        return within(0)(Problem(rotated(given.x, rotation), rotated(given.weight, rotation)))
 
     return {
-        name: Contender(partial(prepare, options=each), made, partial(explained, rotation=each.rotation))
-        for name, each in options.items()
+        name: _int8(dtype, partial(explained, rotation=each.rotation), options=each) for name, each in options.items()
     }
 
 
@@ -83,8 +74,7 @@ def of_bitsandbytes(*thresholds: float) -> dict[str, Contender]:
     """
 
     def prepare(weight: Tensor, threshold: float) -> Layer:
-        layer: Layer = variants.bitsandbytes_layer(_linear(weight, torch.float16), threshold)
-        return layer
+        return variants.bitsandbytes_layer(_linear(weight, torch.float16), threshold)
 
     names = {THRESHOLD: BITSANDBYTES, 0.0: BITSANDBYTES_PLAIN}
     return {names[t]: Contender(partial(prepare, threshold=t), torch.float16, within(t)) for t in thresholds}
@@ -94,13 +84,11 @@ def of_torchao(*, compiled: bool = False) -> dict[str, Contender]:
     """Int8 weights with activations quantized in each call; `compiled`: by `torch.compile`, too."""
 
     def prepare(weight: Tensor) -> Layer:
-        layer: Layer = variants.torchao_layer(_linear(weight, torch.bfloat16))
-        return layer
+        return variants.torchao_layer(_linear(weight, torch.bfloat16))
 
     def compile(weight: Tensor) -> Layer:
         torch.compiler.reset()  # else layers of earlier shapes count against the limit of recompilations
-        layer: Layer = torch.compile(prepare(weight), dynamic=False)
-        return layer
+        return torch.compile(prepare(weight), dynamic=False)
 
     made = {TORCHAO: prepare, **({TORCHAO_COMPILED: compile} if compiled else {})}
     return {name: Contender(make, torch.bfloat16, within(0)) for name, make in made.items()}
@@ -123,15 +111,6 @@ def of_int_mm() -> dict[str, Contender]:
     return {INT_MM: Contender(prepare, torch.bfloat16, within(0))}
 
 
-def rotated(values: Tensor, block: int) -> Tensor:
-    """Every `block` columns, the last ones with zeros behind them, by the Hadamard matrix over its root."""
-    hadamard: Tensor = (
-        reduce(torch.kron, [torch.tensor([[1.0, 1.0], [1.0, -1.0]])] * (block.bit_length() - 1)) / block**0.5
-    )
-    padded: Tensor = torch.nn.functional.pad(values, (0, -values.shape[1] % block))
-    return torch.flatten(padded.unflatten(1, (-1, block)) @ hadamard, 1)
-
-
 def within(threshold: float, **how: bool) -> Callable[[Problem], float]:
     """The tolerance of an int8 product: a quarter more than is expected, and a rounding of Y to bfloat16."""
     return lambda given: 1.25 * given.rounding(threshold, **how) + 2**-8
@@ -140,6 +119,15 @@ def within(threshold: float, **how: bool) -> Callable[[Problem], float]:
 def at_most(tolerance: float) -> Callable[[Problem], float]:
     """The tolerance that is the same for every X and W."""
     return lambda given: tolerance
+
+
+def _int8(dtype: str, tolerance: Callable[[Problem], float], most: float = math.inf, **options: Any) -> Contender:
+    made = getattr(torch, dtype)
+
+    def prepare(weight: Tensor) -> Layer:
+        return octavo.torch.Int8Linear.from_linear(_linear(weight, made), **options)
+
+    return Contender(prepare, made, tolerance, most)
 
 
 def _linear(weight: Tensor, dtype: torch.dtype) -> torch.nn.Linear:

@@ -16,8 +16,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ..models.variants import BROKEN, reason
-from ..turns import Call, Clock, Spread, on_the_wall, spread, take_turns
+from ..models.variants import attempt
+from ..turns import Call, Spread, spread
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -87,64 +87,54 @@ class Contender:
 
 @dataclass
 class Case:
-    """A shape, and by contender: times, `Problem.error`, and why it was not timed."""
+    """A shape, and by contender: times, and why it was not timed."""
 
     k: int
     n: int
     m: int
     outliers: int
     times: dict[str, Spread] = field(default_factory=dict)
-    error: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def ratio(self, name: str, own: str = OCTAVO) -> float | None:
+    def ratio(self, name: str) -> float | None:
         """How many times as long as octavo a contender takes."""
-        if name not in self.times or own not in self.times:
+        if name not in self.times or OCTAVO not in self.times:
             return None
-        return self.times[name].median / self.times[own].median
+        return self.times[name].median / self.times[OCTAVO].median
 
 
-def check(contender: Contender, layer: Layer, given: Problem) -> tuple[float, str]:
-    """The error of a prepared layer on `given`, and why it is not to be timed ("" where it is)."""
-    x = given.x.to(contender.dtype)
-    try:
-        y = layer(x)
-    except BROKEN as error:
-        return math.nan, reason(error)
+def checked(contender: Contender, layer: Layer, given: Problem) -> Call:
+    """A call of the prepared layer on `given`. Raises RuntimeError where the result is wrong."""
+    call = partial(layer, given.x.to(contender.dtype))
+    y = call()
     if y.dtype != contender.dtype:
-        return math.nan, f"wrong: the result is {y.dtype}, expected {contender.dtype}"
+        raise RuntimeError(f"wrong: the result is {y.dtype}, expected {contender.dtype}")
     found, largest = given.error(y), contender.tolerance(given)
     if not found <= largest:
-        return found, f"wrong: error {found:.3g}, its arithmetic explains {largest:.3g}"
-    return found, ""
+        raise RuntimeError(f"wrong: error {found:.3g}, its arithmetic explains {largest:.3g}")
+    return call
 
 
 def measure(
     cases: Sequence[Case],
     chosen: Mapping[str, Contender],
-    seconds: float,
-    *,
-    before: Callable[[str], object] = lambda name: None,
+    time_calls: Callable[[Mapping[str, Call]], Mapping[str, Sequence[float]]],
     device: str = "cpu",
-    clock: Clock = on_the_wall,
-    rounds: tuple[int, int | None] = (3, None),
     deadline: float = math.inf,
     prepare: Callable[[Call], Call] = lambda call: call,
 ) -> None:
-    """Check, then time, every contender in cases of one k and n, in at least and at most so many rounds.
+    """Check, then time, every contender in cases of one k and n.
 
-    What `prepare` makes of a call is timed. A case that is not reached before the `deadline` (of `time.perf_counter`)
-    is left out as `LATE`.
+    What `prepare` makes of a call is timed, by `time_calls`. A case that is not reached before the `deadline` (of
+    `time.perf_counter`) is left out as `LATE`.
     """
     k, n, most = cases[0].k, cases[0].n, max(case.m for case in cases)
     given = {o: problem(k, n, most, o, device) for o in {case.outliers for case in cases}}
     layers: dict[str, Layer] = {}
     left_out: dict[str, str] = {}
     for name, contender in chosen.items():
-        try:
+        with attempt(name, left_out):
             layers[name] = contender.prepare(next(iter(given.values())).weight)
-        except BROKEN as error:
-            left_out[name] = reason(error)
     for case in cases:
         if time.perf_counter() > deadline:
             case.left_out["all"] = LATE
@@ -153,15 +143,7 @@ def measure(
         part, calls = Problem(given[case.outliers].x[: case.m], given[case.outliers].weight), {}
         for name, layer in layers.items():
             if case.m <= chosen[name].most:
-                wrong, why = check(chosen[name], layer, part)
-                case.error |= {} if math.isnan(wrong) else {name: wrong}
-                if why:
-                    case.left_out[name] = why
-                else:
-                    try:
-                        calls[name] = prepare(partial(layer, part.x.to(chosen[name].dtype)))
-                    except BROKEN as error:
-                        case.left_out[name] = reason(error)
+                with attempt(name, case.left_out):
+                    calls[name] = prepare(checked(chosen[name], layer, part))
         if calls:
-            samples = take_turns(calls, seconds, before, *rounds, clock=clock)
-            case.times = {name: spread(values) for name, values in samples.items()}
+            case.times = {name: spread(values) for name, values in time_calls(calls).items()}

@@ -7,7 +7,8 @@ that is not a linear layer as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,20 @@ THRESHOLD = 6.0  # of the paper: from this magnitude on, a feature is an outlier
 def reason(error: Exception) -> str:
     """An exception in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@contextmanager
+def attempt(name: str, left_out: dict[str, str]) -> Iterator[None]:
+    """Where what is inside does not run here, it ends there, and `left_out` has the reason by the name."""
+    try:
+        yield
+    except BROKEN as error:
+        left_out[name] = reason(error)
+
+
+def told(left_out: Iterable[tuple[str, str]]) -> str:
+    """What a table's note says of what was left out, and why."""
+    return "".join(f" Left out: {name}: {why}." for name, why in left_out)
 
 
 @dataclass(frozen=True)
