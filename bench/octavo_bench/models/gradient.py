@@ -9,8 +9,7 @@ ATEN_CPU_CAPABILITY=avx2``.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
+from ..turns import Call, on_the_cpu, take_turns
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (1536, 384), (4096, 4096))  # of weights
 ROWS = (64, 512)
@@ -41,13 +41,17 @@ def run(turns: int, facts: Facts, progress: Progress, shapes: Sequence[tuple[int
     progress.begin(len(shapes))
     for n, k in shapes:
         with progress.step(f"{n} x {k}"):
-            rows += [_row(_calls(n, k, tokens), f"{n} x {k}", tokens, turns) for tokens in ROWS]
-    note = "Processor time, to that of float32, which is in milliseconds; of codes made anew, to a copy of the weight."
+            for tokens in ROWS:
+                samples = take_turns(_calls(n, k, tokens), 0, least=turns + 1, clock=on_the_cpu)
+                first, *others, made, copied = map(min, samples.values())
+                rows.append([f"{n} x {k}", tokens, first, *(each / first for each in others), made / copied])
+    note = "Processor time of the fastest turn, to float32's, which is in milliseconds; of codes made anew, to a copy of"
+    note += " the weight."
     table = Table("The gradient of x through frozen int8 weights", COLUMNS, rows, note)
     return Report("Frozen int8 weights: time of the gradient", facts.now(turns=turns), [table])
 
 
-def _calls(n: int, k: int, tokens: int) -> dict[str, Callable[[], object]]:
+def _calls(n: int, k: int, tokens: int) -> dict[str, Call]:
     layer = nn.Linear(k, n, bias=False).requires_grad_(False)
     kept = range(0, k, k // 7)
     layers = {
@@ -59,23 +63,9 @@ def _calls(n: int, k: int, tokens: int) -> dict[str, Callable[[], object]]:
     }
     codes = quantize_weight(layer.weight)
     x, gradient = torch.randn(tokens, k, requires_grad=True), torch.randn(tokens, n) * torch.randn(tokens, n)
-    calls: dict[str, Callable[[], object]] = {
+    calls: dict[str, Call] = {
         name: partial(torch.autograd.grad, each(x), x, gradient, retain_graph=True) for name, each in layers.items()
     }
-    copied = torch.empty_like(layer.weight)
     calls["codes"] = partial(quantize_weight, layer.weight, out=codes)
-    calls["copy"] = partial(copied.copy_, layer.weight)
+    calls["copy"] = partial(torch.empty_like(layer.weight).copy_, layer.weight)
     return calls
-
-
-def _row(calls: Mapping[str, Callable[[], object]], name: str, tokens: int, turns: int) -> list[object]:
-    """The fastest turn of each call; the first, which warms up, is not counted."""
-    best = dict.fromkeys(calls, float("inf"))
-    for turn in range(turns + 1):
-        for call, function in calls.items():
-            begin = time.process_time()
-            function()
-            if turn:
-                best[call] = min(best[call], time.process_time() - begin)
-    first, *others, made, copied = best.values()
-    return [name, tokens, 1e3 * first, *(each / first for each in others), made / copied]
