@@ -14,7 +14,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,12 @@ def shape(text: str) -> tuple[int, int]:
     if len(words) != 2:
         raise argparse.ArgumentTypeError(f"expected K,N, two whole numbers of at least 1, got {text!r}")
     return positive(words[0]), positive(words[1])
+
+
+def expect_known(option: str, given: Sequence[str], known: Collection[str]) -> None:
+    """Raises ValueError for a name that there is not: of names that only what is imported later knows."""
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{option}: expected some of {', '.join(map(repr, known))}, got {unknown}")
 
 
 def demo(parser: argparse.ArgumentParser) -> Run:

@@ -124,7 +124,7 @@ def test_recipe_best_costs_the_same_for_any_number_of_rows(tiny: Path, facts: An
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--schemes", "int3"), "--schemes: expected some of float32, absmax"),
+        (("--schemes", "int3"), "--schemes: expected some of 'float32', 'absmax'"),
         (("--window", "65"), "window: expected 2 to 64 tokens, got 65"),
         (("--calibration-windows", "100"), "expected more windows than the 19 of the calibration"),
         (("--stride", "64", "--window", "32"), "stride: expected at most the window's 32 tokens"),

@@ -48,17 +48,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_corpus_is_divided_by_files(folder: Path, tmp_path: Path) -> None:
-    found = text.corpus(10**9, [folder])
+@pytest.fixture
+def documentation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is all the documentation of the machine."""
+    monkeypatch.setattr(text, "roots", lambda: {folder})
+
+
+def test_the_corpus_is_divided_by_files(documentation: None) -> None:
+    found = text.corpus(10**9)
     parts = found.values()
     assert sum(map(len, parts)) == 200
     assert len(found["train"]) > 150
     assert len(set().union(*map(set, parts))) == 200
-    assert found == text.corpus(10**9, [folder])
+    assert found == text.corpus(10**9)
     copied = found["train"][0].split("\n\n")[0]  # a paragraph that training has is no new text
     assert all(copied not in each for each in found["heldout"] + found["calibration"])
     with pytest.raises(ValueError, match="expected text for "):
-        text.corpus(100, [folder])
+        text.corpus(100)
 
 
 def test_only_prose_is_read(tmp_path: Path) -> None:
@@ -92,7 +98,9 @@ def lm(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     facts: Any = FixedFacts()
     output = tmp_path_factory.mktemp("lm")
-    train.run(SMALL, output, facts, Progress(show=False), [folder])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "roots", lambda: {folder})
+        train.run(SMALL, output, facts, Progress(show=False))
     return output
 
 
@@ -105,7 +113,9 @@ def test_training_lowers_the_loss_and_leaves_the_function(lm: Path) -> None:
     assert max(perplexities) / min(perplexities) - 1 < 1e-3
 
 
-def test_training_goes_on_where_it_was_ended(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_where_it_was_ended(
+    documentation: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def train_once() -> list[float]:
         return train.train(SMALL, tmp_path, tokens, Progress(show=False))
 
@@ -115,7 +125,7 @@ def test_training_goes_on_where_it_was_ended(folder: Path, tmp_path: Path, monke
         return batch(setting, tokens, step)
 
     monkeypatch.setattr(train, "KEEP_EVERY", 5)
-    tokens, batch = train.prepare_text(SMALL, tmp_path, [folder]), train.batch
+    tokens, batch = train.prepare_text(SMALL, tmp_path), train.batch
     whole = train_once()
     monkeypatch.setattr(train, "batch", ending)
     with pytest.raises(KeyboardInterrupt):
@@ -207,20 +217,20 @@ def test_the_own_commands_are_there() -> None:
 def test_fine_tuning_in_int8(facts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = finetune.Setting(16, 16, 8, 1e-4)
     given: Any = ("minilm", setting, 2, ["float32", "int8, feed-forward, the rest in float32"], facts)
-    kept = tmp_path / "runs.json"
-    report = finetune.run(*given, Progress(show=False), kept)
+    more: Any = (Progress(show=False), tmp_path / "runs.json", list(finetune.TASKS))
+    report = finetune.run(*given, *more)
     assert [table.title for table in report.tables] == [f"{name}, 2 seeds" for name in finetune.TASKS]
     for table in report.tables:
         gap, of_float32 = table.column("- float32")[1], table.column("held-out loss")[0]
         assert 0 < abs(gap) < 0.1 * of_float32  # another arithmetic, and little of it
-    monkeypatch.setattr(finetune, "fine_tune", None)  # nothing is left to be trained
-    assert finetune.run(*given, Progress(show=False), kept).tables == report.tables
+    monkeypatch.setattr(finetune, "fine_tune", pytest.fail)  # nothing is left to be trained
+    assert finetune.run(*given, *more).tables == report.tables
     with pytest.raises(ValueError, match=r"expected runs of .*, got those of .*; remove it"):
-        finetune.run("minilm", replace(setting, rate=1.0), *given[2:], Progress(show=False), kept)
+        finetune.run("minilm", replace(setting, rate=1.0), *given[2:], *more)
     with pytest.raises(ValueError, match=r"--ways: expected some of 'float32', .*, got .'int4'"):
-        finetune.run("minilm", setting, 1, ["int4"], facts, Progress(show=False))
+        finetune.run("minilm", setting, 1, ["int4"], facts, *more)
     with pytest.raises(ValueError, match=r"--tasks: expected some of 'topic', .*, got .'chess'"):
-        finetune.run("minilm", setting, 1, ["float32"], facts, Progress(show=False), tasks=["chess"])
+        finetune.run("minilm", setting, 1, ["float32"], facts, *more[:2], ["chess"])
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -235,7 +245,7 @@ def test_every_way_trains(name: str) -> None:
     if ways.WAYS[name].bitsandbytes:
         pytest.importorskip("bitsandbytes", reason="it is what this way compares with")
     found = []
-    for way in (ways.WAYS["float32"], ways.WAYS[name]):
+    for way in ("float32", name):
         model = tiny_model("BertForMaskedLM").bert.train().requires_grad_(True)
         ways.prepare_(model, way)
         ids = torch.arange(24).reshape(2, 12) % model.config.vocab_size
@@ -247,10 +257,10 @@ def test_every_way_trains(name: str) -> None:
     assert (apart == 0) if name == "float32" else (1e-4 < apart < 0.1)
 
 
-def test_a_language_model_from_nothing_in_int8(folder: Path, facts: Any, tmp_path: Path) -> None:
+def test_a_language_model_from_nothing_in_int8(documentation: None, facts: Any, tmp_path: Path) -> None:
     setting = replace(SMALL, steps=pretrain.POINTS, evaluated=8)
     names = ("bfloat16", "int8, feed-forward")
-    report, curves = pretrain.run(setting, 2, names, tmp_path, facts, Progress(show=False), [folder])
+    report, curves = pretrain.run(setting, 2, names, tmp_path, facts, Progress(show=False))
     for way in names:
         for losses in curves[way]:
             assert len(losses) == pretrain.POINTS + 1
@@ -259,11 +269,11 @@ def test_a_language_model_from_nothing_in_int8(folder: Path, facts: Any, tmp_pat
     assert len(report.tables[1].rows) == pretrain.POINTS // 3
 
 
-def test_adapters_over_int8(folder: Path, facts: Any, tmp_path: Path) -> None:
+def test_adapters_over_int8(documentation: None, facts: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="it makes the adapters")
     write_language_model(tmp_path / "llama", tiny_model("LlamaForCausalLM"))
     setting = adapters.Setting(6, 2, 16, 1e-2, 2, 8)
-    report = adapters.run(setting, 1, facts, Progress(show=False), tmp_path / "llama", folders=[folder])
+    report = adapters.run(setting, 1, facts, Progress(show=False), tmp_path / "llama", tmp_path / "runs.json")
     losses, before = (report.tables[0].column(name) for name in ("held-out loss", "before"))
     assert all(after < first for after, first in zip(losses, before, strict=True))
     assert len({*losses}) == 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report
 from . import find, text
-from .ways import Runs, compare
+from .ways import compare, descend, run_seeds
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,11 @@ def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple
     return run(SETTING, args.seeds, facts, progress, find.smollm2(), args.output / "adapters-runs.json"), None
 
 
-def run(
-    setting: Setting, seeds: int, facts: Facts, progress: Progress, folder: Path, kept: Path | None = None,
-    folders: Sequence[Path] | None = None,
-) -> Report:  # fmt: skip
+def run(setting: Setting, seeds: int, facts: Facts, progress: Progress, folder: Path, kept: Path) -> Report:
     """Every base with every seed."""
     from transformers import AutoTokenizer
 
-    texts = text.corpus(600_000, folders)
+    texts = text.corpus(600_000)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     windows = {
         part: torch.tensor(ids[: len(ids) // setting.window * setting.window]).unflatten(0, (-1, setting.window))
@@ -69,30 +66,21 @@ def run(
         if (ids := tokenizer("\n\n".join(texts[part]), verbose=False)["input_ids"])
     }
     about = {"setting": asdict(setting), "corpus_version": text.VERSION}
-    runs = Runs(kept, about)
     progress.begin(len(BASES) * seeds)
-
-    def make(base: str, seed: int | None) -> list[float]:
-        return tune(folder, windows, setting, BASES[base], seed)
-
-    before = {base: runs.get(f"{base}, before", partial(make, base, None)) for base in BASES}
-    found = runs.of_seeds(BASES, seeds, make, progress)
-    values = {base: [each + before[base] for each in own] for base, own in found.items()}
+    values = run_seeds(partial(tune, folder, windows, setting), BASES, seeds, kept, about, progress)
     table = compare(f"LoRA, {seeds} seeds", values, {"held-out loss": ".4f", "before": ".4f"})
     return Report("LoRA over a frozen int8 model", facts.now(seeds=seeds, **about), [table])
 
 
-def tune(
-    folder: Path, windows: Mapping[str, Tensor], setting: Setting, options: Mapping[str, Any] | None, seed: int | None
-) -> list[float]:
-    """Loss on the held-out windows, after training or, without a seed, before."""
+def tune(folder: Path, windows: Mapping[str, Tensor], setting: Setting, base: str, seed: int) -> list[float]:
+    """Loss on the held-out windows, after training and before."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    if options is not None:
+    if (options := BASES[base]) is not None:
         quantize_(model, progress=False, **options)
-    torch.manual_seed(seed or 0)
+    torch.manual_seed(seed)
     adapter = LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, target_modules="all-linear")
     tuned: Any = get_peft_model(model, adapter)
 
@@ -104,14 +92,10 @@ def tune(
         tuned.eval()
         return statistics.mean(float(loss_of(part)) for part in windows["heldout"][: setting.evaluated].split(8))
 
-    if seed is None:
-        return [evaluate()]
-    optimizer = torch.optim.AdamW([each for each in tuned.parameters() if each.requires_grad], setting.rate)
+    before = evaluate()
+    optimizer = torch.optim.AdamW(tuned.parameters(), setting.rate)
     tuned.train()
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(setting.steps):
-        drawn = torch.randint(len(windows["train"]), (setting.batch,), generator=generator)
-        loss_of(windows["train"][drawn]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return [evaluate()]
+    drawn = torch.randint(len(windows["train"]), (setting.steps, setting.batch), generator=generator)
+    descend(optimizer, (loss_of(windows["train"][places]) for places in drawn))
+    return [evaluate(), before]

@@ -14,17 +14,19 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..commands import expect_known
 from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report
 from . import find, text
-from .ways import DEFAULT, WAYS, Runs, Way, arithmetic, check, compare, prepare_
+from .ways import DEFAULT, WAYS, arithmetic, compare, descend, prepare_, run_seeds
 
 PACKAGES = ("torch", "numpy", "transformers", "jax", "sympy", "onnx")
 LENGTH = 32  # tokens of an example, at most
@@ -54,34 +56,27 @@ def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple
 
 
 def run(
-    model: str, setting: Setting, seeds: int, ways: Sequence[str], facts: Facts, progress: Progress,
-    kept: Path | None = None, tasks: Sequence[str] = (),
+    model: str, setting: Setting, seeds: int, ways: Sequence[str], facts: Facts, progress: Progress, kept: Path,
+    tasks: Sequence[str],
 ) -> Report:  # fmt: skip
     """Every task in every way with every seed; a table of each task. `kept`: a file of the single runs."""
-    check(ways)
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise ValueError(f"--tasks: expected some of {', '.join(map(repr, TASKS))}, got {unknown}")
+    expect_known("--ways", ways, WAYS)
+    expect_known("--tasks", tasks, TASKS)
     folder = {"minilm": find.minilm, "mpnet": find.mpnet}[model]()
     about = {"model": model, "setting": asdict(setting), "corpus_version": text.VERSION}
-    examples = {
-        name: make(setting.examples + setting.evaluated) for name, make in TASKS.items() if name in (tasks or TASKS)
-    }
-    runs = Runs(kept, about)
+    examples = {name: make(setting.examples + setting.evaluated) for name, make in TASKS.items() if name in tasks}
     progress.begin(len(examples) * len(ways) * seeds)
     tables = []
-    for task, given in examples.items():
-
-        def make(way: str, seed: int, task: str = task, given: list[Example] = given) -> tuple[float, float]:
-            return fine_tune(folder, task, given, setting, WAYS[way], seed)
-
-        values = runs.of_seeds(ways, seeds, make, progress, f"{task}, ")
+    for task, own in examples.items():
+        make = partial(fine_tune, folder, task, own, setting)
+        values = run_seeds(make, ways, seeds, kept, about, progress, f"{task}, ")
         score = "accuracy" if task in CLASSES else "correlation"
         tables.append(compare(f"{task}, {seeds} seeds", values, {"held-out loss": ".4f", score: ".4f"}))
     return Report(f"{model} fine-tuned in int8", facts.now(seeds=seeds, **about), tables)
 
 
 def fine_tune(
-    folder: Path, task: str, examples: list[Example], setting: Setting, way: Way, seed: int
+    folder: Path, task: str, examples: Sequence[Example], setting: Setting, way: str, seed: int
 ) -> tuple[float, float]:
     """Loss on held-out examples, and accuracy or correlation."""
     from transformers import AutoModel, AutoTokenizer
@@ -92,7 +87,7 @@ def fine_tune(
     model.embeddings.requires_grad_(False)
     head = nn.Linear(model.config.hidden_size, CLASSES.get(task, 1))
     prepare_(model, way)
-    trained, held_out = examples[: setting.examples], examples[setting.examples :]
+    trained, held_out = list(examples[: setting.examples]), examples[setting.examples :]
 
     def embed(*given: list[str]) -> Tensor:
         x = tokenizer(*given, truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
@@ -101,7 +96,7 @@ def fine_tune(
         mask = x["attention_mask"][..., None]
         return (hidden * mask).sum(1) / mask.sum(1)
 
-    def outputs(batch: list[Example]) -> tuple[Tensor, Tensor]:
+    def outputs(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
         first, second = [first for first, _, _ in batch], [second for _, second, _ in batch]
         labels = torch.tensor([label for _, _, label in batch])
         if task == "next sentence":  # each embedded by itself, as these models compare sentences
@@ -115,15 +110,12 @@ def fine_tune(
             return functional.cross_entropy(given, labels.long())
         return functional.mse_loss(given[:, 0], labels)
 
-    parameters = [parameter for parameter in (*model.parameters(), *head.parameters()) if parameter.requires_grad]
     rate = setting.rate / (3 if task == "next sentence" else 1)  # no head begins from nothing there
-    optimizer = torch.optim.AdamW(parameters, rate, fused=True)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], rate, fused=True)
     random.Random(seed).shuffle(trained)
     model.train()
-    for begin in range(0, len(trained), setting.batch):
-        loss_of(*outputs(trained[begin : begin + setting.batch])).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    batches = (trained[begin : begin + setting.batch] for begin in range(0, len(trained), setting.batch))
+    descend(optimizer, (loss_of(*outputs(batch)) for batch in batches))
     model.eval()
     with torch.no_grad():
         parts = [outputs(held_out[begin : begin + 50]) for begin in range(0, len(held_out), 50)]

@@ -45,7 +45,9 @@ def run(turns: int, facts: Facts, progress: Progress, shapes: Sequence[tuple[int
                 samples = take_turns(_calls(n, k, tokens), 0, least=turns + 1, clock=on_the_cpu)
                 first, *others, made, copied = map(min, samples.values())
                 rows.append([f"{n} x {k}", tokens, first, *(each / first for each in others), made / copied])
-    note = "Processor time of the fastest turn, to float32's, which is in milliseconds; of codes made anew, to a copy of"
+    note = (
+        "Processor time of the fastest turn, to float32's, which is in milliseconds; of codes made anew, to a copy of"
+    )
     note += " the weight."
     table = Table("The gradient of x through frozen int8 weights", COLUMNS, rows, note)
     return Report("Frozen int8 weights: time of the gradient", facts.now(turns=turns), [table])

@@ -11,20 +11,22 @@ import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from .. import pictures
+from ..commands import expect_known
 from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
 from . import text, train
-from .ways import DEFAULT, WAYS, Runs, Way, arithmetic, check, compare, error_of, prepare_
-
-if TYPE_CHECKING:
-    from ..pictures import Figures
+from .ways import DEFAULT, WAYS, arithmetic, compare, prepare_, run_seeds
 
 SETTING = train.Setting(3_000_000, 1024, 3, 128, 4, 128, 8, 180, 4e-3, 48)
 POINTS = 30  # of a curve, each the mean of as many steps
@@ -32,32 +34,27 @@ POINTS = 30  # of a curve, each the mean of as many steps
 Curves = Mapping[str, Sequence[Sequence[float]]]  # by way, for each seed: losses while training, and held-out
 
 
-def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
+def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, pictures.Figures]:
     """``python -m octavo_bench pretrain``."""
     report, curves = run(SETTING, args.seeds, args.ways or DEFAULT, args.output, facts, progress)
-    return report, {"pretrain.png": lambda: _draw(SETTING, curves)}
+    return report, {"pretrain.png": partial(_draw, SETTING, curves)}
 
 
 def run(
-    setting: train.Setting, seeds: int, ways: Sequence[str], output: Path, facts: Facts, progress: Progress,
-    folders: Sequence[Path] | None = None,
-) -> tuple[Report, Curves]:  # fmt: skip
+    setting: train.Setting, seeds: int, ways: Sequence[str], output: Path, facts: Facts, progress: Progress
+) -> tuple[Report, Curves]:
     """Every way with every seed; single runs are kept in `output`."""
     from transformers import AutoTokenizer
 
-    check(ways)
+    expect_known("--ways", ways, WAYS)
     about = {"setting": asdict(setting), "corpus_version": text.VERSION}
-    runs = Runs(output / "pretrain-runs.json", about)
-    tokens = train.prepare_text(setting, output, folders)
+    tokens = train.prepare_text(setting, output)
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     ids = tokenizer((output / "heldout.txt").read_text(encoding="utf-8"), verbose=False)["input_ids"]
     held_out = torch.tensor(ids[: setting.evaluated * setting.window]).unflatten(0, (-1, setting.window))
     progress.begin(len(ways) * seeds)
-
-    def make(way: str, seed: int) -> list[float]:
-        return pretrain(setting, tokens, held_out, WAYS[way], seed)
-
-    curves = runs.of_seeds(ways, seeds, make, progress)
+    make = partial(pretrain, setting, tokens, held_out)
+    curves = run_seeds(make, ways, seeds, output / "pretrain-runs.json", about, progress)
     ends = {way: [(own[-1], own[-2]) for own in found] for way, found in curves.items()}
     last = setting.steps // POINTS
     losses = compare(
@@ -69,7 +66,7 @@ def run(
     return report, curves
 
 
-def pretrain(setting: train.Setting, tokens: train.Tokens, held_out: Tensor, way: Way, seed: int) -> list[float]:
+def pretrain(setting: train.Setting, tokens: train.Tokens, held_out: Tensor, way: str, seed: int) -> list[float]:
     """`POINTS` losses while training, and that of the held-out windows."""
     model = train.new_model(setting, seed)
     prepare_(model, way)
@@ -78,8 +75,7 @@ def pretrain(setting: train.Setting, tokens: train.Tokens, held_out: Tensor, way
 
     def loss_of(ids: Tensor) -> Tensor:
         with arithmetic(way):
-            loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-        return loss
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
 
     losses = []
     for step in range(setting.steps):
@@ -107,29 +103,22 @@ def _curves(setting: train.Setting, curves: Curves) -> Table:
     return Table("Loss while training", columns, rows, f"Means of {setting.steps // POINTS} steps, over seeds.")
 
 
-def _draw(setting: train.Setting, curves: Curves) -> Any:
+def _draw(setting: train.Setting, curves: Curves) -> Figure:
     """The losses, and their differences to 16 bit with twice their standard error."""
-    import matplotlib.pyplot as plt
-
-    from .. import pictures
-
     figure = plt.figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2)
     steps = [(point + 1) * setting.steps / POINTS for point in range(POINTS)]
-    first = "bfloat16" if "bfloat16" in curves else next(iter(curves))
+    losses = {way: torch.tensor(found, dtype=torch.float64)[:, :POINTS] for way, found in curves.items()}
+    first = "bfloat16" if "bfloat16" in losses else next(iter(losses))
     colors = (pictures.GRAY, "black", pictures.BLUE, pictures.ORANGE, pictures.GREEN, pictures.VERMILION,
               pictures.PURPLE)  # fmt: skip
-    for (way, found), color in zip(curves.items(), colors, strict=False):
-        points = list(zip(*(own[:POINTS] for own in found), strict=True))
-        left.plot(steps, [statistics.mean(point) for point in points], color=color, label=way, linewidth=1)
-        left.fill_between(
-            steps, [min(point) for point in points], [max(point) for point in points], color=color, alpha=0.1
-        )
+    for (way, own), color in zip(losses.items(), colors, strict=False):
+        left.plot(steps, own.mean(0), color=color, label=way, linewidth=1)
+        left.fill_between(steps, own.amin(0), own.amax(0), color=color, alpha=0.1)
         if way != first:
-            other = list(zip(*(own[:POINTS] for own in curves[first]), strict=True))
-            gaps = [[a - b for a, b in zip(mine, its, strict=True)] for mine, its in zip(points, other, strict=True)]
-            means, errors = [statistics.mean(gap) for gap in gaps], [2 * (error_of(gap) or 0.0) for gap in gaps]
-            right.errorbar(steps, means, errors, color=color, linewidth=1, capsize=2)
+            gaps = own - losses[first]
+            errors = 2 * gaps.std(0, correction=min(1, len(gaps) - 1)) / len(gaps) ** 0.5  # of one seed: 0
+            right.errorbar(steps, gaps.mean(0), errors, color=color, linewidth=1, capsize=2)
     right.axhline(0, color="black", linewidth=1)
     left.set(xlabel="steps", ylabel="loss", title="mean, smallest and largest over seeds")
     right.set(xlabel="steps", title=f"difference to {first}, twice its standard error")

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..commands import expect_known
 from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
 from ..turns import Call, on_the_cpu, take_turns
 from . import find
-from .ways import WAYS, Way, arithmetic, check, prepare_
+from .ways import WAYS, arithmetic, prepare_
 
 SEQUENCES, TOKENS = 8, 64
 PHASES = ("forward", "backward", "optimizer")
@@ -49,8 +50,8 @@ def run(make: Callable[[], nn.Module], turns: int, ways: Sequence[str], facts: F
 
     `make` gives an encoder, the same one each time.
     """
-    check(ways)
-    steps = {way: _phases(WAYS[way], make()) for way in ways}
+    expect_known("--ways", ways, WAYS)
+    steps = {way: _phases(way, make()) for way in ways}
     calls = {f"{way}: {phase}": call for way, own in steps.items() for phase, call in own.items()}
     progress.begin(1)
     with progress.step("steps"):
@@ -80,12 +81,12 @@ def _profile(phases: Mapping[str, Call]) -> list[float]:
     return [*shares, 100 - sum(shares)]
 
 
-def _phases(way: Way, model: Any) -> dict[str, Call]:
+def _phases(way: str, model: Any) -> dict[str, Call]:
     """What makes each phase of a step, one after the other. Embeddings stay as they are."""
     torch.manual_seed(0)
     model.train().embeddings.requires_grad_(False)
     prepare_(model, way)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], 1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     x = torch.randn(SEQUENCES, TOKENS, model.config.hidden_size, requires_grad=True)
 
     losses: list[Tensor] = []

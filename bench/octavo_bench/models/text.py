@@ -39,7 +39,7 @@ def roots() -> set[Path]:
     return {root for root in found if not any(root != other and root.is_relative_to(other) for other in found)}
 
 
-def corpus(characters: int, folders: Iterable[Path] | None = None) -> dict[str, list[str]]:
+def corpus(characters: int) -> dict[str, list[str]]:
     """Texts of `characters` in all (fewer where the machine has fewer): 92 % "train", 6 % "heldout", 2 % "calibration".
 
     Files are read until there is enough; the hash that orders them says of each which part it is for. A text that was
@@ -50,7 +50,7 @@ def corpus(characters: int, folders: Iterable[Path] | None = None) -> dict[str, 
     parts: dict[str, list[str]] = {"train": [], "heldout": [], "calibration": []}
     seen: set[bytes] = set()
     total = 0
-    for digest, path in _ordered(roots() if folders is None else folders):
+    for digest, path in _ordered(roots()):
         text = read(path)[:LONGEST]
         content = hashlib.sha256(text.encode()).digest()
         if len(text) < SHORTEST or content in seen or not _is_prose(text):

@@ -61,13 +61,11 @@ def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple
     return run(SETTINGS[args.setting], args.output, facts, progress), None
 
 
-def run(
-    setting: Setting, output: Path, facts: Facts, progress: Progress, folders: Sequence[Path] | None = None
-) -> Report:
+def run(setting: Setting, output: Path, facts: Facts, progress: Progress) -> Report:
     """Everything, from the text to the models."""
     progress.begin(100)
     with progress.step("reading documentation", 5):
-        tokens = prepare_text(setting, output, folders)
+        tokens = prepare_text(setting, output)
     losses = train(setting, output, tokens, progress.part(85))
     table, features = finish(setting, output, progress.part(10))
     about = {"setting": asdict(setting), "corpus_version": text.VERSION, "train_tokens": len(tokens), "seed": SEED}
@@ -77,9 +75,9 @@ def run(
     return report
 
 
-def prepare_text(setting: Setting, output: Path, folders: Sequence[Path] | None = None) -> Tokens:
+def prepare_text(setting: Setting, output: Path) -> Tokens:
     """Writes the tokenizer and the texts that are not trained with; returns the training tokens, uint16."""
-    texts = text.corpus(setting.characters, folders)
+    texts = text.corpus(setting.characters)
     tokenizer = train_tokenizer(texts["train"], setting.vocabulary)
     tokenizer.save_pretrained(output / "model")
     encoded = tokenizer.backend_tokenizer.encode_batch([each + "\n\n" for each in texts["train"]])

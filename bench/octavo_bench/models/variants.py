@@ -17,6 +17,7 @@ import torch
 from octavo import Options, recipe
 from torch import Tensor, nn
 
+from ..commands import expect_known
 from .modules import copy_modules, hooked, linear_layers, output_head
 
 # What a package that is not installed, or that is and does not run here, may raise.
@@ -154,9 +155,7 @@ def chosen(keys: Sequence[str] | None, *, peers: bool = False) -> list[Variant]:
     Raises ValueError for a name that there is not.
     """
     known = [variant.key for variant in ALL]
-    for key in keys or []:
-        if key not in known:
-            raise ValueError(f"--schemes: expected some of {', '.join(known)}; got {key}")
+    expect_known("--schemes", keys or (), known)
     wanted = set(known[: -len(PEERS)] if keys is None else keys) | {peer.key for peer in PEERS if peers}
     return [variant for variant in ALL if variant.key in wanted]
 

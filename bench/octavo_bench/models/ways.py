@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +47,13 @@ DEFAULT = (
 )  # fmt: skip
 
 
-def check(ways: Sequence[str]) -> None:
-    """Raises ValueError for a way that there is not."""
-    if unknown := [way for way in ways if way not in WAYS]:
-        raise ValueError(f"--ways: expected some of {', '.join(map(repr, WAYS))}, got {unknown}")
-
-
-def prepare_(model: nn.Module, way: Way) -> None:
+def prepare_(model: nn.Module, way: str) -> None:
     """Lets the layers of `model` multiply so."""
-    if way.int8 is None:
+    how = WAYS[way]
+    if how.int8 is None:
         return
-    train_(model, **way.int8)
-    if way.bitsandbytes:
+    train_(model, **how.int8)
+    if how.bitsandbytes:
         for layer in model.modules():
             if isinstance(layer, nn.Linear) and "forward" in vars(layer):
                 layer.forward = _bitsandbytes(layer)  # type: ignore[method-assign, assignment]
@@ -87,45 +81,45 @@ def _bitsandbytes(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def arithmetic(way: Way) -> Iterator[None]:
+def arithmetic(way: str) -> Iterator[None]:
     """What is not in int8 computes so."""
-    with torch.autocast("cpu", way.dtype or torch.bfloat16, enabled=way.dtype is not None):
+    dtype = WAYS[way].dtype
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         yield
 
 
-class Runs:
-    """The values that each run gave, by its name, in a file that is written after each: what was ended goes on."""
+def descend(optimizer: torch.optim.Optimizer, losses: Iterable[Tensor]) -> None:
+    """A step of the optimizer along the gradients of each loss, before the next is computed."""
+    for loss in losses:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        self._path = path
-        self._content: dict[str, Any] = {"about": dict(about), "runs": {}}
-        if path is not None and path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["about"] != json.loads(json.dumps(about)):
-                raise ValueError(f"{path}: expected runs of {about}, got those of {found['about']}; remove it")
-            self._content = found
 
-    def get(self, name: str, make: Callable[[], Sequence[float]]) -> list[float]:
-        """The values of the run, which is made where it was not."""
-        runs = self._content["runs"]
-        if name not in runs:
-            runs[name] = [float(f"{value:.6g}") for value in make()]
-            if self._path is not None:
-                write_text(self._path, json.dumps(self._content, indent=0))
-        return list(runs[name])
+def run_seeds(
+    make: Callable[[str, int], Sequence[float]], ways: Iterable[str], seeds: int, kept: Path, about: Mapping[str, Any],
+    progress: Progress, task: str = "",
+) -> dict[str, list[list[float]]]:  # fmt: skip
+    """By way the values with each seed, which `make(way, seed)` gives.
 
-    def of_seeds(
-        self, ways: Iterable[str], seeds: int, make: Callable[[str, int], Sequence[float]], progress: Progress,
-        about: str = "",
-    ) -> dict[str, list[list[float]]]:  # fmt: skip
-        """By way the values with each seed; `make(way, seed)` makes a run, `about` begins its name."""
-        found: dict[str, list[list[float]]] = {way: [] for way in ways}
-        for seed in range(seeds):
-            for way, own in found.items():
-                name = f"{about}{way}, seed {seed}"
-                with progress.step(name):
-                    own.append(self.get(name, partial(make, way, seed)))
-        return found
+    The file `kept` has those of single runs, by `task`, way and seed, and what they are about: what was ended goes on.
+    """
+    content: dict[str, Any] = {"about": json.loads(json.dumps(about)), "runs": {}}
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if found["about"] != content["about"]:
+            raise ValueError(f"{kept}: expected runs of {about}, got those of {found['about']}; remove it")
+        content = found
+    values: dict[str, list[list[float]]] = {way: [] for way in ways}
+    for seed in range(seeds):
+        for way, own in values.items():
+            name = f"{task}{way}, seed {seed}"
+            with progress.step(name):
+                if name not in content["runs"]:
+                    content["runs"][name] = [float(f"{value:.6g}") for value in make(way, seed)]
+                    write_text(kept, json.dumps(content, indent=0))
+                own.append(content["runs"][name])
+    return values
 
 
 def compare(title: str, values: Mapping[str, Sequence[Sequence[float]]], forms: Mapping[str, str]) -> Table:
