@@ -76,7 +76,8 @@ except ImportError as error:
 '''
 interpreters.run_string(interpreters.create(), program)
 """)
-    assert "octavo cannot be used in subinterpreters" in result.stdout + result.stderr, result.stderr
+    # Python refuses by itself where it knows that the module does not say it can, from 3.13 on: in other words.
+    assert result.stdout.strip().endswith("subinterpreters"), result.stderr
 
 
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python is not free-threaded")
