@@ -216,13 +216,13 @@ def run(args: argparse.Namespace, folder: Path, facts: machine.Facts, progress: 
             calls = {name: partial(engine, *given[case]) for name, engine in made.items()}
             for name, samples in take_turns(calls, args.seconds, least=args.rounds, clock=clock).items():
                 times[name].append(statistics.median(samples))
-    first = "octavo bfloat16"
+    first = next((name for name in ("octavo bfloat16", *made) if name in made and name.startswith("octavo")), REFERENCE)
     columns = {"engine": "", "error": ".4f", **{f"{case.name}, ms": ".1f" for case in cases}}
     columns |= {f"{case.name}, to octavo": ".2f" for case in cases}
     columns |= {"load, s": ".1f", "peak, MiB": ".0f", "steady, MiB": ".0f"}
     rows = []
     for name, own in times.items():
-        ratios = [each / base for each, base in zip(own, times.get(first, own), strict=True)]
+        ratios = [each / base for each, base in zip(own, times[first], strict=True)]
         memory = [loads[name].get(each) for each in ("seconds", "peak", "steady")]
         rows.append([name, errors[name], *own, *ratios, *memory])
     about = f"{args.model}, {threads} thread{'s' * (threads > 1)}"
