@@ -6,8 +6,8 @@
 //   outlier_weight f32 [n, r]; bias f32 [n]                                              ->  y [..., n], dtype of x
 //
 // After them those of up to three further weights, from codes to bias, may follow: each has an output of its own
-// (octavo::linear_many). Attributes are the fields of octavo.Options, and in_features, k. What is left out has its
-// default there.
+// (octavo::linear_many). Attributes are the fields of octavo.Options, in_features, k, and activation, "none" or "gelu"
+// (octavo::Activation). What is left out has its default there.
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -125,6 +125,7 @@ public:
         options_.relative = given.number("relative", options_.relative);
         options_.cap = std::strtod(given.text("cap", "1").c_str(), nullptr);  // float64, which no attribute is
         options_.outliers = given.word<Outliers>("outliers", std::array{"columns", "rows", "static", "none"});
+        activation_ = given.word<Activation>("activation", std::array{"none", "gelu"});
         options_.path = given.word<Path>("path", std::array{"auto", "int8", "weight_only"});
     }
 
@@ -148,8 +149,7 @@ public:
             layer.out = out.matrix();
             layers.push_back(layer);
         }
-        if (layers.size() != 1) return linear_many(x.matrix(), layers, options_);
-        linear(x.matrix(), layers[0].weight, layers[0].bias, layers[0].out, options_);
+        linear_many(x.matrix(), layers, options_);
     }
 
 private:
@@ -174,7 +174,9 @@ private:
             weight.outlier_columns = in[columns_at].vector();
             weight.outlier_weight = in[kept_at].matrix();
         }
-        return {.weight = weight, .bias = in[bias_at].data != nullptr ? in[bias_at].vector() : Vector(absent_vector)};
+        return {.weight = weight,
+                .bias = in[bias_at].data != nullptr ? in[bias_at].vector() : Vector(absent_vector),
+                .activation = activation_};
     }
 
     [[nodiscard]] Tensor input(KernelContext* context, std::size_t index) const {
@@ -199,6 +201,7 @@ private:
     const Api& api_;
     int threads_;
     WeightView weight_{};
+    Activation activation_ = Activation::none;
     LinearOptions options_;
 };
 

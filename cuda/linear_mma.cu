@@ -187,7 +187,9 @@ FusedLinear::FusedLinear(std::int64_t m, const WeightView& weight, const LinearO
 
 void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& layer, const Exclusion& exclusion,
                         const Panels& panels, unsigned* tickets, std::int32_t* partial, cudaStream_t stream) const {
-    const auto& [weight, bias, out] = layer;
+    const WeightView& weight = layer.weight;
+    const ConstVector& bias = layer.bias;
+    const Matrix& out = layer.out;
     const Rest rest{
         .scale_x = coded.scale,
         .zeropoint_x = coded.zeropoint,

@@ -127,6 +127,9 @@ void check_layer(const char* function, const ConstMatrix& x, const LinearLayer& 
         check::fail(ErrorKind::value, {function, "outliers"}, "a weight with calibrated outlier_columns for 'static'",
                     "a weight without");
     }
+    if (layer.activation != Activation::none && x.device.kind != DeviceKind::cpu) {
+        check::fail(ErrorKind::value, {function, "activation"}, "none on a device", "gelu");
+    }
 }
 
 // Whether two lists name the same columns, as far as that can be seen here.
@@ -153,7 +156,7 @@ bool quantize_alike(const LinearLayer& a, const LinearLayer& b, const LinearOpti
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options,
             Stream stream) {
     constexpr auto function = "linear";
-    const LinearLayer layer{weight, bias, out};
+    const LinearLayer layer{.weight = weight, .bias = bias, .out = out};
     check_layer(function, x, layer, options);
     const Backend& backend = backend_for(x.device, function);
     if (out.rows == 0 || out.cols == 0) return;

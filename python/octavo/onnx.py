@@ -69,7 +69,8 @@ def quantize_model(
     an x as it is, unscaled, in the model's main graph. The input may be float32, float16 or bfloat16. So are what ONNX
     Runtime's tools make of them: ``MatMulInteger`` between ``DynamicQuantizeLinear`` and the scales, and
     ``MatMulNBits``. Their weights are dequantized and quantized anew: int8 codes with a scale for each output feature
-    stay as they are (absmax, "vector", without rotation), others are rounded a second time.
+    stay as they are (absmax, "vector", without rotation), others are rounded a second time. The operator also
+    computes a ``Gelu`` that alone reads a product, unless it is the approximation by tanh.
 
     Args:
         model: a model, or its file; data beside it are read, too.
@@ -97,11 +98,11 @@ def quantize_model(
         model = onnx.load(str(model))
     _tell_shapes(model)
     columns, graph = dict(outlier_columns or {}), _Graph(model.graph)
-    by_input: dict[str, list[_Product]] = {}
+    by_input: dict[tuple[str, str], list[_Product]] = {}
     for found in map(graph.product, list(model.graph.node)):
         if found is not None and not any(matches(name, skip) for name in found.names):
             found.kept = next((columns.pop(name) for name in found.names if name in columns), None)
-            by_input.setdefault(found.x, []).append(found)
+            by_input.setdefault((found.x, found.activation), []).append(found)
     if columns:
         raise ValueError(f"quantize_model: outlier_columns: expected weights that are converted, got {sorted(columns)}")
     for products in by_input.values():
@@ -125,14 +126,15 @@ def _tell_shapes(model: onnx.ModelProto) -> None:
 
 
 class _Product:
-    """``output = x weight^T + bias``, computed by nodes of a graph."""
+    """``output = x weight^T + bias``, or its gelu, computed by nodes of a graph."""
 
     kept: Sequence[int] | None = None
 
-    def __init__(self, nodes: list[Any], x: str, weight: str, values: Any, bias: Any) -> None:
-        self.nodes, self.x, self.values, self.bias = nodes, x, values, bias
+    def __init__(self, nodes: list[Any], gelu: list[Any], x: str, weight: str, values: Any, bias: Any) -> None:
+        self.nodes, self.x, self.values, self.bias = [*nodes, *gelu], x, values, bias
+        self.activation = "gelu" if gelu else "none"
         self.names = (weight, nodes[0].name)
-        self.output = nodes[-1].output[0]
+        self.output = self.nodes[-1].output[0]
 
 
 class _Graph:
@@ -175,7 +177,9 @@ class _Graph:
             others = [other for other in add.input if other != nodes[-1].output[0]]
             given = self._bias(others[0], len(values)) if others else None
             nodes = [*nodes, add] if given is not None else nodes
-        return _Product(nodes, x, name, values, given)
+        gelu = self._reader(nodes[-1], "Gelu")
+        is_exact = gelu is not None and all(helper.get_attribute_value(each) == b"none" for each in gelu.attribute)
+        return _Product(nodes, [gelu] if is_exact else [], x, name, values, given)
 
     def replace(self, products: Sequence[_Product], options: Options) -> None:
         """Put one operator where the first node of products of one input is."""
@@ -192,6 +196,7 @@ class _Graph:
         attributes = {key: value for key, value in asdict(options).items() if value is not None}
         attributes |= {"cap": repr(options.cap)} if options.cap is not None else {}
         attributes |= {"in_features": weight.shape[1], "threshold": float(options.threshold)}
+        attributes |= {"activation": products[0].activation}
         outputs = [product.output for product in products]
         name = f"{products[0].nodes[0].name or outputs[0]}.octavo"
         operator = helper.make_node("Linear", names[:last], outputs, name, domain="octavo", **attributes)

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <numbers>
 #include <string>
 #include <utility>
 #include <vector>
@@ -565,6 +566,34 @@ TEST(epilogue_is_the_equation_to_the_bit) {
                 }
             }
         }
+    }
+}
+
+// y Phi(y), off by less than it says, and the same everywhere.
+TEST(gelu_is_close_and_agrees) {
+    std::vector<float> values{0.0F, -0.0F, 1e-40F, -1e-40F, 1e-20F, 3e38F, -3e38F, infinity, NAN, 5.5F, -5.5F};
+    for (int i = -64000; i <= 64000; ++i) values.push_back(static_cast<float>(i) * 1.25e-4F);
+    values.resize((values.size() + 15) / 16 * 16);
+    const auto size = std::ssize(values);
+    std::string expected;
+    for (const Kernels* table : tables()) {
+        const check::Context context("gelu of ", table->isa);
+        const Guarded<float> given(values);
+        const Guarded<float> result{std::vector<float>(values.size())};
+        const octavo::cpu::EpilogueTile tile{
+            .rows = 1, .cols = size, .scaled = given.data(), .stride = size, .gelu = true};
+        table->epilogue(tile, DType::f32, result.data(), size * 4);
+        if (expected.empty()) expected = result.bytes();
+        CHECK(result.bytes() == expected);
+        double worst = 0.0;
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            const double y = values[i];
+            const double exact = y * std::erfc(-y / std::numbers::sqrt2) / 2.0;
+            const double got = result.data()[i];
+            CHECK(std::isnan(got) == std::isnan(exact));
+            if (std::isfinite(y) && y != 0.0) worst = std::max(worst, std::fabs(got - exact) / std::fabs(y));
+        }
+        CHECK(worst < 2e-7);
     }
 }
 

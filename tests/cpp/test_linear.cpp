@@ -3,6 +3,7 @@
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <numbers>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -589,6 +590,42 @@ TEST(many) {
         }
     }
     octavo::linear_many(x.matrix(), {});
+}
+
+// The activation is of the float32 outputs, before they are rounded: as if a layer of float32 were asked for first.
+TEST(activation_comes_before_rounding) {
+    Random random(107);
+    const Array x(DType::f32, activations(random, 37, 70));
+    const Array bias(DType::f32, random_normal(random, 1, 33));
+    for (const Scheme scheme : {Scheme::absmax, Scheme::zeropoint}) {
+        const Weight weight(Array(DType::f32, random_normal(random, 33, 70, 0.3)), scheme, Granularity::vector);
+        for (const LinearOptions& options : all_options) {
+            if (options.outliers == Outliers::static_) continue;  // the weight keeps no columns
+            const check::Context context(describe(weight, options));
+            const auto outputs = [&](DType dtype, octavo::Activation activation) {
+                Array out(dtype, 37, 33);
+                const octavo::LinearLayer layer{weight.view(), bias.vector(), out.matrix(), activation};
+                octavo::linear_many(x.matrix(), {&layer, 1}, options);
+                return out;
+            };
+            if (test_device().kind != octavo::DeviceKind::cpu) {
+                CHECK_THROWS(outputs(DType::f32, octavo::Activation::gelu), value,
+                             "linear_many[0]: activation: expected none on a device, got gelu");
+                continue;
+            }
+            const Array plain = outputs(DType::f32, octavo::Activation::none);
+            const Array gelu = outputs(DType::f32, octavo::Activation::gelu);
+            for (std::int64_t i = 0; i < 37; ++i) {
+                for (std::int64_t j = 0; j < 33; ++j) {
+                    const double y = plain.get(i, j);
+                    CHECK(std::fabs(gelu.get(i, j) - y * std::erfc(-y / std::numbers::sqrt2) / 2.0) <=
+                          2e-7 * std::fabs(y));
+                }
+            }
+            check_values("rounded", outputs(DType::f16, octavo::Activation::gelu),
+                         Array(DType::f16, gelu.values()).values());
+        }
+    }
 }
 
 TEST(errors_of_many) {

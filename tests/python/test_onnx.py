@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,31 @@ def test_products_of_one_input_are_one_operator(options: Options) -> None:
         np.testing.assert_array_equal(run(int8, x, threads), np.concatenate(parts, -1))
 
 
+def test_gelu_is_part_of_the_operator() -> None:
+    """The exact one, where nothing else reads the product; q stays apart from what has none."""
+    w, bias = make("normal", (32, 32), "float32"), make("normal", (32,), "float32")
+
+    def graph(approximate: str, of: str = "h") -> Any:
+        nodes = [
+            helper.make_node("MatMul", ["x", "w"], ["product"]),
+            helper.make_node("Add", ["product", "bias"], ["h"]),
+            helper.make_node("MatMul", ["x", "q"], ["of_q"]),
+            helper.make_node("Gelu", [of], ["g"], approximate=approximate),
+            helper.make_node("Add", ["g", "of_q"], ["y"]),
+        ]
+        return octavo_onnx.quantize_model(model(nodes, {"w": w.T, "q": w.T, "bias": bias}, 32, 32))
+
+    int8 = graph("none")
+    assert operators(int8) == ["Linear", "Linear", "Add"]
+    x = make("outliers", (2, 3, 32), "float32")
+    weight = octavo.quantize_weight(w)
+    h = octavo.linear(x, weight, bias)
+    phi = np.vectorize(lambda value: math.erfc(-value / 2**0.5) / 2)(h.astype(np.float64))
+    np.testing.assert_allclose(run(int8, x), h * phi + octavo.linear(x, weight), atol=1e-6)
+    assert "Gelu" in operators(graph("tanh"))
+    assert "Gelu" in operators(graph("none", of="product"))  # which has another reader
+
+
 def test_what_onnx_runtime_quantized_to_int8(tmp_path: Path) -> None:
     """Its codes for each output feature stay as they are."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -265,7 +291,8 @@ def test_what_is_refused() -> None:
     ("change", "match"),
     [
         ({"scheme": "other"}, "scheme: got 'other'"),
-        ({"in_features": 15}, "linear: x: expected"),
+        ({"activation": "relu"}, "activation: got 'relu'"),
+        ({"in_features": 15}, r"linear_many\[0\]: x: expected"),
         ({"in_features": 2**62}, "expected"),
         ({"threshold": -1.0}, "threshold: expected"),
         ({"rotation": 3}, "rotation: expected"),

@@ -58,18 +58,27 @@ struct WeightView {
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options = {},
             Stream stream = {});
 
-// A layer of `linear_many`: what `linear` is called with.
+// What becomes of y before it is rounded to the dtype of `out`.
+//
+//   gelu:  y * Phi(y),   Phi(y) = (1 + erf(y / sqrt(2))) / 2
+//
+// in float32, with a rational function of degree 5 in y^2 for Phi, whose steps are fixed: it is off by less than 2e-7
+// times |y|. -Inf gives NaN. On the CPU only: on CUDA devices anything but none is an Error (value).
+enum class Activation : std::uint8_t { none, gelu };
+
+// A layer of `linear_many`: what `linear` is called with, and an activation.
 struct LinearLayer {
     WeightView weight;
     ConstVector bias = absent_vector;
     Matrix out{};
+    Activation activation = Activation::none;
 };
 
-// `linear` of one X for several weights, each with the outputs that it has alone, bit for bit. X is quantized once for
-// weights that follow each other and quantize it in the same way: with equal scheme, rotation and `tensor` or not, and
-// for `static_` the same kept columns (on CUDA devices: the same memory of them; and at most four weights at a time).
-// CUDA: it enqueues a kernel for each layer, after those that make ready for them all. Errors name the layer,
-// "linear_many[1]: ...".
+// `linear` of one X for several weights, each with the outputs that it has alone, bit for bit, or their activations. X
+// is quantized once for weights that follow each other and quantize it in the same way: with equal scheme, rotation and
+// `tensor` or not, and for `static_` the same kept columns (on CUDA devices: the same memory of them; and at most four
+// weights at a time). CUDA: it enqueues a kernel for each layer, after those that make ready for them all. Errors name
+// the layer, "linear_many[1]: ...".
 void linear_many(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options = {},
                  Stream stream = {});
 

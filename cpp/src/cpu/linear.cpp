@@ -54,25 +54,25 @@ struct QuantizedX {
 class BlockWeight {
 public:
     // NOLINTNEXTLINE(cppcoreguidelines-pro-type-member-init): only the block's columns of the arrays are used
-    BlockWeight(const WeightView& weight, const ConstVector& bias, const Block& block)
-        : weight_(weight), block_(block), has_bias_(bias.present) {
+    BlockWeight(const LinearLayer& layer, const Block& block) : layer_(layer), weight_(layer.weight), block_(block) {
+        const ConstVector& bias = layer.bias;
         const std::int64_t cols = block.cols();
-        gather_features(weight.scale, block.col_begin, cols, scale);
-        if (weight.zeropoint.present) {
-            gather_features(weight.zeropoint, block.col_begin, cols, zeropoint);
+        gather_features(weight_.scale, block.col_begin, cols, scale);
+        if (weight_.zeropoint.present) {
+            gather_features(weight_.zeropoint, block.col_begin, cols, zeropoint);
         } else {
             std::fill(zeropoint, zeropoint + whole_blocks(cols), 0.0F);
         }
-        if (weight.code_sums.stride == 1) {
-            __builtin_memcpy(code_sums, at(weight.code_sums, block.col_begin),
+        if (weight_.code_sums.stride == 1) {
+            __builtin_memcpy(code_sums, at(weight_.code_sums, block.col_begin),
                              static_cast<std::size_t>(cols) * sizeof *code_sums);
         } else {
             for (std::int64_t j = 0; j < cols; ++j) {
-                code_sums[j] = get<std::int32_t>(weight.code_sums, block.col_begin + j);
+                code_sums[j] = get<std::int32_t>(weight_.code_sums, block.col_begin + j);
             }
         }
         std::fill(code_sums + cols, code_sums + whole_blocks(cols), 0);
-        if (has_bias_) {
+        if (bias.present) {
             kernels().load(bias.dtype, at(bias, block.col_begin), bias.stride, cols, bias_);
             std::fill(bias_ + cols, bias_ + whole_blocks(cols), 0.0F);
         }
@@ -156,9 +156,10 @@ public:
     }
 
     // Everything after the product, for the rows and columns of `tile`, which has all of X's side and gets the
-    // weight's. (By reference: a copy would wait for each of the stores that have just made it.)
-    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const Matrix& out, const OutputBlock& rows,
+    // layer's. (By reference: a copy would wait for each of the stores that have just made it.)
+    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const OutputBlock& rows,
                 const std::int32_t* outlier_columns = nullptr) const {
+        const Matrix& out = layer_.out;
         const std::int64_t j = col - block_.col_begin;
         tile.scale_w = scale + j;
         if (outlier_weight_.data() != nullptr) {
@@ -168,7 +169,8 @@ public:
             tile.w = w_->data() + j * w_->depth();
             tile.w_stride = w_->stride();
         }
-        tile.bias = has_bias_ ? bias_ + j : nullptr;
+        tile.bias = layer_.bias.present ? bias_ + j : nullptr;
+        tile.gelu = layer_.activation == Activation::gelu;
         if (out.col_stride == 1) {
             rows.fetch(row + OutputBlock::ahead, col, tile.rows, tile.cols);
             return kernels().epilogue(tile, out.dtype, rows.at(row, col), rows.stride());
@@ -207,9 +209,9 @@ private:
         rotate_back_columns(codes, weight_.rotation, block_.cols(), zeropoint, scale, together, targets);
     }
 
+    const LinearLayer& layer_;
     const WeightView& weight_;
     Block block_;
-    bool has_bias_;
     std::vector<std::pair<std::int64_t, std::int64_t>> kept_;  // places among the outlier columns and among the kept
     std::vector<std::int32_t> not_kept_;
     std::vector<std::int32_t> not_kept_places_;
@@ -260,7 +262,7 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
     const std::int64_t k = weight.codes.cols;
     for_each_block(quantized.codes.blocking(), out.rows, out.cols, k, [&](const Block& block) {
         const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
-        BlockWeight block_weight(weight, layer.bias, block);
+        BlockWeight block_weight(layer, block);
         const OutputBlock rows(out, block);
         // What the epilogue cannot do: the zeropoints' terms, sums of more than 32 bits, scales whose product
         // overflows.
@@ -296,7 +298,7 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
                 epilogue.stride = stride;
             }
             outliers.describe(tile.row, epilogue);
-            block_weight.finish(epilogue, tile.row, tile.col, out, rows, outliers.columns().data());
+            block_weight.finish(epilogue, tile.row, tile.col, rows, outliers.columns().data());
         };
         // Half of what memory brings while the outliers are added: with all of it these would wait.
         const std::int64_t lines = outliers.are_shared() ? std::ssize(outliers.columns()) * block.rows() / 4 : 0;
@@ -321,7 +323,9 @@ bool is_any_large(const float* row, std::int64_t k) {
 
 // y = scale_w * (X (q + zeropoint)^T) + bias. Few rows read W as it is packed; for more a slice of 16 output features
 // is made float32 once for all of them. The order of sums is that of FloatTile either way.
-void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const ConstVector& bias, const Matrix& out) {
+void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
+    const WeightView& weight = layer.weight;
+    const Matrix& out = layer.out;
     constexpr std::int64_t read_as_packed = 6;                   // rows
     constexpr Blocking blocking{.rows = 12, .block_rows = 240};  // what registers hold, and the second-level cache
     // Of few rows, output features that are multiplied by a slice of X while it is in the first-level cache.
@@ -344,7 +348,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
     });
     for_each_block(blocking, out.rows, out.cols, depth, [&](const Block& block) {
         const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
-        const BlockWeight block_weight(weight, bias, block);
+        const BlockWeight block_weight(layer, block);
         const OutputBlock rows(out, block);
         const bool widened = block.rows() > read_as_packed;
         const Scratch<float> w_floats(widened ? float_slice * block_cols : 0);
@@ -381,7 +385,7 @@ void weight_only_linear(const ConstMatrix& x, const WeightView& weight, const Co
                                       .cols = std::min(block_cols, block.cols() - j),
                                       .scaled = y.data(),
                                       .stride = block_cols};
-                block_weight.finish(epilogue, block.row_begin, block.col_begin + j, out, rows);
+                block_weight.finish(epilogue, block.row_begin, block.col_begin + j, rows);
             }
         }
         rows.write();
@@ -396,7 +400,7 @@ void Backend::linear(ConstMatrix x, std::span<const LinearLayer> layers, const L
         case Path::auto_:
         case Path::int8: return int8_linear(x, layers, options);
         case Path::weight_only:
-            for (const LinearLayer& layer : layers) weight_only_linear(x, layer.weight, layer.bias, layer.out);
+            for (const LinearLayer& layer : layers) weight_only_linear(x, layer);
     }
 }
 

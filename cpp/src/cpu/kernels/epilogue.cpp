@@ -209,6 +209,34 @@ template <int Rows, int Vectors>
     });
 }
 
+// y = y Phi(y) (octavo/linear.hpp). Phi(y) - 1/2 is odd: y times a function of y^2, made of polynomials whose terms are
+// all positive, so that no digits are lost; where it is 1/2 to the last place, that is given.
+[[gnu::noinline]] void apply_gelu(Floats* sums, std::int64_t count) {
+    constexpr float numerator[] = {0.398942262F,    0.0334589295F,   0.00465148455F,
+                                   0.000164574143F, 6.30159366e-06F, 2.2931129e-08F};
+    constexpr float denominator[] = {1.0F,           0.250535488F,    0.028416153F,
+                                     0.00186064828F, 7.21671604e-05F, 1.19902779e-06F};
+    constexpr float end = 5.5F;
+    const auto polynomial = [](const float (&factors)[6], const Floats& square) OCTAVO_INLINE {
+        Floats value = factors[5] - Floats{};
+        unroll<5>([&](auto i) OCTAVO_INLINE {
+            Floats next = factors[4 - i] - Floats{};
+            fused_multiply_add(value, square, next);
+            value = next;
+        });
+        return value;
+    };
+    for (std::int64_t s = 0; s < count; ++s) {
+        const Floats y = sums[s];
+        const Floats inside = y > end ? end - Floats{} : y < -end ? -end - Floats{} : y;
+        const Floats square = inside * inside;
+        Floats half = inside * polynomial(numerator, square) / polynomial(denominator, square);
+        half = y >= end ? 0.5F - Floats{} : y <= -end ? -0.5F - Floats{} : half;
+        sums[s] = 0.5F * y;
+        fused_multiply_add(y, half, sums[s]);
+    }
+}
+
 // `Rows` rows from row i on, by `Vectors` vectors from column j on, whose scales and bias are given, if there are any;
 // y is where the first element goes.
 template <DType Type, int Rows, int Vectors>
@@ -258,6 +286,12 @@ template <DType Type, int Rows, int Vectors>
     }
     if (tile.bias != nullptr) {
         unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] += bias[s % Vectors]; });
+    }
+    if (tile.gelu) {
+        Floats in_memory[Rows * Vectors];  // a copy, or the sums of every tile would go there
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { in_memory[s] = sums[s]; });
+        apply_gelu(in_memory, Rows * Vectors);
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = in_memory[s]; });
     }
     write_square<Type, Rows, Vectors>(sums, y, y_stride);
 }

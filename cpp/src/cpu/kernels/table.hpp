@@ -129,6 +129,7 @@ struct EpilogueTile {
     const std::int32_t* outlier_places = nullptr;  // the rows of outlier_w that they meet
     const float* outlier_w = nullptr;              // rows `outlier_stride` apart
     const float* bias = nullptr;                   // or null
+    bool gelu = false;                             // whether y becomes Activation::gelu of itself (octavo/linear.hpp)
     // What will be multiplied next: cache lines to be fetched beside shared outliers.
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_lines = 0;
@@ -215,8 +216,8 @@ struct Kernels {
     void (*rotate_back_column)(const std::int8_t* w, std::int64_t w_stride, std::int64_t block, std::int64_t place,
                                std::int64_t cols, const float* zeropoint, const float* scale, float* target);
     // y[i, j] = acc * (scale_x[i] * scale_w[j]), then y = fma(outlier x, outlier_w, y) for the row's outliers in order,
-    // then y + bias[j], in float32, in this order, rounded once to f32, f16 or bf16; or, as i32, the product and no
-    // more. Rows of y are contiguous, y_stride bytes apart.
+    // then y + bias[j], then gelu where that is asked for, in float32, in this order, rounded once to f32, f16 or bf16;
+    // or, as i32, the product and no more. Rows of y are contiguous, y_stride bytes apart.
     void (*epilogue)(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
     // Up to so many rows, of one tile, outlier_columns take less time than dequantize_columns and outlier_w.
     std::int64_t rows_from_codes;
