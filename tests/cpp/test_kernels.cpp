@@ -300,8 +300,8 @@ TEST(product_of_floats_is_the_equation_to_the_bit) {
         for (const std::int64_t rows : {1, 2, 3, 4, 5, 7, 13}) {
             for (const bool has_zeropoint : {false, true}) {
                 const check::Context context(table->isa, ", rows ", rows, ", zeropoint ", has_zeropoint);
-                constexpr std::int64_t depth = 64 + 20;
-                constexpr std::int64_t first_depth = 24;
+                constexpr std::int64_t depth = 64 + 16;
+                constexpr std::int64_t first_depth = 48;
                 const Guarded<float> x(random_floats(random, rows * depth));
                 std::vector<std::int8_t> codes(16 * depth);
                 for (auto& code : codes) code = static_cast<std::int8_t>(random.integer(-128, 127));

@@ -95,10 +95,14 @@ struct FloatTile {
     const std::int8_t* w;    // a packed block; only with 4 places
     const float* w_floats;   // as `widen` or `dequantize_square` has made it, which is read instead; or null
     const float* zeropoint;  // [16], or null: 0; only of `w`
-    std::int64_t depth;      // a multiple of `places`, at most float_slice
+    std::int64_t depth;      // a multiple of `places`, of `w` one of 16; at most float_slice
     std::int64_t places;
     bool first;   // whether it is the first slice: there is no sum before
     float* sums;  // [rows, columns, places]
+    // Of `w`: four packed blocks, `ahead_stride` bytes apart, of which depth / 16 lines each will be wanted later, and
+    // are fetched meanwhile, a line of each in turn; or null.
+    const std::int8_t* ahead = nullptr;
+    std::int64_t ahead_stride = 0;
 };
 
 // What the epilogue does to a tile of sums. All arrays begin at the tile's first row or column and can be read up to

@@ -54,24 +54,43 @@ template <int Places>
 }
 
 // `Rows` rows of X from row i on by `Vectors` registers of weights, from number `First` on. `load` gives a register of
-// the weights of a step, which is `Places` deep; numbers are part of their types, as in unroll.hpp.
-template <int Places, int Rows, int Vectors, int First, class Load>
-void multiply_square(const FloatTile& tile, std::int64_t i, Load load) {
+// the weights of a step, which is `Places` deep; numbers are part of their types, as in unroll.hpp. `fetch` is called
+// before every four steps of 4 places each.
+template <int Places, int Rows, int Vectors, int First, class Fetch, class Load>
+void multiply_square(const FloatTile& tile, std::int64_t i, Fetch fetch, Load load) {
+    constexpr int turn = Places;  // steps
     Floats sums[Rows * Vectors];
     unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = Floats{}; });
     const std::int64_t x_stride = Places == 1 ? float_slice : tile.x_stride;
     const float* const x = tile.x + i * x_stride;
     const std::int64_t steps = tile.depth / Places;
-    for (std::int64_t step = 0; step < steps; ++step) {
-        Floats weights[Vectors];
-        unroll<Vectors>([&](auto u) OCTAVO_INLINE {
-            load(step, IndexConstant<First + u>{}, IndexConstant<Vectors>{}, weights[u]);
-        });
-        unroll<Rows>([&](auto r) OCTAVO_INLINE {
-            Floats values;
-            repeat<Places>(x + r * x_stride + step * Places, values);
-            unroll<Vectors>([&](auto u)
-                                OCTAVO_INLINE { fused_multiply_add(values, weights[u], sums[r * Vectors + u]); });
+    for (std::int64_t first = 0; first < steps; first += turn) {
+        if constexpr (Places == 4)
+            fetch(first, IndexConstant<First / Vectors>{}, IndexConstant<vectors<4> / Vectors>{});
+        unroll<turn>([&](auto s) OCTAVO_INLINE {
+            const std::int64_t step = first + s;
+            const auto weights_of = [&](auto u, Floats& weights)
+                                        OCTAVO_INLINE { load(step, IndexConstant<First + u>{}, weights); };
+            const auto values_of = [&](auto r, Floats& values)
+                                       OCTAVO_INLINE { repeat<Places>(x + r * x_stride + step * Places, values); };
+            if constexpr (Rows == 1) {  // no weight waits in a register, of which AVX2 has none left
+                Floats values;
+                values_of(IndexConstant<0>{}, values);
+                unroll<Vectors>([&](auto u) OCTAVO_INLINE {
+                    Floats weights;
+                    weights_of(u, weights);
+                    fused_multiply_add(values, weights, sums[u]);
+                });
+            } else {
+                Floats weights[Vectors];
+                unroll<Vectors>([&](auto u) OCTAVO_INLINE { weights_of(u, weights[u]); });
+                unroll<Rows>([&](auto r) OCTAVO_INLINE {
+                    Floats values;
+                    values_of(r, values);
+                    unroll<Vectors>(
+                        [&](auto u) OCTAVO_INLINE { fused_multiply_add(values, weights[u], sums[r * Vectors + u]); });
+                });
+            }
         });
     }
     float* const target = tile.sums + i * row_sums<Places> + First * width;
@@ -90,15 +109,15 @@ void multiply_square(const FloatTile& tile, std::int64_t i, Load load) {
 }
 
 // All rows from row i on: `Rows` at a time, and then the fewer that are left.
-template <int Places, int Rows, class Load>
-void multiply_rows(const FloatTile& tile, std::int64_t i, Load load) {
+template <int Places, int Rows, class Fetch, class Load>
+void multiply_rows(const FloatTile& tile, std::int64_t i, Fetch fetch, Load load) {
     constexpr int at_once = vectors_at_once(Rows, vectors<Places>);
     for (; i + Rows <= tile.rows; i += Rows) {
         unroll<vectors<Places> / at_once>(
-            [&](auto part) { multiply_square<Places, Rows, at_once, part * at_once>(tile, i, load); });
+            [&](auto part) { multiply_square<Places, Rows, at_once, part * at_once>(tile, i, fetch, load); });
     }
     if constexpr (Rows > 1) {
-        if (i < tile.rows) multiply_rows<Places, Rows - 1>(tile, i, load);
+        if (i < tile.rows) multiply_rows<Places, Rows - 1>(tile, i, fetch, load);
     }
 }
 
@@ -164,29 +183,31 @@ void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t
 void multiply_floats(const FloatTile& tile) {
     // What a loop reads it holds by value: GCC would look for it in the tile again and again.
     const auto floats_of = [w = tile.w_floats]<int Places>(IndexConstant<Places> /*places*/) {
-        return [w](std::int64_t step, auto v, auto /*at_once*/, Floats& weights)
+        return [w](std::int64_t step, auto v, Floats& weights)
                    OCTAVO_INLINE { read(w + step * row_sums<Places> + v * width, weights); };
     };
-    if (tile.places == 1) return multiply_rows<1, most_sums / vectors<1>>(tile, 0, floats_of(IndexConstant<1>{}));
-    if (tile.w_floats != nullptr) return multiply_rows<4, most_rows>(tile, 0, floats_of(IndexConstant<4>{}));
-    const auto codes_at = [w = tile.w, steps = tile.depth / 4](std::int64_t step, auto v, auto at_once,
-                                                               Floats& weights) OCTAVO_INLINE {
-        if constexpr (v % at_once == 0) {
-            // Where there are more parts than one, each goes through the slice, and fetches its share of the next.
-            constexpr std::int64_t ahead = std::int64_t{40} * 64;  // bytes, so that W is there in time
-            constexpr int parts = vectors<4> / at_once;
-            constexpr int part = v / at_once;
-            __builtin_prefetch(w + ahead + (part * steps + step) * (row_sums<4> / parts));
-        }
-        convert(w + step * row_sums<4> + v * width, weights);
+    const auto fetch_nothing = [](std::int64_t /*step*/, auto /*part*/, auto /*parts*/) OCTAVO_INLINE {};
+    if (tile.places == 1) {
+        return multiply_rows<1, most_sums / vectors<1>>(tile, 0, fetch_nothing, floats_of(IndexConstant<1>{}));
+    }
+    if (tile.w_floats != nullptr) {
+        return multiply_rows<4, most_rows>(tile, 0, fetch_nothing, floats_of(IndexConstant<4>{}));
+    }
+    // Where there are more parts than one, each goes through the slice, and fetches its share.
+    const auto fetch = [ahead = tile.ahead == nullptr ? tile.w : tile.ahead, stride = tile.ahead_stride,
+                        steps = tile.depth / 4](std::int64_t step, auto part, auto parts) OCTAVO_INLINE {
+        if (step % (4 * parts) != 0) return;
+        const std::int8_t* const line = ahead + (part * steps + step) / (4 * parts) * 64;
+        unroll<4>([&](auto block) OCTAVO_INLINE { __builtin_prefetch(line + block * stride); });
     };
-    if (tile.zeropoint == nullptr) return multiply_rows<4, most_rows>(tile, 0, codes_at);
+    const auto codes_at = [w = tile.w](std::int64_t step, auto v, Floats& weights)
+                              OCTAVO_INLINE { convert(w + step * row_sums<4> + v * width, weights); };
+    if (tile.zeropoint == nullptr) return multiply_rows<4, most_rows>(tile, 0, fetch, codes_at);
     float zeropoints[row_sums<4>];
     repeat_zeropoint(tile.zeropoint, zeropoints);
     multiply_rows<4, most_rows>(
-        tile, 0,
-        [codes_at, shifts = &zeropoints[0]](std::int64_t step, auto v, auto at_once, Floats& weights) OCTAVO_INLINE {
-            codes_at(step, v, at_once, weights);
+        tile, 0, fetch, [codes_at, shifts = &zeropoints[0]](std::int64_t step, auto v, Floats& weights) OCTAVO_INLINE {
+            codes_at(step, v, weights);
             Floats shift;
             read(shifts + v * width, shift);
             weights += shift;
