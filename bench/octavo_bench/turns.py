@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,14 +13,12 @@ Call = Callable[[], object]
 Clock = Callable[[Call], float]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Milliseconds of a call: median and quartiles over `calls` calls."""
+class Spread(NamedTuple):
+    """Milliseconds of a call: median and quartiles."""
 
     median: float
     lower: float
     upper: float
-    calls: int
 
 
 def on_the_wall(call: Call) -> float:
@@ -95,4 +93,4 @@ def take_turns(
 def spread(values: Sequence[float]) -> Spread:
     """Median and quartiles of at least two."""
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, lower, upper, len(values))
+    return Spread(median, lower, upper)

@@ -30,7 +30,7 @@ def test_turns_are_taken_one_call_at_a_time() -> None:
     assert order == ["before a", "a", "before b", "b"] * 2
     assert [len(values) for values in found.values()] == [2, 2]
     assert len(take_turns(calls, 60, least=1, most=3)["a"]) == 3
-    assert spread([1, 2, 3, 4, 5]) == Spread(3, 2, 4, 5)
+    assert spread([1, 2, 3, 4, 5]) == Spread(3, 2, 4)
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -135,8 +135,7 @@ def times(maker: Maker, others: Sequence[Variant], inputs: Mapping[str, Tensor],
     first, rows = next(iter(samples.values())), []
     for name, values in samples.items():
         ratio = statistics.median(map(truediv, values, first))  # a round's load meets both
-        own = spread(values)
-        rows.append([name, own.median, own.lower, own.upper, ratio])
+        rows.append([name, *spread(values), ratio])
     numbers = ("CPU ms" if alone else "ms", "lower quartile", "upper quartile", RATIO)
     sequences, length = inputs["input_ids"].shape
     title = f"{TIMES} in {maker.dtype}: {sequences} x {length} tokens, {len(first)} rounds in turns"

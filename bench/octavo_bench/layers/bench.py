@@ -169,7 +169,7 @@ def cases_table(groups: Sequence[Group], peak: Mapping[str, float]) -> Table:
         if own := case.times.get(OCTAVO):
             work = case.n * case.k + 2 * case.m * (case.k + case.n), 2 * case.m * case.n * case.k  # bytes, operations
             shares = [1e5 * done / own.median / most for done, most in zip(work, peak.values(), strict=False)]
-            times = [own.median, own.lower, own.upper, *shares]
+            times = [*own, *shares]
         rows.append([group.name, group.layers, case.m, case.outliers, *times[:3], *map(case.ratio, names), *times[3:]])
     lowest = [min((r for case in every if (r := case.ratio(name)) is not None), default=None) for name in names]
     rows.append(["lowest ratio", *[None] * 6, *lowest, *[None] * len(peak)])

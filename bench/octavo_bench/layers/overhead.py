@@ -33,6 +33,7 @@ from ..turns import take_turns
 M, K, N = 1, 64, 16
 CALLS, CHAIN = 2000, 200  # of a turn; operations of a jitted program
 POLICIES: tuple[Literal["none", "columns"], ...] = ("none", "columns")
+Turn = Callable[[], float]  # of CALLS calls; returns the nanoseconds of one
 _BENCH = Path(__file__).resolve().parents[2]
 _SOURCE = _BENCH / "cpp" / "core_call.cpp"
 
@@ -42,9 +43,9 @@ def run(seconds: float, facts: Facts, progress: Progress) -> Report:
     progress.begin(1)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode(), progress.step("calls"):
         program, absent = compile_core(Path(folder))
-        samples = take_turns(contenders(program), seconds, clock=_nanoseconds)
+        samples = take_turns(contenders(program), seconds, clock=_itself)
         operations = in_jax(program)
-        jitted = take_turns(operations, seconds, clock=_nanoseconds) if operations else {}
+        jitted = take_turns(operations, seconds, clock=_itself) if operations else {}
     note = f"The word behind the comma is the policy of outliers. Turns of {CALLS} calls." + absent
     tables = [_table(f"The cost of a call: m={M} k={K} n={N}, float32", samples, note)]
     if jitted:
@@ -63,8 +64,8 @@ def _table(title: str, samples: dict[str, list[float]], note: str) -> Table:
     return Table(title, {"call": "", "fastest, ns": ".0f", "median, ns": ".0f", "over C++, ns": ".0f"}, rows, note)
 
 
-def in_jax(program: Path | None) -> dict[str, Callable[[], float]]:
-    """By name, what runs a turn of operations in a jitted chain and returns its seconds; empty without JAX."""
+def in_jax(program: Path | None) -> dict[str, Turn]:
+    """By name, what takes a turn of operations in a jitted chain; empty without JAX."""
     try:
         import jax
         import octavo.jax
@@ -72,58 +73,49 @@ def in_jax(program: Path | None) -> dict[str, Callable[[], float]]:
         return {}
     dense = jax.random.normal(jax.random.key(0), (K, K)) / K**0.5  # which keeps the length of a row
     weight, x = octavo.jax.quantize_weight(dense.T), jax.numpy.ones((M, K))
-    operations: dict[str, Callable[..., Any]] = {"jax.numpy.matmul": jax.numpy.matmul}
+    operations: dict[str, tuple[Any, Any]] = {"jax.numpy.matmul": (jax.numpy.matmul, dense)}
     for policy in POLICIES:
-        options = octavo.Options(outliers=policy)
-        operations[f"octavo.jax.linear, {policy}"] = partial(octavo.jax.linear, options=options)
-        _check(octavo.jax.linear(x, weight, options=options), torch.from_numpy(numpy.array(x @ dense)))
+        linear = partial(octavo.jax.linear, options=octavo.Options(outliers=policy))
+        _check(linear(x, weight), torch.from_numpy(numpy.array(x @ dense)))
+        operations[f"octavo.jax.linear, {policy}"] = linear, weight
 
     def chain(operation: Callable[..., Any], x: Any, weight: Any) -> Any:
         for _ in range(CHAIN):
             x = operation(x, weight)
         return x
 
-    found: dict[str, Callable[[], float]] = {}
-    for name, operation in operations.items():
-        given = (x, weight if name.startswith("octavo") else dense)
-        names = {"jitted": jax.jit(partial(chain, operation)), "given": given}
-        timer = timeit.Timer("jitted(*given).block_until_ready()", globals=names)
-        timer.timeit(1)  # compiled
-        found[name] = partial(timer.timeit, CALLS // CHAIN)
-    if program is not None:
-        found |= {f"C++, {policy}": partial(_run_core, program, policy, K) for policy in POLICIES}
-    return found
+    found = {}
+    for name, (operation, given) in operations.items():
+        jitted = jax.jit(partial(chain, operation))
+        jitted(x, given)  # compiled
+        found[name] = _turn("jitted(x, given).block_until_ready()", CHAIN, jitted=jitted, x=x, given=given)
+    return found | _of_core(program, K)
 
 
-def contenders(program: Path | None) -> dict[str, Callable[[], float]]:
-    """By name, what runs a turn and returns its seconds."""
-    generator = torch.Generator().manual_seed(0)
-    x, dense = torch.rand(M, K, generator=generator), torch.nn.Linear(K, N)
-    weight, bias, out = dense.weight.detach(), dense.bias.detach(), torch.empty(M, N)
-    tensors: dict[str, Any] = {"x": x, "bias": bias, "out": out}
-    tensors["weight"] = octavo.quantize_weight(weight)
-    arrays: dict[str, Any] = {"x": x.numpy(), "bias": bias.numpy(), "out": out.numpy()}
-    arrays["weight"] = octavo.quantize_weight(weight.numpy())
-    found = {"Python's loop alone": _turn("pass", {})}
+def contenders(program: Path | None) -> dict[str, Turn]:
+    """By name, what takes a turn of calls."""
+    x, dense = torch.rand(M, K, generator=torch.Generator().manual_seed(0)), torch.nn.Linear(K, N)
+    weight, bias = dense.weight.detach(), dense.bias.detach()
+    found = {"Python's loop alone": _turn("pass"), **_of_core(program, N)}
     for policy in POLICIES:
         options = octavo.Options(outliers=policy)
+        for name, of in (("torch", torch.Tensor.detach), ("NumPy", torch.Tensor.numpy)):
+            names: dict[str, Any] = {"x": of(x), "bias": of(bias), "out": of(torch.empty(M, N)), "options": options}
+            names |= {"weight": octavo.quantize_weight(of(weight)), "linear": octavo.linear}
+            _check(octavo.linear(names["x"], names["weight"], names["bias"], options=options), dense(x))
+            for out in (", out=out", ""):
+                call = f"linear(x, weight, bias, options=options{out})"
+                found[f"octavo.linear, {name}{out[:-3]}, {policy}"] = _turn(call, **names)
         layer = octavo.torch.Int8Linear.from_linear(dense, outliers=policy)
-        if program is not None:
-            found[f"C++, {policy}"] = partial(_run_core, program, policy, N)
-        for name, given in (("torch", tensors), ("NumPy", arrays)):
-            names = {**given, "linear": octavo.linear, "options": options}
-            _check(octavo.linear(given["x"], given["weight"], given["bias"], options=options), dense(x))
-            found[f"octavo.linear, {name}, out=, {policy}"] = _turn(
-                "linear(x, weight, bias, options=options, out=out)", names
-            )
-            found[f"octavo.linear, {name}, {policy}"] = _turn("linear(x, weight, bias, options=options)", names)
         _check(layer(x), dense(x))
-        found[f"Int8Linear, {policy}"] = _turn("layer(x)", {"layer": layer, "x": x})
-        found[f"torch.ops.octavo.linear, {policy}"] = _operation(layer, x)
-    names = {"linear": torch.nn.functional.linear, "x": x, "weight": weight, "bias": bias, "dense": dense}
-    found["torch.nn.functional.linear"] = _turn("linear(x, weight, bias)", names)
-    found["torch.nn.Linear"] = _turn("dense(x)", names)
-    found["torch.empty"] = _turn(f"empty({M}, {N})", {"empty": torch.empty})
+        found[f"Int8Linear, {policy}"] = _turn("layer(x)", layer=layer, x=x)
+        arrays, operation = layer.weight._arrays, torch.ops.octavo.linear.default
+        rest = (*arrays.tensors(), layer.bias, arrays.text)
+        found[f"torch.ops.octavo.linear, {policy}"] = _turn("operation(x, *rest)", operation=operation, x=x, rest=rest)
+    names = {"linear": torch.nn.functional.linear, "x": x, "weight": weight, "bias": bias}
+    found["torch.nn.functional.linear"] = _turn("linear(x, weight, bias)", **names)
+    found["torch.nn.Linear"] = _turn("dense(x)", dense=dense, x=x)
+    found["torch.empty"] = _turn(f"empty({M}, {N})", empty=torch.empty)
     return found
 
 
@@ -144,25 +136,25 @@ def compile_core(folder: Path) -> tuple[Path | None, str]:
     return program, ""
 
 
-def _nanoseconds(turn: Callable[[], Any]) -> float:
-    """Of one call: `turn` returns the seconds of `CALLS`."""
-    return float(1e9 / CALLS * turn())
+def _of_core(program: Path | None, n: int) -> dict[str, Turn]:
+    """The C++ program's turns: it prints the nanoseconds of a call."""
+
+    def turn(policy: str) -> float:
+        words = map(str, (program, policy, M, K, n, CALLS))
+        return float(subprocess.run(list(words), check=True, capture_output=True, text=True).stdout)
+
+    return {} if program is None else {f"C++, {policy}": partial(turn, policy) for policy in POLICIES}
 
 
-def _run_core(program: Path, policy: str, n: int) -> float:
-    words = [program, policy, M, K, n, CALLS]
-    done = subprocess.run(list(map(str, words)), check=True, capture_output=True, text=True)
-    return CALLS * float(done.stdout) / 1e9
+def _turn(statement: str, operations: int = 1, **names: Any) -> Turn:
+    """A turn of a statement that makes so many operations."""
+    timer = timeit.Timer(statement, globals=names)  # without garbage collection
+    return lambda: 1e9 / CALLS * timer.timeit(CALLS // operations)
 
 
-def _turn(statement: str, names: dict[str, Any]) -> Callable[[], float]:
-    return partial(timeit.Timer(statement, globals=names).timeit, CALLS)  # without garbage collection
-
-
-def _operation(layer: Any, x: torch.Tensor) -> Callable[[], float]:
-    arrays = layer.weight._arrays
-    names = {"linear": torch.ops.octavo.linear.default, "x": x, "rest": (*arrays.tensors(), layer.bias, arrays.text)}
-    return _turn("linear(x, *rest)", names)
+def _itself(turn: Callable[[], Any]) -> float:
+    """The clock of `take_turns`: a turn says itself what an operation took."""
+    return turn()
 
 
 def _check(found: Any, expected: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -118,17 +119,13 @@ def most_rows(slow: Callable[[int], float], fast: Callable[[int], float]) -> int
 
 def modelled(devices: Iterable[Device] = DEVICES) -> dict[tuple[int, bool], list[list[int]]]:
     """By architecture, and whether matrix instructions do it: a row for each k, a column for each n."""
-    kinds = [(device, by_mma) for device in devices for by_mma in ((False, True) if device.half else (False,))]
-    return {
-        (device.architecture, by_mma): [
-            [
-                most_rows(partial(weight_only, device, by_mma, n, k), partial(int8, device, by_mma, n, k))
-                for n in EXTENTS
-            ]
-            for k in EXTENTS
-        ]
-        for device, by_mma in kinds
-    }
+    found = {}
+    for device in devices:
+        for by_mma in (False, True) if device.half else (False,):
+            slow, fast = partial(weight_only, device, by_mma), partial(int8, device, by_mma)
+            rows = [[most_rows(partial(slow, n, k), partial(fast, n, k)) for n in EXTENTS] for k in EXTENTS]
+            found[device.architecture, by_mma] = rows
+    return found
 
 
 def nearest(extent: int) -> int:
@@ -139,16 +136,12 @@ def nearest(extent: int) -> int:
 def measured(report: tables.Report) -> tuple[int, dict[tuple[int, int], int]]:
     """The architecture, and the most rows of each (k, n), of 16-bit X with OUTLIERS columns."""
     capability = str(report.facts["octavo_info"]["cuda"]["devices"][0]["compute_capability"])
-    table = report.tables[0]
-    place = {name: i for i, name in enumerate(table.columns)}
-    times: dict[str, dict[int, tuple[float, float]]] = {}
+    table, times = report.tables[0], defaultdict[str, dict[int, tuple[float, float]]](dict)
     for row in table.rows:
-        values = row[place[PATHS["weight_only"]]], row[place[PATHS["int8"]]]
-        if row[place["outlier columns"]] == OUTLIERS and None not in values:
-            times.setdefault(str(row[0]), {})[int(str(row[place["m"]]))] = (
-                float(str(values[0])),
-                float(str(values[1])),
-            )
+        cells = dict(zip(table.columns, row, strict=True))
+        slow, fast = cells[PATHS["weight_only"]], cells[PATHS["int8"]]
+        if cells["outlier columns"] == OUTLIERS and None not in (slow, fast):
+            times[row[0]][cells["m"]] = slow, fast
     found = {}
     for name, own in times.items():
         if not (shape := name.split(" x "))[1].isdigit():  # other options
@@ -161,31 +154,34 @@ def measured(report: tables.Report) -> tuple[int, dict[tuple[int, int], int]]:
 
 def text(found: Mapping[tuple[int, bool], list[list[int]]], source: str) -> str:
     """The header."""
-    lines = [
-        "// Made by `python -m octavo_bench.layers.selection`, which says how. Not to be edited.",
-        f"// Source: {source}",
-        "#pragma once",
-        "",
-        "namespace octavo::cuda {",
-        "",
-        "// Rows by k, columns by n: powers of two from 2^first_extent on.",
-        f"inline constexpr int first_extent = {EXTENTS[0].bit_length() - 1};",
-        f"inline constexpr int extents = {len(EXTENTS)};",
-        "",
-        "struct Selection {",
-        "    int architecture;  // from this on",
-        "    bool by_mma;",
-        "    short most[extents][extents];",
-        "};",
-        "",
-        "// clang-format off",
-        "inline constexpr Selection selections[] = {",
-    ]
+    selections = []
     for (architecture, by_mma), rows in sorted(found.items()):
-        lines.append(f"    {{{architecture}, {str(by_mma).lower()}, {{")
-        lines += ["        {" + ", ".join(f"{value:>4}" for value in row) + "}," for row in rows]
-        lines.append("    }},")
-    return "\n".join([*lines, "};", "// clang-format on", "", "}  // namespace octavo::cuda", ""])
+        lines = "".join("        {" + ", ".join(f"{value:>4}" for value in row) + "},\n" for row in rows)
+        selections.append(f"    {{{architecture}, {str(by_mma).lower()}, {{\n{lines}    }}}},\n")
+    return f"""\
+// Made by `python -m octavo_bench.layers.selection`, which says how. Not to be edited.
+// Source: {source}
+#pragma once
+
+namespace octavo::cuda {{
+
+// Rows by k, columns by n: powers of two from 2^first_extent on.
+inline constexpr int first_extent = {EXTENTS[0].bit_length() - 1};
+inline constexpr int extents = {len(EXTENTS)};
+
+struct Selection {{
+    int architecture;  // from this on
+    bool by_mma;
+    short most[extents][extents];
+}};
+
+// clang-format off
+inline constexpr Selection selections[] = {{
+{"".join(selections)}}};
+// clang-format on
+
+}}  // namespace octavo::cuda
+"""
 
 
 def main(paths: Iterable[Path] = ()) -> None:
