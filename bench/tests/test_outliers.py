@@ -43,7 +43,7 @@ def test_counting_by_hand() -> None:
     """Two layers, four positions; feature 1 is outlying in two hidden states of one position: that counts once."""
     where = torch.tensor([[0, 0, 1], [0, 0, 1], [0, 1, 1], [1, 3, 1], [0, 2, 2]])
     values = torch.tensor([7.0, -8.0, 9.0, 7.0, 6.0])
-    seen = observe.Observation(4, torch.zeros(2, 3), where, values, [])
+    seen = observe.Observation(4, torch.zeros(2, 3), where, values, {}, {})
     assert seen.shares().tolist() == [[0, 0.5, 0.25], [0, 0.25, 0]]
     assert seen.ever_outlying() == [1, 2]
     (first,) = seen.features(0.6, 0.2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -26,7 +25,7 @@ from ..pictures import BLUE, GRAY, Figures, draw_losses, quiet
 from ..progress import Progress
 from ..tables import Cell, Report, Table
 from ..turns import on_the_cpu, on_the_wall, spread, take_turns
-from .scores import AGREED, DIVERGENCE, LOSS, TOP, Judge, Scores, neighbors_kept
+from .scores import AGREED, DIVERGENCE, LOSS, TOP, Judge, Scores, neighbors_kept, perplexity
 
 MIB = 1 << 20
 # Of timing the peers. A time's ratio to octavo's is that of one round, and few rounds say little of their median.
@@ -172,7 +171,7 @@ def _table(
         if causal:
             cells |= {"KL": found.mean(DIVERGENCE), "KL ±": found.error(DIVERGENCE)}
             cells |= {"same argmax, %": 100 * found.mean(AGREED), "argmax ±": 100 * found.error(AGREED)}
-            cells["perplexity"] = math.exp(found.mean(LOSS)) if found.mean(LOSS) < 700 else math.inf
+            cells["perplexity"] = perplexity(found.mean(LOSS))
         cells |= zip(("loss", "loss ±"), found.paired(reference), strict=True)
         if not causal:
             cells |= {"largest": max(found.sums[LOSS]), "neighbors kept": neighbors_kept(found, reference)}

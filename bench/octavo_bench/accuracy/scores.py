@@ -64,6 +64,11 @@ def ratio_of_sums(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, 
     return mean, float(np.sqrt(len(n) / (len(n) - 1) * ((d - mean * n) ** 2).sum()) / n.sum())
 
 
+def perplexity(loss: float) -> float:
+    """Of a mean loss in nats per token."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
 class Judge:
     """Compares variants of a model with the model as it is, window by window, each in a call of its own."""
 

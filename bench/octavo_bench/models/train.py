@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..accuracy.scores import LOSS, Judge
+from ..accuracy.scores import LOSS, Judge, perplexity
 from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table, write_atomically, write_text
@@ -199,6 +199,6 @@ def finish(setting: Setting, output: Path, progress: Progress) -> tuple[Table, l
         loaded.tokenizer.save_pretrained(output / name)
     progress.begin(len(models) * len(heldout))
     judge = Judge(loaded, heldout)
-    rows = [[name, math.exp(judge.score(model, progress, name).mean(LOSS))] for name, model in models.items()]
+    rows = [[name, perplexity(judge.score(model, progress, name).mean(LOSS))] for name, model in models.items()]
     title = f"Perplexity of {loaded.model.num_parameters():,} parameters on {len(heldout)} held-out windows"
     return Table(title, {"model": "", "perplexity": ".6f"}, rows), features

@@ -7,10 +7,9 @@ layer, as the paper does (section 4). The residual stream and the feed-forward s
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..accuracy.scores import LOSS, TOP, Judge
+from ..accuracy.scores import LOSS, TOP, Judge, Scores, perplexity
 from ..machine import Facts
 from ..models import modules
 from ..models.find import find
@@ -26,7 +25,7 @@ from ..models.language import Language, read_windows
 from ..models.modules import ATTENTION_INPUT, hooked, projections, zeroing
 from ..pictures import BLUE, GRAY, GREEN, ORANGE, VERMILION, Figures, quiet
 from ..progress import Progress
-from ..tables import Cell, Report, Table
+from ..tables import Report, Table
 from . import observe
 from .observe import Feature, Observation, Settings
 
@@ -54,68 +53,54 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
     # 2. What they carry.
     without_features = partial(ablate, loaded, Judge(loaded, windows), progress=progress)
     untouched = without_features([], doing="as it is")
-    without = without_features(numbers, doing="without the outlier features") if numbers else None
-    drawn = []
+    zeroed, without = {"nothing": [untouched]}, None
+    if numbers:
+        without = without_features(numbers, doing="without the outlier features")
+        zeroed[f"the {len(numbers)} outlier features"] = [without]
     excluded = seen.ever_outlying()  # more than the outlier features: those in a few layers, too
     others = min(len(numbers), seen.width - len(excluded))  # as many, where there are as many
     if settings.ablate and others:
-        for chosen in modules.random_features(others, seen.width, excluded, settings.draws):
-            drawn.append(without_features(chosen, doing="without random features"))
+        drawn = modules.random_features(others, seen.width, excluded, settings.draws)
+        found = [without_features(chosen, doing="without random features") for chosen in drawn]
+        zeroed[f"{others} random features (mean of {len(found)} draws)"] = found
 
-    tables = [observe.model_table(seen, features, settings, untouched.top, without.top if without else None)]
+    top = without.mean(TOP) if without else None
+    tables = [observe.model_table(seen, features, settings, untouched.mean(TOP), top)]
     tables += [observe.feature_table(features), observe.projection_table(seen)]
     if settings.ablate:
-        tables.append(ablation_table(untouched, without, drawn, causal=loaded.causal))
+        tables.append(ablation_table(zeroed, causal=loaded.causal))
     about = {"model": str(loaded.path), "parameters": loaded.model.num_parameters(), "text": str(text)}
     about |= {"windows": len(windows), "positions": seen.positions, "threshold": settings.threshold}
     report = Report(f"octavo analyze: {loaded.path.name}", facts.now(**about, seed=modules.SEED), tables)
     return report, {"outliers.png": partial(draw, seen, features, settings)}
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """The model with some features of all attention inputs set to zero."""
-
-    features: list[int]
-    top: float  # mean of the largest softmax probability: of the next token; in an encoder of attention
-    loss: float  # nats per token; in an encoder 1 - cosine of the embeddings with the untouched model's
-
-
-def ablate(language: Language, judge: Judge, features: Sequence[int], progress: Progress, doing: str) -> Ablation:
+def ablate(language: Language, judge: Judge, features: Sequence[int], progress: Progress, doing: str) -> Scores:
     """Measure with `features` set to zero. The first run of a judge must be one that zeroes none."""
     consumers = [each.module for each in projections(language.model) if each.takes == ATTENTION_INPUT]
     if not consumers:
         raise ValueError(f"model: expected query, key and value layers, got none in {type(language.model).__name__}")
     with hooked((module, zeroing(features)) for module in consumers):
-        found = judge.score(language.model, progress, doing)
-    return Ablation(list(features), found.mean(TOP), found.mean(LOSS))
+        return judge.score(language.model, progress, doing)
 
 
-def ablation_table(untouched: Ablation, without: Ablation | None, drawn: Sequence[Ablation], *, causal: bool) -> Table:
-    """The model untouched, without its outlier features, and without as many random ones."""
-
-    def row(name: str, own: Sequence[Ablation]) -> list[Cell]:
-        loss, top = statistics.fmean(a.loss for a in own), statistics.fmean(a.top for a in own)
-        quality = _exp(loss) if causal else loss
-        change = 100 * (quality / _exp(untouched.loss) - 1) if causal else None
-        return [name, quality, change, top, 100 * (top / untouched.top - 1)]
-
-    rows = [row("nothing", [untouched])]
-    if without is not None:
-        rows.append(row(f"the {len(without.features)} outlier features", [without]))
-    if drawn:
-        rows.append(row(f"{len(drawn[0].features)} random features (mean of {len(drawn)} draws)", drawn))
+def ablation_table(zeroed: Mapping[str, Sequence[Scores]], *, causal: bool) -> Table:
+    """By what was set to zero, first nothing: what the model then says, the mean of the runs."""
+    means = {
+        name: [statistics.fmean(each.mean(of) for each in own) for of in (LOSS, TOP)] for name, own in zeroed.items()
+    }
+    (untouched, first), *_ = means.values()
+    rows = []
+    for name, (loss, top) in means.items():
+        change = 100 * (perplexity(loss) / perplexity(untouched) - 1) if causal else None
+        rows.append([name, perplexity(loss) if causal else loss, change, top, 100 * (top / first - 1)])
     quality = "perplexity" if causal else "1 - cosine"
     columns = {"set to zero": "", quality: ".5g", "change, %": "+.1f", "top-1": ".4f", "top-1 change, %": "+.1f"}
     note = "There are no outlier features to be zeroed."
-    if without:
+    if len(zeroed) > 1:
         note = "The feed-forward sees them as before, also those that are outlying there. Random: of those that are "
         note += "outlying nowhere."
     return Table("What zeroing features in front of query, key and value does", columns, rows, note)
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
 
 
 def draw(seen: Observation, features: Sequence[Feature], settings: Settings) -> Figure:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,15 +37,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """The outlier columns of one linear layer."""
-
-    projection: Projection
-    shares: dict[int, float]  # by column: of positions at which it is outlying; the most common first
-    largest: float  # magnitude, over all columns
-
-
-@dataclass(frozen=True)
 class Feature:
     """One outlier feature."""
 
@@ -63,7 +55,8 @@ class Observation:
     magnitudes: Tensor  # float32 [layers, width], the largest of each feature in the layer's hidden states
     where: Tensor  # int64 [found, 3], layer, position and feature of each outlying value of a hidden state
     values: Tensor  # float32 [found], those values
-    columns: list[Columns]  # of each linear layer
+    counts: dict[Projection, Tensor]  # int64 [k], by linear layer: positions at which each column is outlying
+    largest: dict[Projection, Tensor]  # float32 [k], the largest magnitudes
 
     @property
     def width(self) -> int:
@@ -125,12 +118,7 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
     magnitudes = torch.zeros(layers, width)
     for each in hidden:
         magnitudes[each.layer] = torch.maximum(magnitudes[each.layer], largest[each])
-    columns = []
-    for each in found:
-        shares = {c: float(counts[each][c]) / begin for c in counts[each].nonzero()[:, 0].tolist()}
-        ordered = dict(sorted(shares.items(), key=lambda item: (-item[1], item[0])))
-        columns.append(Columns(each, ordered, float(largest[each].max())))
-    return Observation(begin, magnitudes, torch.cat(where), torch.cat(values), columns)
+    return Observation(begin, magnitudes, torch.cat(where), torch.cat(values), counts, largest)
 
 
 def _hidden_states(found: Sequence[Projection], width: int) -> set[Projection]:
@@ -155,8 +143,8 @@ def model_table(
     layers = len(seen.magnitudes)
     quartiles: list[float | None] = [None, None, None]
     if features:
-        values = seen.values[seen.where[:, 2] == features[0].number].double().sort().values
-        quartiles = [float(values[round(at * (len(values) - 1))]) for at in (0.25, 0.5, 0.75)]
+        values = seen.values[seen.where[:, 2] == features[0].number]
+        quartiles = np.quantile(values.double(), (0.25, 0.5, 0.75), method="nearest").tolist()
     return Table(
         f"Features of magnitude {settings.threshold:g} or more in {settings.min_layers:.0%} of layers and at "
         f"{settings.min_positions:.0%} of positions",
@@ -185,8 +173,10 @@ def feature_table(features: Sequence[Feature]) -> Table:
 def projection_table(seen: Observation) -> Table:
     """The outlier columns of each linear layer."""
     rows = []
-    for found in seen.columns:
-        named = ", ".join(map(str, list(found.shares)[:_LISTED])) + (", ..." if len(found.shares) > _LISTED else "")
-        rows.append([f"{found.projection.layer} {found.projection.name}", found.largest, len(found.shares), named])
+    for found, counts in seen.counts.items():
+        count = int(counts.count_nonzero())
+        named = ", ".join(map(str, counts.argsort(descending=True, stable=True)[: min(count, _LISTED)].tolist()))
+        more = ", ..." if count > _LISTED else ""
+        rows.append([f"{found.layer} {found.name}", float(seen.largest[found].max()), count, named + more])
     columns = {"layer, projection": "", "largest magnitude": ".1f", "columns": "d", "which, the most common first": ""}
     return Table("Columns that are outlying at any position, by linear layer", columns, rows)
