@@ -59,8 +59,7 @@ def draw_losses(
     axis.margins(x=0.08)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.set_xlabel(f"{label}\n(less is better; bars: twice the standard error)")
-    axis.set_title(title)
+    axis.set(xlabel=f"{label}\n(less is better; bars: twice the standard error)", title=title)
     quiet(axis, "both")
     figure.tight_layout()
     return figure

@@ -105,10 +105,10 @@ def _windows(loaded: Language, text: Path, settings: Settings, calibrated: bool)
         calibration, windows = set_aside(windows, count)
     windows = windows[: settings.limit]
     if len(windows) < (1 if loaded.causal else 2):
-        raise ValueError(
-            f"{text}: expected more windows than the {len(calibration)} of the calibration, got {len(windows)} more "
-            "(give --calibration FILE, or fewer --calibration-windows)"
+        wanted = (
+            f"{text}: expected more windows than the {len(calibration)} of the calibration, got {len(windows)} more"
         )
+        raise ValueError(f"{wanted} (give --calibration FILE, or fewer --calibration-windows)")
     return windows, calibration
 
 

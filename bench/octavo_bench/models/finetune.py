@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -160,11 +160,10 @@ def neighbors(count: int) -> list[Example]:
     pairs = sorted({pair for run in runs for pair in itertools.pairwise(run)})
     random.Random(0).shuffle(pairs)
     pairs = pairs[:count]
-    others = [second for _, second in pairs[1:] + pairs[:1]]
-    return [
-        (first, second if i % 2 else other, float(i % 2))
-        for i, ((first, second), other) in enumerate(zip(pairs, others, strict=True))
-    ]
+    examples: list[Example] = []
+    for i, ((first, second), (_, other)) in enumerate(zip(pairs, pairs[1:] + pairs[:1], strict=True)):
+        examples.append((first, second if i % 2 else other, i % 2))
+    return examples
 
 
 def similarities(count: int) -> list[Example]:
@@ -181,9 +180,5 @@ def similarities(count: int) -> list[Example]:
     return examples
 
 
-TASKS: dict[str, Callable[[int], list[Example]]] = {
-    "topic": topics,
-    "next sentence": neighbors,
-    "similarity": similarities,
-}
+TASKS = {"topic": topics, "next sentence": neighbors, "similarity": similarities}
 CLASSES = {"topic": len(PACKAGES), "next sentence": 2}

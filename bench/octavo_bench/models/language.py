@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,20 +29,15 @@ class Language:
     tokenizer: Any
     causal: bool
 
-    @property
-    def positions(self) -> int | None:
-        """The most tokens that the model takes at once, where its config says so."""
-        config = self.model.config
-        found: int | None = getattr(config, "max_position_embeddings", None)
-        # RoBERTa's positions begin after the padding index.
-        return found - 2 if found and config.model_type in ("roberta", "xlm-roberta", "camembert") else found
-
     def window(self, tokens: int | None) -> int:
         """`tokens`, by default what the model takes, at most 512. Raises ValueError for more than that, and below 2."""
-        most = self.positions
-        window = tokens or min(_LONGEST, most or _LONGEST)
-        if window < 2 or (most is not None and window > most):
-            raise ValueError(f"window: expected 2 to {most or 'any number of'} tokens, got {window}")
+        config = self.model.config
+        most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+            most -= 2  # their positions begin after the padding index
+        window = tokens or min(_LONGEST, most)
+        if not 2 <= window <= most:
+            raise ValueError(f"window: expected 2 to {most} tokens, got {window}")
         return window
 
 
@@ -116,10 +112,10 @@ def use_linear_(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, conv in list(parent.named_children()):
             if isinstance(conv, Conv1D):
-                linear = nn.Linear(conv.weight.shape[0], conv.weight.shape[1], device="meta")
+                linear = nn.Linear(conv.weight.shape[0], conv.weight.shape[1], device="meta").eval()
                 linear.weight = nn.Parameter(conv.weight.T.contiguous(), requires_grad=False)
                 linear.bias = conv.bias
-                setattr(parent, name, linear.eval())
+                setattr(parent, name, linear)
 
 
 def read_windows(

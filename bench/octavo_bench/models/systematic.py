@@ -140,8 +140,7 @@ def folded(linear: nn.Linear, rescaling: DiagonalShift) -> nn.Linear:
     In float64, rounded once. The bias uses the weight as rounded: the rounding errors, which the shift would
     otherwise enlarge, cancel.
     """
-    result = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device)
-    result.requires_grad_(False)
+    result = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device).requires_grad_(False)
     bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
     result.weight.copy_(linear.weight.double() / rescaling.scale.double())
     result.bias.copy_(bias.double() - result.weight.double() @ rescaling.shift.double())
@@ -152,5 +151,4 @@ def rescale_(norm: nn.LayerNorm, rescaling: DiagonalShift) -> None:
     """Makes the LayerNorm put out what `rescaling` would make of it. Its parameters are new ones: others may share."""
     scale, shift = rescaling.scale.double(), rescaling.shift.double()
     gain, bias = norm.weight.double() * scale, norm.bias.double() * scale + shift
-    norm.weight = nn.Parameter(gain.float(), requires_grad=False)
-    norm.bias = nn.Parameter(bias.float(), requires_grad=False)
+    norm.weight, norm.bias = (nn.Parameter(each.float(), requires_grad=False) for each in (gain, bias))

@@ -16,6 +16,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..tables import write_text
+
 VERSION = 4  # another one where the same files give another corpus
 SHORTEST = 400  # characters of a text
 LONGEST = 100_000  # of each text: one that is longer is cut, so that no file makes up the corpus alone
@@ -80,11 +82,17 @@ def sentences(count: int, calibration: int = 0) -> tuple[list[str], list[str]]:
     distinct = {each for text in texts for paragraph in _BREAK.split(text) for each in split_sentences(paragraph)}
     found = sorted(distinct, key=lambda sentence: hashlib.sha256(sentence.encode()).digest())
     if len(found) < count + calibration:
-        raise RuntimeError(
-            f"expected {count + calibration} sentences of documentation in {library}, got {len(found)}; use a Python "
-            "that is installed with its source files"
-        )
+        wanted = f"expected {count + calibration} sentences of documentation in {library}, got {len(found)}"
+        raise RuntimeError(f"{wanted}; use a Python that is installed with its source files")
     return found[calibration : calibration + count], found[:calibration]
+
+
+def write_sentences(folder: Path, count: int, calibration: int) -> list[str]:
+    """`sentences` as sentences.txt and calibration.txt, one a line; returns the former."""
+    parts = sentences(count, calibration)
+    for name, part in zip(("sentences", "calibration"), parts, strict=True):
+        write_text(folder / f"{name}.txt", "\n".join(part) + "\n")
+    return parts[0]
 
 
 def split_sentences(paragraph: str) -> Iterator[str]:
@@ -132,13 +140,9 @@ def _without(known: set[str], texts: Iterable[str]) -> list[str]:
 
 
 def _ordered(folders: Iterable[Path]) -> list[tuple[bytes, Path]]:
-    found = []
-    for root in folders:
-        for path in root.rglob("*"):
-            below = path.relative_to(root)
-            if _wanted(below) and path.is_file():
-                found.append((hashlib.sha256(below.as_posix().encode()).digest(), path))
-    return sorted(found)
+    every = ((path.relative_to(root), path) for root in folders for path in root.rglob("*"))
+    wanted = ((below, path) for below, path in every if _wanted(below) and path.is_file())
+    return sorted((hashlib.sha256(below.as_posix().encode()).digest(), path) for below, path in wanted)
 
 
 def _wanted(path: Path) -> bool:

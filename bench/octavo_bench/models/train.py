@@ -89,16 +89,12 @@ def prepare_text(setting: Setting, output: Path) -> Tokens:
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
     """Byte-pair encoding of bytes: every text can be encoded."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer)
 
 
 def new_model(setting: Setting, seed: int = SEED) -> Any:
@@ -116,13 +112,11 @@ def new_model(setting: Setting, seed: int = SEED) -> Any:
 
 def new_optimizers(model: Any, setting: Setting) -> list[torch.optim.Optimizer]:
     """Muon for the weights of the layers, AdamW for embeddings, biases and gains."""
-    hidden = [parameter for parameter in model.model.decoder.layers.parameters() if parameter.dim() == 2]
-    chosen = {id(parameter) for parameter in hidden}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    groups = [
-        {"params": [parameter for parameter in others if parameter.dim() == 2], "weight_decay": 0.1},
-        {"params": [parameter for parameter in others if parameter.dim() != 2], "weight_decay": 0.0},
-    ]
+    matrices = {name: each for name, each in model.named_parameters() if each.dim() == 2}
+    hidden = [each for name, each in matrices.items() if ".layers." in name]
+    embeddings = [each for name, each in matrices.items() if ".layers." not in name]
+    others = [each for each in model.parameters() if each.dim() != 2]
+    groups = [{"params": embeddings, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return [
         torch.optim.Muon(hidden, setting.rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, lr=setting.rate, betas=(0.9, 0.95)),

@@ -18,7 +18,7 @@ from octavo import Options, recipe
 from torch import Tensor, nn
 
 from ..commands import expect_known
-from .modules import copy_modules, hooked, linear_layers, output_head
+from .modules import copy_modules, hooked, linear_layers
 
 # What a package that is not installed, or that is and does not run here, may raise.
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError)
@@ -113,8 +113,7 @@ class _In16Bit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., k]`` -> ``[..., n]`` in the dtype of x."""
-        y: Tensor = self.layer(x.to(self.dtype))
-        return y.to(x.dtype)
+        return self.layer(x.to(self.dtype)).to(x.dtype)
 
 
 def bitsandbytes_layer(linear: nn.Linear, threshold: float = THRESHOLD) -> Any:
@@ -170,8 +169,6 @@ class Maker:
     def __init__(self, model: nn.Module, calibration: Sequence[Mapping[str, Tensor]], *, insert: bool = False) -> None:
         self.model, self._calibration, self._insert = model, calibration, insert
         self.dtype = next(model.parameters()).dtype
-        head = output_head(model)
-        self._skip = () if head is None else (head,)
         self._bases: dict[tuple[bool, Options | None], Any] = {}
 
     def _calibrated(self, variant: Variant) -> Any:
@@ -181,9 +178,9 @@ class Maker:
             model = self._bases[key] = copy_modules(self.model)
             given: Any = (model, self._calibration)
             if variant.smooth:
-                octavo.torch.smooth_(*given, insert=self._insert, skip=self._skip, progress=False)
+                octavo.torch.smooth_(*given, insert=self._insert, progress=False)
             else:
-                octavo.torch.calibrate_(*given, options=variant.kept, skip=self._skip, progress=False)
+                octavo.torch.calibrate_(*given, options=variant.kept, progress=False)
         return self._bases[key]
 
     def make(self, variant: Variant, **options: Any) -> Any:
@@ -202,8 +199,7 @@ class Maker:
                 model.set_submodule(name, variant.peer(linear).eval())
         if variant.options is None:
             return model
-        made = {**variant.options.to_dict(), **options}
-        return octavo.torch.quantize_(model, **made, skip=self._skip, progress=False)
+        return octavo.torch.quantize_(model, **{**variant.options.to_dict(), **options}, progress=False)
 
 
 @torch.inference_mode()

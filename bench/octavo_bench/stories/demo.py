@@ -52,9 +52,7 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
     """Measure everything; write report.json into `output`."""
     progress.begin(100)
     with progress.step("reading Python's documentation, loading MiniLM", 4):
-        evaluated, calibration = text.sentences(settings.sentences, settings.calibration)
-        write_text(output / "sentences.txt", "\n".join(evaluated) + "\n")
-        write_text(output / "calibration.txt", "\n".join(calibration) + "\n")
+        evaluated = text.write_sentences(output, settings.sentences, settings.calibration)
         loaded = find(Path("minilm"))
     every = (*variants.TABLE_1, KEPT_COLUMNS, variants.BEST, variants.BEST_KEPT)
     few = (variants.ABSMAX, VECTOR_WISE, variants.ZEROPOINT_VECTOR, LLM_INT8, KEPT_COLUMNS, variants.BEST)
@@ -70,6 +68,7 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
     # 2. An encoder as it is: memory, and every scheme of Table 1.
     natural = evaluate(loaded, every, progress.part(20))
     tables += natural.tables
+    told += _about("as it is", natural)
 
     # 3. Why decomposition is needed: the model's own outlier features, and what they carry.
     analyzed = observe.Settings(ablate=True, draws=settings.draws)
@@ -81,23 +80,21 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
         windows = read_windows(loaded, output / "calibration.txt")
         seen = systematic.observe(loaded.model, [window.inputs for window in windows])
         features = systematic.largest_features(seen)
-    losses = {"as it is": natural}
     where = "with systematic outliers of size 58"
     model = systematic.with_outliers(loaded.model, features, systematic.SIZES["outliers-58"], seen)
-    losses[where] = evaluate(replace(loaded, model=model), few, progress.part(12))
-    tables += [replace(table, title=f"{table.title}, {where}") for table in losses[where].tables]
+    found = evaluate(replace(loaded, model=model), few, progress.part(12))
+    tables += [replace(table, title=f"{table.title}, {where}") for table in found.tables]
+    told += _about(where, found)
 
     # 5. Speed, with all but the linear layers in float32 and in bfloat16.
-    times = []
     for size in settings.batch_sizes:
         batch = dict(loaded.tokenizer(evaluated[:size], padding="longest", return_tensors="pt"))
         for model in (loaded.model, copy.deepcopy(loaded.model).bfloat16()):
             with progress.step(f"timing batches of {size}", 9 / len(settings.batch_sizes)):
-                times.append(measurement.times(variants.Maker(model, []), (), batch, settings.seconds))
-    tables += times
+                times = measurement.times(variants.Maker(model, []), (), batch, settings.seconds)
+                tables.append(times)
+                told.append(f"{times.title}: int8 is {times.rows[1][-1]:.2f} times as fast.")
     figures = {**figures, **measurement.figures(natural)}
-    told += [line for where, report in losses.items() for line in _about(where, report)]
-    told += [f"{table.title}: int8 is {table.rows[1][-1]:.2f} times as fast." for table in times]
     about = {**analyzed_report.facts, **facts.now(package=f"{MINILM}=={MINILM_VERSION}", sha256=MINILM_SHA256)}
     report = Report("octavo demo: SmolLM2 and MiniLM in int8", about, tables, told, list(figures))
     with progress.step("writing report.json", 4):
@@ -125,16 +122,12 @@ def _answers(tokens: int, progress: Progress) -> tuple[list[Table], list[str]]:
 def _about(where: str, report: Report) -> list[str]:
     """What the losses come to: each sentence says only what this run measured."""
     table = report.table(AGAINST)
-    loss = dict(zip(table.column("name for --schemes"), table.column("loss"), strict=True))
-    size = dict(zip(table.column("name for --schemes"), table.column("MiB"), strict=True))
-    vector, decomposed, kept = (loss[each.key] for each in (VECTOR_WISE, LLM_INT8, KEPT_COLUMNS))
+    loss, size = (dict(zip(table.column("scheme"), table.column(head), strict=True)) for head in ("loss", "MiB"))
+    vector, decomposed, kept = (loss[each.name] for each in (VECTOR_WISE, LLM_INT8, KEPT_COLUMNS))
     found = [
         f"MiniLM {where}: 1 - cosine is {vector:.5f} vector-wise, {decomposed:.5f} with decomposition, {kept:.5f} with "
         "the outlier columns' 16-bit weights kept."
     ]
-    if where == "as it is":
-        own, before = size[LLM_INT8.key], size[FLOAT32.key]
-        found.append(
-            f"Its linear layers take {own:.2f} MiB in int8, {own / before:.3f} of the {before:.2f} in float32."
-        )
-    return found
+    own, before = size[LLM_INT8.name], size[FLOAT32.name]
+    memory = f"Its linear layers take {own:.2f} MiB in int8, {own / before:.3f} of the {before:.2f} in float32."
+    return [*found, memory] if where == "as it is" else found

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..accuracy import measurement
@@ -60,22 +61,19 @@ def run(lm: Path, output: Path, settings: Setting, facts: Facts, progress: Progr
     output.mkdir(parents=True, exist_ok=True)
     inputs = lm / "evidence"  # kept: the reports name them
     inputs.mkdir(exist_ok=True)
-    sentences, calibration = text.sentences(settings.sentences, settings.calibration_sentences)
-    write_text(inputs / "sentences.txt", "\n".join(sentences) + "\n")
-    write_text(inputs / "calibration.txt", "\n".join(calibration) + "\n")
-    some, calibrated = settings.calibration_windows, lm / "calibration.txt"
-    of_text = measurement.Settings(limit=settings.windows, calibration=calibrated, calibration_windows=some)
-    of_text = replace(of_text, peers=True, seconds=settings.seconds)
-    some, calibrated = settings.calibration_sentences, inputs / "calibration.txt"
-    of_sentences = replace(of_text, limit=None, calibration=calibrated, calibration_windows=some)
+    text.write_sentences(inputs, settings.sentences, settings.calibration_sentences)
+    chosen = partial(measurement.Settings, peers=True, seconds=settings.seconds)
+    of_text = chosen(limit=settings.windows, calibration_windows=settings.calibration_windows)
+    of_sentences = chosen(calibration_windows=settings.calibration_sentences)
     zeroed = observe.Settings(limit=settings.analyzed, ablate=True, draws=settings.draws)
     reports: dict[str, Report] = {}
     models = (*settings.real, *LANGUAGE_MODELS)
     progress.begin(2 * len(models))
     for name in models:
         loaded = find(Path(name)) if name in settings.real else language.load(lm / name)
-        chosen, read = (of_text, lm / "heldout.txt") if loaded.causal else (of_sentences, inputs / "sentences.txt")
-        reports[name] = measurement.run(loaded, read, chosen, facts, progress.part(1))
+        how, read = (of_text, lm / "heldout.txt") if loaded.causal else (of_sentences, inputs / "sentences.txt")
+        how = replace(how, calibration=read.with_name("calibration.txt"))
+        reports[name] = measurement.run(loaded, read, how, facts, progress.part(1))
         analyzed, _ = analysis.run(loaded, read, zeroed, facts, progress.part(1))
         write_text(output / f"{name}-eval.json", reports[name].json())
         write_text(output / f"{name}-analyze.json", analyzed.json())
@@ -86,16 +84,14 @@ def run(lm: Path, output: Path, settings: Setting, facts: Facts, progress: Progr
 
 def cost_table(reports: Mapping[str, Report]) -> Table:
     """What each scheme costs each model: a row for each scheme, the cost and its error for each model."""
-    found: dict[str, dict[str, list[Cell]]] = {}
+    found: dict[str, dict[str, Cell]] = {}  # by scheme, by head
     for model, report in reports.items():
         table = report.table(measurement.AGAINST)
         measure = "KL" if "KL" in table.columns else "loss"
-        for name, *cells in zip(*map(table.column, ("scheme", measure, f"{measure} ±")), strict=True):
-            found.setdefault(name, {})[model] = cells
+        for name, cost, error in zip(*map(table.column, ("scheme", measure, f"{measure} ±")), strict=True):
+            found[name] = {**found.get(name, {}), model: cost, f"{model} ±": error}
     columns = {f"{model}{end}": ".6f" for model in reports for end in ("", " ±")}
-    rows = [
-        [name, *(cell for model in reports for cell in own.get(model, [None, None]))] for name, own in found.items()
-    ]
+    rows = [[name, *map(own.get, columns)] for name, own in found.items()]
     note = "Language models: Kullback-Leibler divergence from float32, nats per token. Encoders: 1 - cosine of the "
     note += "embeddings with float32's. ±: standard errors over windows or passages."
     return Table("What each scheme costs, by model", {"scheme": "", **columns}, rows, note)
