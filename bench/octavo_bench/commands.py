@@ -199,6 +199,15 @@ def evidence(parser: argparse.ArgumentParser) -> Run:
     return _command(parser, "stories.evidence", Path("build/evidence"), _MINILM)
 
 
+def settings(command: Callable[[argparse.ArgumentParser], Run], **given: Any) -> argparse.Namespace:
+    """A command's options as they are by default, but for those that are given."""
+    command(parser := argparse.ArgumentParser())
+    known = {action.dest: action.default for action in parser._actions}
+    if unknown := given.keys() - known.keys():
+        raise TypeError(f"settings: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return argparse.Namespace(**{**known, **given})
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """``python -m octavo_bench``."""
     parser = argparse.ArgumentParser(prog="python -m octavo_bench", description=__doc__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from conftest import row
 from octavo import cli
-from octavo_bench import tables
+from octavo_bench import commands, tables
 from octavo_bench.accuracy import measurement
 from octavo_bench.accuracy.scores import Judge, ratio_of_sums
 from octavo_bench.models import language, variants
@@ -88,7 +87,9 @@ def test_eval_of_an_encoder(tmp_path: Path, facts: Any, progress: Progress) -> N
     (tmp_path / "text.txt").write_text("\n".join(f"w{i} w{i + 1} w{(3 * i) % 15} w2" for i in range(12)))
     loaded = language.load(tmp_path / "bert")
     assert not loaded.causal
-    settings = measurement.Settings(["absmax", "llm-int8", "smoothquant"], calibration_windows=4)
+    settings = commands.settings(
+        commands.evaluate, schemes=["absmax", "llm-int8", "smoothquant"], calibration_windows=4
+    )
     report = measurement.run(loaded, tmp_path / "text.txt", settings, facts, progress)
     exact = row(report, measurement.AGAINST, "float32")
     assert exact["loss"] == pytest.approx(0, abs=1e-9)
@@ -115,9 +116,10 @@ def test_a_layer_takes_its_rows_in_calls_as_decoding_does() -> None:
 
 def test_recipe_best_costs_the_same_for_any_number_of_rows(tiny: Path, facts: Any, progress: Progress) -> None:
     loaded = language.load(tiny / "model")
-    settings = measurement.Settings(["best"], window=32, limit=2)
+    settings = commands.settings(commands.evaluate, schemes=["best"], window=32, limit=2)
     whole = measurement.run(loaded, tiny / "text.txt", settings, facts, progress)
-    single = measurement.run(loaded, tiny / "text.txt", replace(settings, rows=1), facts, progress)
+    settings.rows = 1
+    single = measurement.run(loaded, tiny / "text.txt", settings, facts, progress)
     assert whole.table(measurement.AGAINST).rows == single.table(measurement.AGAINST).rows
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import row
 from octavo import cli
-from octavo_bench import tables
+from octavo_bench import commands, tables
 from octavo_bench.models import language, modules, systematic
 from octavo_bench.models.language import read_windows
 from octavo_bench.outliers import analysis, observe
@@ -49,7 +49,7 @@ def test_counting_by_hand() -> None:
     (first,) = seen.features(0.6, 0.2)
     assert (first.number, first.layers, first.positions, first.one_sided) == (1, 1.0, 0.375, False)
     assert [feature.number for feature in seen.features(0.0, 0.0)] == [1, 2]
-    table = observe.model_table(seen, [first], observe.Settings(), 0.5, None)
+    table = observe.model_table(seen, [first], commands.settings(commands.analyze), 0.5, None)
     assert table.rows[0][3:5] == [100.0, 37.5]
 
 
@@ -67,7 +67,7 @@ def test_linear_layers_are_known_by_what_they_take(name: str) -> None:
 def test_a_model_without_outliers(tmp_path: Path, facts: Any, progress: Progress) -> None:
     write_language_model(tmp_path / "m", tiny_model("OPTForCausalLM"))
     (tmp_path / "t.txt").write_text("w1 w2 w3 w4 " * 20)
-    settings = observe.Settings(threshold=1e4, ablate=True, limit=2)
+    settings = commands.settings(commands.analyze, threshold=1e4, ablate=True, limit=2)
     report, _ = analysis.run(language.load(tmp_path / "m"), tmp_path / "t.txt", settings, facts, progress)
     assert report.table("Outlier features").note == "None."
     assert report.table("What zeroing").note == "There are no outlier features to be zeroed."

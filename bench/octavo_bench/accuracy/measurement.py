@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
 from functools import partial
 from operator import truediv
 from pathlib import Path
@@ -36,31 +35,17 @@ RATIO = "times the first"
 MIN_COSINE = 0.98
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How much to measure."""
-
-    schemes: Sequence[str] | None = None  # keys of variants; None: all but peers
-    window: int | None = None
-    stride: int | None = None
-    limit: int | None = None
-    # Text for kept columns and SmoothQuant; None: the first windows, which are then not scored.
-    calibration: Path | None = None
-    calibration_windows: int = 8
-    rows: int | None = None  # of a call of a linear layer; None: a window's
-    peers: bool = False
-    seconds: float = 5.0  # of timing the peers
-
-
-def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
+def command(args: Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
     """`octavo eval`."""
-    settings = Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
-    report = run(find(args.model, trust_remote_code=args.trust_remote_code), args.text, settings, facts, progress)
+    report = run(find(args.model, trust_remote_code=args.trust_remote_code), args.text, args, facts, progress)
     return report, figures(report) if args.plots else {}
 
 
-def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress: Progress) -> Report:
-    """Measure every variant. Raises ValueError and OSError for a text that cannot be used."""
+def run(loaded: Language, text: Path, settings: Namespace, facts: Facts, progress: Progress) -> Report:
+    """Measure every variant; `settings` are the options of `octavo eval`.
+
+    Raises ValueError and OSError for a text that cannot be used.
+    """
     wanted = chosen(settings.schemes, peers=settings.peers)
     calibrated = any(each.kept is not None or each.smooth for each in wanted)
     windows, calibration = _windows(loaded, text, settings, calibrated)
@@ -94,7 +79,7 @@ def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress
     return Report(f"octavo eval: {loaded.path.name}", facts.now(**about, rows=settings.rows), tables)
 
 
-def _windows(loaded: Language, text: Path, settings: Settings, calibrated: bool) -> tuple[list[Window], list[Window]]:
+def _windows(loaded: Language, text: Path, settings: Namespace, calibrated: bool) -> tuple[list[Window], list[Window]]:
     """What is scored, and what is calibrated with."""
     count = settings.calibration_windows
     windows = read_windows(loaded, text, settings.window, settings.stride)

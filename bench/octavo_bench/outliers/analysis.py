@@ -6,10 +6,9 @@ layer, as the paper does (section 4). The residual stream and the feed-forward s
 
 from __future__ import annotations
 
-import argparse
 import statistics
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -27,21 +26,23 @@ from ..pictures import BLUE, GRAY, GREEN, ORANGE, VERMILION, Figures, quiet
 from ..progress import Progress
 from ..tables import Report, Table
 from . import observe
-from .observe import Feature, Observation, Settings
+from .observe import Feature, Observation
 
 _STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, GREEN, ORANGE)]
 
 
-def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
+def command(args: Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
     """`octavo analyze`."""
-    settings = Settings(**{each.name: getattr(args, each.name) for each in fields(Settings)})
     loaded = find(args.model, trust_remote_code=args.trust_remote_code)
-    report, figures = run(loaded, args.text, settings, facts, progress)
+    report, figures = run(loaded, args.text, args, facts, progress)
     return report, figures if args.plots else {}
 
 
-def run(loaded: Language, text: Path, settings: Settings, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
-    """Measure everything. Raises ValueError and OSError for a model or text that cannot be used."""
+def run(loaded: Language, text: Path, settings: Namespace, facts: Facts, progress: Progress) -> tuple[Report, Figures]:
+    """Measure everything; `settings` are the options of `octavo analyze`.
+
+    Raises ValueError and OSError for a model or text that cannot be used.
+    """
     windows = read_windows(loaded, text, settings.window, limit=settings.limit)
     progress.begin(len(windows) * (3 + (settings.draws if settings.ablate else 0)))
 
@@ -103,7 +104,7 @@ def ablation_table(zeroed: Mapping[str, Sequence[Scores]], *, causal: bool) -> T
     return Table("What zeroing features in front of query, key and value does", columns, rows, note)
 
 
-def draw(seen: Observation, features: Sequence[Feature], settings: Settings) -> Figure:
+def draw(seen: Observation, features: Sequence[Feature], settings: Namespace) -> Figure:
     """The largest magnitude of every feature; at what share of positions the outlier features are outlying."""
     figure: Figure = plt.figure(figsize=(13, 4.6))
     left, right = figure.subplots(1, 2)

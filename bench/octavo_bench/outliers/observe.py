@@ -7,6 +7,7 @@ magnitude reaches the threshold in any of these three. Shares of positions are o
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,19 +22,6 @@ from ..progress import Progress
 from ..tables import Table
 
 _LISTED = 12  # columns that a cell names
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What counts as an outlier feature (defaults: the paper's), and how much to measure."""
-
-    threshold: float = 6.0
-    min_layers: float = 0.25
-    min_positions: float = 0.06
-    window: int | None = None
-    limit: int | None = None
-    ablate: bool = False
-    draws: int = 3  # of random features
 
 
 @dataclass(frozen=True)
@@ -135,7 +123,7 @@ def _hidden_states(found: Sequence[Projection], width: int) -> set[Projection]:
 
 
 def model_table(
-    seen: Observation, features: Sequence[Feature], settings: Settings, top: float, without: float | None
+    seen: Observation, features: Sequence[Feature], settings: Namespace, top: float, without: float | None
 ) -> Table:
     """A row of the paper's Table 4. `top`, `without`: the top-1 probability with the features and without."""
     mine = torch.isin(seen.where[:, 2], torch.tensor([feature.number for feature in features], dtype=torch.int64))

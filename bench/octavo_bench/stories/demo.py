@@ -13,7 +13,9 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from .. import commands
 from ..accuracy import measurement
 from ..accuracy.measurement import AGAINST
 from ..machine import Facts
@@ -21,7 +23,7 @@ from ..models import systematic, text, variants
 from ..models.find import MINILM, MINILM_SHA256, MINILM_VERSION, find
 from ..models.language import Language, read_windows
 from ..models.variants import FLOAT32, KEPT_COLUMNS, LLM_INT8, VECTOR_WISE, Variant
-from ..outliers import analysis, observe
+from ..outliers import analysis
 from ..pictures import Figures
 from ..progress import Progress
 from ..tables import Report, Table, write_text
@@ -58,8 +60,8 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
     few = (variants.ABSMAX, VECTOR_WISE, variants.ZEROPOINT_VECTOR, LLM_INT8, KEPT_COLUMNS, variants.BEST)
 
     def evaluate(model: Language, shown: Sequence[Variant], part: Progress) -> Report:
-        keys, text = [each.key for each in shown], output / "calibration.txt"
-        chosen = measurement.Settings(keys, calibration=text, calibration_windows=settings.calibration)
+        how: dict[str, Any] = {"schemes": [each.key for each in shown], "calibration": output / "calibration.txt"}
+        chosen = commands.settings(commands.evaluate, **how, calibration_windows=settings.calibration)
         return measurement.run(model, output / "sentences.txt", chosen, facts, part)
 
     # 1. What a user sees: answers of a language model.
@@ -71,7 +73,7 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
     told += _about("as it is", natural)
 
     # 3. Why decomposition is needed: the model's own outlier features, and what they carry.
-    analyzed = observe.Settings(ablate=True, draws=settings.draws)
+    analyzed = commands.settings(commands.analyze, ablate=True, draws=settings.draws)
     analyzed_report, figures = analysis.run(loaded, output / "sentences.txt", analyzed, facts, progress.part(15))
     tables += analyzed_report.tables
 

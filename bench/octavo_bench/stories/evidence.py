@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from .. import commands
 from ..accuracy import measurement
 from ..machine import Facts
 from ..models import language, systematic, text
 from ..models.find import find
-from ..outliers import analysis, observe
+from ..outliers import analysis
 from ..progress import Progress
 from ..tables import Cell, Report, Table, write_text
 
@@ -62,17 +63,17 @@ def run(lm: Path, output: Path, settings: Setting, facts: Facts, progress: Progr
     inputs = lm / "evidence"  # kept: the reports name them
     inputs.mkdir(exist_ok=True)
     text.write_sentences(inputs, settings.sentences, settings.calibration_sentences)
-    chosen = partial(measurement.Settings, peers=True, seconds=settings.seconds)
+    chosen = partial(commands.settings, commands.evaluate, peers=True, seconds=settings.seconds)
     of_text = chosen(limit=settings.windows, calibration_windows=settings.calibration_windows)
     of_sentences = chosen(calibration_windows=settings.calibration_sentences)
-    zeroed = observe.Settings(limit=settings.analyzed, ablate=True, draws=settings.draws)
+    zeroed = commands.settings(commands.analyze, limit=settings.analyzed, ablate=True, draws=settings.draws)
     reports: dict[str, Report] = {}
     models = (*settings.real, *LANGUAGE_MODELS)
     progress.begin(2 * len(models))
     for name in models:
         loaded = find(Path(name)) if name in settings.real else language.load(lm / name)
         how, read = (of_text, lm / "heldout.txt") if loaded.causal else (of_sentences, inputs / "sentences.txt")
-        how = replace(how, calibration=read.with_name("calibration.txt"))
+        how.calibration = read.with_name("calibration.txt")
         reports[name] = measurement.run(loaded, read, how, facts, progress.part(1))
         analyzed, _ = analysis.run(loaded, read, zeroed, facts, progress.part(1))
         write_text(output / f"{name}-eval.json", reports[name].json())
