@@ -5,8 +5,6 @@ a parser and returns what runs the command; its docstring is the help line. Noth
 before it runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """The facts of the machine and of the software that a measurement has to be read with."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform

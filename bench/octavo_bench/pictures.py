@@ -1,7 +1,5 @@
 """Pictures: colors, plain axes, how a figure becomes a file, and the one that most tables ask for."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

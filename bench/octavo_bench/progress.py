@@ -1,7 +1,5 @@
 """One progress bar for the whole run, on standard error, that says what is being done now."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from tqdm import tqdm
 class Progress:
     """A bar, or a part of one. Who does the work says of how many units it is; they should take about as long each."""
 
-    def __init__(self, *, show: bool = True, bar: tqdm[None] | None = None, share: float = 1.0) -> None:
+    def __init__(self, *, show: bool = True, bar: "tqdm[None] | None" = None, share: float = 1.0) -> None:
         self._bar = bar or tqdm(
             total=1.0, file=sys.stderr, disable=not show, bar_format="{l_bar}{bar:30}| {elapsed}<{remaining}",
             dynamic_ncols=True, leave=False,
@@ -31,7 +29,7 @@ class Progress:
         yield
         self._bar.update(units * self._unit)
 
-    def part(self, units: float) -> Progress:
+    def part(self, units: float) -> "Progress":
         """So many units of this, as a bar for somebody else, who divides them."""
         return Progress(bar=self._bar, share=units * self._unit)
 

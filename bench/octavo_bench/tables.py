@@ -3,8 +3,6 @@
 Pure Python: the documentation reads result files with it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

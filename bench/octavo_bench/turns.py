@@ -1,7 +1,5 @@
 """Times of calls that take turns, so that whatever else the machine does falls on all of them alike."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The measurement itself, from top to bottom: what to run, every variant of the model on it, times; the report."""
 
-from __future__ import annotations
-
 import statistics
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ whether its likeliest token is the model's, and what it loses of the log-likelih
 1 - the cosine of its embedding with the model's. Losses are positive where the variant is worse.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,7 +43,7 @@ class Scores:
         """The standard error of `mean`."""
         return ratio_of_sums(self.sums[measure], self.counts)[1]
 
-    def paired(self, other: Scores, measure: str = LOSS) -> tuple[float, float]:
+    def paired(self, other: "Scores", measure: str = LOSS) -> tuple[float, float]:
         """The mean difference from another's, and its standard error, paired over the windows."""
         pairs = zip(self.sums[measure], other.sums[measure], strict=True)
         return ratio_of_sums([left - right for left, right in pairs], self.counts)

@@ -17,8 +17,6 @@ zeropoint. Beside them, the shares of the memory bandwidth, by a copy of a gigab
 of 8192 in each direction.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import time

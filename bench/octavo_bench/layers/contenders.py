@@ -1,7 +1,5 @@
 """The ways to compute a linear layer that are compared; `contest` says how they are held."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

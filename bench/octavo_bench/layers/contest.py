@@ -5,8 +5,6 @@ from the rounding that its arithmetic does on the X and W at hand (`Problem.roun
 timed.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 Names tell which of cuBLASLt's was chosen. The level-2 cache is emptied before every call.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 from collections import defaultdict

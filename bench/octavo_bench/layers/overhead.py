@@ -7,8 +7,6 @@ it is all of Python's share: reading arguments, allocating the result, the inter
 operation is measured among its like, a chain of them in one program, beside XLA's own product of the same shape.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import statistics

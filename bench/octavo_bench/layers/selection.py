@@ -8,8 +8,6 @@ Weight-only is preferred as long as the int8 product is not a tenth faster: it r
 no better than that.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections import defaultdict

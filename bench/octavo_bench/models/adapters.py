@@ -5,8 +5,6 @@
 Text: documentation of this machine. Every seed draws the adapter and the batches anew, alike for all bases.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Models by name: folders, and three that packages of PyPI carry, whose own modules are never imported."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import io

@@ -7,8 +7,6 @@ follows another; how much of a sentence's words a changed copy of it has kept. E
 the batches anew, alike for all ways to train, so that the difference of two ways has a standard error of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import random

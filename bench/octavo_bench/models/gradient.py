@@ -6,8 +6,6 @@ To compare with AVX2, keep PyTorch's own products to it as well: ``OCTAVO_CPU_IS
 ATEN_CPU_CAPABILITY=avx2``.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from functools import partial

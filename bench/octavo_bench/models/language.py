@@ -1,7 +1,5 @@
 """Language models from Hugging Face folders, and text cut into windows for them."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import sys

@@ -1,7 +1,5 @@
 """Reading and changing the linear layers of a model that somebody else wrote."""
 
-from __future__ import annotations
-
 import copy
 import random
 import re

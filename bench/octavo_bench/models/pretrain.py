@@ -5,8 +5,6 @@
 The model, text and optimizers of `train`, smaller. Every seed draws weights and batches anew, alike for all ways.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence

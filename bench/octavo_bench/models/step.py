@@ -6,8 +6,6 @@ The ways take turns, and each phase has the processor time of its fastest turn. 
 products to it as well: ``OCTAVO_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -9,8 +9,6 @@ Such a model is good for rounding. What zeroing its features does is there by co
 too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

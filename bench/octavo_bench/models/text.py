@@ -6,8 +6,6 @@ versions are installed, another. `corpus` gives texts to train with, `sentences`
 library.
 """
 
-from __future__ import annotations
-
 import ast
 import gzip
 import hashlib

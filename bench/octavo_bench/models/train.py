@@ -9,8 +9,6 @@ models of `systematic.SIZES`; `heldout.txt` and `calibration.txt`, from files th
 `training.json`.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import math

@@ -4,8 +4,6 @@ Every variant starts from weights that are rounded to float16, as LLM.int8() doe
 that is not a linear layer as it is.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

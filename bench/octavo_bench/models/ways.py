@@ -1,7 +1,5 @@
 """The ways to train that are compared, the runs that were made of them, and what these say together."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ What they carry is what a model without them lacks: they are set to zero in fron
 layer, as the paper does (section 4). The residual stream and the feed-forward see them as before.
 """
 
-from __future__ import annotations
-
 import statistics
 from argparse import Namespace
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ value, of the attention output and of the feed-forward's first layer. At a posit
 magnitude reaches the threshold in any of these three. Shares of positions are of all positions of all layers.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass

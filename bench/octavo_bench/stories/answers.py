@@ -1,7 +1,5 @@
 """SmolLM2 answers three questions: in bfloat16, and with int8 linear layers of octavo; one also with bitsandbytes'."""
 
-from __future__ import annotations
-
 import copy
 import time
 from dataclasses import replace

@@ -6,8 +6,6 @@ int8, by every scheme of the paper's Table 1, and the embeddings compared with f
 to bottom.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 from collections.abc import Sequence

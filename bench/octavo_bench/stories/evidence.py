@@ -9,8 +9,6 @@ model of ``train``, as it is and with outlier features put in. Of each what `oct
 model.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
