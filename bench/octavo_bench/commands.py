@@ -169,13 +169,13 @@ def step(parser: argparse.ArgumentParser) -> Run:
     """Time a training step in int8, next to float32 and bfloat16."""
     _option(parser, "--turns", "of each", positive, 10)
     _option(parser, "--ways", "as of finetune; default: all", str, many=True)
-    return _command(parser, "models.step")
+    return _command(parser, "models.training_times:step")
 
 
 def gradient(parser: argparse.ArgumentParser) -> Run:
     """Time the gradient of x through frozen int8 weights, next to nn.Linear's."""
     _option(parser, "--turns", "of each", positive, 10)
-    return _command(parser, "models.gradient")
+    return _command(parser, "models.training_times:gradient")
 
 
 def whole(parser: argparse.ArgumentParser) -> Run:
@@ -253,7 +253,10 @@ def _command(
 
 
 def _run(module: str, packages: Sequence[str], args: argparse.Namespace) -> int:
-    """Run a module's `command`: check what it needs, print its report, write files. Returns the exit status."""
+    """Run a module's `command`, or the function behind a colon; returns the exit status.
+
+    Checks what it needs, prints its report, writes files.
+    """
     needed = ("torch", "tqdm", *packages)
     missing = [name.replace("_", "-") for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -280,7 +283,8 @@ def _run(module: str, packages: Sequence[str], args: argparse.Namespace) -> int:
     torch.set_num_threads(threads)
     octavo.set_num_threads(threads)
     progress = Progress(show=not args.quiet)
-    command = importlib.import_module(f".{module}", __package__).command
+    name, _, function = module.partition(":")
+    command = getattr(importlib.import_module(f".{name}", __package__), function or "command")
     report, figures = command(args, machine.Facts(args.command_line, threads), progress)
     progress.close()
     if file is not None:

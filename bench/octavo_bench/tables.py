@@ -102,7 +102,7 @@ class Report:
     def json(self) -> str:
         """The file. Numbers that are not finite are null."""
         about = {name: getattr(self, name) for name in ("title", "facts", "conclusions", "pictures")}
-        text = json.dumps(_finite({"format": FORMAT, **about}), indent=1, allow_nan=False, default=str)
+        text = json.dumps(_finite({"format": FORMAT, **about}), indent=1)
         tables = ",\n".join(_table_json(table) for table in self.tables)
         return f'{text[:-2]},\n "tables": [\n{tables}\n]\n}}\n'
 
@@ -111,7 +111,7 @@ def _table_json(table: Table) -> str:
     """A line for each row."""
     about = {"title": table.title, "columns": list(table.columns), "formats": list(table.columns.values())}
     head = json.dumps({**about, "note": table.note})
-    rows = ",\n".join("  " + json.dumps(_finite(list(row)), allow_nan=False) for row in table.rows)
+    rows = ",\n".join("  " + json.dumps(_finite(list(row))) for row in table.rows)
     return f' {head[:-1]}, "rows": [\n{rows}\n ]}}'
 
 
@@ -131,11 +131,8 @@ def read(path: Path) -> Report:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """As JSON has it, but null in the place of numbers that are not finite."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -9,6 +9,7 @@ import torch
 
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
+Before = Callable[[str], object]  # is given the name of the call that comes next, and is not timed
 
 
 class Spread(NamedTuple):
@@ -51,32 +52,26 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
-class Evict:
-    """Reads a buffer before each call, so that what the caches held is gone; for the `before` of `take_turns`.
+def evicting(count: int, device: str = "cpu") -> Before:
+    """Reads a buffer of so many bytes before each call, so that what the caches held is gone.
 
     The same buffer for every contender, so it is fair whatever a contender keeps and however it lays it out.
     """
-
-    def __init__(self, count: int, device: str = "cpu") -> None:
-        self.buffer = torch.ones(count // 8, dtype=torch.int64, device=device)
-
-    def __call__(self, _: str) -> None:
-        """Read the buffer."""
-        self.buffer.sum()
+    buffer = torch.ones(count // 8, dtype=torch.int64, device=device)
+    return lambda name: buffer.sum()
 
 
 def take_turns(
     calls: Mapping[str, Call],
     seconds: float,
-    before: Callable[[str], object] = lambda name: None,
+    before: Before = lambda name: None,
     least: int = 3,
     most: int | None = None,
     clock: Clock = on_the_wall,
 ) -> dict[str, list[float]]:
     """Milliseconds of each of `calls` in every round, one call of each after the other.
 
-    `before` is given the name of the call that comes next and is not timed. Goes on for `seconds`, for at least `least`
-    rounds and, where given, at most `most`.
+    Goes on for `seconds`, for at least `least` rounds and, where given, at most `most`.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     rounds, end = 0, time.perf_counter() + seconds

@@ -18,12 +18,11 @@ from octavo_bench.models import (
     adapters,
     find,
     finetune,
-    gradient,
     language,
     pretrain,
-    step,
     text,
     train,
+    training_times,
     variants,
     ways,
 )
@@ -297,19 +296,19 @@ def small_encoder() -> Any:
 
 def test_the_time_of_a_training_step(facts: Any) -> None:
     ways = ["float32", "int8, feed-forward, the rest in float32"]
-    report = step.run(small_encoder, 1, ways, facts, Progress(show=False))
+    report = training_times.time_steps(small_encoder, 1, ways, facts, Progress(show=False))
     table, parts = report.tables
     assert parts.rows[0][1:3] == [0, 0]
     assert parts.rows[1][1] > 2  # it is counted, by the name that PyTorch gives it
     assert min(parts.rows[1][1:4]) > 0
     assert [sum(row[1:]) for row in parts.rows] == pytest.approx([100, 100])
     assert table.column("to first")[0] == 1
-    phases = [table.column(f"{phase} (ms)") for phase in step.PHASES]
+    phases = [table.column(f"{phase} (ms)") for phase in training_times.PHASES]
     assert [sum(own) for own in zip(*phases, strict=True)] == pytest.approx(table.column("step (ms)"))
     assert min(min(own) for own in phases) > 0
 
 
 def test_the_time_of_the_gradient_through_frozen_weights(facts: Any) -> None:
-    (table,) = gradient.run(1, facts, Progress(show=False), [(64, 32)]).tables
-    assert [row[:2] for row in table.rows] == [["64 x 32", rows] for rows in gradient.ROWS]
+    (table,) = training_times.time_gradients(1, facts, Progress(show=False), [(64, 32)]).tables
+    assert [row[:2] for row in table.rows] == [["64 x 32", rows] for rows in training_times.ROWS]
     assert min(min(row[2:]) for row in table.rows) > 0

@@ -72,8 +72,7 @@ class Judge:
 
     def __init__(self, language: Language, windows: Sequence[Window]) -> None:
         self._language, self.windows = language, windows
-        self._kept: dict[int, Tensor] = {}
-        self._bytes = 0
+        self._exact: dict[int, Tensor] = {}  # what the model as it is says, by window
 
     @torch.inference_mode()
     def score(self, model: nn.Module, progress: Progress, doing: str) -> Scores:
@@ -81,41 +80,29 @@ class Judge:
         found = Scores()
         for index, window in enumerate(self.windows):
             with progress.step(doing):
+                mine, top = self._says(model, window)
+                exact = self._exact.get(index)
+                if exact is None:
+                    as_it_is = self._language.model
+                    exact = mine if model is as_it_is else self._says(as_it_is, window)[0]
+                    if exact.nbytes + sum(each.nbytes for each in self._exact.values()) <= KEPT_BYTES:
+                        self._exact[index] = exact
                 if self._language.causal:
-                    self._tokens(model, index, window, found)
+                    divergence = float((exact.exp() * (exact - mine)).sum(-1).double().sum())
+                    agreed = float((exact.argmax(-1) == mine.argmax(-1)).sum())
+                    loss = -float(own(mine, window).sum())
+                    found.add(window.scored, loss=loss, divergence=divergence, agreed=agreed, top=top)
                 else:
-                    self._passage(model, index, window, found)
+                    found.add(1, loss=1 - float(mine @ exact), top=top)
+                    found.embeddings.append(mine)
         return found
 
-    def _reference(self, index: int, window: Window, model: nn.Module, mine: Tensor) -> Tensor:
-        """What the model as it is says: log-probabilities, or an embedding. `mine`: what `model` says."""
-        if index in self._kept:
-            return self._kept[index]
-        as_it_is = self._language.model
-        if model is as_it_is:
-            found = mine
-        else:
-            found = log_probabilities(as_it_is, window) if self._language.causal else embed(as_it_is, window)[0]
-        if self._bytes + found.nbytes <= KEPT_BYTES:
-            self._kept[index] = found
-            self._bytes += found.nbytes
-        return found
-
-    def _tokens(self, model: nn.Module, index: int, window: Window, found: Scores) -> None:
-        mine = log_probabilities(model, window)
-        exact = self._reference(index, window, model, mine)
-        found.add(
-            window.scored,
-            loss=-float(own(mine, window).sum()),
-            divergence=float((exact.exp() * (exact - mine)).sum(-1).double().sum()),
-            agreed=float((exact.argmax(-1) == mine.argmax(-1)).sum()),
-            top=float(mine.amax(-1).double().exp().sum()),
-        )  # fmt: skip
-
-    def _passage(self, model: nn.Module, index: int, window: Window, found: Scores) -> None:
-        embedding, top = embed(model, window)
-        found.add(1, loss=1 - float(embedding @ self._reference(index, window, model, embedding)), top=top)
-        found.embeddings.append(embedding)
+    def _says(self, model: nn.Module, window: Window) -> tuple[Tensor, float]:
+        """Log-probabilities, or an embedding; the sum of the tokens' top-1 probabilities, or `embed`'s."""
+        if not self._language.causal:
+            return embed(model, window)
+        likelihood = log_probabilities(model, window)
+        return likelihood, float(likelihood.amax(-1).double().exp().sum())
 
 
 def embed(model: nn.Module, passage: Window) -> tuple[Tensor, float]:

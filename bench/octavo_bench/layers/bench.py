@@ -38,7 +38,7 @@ from ..models.modules import linear_layers
 from ..models.variants import reason, told
 from ..progress import Progress
 from ..tables import Cell, Report, Table, write_text
-from ..turns import Call, Evict, take_turns
+from ..turns import Before, Call, evicting, take_turns
 from . import contenders as known
 from . import overhead
 from .contest import LATE, OCTAVO, Case, Contender, measure
@@ -77,10 +77,10 @@ def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) 
         raise RuntimeError(f"--device {args.device}: octavo has no such backend here, only {backends}")
     if args.graph and not on_gpu:
         raise ValueError(f"--graph: expected --device cuda, got {args.device}")
-    evict: Any = Evict(args.cold * torch.get_num_threads() << 20) if args.cold else None
+    evict = evicting(args.cold * torch.get_num_threads() << 20) if args.cold else None
     peak = {}
     if on_gpu:
-        evict = Evict(4 * torch.cuda.get_device_properties(0).L2_cache_size, "cuda")
+        evict = evicting(4 * torch.cuda.get_device_properties(0).L2_cache_size, "cuda")
         peak = {"bytes_per_second": bandwidth(evict), "int8_operations_per_second": int8_peak(evict)}
         facts.add(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda, octavo_info=octavo.info(), **peak)
     return run(args, plan(args), evict, peak, facts, progress), None
@@ -118,8 +118,8 @@ def plan(args: argparse.Namespace) -> list[Group]:
 
 
 def run(
-    args: argparse.Namespace, groups: Sequence[Group], evict: Any, peak: Mapping[str, float], facts: machine.Facts,
-    progress: Progress,
+    args: argparse.Namespace, groups: Sequence[Group], evict: Before | None, peak: Mapping[str, float],
+    facts: machine.Facts, progress: Progress,
 ) -> Report:  # fmt: skip
     """Measure. A file that is asked for is written after every group anew."""
     on_gpu = args.device == "cuda"
@@ -195,20 +195,20 @@ def totals(groups: Sequence[Group]) -> Table:
     return Table("The medians of all linear layers of the model together, milliseconds", columns, rows)
 
 
-def best(call: Call, evict: Evict, calls: int = 10) -> float:
+def best(call: Call, evict: Before, calls: int = 10) -> float:
     """Seconds of the fastest of some calls on a GPU, after two to warm up."""
     times = take_turns({"": call}, 0, evict, calls + 2, clock=turns.on_the_gpu)[""]
     return 1e-3 * min(times[2:])
 
 
-def bandwidth(evict: Evict) -> float:
+def bandwidth(evict: Before) -> float:
     """Bytes per second that a copy reads and writes."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / best(lambda: target.copy_(source), evict)
 
 
-def int8_peak(evict: Evict) -> float:
+def int8_peak(evict: Before) -> float:
     """Operations per second of a large int8 product, of torch's or octavo's whichever is faster."""
     size = 8192
     a, b = torch.randint(-127, 128, (2, size, size), dtype=torch.int8, device="cuda")

@@ -1,7 +1,6 @@
 """Reading and changing the linear layers of a model that somebody else wrote."""
 
 import copy
-import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SEED = 0  # of the features that are drawn
-
 
 def copy_modules(model: nn.Module) -> Any:
     """A copy whose modules can be replaced without touching `model`. The tensors are shared: never write to them."""
@@ -21,18 +18,12 @@ def copy_modules(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def output_head(model: nn.Module) -> str | None:
-    """The name of the layer that makes logits, which stays in float32, as in the paper; None where there is none."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
-
-
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Each linear layer but the output head, and its qualified name, converted or not."""
-    head = output_head(model)
+    """Each linear layer but the output head, which makes logits, and its qualified name, converted or not."""
+    find: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != head:
+        if isinstance(module, nn.Linear) and module is not head:
             yield name, module
 
 
@@ -89,13 +80,6 @@ def zeroing(features: Sequence[int]) -> Callable[..., Any]:
     """A hook that sets these features of a module's input to zero. Nothing else of the model sees that."""
     columns = torch.tensor(features, dtype=torch.int64)
     return lambda module, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])
-
-
-def random_features(count: int, width: int, excluded: Sequence[int], draws: int, seed: int = SEED) -> list[list[int]]:
-    """`draws` choices of `count` features of `width`, none excluded; the same for the same seed."""
-    generator = random.Random(seed)
-    others = sorted(set(range(width)) - set(excluded))
-    return [sorted(generator.sample(others, count)) for _ in range(draws)]
 
 
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"

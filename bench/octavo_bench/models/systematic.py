@@ -95,7 +95,12 @@ def with_outliers(model: Any, features: Sequence[int], size: Size, seen: Mapping
     """A copy of the model that computes the same function, with outliers in these features of `seen`'s inputs."""
     model = copy_modules(model)
     for group, paths in _groups(model).items():
-        rescaling = rescaling_to(size, features, seen[group])
+        # What gives the features the mean -magnitude and the wanted deviation.
+        index, own = torch.as_tensor(features), seen[group]
+        scale, shift = torch.ones_like(own.mean), torch.zeros_like(own.mean)  # float32 [k]
+        scale[index] = size.deviation / own.deviation[index].clamp_min(1e-6)
+        shift[index] = -size.magnitude - scale[index] * own.mean[index]
+        rescaling = DiagonalShift(scale, shift)
         norm = _norm_in_front(model, paths[0])
         if norm is not None:
             rescale_(norm, rescaling)
@@ -121,15 +126,6 @@ def _norm_in_front(model: Any, path: str) -> nn.LayerNorm | None:
     layer, attention, _ = path.partition(".self_attn.")
     name = f"{layer}.self_attn_layer_norm" if attention else f"{path.rpartition('.')[0]}.final_layer_norm"
     return model.get_submodule(name)
-
-
-def rescaling_to(size: Size, features: Sequence[int], seen: Features) -> DiagonalShift:
-    """The rescaling that gives the features the mean -magnitude and the wanted deviation."""
-    scale, shift = torch.ones_like(seen.mean), torch.zeros_like(seen.mean)  # float32 [k]
-    index = torch.as_tensor(features)
-    scale[index] = size.deviation / seen.deviation[index].clamp_min(1e-6)
-    shift[index] = -size.magnitude - scale[index] * seen.mean[index]
-    return DiagonalShift(scale, shift)
 
 
 def folded(linear: nn.Linear, rescaling: DiagonalShift) -> nn.Linear:

@@ -138,12 +138,8 @@ def compare(title: str, values: Mapping[str, Sequence[Sequence[float]]], forms: 
         for kind in range(len(forms)):
             gaps = [mine[kind] - other[kind] for mine, other in zip(own, values[first], strict=True)]
             row.append(statistics.mean(each[kind] for each in own))
-            row += [None, None] if way == first else [statistics.mean(gaps), error_of(gaps)]
+            error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+            row += [None, None] if way == first else [statistics.mean(gaps), error]
         rows.append(row)
     note = "Means over seeds. Differences are paired by seed; their error is the standard error of the mean."
     return Table(title, columns, rows, note)
-
-
-def error_of(values: Sequence[float]) -> float | None:
-    """The standard error of their mean; None of one value."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

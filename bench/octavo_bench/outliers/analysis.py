@@ -4,6 +4,7 @@ What they carry is what a model without them lacks: they are set to zero in fron
 layer, as the paper does (section 4). The residual stream and the feed-forward see them as before.
 """
 
+import random
 import statistics
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,6 @@ from matplotlib.ticker import MaxNLocator
 
 from ..accuracy.scores import LOSS, TOP, Judge, Scores, perplexity
 from ..machine import Facts
-from ..models import modules
 from ..models.find import find
 from ..models.language import Language, read_windows
 from ..models.modules import ATTENTION_INPUT, hooked, projections, zeroing
@@ -26,6 +26,7 @@ from ..tables import Report, Table
 from . import observe
 from .observe import Feature, Observation
 
+SEED = 0  # of the features that are drawn
 _STYLES = [(color, marker) for marker in "oDs^" for color in (VERMILION, BLUE, GREEN, ORANGE)]
 
 
@@ -59,7 +60,8 @@ def run(loaded: Language, text: Path, settings: Namespace, facts: Facts, progres
     excluded = seen.ever_outlying()  # more than the outlier features: those in a few layers, too
     others = min(len(numbers), seen.width - len(excluded))  # as many, where there are as many
     if settings.ablate and others:
-        drawn = modules.random_features(others, seen.width, excluded, settings.draws)
+        generator, candidates = random.Random(SEED), sorted(set(range(seen.width)) - set(excluded))
+        drawn = [sorted(generator.sample(candidates, others)) for _ in range(settings.draws)]
         found = [without_features(chosen, doing="without random features") for chosen in drawn]
         zeroed[f"{others} random features (mean of {len(found)} draws)"] = found
 
@@ -70,7 +72,7 @@ def run(loaded: Language, text: Path, settings: Namespace, facts: Facts, progres
         tables.append(ablation_table(zeroed, causal=loaded.causal))
     about = {"model": str(loaded.path), "parameters": loaded.model.num_parameters(), "text": str(text)}
     about |= {"windows": len(windows), "positions": seen.positions, "threshold": settings.threshold}
-    report = Report(f"octavo analyze: {loaded.path.name}", facts.now(**about, seed=modules.SEED), tables)
+    report = Report(f"octavo analyze: {loaded.path.name}", facts.now(**about, seed=SEED), tables)
     return report, {"outliers.png": partial(draw, seen, features, settings)}
 
 

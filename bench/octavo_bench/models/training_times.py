@@ -1,16 +1,20 @@
-"""Times a training step of MPNet-base, in int8 next to float32 and bfloat16.
+"""Times of training in int8: a step of MPNet-base, and the gradient of x through frozen weights.
 
     python -m octavo_bench step --threads 1 --json step.json
+    python -m octavo_bench gradient --threads 1 --json gradient.json
 
-The ways take turns, and each phase has the processor time of its fastest turn. To compare with AVX2, keep PyTorch's own
-products to it as well: ``OCTAVO_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``.
+All that is compared takes turns, and has the processor time of its fastest turn. To compare with AVX2, keep PyTorch's
+own products to it as well: ``OCTAVO_CPU_ISA=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2``.
 """
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from octavo import quantize_weight
+from octavo.torch import Int8Linear
 from torch import Tensor, nn
 
 from ..commands import expect_known
@@ -20,6 +24,8 @@ from ..tables import Report, Table
 from ..turns import Call, on_the_cpu, take_turns
 from . import find
 from .ways import WAYS, arithmetic, prepare_
+
+# --- a step, in int8 next to float32 and bfloat16 ---------------------------------------------------------------------
 
 SEQUENCES, TOKENS = 8, 64
 PHASES = ("forward", "backward", "optimizer")
@@ -32,9 +38,9 @@ PARTS = {
 }
 
 
-def command(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, None]:
+def step(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, None]:
     """``python -m octavo_bench step``."""
-    return run(_mpnet, args.turns, args.ways or list(WAYS), facts, progress), None
+    return time_steps(_mpnet, args.turns, args.ways or list(WAYS), facts, progress), None
 
 
 def _mpnet() -> nn.Module:
@@ -43,7 +49,9 @@ def _mpnet() -> nn.Module:
     return AutoModel.from_pretrained(find.mpnet(), dtype=torch.float32, add_pooling_layer=False)
 
 
-def run(make: Callable[[], nn.Module], turns: int, ways: Sequence[str], facts: Facts, progress: Progress) -> Report:
+def time_steps(
+    make: Callable[[], nn.Module], turns: int, ways: Sequence[str], facts: Facts, progress: Progress
+) -> Report:
     """Tables of a step's phases, in milliseconds and relative to the first way, and of the operations in it.
 
     `make` gives an encoder, the same one each time.
@@ -99,3 +107,56 @@ def _phases(way: str, model: Any) -> dict[str, Call]:
         optimizer.zero_grad()
 
     return dict(zip(PHASES, (forward, lambda: losses.pop().backward(), update), strict=True))
+
+
+# --- the gradient beside nn.Linear's, and codes made anew beside a copy -----------------------------------------------
+
+SHAPES = ((768, 768), (3072, 768), (768, 3072), (1536, 384), (4096, 4096))  # of weights
+ROWS = (64, 512)
+COLUMNS = {
+    "weight": "", "rows": "d", "float32 (ms)": ".2f", "path auto": ".2f", "auto, kept columns": ".2f", "int8": ".2f",
+    "int8, kept columns": ".2f", "codes, to a copy": ".2f",
+}  # fmt: skip
+
+
+def gradient(args: argparse.Namespace, facts: Facts, progress: Progress) -> tuple[Report, None]:
+    """``python -m octavo_bench gradient``."""
+    return time_gradients(args.turns, facts, progress), None
+
+
+def time_gradients(turns: int, facts: Facts, progress: Progress, shapes: Sequence[tuple[int, int]] = SHAPES) -> Report:
+    """One table: the times of each shape and number of rows."""
+    rows = []
+    progress.begin(len(shapes))
+    for n, k in shapes:
+        with progress.step(f"{n} x {k}"):
+            for tokens in ROWS:
+                samples = take_turns(_calls(n, k, tokens), 0, least=turns + 1, clock=on_the_cpu)
+                first, *others, made, copied = map(min, samples.values())
+                rows.append([f"{n} x {k}", tokens, first, *(each / first for each in others), made / copied])
+    note = (
+        "Processor time of the fastest turn, to float32's, which is in milliseconds; of codes made anew, to a copy of"
+    )
+    note += " the weight."
+    table = Table("The gradient of x through frozen int8 weights", COLUMNS, rows, note)
+    return Report("Frozen int8 weights: time of the gradient", facts.now(turns=turns), [table])
+
+
+def _calls(n: int, k: int, tokens: int) -> dict[str, Call]:
+    layer = nn.Linear(k, n, bias=False).requires_grad_(False)
+    kept = range(0, k, k // 7)
+    layers = {
+        "float32": layer,
+        "auto": Int8Linear.from_linear(layer),
+        "auto, kept": Int8Linear.from_linear(layer, outlier_columns=kept),
+        "int8": Int8Linear.from_linear(layer, path="int8"),
+        "int8, kept": Int8Linear.from_linear(layer, path="int8", outlier_columns=kept),
+    }
+    codes = quantize_weight(layer.weight)
+    x, gradient = torch.randn(tokens, k, requires_grad=True), torch.randn(tokens, n) * torch.randn(tokens, n)
+    calls: dict[str, Call] = {
+        name: partial(torch.autograd.grad, each(x), x, gradient, retain_graph=True) for name, each in layers.items()
+    }
+    calls["codes"] = partial(quantize_weight, layer.weight, out=codes)
+    calls["copy"] = partial(torch.empty_like(layer.weight).copy_, layer.weight)
+    return calls
