@@ -159,6 +159,8 @@ struct TransposedCodes {
         : codes(packed_size(weight.codes.cols, weight.codes.rows)), sums(whole_blocks(weight.codes.cols)) {
         const std::int64_t n = weight.codes.rows;
         const std::int64_t k = weight.codes.cols;
+        std::fill_n(sums.data(), whole_blocks(k), 0);
+        if (n == 0) return;
         const std::int64_t depth = padded_depth(n);
         const bool needs_sums = plan_for(rows).x_is_unsigned && depth <= max_int32_depth;
         const PackedPanel packed(weight.codes, weight.layout, 0, n);
@@ -169,7 +171,6 @@ struct TransposedCodes {
                     kernels().transpose(packed.data() + h * block_cols, packed.stride(), whole_blocks(n), target);
                     std::fill(target + whole_blocks(n) * block_cols, target + depth * block_cols, std::int8_t{0});
                     const ConstMatrix block{.data = target, .dtype = DType::i8, .rows = block_cols, .cols = n};
-                    std::fill_n(sums.data() + h, block_cols, 0);
                     if (needs_sums)
                         sum_packed({block, Layout::packed, 0, block_cols}, block_cols, 0, depth, sums.data() + h);
                 }

@@ -283,7 +283,7 @@ void OutlierElements::describe(std::int64_t first, EpilogueTile& tile) const noe
         tile.outlier_x = values_.data();
         tile.outlier_begin = begin;
         tile.outlier_places = positions_.data();
-    } else {
+    } else if (!columns_.empty()) {
         tile.outliers = std::ssize(columns_);
         tile.outlier_x = values_.data() + first;
         tile.outlier_x_stride = stride_;
