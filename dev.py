@@ -91,8 +91,8 @@ def make_environment() -> None:
 
 
 def system_packages() -> None:
-    """What the Arm tests, the C++ benchmarks and fast builds need, where this is CI's machine and has them."""
-    packages = ("g++-aarch64-linux-gnu", "qemu-user-static", "libbenchmark-dev", "ccache")
+    """What Arm tests, fuzzer, C++ benchmarks and fast builds need, where this is CI's machine and has them."""
+    packages = ("g++-aarch64-linux-gnu", "qemu-user-static", "libbenchmark-dev", "ccache", "clang", "libclang-rt-dev")
     if os.environ.get("CI") != "true" or not shutil.which("apt-get") or os.getuid() != 0:
         say(f"left to you, as root: apt-get install {' '.join(packages)}")
         return
@@ -180,6 +180,11 @@ def emulated_gpu_sanitized() -> None:
         preset("simt-asan")
 
 
+def fuzzers() -> None:
+    """Random calls of the C ABI and random DLPack capsules, under sanitizers."""
+    run(PYTHON, CI / "fuzz.py", "60")
+
+
 def arm() -> None:
     """tests/cpp on an emulated Arm processor, and the machine code of its kernels."""
     if platform.machine() in {"aarch64", "arm64"}:
@@ -200,7 +205,6 @@ def integration() -> None:
     frameworks = "tests/python/test_dlpack.py::test_frameworks"  # with those that are installed now
     # By file: what a file's tests share, such as the processes of a group, is made once.
     pytest(*files, frameworks, "--dist", "loadfile")
-    pytest("tests/python/test_dlpack.py::test_random_capsules", OCTAVO_FUZZ_SECONDS="20")
     for example in sorted((ROOT / "examples").glob("*.py")):
         run(PYTHON, example)
 
@@ -297,6 +301,7 @@ MORE_TESTS = [
     Step("emulated GPU", emulated_gpu, ("sanitizers",)),
     Step("emulated GPU, sanitized", emulated_gpu_sanitized, ("emulated GPU",)),
     Step("Transformers and others", integration),
+    Step("fuzzers", fuzzers, ("sanitizers",)),  # which has compiled some of it
     Step("emulated Arm", arm),
 ]
 MORE_CHECKS = [

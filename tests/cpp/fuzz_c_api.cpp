@@ -4,7 +4,8 @@
 //
 //   fuzz_c_api [SECONDS [SEED]]
 //
-// Each call has its own seed, which a failure names: fuzz_c_api 0 SEED makes that call alone.
+// Each call has its own seed, which a failure names: fuzz_c_api 0 SEED makes that call alone. Built with Clang and
+// OCTAVO_FUZZER it is libFuzzer's, whose inputs are what the choices are made from, and whose options it takes.
 #include <algorithm>
 #include <array>
 #include <chrono>
@@ -16,6 +17,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,10 +36,19 @@ std::int64_t size_of(octavo_dtype dtype) {
 class Generator {
 public:
     explicit Generator(std::uint64_t seed) : random_(seed) {}
+    // Choices are made from these bytes as long as there are any.
+    explicit Generator(std::span<const std::uint8_t> bytes) : bytes_(bytes), random_(bytes.size()) {}
 
-    // A number in [low, high).
+    // A number in [low, high), which are at most 256 apart.
     std::int64_t number(std::int64_t low, std::int64_t high) {
-        return low + static_cast<std::int64_t>(random_() % static_cast<std::uint64_t>(high - low));
+        std::uint64_t value = 0;
+        if (bytes_.empty()) {
+            value = random_();
+        } else {
+            value = bytes_.front();
+            bytes_ = bytes_.subspan(1);
+        }
+        return low + static_cast<std::int64_t>(value % static_cast<std::uint64_t>(high - low));
     }
     bool chance(int percent) { return number(0, 100) < percent; }
     template <class Values>
@@ -106,6 +117,7 @@ public:
     }
 
 private:
+    std::span<const std::uint8_t> bytes_;
     std::mt19937_64 random_;
     std::vector<std::unique_ptr<char[]>> held_;
 };
@@ -305,8 +317,24 @@ Outcome call(Generator& g) {
     }
 }
 
+// Whether a call ended as it had to; if not, that is printed.
+bool is_right(const Outcome& outcome, const std::string& input) {
+    const bool known = outcome.status >= 0 && outcome.status <= octavo_status_device;
+    if (known && (!outcome.must_fail || outcome.status != octavo_status_ok)) return true;
+    std::printf("%s: status %d, %s: %s\n", input.c_str(), outcome.status,
+                outcome.must_fail ? "to be refused" : "to be done", octavo_last_error());
+    return false;
+}
+
 }  // namespace
 
+#ifdef OCTAVO_FUZZER
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+    Generator generator(std::span(data, size));
+    if (!is_right(call(generator), "this input")) std::abort();
+    return 0;
+}
+#else
 int main(int argc, const char* const* argv) {
     const auto end =
         std::chrono::steady_clock::now() + std::chrono::seconds(argc > 1 ? std::strtol(argv[1], nullptr, 10) : 2);
@@ -316,12 +344,7 @@ int main(int argc, const char* const* argv) {
     do {
         Generator generator(seed);
         const Outcome outcome = call(generator);
-        const bool known = outcome.status >= 0 && outcome.status <= octavo_status_device;
-        if (!known || (outcome.must_fail && outcome.status == octavo_status_ok)) {
-            std::printf("seed %llu: status %d, %s: %s\n", static_cast<unsigned long long>(seed), outcome.status,
-                        outcome.must_fail ? "to be refused" : "to be done", octavo_last_error());
-            return 1;
-        }
+        if (!is_right(outcome, "seed " + std::to_string(seed))) return 1;
         ++statuses.at(static_cast<std::size_t>(outcome.status));
         ++calls;
         ++seed;
@@ -331,3 +354,4 @@ int main(int argc, const char* const* argv) {
     // Else the generator makes nothing that is worth a call.
     return calls < 100 || statuses[0] > calls / 3 ? 0 : 1;
 }
+#endif
