@@ -63,14 +63,20 @@ inline std::int32_t place_row(const std::int8_t* codes, std::int64_t depth, std:
     "vpaddw %%ymm15, %%ymm" #left ", %%ymm" #left \
     "\n\t"                                        \
     "vpaddw %%ymm14, %%ymm" #right ", %%ymm" #right "\n\t"
-// Eight steps of 4 along k, before the sums are full. W is fetched in time.
-#define OCTAVO_EIGHT_STEPS(halves)     \
-    ".rept 8\n\t"                      \
-    "vmovdqu (%[w]), %%ymm12\n\t"      \
-    "vmovdqu 32(%[w]), %%ymm13\n\t"    \
-    "prefetcht0 1280(%[w])\n\t" halves \
-    "add $64, %[w]\n\t"                \
-    "add $16, %[x]\n\t"                \
+#define OCTAVO_STEP(ahead, halves)    \
+    "vmovdqu (%[w]), %%ymm12\n\t"     \
+    "vmovdqu 32(%[w]), %%ymm13\n\t"   \
+    "prefetcht0 " ahead "\n\t" halves \
+    "add $64, %[w]\n\t"               \
+    "add $16, %[x]\n\t"
+// Eight steps of 4 along k, before the sums are full. A line of each of four blocks to come is fetched in four.
+#define OCTAVO_EIGHT_STEPS(halves) \
+    ".rept 2\n\t"                                 \
+    OCTAVO_STEP("(%[ahead])", halves)             \
+    OCTAVO_STEP("(%[ahead], %[stride])", halves)  \
+    OCTAVO_STEP("(%[ahead], %[stride], 2)", halves) \
+    OCTAVO_STEP("(%[ahead], %[stride3])", halves) \
+    "add $64, %[ahead]\n\t"                       \
     ".endr\n\t"
 #define OCTAVO_ZERO(sum) "vpxor %%xmm" #sum ", %%xmm" #sum ", %%xmm" #sum "\n\t"
 // sums += low + 16 high, in 32 bit.
@@ -83,13 +89,17 @@ inline std::int32_t place_row(const std::int8_t* codes, std::int64_t depth, std:
     "]\n\t"                                             \
     "vpaddd %%ymm" #high ", %[" #sums "], %[" #sums "]\n\t"
 
-// Rows by the 16 output features from column j of the tile on. Assembly because GCC 12 keeps the sums of 2 rows in
+// Rows by the 16 output features from column j of the tile on, over `depth` along k from `begin` on. Of four blocks
+// from `ahead` on, depth / 16 lines each are fetched meanwhile. Assembly because GCC 12 keeps the sums of 2 rows in
 // memory.
 template <int Rows>
-void multiply_rows(const ProductTile& tile, std::int64_t j) {
-    const std::int8_t* x = tile.x;
-    const std::int8_t* w = tile.w + j / 16 * tile.w_stride;
-    std::int64_t turns = tile.depth / 32;
+void multiply_rows(const ProductTile& tile, std::int64_t j, std::int64_t begin, std::int64_t depth,
+                   const std::int8_t* ahead) {
+    const std::int8_t* x = tile.x + begin / 4 * rows * group;
+    const std::int8_t* w = tile.w + j / 16 * tile.w_stride + begin * 16;
+    const std::int64_t stride = tile.w_stride;
+    const std::int64_t stride3 = 3 * stride;
+    std::int64_t turns = depth / 32;
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i sixteens = _mm256_set1_epi16(16);
     // NOLINTBEGIN(misc-const-correctness): the assembly adds to them
@@ -105,8 +115,8 @@ void multiply_rows(const ProductTile& tile, std::int64_t j) {
             OCTAVO_WIDEN(4, 6, s0) OCTAVO_WIDEN(5, 7, s1)
             "dec %[turns]\n\t"
             "jnz 1b"
-            : [x] "+r"(x), [w] "+r"(w), [turns] "+r"(turns), [s0] "+x"(s0), [s1] "+x"(s1)
-            : [ones] "m"(ones), [sixteens] "m"(sixteens)
+            : [x] "+r"(x), [w] "+r"(w), [ahead] "+r"(ahead), [turns] "+r"(turns), [s0] "+x"(s0), [s1] "+x"(s1)
+            : [ones] "m"(ones), [sixteens] "m"(sixteens), [stride] "r"(stride), [stride3] "r"(stride3)
             : "xmm4", "xmm5", "xmm6", "xmm7", "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc");
     } else {
         __asm__ volatile(
@@ -117,27 +127,38 @@ void multiply_rows(const ProductTile& tile, std::int64_t j) {
             OCTAVO_WIDEN(4, 6, s0) OCTAVO_WIDEN(5, 7, s1) OCTAVO_WIDEN(8, 10, s2) OCTAVO_WIDEN(9, 11, s3)
             "dec %[turns]\n\t"
             "jnz 1b"
-            : [x] "+r"(x), [w] "+r"(w), [turns] "+r"(turns), [s0] "+x"(s0), [s1] "+x"(s1), [s2] "+x"(s2),
-              [s3] "+x"(s3)
-            : [ones] "m"(ones), [sixteens] "m"(sixteens)
+            : [x] "+r"(x), [w] "+r"(w), [ahead] "+r"(ahead), [turns] "+r"(turns), [s0] "+x"(s0), [s1] "+x"(s1),
+              [s2] "+x"(s2), [s3] "+x"(s3)
+            : [ones] "m"(ones), [sixteens] "m"(sixteens), [stride] "r"(stride), [stride3] "r"(stride3)
             : "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15",
               "memory", "cc");
     }
     // clang-format on
     const __m256i sums[4] = {s0, s1, s2, s3};
-    put_sums<Rows>(sums, tile.first, tile.acc + j, cols);
+    put_sums<Rows>(sums, tile.first && begin == 0, tile.acc + j, cols);
 }
 #undef OCTAVO_HALF
+#undef OCTAVO_STEP
 #undef OCTAVO_EIGHT_STEPS
 #undef OCTAVO_ZERO
 #undef OCTAVO_WIDEN
 
+// Four blocks slice by slice, so that they are fetched as four streams side by side, as fast as memory is.
 inline void multiply(const ProductTile& tile) {
-    for (std::int64_t j = 0; j < tile.cols; j += 16) {
-        if (tile.rows == 1) {
-            multiply_rows<1>(tile, j);
-        } else {
-            multiply_rows<2>(tile, j);
+    constexpr std::int64_t slice = 256;  // 16 KiB of W
+    for (std::int64_t begin = 0; begin < tile.depth; begin += slice) {
+        const std::int64_t left = tile.depth - begin;
+        const std::int64_t depth = left < slice ? left : slice;
+        for (std::int64_t j = 0; j < tile.cols; j += 16) {
+            // The same places of the next slice, behind the last of what comes next, most likely the next four blocks.
+            const std::int64_t next = begin + slice + j / 16 * (depth / 4);
+            const std::int8_t* ahead = tile.w + next * 16;
+            if (next >= tile.depth) {
+                const std::int8_t* const behind = tile.ahead == nullptr ? tile.w + 4 * tile.w_stride : tile.ahead;
+                ahead = behind + (next - tile.depth) * 16;
+            }
+            tile.rows == 1 ? multiply_rows<1>(tile, j, begin, depth, ahead)
+                           : multiply_rows<2>(tile, j, begin, depth, ahead);
         }
     }
 }
