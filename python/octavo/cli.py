@@ -201,9 +201,8 @@ def _outlier_columns(args: argparse.Namespace, options: Options, run: dict[str, 
         return {n: own for n, own in columns.items() if args.include is None or matches(n, args.include)}
     columns = checkpoint.calibrate(args.model, **options.criterion, **run)
     if path is not None:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(columns, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        text = json.dumps(columns, indent=1) + "\n"
+        convert.write_whole(path, lambda hidden: hidden.write_text(text, encoding="utf-8"))
     return columns
 
 

@@ -15,22 +15,9 @@ import platform
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from octavo import _core
+from octavo import _core, _types
 from octavo._text import expect, unexpected
-from octavo._types import (
-    Array,
-    Columns,
-    Granularity,
-    Outliers,
-    ProductPath,
-    Scheme,
-    column_indices,
-    columns_of,
-    dtype_name,
-    shape_of,
-    take_columns,
-    to_framework_of,
-)
+from octavo._types import Array, Columns, Granularity, Outliers, ProductPath, Scheme
 from octavo.options import DEFAULT, Options, options_of
 from octavo.weight import Int8Weight
 
@@ -62,7 +49,7 @@ class Quantized(_QuantizedArrays):
     ) -> Quantized:
         self = super().__new__(cls, codes, scale, zeropoint)
         self.rotation = rotation
-        self.k = columns_of(codes) if k is None else k
+        self.k = _types.columns_of(codes) if k is None else k
         return self
 
 
@@ -100,9 +87,9 @@ def quantize(
     m under zeropoint has scale ``|m|`` and reproduces m. A group that holds NaN or Inf has scale NaN and codes 0.
     """
     if exclude is not None:
-        exclude = to_framework_of(x, column_indices("quantize", "exclude", exclude, columns_of(x)))
+        exclude = _types.to_framework_of(x, _types.column_indices("quantize", "exclude", exclude, _types.columns_of(x)))
     options = options_of("quantize", scheme=scheme, granularity=granularity, rotation=rotation)
-    return Quantized(*_core.quantize(x, options._native, exclude), rotation, columns_of(x))
+    return Quantized(*_core.quantize(x, options._native, exclude), rotation, _types.columns_of(x))
 
 
 def quantize_weight(
@@ -148,22 +135,24 @@ def quantize_weight(
             raise ValueError(f"quantize_weight: seed: expected `out`, and 0 to 2**64 - 1, got {seed}")
     indices = None
     if outlier_columns is not None:
-        indices = column_indices("quantize_weight", "outlier_columns", outlier_columns, columns_of(weight))
+        indices = _types.column_indices(
+            "quantize_weight", "outlier_columns", outlier_columns, _types.columns_of(weight)
+        )
     options = options_of("quantize_weight", options, scheme=scheme, granularity=granularity, rotation=rotation)
     if out is not None:
         return _requantize(weight, options, indices, out, seed)
     codes, scale, zeropoint, code_sums = _core.quantize_weight(weight, options._native)
     more: dict[str, Any] = {"zeropoint": zeropoint, "code_sums": code_sums, **options.of_weight}
     if indices is not None:
-        more["outlier_columns"], more["outlier_weight"] = take_columns(weight, indices)
-    shape = (len(codes), columns_of(weight)) if options.rotation else None
+        more["outlier_columns"], more["outlier_weight"] = _types.take_columns(weight, indices)
+    shape = (len(codes), _types.columns_of(weight)) if options.rotation else None
     return Int8Weight(codes, scale, shape=shape, **more)
 
 
 def _requantize(weight: Array, options: Options, kept: Any, out: Int8Weight, seed: int | None) -> Int8Weight:
     """Quantize into the arrays of `out`."""
     expect("quantize_weight: out", out, Int8Weight, "an Int8Weight")
-    expected = (shape_of(weight), options.scheme, options.granularity, options.rotation)
+    expected = (_types.shape_of(weight), options.scheme, options.granularity, options.rotation)
     if (out.shape, out.scheme, out.granularity, out.rotation) != expected:
         raise ValueError("quantize_weight: out: expected {}, {}, {}, rotation {}, got {!r}".format(*expected, out))
     if kept is not None or out.outlier_columns is not None:
@@ -184,7 +173,7 @@ def dequantize(q: Quantized | Int8Weight, *, dtype: Any = None) -> Array:
     """
     expect("dequantize: q", q, (Quantized, Int8Weight), "Quantized or Int8Weight")
     k = q.k if isinstance(q, Quantized) else q.shape[1]
-    return _core.dequantize(q.codes, q.scale, q.zeropoint, q.rotation, k, dtype_name(dtype))
+    return _core.dequantize(q.codes, q.scale, q.zeropoint, q.rotation, k, _types.dtype_name(dtype))
 
 
 def find_outliers(

@@ -240,7 +240,7 @@ class _Run:
                 got = f"{free}: free some space and run again"
                 raise unexpected(self.partial, f"{needed} bytes of free space", got, OSError)
             with explained(job):
-                _replace(job, lambda new: new.write_text(self._job))
+                write_whole(job, lambda new: new.write_text(self._job))
         elif job.read_text() != self._job:
             others = "one with other options: remove that folder to start anew, or give the same options again"
             raise unexpected(self.partial, "the beginning of this conversion", others)
@@ -279,7 +279,7 @@ class _Run:
                 self.source.check_unchanged(shard.path)
                 writer.finish(self._made_of(tasks, hashes))
 
-        _replace(path, write)
+        write_whole(path, write)
         _sync(path.parent)
         return 0
 
@@ -366,7 +366,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         raise
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Have a file written under a hidden name, and give it its own when it is complete."""
     hidden = path.with_name(f".octavo-{path.name}")
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo import _core
+from octavo._text import unexpected
 from octavo._types import rotated_size
 from octavo.options import Options
 from octavo.weight import ARRAYS as NAMES
@@ -195,10 +196,8 @@ class Arrays:
     def check_writable(self) -> None:
         """Raise RuntimeError for a copy of some rows, which the weight would not see change."""
         if self.is_part:
-            raise RuntimeError(
-                "Int8Tensor: expected the whole weight to be written to, got some of its rows, which are a copy: "
-                "dequantize it, change that, and copy it back"
-            )
+            part = "some of its rows, which are a copy: dequantize it, change that, and copy it back"
+            raise unexpected("Int8Tensor", "the whole weight to be written to", part, RuntimeError)
 
 
 def rotated(x: Tensor, rotation: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
-from octavo._text import expect
+from octavo._text import expect, unexpected
 from octavo.functional import find_outliers
 from octavo.options import DEFAULT, WHOLE_MODELS, Options, options_of
 from octavo.torch.choice import choose_layers, oriented
@@ -64,9 +64,8 @@ def quantize_(
     expect("quantize_: model", model, nn.Module, "an nn.Module")
     expect("quantize_: head", head, bool, "a bool")
     if isinstance(model, nn.Linear):
-        raise ValueError(
-            "quantize_: model: expected a module that holds layers, got an nn.Linear (use Int8Linear.from_linear)"
-        )
+        linear = "an nn.Linear (use Int8Linear.from_linear)"
+        raise unexpected("quantize_: model", "a module that holds layers", linear)
     chosen = options_of("quantize_", options, default=WHOLE_MODELS, **keywords)
     layers = choose_layers(model, skip=skip, head=head).layers
     _check_layers(layers, chosen)
@@ -87,9 +86,8 @@ def quantize_(
         finish_(model, chosen, skip)
     for module in model.modules():
         # A module of sentence-transformers that writes its own state dict, such as a Dense one.
-        if hasattr(module, "save_torch_weights") and not any(
-            hasattr(own, "save_pretrained") for own in module.modules()
-        ):
+        has_pretrained = any(hasattr(own, "save_pretrained") for own in module.modules())
+        if hasattr(module, "save_torch_weights") and not has_pretrained:
             module.save_torch_weights = partial(_save_dequantized, module)  # type: ignore[assignment]
     return model
 
@@ -281,6 +279,5 @@ def _check_layers(layers: Mapping[str, Any], options: Options) -> None:
         if not torch.isfinite(weight).all():
             raise ValueError(f"quantize_: {name}.weight: expected finite values, got NaN or Inf")
         if options.outliers == "static" and not hasattr(layer, CALIBRATED):
-            raise ValueError(
-                f"quantize_: {name}: expected a calibrated layer for outliers='static' (run calibrate_ first), got none"
-            )
+            calibrated = "a calibrated layer for outliers='static' (run calibrate_ first)"
+            raise unexpected(f"quantize_: {name}", calibrated, "none")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map
 
+from octavo._text import unexpected
 from octavo.torch.arrays import Arrays, pack
 from octavo.torch.tensor import _OPERATIONS, Int8Tensor, _alias
 from octavo.weight import Int8Weight
@@ -86,10 +87,8 @@ def _pre_all_gather(
     tail = torch.cat(others, 1) if others else arrays.code_sums.new_zeros((arrays.shape[0], 0), dtype=torch.int8)
     if n % mesh.size():  # then FSDP expects everything to have the shape of the codes
         if tail.shape[1] > k or arrays.width != k:
-            raise ValueError(
-                f"fully_shard: expected a weight whose {n} rows {mesh.size()} ranks can share evenly, or more than "
-                f"{tail.shape[1]} columns, a multiple of the rotation, got {k}: name it in ignored_params"
-            )
+            even = f"a weight whose {n} rows {mesh.size()} ranks can share evenly, or more than {tail.shape[1]} columns"
+            raise unexpected("fully_shard", f"{even}, a multiple of the rotation", f"{k}: name it in ignored_params")
         tail = torch.nn.functional.pad(tail, (0, k - tail.shape[1]))
     codes = arrays.by_row()
     padded = [torch.nn.functional.pad(part, (0, 0, 0, rows - arrays.shape[0])) for part in (codes, tail)]

@@ -293,12 +293,8 @@ def _whole_rows(x: Tensor, norm: _Norm) -> bool:
     """Whether the last dimension of `x` is the normalization's features, in their order."""
     assert norm.largest is not None
     width = norm.largest.shape[0]
-    return (
-        x.shape[-1] == width
-        and x.stride(-1) == 1
-        and x.storage_offset() % width == 0
-        and all(stride % width == 0 for stride in x.stride()[:-1])
-    )
+    steps = (x.storage_offset(), *x.stride()[:-1])
+    return x.shape[-1] == width and x.stride(-1) == 1 and not any(step % width for step in steps)
 
 
 def _norms(model: nn.Module, pairs: Mapping[str, Sequence[str]] | None) -> list[_Norm]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo import _core
-from octavo._text import expect, expect_choice, expect_patterns
+from octavo._text import expect, expect_choice, expect_patterns, unexpected
 from octavo.functional import quantize_weight
 from octavo.options import Options, options_of
 from octavo.torch.choice import choose_layers
@@ -195,9 +195,7 @@ def train_(
     if chosen.outliers == "static":
         raise ValueError("train_: outliers: expected 'columns', 'rows' or 'none', got 'static'")
     if seed is not None and (chosen.scheme != "absmax" or chosen.rotation):
-        raise ValueError(
-            f"train_: seed: expected scheme 'absmax' and rotation 0, got {chosen.scheme!r} and {chosen.rotation}"
-        )
+        raise unexpected("train_: seed", "scheme 'absmax' and rotation 0", f"{chosen.scheme!r} and {chosen.rotation}")
     if not decomposition:
         chosen = replace(chosen, outliers="none")
     for name, layer in (layers := _choose(model, modules)).items():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo._text import unexpected
 from octavo.options import Options
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import is_conv1d
@@ -60,10 +61,9 @@ class Int8Stack(nn.Module):
             return torch.stack([x @ weight for x, weight in zip(*args, strict=True)])
         if func is torch.cat and (kwargs or {}).get("dim") == 1:  # before the weights of a model are put
             return cls(torch.cat(rows) for rows in zip(*args[0], strict=True))
-        raise TypeError(
-            f"{getattr(func, '__name__', func)}: expected one expert's weight, got the int8 weights of {len(args)} "
-            "arguments' experts: leave this module in 16 bit with modules_to_not_convert"
-        )
+        got = f"the int8 weights of {len(args)} arguments' experts: leave this module in 16 bit"
+        where = getattr(func, "__name__", func)
+        raise unexpected(where, "one expert's weight", f"{got} with modules_to_not_convert", TypeError)
 
 
 def stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
