@@ -1,7 +1,5 @@
 """``python -m octavo``: the command line, and what compilers need to use the library of this installation."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 

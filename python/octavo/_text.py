@@ -1,7 +1,5 @@
 """Errors, sizes and tables as people read and write them."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterable, KeysView, Sequence

@@ -1,7 +1,5 @@
 """Types that annotations share, and the normalization of small arguments."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from contextlib import suppress

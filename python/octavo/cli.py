@@ -4,8 +4,6 @@ Each command is a function that adds its arguments to a parser and returns what 
 is its help. Other packages add commands in the same way, by entry points of the group ``octavo.commands``.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import json

@@ -5,8 +5,6 @@ cc main.c $(python -m octavo --cflags --libs)
 PKG_CONFIG_PATH="$(python -m octavo --pkg-config-path)" pkg-config --cflags --libs octavo
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _FOLDER = Path(__file__).resolve().parent

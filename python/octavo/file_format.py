@@ -7,8 +7,6 @@ with ``<name>.code_sums``. Version 1 (``<layer>.weight`` int8 with ``<layer>.sca
 Linear8bitLt (``<layer>.weight`` int8 with ``<layer>.SCB``) are read, too.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Flax models (nnx) in int8: ``octavo.flax.quantize_(model)``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import jax.numpy as jnp

@@ -7,8 +7,6 @@ does. The cache of keys and values is in 16 bit; other states, as Mamba's, are n
 GPUs.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ Codes, integer products and the order of every float32 operation are fixed, so t
 instruction set, the number of threads, or the machine. What does not print `EXPECTED` computes something else.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from itertools import product

@@ -4,8 +4,6 @@ accelerate reads the weights of a module when it is called and lets go of them a
 are in memory at a time, and the activations of a batch. The price is that each batch reads the whole model.
 """
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

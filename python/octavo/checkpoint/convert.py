@@ -5,8 +5,6 @@ hidden name, says what it was made of, and gets its own name when it is on the d
 to know. All happens in ``OUT.partial``, which becomes ``OUT`` by one rename at the end.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

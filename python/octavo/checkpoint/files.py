@@ -5,8 +5,6 @@ pickle names. Bytes are read with ``pread``: mapped pages would count as memory 
 the whole tensor for each slice, and NumPy, which is enough for a conversion, has no bfloat16.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -4,8 +4,6 @@ A folder has ``model.safetensors``, or ``model.safetensors.index.json`` and shar
 A single file of any name works too.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

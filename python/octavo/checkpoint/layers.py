@@ -12,8 +12,6 @@ by the names that they have in the checkpoint. Else names and shapes do, against
 Patterns are those of a shell and are matched against whole layer names ("model.layers.0.mlp.up_proj").
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field

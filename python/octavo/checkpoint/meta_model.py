@@ -3,8 +3,6 @@
 Transformers, or diffusers, builds it on PyTorch's meta device. Code that a model brings with it is never run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`Checkpoint`: tensors and int8 weights of octavo's, bitsandbytes' and 16/32-bit checkpoints, one by one."""
 
-from __future__ import annotations
-
 import json
 import re
 import zlib

@@ -1,7 +1,5 @@
 """`octavo inspect`: what a checkpoint holds, and what int8 saves."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field

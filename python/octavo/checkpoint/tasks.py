@@ -1,7 +1,5 @@
 """What is made of each tensor of a checkpoint, decided from headers alone before any data is read; and the making."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

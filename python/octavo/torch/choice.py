@@ -1,7 +1,5 @@
 """Which layers of a model become int8: the one decision, for every way to convert a model."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Sequence

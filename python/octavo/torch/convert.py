@@ -1,7 +1,5 @@
 """The conversion of whole models in place: `calibrate_`, then `quantize_`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Real

@@ -4,8 +4,6 @@ The equations are those of `octavo.linear`; the int8 product is ``MatMulInteger`
 the rounding of float32 sums.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from typing import Any

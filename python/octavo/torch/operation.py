@@ -4,8 +4,6 @@
 (bindings/torch_op.cpp).
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace

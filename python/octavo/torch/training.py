@@ -1,7 +1,5 @@
 """Training with int8 products over 16- or 32-bit weights: `train_` and `untrain_` (appendix E and F of the paper)."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import weakref

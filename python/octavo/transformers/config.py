@@ -1,7 +1,5 @@
 """`OctavoConfig`: the options of a conversion, and the ``quantization_config`` of an int8 model's config.json."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from enum import Enum

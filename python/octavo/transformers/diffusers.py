@@ -1,7 +1,5 @@
 """int8 models of Hugging Face diffusers: ``ModelMixin.from_pretrained``, `OctavoConfig` being the config there, too."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`Int8Stack`: the weights of all experts of a mixture, which Transformers keeps stacked in one parameter, in int8."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator
 from typing import Any

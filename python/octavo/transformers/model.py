@@ -1,7 +1,5 @@
 """Int8 models as wholes: which of their weights are int8, what they save, and the way back to 16 bit."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any

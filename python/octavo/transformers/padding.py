@@ -5,8 +5,6 @@ may give zeros there: the outputs at tokens are those of the whole batch, bit fo
 other row. With outliers "columns" padded rows have no part in the choice of outlier columns.
 """
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 

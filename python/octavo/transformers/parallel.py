@@ -5,8 +5,6 @@ it reads. A scale belongs to a whole row of a weight, and packed codes are no DT
 taken out of that plan, read whole, quantized, and sharded at once: `docs/distributed.md` tells who holds what.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

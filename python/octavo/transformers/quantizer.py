@@ -1,7 +1,5 @@
 """`OctavoQuantizer`: what Transformers asks of a quantization method while it loads and saves a model."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from functools import partial
