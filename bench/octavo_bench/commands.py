@@ -52,28 +52,15 @@ def shape(text: str) -> tuple[int, int]:
     return positive(words[0]), positive(words[1])
 
 
-_METAVARS: dict[Any, str] = {
-    count: "N",
-    positive: "N",
-    number: "X",
-    share: "F",
-    shape: "K,N",
-    str: "NAME",
-    Path: "PATH",
-}
-
-
 def _option(parser: Any, name: str, text: str, kind: Any = None, default: Any = None, many: bool = False) -> None:
     """An option of a command: of a kind, or of a choice of words, or else a switch. Its help ends with its default."""
     if kind is None:
         parser.add_argument(name, action="store_true", help=text)
         return
-    choice: dict[str, Any] = (
-        {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": _METAVARS[kind]}
-    )
-    choice["nargs"] = "+" if many else None
+    metavar = {str: "NAME", Path: "PATH", shape: "K,N"}.get(kind, "N")
+    more: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
     text = text if default is None else f"{text}; default: %(default)s"
-    parser.add_argument(name, default=default, help=text, **choice)
+    parser.add_argument(name, default=default, help=text, nargs="+" if many else None, **more)
 
 
 def expect_known(option: str, given: Sequence[str], known: Collection[str]) -> None:

@@ -165,12 +165,13 @@ def test_the_evidence_of_all_models(
 
 
 def test_answers_are_compared(tiny: Path, progress: Progress) -> None:
-    costs, *answered = answers.run(language.load(tiny / "model"), 6, progress)
+    (costs, *answered), told = answers.run(language.load(tiny / "model"), 6, progress)
     assert costs.column("linear layers")[:2] == ["bfloat16", variants.LLM_INT8.name]
     assert costs.rows[0][1:3] == [0.0, 100.0]
     assert all(row[1] > 0 for row in costs.rows[1:])
     assert costs.column("MiB")[1] < costs.column("MiB")[0]
     assert len(answered) == len(answers.QUESTIONS)
+    assert len(told) == len(costs.rows)
     names = costs.column("linear layers")
     for table in answered:
         assert table.rows[0][1] == "-"

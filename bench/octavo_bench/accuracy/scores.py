@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.language import Language, Window, log_probabilities, own
+from ..models.language import Language, Window, log_probabilities
 from ..progress import Progress
 
 KEPT_BYTES = 4 << 30  # of what the model as it is says, at most; more is computed anew for each variant
@@ -90,8 +90,8 @@ class Judge:
                 if self._language.causal:
                     divergence = float((exact.exp() * (exact - mine)).sum(-1).double().sum())
                     agreed = float((exact.argmax(-1) == mine.argmax(-1)).sum())
-                    loss = -float(own(mine, window).sum())
-                    found.add(window.scored, loss=loss, divergence=divergence, agreed=agreed, top=top)
+                    loss = -float(mine.gather(1, window.ids[0, window.first :, None]).double().sum())
+                    found.add(len(mine), loss=loss, divergence=divergence, agreed=agreed, top=top)
                 else:
                     found.add(1, loss=1 - float(mine @ exact), top=top)
                     found.embeddings.append(mine)
@@ -118,9 +118,6 @@ def embed(model: nn.Module, passage: Window) -> tuple[Tensor, float]:
 
 def neighbors_kept(found: Scores, reference: Scores) -> int:
     """Passages whose nearest other one, by cosine, is the same for the variant as for the model as it is."""
-    return int((_nearest(found) == _nearest(reference)).sum())
-
-
-def _nearest(scores: Scores) -> Tensor:
-    unit = torch.stack(scores.embeddings)
-    return (unit @ unit.T).fill_diagonal_(-torch.inf).argmax(1)
+    units = [torch.stack(each.embeddings) for each in (found, reference)]
+    mine, its = ((unit @ unit.T).fill_diagonal_(-torch.inf).argmax(1) for unit in units)
+    return int((mine == its).sum())

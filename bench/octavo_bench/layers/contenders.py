@@ -16,7 +16,6 @@ from .contest import OCTAVO, Contender, Layer, Problem
 
 THRESHOLD = 6.0
 PATHS = {"auto": OCTAVO, "int8": "octavo int8 path", "weight_only": "octavo weight-only"}
-BITSANDBYTES, BITSANDBYTES_PLAIN = "bitsandbytes", "bitsandbytes, threshold 0"
 TORCHAO, TORCHAO_COMPILED = "torchao int8", "torchao int8, compiled"
 INT_MM = "torch _int_mm"
 # Y is rounded once; X and W are exact in every dtype. What is left is the order of float32 sums.
@@ -74,7 +73,7 @@ def of_bitsandbytes(*thresholds: float) -> dict[str, Contender]:
     def prepare(weight: Tensor, threshold: float) -> Layer:
         return variants.bitsandbytes_layer(_linear(weight, torch.float16), threshold)
 
-    names = {THRESHOLD: BITSANDBYTES, 0.0: BITSANDBYTES_PLAIN}
+    names = {THRESHOLD: "bitsandbytes", 0.0: "bitsandbytes, threshold 0"}
     return {names[t]: Contender(partial(prepare, threshold=t), torch.float16, within(t)) for t in thresholds}
 
 

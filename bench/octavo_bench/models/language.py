@@ -27,17 +27,6 @@ class Language:
     tokenizer: Any
     causal: bool
 
-    def window(self, tokens: int | None) -> int:
-        """`tokens`, by default what the model takes, at most 512. Raises ValueError for more than that, and below 2."""
-        config = self.model.config
-        most = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            most -= 2  # their positions begin after the padding index
-        window = tokens or min(_LONGEST, most)
-        if not 2 <= window <= most:
-            raise ValueError(f"window: expected 2 to {most} tokens, got {window}")
-        return window
-
 
 @dataclass(frozen=True)
 class Window:
@@ -51,11 +40,6 @@ class Window:
     def inputs(self) -> Mapping[str, Tensor]:
         """The model's keyword arguments."""
         return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
-
-    @property
-    def scored(self) -> int:
-        """How many tokens are scored."""
-        return self.ids.shape[1] - self.first
 
 
 def load(path: Path, *, trust_remote_code: bool = False) -> Language:
@@ -126,7 +110,13 @@ def read_windows(
 
     Raises ValueError for a text that is not UTF-8 or too short, and for sizes that do not fit.
     """
-    window = language.window(window)
+    config = language.model.config
+    most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        most -= 2  # their positions begin after the padding index
+    window = window or min(_LONGEST, most)
+    if not 2 <= window <= most:
+        raise ValueError(f"window: expected 2 to {most} tokens, got {window}")
     if stride is not None and not (language.causal and stride <= window):
         raise ValueError(f"stride: expected at most the window's {window} tokens of a causal model, got {stride}")
     try:
@@ -178,8 +168,3 @@ def log_probabilities(model: Any, window: Window) -> Tensor:
     inputs = {name: tensor[:, :-1] for name, tensor in window.inputs.items()}
     logits: Tensor = model(**inputs).logits[0, window.first - 1 :].float()
     return logits.log_softmax(-1)
-
-
-def own(likelihood: Tensor, window: Window) -> Tensor:
-    """Of `log_probabilities` those of the tokens that are there, float64 [scored]."""
-    return likelihood.gather(1, window.ids[0, window.first :, None])[:, 0].double()

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -74,12 +74,6 @@ def rows_at_a_time(model: nn.Module, rows: int | None) -> Iterator[None]:
     finally:
         for layer in layers:
             del vars(layer)["forward"]
-
-
-def zeroing(features: Sequence[int]) -> Callable[..., Any]:
-    """A hook that sets these features of a module's input to zero. Nothing else of the model sees that."""
-    columns = torch.tensor(features, dtype=torch.int64)
-    return lambda module, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])
 
 
 ATTENTION_INPUT, ATTENTION_OUTPUT = "attention input", "attention output"

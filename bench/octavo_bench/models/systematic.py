@@ -31,11 +31,7 @@ class Size:
 
 # The paper's 6.7B and 13B models have one-sided outliers. What a two-sided one of that size does is to be known, too:
 # zeropoint quantization has no advantage there.
-SIZES = {
-    "outliers-40": Size(40.0, 6.0),
-    "outliers-58": Size(58.0, 13.0),
-    "outliers-two-sided": Size(0.0, 60.0),
-}
+SIZES = {"outliers-40": Size(40.0, 6.0), "outliers-58": Size(58.0, 13.0), "outliers-two-sided": Size(0.0, 60.0)}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -19,7 +20,7 @@ from ..accuracy.scores import LOSS, TOP, Judge, Scores, perplexity
 from ..machine import Facts
 from ..models.find import find
 from ..models.language import Language, read_windows
-from ..models.modules import ATTENTION_INPUT, hooked, projections, zeroing
+from ..models.modules import ATTENTION_INPUT, hooked, projections
 from ..pictures import BLUE, GRAY, GREEN, ORANGE, VERMILION, Figures, quiet
 from ..progress import Progress
 from ..tables import Report, Table
@@ -81,7 +82,9 @@ def ablate(language: Language, judge: Judge, features: Sequence[int], progress: 
     consumers = [each.module for each in projections(language.model) if each.takes == ATTENTION_INPUT]
     if not consumers:
         raise ValueError(f"model: expected query, key and value layers, got none in {type(language.model).__name__}")
-    with hooked((module, zeroing(features)) for module in consumers):
+    columns = torch.tensor(features, dtype=torch.int64)
+    # Nothing else of the model sees that.
+    with hooked((each, lambda _, args: (args[0].index_fill(-1, columns, 0.0), *args[1:])) for each in consumers):
         return judge.score(language.model, progress, doing)
 
 

@@ -78,7 +78,10 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
     """Run the windows and count. As in octavo.find_outliers, NaN and Inf are outlying."""
     found = projections(language.model)
     layers, width = 1 + max(each.layer for each in found), language.model.config.hidden_size
-    hidden = _hidden_states(found, width)
+    # One linear layer for each different hidden state of each layer: query, key and value take the same one. An
+    # attention output of another width than the hidden states' (some models have such heads) is not among them.
+    states = [each for each in found if each.takes in HIDDEN_STATES and each.module.in_features == width]
+    hidden = {(each.layer, each.takes): each for each in reversed(states)}.values()
     largest = {each: torch.zeros(each.module.in_features) for each in found}
     counts = {each: torch.zeros(each.module.in_features, dtype=torch.int64) for each in found}
     where, values, begin = [torch.empty(0, 3, dtype=torch.int64)], [torch.empty(0)], 0
@@ -105,19 +108,6 @@ def observe(language: Language, windows: Sequence[Window], threshold: float, pro
     for each in hidden:
         magnitudes[each.layer] = torch.maximum(magnitudes[each.layer], largest[each])
     return Observation(begin, magnitudes, torch.cat(where), torch.cat(values), counts, largest)
-
-
-def _hidden_states(found: Sequence[Projection], width: int) -> set[Projection]:
-    """One linear layer for each different hidden state of each layer: query, key and value take the same one.
-
-    An attention output of another width than the hidden states' (some models have such heads) is not among them.
-    """
-    first = {
-        (each.layer, each.takes): each
-        for each in reversed(found)
-        if each.takes in HIDDEN_STATES and each.module.in_features == width
-    }
-    return set(first.values())
 
 
 def model_table(

@@ -26,8 +26,8 @@ BITSANDBYTES = next(each for each in variants.PEERS if each.key == "bitsandbytes
 AS_IT_IS = replace(variants.FLOAT32, name="bfloat16")
 
 
-def run(loaded: Language, tokens: int, progress: Progress) -> list[Table]:
-    """A table of costs, and one of answers of up to `tokens` tokens for each question."""
+def run(loaded: Language, tokens: int, progress: Progress) -> tuple[list[Table], list[str]]:
+    """A table of costs, and one of answers of up to `tokens` tokens for each question; what the costs are, in words."""
     model = copy.deepcopy(loaded.model).bfloat16()
     loaded = replace(loaded, model=model)
     prompts = [_prompt(loaded.tokenizer, question) for question in QUESTIONS]
@@ -49,8 +49,8 @@ def run(loaded: Language, tokens: int, progress: Progress) -> list[Table]:
                 note += f" Left out: {variant.name}: {reason(error)}."
                 continue
             exact = exact or found
-            told = zip(prompts, exact, strict=True)
-            judge = Judge(loaded, [Window(torch.cat(pair, 1), pair[0].shape[1], 0) for pair in told])
+            pairs = zip(prompts, exact, strict=True)
+            judge = Judge(loaded, [Window(torch.cat(pair, 1), pair[0].shape[1], 0) for pair in pairs])
             scores = judge.score(made, Progress(show=False), "")
             rate, mebibytes = sum(each.shape[1] for each in found) / seconds, linear_bytes(made) / 2**20
             costs.append([variant.name, scores.mean(DIVERGENCE), 100 * scores.mean(AGREED), rate, mebibytes])
@@ -62,7 +62,12 @@ def run(loaded: Language, tokens: int, progress: Progress) -> list[Table]:
     for question, rows in zip(QUESTIONS, answers, strict=True):
         columns = {"linear layers": "", "differs from token": "", "answer": ""}
         tables.append(Table(f"SmolLM2: {question}", columns, rows))
-    return tables
+    told = [
+        f"SmolLM2 (weights that its packer rounded to 4 bits), {name}: KL {cost:.4f}, {same:.1f} % of the likeliest "
+        f"tokens as in bfloat16, linear layers of {size:.0f} MiB."
+        for name, cost, same, _, size in costs
+    ]
+    return tables, told
 
 
 def _prompt(tokenizer: Any, question: str) -> Tensor:

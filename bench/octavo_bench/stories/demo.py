@@ -63,7 +63,13 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
         return measurement.run(model, output / "sentences.txt", chosen, facts, part)
 
     # 1. What a user sees: answers of a language model.
-    tables, told = _answers(settings.tokens, progress.part(25))
+    tables: list[Table] = []
+    told: list[str] = []
+    left_out: dict[str, str] = {}
+    if settings.tokens:
+        with variants.attempt("SmolLM2, whose weights are downloaded once, was left out", left_out):
+            tables, told = answers.run(find(Path("smollm2")), settings.tokens, progress.part(25))
+        told += [f"{name}: {why}" for name, why in left_out.items()]
 
     # 2. An encoder as it is: memory, and every scheme of Table 1.
     natural = evaluate(loaded, every, progress.part(20))
@@ -100,23 +106,6 @@ def run(settings: Demo, output: Path, facts: Facts, progress: Progress) -> tuple
     with progress.step("writing report.json", 4):
         write_text(output / "report.json", report.json())
     return report, figures
-
-
-def _answers(tokens: int, progress: Progress) -> tuple[list[Table], list[str]]:
-    """SmolLM2's tables and what they come to."""
-    if not tokens:
-        return [], []
-    try:
-        tables = answers.run(find(Path("smollm2")), tokens, progress)
-    except (ImportError, OSError, RuntimeError) as error:
-        return [], [f"SmolLM2, whose weights are downloaded once, was left out: {variants.reason(error)}"]
-    costs = tables[0]
-    named = zip(*map(costs.column, ("linear layers", "KL", "same argmax, %", "MiB")), strict=True)
-    return tables, [
-        f"SmolLM2 (weights that its packer rounded to 4 bits), {name}: KL {cost:.4f}, {same:.1f} % of the likeliest "
-        f"tokens as in bfloat16, linear layers of {size:.0f} MiB."
-        for name, cost, same, size in named
-    ]
 
 
 def _about(where: str, report: Report) -> list[str]:
