@@ -166,7 +166,65 @@ def ctranslate2_decoder(folder: Path) -> Any:
     return run
 
 
-# --- ONNX Runtime -----------------------------------------------------------------------------------------------------
+# --- OpenVINO and ONNX Runtime ----------------------------------------------------------------------------------------
+
+
+class _Step(torch.nn.Module):
+    """A call of a Llama whose cache is made of arguments and results, which is how a traced model can have one."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, *past: Tensor) -> Any:
+        """Logits ``[b, words]`` of the last of ids, and the keys and values ``[b, h, t, d]`` of each layer."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        cache = DynamicCache()
+        for keys, values in zip(past[::2], past[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        found = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return found.logits[:, -1], *(each for layer in cache.layers for each in (layer.keys, layer.values))
+
+
+def openvino_int8(is_decoder: bool, folder: Path) -> Any:
+    """OpenVINO with the int8 weights of `nncf.compress_weights`, all else as it is by default."""
+    import nncf
+    import openvino
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    layers = 2 * config.num_hidden_layers if is_decoder else 0
+    width = config.hidden_size // config.num_attention_heads
+    heads = config.num_key_value_heads if is_decoder else 0
+    path = find.cache() / f"{folder.parent.name}-{folder.name}-openvino" / "model.xml"
+    if not path.exists():
+        kind = AutoModelForCausalLM if is_decoder else AutoModel
+        model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        ids = torch.ones(2, 9, dtype=torch.int64)
+        past = [torch.zeros(2, heads, 5, width)] * layers
+        with torch.inference_mode():
+            given = (ids, *past) if is_decoder else (ids, ids)
+            made = openvino.convert_model((_Step if is_decoder else _Hidden)(model), example_input=given)
+        shapes = [[-1, heads, -1, width] if index and is_decoder else [-1, -1] for index in range(len(given))]
+        made.reshape(dict(zip(made.inputs, shapes, strict=True)))
+        openvino.save_model(nncf.compress_weights(made), path)
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    request = openvino.Core().compile_model(path, "CPU", options).create_infer_request()
+
+    def run(ids: Tensor, mask: Tensor, new: int) -> Any:
+        if not is_decoder:
+            return torch.from_numpy(request.infer([ids.numpy(), mask.numpy()])[0])[mask.bool()]
+        past = [np.zeros((len(ids), heads, 0, width), np.float32)] * layers
+        logits, *past = request.infer([ids.numpy(), *past]).values()
+        for _ in range(new - 1):
+            logits, *past = request.infer([logits.argmax(-1)[:, None], *past]).values()
+        return logits
+
+    return run
 
 
 class _Hidden(torch.nn.Module):

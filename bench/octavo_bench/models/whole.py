@@ -37,7 +37,7 @@ from ..tables import Report, Table
 from ..turns import on_the_cpu, on_the_wall, take_turns
 from . import find
 from .modules import linear_layers
-from .peers import ctranslate2_decoder, llama_cpp, onnxruntime_encoder
+from .peers import ctranslate2_decoder, llama_cpp, onnxruntime_encoder, openvino_int8
 from .variants import BROKEN, bitsandbytes_layer, reason
 
 REFERENCE = "torch float32"
@@ -141,6 +141,7 @@ ENGINES: Mapping[str, Engine] = {
     "torchao": Engine(partial(_torch, _16, _torchao), "torchao"),
     "llama.cpp Q8_0": Engine(llama_cpp, "xllamacpp", ("decoder",)),
     "CTranslate2 int8": Engine(ctranslate2_decoder, "ctranslate2", ("decoder",)),
+    "OpenVINO int8": Engine(lambda folder: openvino_int8(is_decoder(folder), folder), "openvino"),
     "ONNX Runtime float32": Engine(partial(onnxruntime_encoder, "float32"), "onnxruntime", ("encoder",)),
     "ONNX Runtime int8": Engine(partial(onnxruntime_encoder, "int8"), "onnxruntime", ("encoder",)),
     "octavo in ONNX Runtime": Engine(partial(onnxruntime_encoder, "operator"), "onnxruntime", ("encoder",)),
