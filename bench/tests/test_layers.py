@@ -178,7 +178,7 @@ def measured(groups: list[bench.Group], *words: str, peak: dict[str, float] | No
     """Groups of a GPU, measured here."""
     args = on_the_gpu(*words)
     args.device = "cpu"
-    return bench.run(args, groups, None, peak or {}, FixedFacts(), Progress(show=False))
+    return bench.run(args, groups, lambda name: None, peak or {}, FixedFacts(), Progress(show=False))
 
 
 def test_the_plan_of_a_gpu() -> None:

@@ -77,7 +77,7 @@ def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) 
         raise RuntimeError(f"--device {args.device}: octavo has no such backend here, only {backends}")
     if args.graph and not on_gpu:
         raise ValueError(f"--graph: expected --device cuda, got {args.device}")
-    evict = evicting(args.cold * torch.get_num_threads() << 20) if args.cold else None
+    evict: Before = evicting(args.cold * torch.get_num_threads() << 20) if args.cold else lambda name: None
     peak = {}
     if on_gpu:
         evict = evicting(4 * torch.cuda.get_device_properties(0).L2_cache_size, "cuda")
@@ -118,15 +118,14 @@ def plan(args: argparse.Namespace) -> list[Group]:
 
 
 def run(
-    args: argparse.Namespace, groups: Sequence[Group], evict: Before | None, peak: Mapping[str, float],
+    args: argparse.Namespace, groups: Sequence[Group], evict: Before, peak: Mapping[str, float],
     facts: machine.Facts, progress: Progress,
 ) -> Report:  # fmt: skip
     """Measure. A file that is asked for is written after every group anew."""
     on_gpu = args.device == "cuda"
     clock = turns.on_the_cpu if torch.get_num_threads() == 1 else turns.on_the_wall
     how: dict[str, Any] = {"clock": turns.on_the_gpu, "most": CALLS} if on_gpu else {"clock": clock}
-    if evict is not None:
-        how["before"] = evict
+    time_calls = partial(take_turns, seconds=args.seconds, before=evict, **how)
     more: dict[str, Any] = {"device": args.device, "deadline": time.perf_counter() + (args.limit or math.inf)}
     if args.graph:
         more["prepare"] = turns.captured
@@ -135,7 +134,7 @@ def run(
         with progress.step(group.name, len(group.cases)):
             try:
                 with torch.inference_mode():
-                    measure(group.cases, group.contenders, partial(take_turns, seconds=args.seconds, **how), **more)
+                    measure(group.cases, group.contenders, time_calls, **more)
             except Exception as error:  # want of memory above all, or of the device, costs these cases alone
                 for case in group.cases:
                     if not case.times:
@@ -195,10 +194,9 @@ def totals(groups: Sequence[Group]) -> Table:
     return Table("The medians of all linear layers of the model together, milliseconds", columns, rows)
 
 
-def best(call: Call, evict: Before, calls: int = 10) -> float:
-    """Seconds of the fastest of some calls on a GPU, after two to warm up."""
-    times = take_turns({"": call}, 0, evict, calls + 2, clock=turns.on_the_gpu)[""]
-    return 1e-3 * min(times[2:])
+def best(call: Call, evict: Before, calls: int = 12) -> float:
+    """Seconds of the fastest of some calls on a GPU."""
+    return 1e-3 * min(take_turns({"": call}, 0, evict, calls, clock=turns.on_the_gpu)[""])
 
 
 def bandwidth(evict: Before) -> float:

@@ -79,11 +79,7 @@ class Arrays:
 
     def sums(self) -> Tensor:
         """The sums of the codes of each output feature, int32 ``[n]``, computed anew."""
-        codes, none = self.by_row(), (None, None, None)
-        if not has_memory(codes):
-            return codes.sum(1, dtype=torch.int32)
-        made = _core.Weight(codes, self.shape, self.scale, self.zeropoint, *none, self.options._native)
-        return made.code_sums  # type: ignore[no-any-return]
+        return self.by_row().sum(1, dtype=torch.int32)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """``(codes + zeropoint) * scale`` in float32, rotated back, kept columns put in, rounded once to `dtype`."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from octavo._text import unexpected
 from octavo.distributed import TRANSFORMERS_STYLES, chunk, columns
 from octavo.torch import Int8Tensor
 from octavo.transformers.experts import is_convertible
@@ -41,7 +42,7 @@ class TensorParallel:
                 if style is not None:
                     given = f"{style} for experts with biases" if getattr(module, "has_bias", False) else style
                     if given not in _EXPERTS:
-                        raise ValueError(_unknown(parameter, given, _EXPERTS))
+                        raise _unknown(parameter, given, _EXPERTS)
                     self._experts[parameter] = style
                 continue
             own = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
@@ -49,7 +50,7 @@ class TensorParallel:
             if not styles:
                 continue
             if len(styles) > 1 or not styles <= TRANSFORMERS_STYLES.keys():
-                raise ValueError(_unknown(name, ", ".join(sorted(styles)), TRANSFORMERS_STYLES))
+                raise _unknown(name, ", ".join(sorted(styles)), TRANSFORMERS_STYLES)
             self._styles[name] = TRANSFORMERS_STYLES[styles.pop()]()
 
     def shard(self, parameter: str, weight: Int8Tensor) -> Int8Tensor:
@@ -82,8 +83,6 @@ class TensorParallel:
 _PLAN = "from_pretrained: tp_plan"
 
 
-def _unknown(name: str, style: str, known: dict[str, Any]) -> str:
-    return (
-        f"{_PLAN}: expected one of {', '.join(known)} for {name}, which is to be int8, got {style}: leave it in 16 bit "
-        "with OctavoConfig(modules_to_not_convert=[...])"
-    )
+def _unknown(name: str, style: str, known: dict[str, Any]) -> Exception:
+    leave = "leave it in 16 bit with OctavoConfig(modules_to_not_convert=[...])"
+    return unexpected(_PLAN, f"one of {', '.join(known)} for {name}, which is to be int8", f"{style}: {leave}")
