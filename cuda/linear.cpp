@@ -10,8 +10,8 @@
 // Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own. Several layers of one X share the
 // first two steps.
 //
-// Few rows go by the weight-only product instead, one launch that is bound by reading the weights; selection.hpp says
-// how many.
+// Few rows go by the weight-only product instead, one launch or two that are bound by reading the weights;
+// selection.hpp says how many.
 #include "octavo/linear.hpp"
 
 #include <algorithm>

@@ -1,11 +1,12 @@
-// The linear layer with int8 weights and X as it is (W8A16), in one launch:
+// The linear layer with int8 weights and X as it is (W8A16), in one launch, or two:
 //
 //   y[i, j] = scale[j] * sum_k x[i, k] * (codes[j, k] + zeropoint[j]) + bias[j]
 //
 // Its bound is reading the n * k bytes of codes once. A block of 8 warps owns some output features for a tile of rows
-// of X, and the whole depth k: `splits` warps share a feature, each takes its part of the depth, and their float32 sums
-// are added in shared memory in the order of the warps. So nothing passes between blocks, and no sum depends on timing.
-// Splitting within the block is enough to fill the machine from some thousand features on: 32 of them make a block.
+// of X: `splits` warps share a feature, each takes its part of the depth k, and their float32 sums are added in shared
+// memory in the order of the warps. Where there are so few features that this leaves multiprocessors idle, several
+// blocks share the depth, too; each leaves its sums in memory, and a second launch adds them in the order of the parts.
+// So no sum depends on timing.
 //
 // Two ways, chosen by what they cost per code. An H200 can issue 6 to 7 instructions per lane in the time in which one
 // byte arrives (132 multiprocessors * 128 lanes * 1.75 to 1.98 GHz / 4.8 TB/s), an A100 9:
@@ -26,6 +27,7 @@
 #include <algorithm>
 
 #include "device.cuh"
+#include "division.hpp"
 #include "memory.hpp"
 #include "operations.hpp"
 #include "ptx.cuh"
@@ -59,7 +61,7 @@ struct Target {
     }
 };
 
-// zeropoint = near + rest, near an integer from `low` to `high`.
+// zeropoint = near + rest, near an integer from `near_low` to `near_high`.
 struct Shift {
     float near = 0.0F;
     float rest = 0.0F;
@@ -74,12 +76,16 @@ struct Layer {
     Span<const float> zeropoint;
     FloatSpan bias;
     Target out;
-    int splits;  // warps that share the depth: 1, 2, 4 or 8
+    int splits = 1;            // warps that share the depth: 1, 2, 4 or 8
+    std::int64_t depth = 0;    // of k, that each of gridDim.y blocks has
+    float* partial = nullptr;  // [gridDim.y, m, n]; null: a block has all of k
+    float near_low = 0.0F;     // between which integers the near part of a zeropoint is
+    float near_high = 0.0F;
 
-    __device__ Shift shift(std::int64_t feature, float low, float high) const {
+    __device__ Shift shift(std::int64_t feature) const {
         if (!zeropoint.present()) return {};
         const float value = zeropoint.of_group(feature);
-        const float near = fminf(fmaxf(rintf(value), low), high);
+        const float near = fminf(fmaxf(rintf(value), near_low), near_high);
         return {near, value - near};
     }
 
@@ -89,6 +95,15 @@ struct Layer {
         const float factor = scale.of_group(feature);
         const float y = (sum - sum == 0.0F ? sum * factor : small_sum(row, feature) * factor / small) * scale_x;
         out.set(row, feature, bias.present() ? y + bias[feature] : y);
+    }
+
+    // What of k the block has.
+    __device__ std::int64_t begin() const { return blockIdx.y * depth; }
+    __device__ std::int64_t end() const { return smaller(codes.cols, begin() + depth); }
+
+    // Where the sum of a part is.
+    __device__ float& part(unsigned index, std::int64_t row, std::int64_t feature) const {
+        return partial[(index * x.rows + row) * codes.rows + feature];
     }
 
     // The whole sum times `small`, where it came out as Inf or NaN: sums of large numbers overflow where the result
@@ -212,13 +227,18 @@ __device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>
     const std::int64_t feature = place.block_feature + group * features + j;
     const bool writes =
         group < warps / layer.splits && place.first_row + i < layer.x.rows && feature < layer.codes.rows;
-    const float rest = writes ? layer.shift(feature, -dot_near, dot_near).rest : 0.0F;
-    const bool has_rest = layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
+    const bool is_part = layer.partial != nullptr;
+    const float rest = writes && !is_part ? layer.shift(feature).rest : 0.0F;
+    const bool has_rest = !is_part && layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
     if (has_rest) sum_rows(layer.x, place.first_row, rows, x_sums);
     if (!writes) return;
     float sum = 0.0F;
     for (int part = 0; part < layer.splits; ++part) {
         sum += partial[group * layer.splits + part][i * features + j];
+    }
+    if (is_part) {
+        layer.part(blockIdx.y, place.first_row + i, feature) = sum;
+        return;
     }
     layer.finish(place.first_row + i, feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
 }
@@ -238,23 +258,26 @@ __global__ void __launch_bounds__(threads, dot_resident<rows>) dot_kernel(Layer<
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
 
     // Where this lane is to read. Rows and features beyond the last one repeat it; they are not written.
+    const std::int64_t begin = layer.begin();
     const int first = part * dot_stride + lane * codes_per_load;
-    const std::int64_t step = layer.splits * dot_stride;
+    const int step = layer.splits * dot_stride;
     const X* x_at[rows];
     const std::int8_t* codes_at[dot_features];
     float offset[dot_features];
 #pragma unroll
-    for (int i = 0; i < rows; ++i) x_at[i] = layer.x.row(smaller(place.first_row + i, layer.x.rows - 1)) + first;
+    for (int i = 0; i < rows; ++i) {
+        x_at[i] = layer.x.row(smaller(place.first_row + i, layer.x.rows - 1)) + begin + first;
+    }
 #pragma unroll
     for (int j = 0; j < dot_features; ++j) {
         const std::int64_t feature = smaller(place.first_feature + j, layer.codes.rows - 1);
-        codes_at[j] = layer.codes.row(feature) + first;
-        offset[j] = dot_offset(layer.shift(feature, -dot_near, dot_near).near);
+        codes_at[j] = layer.codes.row(feature) + begin + first;
+        offset[j] = dot_offset(layer.shift(feature).near);
     }
     const std::uint32_t magic = in_register(dot_magic);
     const std::uint64_t policy = read_once_policy();
 
-    std::int64_t left = layer.codes.cols - first;
+    std::int64_t left = layer.end() - begin - first;
     uint4 coming[dot_steps][dot_features];
 #pragma unroll
     for (int s = 0; s < dot_steps; ++s) {
@@ -312,14 +335,15 @@ __global__ void __launch_bounds__(threads, 3) strided_dot_kernel(Layer<X> layer)
     const DotPlace<strided_rows, 1> place(layer);
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
     const std::int64_t feature = smaller(place.first_feature, layer.codes.rows - 1);
-    const float near = layer.shift(feature, -dot_near, dot_near).near;
+    const float near = layer.shift(feature).near;
     std::int64_t row[strided_rows];
 #pragma unroll
     for (int i = 0; i < strided_rows; ++i) row[i] = smaller(place.first_row + i, layer.x.rows - 1);
     float sums[strided_rows][1] = {};
-    const std::int64_t first = part * warp_size + static_cast<int>(threadIdx.x) % warp_size;
+    const std::int64_t first = layer.begin() + part * warp_size + static_cast<int>(threadIdx.x) % warp_size;
+    const std::int64_t end = layer.end();
 #pragma unroll 4
-    for (std::int64_t depth = first; depth < layer.codes.cols; depth += layer.splits * warp_size) {
+    for (std::int64_t depth = first; depth < end; depth += layer.splits * warp_size) {
         const float code = static_cast<float>(*layer.codes.at(feature, depth)) + near;
 #pragma unroll
         for (int i = 0; i < strided_rows; ++i) {
@@ -433,8 +457,11 @@ __device__ void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], cons
     multiply_add_bf16(sums, a, b);
 }
 
+template <int tiles>
+constexpr int mma_resident = tiles <= 4 ? 2 : 1;
+
 template <class X, int tiles>
-__global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<X> layer) {
+__global__ void __launch_bounds__(threads, mma_resident<tiles>) mma_kernel(Layer<X> layer) {
     if constexpr (!has_mma) return must_not_run();
     using Place = Stage<tiles>;
     constexpr int rows = Place::rows;
@@ -449,7 +476,8 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
     const int part = warp % splits;
     const std::int64_t m = layer.x.rows;
     const std::int64_t n = layer.codes.rows;
-    const std::int64_t k = layer.codes.cols;
+    const std::int64_t begin = layer.begin();
+    const std::int64_t depth = layer.end() - begin;
     const std::int64_t row_tiles = (m + rows - 1) / rows;
     const std::int64_t first_row = blockIdx.x % row_tiles * rows;
     const int block_features = warps / splits * mma_features;
@@ -458,7 +486,7 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
     const int pitch = Place::pitch(splits);
     const int stage_size = Place::size(splits);
     const int stage_depth = splits * mma_depth;
-    const auto steps = static_cast<int>((k + stage_depth - 1) / stage_depth);
+    const auto steps = static_cast<int>((depth + stage_depth - 1) / stage_depth);
 
     // What this lane copies of the codes next. Features beyond the last one repeat it; they are not written.
     const int lane_depth = part * mma_depth + q * codes_per_load;
@@ -468,10 +496,10 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
 #pragma unroll
     for (int load = 0; load < mma_loads; ++load) {
         const std::int64_t feature = smaller(first_feature + 8 * load, n - 1);
-        codes_at[load] = layer.codes.row(feature) + lane_depth;
-        near[load] = layer.shift(feature, mma_near_low, mma_near_high).near;
+        codes_at[load] = layer.codes.row(feature) + begin + lane_depth;
+        near[load] = layer.shift(feature).near;
     }
-    std::int64_t codes_left = k - lane_depth;
+    std::int64_t codes_left = depth - lane_depth;
     const std::uint64_t policy = read_once_policy();
 
     // What this thread copies of X next: a column of 16 bytes, of every `x_step`-th row.
@@ -480,8 +508,8 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
     const int x_row = thread / x_columns;
     const int x_depth = thread % x_columns * x_width;
     const int x_step = threads / x_columns;
-    const X* x_at = layer.x.row(first_row + x_row) + x_depth;
-    std::int64_t x_left = k - x_depth;
+    const X* x_at = layer.x.row(first_row + x_row) + begin + x_depth;
+    std::int64_t x_left = depth - x_depth;
     const int x_place = Place::codes + x_row * pitch + x_depth * 2;
 
     // A source that is not read, behind the end of a row, is the beginning of all.
@@ -579,16 +607,44 @@ __global__ void __launch_bounds__(threads, tiles <= 4 ? 2 : 1) mma_kernel(Layer<
     const int feature = thread % block_features;
     const int group = feature / mma_features;
     const bool writes = block_feature + feature < n;
-    const float rest = writes ? layer.shift(block_feature + feature, mma_near_low, mma_near_high).rest : 0.0F;
-    const bool has_rest = layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
+    const bool is_part = layer.partial != nullptr;
+    const float rest = writes && !is_part ? layer.shift(block_feature + feature).rest : 0.0F;
+    const bool has_rest = !is_part && layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
     if (has_rest) sum_rows(layer.x, first_row, rows, x_sums);
     if (!writes) return;
     for (int i = thread / block_features; i < present_rows; i += threads / block_features) {
         const float* const first = partial + (group * splits * rows + i) * partial_pitch + feature % mma_features;
         float sum = 0.0F;
         for (int p = 0; p < splits; ++p) sum += first[p * rows * partial_pitch];
+        if (is_part) {
+            layer.part(blockIdx.y, first_row + i, block_feature + feature) = sum;
+            continue;
+        }
         layer.finish(first_row + i, block_feature + feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
     }
+}
+
+// --- blocks that share the depth ------------------------------------------------------------------------------------
+
+// A block adds the parts of `warps` rows of y times 32 features.
+template <class X>
+__global__ void __launch_bounds__(threads) add_kernel(Layer<X> layer, unsigned parts) {
+    wait_for_launch_before();
+    __shared__ float x_sums[warps];
+    const int warp = static_cast<int>(threadIdx.x) / warp_size;
+    const std::int64_t row_tiles = (layer.x.rows + warps - 1) / warps;
+    const std::int64_t first_row = blockIdx.x % row_tiles * warps;
+    const std::int64_t row = first_row + warp;
+    const std::int64_t feature = blockIdx.x / row_tiles * warp_size + threadIdx.x % warp_size;
+    const bool writes = row < layer.x.rows && feature < layer.codes.rows;
+    const float rest = writes ? layer.shift(feature).rest : 0.0F;
+    const bool has_rest = layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
+    if (has_rest) sum_rows(layer.x, first_row, warps, x_sums);
+    if (!writes) return;
+    float sum = 0.0F;
+#pragma unroll 4
+    for (unsigned part = 0; part < parts; ++part) sum += layer.part(part, row, feature);
+    layer.finish(row, feature, sum, rest, has_rest ? x_sums[warp] : 0.0F);
 }
 
 // --- launchers ------------------------------------------------------------------------------------------------------
@@ -602,19 +658,47 @@ Layer<X> layer_of(const ConstMatrix& x, float scale_x, const WeightView& weight,
             .scale = span_of<float>(weight.scale),
             .zeropoint = span_of<float>(weight.zeropoint),
             .bias = float_span_of(bias),
-            .out = {out.data, out.dtype, out.row_stride, out.col_stride},
-            .splits = 1};
+            .out = {out.data, out.dtype, out.row_stride, out.col_stride}};
+}
+
+// Of `parts` blocks that share the depth each has some of its `steps` steps. Where there are several, their sums are
+// added by a launch more.
+template <class X>
+void launch_parts(void (*kernel)(Layer<X>), Layer<X> layer, const Grid& grid, std::int64_t parts, std::int64_t step,
+                  cudaStream_t stream) {
+    const std::int64_t steps = std::max<std::int64_t>(blocks_for(layer.codes.cols, step), 1);
+    const std::int64_t own = blocks_for(steps, parts);
+    parts = blocks_for(steps, own);
+    layer.depth = own * step;
+    Workspace workspace(stream);
+    if (parts > 1) {
+        const auto sums = workspace.reserve<float>(parts * layer.x.rows * layer.codes.rows);
+        workspace.allocate();
+        layer.partial = workspace.at(sums);
+    }
+    launch(kernel, Grid{dim3(grid.blocks.x, static_cast<unsigned>(parts)), grid.threads, grid.shared}, stream, layer);
+    if (parts == 1) return;
+    const std::int64_t blocks = blocks_for(layer.x.rows, warps) * blocks_for(layer.codes.rows, warp_size);
+    launch(add_kernel<X>, Grid{static_cast<unsigned>(blocks), threads, 0, begins_early()}, stream, layer,
+           static_cast<unsigned>(parts));
 }
 
 // `depth`: what a warp takes of k at a time.
 template <int rows, int features, class X>
 void launch_dot(void (*kernel)(Layer<X>), Layer<X> layer, int depth, cudaStream_t stream) {
+    layer.near_low = -dot_near;
+    layer.near_high = dot_near;
     const std::int64_t row_tiles = blocks_for(layer.x.rows, rows);
     const auto blocks = [&] { return row_tiles * blocks_for(layer.codes.rows, warps / layer.splits * features); };
     // Two blocks to a multiprocessor, nearly, as long as every warp has some depth to itself.
     const std::int64_t enough = device_facts().multiprocessors * 3 / 2;
     while (layer.splits < warps && blocks() < enough && layer.splits * depth < layer.codes.cols) layer.splits *= 2;
-    launch(kernel, Grid{static_cast<unsigned>(blocks()), threads}, stream, layer);
+    // Where all warps share it and most multiprocessors are idle, several blocks do, of four such steps at least.
+    const std::int64_t step = layer.splits * depth;
+    const std::int64_t parts = 3 * blocks() > device_facts().multiprocessors
+                                   ? 1
+                                   : std::clamp<std::int64_t>(layer.codes.cols / (4 * step), 1, enough / blocks());
+    launch_parts(kernel, layer, Grid{static_cast<unsigned>(blocks()), threads}, parts, step, stream);
 }
 
 template <class X, int rows>
@@ -627,36 +711,24 @@ template <class X, int tiles>
 bool launch_mma(Layer<X> layer, cudaStream_t stream) {
     using Place = Stage<tiles>;
     const DeviceFacts& facts = device_facts();
-    const std::int64_t row_tiles = blocks_for(layer.x.rows, Place::rows);
-    const std::int64_t rows = std::min<std::int64_t>(layer.x.rows, Place::rows);
-    // With more features to a block, X is read by fewer blocks; with fewer features, more multiprocessors take part, of
-    // which two thirds can take all that the memory gives.
-    layer.splits = 0;
-    double least = 0.0;
-    std::int64_t blocks = 0;
-    for (int splits = 1; splits <= warps; splits *= 2) {
-        const bool idle = splits > 1 && splits * mma_depth >= layer.codes.cols + mma_depth;
-        if (idle || Place::needed(splits) > facts.shared) break;
-        const std::int64_t count = row_tiles * blocks_for(layer.codes.rows, warps / splits * mma_features);
-        const auto bytes = static_cast<double>(layer.codes.rows + 2 * rows * count);  // per column of both
-        const double cost = bytes / std::min(1.0, 1.5 * static_cast<double>(count) / facts.multiprocessors);
-        if (splits > 1 && cost >= least) continue;
-        least = cost;
-        layer.splits = splits;
-        blocks = count;
-    }
-    if (layer.splits == 0) return false;
+    int most = 0;
+    for (int splits = 1; splits <= warps && Place::needed(splits) <= facts.shared; splits *= 2) most = splits;
+    if (most == 0) return false;
+    layer.near_low = mma_near_low;
+    layer.near_high = mma_near_high;
+    const std::int64_t m = layer.x.rows;
+    const std::int64_t n = layer.codes.rows;
+    const Split split =
+        split_weight_only(m, n, layer.codes.cols, facts.multiprocessors, Place::rows, mma_resident<tiles>, most);
+    layer.splits = static_cast<int>(split.warps);
     static_assert(Place::ring(1) >= sizeof(float) * warps * Place::rows * partial_pitch,
                   "the ring must hold the sums of the warps");
     // All that any call can need: another thread may be between this and its launch.
     static OncePerDevice set_up;
-    set_up([&] {
-        int most = 1;
-        while (most < warps && Place::needed(2 * most) <= facts.shared) most *= 2;
-        allow_shared(mma_kernel<X, tiles>, Place::ring(most));
-    });
-    launch(mma_kernel<X, tiles>, Grid{static_cast<unsigned>(blocks), threads, Place::ring(layer.splits)}, stream,
-           layer);
+    set_up([&] { allow_shared(mma_kernel<X, tiles>, Place::ring(most)); });
+    const std::int64_t blocks = blocks_for(m, Place::rows) * blocks_for(n, warps / layer.splits * mma_features);
+    launch_parts(mma_kernel<X, tiles>, layer, Grid{static_cast<unsigned>(blocks), threads, Place::ring(layer.splits)},
+                 split.parts, layer.splits * mma_depth, stream);
     return true;
 }
 

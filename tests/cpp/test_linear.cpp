@@ -290,6 +290,29 @@ TEST(weight_only_of_few_rows) {
     }
 }
 
+// So few features that on a GPU several blocks share the depth of them: dot products, also of rows of 16 codes and
+// others, and matrix instructions. Zeropoints of which a part is left to the sums of rows of X.
+TEST(weight_only_of_few_features) {
+    Random random(95);
+    struct Shape {
+        std::int64_t m, n, k;
+    };
+    for (const Shape s :
+         {Shape{1, 3, 40016}, Shape{3, 5, 33000}, Shape{6, 20, 8208}, Shape{17, 40, 4112}, Shape{40, 33, 4112}}) {
+        for (const DType dtype : float_dtypes) {
+            for (const Scheme scheme : schemes) {
+                const Array x(dtype, activations(random, s.m, s.k));
+                Values far = random_normal(random, s.n, s.k, 0.05);
+                for (double& value : far.v) value += scheme == Scheme::zeropoint ? 0.5 : 0.0;
+                const Weight weight({dtype, far}, scheme, Granularity::vector);
+                const check::Context context(s.m, " x ", s.n, " x ", s.k, " ", describe(weight, {}), name_of(dtype));
+                check_linear(x, weight, Array(dtype, random_normal(random, 1, s.n)), {.path = Path::weight_only},
+                             dtype);
+            }
+        }
+    }
+}
+
 // Sums of products that need 64 bits.
 TEST(deep) {
     constexpr std::int64_t k = 200000;

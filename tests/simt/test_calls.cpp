@@ -226,6 +226,21 @@ TEST(launches_of_linear_where_blocks_share_the_depth) {
     CHECK_EQ(again.allocations, 0);
 }
 
+// Weight-only, it takes a launch more, which adds the parts, and memory for them, where features are few.
+TEST(launches_of_weight_only_where_blocks_share_the_depth) {
+    for (const std::int64_t n : {33, 4096}) {
+        const std::int64_t k = n == 33 ? 33008 : 16;
+        const check::Context context("n ", n);
+        const Problem problem(2, n, k, DType::f16);
+        const auto call = [&] { problem.linear({.path = Path::weight_only}); };
+        counted(call);
+        const simt::Counters again = counted(call);
+        CHECK_EQ(started(again), n == 33 ? 2 : 1);
+        CHECK_EQ(again.synchronizations, 0);
+        CHECK_EQ(again.allocations, 0);
+    }
+}
+
 // Several layers share what is started before the product, four at a time.
 TEST(launches_of_linear_many) {
     constexpr std::int64_t m = 70;
@@ -387,7 +402,8 @@ TEST(linear_can_be_captured) {
         for (const DType dtype : {DType::f16, DType::f32}) {
             for (const LinearOptions& options : all_options) {
                 const check::Context context(m, " dtype ", check::show(dtype), " ", describe(options));
-                Problem problem(m, 56, 96, dtype, Scheme::absmax, Granularity::vector);
+                Problem problem(m, 56, m == 4 ? 4112 : 96, dtype, Scheme::absmax,
+                                Granularity::vector);  // shared by blocks, too
                 check_capture([&](Stream stream) { problem.linear(options, stream); }, {&problem.y},
                               [&] { problem.new_input(); });
             }
