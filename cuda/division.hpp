@@ -5,9 +5,77 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 
 namespace octavo::cuda {
+
+// --- the int8 product -----------------------------------------------------------------------------------------------
+
+// Tiles of linear_wgmma.cu and, from `large` on, of mma_tile.cuh.
+enum class Choice : std::uint8_t { wide, square, large, medium, tall, small };
+
+struct TileShape {
+    std::int64_t rows;
+    std::int64_t cols;
+    std::int64_t granule;  // of rows that are not multiplied where m has none of them
+    double rate;           // what it reaches, of what `large` does
+};
+// In the order of Choice. Of the peak of an H200, `large` reaches .54, those of warpgroups .62 and .56.
+inline constexpr TileShape tile_shapes[] = {
+    {128, 256, 64, 1.15}, {128, 128, 64, 1.04}, {256, 128, 16, 1.0},
+    {128, 128, 16, 0.95}, {128, 64, 16, 0.65},  {64, 64, 16, 0.6},
+};
+// A tile of few rows takes the time of as many more: the rows of W go to shared memory and from there all the same.
+inline constexpr double rows_more = 24.0;
+// A part more: its sums go to memory and come back, meanwhile as many columns of k are multiplied.
+inline constexpr double columns_of_part = 256.0;
+inline constexpr std::int64_t most_parts = 16;
+inline constexpr std::int64_t least_slices = 8;  // of 64 columns, that a part has
+
+struct Division {
+    Choice tile = Choice::small;
+    std::int64_t parts = 1;  // blocks that share the depth of a tile
+    double cost = std::numeric_limits<double>::infinity();
+};
+
+// The columns that the multiprocessor with most work multiplies by tiles, where each of `parts` has `depth` of them.
+inline double columns_of_most(const TileShape& tile, std::int64_t m, std::int64_t n, std::int64_t multiprocessors,
+                              std::int64_t parts, std::int64_t depth) {
+    const auto whole = [](std::int64_t count, std::int64_t size) { return (count + size - 1) / size; };
+    const std::int64_t cols = whole(n, tile.cols);
+    const std::int64_t full = m / tile.rows * cols;
+    const std::int64_t present = whole(m % tile.rows, tile.granule) * tile.granule;
+    const std::int64_t others = present > 0 ? cols : 0;  // tiles of the last rows
+    const auto rows = static_cast<double>(tile.rows);
+    const double of_other =
+        present == tile.rows ? 1.0 : (rows_more + (rows - rows_more) * static_cast<double>(present) / rows) / rows;
+    // All parts of full tiles come first: the others go to multiprocessors that have one less, while there are any.
+    const std::int64_t first = full * parts;
+    const std::int64_t idle = first % multiprocessors > 0 ? multiprocessors - first % multiprocessors : 0;
+    const std::int64_t then = whole(std::max<std::int64_t>(others * parts - idle, 0), multiprocessors);
+    const double tiles = static_cast<double>(whole(first, multiprocessors)) + static_cast<double>(then) * of_other;
+    return tiles * static_cast<double>(depth);
+}
+
+// For m, n >= 1. `first`: of those tiles that there are.
+inline Division divide_product(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t multiprocessors,
+                               Choice first) {
+    Division best;
+    const std::int64_t slices = (k + 63) / 64;
+    for (auto tile = static_cast<std::size_t>(first); tile < std::size(tile_shapes); ++tile) {
+        const TileShape& shape = tile_shapes[tile];
+        for (std::int64_t parts = 1; parts <= most_parts; ++parts) {
+            const std::int64_t own = (slices + parts - 1) / parts;
+            if (parts > 1 && (own < least_slices || (slices + own - 1) / own != parts)) continue;
+            const double columns = columns_of_most(shape, m, n, multiprocessors, parts, own * 64) +
+                                   (parts > 1 ? columns_of_part * static_cast<double>(parts + 1) : 0.0);
+            const double cost = columns * static_cast<double>(shape.rows * shape.cols) / shape.rate;
+            if (cost < best.cost) best = {static_cast<Choice>(tile), parts, cost};
+        }
+    }
+    return best;
+}
 
 // --- the weight-only product by matrix instructions -----------------------------------------------------------------
 

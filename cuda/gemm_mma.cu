@@ -72,10 +72,10 @@ __device__ void finish_tile(const Sums<Tile>& sums, const Job& job, std::int64_t
 
 template <class Tile, SliceCopy copy, class Finish>
 __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile::resident : 1)
-    mma_kernel(Operand a, Operand b, std::int64_t k, std::int64_t depth, Finish finish) {
+    mma_kernel(Operand a, Operand b, std::int64_t k, Parts parts, Finish finish) {
     if constexpr (is_used<copy>) {
         OCTAVO_DYNAMIC_SHARED(std::int8_t, shared);
-        const Job job = job_of<Tile>(a.rows, b.rows, k, depth);
+        const Job job = job_of<Tile>(a.rows, b.rows, k, parts);
         Sums<Tile> sums = {};
         sum_products<Tile, copy>(a, b, job, shared, sums);
         finish_tile<Tile>(sums, job, a.rows, b.rows, finish);
@@ -96,12 +96,9 @@ void start(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const
         static OncePerDevice set_up;
         set_up([&] { allow_shared(kernel, shared); });
     }
-    const std::int64_t depth = depth_of_part(a.cols, parts);
-    const std::int64_t with_work = parts_with_work(a.cols, depth);
-    launch(kernel,
-           {dim3(static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows)), static_cast<unsigned>(with_work)),
-            Tile::threads, shared},
-           stream, operand_of(a), operand_of(b), a.cols, depth, finish);
+    const Parts own = parts_of(a.cols, parts);
+    const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows) * own.count);
+    launch(kernel, {blocks, Tile::threads, shared}, stream, operand_of(a), operand_of(b), a.cols, own, finish);
 }
 
 template <SliceCopy copy, class Finish>

@@ -79,6 +79,47 @@ struct Corner {
     }
 };
 
+// --- blocks that share the depth of a tile --------------------------------------------------------------------------
+
+// Leaves the block's sums in memory; if it is the last of its tile, it makes of `totals` those of all blocks. `totals`
+// can be `sums`, or in 64 bits: as many blocks as that takes share a depth whose sums do not fit 32.
+template <class Tile, class Total>
+__device__ bool add_parts(const Sums<Tile>& sums, const Parts& parts, const Rest& rest,
+                          Total (&totals)[Tile::row_fragments][Tile::col_fragments][4]) {
+    __shared__ bool is_last;
+    constexpr int fragments = Tile::row_fragments * Tile::col_fragments;
+    const auto place = [&](std::int64_t block, int fragment) {
+        return rest.partial + ((block * fragments + fragment) * Tile::threads + threadIdx.x) * 4;
+    };
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {
+        const auto& own = sums[f / Tile::col_fragments][f % Tile::col_fragments];
+        store(place(blockIdx.x, f), Pack<std::int32_t, 4>{{own[0], own[1], own[2], own[3]}});
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicAdd(&rest.tickets[blockIdx.x / parts.count], 1U) == parts.count - 1;
+    __syncthreads();
+    if (!is_last) return false;
+    __threadfence();
+#pragma unroll
+    for (int f = 0; f < fragments; ++f) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) totals[f / Tile::col_fragments][f % Tile::col_fragments][e] = 0;
+    }
+    const unsigned first = blockIdx.x - blockIdx.x % parts.count;
+#pragma unroll 1
+    for (unsigned block = first; block < first + parts.count; ++block) {
+#pragma unroll
+        for (int f = 0; f < fragments; ++f) {
+            const auto pack = load<4>(place(block, f));
+#pragma unroll
+            for (int e = 0; e < 4; ++e) totals[f / Tile::col_fragments][f % Tile::col_fragments][e] += pack[e];
+        }
+    }
+    return true;
+}
+
 // --- scales of W, and bias, of the columns of a lane: those of fragments u and u + 1
 // ----------------------------------
 

@@ -3,10 +3,9 @@
 // but where several blocks share the depth of a tile: then each writes its sums, and the last to come adds them.
 //
 // On sm_90a large tiles are those of linear_wgmma.cu.
-#include <algorithm>
-#include <iterator>
 #include <type_traits>
 
+#include "division.hpp"
 #include "gemm.hpp"
 #include "linear_epilogue.cuh"
 #include "linear_wgmma.cuh"
@@ -17,42 +16,6 @@
 namespace octavo::cuda {
 namespace {
 
-// --- blocks that share the depth of a tile --------------------------------------------------------------------------
-
-// Leaves the block's sums in memory, and adds those of all blocks of its tile, if it is the last. Sums are in 64 bits:
-// as many blocks as that takes share a depth whose sums do not fit 32.
-template <class Tile>
-__device__ bool add_parts(const Sums<Tile>& sums, const Rest& rest,
-                          std::int64_t (&totals)[Tile::row_fragments][Tile::col_fragments][4]) {
-    __shared__ bool is_last;
-    constexpr int fragments = Tile::row_fragments * Tile::col_fragments;
-    const auto place = [&](unsigned part, int fragment) {
-        const std::int64_t block = static_cast<std::int64_t>(blockIdx.x) * gridDim.y + part;
-        return rest.partial + ((block * fragments + fragment) * Tile::threads + threadIdx.x) * 4;
-    };
-#pragma unroll
-    for (int f = 0; f < fragments; ++f) {
-        const auto& own = sums[f / Tile::col_fragments][f % Tile::col_fragments];
-        store(place(blockIdx.y, f), Pack<std::int32_t, 4>{{own[0], own[1], own[2], own[3]}});
-    }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicAdd(&rest.tickets[blockIdx.x], 1U) == gridDim.y - 1;
-    __syncthreads();
-    if (!is_last) return false;
-    __threadfence();
-#pragma unroll 1
-    for (unsigned part = 0; part < gridDim.y; ++part) {
-#pragma unroll
-        for (int f = 0; f < fragments; ++f) {
-            const auto pack = load<4>(place(part, f));
-#pragma unroll
-            for (int e = 0; e < 4; ++e) totals[f / Tile::col_fragments][f % Tile::col_fragments][e] += pack[e];
-        }
-    }
-    return true;
-}
-
 // --- outlier columns ------------------------------------------------------------------------------------------------
 
 // Products of a step of 8 of them.
@@ -60,7 +23,7 @@ template <class Tile>
 struct SplitProduct {
     bool is_exact;  // whether all weights are numbers of tf32
 
-    __device__ void operator()(const Fragments<Tile>& from, Values<Tile>& y) const {
+    __device__ void operator()(const Fragments<Tile>& from, int /*present*/, Values<Tile>& y) const {
 #pragma unroll
         for (int u = 0; u < Tile::col_fragments; ++u) {
             std::uint32_t high[2];
@@ -87,28 +50,29 @@ struct SplitProduct {
 
 template <class Tile, SliceCopy copy>
 __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile::resident : 1)
-    linear_kernel(Operand a, Operand b, std::int64_t k, std::int64_t depth, Rest rest) {
+    linear_kernel(Operand a, Operand b, std::int64_t k, Parts parts, Rest rest) {
     if constexpr (has_fused_linear) {
         OCTAVO_DYNAMIC_SHARED(std::int8_t, shared);
-        const Job job = job_of<Tile>(a.rows, b.rows, k, depth);
+        const Job job = job_of<Tile>(a.rows, b.rows, k, parts);
         wait_for_launch_before();
         Sums<Tile> sums = {};
         sum_products<Tile, copy>(a, b, job, shared, sums);
         const std::int32_t outliers = rest.list.count != nullptr ? *rest.list.count : 0;
         const ColumnsInMemory<Tile> columns{rest};
         Values<Tile> y = {};
-        if (std::is_same_v<Tile, Small> && gridDim.y > 1) {
+        if (std::is_same_v<Tile, Small> && parts.count > 1) {
             if constexpr (std::is_same_v<Tile, Small>) {
-                std::int64_t totals[Tile::row_fragments][Tile::col_fragments][4] = {};
-                if (!add_parts<Tile>(sums, rest, totals)) return;
+                std::int64_t totals[Tile::row_fragments][Tile::col_fragments][4];
+                if (!add_parts<Tile>(sums, parts, rest, totals)) return;
                 start_values<Tile>(totals, job, a.rows, b.rows, rest, columns, outliers, shared, y);
             }
         } else {
+            if (parts.count > 1 && !add_parts<Tile>(sums, parts, rest, sums)) return;
             start_values<Tile>(sums, job, a.rows, b.rows, rest, columns, outliers, shared, y);
         }
         finish<Tile>(y, job, a.rows, b.rows, rest, columns, outliers, shared,
                      [&](const Operand& panel_x, const Operand& panel_w, const Job& part) {
-                         sum_async<Tile>(panel_x, panel_w, part, shared, y, SplitProduct<Tile>{rest.is_exact});
+                         sum_async<Tile, false>(panel_x, panel_w, part, shared, y, SplitProduct<Tile>{rest.is_exact});
                      });
     } else {
         must_not_run();
@@ -126,12 +90,10 @@ void launch_tiles(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts
         static OncePerDevice set_up;
         set_up([&] { allow_shared(kernel, shared); });
     }
-    const std::int64_t depth = depth_of_part(b.cols, parts);
-    const auto with_work = static_cast<unsigned>(parts_with_work(b.cols, depth));
-    launch(
-        kernel,
-        {dim3(static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows)), with_work), Tile::threads, shared, begins_early()},
-        stream, operand_of(a), operand_of(b), b.cols, depth, rest);
+    const Parts own = parts_of(b.cols, parts);
+    const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows) * own.count);
+    launch(kernel, {blocks, Tile::threads, shared, begins_early()}, stream, operand_of(a), operand_of(b), b.cols, own,
+           rest);
 }
 
 // Codes of X are always aligned; how those of W are, decides.
@@ -141,23 +103,15 @@ SliceCopy copy_of(const ConstMatrix& codes) {
                                           : SliceCopy::bytes;
 }
 
-// The first two: of linear_wgmma.cu.
-enum class Choice : std::uint8_t { wide, square, large, medium, small };
-
-// Of the tiles there is only the small one where rows of W are not aligned.
-Choice tile_for(std::int64_t m, const ConstMatrix& codes) {
-    const std::int64_t n = codes.rows;
-    if (copy_of(codes) != SliceCopy::async) return Choice::small;
-    struct {
-        Choice tile;
-        double clocks;
-    } const all[] = {{Choice::wide, clocks<Wide>(m, n, wide_rate)},
-                     {Choice::square, clocks<Square>(m, n, square_rate)},
-                     {Choice::large, clocks<Large>(m, n, large_rate)},
-                     {Choice::medium, clocks<Medium>(m, n, medium_rate)},
-                     {Choice::small, clocks<Small>(m, n, small_rate)}};
-    const auto* const first = std::begin(all) + (device_facts().wgmma == Wgmma::right ? 0 : 2);
-    return std::ranges::min_element(first, std::end(all), {}, [](const auto& each) { return each.clocks; })->tile;
+// Of the tiles there is only the small one where rows of W are not aligned, or sums do not fit int32.
+Division divide(std::int64_t m, const ConstMatrix& codes) {
+    const std::int64_t least = product_parts(codes.cols);
+    const Choice first = copy_of(codes) != SliceCopy::async || least > 1 ? Choice::small
+                         : device_facts().wgmma == Wgmma::right          ? Choice::wide
+                                                                         : Choice::large;
+    Division found = divide_product(m, codes.rows, codes.cols, device_facts().multiprocessors, first);
+    if (least > found.parts) found.parts = parts_of(codes.cols, least).count;
+    return found;
 }
 
 }  // namespace
@@ -166,13 +120,11 @@ FusedLinear::FusedLinear(std::int64_t m, const WeightView& weight, const LinearO
     const ConstMatrix& codes = weight.codes;
     const bool has_zeropoint = weight.scheme == Scheme::zeropoint;
     const bool per_element = options.outliers == Outliers::rows;
-    if (tile_for(m, codes) == Choice::small) parts_ = parts_for(m, codes.rows, codes.cols);
-    // Where sums do not fit int32, blocks share the depth however many tiles there are. No code of X is -128.
-    parts_ = std::max(parts_, product_parts(codes.cols));
-    parts_ = parts_with_work(codes.cols, depth_of_part(codes.cols, parts_));
-    if (parts_ > 1) {
-        tickets_ = tiles_of<Small>(m, codes.rows);
-        partial_sums_ = tickets_ * parts_ * Small::rows * Small::cols;
+    if (m > 0 && codes.rows > 0) division_ = divide(m, codes);
+    if (division_.parts > 1) {
+        const TileShape& tile = tile_shapes[static_cast<std::size_t>(division_.tile)];
+        tickets_ = blocks_for(m, tile.rows) * blocks_for(codes.rows, tile.cols);
+        partial_sums_ = tickets_ * division_.parts * tile.rows * tile.cols;
     }
     if (options.outliers == Outliers::none) return;
     in_pairs_ = has_zeropoint && per_element && weight.rotation == 0;
@@ -212,19 +164,21 @@ void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& l
         .wide = writes_wide(out),
     };
     const ConstMatrix& codes = weight.codes;
+    const std::int64_t parts = division_.parts;
     switch (copy_of(codes)) {
         case SliceCopy::shifted:
-            return launch_tiles<Small, SliceCopy::shifted>(coded.codes, codes, parts_, rest, stream);
-        case SliceCopy::bytes: return launch_tiles<Small, SliceCopy::bytes>(coded.codes, codes, parts_, rest, stream);
+            return launch_tiles<Small, SliceCopy::shifted>(coded.codes, codes, parts, rest, stream);
+        case SliceCopy::bytes: return launch_tiles<Small, SliceCopy::bytes>(coded.codes, codes, parts, rest, stream);
         case SliceCopy::wide:
         case SliceCopy::async: break;
     }
-    switch (parts_ > 1 ? Choice::small : tile_for(out.rows, codes)) {
-        case Choice::wide: return start_wgmma<Wide>(coded.codes, codes, rest, stream);
-        case Choice::square: return start_wgmma<Square>(coded.codes, codes, rest, stream);
-        case Choice::large: return launch_tiles<Large, SliceCopy::async>(coded.codes, codes, 1, rest, stream);
-        case Choice::medium: return launch_tiles<Medium, SliceCopy::async>(coded.codes, codes, 1, rest, stream);
-        case Choice::small: return launch_tiles<Small, SliceCopy::async>(coded.codes, codes, parts_, rest, stream);
+    switch (division_.tile) {
+        case Choice::wide: return start_wgmma<Wide>(coded.codes, codes, parts, rest, stream);
+        case Choice::square: return start_wgmma<Square>(coded.codes, codes, parts, rest, stream);
+        case Choice::large: return launch_tiles<Large, SliceCopy::async>(coded.codes, codes, parts, rest, stream);
+        case Choice::medium: return launch_tiles<Medium, SliceCopy::async>(coded.codes, codes, parts, rest, stream);
+        case Choice::tall: return launch_tiles<Tall, SliceCopy::async>(coded.codes, codes, parts, rest, stream);
+        case Choice::small: return launch_tiles<Small, SliceCopy::async>(coded.codes, codes, parts, rest, stream);
     }
 }
 

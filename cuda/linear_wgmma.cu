@@ -68,6 +68,7 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
 
     // The same for all lanes, as the compiler cannot know.
     const int group = __shfl_sync(whole_warp, static_cast<int>(threadIdx.x) / group_threads, 0);
+    const bool works = job.row0 + group * group_rows < a.rows;  // else the group only copies
     const std::uint64_t first_a = wgmma_matrix(shared + group * group_rows * Tile::slice);
     const std::uint64_t first_b = wgmma_matrix(shared + bytes_of_a);
 #pragma unroll
@@ -78,13 +79,15 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
         copy_async_wait<ahead - 1>();
         fence_async_proxy();
         __syncthreads();
-        wgmma_fence();
+        if (works) {
+            wgmma_fence();
 #pragma unroll
-        for (int s = 0; s < Tile::slice / step; ++s) {
-            const auto place = static_cast<std::uint64_t>(stage * Tile::stage_bytes + s * step) / chunk;
-            wgmma_s8<Tile::cols>(sums[0], first_a + place, first_b + place);
+            for (int s = 0; s < Tile::slice / step; ++s) {
+                const auto place = static_cast<std::uint64_t>(stage * Tile::stage_bytes + s * step) / chunk;
+                wgmma_s8<Tile::cols>(sums[0], first_a + place, first_b + place);
+            }
+            wgmma_commit();
         }
-        wgmma_commit();
         copy(begin + ahead * Tile::slice, free);
         wgmma_wait<1>();
         stage = stage + 1 == Tile::stages ? 0 : stage + 1;
@@ -158,17 +161,18 @@ __device__ inline std::int8_t* aligned_shared(std::int8_t* shared) {
 
 template <class Tile>
 __global__ void __launch_bounds__(Tile::threads, Tile::resident)
-    wgmma_kernel(Operand a, Operand b, std::int64_t k, Rest rest) {
+    wgmma_kernel(Operand a, Operand b, std::int64_t k, Parts parts, Rest rest) {
     if constexpr (has_wgmma) {
         OCTAVO_DYNAMIC_SHARED(std::int8_t, memory);
         std::int8_t* const shared = aligned_shared(memory);
-        const Job job = job_of<Tile>(a.rows, b.rows, k, k);
+        const Job job = job_of<Tile>(a.rows, b.rows, k, parts);
         const ColumnsInShared<Tile> columns{reinterpret_cast<float*>(shared + Tile::stages * Tile::stage_bytes)};
         wait_for_launch_before();
         columns.read(rest, job);
         Sums<Tile> sums = {};
         sum_by_groups<Tile>(a, b, job, shared, sums);
         __syncthreads();
+        if (parts.count > 1 && !add_parts<Tile>(sums, parts, rest, sums)) return;
         const std::int32_t outliers = rest.list.count != nullptr ? *rest.list.count : 0;
         Values<Tile> y;
         start_values<Tile>(sums, job, a.rows, b.rows, rest, columns, outliers, shared, y);
@@ -271,15 +275,16 @@ Wgmma try_wgmma() {
 }
 
 template <class Tile>
-void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, const Rest& rest, cudaStream_t stream) {
+void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Rest& rest,
+                 cudaStream_t stream) {
     static OncePerDevice set_up;
     set_up([] { allow_shared(wgmma_kernel<Tile>, shared_of_groups<Tile>); });
-    launch(wgmma_kernel<Tile>,
-           {dim3(static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows))), Tile::threads, shared_of_groups<Tile>,
-            begins_early()},
-           stream, operand_of(a), operand_of(b), b.cols, rest);
+    const Parts own = parts_of(b.cols, parts);
+    const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows) * own.count);
+    launch(wgmma_kernel<Tile>, {blocks, Tile::threads, shared_of_groups<Tile>, begins_early()}, stream, operand_of(a),
+           operand_of(b), b.cols, own, rest);
 }
-template void start_wgmma<Wide>(const ConstMatrix&, const ConstMatrix&, const Rest&, cudaStream_t);
-template void start_wgmma<Square>(const ConstMatrix&, const ConstMatrix&, const Rest&, cudaStream_t);
+template void start_wgmma<Wide>(const ConstMatrix&, const ConstMatrix&, std::int64_t, const Rest&, cudaStream_t);
+template void start_wgmma<Square>(const ConstMatrix&, const ConstMatrix&, std::int64_t, const Rest&, cudaStream_t);
 
 }  // namespace octavo::cuda

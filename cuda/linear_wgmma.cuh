@@ -18,12 +18,8 @@ struct GroupTile : Tile<128, cols_, 16, cols_, resident_> {
 using Wide = GroupTile<256, 4, 1>;
 using Square = GroupTile<128, 3, 2>;
 
-// What they reach, as `large_rate`: .62 and .56 of the peak, where 256 x 128 by mma.sync reaches .54.
-constexpr double wide_rate = 1.15;
-constexpr double square_rate = 1.04;
-
-// `a` and `b`: rows aligned to 16 bytes.
+// `a` and `b`: rows aligned to 16 bytes. `parts`: blocks that share the depth of a tile.
 template <class Tile>
-void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, const Rest& rest, cudaStream_t stream);
+void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Rest& rest, cudaStream_t stream);
 
 }  // namespace octavo::cuda

@@ -14,8 +14,8 @@
 // to shared memory. A slice of 128 x 128 takes 512 clocks of products; four warps then read 4 * 8 KB (256 clocks) and
 // the copies write 16 KB (128 clocks): 75 % of what shared memory can do. 256 x 128 with eight warps needs 69 % and
 // three quarters of the reads of global memory; 64 x 64 in warps of 32 x 32 is bound by shared memory, at two thirds of
-// the peak, but makes four times as many blocks. Before sm_80 a multiprocessor multiplies half as many pairs a clock,
-// and the copies take registers: 64 x 32 per warp.
+// the peak, but makes four times as many blocks; 128 x 64 of such warps serves few rows beyond 64. Before sm_80 a
+// multiprocessor multiplies half as many pairs a clock, and the copies take registers: 64 x 32 per warp.
 //
 // Shared memory has no bank conflicts: the four 16-byte chunks of a row are permuted by the number of the row
 // (`chunk_of_a`, `chunk_of_b`), such that the eight rows of a matrix that ldmatrix reads lie in different banks.
@@ -61,6 +61,7 @@ struct Tile {
 };
 using Large = Tile<256, 128, 64, 64, 1>;
 using Medium = Tile<128, 128, 64, 64, 2>;
+using Tall = Tile<128, 64, 32, 32, 2>;
 using Turing = Tile<128, 128, 64, 32, 1>;
 using Small = Tile<64, 64, 32, 32, 4>;
 
@@ -103,7 +104,8 @@ struct Job {
 };
 
 // What a thread copies of the slices of a job, without waiting, of the `tile_rows` rows of an operand from `row0` on.
-template <class Share, int tile_rows>
+// `skips`: of a thread's turns nothing is written from that on in which no thread's row is in the operand.
+template <class Share, int tile_rows, bool skips = false>
 class AsyncSlices {
 public:
     __device__ AsyncSlices(const Operand& operand, std::int64_t row0, const Job& job)
@@ -120,7 +122,9 @@ public:
         const int bytes = rest < 0 ? 0 : rest < chunk ? rest : chunk;
 #pragma unroll
         for (int i = 0; i < Share::count; ++i) {
-            const bool inside = Share::first() + i * Share::pitch < rows_;
+            const int row = Share::first() + i * Share::pitch;
+            if (skips && i * Share::pitch >= rows_) break;
+            const bool inside = row < rows_;
             copy_async_16(target + i * Share::pitch * Share::row_bytes,
                           source_ + begin + i * Share::pitch * row_stride_, inside ? bytes : 0);
         }
@@ -274,17 +278,30 @@ __device__ const std::int8_t* matrices_of_b(const std::int8_t* shared, int s, co
     return shared + (Tile::rows + row) * slice + chunk_of_b(row, 2 * s + matrix % 2) * chunk;
 }
 
+// Of a warp's rows, in how many fragments there are any, the same for all lanes: the others are neither read nor
+// multiplied, so that the last rows of a take no more time than they need. 16 is a `granule` (division.hpp).
+constexpr int fragment_rows = 16;
+template <class Tile>
+__device__ int fragments_present(const Place<Tile>& place, std::int64_t rows) {
+    const std::int64_t left = rows - place.row;
+    const int found = left >= Tile::warp_rows ? Tile::row_fragments
+                      : left <= 0             ? 0
+                                              : (static_cast<int>(left) + fragment_rows - 1) / fragment_rows;
+    return __shfl_sync(whole_warp, found, 0);  // the same for all lanes, as the compiler cannot know
+}
+
 // Reads step `s` of a slice: rows of a, behind them rows of b.
 template <class Tile>
-__device__ void read_fragments(const std::int8_t* shared, int s, const Place<Tile>& place, Fragments<Tile>& to) {
+__device__ void read_fragments(const std::int8_t* shared, int s, const Place<Tile>& place, int present,
+                               Fragments<Tile>& to) {
     const std::int8_t* const a = matrices_of_a<Tile>(shared, s, place);
 #pragma unroll
-    for (int t = 0; t < Tile::row_fragments; ++t) load_matrices(to.a[t], a + t * 16 * slice);
+    for (int t = 0; t < Tile::row_fragments; ++t) load_matrices_if(t < present, to.a[t], a + t * fragment_rows * slice);
     const std::int8_t* const b = matrices_of_b<Tile>(shared, s, place);
 #pragma unroll
     for (int t = 0; t < Tile::col_fragments; t += 2) {
         std::uint32_t pair[4];
-        load_matrices(pair, b + t * 8 * slice);
+        load_matrices_if(present > 0, pair, b + t * 8 * slice);
         to.b[t][0] = pair[0];
         to.b[t][1] = pair[1];
         to.b[t + 1][0] = pair[2];
@@ -296,22 +313,26 @@ template <class Tile>
 using Sums = std::int32_t[Tile::row_fragments][Tile::col_fragments][4];
 
 template <class Tile>
-__device__ void multiply_codes(const Fragments<Tile>& from, Sums<Tile>& sums) {
+__device__ void multiply_codes(const Fragments<Tile>& from, int present, Sums<Tile>& sums) {
 #pragma unroll
     for (int t = 0; t < Tile::row_fragments; ++t) {
 #pragma unroll
-        for (int u = 0; u < Tile::col_fragments; ++u) multiply_add_s8(sums[t][u], from.a[t], from.b[u]);
+        for (int u = 0; u < Tile::col_fragments; ++u) {
+            multiply_add_s8_if(t < present, sums[t][u], from.a[t], from.b[u]);
+        }
     }
 }
 
-// Slices come by cp.async, `stages - 1` ahead. `multiply(fragments, sums)` adds the products of a step.
-template <class Tile, class Sums, class Multiply>
+// Slices come by cp.async, `stages - 1` ahead. `multiply(fragments, present, sums)` adds the products of a step.
+// `skips`: fragments without rows of a have any contents; else zeros.
+template <class Tile, bool skips, class Sums, class Multiply>
 __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared, Sums& sums,
                           const Multiply& multiply) {
     constexpr int ahead = Tile::stages - 1;
     const Place<Tile> place;
-    const AsyncSlices<Share<Tile::rows, Tile::threads, false>, Tile::rows> slices_a(a, job.row0, job);
+    const AsyncSlices<Share<Tile::rows, Tile::threads, false>, Tile::rows, skips> slices_a(a, job.row0, job);
     const AsyncSlices<Share<Tile::cols, Tile::threads, true>, Tile::cols> slices_b(b, job.col0, job);
+    const int present = skips ? fragments_present(place, a.rows - job.row0) : Tile::row_fragments;
     const auto end = static_cast<int>(job.end - job.begin);
     const auto copy = [&](int begin, int stage) {
         std::int8_t* const target = shared + stage * Tile::stage_bytes;
@@ -327,7 +348,7 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
     copy_async_wait<ahead - 1>();
     __syncthreads();
     Fragments<Tile> fragments[2];
-    read_fragments(shared, 0, place, fragments[0]);
+    read_fragments(shared, 0, place, present, fragments[0]);
     int stage = 0;     // of the slice that is being multiplied
     int free = ahead;  // of the slice before it, which all threads have read
     for (int begin = 0; begin < end; begin += slice) {
@@ -335,16 +356,16 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
 #pragma unroll
         for (int s = 0; s < steps; ++s) {
             if (s + 1 < steps) {
-                read_fragments(shared + stage * Tile::stage_bytes, s + 1, place, fragments[(s + 1) % 2]);
+                read_fragments(shared + stage * Tile::stage_bytes, s + 1, place, present, fragments[(s + 1) % 2]);
             } else {
                 // The next slice has landed, and all threads have read this one. Behind the last slice is an old one,
                 // read in vain.
                 copy_async_wait<ahead - 1>();
                 __syncthreads();
-                read_fragments(shared + next * Tile::stage_bytes, 0, place, fragments[(s + 1) % 2]);
+                read_fragments(shared + next * Tile::stage_bytes, 0, place, present, fragments[(s + 1) % 2]);
             }
             if (s == 0) copy(begin + ahead * slice, free);
-            multiply(fragments[s % 2], sums);
+            multiply(fragments[s % 2], present, sums);
         }
         free = stage;
         stage = next;
@@ -388,8 +409,8 @@ __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& 
 #pragma unroll
         for (int s = 0; s < steps; ++s) {
             Fragments<Tile> fragments;
-            read_fragments(shared + stage * Tile::stage_bytes, s, place, fragments);
-            multiply_codes<Tile>(fragments, sums);
+            read_fragments(shared + stage * Tile::stage_bytes, s, place, Tile::row_fragments, fragments);
+            multiply_codes<Tile>(fragments, Tile::row_fragments, sums);
         }
         stage = 1 - stage;
         if (more) put(begin + slice, stage);
@@ -402,8 +423,9 @@ template <class Tile, SliceCopy copy>
 __device__ void sum_products(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
                              Sums<Tile>& sums) {
     if constexpr (copy == SliceCopy::async) {
-        sum_async<Tile>(a, b, job, shared, sums,
-                        [](const Fragments<Tile>& from, Sums<Tile>& to) { multiply_codes<Tile>(from, to); });
+        sum_async<Tile, true>(a, b, job, shared, sums, [](const Fragments<Tile>& from, int present, Sums<Tile>& to) {
+            multiply_codes<Tile>(from, present, to);
+        });
     } else {
         sum_by_registers<Tile, copy>(a, b, job, shared, sums);
     }
@@ -422,20 +444,29 @@ template <SliceCopy copy>
 constexpr bool is_used = true;
 #endif
 
-// Block x % tiles in the order of `job_of`; y: which `depth` columns of k.
+// How the depth of each tile is shared, by blocks that follow each other.
+struct Parts {
+    std::int64_t depth;  // of each
+    unsigned count;
+};
+
+// What the block computes.
 template <class Tile>
-__device__ Job job_of(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t depth) {
+__device__ Job job_of(std::int64_t m, std::int64_t n, std::int64_t k, const Parts& parts) {
     // Tiles of eight rows of tiles are computed together, so that blocks that run at a time read the same rows of a and
     // b.
     constexpr std::int64_t group = 8;
-    const std::int64_t rows = (m + Tile::rows - 1) / Tile::rows;
+    const std::int64_t rows = m / Tile::rows;  // full ones
     const std::int64_t cols = (n + Tile::cols - 1) / Tile::cols;
-    const std::int64_t first = blockIdx.x / (group * cols) * group;
+    const unsigned tile = blockIdx.x / parts.count;
+    const std::int64_t begin = blockIdx.x % parts.count * parts.depth;
+    const std::int64_t end = k - begin < parts.depth ? k : begin + parts.depth;
+    // Tiles that are not full take less time: they come last, so that they fill what the others leave.
+    if (tile >= rows * cols) return {rows * Tile::rows, (tile - rows * cols) * Tile::cols, begin, end};
+    const std::int64_t first = tile / (group * cols) * group;
     const std::int64_t height = rows - first < group ? rows - first : group;
-    const std::int64_t place = blockIdx.x % (group * cols);
-    const std::int64_t begin = blockIdx.y * depth;
-    return {(first + place % height) * Tile::rows, place / height * Tile::cols, begin,
-            k - begin < depth ? k : begin + depth};
+    const std::int64_t place = tile % (group * cols);
+    return {(first + place % height) * Tile::rows, place / height * Tile::cols, begin, end};
 }
 
 // --- launch ---------------------------------------------------------------------------------------------------------
@@ -499,12 +530,10 @@ inline std::int64_t parts_for(std::int64_t m, std::int64_t n, std::int64_t k) {
     return std::max<std::int64_t>(1, std::min(wanted, k / least_depth));
 }
 
-// The depth of each of `parts` blocks, in whole slices; and how many of them that gives work.
-inline std::int64_t depth_of_part(std::int64_t k, std::int64_t parts) {
-    return blocks_for(blocks_for(k, slice), parts) * slice;
-}
-inline std::int64_t parts_with_work(std::int64_t k, std::int64_t depth) {
-    return depth == 0 ? 1 : blocks_for(k, depth);
+// `wanted` parts in whole slices, or fewer, where that leaves some without work.
+inline Parts parts_of(std::int64_t k, std::int64_t wanted) {
+    const std::int64_t depth = blocks_for(blocks_for(k, slice), wanted) * slice;
+    return {depth, depth == 0 ? 1U : static_cast<unsigned>(blocks_for(k, depth))};
 }
 
 // Whether rows of the output can be written four columns at a time.

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <span>
 
+#include "division.hpp"
 #include "memory.hpp"
 #include "octavo/linear.hpp"
 #include "octavo/options.hpp"
@@ -196,7 +197,7 @@ public:
                const Panels& panels, unsigned* tickets, std::int32_t* partial, cudaStream_t stream) const;
 
 private:
-    std::int64_t parts_ = 1;
+    Division division_;
     std::int64_t panel_width_ = 0;
     std::int64_t partial_sums_ = 0;
     std::int64_t tickets_ = 0;

@@ -61,6 +61,16 @@ __device__ inline void load_matrices(std::uint32_t (&registers)[4], const void* 
                  : "memory");
 }
 
+// The same where `is_wanted`, which is the same for all lanes; else the registers have any contents.
+__device__ inline void load_matrices_if(bool is_wanted, std::uint32_t (&registers)[4], const void* row) {
+    asm volatile(
+        "{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %5, 0;\n"
+        "@wanted ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n}"
+        : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+        : "r"(shared_address(row)), "r"(static_cast<int>(is_wanted))
+        : "memory");
+}
+
 // sums[16, 8] += a[16, 32] * b[8, 32]^T  of int8, exact modulo 2^32.
 //
 // With g = lane / 4 and q = lane % 4, a register holds 4 bytes of a row, from a column on:
@@ -85,6 +95,20 @@ __device__ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint3
     part(sums[2], sums[3], a[1], b[0]);
     part(sums[0], sums[1], a[2], b[1]);
     part(sums[2], sums[3], a[3], b[1]);
+#endif
+}
+
+// The same where `is_wanted`, which is the same for all lanes.
+__device__ inline void multiply_add_s8_if(bool is_wanted, std::int32_t (&sums)[4], const std::uint32_t (&a)[4],
+                                          const std::uint32_t (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm("{\n.reg .pred wanted;\nsetp.ne.s32 wanted, %10, 0;\n"
+        "@wanted mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};\n}"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(static_cast<int>(is_wanted)));
+#else
+    if (is_wanted) multiply_add_s8(sums, a, b);
 #endif
 }
 

@@ -15,7 +15,7 @@ namespace octavo::cuda {
 // is the next older one's.
 inline std::int64_t most_weight_only_rows(int architecture, bool by_mma, std::int64_t k, std::int64_t n) {
     const auto place = [](std::int64_t extent) {
-        const auto exponent = std::lround(std::log2(static_cast<double>(std::max<std::int64_t>(extent, 1))));
+        const auto exponent = std::lround(2 * std::log2(static_cast<double>(std::max<std::int64_t>(extent, 1))));
         return std::clamp<std::int64_t>(exponent - first_extent, 0, extents - 1);
     };
     std::int64_t most = 0;

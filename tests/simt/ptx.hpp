@@ -43,6 +43,11 @@ inline void load_matrices(std::uint32_t (&registers)[4], const void* row) {
         simt::Loc::current());
 }
 
+inline void load_matrices_if(bool is_wanted, std::uint32_t (&registers)[4], const void* row) {
+    if (is_wanted) return load_matrices(registers, row);
+    std::memset(registers, 0x5A, sizeof registers);  // nobody may rely on them
+}
+
 inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     struct Operands {
         std::uint32_t a[4];
@@ -74,6 +79,11 @@ inline void multiply_add_s8(std::int32_t (&sums)[4], const std::uint32_t (&a)[4]
             }
         },
         simt::Loc::current());
+}
+
+inline void multiply_add_s8_if(bool is_wanted, std::int32_t (&sums)[4], const std::uint32_t (&a)[4],
+                               const std::uint32_t (&b)[2]) {
+    if (is_wanted) multiply_add_s8(sums, a, b);
 }
 
 // --- products of warpgroups -----------------------------------------------------------------------------------------

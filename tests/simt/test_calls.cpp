@@ -19,6 +19,7 @@
 #include "calls.hpp"
 #include "check.hpp"
 #include "device.hpp"
+#include "division.hpp"
 #include "octavo/octavo.hpp"
 #include "runtime.hpp"
 #include "selection.hpp"
@@ -300,7 +301,8 @@ TEST(outputs_are_those_of_the_cpu) {
 }
 
 // The same of the tiles that warpgroups multiply: with two multiprocessors (CMakeLists.txt) the first shape takes those
-// of 128 x 128, the second those of 128 x 256. Many outlier columns are added in another order.
+// of 128 x 128, of which one has rows for the first of two warpgroups only, the second those of 128 x 256. Many outlier
+// columns are added in another order.
 TEST(outputs_of_warpgroups) {
     struct Shape {
         std::int64_t m, n, k;
@@ -310,7 +312,7 @@ TEST(outputs_of_warpgroups) {
         Scheme scheme;
         Granularity granularity;
     };
-    for (const Shape& s : {Shape{130, 300, 400}, Shape{129, 500, 1040}}) {
+    for (const Shape& s : {Shape{161, 300, 400}, Shape{253, 500, 700}}) {
         for (const Kind& kind : {Kind{DType::f16, Scheme::absmax, Granularity::vector},
                                  Kind{DType::bf16, Scheme::zeropoint, Granularity::tensor},
                                  Kind{DType::f32, Scheme::absmax, Granularity::row}}) {
@@ -344,6 +346,37 @@ TEST(outputs_of_warpgroups) {
     const bool is_wrong = std::getenv("OCTAVO_SIMT_WGMMA") != nullptr;
     CHECK_EQ(octavo::cuda_info().wgmma,
              is_wrong ? "device 0: not used, because products were wrong" : "device 0: used");
+}
+
+// Of every tile, with rows and columns that do not fill it and a depth that blocks share, as few multiprocessors
+// (CMakeLists.txt) have it chosen: bit for bit those of the CPU.
+TEST(outputs_of_divided_products) {
+    using octavo::cuda::Choice;
+    struct Case {
+        std::int64_t m, n, k, multiprocessors;
+        Choice tile;
+    };
+    const char* const count = std::getenv("OCTAVO_SIMT_MULTIPROCESSORS");
+    const std::string multiprocessors = count == nullptr ? "132" : count;
+    long tried = 0;
+    for (const Case& c : {Case{161, 400, 4112, 3, Choice::wide}, Case{97, 72, 3088, 3, Choice::square},
+                          Case{65, 72, 4112, 3, Choice::medium}, Case{321, 40, 3088, 2, Choice::tall},
+                          Case{19, 40, 3088, 3, Choice::small}, Case{129, 264, 4112, 2, Choice::large}}) {
+        if (std::to_string(c.multiprocessors) != multiprocessors) continue;
+        ++tried;
+        const check::Context context(c.m, " x ", c.n, " x ", c.k);
+        const octavo::cuda::Division division =
+            octavo::cuda::divide_product(c.m, c.n, c.k, c.multiprocessors, Choice::wide);
+        CHECK(division.tile == c.tile);
+        CHECK(division.parts > 1);
+        const Problem problem(c.m, c.n, c.k, DType::f16, Scheme::absmax, Granularity::vector);
+        const LinearOptions options{.outliers = Outliers::static_, .path = Path::int8};
+        problem.linear(options);
+        const Array of_cpu(DType::f16, c.m, c.n);
+        problem.linear_on({octavo::DeviceKind::cpu, 0}, options, of_cpu.matrix(), {});
+        CHECK(of_cpu.bytes() == problem.y.bytes());
+    }
+    CHECK(tried > 0);
 }
 
 // What the pool has kept serves the next call; what it has given back, it takes again.
