@@ -493,7 +493,7 @@ float expected_output(const octavo::cpu::EpilogueTile& tile, std::int64_t i, std
     for (std::int64_t o = begin; o < end; ++o) {
         const std::int64_t place = own ? tile.outlier_places[o] : o;
         const float x = tile.outlier_x[own ? o : o * tile.outlier_x_stride + i];
-        const float weight = own || tile.outlier_columns == nullptr
+        const float weight = tile.outlier_columns == nullptr
                                  ? tile.outlier_w[place * octavo::cpu::outlier_stride + j]
                                  : dequantized(tile.w, tile.outlier_columns[o], j, 0.0F, tile.scale_w[j]);
         y = std::fma(x, weight, y);
@@ -514,7 +514,12 @@ TEST(epilogue_is_the_equation_to_the_bit) {
     }
     const Guarded<std::int64_t> begin(begins);
     const Guarded<std::int32_t> places(all_places);
-    const Guarded<std::int32_t> columns(std::vector<std::int32_t>{0, 7, 22, 41, 63});
+    const std::vector<std::int32_t> shared{0, 7, 22, 41, 63};
+    std::vector<std::int32_t> all_columns;
+    all_columns.reserve(all_places.size());
+    for (const std::int32_t place : all_places) all_columns.push_back(shared[static_cast<std::size_t>(place)]);
+    const Guarded<std::int32_t> columns(shared);
+    const Guarded<std::int32_t> own_columns(all_columns);
     for (const Kernels* table : tables()) {
         Random random(9);
         for (std::int64_t cols = 1; cols <= Tile::stride; cols += cols < 40 ? 1 : 19) {
@@ -523,6 +528,8 @@ TEST(epilogue_is_the_equation_to_the_bit) {
                 const std::int64_t rows = 1 + (cols + 5 * kind) % Tile::most_rows;
                 const check::Context context("epilogue of ", table->isa, ", ", rows, " x ", cols, ", kind ", kind);
                 const bool scaled = (kind & 1) != 0;
+                const bool own = kind / 4 % 2 != 0;
+                const std::int32_t* const met = own ? own_columns.data() : columns.data();
                 const octavo::cpu::EpilogueTile tile{.rows = rows,
                                                      .cols = cols,
                                                      .acc = scaled ? nullptr : given.acc.data(),
@@ -535,10 +542,10 @@ TEST(epilogue_is_the_equation_to_the_bit) {
                                                      .outliers = kind / 2 % 2 * Tile::outliers,
                                                      .outlier_x = given.outlier_x.data(),
                                                      .outlier_x_stride = Tile::most_rows,
-                                                     .outlier_columns = kind >= 16 ? columns.data() : nullptr,
+                                                     .outlier_columns = kind >= 16 ? met : nullptr,
                                                      .w = given.w.data(),
                                                      .w_stride = 16 * Tile::depth,
-                                                     .outlier_begin = kind / 4 % 2 != 0 ? begin.data() : nullptr,
+                                                     .outlier_begin = own ? begin.data() : nullptr,
                                                      .outlier_places = places.data(),
                                                      .outlier_w = given.outlier_w.data(),
                                                      .bias = kind / 8 % 2 != 0 ? given.bias.data() : nullptr,

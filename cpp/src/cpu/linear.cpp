@@ -158,15 +158,14 @@ public:
 
     // Everything after the product, for the rows and columns of `tile`, which has all of X's side and gets the
     // layer's. (By reference: a copy would wait for each of the stores that have just made it.)
-    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const OutputBlock& rows,
-                const std::int32_t* outlier_columns = nullptr) const {
+    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const OutputBlock& rows) const {
         const Matrix& out = layer_.out;
         const std::int64_t j = col - block_.col_begin;
         tile.scale_w = scale + j;
         if (outlier_weight_.data() != nullptr) {
             tile.outlier_w = outlier_weight_.data() + j;
-        } else if (tile.outliers > 0) {
-            tile.outlier_columns = outlier_columns;
+            tile.outlier_columns = nullptr;
+        } else if (tile.outlier_columns != nullptr) {
             tile.w = w_->data() + j * w_->depth();
             tile.w_stride = w_->stride();
         }
@@ -271,8 +270,12 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
                                  std::isinf(largest_scale * largest_of(block_weight.scale, block.cols()));
         const std::int64_t most_rows = std::max(quantized.codes.plan().rows, few_rows);
         const Scratch<float> scaled(scaled_here ? most_rows * quantized.codes.plan().cols : 0);
-        // Few rows are finished at once: what is dequantized there needs no memory.
-        const bool in_registers = !scaled_here && outliers.are_shared() && block.rows() <= kernels().rows_from_codes;
+        // What meets few rows is dequantized in registers, for each of them, and needs no memory.
+        constexpr std::int64_t most_of_column = 4;  // elements that rows have of their own, on average
+        const bool is_met_by_few = outliers.are_shared() ? block.rows() <= kernels().rows_from_codes
+                                                         : outliers.count(block.row_begin, block.row_end) <=
+                                                               most_of_column * std::ssize(outliers.columns());
+        const bool in_registers = !scaled_here && is_met_by_few;
         const auto prepare = [&](std::int64_t col, std::int64_t cols) {
             if (col == 0) block_weight.sort_outliers(outliers.columns(), w, in_registers);
             rows.fetch(block.row_begin, block.col_begin + col, OutputBlock::ahead, cols);
@@ -299,7 +302,7 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
                 epilogue.stride = stride;
             }
             outliers.describe(tile.row, epilogue);
-            block_weight.finish(epilogue, tile.row, tile.col, rows, outliers.columns().data());
+            block_weight.finish(epilogue, tile.row, tile.col, rows);
         };
         // Half of what memory brings while the outliers are added: with all of it these would wait.
         const std::int64_t lines = outliers.are_shared() ? std::ssize(outliers.columns()) * block.rows() / 4 : 0;

@@ -283,10 +283,12 @@ void OutlierElements::describe(std::int64_t first, EpilogueTile& tile) const noe
         tile.outlier_x = values_.data();
         tile.outlier_begin = begin;
         tile.outlier_places = positions_.data();
+        tile.outlier_columns = row_columns_.data();
     } else if (!columns_.empty()) {
         tile.outliers = std::ssize(columns_);
         tile.outlier_x = values_.data() + first;
         tile.outlier_x_stride = stride_;
+        tile.outlier_columns = columns_.data();
     }
 }
 

@@ -74,6 +74,11 @@ public:
     };
     [[nodiscard]] Row row(std::int64_t index) const noexcept;
 
+    // How many elements the rows [begin, end) have of their own; only where they are not shared.
+    [[nodiscard]] std::int64_t count(std::int64_t begin, std::int64_t end) const noexcept {
+        return row_begin_[static_cast<std::size_t>(end)] - row_begin_[static_cast<std::size_t>(begin)];
+    }
+
     // Those of the rows from `first` on, as the epilogue takes them.
     void describe(std::int64_t first, EpilogueTile& tile) const noexcept;
 

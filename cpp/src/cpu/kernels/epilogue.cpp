@@ -184,29 +184,43 @@ template <int Rows, int Vectors>
 }
 
 // The same where each row has its own: one of each row at a time, as long as all have some, since each addition waits
-// for the one before it in its row.
+// for the one before it in its row. Not inline: without outliers its registers would be missed.
 template <int Rows, int Vectors>
-[[gnu::always_inline]] inline void add_own_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
-                                                    Floats* sums) {
+[[gnu::noinline]] void add_own_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j, const Floats* scales,
+                                        Floats* in_memory) {
+    Floats sums[Rows * Vectors];
+    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = in_memory[s]; });
     const std::int64_t* const begin = tile.outlier_begin + i;
-    const auto add = [&](auto r, std::int64_t o) OCTAVO_INLINE {
-        const float* const weights = tile.outlier_w + tile.outlier_places[o] * outlier_stride + j;
-        const Floats x = tile.outlier_x[o] - Floats{};
-        unroll<Vectors>([&](auto v) OCTAVO_INLINE {
-            Floats weight;
-            read(weights + v * width, weight);
-            fused_multiply_add(x, weight, sums[r * Vectors + v]);
-        });
-    };
     std::int64_t common = begin[1] - begin[0];
     unroll<Rows>([&](auto r) OCTAVO_INLINE {
         const std::int64_t count = begin[r + 1] - begin[r];
         common = count < common ? count : common;
     });
-    for (std::int64_t o = 0; o < common; ++o) unroll<Rows>([&](auto r) OCTAVO_INLINE { add(r, begin[r] + o); });
-    unroll<Rows>([&](auto r) OCTAVO_INLINE {
-        for (std::int64_t o = begin[r] + common; o < begin[r + 1]; ++o) add(r, o);
-    });
+    const auto add_all = [&](auto read_weights) OCTAVO_INLINE {
+        const auto add = [&](auto r, std::int64_t o) OCTAVO_INLINE {
+            const Floats x = tile.outlier_x[o] - Floats{};
+            Floats weights[Vectors];
+            read_weights(o, weights);
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE { fused_multiply_add(x, weights[v], sums[r * Vectors + v]); });
+        };
+        for (std::int64_t o = 0; o < common; ++o) unroll<Rows>([&](auto r) OCTAVO_INLINE { add(r, begin[r] + o); });
+        unroll<Rows>([&](auto r) OCTAVO_INLINE {
+            for (std::int64_t o = begin[r] + common; o < begin[r + 1]; ++o) add(r, o);
+        });
+    };
+    if (tile.outlier_columns == nullptr) {
+        add_all([&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
+            const float* const row = tile.outlier_w + tile.outlier_places[o] * outlier_stride + j;
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE { read(row + v * width, weights[v]); });
+        });
+    } else {
+        const std::int8_t* const w = tile.w + j / 16 * tile.w_stride + j % 16 * 4;
+        add_all([&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
+            const auto column = static_cast<std::uint32_t>(tile.outlier_columns[o]);
+            read_column<Vectors>(w, tile.w_stride, column, nullptr, scales, weights);
+        });
+    }
+    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { in_memory[s] = sums[s]; });
 }
 
 // y = y Phi(y) (octavo/linear.hpp). Phi(y) - 1/2 is odd: y times a function of y^2, made of polynomials whose terms are
@@ -279,20 +293,26 @@ template <DType Type, int Rows, int Vectors>
             });
         });
     }
+    const auto through_memory = [&](auto change) OCTAVO_INLINE {
+        Floats in_memory[Rows * Vectors];  // a copy, or the sums of every tile would go there
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { in_memory[s] = sums[s]; });
+        change(in_memory);
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = in_memory[s]; });
+    };
     if (tile.outlier_begin == nullptr) {
         add_shared_outliers<Rows, Vectors>(tile, i, j, scales, sums);
     } else {
-        add_own_outliers<Rows, Vectors>(tile, i, j, sums);
+        through_memory([&](Floats* in_memory) OCTAVO_INLINE {
+            Floats factors[Vectors];
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE { factors[v] = scales[v]; });
+            add_own_outliers<Rows, Vectors>(tile, i, j, factors, in_memory);
+        });
     }
     if (tile.bias != nullptr) {
         unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] += bias[s % Vectors]; });
     }
-    if (tile.gelu) {
-        Floats in_memory[Rows * Vectors];  // a copy, or the sums of every tile would go there
-        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { in_memory[s] = sums[s]; });
-        apply_gelu(in_memory, Rows * Vectors);
-        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = in_memory[s]; });
-    }
+    if (tile.gelu)
+        through_memory([](Floats* in_memory) OCTAVO_INLINE { apply_gelu(in_memory, std::int64_t{Rows} * Vectors); });
     write_square<Type, Rows, Vectors>(sums, y, y_stride);
 }
 
@@ -334,7 +354,7 @@ template <DType Type, int Vectors = square_vectors>
 void finish_tile(const EpilogueTile& tile, char* y, std::int64_t y_stride, std::int64_t j = 0) {
     if constexpr (Vectors > 1 && register_size == 64) {
         // Columns that are dequantized here are so once for all rows of a square.
-        if (tile.outlier_columns != nullptr && tile.rows >= square_rows(1)) {
+        if (tile.outlier_columns != nullptr && tile.outlier_begin == nullptr && tile.rows >= square_rows(1)) {
             return finish_tile<Type, 1>(tile, y, y_stride, j);
         }
     }

@@ -128,9 +128,9 @@ struct EpilogueTile {
     const std::int8_t* w = nullptr;
     std::int64_t w_stride = 0;
     // Rows with outliers of their own, one after the other: those of row i are outlier_begin[i] to outlier_begin[i + 1]
-    // of outlier_x.
+    // of outlier_x, which meet the columns at the same places of outlier_columns, where these are given.
     const std::int64_t* outlier_begin = nullptr;   // [rows + 1], or null
-    const std::int32_t* outlier_places = nullptr;  // the rows of outlier_w that they meet
+    const std::int32_t* outlier_places = nullptr;  // the rows of outlier_w that they meet else
     const float* outlier_w = nullptr;              // rows `outlier_stride` apart
     const float* bias = nullptr;                   // or null
     bool gelu = false;                             // whether y becomes Activation::gelu of itself (octavo/linear.hpp)
