@@ -139,7 +139,9 @@ TEST(magnitudes_agree) {
                 table.mark_magnitudes(dtype, x.data(), size, limit, mask.data());
                 table.upper_halves(dtype, x.data(), size, halves.data());
 
+                const Guarded<std::byte> left(std::vector<std::byte>(values.size() * item));  // every third is masked
                 std::uint32_t largest = 0;
+                std::uint32_t largest_left = 0;
                 std::int64_t below = 0;
                 for (std::size_t i = 0; i < values.size(); ++i) {
                     std::uint32_t bits = 0;
@@ -148,6 +150,9 @@ TEST(magnitudes_agree) {
                     std::memcpy(&raised, maxima.data() + i * item, item);
                     bits &= dtype == DType::f32 ? 0x7FFFFFFFU : 0x7FFFU;
                     largest = std::max(largest, bits);
+                    const std::uint32_t kept = i % 3 == 0 ? 0 : 0x7FFF7FFFU;
+                    std::memcpy(left.data() + i * item, &kept, item);
+                    largest_left = std::max(largest_left, bits & kept);
                     below += halves.data()[i] < 0x3F80 ? 1 : 0;
                     float value = 0.0F;
                     table.load(dtype, x.data() + i * item, 1, 1, &value);
@@ -156,6 +161,7 @@ TEST(magnitudes_agree) {
                     CHECK_EQ(halves.data()[i], (std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFFU) >> 16U);
                 }
                 CHECK_EQ(table.largest_magnitude(dtype, x.data(), size), largest);
+                CHECK_EQ(table.largest_masked(dtype, x.data(), left.data(), size), largest_left);
                 CHECK_EQ(table.count_below(dtype, x.data(), size, 0x3F80), below);
                 CHECK_EQ(table.count_below(DType::bf16, halves.data(), size, 0x3F80), below);
                 table.raise_maxima(dtype, x.data(), size / 2, maxima.data());  // what is larger already stays

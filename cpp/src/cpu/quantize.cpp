@@ -30,25 +30,16 @@ public:
           // Only absmax codes are made of 16-bit values, and of the matrix's own memory, directly.
           in_place_(x.col_stride == 1 && options.scheme == Scheme::absmax && options.rotation == 0),
           dtype_(in_place_ ? x.dtype : DType::f32),
-          copy_(rotated_size(x.cols, options.rotation)) {}
+          copy_(in_place_ ? 0 : rotated_size(x.cols, options.rotation)) {}
 
     [[nodiscard]] DType dtype() const noexcept { return dtype_; }
 
     // `size` values of `dtype`, valid until the next call. Excluded ones are 0 or, where a 0 could widen the range, the
-    // first that is not excluded; rows that have none are left as they are. Rotated ones are times `factor`.
+    // first that is not excluded; in the matrix's own memory they are what they were. Rotated ones are times `factor`.
     const void* read(std::int64_t row, std::span<const std::int32_t> excluded, float factor) {
         if (in_place_) {
-            const void* const source = at(x_, row, 0);
-            if (excluded.empty()) return source;
-            const auto item = static_cast<std::size_t>(size_of(dtype_));
-            __builtin_memcpy(copy_.data(), source, static_cast<std::size_t>(x_.cols) * item);
-            if (dtype_ == DType::f32) {
-                for (const std::int32_t column : excluded) copy_[column] = 0.0F;
-            } else {
-                auto* const copy = reinterpret_cast<char*>(copy_.data());
-                for (const std::int32_t column : excluded) __builtin_memset(copy + std::ptrdiff_t{column} * 2, 0, 2);
-            }
-            return copy_.data();
+            exclude(excluded);
+            return at(x_, row, 0);
         }
         float* const values = copy_.data();
         load_row(x_, row, 0, x_.cols, values);
@@ -69,8 +60,10 @@ public:
     [[nodiscard]] std::optional<Range> range(const void* values, std::span<const std::int32_t> excluded) const {
         const std::int64_t size = rotated_size(x_.cols, options_.rotation);
         if (options_.scheme == Scheme::absmax) {
-            const std::uint32_t largest =
-                options_.rotation != 0 ? largest_ : kernels().largest_magnitude(dtype_, values, size);
+            const std::uint32_t largest = options_.rotation != 0 ? largest_
+                                          : in_place_ && !excluded.empty()
+                                              ? kernels().largest_masked(dtype_, values, mask_.data(), size)
+                                              : kernels().largest_magnitude(dtype_, values, size);
             const float absmax = magnitude_of(dtype_, largest);
             return Range{-absmax, absmax, std::isfinite(absmax)};
         }
@@ -89,11 +82,34 @@ private:
         return kept;
     }
 
+    // The mask of magnitudes without these columns, which are those of the row before, most of the time. (A copy of the
+    // row with zeros there would have to wait for them.)
+    void exclude(std::span<const std::int32_t> columns) {
+        if (std::ranges::equal(columns, excluded_)) return;
+        const auto item = size_of(dtype_);
+        const std::uint32_t all = item == 4 ? 0x7FFFFFFFU : 0x7FFF7FFFU;
+        if (mask_.data() == nullptr) {
+            mask_ = Scratch<std::uint32_t>(x_.cols);
+            std::fill_n(mask_.data(), x_.cols, all);
+        }
+        const auto put = [&](std::span<const std::int32_t> where, std::uint32_t bits) {
+            auto* const mask = reinterpret_cast<char*>(mask_.data());
+            for (const std::int32_t column : where) {
+                __builtin_memcpy(mask + column * item, &bits, static_cast<std::size_t>(item));
+            }
+        };
+        put(excluded_, all);
+        put(columns, 0);
+        excluded_.assign(columns.begin(), columns.end());
+    }
+
     ConstMatrix x_;
     QuantizeOptions options_;
     bool in_place_;
     DType dtype_;
     Scratch<float> copy_;
+    Scratch<std::uint32_t> mask_{0};  // only in place, where columns were excluded
+    std::vector<std::int32_t> excluded_;
     std::uint32_t largest_ = 0;  // magnitude of what was rotated last
 };
 

@@ -23,6 +23,7 @@ void load_columns(DType dtype, const void* src, std::int64_t stride, const std::
 void store(const float* src, std::int64_t size, DType dtype, void* dst, std::int64_t stride);
 Range range(const float* x, std::int64_t size);
 std::uint32_t largest_magnitude(DType dtype, const void* x, std::int64_t size);
+std::uint32_t largest_masked(DType dtype, const void* x, const void* mask, std::int64_t size);
 void raise_maxima(DType dtype, const void* x, std::int64_t size, void* maxima);
 void mark_magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
 void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves);

@@ -76,6 +76,16 @@ std::uint32_t largest_magnitude_as(const void* x, std::int64_t size) {
 }
 
 template <class Bits>
+std::uint32_t largest_masked_as(const void* x, const void* mask, std::int64_t size) {
+    Bits largest = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+        const auto bits = static_cast<Bits>(read<Bits>(x, i) & read<Bits>(mask, i));
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+template <class Bits>
 void raise_as(const void* x, std::int64_t size, void* maxima) {
     for (std::int64_t i = 0; i < size; ++i) {
         const auto bits = magnitude<Bits>(x, i);
@@ -403,6 +413,11 @@ Range range(const float* x, std::int64_t size) {
 std::uint32_t largest_magnitude(DType dtype, const void* x, std::int64_t size) {
     if (dtype == DType::f32) return largest_magnitude_as<std::uint32_t>(x, size);
     return largest_magnitude_as<std::uint16_t>(x, size);
+}
+
+std::uint32_t largest_masked(DType dtype, const void* x, const void* mask, std::int64_t size) {
+    if (dtype == DType::f32) return largest_masked_as<std::uint32_t>(x, mask, size);
+    return largest_masked_as<std::uint16_t>(x, mask, size);
 }
 
 void raise_maxima(DType dtype, const void* x, std::int64_t size, void* maxima) {

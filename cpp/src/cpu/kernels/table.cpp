@@ -17,6 +17,7 @@ const Kernels table{
     .store = store,
     .range = range,
     .largest_magnitude = largest_magnitude,
+    .largest_masked = largest_masked,
     .raise_maxima = raise_maxima,
     .mark_magnitudes = mark_magnitudes,
     .upper_halves = upper_halves,

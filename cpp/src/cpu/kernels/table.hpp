@@ -156,6 +156,8 @@ struct Kernels {
     // Magnitudes are compared as bit patterns of their dtype without the sign, which order alike, with Inf and NaN on
     // top. The largest of |x[i]|; 0 of none.
     std::uint32_t (*largest_magnitude)(DType dtype, const void* x, std::int64_t size);
+    // The largest x[i] & mask[i], as bit patterns of the dtype's size.
+    std::uint32_t (*largest_masked)(DType dtype, const void* x, const void* mask, std::int64_t size);
     // maxima[i] = max(maxima[i], |x[i]|), without a sign.
     void (*raise_maxima)(DType dtype, const void* x, std::int64_t size, void* maxima);
     // mask[i] = |x[i]| >= limit, a bit pattern.
