@@ -1,6 +1,6 @@
 // How the products of a layer are divided among the multiprocessors of a device, by counting what that with most to do
 // has to do: the tile of the int8 product and how many blocks share its depth, and the same of the weight-only one.
-// Host code; octavo_bench.layers.selection has it in Python, for its model of time, and a test compares the two.
+// Host code, of the backend and of the model of time that chooses between the two (bench/cpp/selection.cpp).
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,9 @@
 #include <limits>
 
 namespace octavo::cuda {
+
+// How many of a size cover the count.
+inline std::int64_t whole(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
 
 // --- the int8 product -----------------------------------------------------------------------------------------------
 
@@ -42,7 +45,6 @@ struct Division {
 // The columns that the multiprocessor with most work multiplies by tiles, where each of `parts` has `depth` of them.
 inline double columns_of_most(const TileShape& tile, std::int64_t m, std::int64_t n, std::int64_t multiprocessors,
                               std::int64_t parts, std::int64_t depth) {
-    const auto whole = [](std::int64_t count, std::int64_t size) { return (count + size - 1) / size; };
     const std::int64_t cols = whole(n, tile.cols);
     const std::int64_t full = m / tile.rows * cols;
     const std::int64_t present = whole(m % tile.rows, tile.granule) * tile.granule;
@@ -62,12 +64,12 @@ inline double columns_of_most(const TileShape& tile, std::int64_t m, std::int64_
 inline Division divide_product(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t multiprocessors,
                                Choice first) {
     Division best;
-    const std::int64_t slices = (k + 63) / 64;
+    const std::int64_t slices = whole(k, 64);
     for (auto tile = static_cast<std::size_t>(first); tile < std::size(tile_shapes); ++tile) {
         const TileShape& shape = tile_shapes[tile];
         for (std::int64_t parts = 1; parts <= most_parts; ++parts) {
-            const std::int64_t own = (slices + parts - 1) / parts;
-            if (parts > 1 && (own < least_slices || (slices + own - 1) / own != parts)) continue;
+            const std::int64_t own = whole(slices, parts);
+            if (parts > 1 && (own < least_slices || whole(slices, own) != parts)) continue;
             const double columns = columns_of_most(shape, m, n, multiprocessors, parts, own * 64) +
                                    (parts > 1 ? columns_of_part * static_cast<double>(parts + 1) : 0.0);
             const double cost = columns * static_cast<double>(shape.rows * shape.cols) / shape.rate;
@@ -83,6 +85,8 @@ inline Division divide_product(std::int64_t m, std::int64_t n, std::int64_t k, s
 struct Split {
     std::int64_t warps = 0;  // 0: there is not enough shared memory
     std::int64_t parts = 1;
+    std::int64_t blocks = 0;  // of all parts
+    double read = 0.0;        // bytes, as if all multiprocessors read all the time
     double cost = std::numeric_limits<double>::infinity();
 };
 
@@ -98,7 +102,6 @@ inline constexpr double work_of_row = 0.0125;
 // own. Two thirds of the multiprocessors can take all that the memory gives.
 inline Split split_weight_only(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t multiprocessors,
                                std::int64_t tile, std::int64_t resident, std::int64_t most_warps) {
-    const auto whole = [](std::int64_t count, std::int64_t size) { return (count + size - 1) / size; };
     Split best;
     const std::int64_t at_once = multiprocessors * resident;
     const auto all = static_cast<double>(multiprocessors);
@@ -122,7 +125,7 @@ inline Split split_weight_only(std::int64_t m, std::int64_t n, std::int64_t k, s
                                 static_cast<double>(count);
             double cost = std::max(read, work) + 0.15 * std::min(read, work);
             if (parts > 1) cost += bytes_of_launch + static_cast<double>(8 * parts * m * n);
-            if (cost < best.cost) best = {warps, parts, cost};
+            if (cost < best.cost) best = {warps, parts, count, read, cost};
         }
     }
     return best;

@@ -1,21 +1,16 @@
 """octavo_bench.layers.selection: the table of the path `auto` on a GPU is what it makes, and has no bad step."""
 
-from __future__ import annotations
-
-import shutil
-import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from octavo_bench import tables
-from octavo_bench.layers import selection
+from octavo_bench.layers import programs, selection
 from octavo_bench.layers.contenders import PATHS
-from octavo_bench.layers.selection import DEVICES, EXTENTS, POINTS, STEP, Device
+from octavo_bench.layers.selection import EXTENTS, nearest
 
-CUDA = Path(__file__).resolve().parents[2] / "cuda"
-KINDS = [(device, by_mma) for device in DEVICES for by_mma in ((False, True) if device.half else (False,))]
+Table = dict[tuple[int, bool], list[list[int]]]
 
 # Of the table's 169 shapes, in how many a row more costs more than STEP somewhere, and the most that it costs.
 #
@@ -24,6 +19,7 @@ KINDS = [(device, by_mma) for device in DEVICES for by_mma in ((False, True) if 
 # from one path to the other at 2048 rows of the smallest layers. By dot products it is the fourth or fifth row of X in
 # float32: a second tile of four makes all codes float32 again, where the int8 product, three launches, takes longer
 # yet. Before sm_80 cuBLASLt multiplies, whose tiles are guessed.
+STEP = 1.3
 STEPS = {
     (75, False): (12, 1.38),
     (80, False): (25, 1.58),
@@ -35,96 +31,74 @@ STEPS = {
 }
 
 
-def times(device: Device, by_mma: bool, most: int, n: int, k: int) -> tuple[Any, Any, Any]:
-    """selection.taken of a shape."""
-    slow = selection.weight_only(device, by_mma, n, k, POINTS)
-    return selection.taken(most, slow, selection.int8(device, by_mma, n, k, POINTS))
+KINDS = pytest.mark.parametrize("kind", STEPS, ids=str)
 
 
 @pytest.fixture(scope="module")
-def modelled() -> dict[tuple[int, bool], list[list[int]]]:
-    return selection.modelled()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model")
 
 
-@pytest.mark.parametrize(("device", "by_mma"), KINDS, ids=lambda value: str(getattr(value, "architecture", value)))
-def test_a_row_more_is_never_much_slower(device: Device, by_mma: bool, modelled: Any) -> None:
-    rows = modelled[device.architecture, by_mma]
-    worst = [
-        float(times(device, by_mma, rows[i][j], n, k)[1].max())
-        for i, k in enumerate(EXTENTS)
-        for j, n in enumerate(EXTENTS)
-    ]
-    beyond = [step for step in worst if step > STEP]
-    assert (len(beyond), round(max(worst), 2) if beyond else 0.0) == STEPS[device.architecture, by_mma]
+@pytest.fixture(scope="module")
+def modelled(folder: Path) -> Table:
+    return selection.modelled(folder)
 
 
-@pytest.mark.parametrize(("device", "by_mma"), KINDS, ids=lambda value: str(getattr(value, "architecture", value)))
+@pytest.fixture(scope="module")
+def ask(folder: Path, modelled: Table) -> Any:
+    """selection.ask of the program that `modelled` has compiled."""
+    return partial(selection.ask, folder / "selection")
+
+
+def worst(ask: Any, modelled: Table, kind: tuple[int, bool], shapes: list[tuple[int, int]]) -> list[list[float]]:
+    """Of each (k, n), by the table's entry of the nearest: what a row more costs at most, and the other path saves."""
+    given = [(kind[0], int(kind[1]), k, n, modelled[kind][nearest(k)][nearest(n)]) for k, n in shapes]
+    found: list[list[float]] = ask("worst", given="\n".join(" ".join(map(str, line)) for line in given))
+    assert len(found) == len(shapes)
+    return found
+
+
+@KINDS
+def test_a_row_more_is_never_much_slower(kind: tuple[int, bool], modelled: Table, ask: Any) -> None:
+    more = [step for step, _ in worst(ask, modelled, kind, [(k, n) for k in EXTENTS for n in EXTENTS])]
+    beyond = [step for step in more if step > STEP]
+    assert (len(beyond), round(max(more), 2) if beyond else 0.0) == STEPS[kind]
+
+
+@KINDS
 @pytest.mark.parametrize(
     ("n", "k"), [(512, 512), (2048, 4096), (4096, 4096), (16384, 4096), (8192, 8192), (512, 16384)]
 )
-def test_auto_is_never_far_from_the_better_path(device: Device, by_mma: bool, n: int, k: int, modelled: Any) -> None:
+def test_auto_is_never_far_from_the_better_path(
+    kind: tuple[int, bool], n: int, k: int, modelled: Table, ask: Any
+) -> None:
     """Shapes in between, too: whose table is that of the nearest."""
-    rows = modelled[device.architecture, by_mma]
-    for n_of, k_of in ((n, k), (round(n * 1.19), round(k * 1.19))):
-        ratios = times(device, by_mma, rows[selection.nearest(k_of)][selection.nearest(n_of)], n_of, k_of)[2]
-        assert ratios.max() <= (1.35 if n_of == n else 1.6)
+    (_, own), (_, between) = worst(ask, modelled, kind, [(k, n), (round(k * 1.19), round(n * 1.19))])
+    assert 1 <= own <= 1.35
+    assert 1 <= between <= 1.6
 
 
-PROGRAM = """
-#include "division.hpp"
-#include <cstdio>
-using namespace octavo::cuda;
-int main() {
-    long kind, m, n, k, count, a, b, c;
-    while (std::scanf("%ld %ld %ld %ld %ld %ld %ld %ld", &kind, &m, &n, &k, &count, &a, &b, &c) == 8) {
-        if (kind == 0) {
-            const Division found = divide_product(m, n, k, count, static_cast<Choice>(a));
-            std::printf("%ld %ld %.17g\\n", static_cast<long>(found.tile), static_cast<long>(found.parts), found.cost);
-        } else {
-            const Split found = split_weight_only(m, n, k, count, a, b, c);
-            std::printf("%ld %ld %.17g\\n", static_cast<long>(found.warps), static_cast<long>(found.parts), found.cost);
-        }
-    }
-}
-"""
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, to run cuda/division.hpp")
-def test_products_are_divided_as_the_backend_divides_them(tmp_path: Path) -> None:
-    (tmp_path / "main.cpp").write_text(PROGRAM)
-    program = tmp_path / "main"
-    subprocess.run(["g++", "-std=c++20", f"-I{CUDA}", str(tmp_path / "main.cpp"), "-o", str(program)], check=True)
-    device = DEVICES[2]
-    m = np.array([1, 7, 16, 17, 33, 64, 65, 100, 128, 129, 257, 384, 700, 2049])
-    asked, expected = [], []
-    for n, k in ((1, 1), (40, 4112), (768, 3072), (1024, 16384), (4096, 11008), (5120, 5120), (28672, 8192)):
-        for has_wgmma in (True, False):
-            cost, tile, parts = selection.divide_product(device, n, k, m, has_wgmma)
-            asked += [f"0 {rows} {n} {k} {device.multiprocessors} {0 if has_wgmma else 2} 0 0" for rows in m]
-            expected += list(zip(tile, parts, cost, strict=True))
-        for tile_rows, resident, most in ((8, 2, 8), (32, 2, 4), (64, 1, 1)):
-            split = selection.split_weight_only(device, n, k, m, tile_rows, resident, most)
-            asked += [f"1 {rows} {n} {k} {device.multiprocessors} {tile_rows} {resident} {most}" for rows in m]
-            expected += list(zip(split.warps, split.parts, split.cost, strict=True))
-    answer = subprocess.run([program], input="\n".join(asked), capture_output=True, text=True, check=True).stdout
-    found = [tuple(map(float, line.split())) for line in answer.splitlines()]
-    np.testing.assert_allclose(found, np.array(expected, float), rtol=1e-12)
-
-
-def test_the_table_in_use_is_the_one_that_is_made(modelled: Any) -> None:
-    text = (CUDA / "selection_table.hpp").read_text()
+def test_the_table_in_use_is_the_one_that_is_made(modelled: Table) -> None:
+    assert set(modelled) == set(STEPS)
+    text = selection.TABLE.read_text()
     if "// Source: the model\n" in text:
         assert text == selection.text(modelled, "the model")
-    assert all(f"    {{{device.architecture}, false, {{\n" in text for device in DEVICES)
+    assert all(f"    {{{architecture}, false, {{\n" in text for architecture, _ in STEPS)
     assert "    {75, true, {\n" not in text  # there are no such instructions in its kernel
 
 
-def test_equals_are_decided_for_exact_activations() -> None:
-    flat = np.full(POINTS.shape, 10.0)
-    assert selection.most_rows(flat, flat) == selection.ROWS[-1]
-    assert selection.most_rows(flat, flat - 0.8) == selection.ROWS[-1]
-    assert selection.most_rows(flat + POINTS, flat + 10.0) == 12  # up to 1.1 times as long
-    assert selection.most_rows(5.0 * flat, flat) == 0
+@pytest.mark.parametrize(
+    ("weight_only", "int8", "most"),
+    [
+        ((10.0, 0.0), (10.0, 0.0), 4096),
+        ((10.0, 0.0), (9.2, 0.0), 4096),
+        ((10.0, 1.0), (20.0, 0.0), 12),  # up to 1.1 times as long
+        ((50.0, 0.0), (10.0, 0.0), 0),
+    ],
+)
+def test_equals_are_decided_for_exact_activations(ask: Any, weight_only: Any, int8: Any, most: int) -> None:
+    """Of times of no rows, and of each row more."""
+    assert ask("decide", selection.WORTH, *weight_only, *int8) == [[most]]
 
 
 def report(rows: list[list[Any]]) -> tables.Report:
@@ -142,7 +116,7 @@ def test_measurements_replace_the_model(tmp_path: Any, monkeypatch: pytest.Monke
     path, table = tmp_path / "h200.json", tmp_path / "table.hpp"
     path.write_text(report(rows).json())
     monkeypatch.setattr(selection, "TABLE", table)
-    monkeypatch.setattr(selection, "modelled", lambda: {(90, True): [[7] * len(EXTENTS) for _ in EXTENTS]})
+    monkeypatch.setattr(selection, "modelled", lambda folder: {(90, True): [[7] * len(EXTENTS) for _ in EXTENTS]})
     selection.main([path])
     lines = [line.strip() for line in table.read_text().splitlines()]
     assert "// Source: the model, h200.json" in lines
@@ -150,3 +124,9 @@ def test_measurements_replace_the_model(tmp_path: Any, monkeypatch: pytest.Monke
     assert lines.count(f"{{{', '.join(plain)}}},") == len(EXTENTS) - 1
     plain[selection.nearest(16384)] = "  16"
     assert f"{{{', '.join(plain)}}}," in lines
+
+
+def test_without_the_sources_of_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "ROOT", tmp_path)
+    with pytest.raises(RuntimeError, match=r"expected .*bench/cpp/selection\.cpp, got none"):
+        selection.main()

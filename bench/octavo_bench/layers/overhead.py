@@ -7,8 +7,6 @@ it is all of Python's share: reading arguments, allocating the result, the inter
 operation is measured among its like, a chain of them in one program, beside XLA's own product of the same shape.
 """
 
-import os
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -27,13 +25,12 @@ from ..machine import Facts
 from ..progress import Progress
 from ..tables import Report, Table
 from ..turns import take_turns
+from . import programs
 
 M, K, N = 1, 64, 16
 CALLS, CHAIN = 2000, 200  # of a turn; operations of a jitted program
 POLICIES: tuple[Literal["none", "columns"], ...] = ("none", "columns")
 Turn = Callable[[], float]  # of CALLS calls; returns the nanoseconds of one
-_BENCH = Path(__file__).resolve().parents[2]
-_SOURCE = _BENCH / "cpp" / "core_call.cpp"
 
 
 def run(seconds: float, facts: Facts, progress: Progress) -> Report:
@@ -119,19 +116,12 @@ def contenders(program: Path | None) -> dict[str, Turn]:
 
 def compile_core(folder: Path) -> tuple[Path | None, str]:
     """The C++ program, or None and why there is none."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     package = Path(octavo.__file__).parent
-    library, program = package / "lib" / "liboctavo.a", folder / "core_call"
-    for there, what in ((compiler, "C++ compiler"), (library.is_file(), library), (_SOURCE.is_file(), _SOURCE)):
-        if not there:
-            return None, f" No call of C++: no {what}."
-    include = [f"-I{package / 'include'}", f"-I{_BENCH.parent / 'tests' / 'cpp'}"]
-    words = [compiler, "-std=c++20", "-O3", *include, _SOURCE, library, "-pthread", "-o", program]
+    include = (package / "include", programs.ROOT / "tests" / "cpp")
     try:
-        subprocess.run(list(map(str, words)), capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        return programs.compile_program("core_call", folder, include, package / "lib" / "liboctavo.a", "-pthread"), ""
+    except RuntimeError as error:
         return None, f" No call of C++: {error}."
-    return program, ""
 
 
 def _of_core(program: Path | None, n: int) -> dict[str, Turn]:
