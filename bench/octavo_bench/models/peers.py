@@ -1,7 +1,5 @@
 """Other engines for `whole`: models of Transformers in their files and through their interfaces."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 from pathlib import Path

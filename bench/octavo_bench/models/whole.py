@@ -8,8 +8,6 @@ relative error stands beside its times. What it takes to load a model, in time a
 its own for each engine. Files that an engine needs (int8 folders, GGUF, CTranslate2's) are made once, in the cache.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import importlib.util
@@ -38,7 +36,7 @@ from ..turns import on_the_cpu, on_the_wall, take_turns
 from . import find
 from .modules import linear_layers
 from .peers import ctranslate2_decoder, llama_cpp, onnxruntime_encoder, openvino_int8
-from .variants import BROKEN, bitsandbytes_layer, reason
+from .variants import attempt, bitsandbytes_layer
 
 REFERENCE = "torch float32"
 _BEST = recipe("best")
@@ -171,7 +169,7 @@ def inputs(folder: Path, case: Case) -> tuple[Tensor, Tensor, int]:
 
 def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) -> tuple[Report, None]:
     """``python -m octavo_bench whole``."""
-    folder = {"llama": find.llama, "smollm2": find.smollm2, "minilm": find.minilm}[args.model]()
+    folder = {**find.NAMED, "llama": find.llama}[args.model]()
     if args.load:  # the child of `_load`
         print(json.dumps(_load_here(ENGINES[args.load], folder)))
         sys.exit()
@@ -192,24 +190,19 @@ def run(args: argparse.Namespace, folder: Path, facts: machine.Facts, progress: 
     for name, engine in wanted.items():
         if name in missing:
             continue
-        with progress.step(f"loading {name}", 2):
-            try:
-                made[name] = engine.make(folder)
-                loads[name] = _load(name, args.model, threads) if args.loads else {}
-            except BROKEN as error:
-                missing[name] = reason(error)
+        with progress.step(f"loading {name}", 2), attempt(name, missing):
+            made[name] = engine.make(folder)
+            loads[name] = _load(name, args.model, threads) if args.loads else {}
     cases = DECODER if kind == "decoder" else ENCODER
     given = {case: inputs(folder, case) for case in cases}
     expected = _every(made[REFERENCE], given)
     errors: dict[str, float] = {}
-    for name, engine in list(made.items()):
-        try:
+    for name, engine in made.items():
+        with attempt(name, missing):
             errors[name] = float((_every(engine, given) - expected).norm() / expected.norm())
             if not errors[name] < WRONG:
                 raise RuntimeError(f"expected {REFERENCE}'s outputs, got others: relative error {errors[name]:.2f}")
-        except BROKEN as error:
-            missing[name] = reason(error)
-            del made[name]
+    made = {name: engine for name, engine in made.items() if name not in missing}
     clock = on_the_cpu if threads == 1 else on_the_wall
     times: dict[str, list[float]] = {name: [] for name in made}
     with progress.step("timing"):
