@@ -70,9 +70,9 @@ macro(octavo_enable_cuda)
     set(CMAKE_CUDA_COMPILER "${_octavo_nvcc}" CACHE FILEPATH "")
   endif()
   enable_language(CUDA)
-  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
-    message(FATAL_ERROR "octavo: OCTAVO_CUDA: expected nvcc 13.0 or newer, got ${CMAKE_CUDA_COMPILER_VERSION} "
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+    message(FATAL_ERROR "octavo: OCTAVO_CUDA: expected nvcc 12.8 or newer, got ${CMAKE_CUDA_COMPILER_VERSION} "
                         "(${CMAKE_CUDA_COMPILER})")
   endif()
-  find_package(CUDAToolkit 13.0 REQUIRED)
+  find_package(CUDAToolkit 12.8 REQUIRED)
 endmacro()

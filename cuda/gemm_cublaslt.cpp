@@ -61,16 +61,24 @@ std::string own_folder() {
 }
 
 // In this order: the copy that the process has (PyTorch's), one that the loader finds (our RUNPATH, the system's), one
-// of NVIDIA's packages beside octavo's.
+// of NVIDIA's packages beside octavo's. That of the CUDA which this is built with comes first: a newer one may need a
+// newer driver.
 void* open_library(std::string& error) {
     constexpr int flags = RTLD_LAZY | RTLD_LOCAL;
-    constexpr std::array names = {"libcublasLt.so.13", "libcublasLt.so.12"};
-    for (const char* const name : names) {
-        if (void* const library = dlopen(name, flags | RTLD_NOLOAD)) return library;
+    struct Version {
+        const char* name;
+        const char* package;  // its folder
+    };
+    std::array versions = {Version{"libcublasLt.so.13", "cu13/lib/"}, Version{"libcublasLt.so.12", "cublas/lib/"}};
+    if constexpr (CUDART_VERSION < 13000) std::swap(versions[0], versions[1]);
+    for (const Version& version : versions) {
+        if (void* const library = dlopen(version.name, flags | RTLD_NOLOAD)) return library;
     }
-    const std::string packages = own_folder() + "/../nvidia/";
-    const std::array<std::string, 4> paths = {names[0], packages + "cu13/lib/" + names[0], names[1],
-                                              packages + "cublas/lib/" + names[1]};
+    std::vector<std::string> paths;
+    for (const Version& version : versions) {
+        paths.emplace_back(version.name);
+        paths.push_back(own_folder() + "/../nvidia/" + version.package + version.name);
+    }
     for (const std::string& path : paths) {
         if (void* const library = dlopen(path.c_str(), flags)) return library;
         const char* const why = dlerror();
