@@ -5,9 +5,8 @@
 //   selection table WORTH EXTENT...   for each GPU, kernel and k of the extents a line "ARCHITECTURE BY_MMA ROWS...":
 //                                     for each n of them, up to how many rows of X are weight-only
 //   selection worst                   reads lines "ARCHITECTURE BY_MMA K N ROWS", where ROWS are weight-only; prints
-//   the
-//                                     most that a row more multiplies the time by, and the most of it to the better
-//                                     path
+//                                     the most that a row more multiplies the time by, and the most of it to the
+//                                     better path
 //   selection decide WORTH A B C D    such rows, where m of them take A + B m weight-only, C + D m by the int8 product
 //
 // WORTH: as many times as long as the int8 product may take what rounds no activations, and counts as equal.
