@@ -81,6 +81,8 @@ struct Corner {
 
 // --- blocks that share the depth of a tile --------------------------------------------------------------------------
 
+namespace {  // each file has a shared variable of its own
+
 // Leaves the block's sums in memory; if it is the last of its tile, it makes of `totals` those of all blocks. `totals`
 // can be `sums`, or in 64 bits: as many blocks as that takes share a depth whose sums do not fit 32.
 template <class Tile, class Total>
@@ -120,8 +122,9 @@ __device__ bool add_parts(const Sums<Tile>& sums, const Parts& parts, const Rest
     return true;
 }
 
-// --- scales of W, and bias, of the columns of a lane: those of fragments u and u + 1
-// ----------------------------------
+}  // namespace
+
+// --- scales of W, and bias, of the columns of a lane: those of fragments u and u + 1 -------------------------------
 
 // Read where they are needed.
 template <class Tile>
