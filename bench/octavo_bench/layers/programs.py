@@ -6,7 +6,9 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+# The repository: that which this file is in or, where the laboratory is installed, the folder that one works in.
+_HERE = Path(__file__).resolve().parents[3]
+ROOT = _HERE if (_HERE / "bench" / "cpp").is_dir() else Path.cwd()
 
 
 def compile_program(name: str, folder: Path, include: Iterable[Path], *more: Path | str) -> Path:
