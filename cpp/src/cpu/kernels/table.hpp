@@ -89,16 +89,16 @@ inline constexpr std::int64_t float_slice = 256;
 // weight_only has 4 places and 16 output features of W, plus their zeropoints, as columns; linear_backward has 1 place,
 // the output features as depth and Kernels::gradient_cols input features as columns.
 struct FloatTile {
-    const float* x;         // row-major
-    std::int64_t x_stride;  // float_slice with 1 place
-    std::int64_t rows;
-    const std::int8_t* w;    // a packed block; only with 4 places
-    const float* w_floats;   // as `widen` or `dequantize_square` has made it, which is read instead; or null
-    const float* zeropoint;  // [16], or null: 0; only of `w`
-    std::int64_t depth;      // a multiple of `places`, of `w` one of 16; at most float_slice
-    std::int64_t places;
-    bool first;   // whether it is the first slice: there is no sum before
-    float* sums;  // [rows, columns, places]
+    const float* x = nullptr;   // row-major
+    std::int64_t x_stride = 0;  // float_slice with 1 place
+    std::int64_t rows = 0;
+    const std::int8_t* w = nullptr;    // a packed block; only with 4 places
+    const float* w_floats = nullptr;   // as `widen` or `dequantize_square` has made it, which is read instead; or null
+    const float* zeropoint = nullptr;  // [16], or null: 0; only of `w`
+    std::int64_t depth = 0;            // a multiple of `places`, of `w` one of 16; at most float_slice
+    std::int64_t places = 0;
+    bool first = true;      // whether it is the first slice: there is no sum before
+    float* sums = nullptr;  // [rows, columns, places]
     // Of `w`: four packed blocks, `ahead_stride` bytes apart, of which depth / 16 lines each will be wanted later, and
     // are fetched meanwhile, a line of each in turn; or null.
     const std::int8_t* ahead = nullptr;
