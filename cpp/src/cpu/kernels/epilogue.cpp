@@ -183,43 +183,49 @@ template <int Rows, int Vectors>
     }
 }
 
-// The same where each row has its own: one of each row at a time, as long as all have some, since each addition waits
-// for the one before it in its row. Not inline: without outliers its registers would be missed.
-template <int Rows, int Vectors>
-[[gnu::noinline]] void add_own_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j, const Floats* scales,
-                                        Floats* in_memory) {
-    Floats sums[Rows * Vectors];
-    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = in_memory[s]; });
+// The same where each row has its own, whose weights `read_weights` reads: one of each row at a time, as long as all
+// have some, since each addition waits for the one before it in its row.
+template <int Rows, int Vectors, class ReadWeights>
+[[gnu::always_inline]] inline void add_own_outliers(const EpilogueTile& tile, std::int64_t i, Floats* sums,
+                                                    ReadWeights read_weights) {
     const std::int64_t* const begin = tile.outlier_begin + i;
+    const auto add = [&](auto r, std::int64_t o) OCTAVO_INLINE {
+        const Floats x = tile.outlier_x[o] - Floats{};
+        Floats weights[Vectors];
+        read_weights(o, weights);
+        unroll<Vectors>([&](auto v) OCTAVO_INLINE { fused_multiply_add(x, weights[v], sums[r * Vectors + v]); });
+    };
     std::int64_t common = begin[1] - begin[0];
     unroll<Rows>([&](auto r) OCTAVO_INLINE {
         const std::int64_t count = begin[r + 1] - begin[r];
         common = count < common ? count : common;
     });
-    const auto add_all = [&](auto read_weights) OCTAVO_INLINE {
-        const auto add = [&](auto r, std::int64_t o) OCTAVO_INLINE {
-            const Floats x = tile.outlier_x[o] - Floats{};
-            Floats weights[Vectors];
-            read_weights(o, weights);
-            unroll<Vectors>([&](auto v) OCTAVO_INLINE { fused_multiply_add(x, weights[v], sums[r * Vectors + v]); });
-        };
-        for (std::int64_t o = 0; o < common; ++o) unroll<Rows>([&](auto r) OCTAVO_INLINE { add(r, begin[r] + o); });
-        unroll<Rows>([&](auto r) OCTAVO_INLINE {
-            for (std::int64_t o = begin[r] + common; o < begin[r + 1]; ++o) add(r, o);
-        });
-    };
-    if (tile.outlier_columns == nullptr) {
-        add_all([&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
-            const float* const row = tile.outlier_w + tile.outlier_places[o] * outlier_stride + j;
-            unroll<Vectors>([&](auto v) OCTAVO_INLINE { read(row + v * width, weights[v]); });
-        });
-    } else {
-        const std::int8_t* const w = tile.w + j / 16 * tile.w_stride + j % 16 * 4;
-        add_all([&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
-            const auto column = static_cast<std::uint32_t>(tile.outlier_columns[o]);
-            read_column<Vectors>(w, tile.w_stride, column, nullptr, scales, weights);
-        });
-    }
+    for (std::int64_t o = 0; o < common; ++o) unroll<Rows>([&](auto r) OCTAVO_INLINE { add(r, begin[r] + o); });
+    unroll<Rows>([&](auto r) OCTAVO_INLINE {
+        for (std::int64_t o = begin[r] + common; o < begin[r + 1]; ++o) add(r, o);
+    });
+}
+
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void add_gathered_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
+                                                         Floats* sums) {
+    add_own_outliers<Rows, Vectors>(tile, i, sums, [&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
+        const float* const row = tile.outlier_w + tile.outlier_places[o] * outlier_stride + j;
+        unroll<Vectors>([&](auto v) OCTAVO_INLINE { read(row + v * width, weights[v]); });
+    });
+}
+
+// Not inline: without outliers its registers would be missed.
+template <int Rows, int Vectors>
+[[gnu::noinline]] void add_packed_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
+                                           const Floats* scales, Floats* in_memory) {
+    Floats sums[Rows * Vectors];
+    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] = in_memory[s]; });
+    const std::int8_t* const w = tile.w + j / 16 * tile.w_stride + j % 16 * 4;
+    add_own_outliers<Rows, Vectors>(tile, i, sums, [&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
+        const auto column = static_cast<std::uint32_t>(tile.outlier_columns[o]);
+        read_column<Vectors>(w, tile.w_stride, column, nullptr, scales, weights);
+    });
     unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { in_memory[s] = sums[s]; });
 }
 
@@ -301,11 +307,13 @@ template <DType Type, int Rows, int Vectors>
     };
     if (tile.outlier_begin == nullptr) {
         add_shared_outliers<Rows, Vectors>(tile, i, j, scales, sums);
+    } else if (tile.outlier_columns == nullptr) {
+        add_gathered_outliers<Rows, Vectors>(tile, i, j, sums);
     } else {
         through_memory([&](Floats* in_memory) OCTAVO_INLINE {
             Floats factors[Vectors];
             unroll<Vectors>([&](auto v) OCTAVO_INLINE { factors[v] = scales[v]; });
-            add_own_outliers<Rows, Vectors>(tile, i, j, factors, in_memory);
+            add_packed_outliers<Rows, Vectors>(tile, i, j, factors, in_memory);
         });
     }
     if (tile.bias != nullptr) {
