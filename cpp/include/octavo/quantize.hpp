@@ -1,6 +1,7 @@
 // Quantization of activations and weights to int8 codes.
 #pragma once
 
+#include <limits>
 #include <optional>
 
 #include "octavo/options.hpp"
@@ -8,9 +9,11 @@
 
 namespace [[gnu::visibility("default")]] octavo {
 
-// Codes in a row of k features: with `rotation`, k up to whole blocks.
+// Codes in a row of k features: with `rotation`, k up to whole blocks. The largest number where that would be larger.
 [[nodiscard]] constexpr std::int64_t rotated_size(std::int64_t k, std::int32_t rotation) noexcept {
-    return rotation == 0 ? k : (k + rotation - 1) / rotation * rotation;
+    if (rotation <= 0 || k <= 0) return k;
+    constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max();
+    return k > most - rotation ? most : (k + rotation - 1) / rotation * rotation;
 }
 
 // Quantize a matrix, one scale per tensor or per row.
