@@ -1,12 +1,13 @@
 #!/bin/bash
-# Compile the CUDA backend with what PyPI has of CUDA 12.8, which has no nvcc there: .ci/cuda128.sh PACKAGES [ARCHITECTURE...]
+# Compile the CUDA backend with what PyPI has of CUDA 12.8, which has no nvcc there.
 #
 #   pip install --no-deps --target PACKAGES nvidia-cuda-{nvcc,runtime,cccl}-cu12==12.8.*
+#   .ci/cuda128.sh PACKAGES [ARCHITECTURE...]
 #
 # Headers, libdevice, ptxas and the runtime are 12.8's. The front ends are those of the nvcc on the path (13), told that
 # they are 12.8's, and the PTX that they make is called ISA 8.7, the newest that ptxas of 12.8 takes: an instruction that
-# came later is an error, and stubs of kernels are called as 12.8's headers have it. What remains untried is how 12.8's own front ends read the sources. Says which kernels keep
-# registers in memory; registers of all are in build/cuda128/*.log.
+# came later is an error. Stubs of kernels are called as 12.8's headers have it. How 12.8's own front ends read the
+# sources remains untried. It says which kernels keep registers in memory; build/cuda128/*.log has those of all.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 packages=$(realpath "$1")/nvidia
