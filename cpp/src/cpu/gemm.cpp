@@ -285,7 +285,7 @@ const std::int32_t* XPanels::offsets(std::int64_t row, std::int64_t begin) const
 }
 
 void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
-                    const std::function<void(const Block&)>& work) {
+                    const std::function<void(const Turn&)>& work) {
     constexpr std::int64_t least_rows = 64;
     // Four blocks a thread even out threads of unequal speed.
     const std::int64_t wanted = num_threads() > 1 ? std::int64_t{4} * num_threads() : 1;
@@ -300,15 +300,20 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
     const std::int64_t cols = up(ceiling(n, col_blocks), blocking.cols);
     row_blocks = ceiling(m, rows);
     col_blocks = ceiling(n, cols);
+    const auto block = [&](std::int64_t i) {
+        const std::int64_t row = i / col_blocks * rows;
+        const std::int64_t col = i % col_blocks * cols;
+        return Block{row, std::min(row + rows, m), col, std::min(col + cols, n)};
+    };
+    const bool is_deep = (rows + cols) * k > near_size();
     // About a million multiplications are worth a thread's waking.
     const std::int64_t block_work = std::min(m, rows) * std::min(n, cols) * std::max<std::int64_t>(k, 1);
     parallel_for(row_blocks * col_blocks, (std::int64_t{1} << 20) / block_work,
                  [&](std::int64_t begin, std::int64_t end) {
                      for (std::int64_t i = begin; i < end; ++i) {
                          interruption_point();
-                         const std::int64_t row = i / col_blocks * rows;
-                         const std::int64_t col = i % col_blocks * cols;
-                         work({row, std::min(row + rows, m), col, std::min(col + cols, n)});
+                         const bool has_next = i + 1 < end && !is_deep;
+                         work({block(i), has_next ? block(i + 1) : Block{}, i == begin, is_deep});
                      }
                  });
 }
@@ -368,24 +373,48 @@ void write_past(char* target, const char* source, std::int64_t size) {
 // instead of 28, all of MiniLM with 16 sentences a twentieth less time (second-level cache: 2 MiB).
 constexpr std::int64_t cached_outputs = 16;
 
-OutputBlock::OutputBlock(const Matrix& out, const Block& block)
+OutputBlock::OutputBlock(const Matrix& out, const Turn& turn)
     : out_(out),
-      block_(block),
-      waits_(out.col_stride == 1 && block.rows() > 32 &&
+      block_(turn.block),
+      waits_(out.col_stride == 1 && block_.rows() > 32 &&
              out.rows * out.cols * size_of(out.dtype) > cached_outputs * near_size()),
-      stride_(waits_ ? up(block.cols() * size_of(out.dtype), line) + line : out.row_stride * size_of(out.dtype)),
-      memory_(waits_ ? block.rows() * stride_ : 0) {}
+      stride_(waits_ ? up(block_.cols() * size_of(out.dtype), line) + line : out.row_stride * size_of(out.dtype)),
+      next_(turn.is_first ? block_ : turn.next),
+      looks_below_(turn.is_deep && !waits_ && out.col_stride == 1),
+      memory_(waits_ ? block_.rows() * stride_ : 0) {
+    if (turn.is_deep || waits_ || out.col_stride != 1) {
+        next_ = Block{};
+    } else if (turn.is_first) {
+        fetch_next(block_.rows() * stride_);
+        next_ = turn.next;
+        due_ = 0;
+    }
+}
 
 void* OutputBlock::at(std::int64_t row, std::int64_t col) const {
     if (!waits_) return cpu::at(out_, row, col);
     return memory_.data() + (row - block_.row_begin) * stride_ + (col - block_.col_begin) * size_of(out_.dtype);
 }
 
-void OutputBlock::fetch(std::int64_t row, std::int64_t col, std::int64_t rows, std::int64_t cols) const {
-    const std::int64_t end = std::min(row + rows, block_.row_end);
-    for (; !waits_ && row < end; ++row) {
-        const auto* const begin = static_cast<const char*>(at(row, col));
-        for (std::int64_t i = 0; i < cols * size_of(out_.dtype); i += line) __builtin_prefetch(begin + i, 1, 2);
+void OutputBlock::fetch(std::int64_t row, std::int64_t col, std::int64_t rows, std::int64_t cols) {
+    if (!looks_below_) return fetch_next(rows * cols * size_of(out_.dtype));
+    constexpr std::int64_t ahead = 32;  // rows, which is soon enough
+    const std::int64_t end = std::min(row + rows + ahead, block_.row_end);
+    for (std::int64_t i = row == block_.row_begin ? row : row + ahead; i < end; ++i) {
+        const auto* const begin = static_cast<const char*>(at(i, col));
+        for (std::int64_t j = 0; j < cols * size_of(out_.dtype); j += line) __builtin_prefetch(begin + j, 1, 2);
+    }
+}
+
+void OutputBlock::fetch_next(std::int64_t bytes) {
+    const std::int64_t width = next_.cols() * size_of(out_.dtype);
+    for (due_ += bytes; due_ > 0 && next_.rows() > 0; due_ -= line) {
+        const auto* const row = static_cast<const char*>(cpu::at(out_, next_.row_begin, next_.col_begin));
+        __builtin_prefetch(row + fetched_, 1, 2);
+        fetched_ += line;
+        if (fetched_ < width) continue;
+        fetched_ = 0;
+        ++next_.row_begin;
     }
 }
 
@@ -445,7 +474,8 @@ void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_lay
             sum_packed(w, cols, 0, w.depth(), sums.data() + first);
         });
     }
-    for_each_block(x.blocking(), out.rows, out.cols, a.cols, [&](const Block& block) {
+    for_each_block(x.blocking(), out.rows, out.cols, a.cols, [&](const Turn& turn) {
+        const Block& block = turn.block;
         const PackedPanel w(b, b_layout, block.col_begin, block.col_end);
         const std::int64_t cols = whole_blocks(block.cols());
         const bool summed_here = sums_are_read && !summed_once;
@@ -455,9 +485,9 @@ void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_lay
         if (out.col_stride != 1 || x.depth() > max_int32_depth) {
             return multiply(x, w, w_sums, block, [&](SumsTile& tile) { put_tile(tile, out); });
         }
-        const OutputBlock rows(out, block);
+        OutputBlock rows(out, turn);
         multiply(x, w, w_sums, block, [&](SumsTile& tile) {
-            rows.fetch(tile.row + OutputBlock::ahead, tile.col, tile.product.rows, tile.product.cols);
+            rows.fetch(tile.row, tile.col, tile.product.rows, tile.product.cols);
             put_sums(tile, rows.at(tile.row, tile.col), rows.stride());
         });
         rows.write();

@@ -67,10 +67,18 @@ struct Block {
     [[nodiscard]] std::int64_t cols() const noexcept { return col_end - col_begin; }
 };
 
+// A block, of those that one thread computes one after the other, and what is known of the one behind it.
+struct Turn {
+    Block block;
+    Block next;     // nothing where it is the last, or where is_deep
+    bool is_first;  // so that nobody has fetched its outputs
+    bool is_deep;   // so that what is fetched now would not be in the second-level cache when the next one is written
+};
+
 // Cut the output `[m, n]` of a product of depth k into blocks of equal size and share them among threads: rows before
 // columns, whose blocks each read their part of X anew.
 void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
-                    const std::function<void(const Block&)>& work);
+                    const std::function<void(const Turn&)>& work);
 
 // A tile of a block, or of few rows all that are below each other, whole: sum_k x[row + i, k] * w[col + j, k] for i <
 // rows, j < cols.
@@ -99,16 +107,15 @@ struct SumsTile {
 // out. So tiles wait here until whole rows of the block can be written past the caches.
 class OutputBlock {
 public:
-    OutputBlock(const Matrix& out, const Block& block);
+    OutputBlock(const Matrix& out, const Turn& turn);
 
     // Where element (row, col) of the output goes, and the bytes from row to row there; only where the output's rows
     // are contiguous.
     [[nodiscard]] void* at(std::int64_t row, std::int64_t col) const;
     [[nodiscard]] std::int64_t stride() const noexcept { return stride_; }
-    // That `rows` rows and `cols` columns from (row, col) on will be written soon, as far as the block has the rows. So
-    // many rows ahead is soon enough.
-    void fetch(std::int64_t row, std::int64_t col, std::int64_t rows, std::int64_t cols) const;
-    static constexpr std::int64_t ahead = 32;
+    // That this part of the block is about to be written: others that will be are fetched. Of the next block, if there
+    // is one, row after row; in the order of tiles, a line of each row, memory is half as fast. Else of the rows below.
+    void fetch(std::int64_t row, std::int64_t col, std::int64_t rows, std::int64_t cols);
     // Put all of the block where it belongs.
     void write() const;
 
@@ -117,6 +124,13 @@ private:
     Block block_;
     bool waits_;
     std::int64_t stride_;
+    // Fetch so many bytes of next_, or somewhat more, and remember what is left.
+    void fetch_next(std::int64_t bytes);
+
+    Block next_;                // begins at the row that is fetched next; no rows: all are, or there is no next block
+    std::int64_t fetched_ = 0;  // bytes of that row
+    std::int64_t due_ = 0;      // bytes to be fetched
+    bool looks_below_;
     Scratch<char> memory_;
 };
 

@@ -158,7 +158,7 @@ public:
 
     // Everything after the product, for the rows and columns of `tile`, which has all of X's side and gets the
     // layer's. (By reference: a copy would wait for each of the stores that have just made it.)
-    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, const OutputBlock& rows) const {
+    void finish(EpilogueTile& tile, std::int64_t row, std::int64_t col, OutputBlock& rows) const {
         const Matrix& out = layer_.out;
         const std::int64_t j = col - block_.col_begin;
         tile.scale_w = scale + j;
@@ -172,7 +172,7 @@ public:
         tile.bias = layer_.bias.present ? bias_ + j : nullptr;
         tile.gelu = layer_.activation == Activation::gelu;
         if (out.col_stride == 1) {
-            rows.fetch(row + OutputBlock::ahead, col, tile.rows, tile.cols);
+            rows.fetch(row, col, tile.rows, tile.cols);
             return kernels().epilogue(tile, out.dtype, rows.at(row, col), rows.stride());
         }
         const Scratch<float> y(tile.rows * tile.cols);
@@ -260,10 +260,11 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
     const Matrix& out = layer.out;
     const float largest_scale = largest_of(quantized.scales.data(), out.rows);
     const std::int64_t k = weight.codes.cols;
-    for_each_block(quantized.codes.blocking(), out.rows, out.cols, k, [&](const Block& block) {
+    for_each_block(quantized.codes.blocking(), out.rows, out.cols, k, [&](const Turn& turn) {
+        const Block& block = turn.block;
         const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
         BlockWeight block_weight(layer, block);
-        const OutputBlock rows(out, block);
+        OutputBlock rows(out, turn);
         // What the epilogue cannot do: the zeropoints' terms, sums of more than 32 bits, scales whose product
         // overflows.
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth ||
@@ -276,9 +277,8 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
                                                          : outliers.count(block.row_begin, block.row_end) <=
                                                                most_of_column * std::ssize(outliers.columns());
         const bool in_registers = !scaled_here && is_met_by_few;
-        const auto prepare = [&](std::int64_t col, std::int64_t cols) {
+        const auto prepare = [&](std::int64_t col, std::int64_t /*cols*/) {
             if (col == 0) block_weight.sort_outliers(outliers.columns(), w, in_registers);
-            rows.fetch(block.row_begin, block.col_begin + col, OutputBlock::ahead, cols);
         };
         const auto finish = [&](SumsTile& tile) {
             EpilogueTile& epilogue = tile.product;
@@ -348,10 +348,11 @@ void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
             if (weight.rotation != 0) kernels().rotate(row, weight.codes.cols, weight.rotation);
         }
     });
-    for_each_block(blocking, out.rows, out.cols, depth, [&](const Block& block) {
+    for_each_block(blocking, out.rows, out.cols, depth, [&](const Turn& turn) {
+        const Block& block = turn.block;
         const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
         const BlockWeight block_weight(layer, block);
-        const OutputBlock rows(out, block);
+        OutputBlock rows(out, turn);
         const bool widened = block.rows() > read_as_packed;
         const Scratch<float> w_floats(widened ? float_slice * block_cols : 0);
         const std::int64_t step = widened ? block_cols : together;

@@ -108,7 +108,8 @@ void float_backward(const ConstMatrix& grad, const WeightView& weight, const Mat
     const std::int64_t width = columns == Columns::kept ? weight.outlier_columns.size
                                : weight.rotation != 0   ? weight.codes.cols
                                                         : out.cols;
-    for_each_block(blocking, out.rows, width, grad.cols, [&](const Block& block) {
+    for_each_block(blocking, out.rows, width, grad.cols, [&](const Turn& turn) {
+        const Block& block = turn.block;
         WeightTiles weights(weight, block, columns);
         const std::int64_t rows = block.rows();
         const Scratch<float> sums(rows * weights.cols());  // tile after tile

@@ -64,7 +64,7 @@ void multiply_panels(const ProductTile& run) {
     const std::int8_t* ahead = run.ahead;
     const std::int64_t steps = (run.rows + rows - 1) / rows * (run.depth / 64);
     const std::int64_t lines_of_step = ahead == nullptr ? 0 : (run.ahead_depth / 4 + steps - 1) / steps;
-    constexpr std::int64_t together = 8;  // rows that are finished at a time
+    constexpr std::int64_t together = 16;  // rows that are finished at a time
     std::int64_t finished = 0;
     const auto finish = [&](std::int64_t end) {
         if (run.finish == nullptr || end <= finished) return;
