@@ -24,10 +24,11 @@ struct TileShape {
     std::int64_t granule;  // of rows that are not multiplied where m has none of them
     double rate;           // what it reaches, of what `large` does
 };
-// In the order of Choice. Of the peak of an H200, `large` reaches .54, those of warpgroups .62 and .56.
+// In the order of Choice. Of the peak of an H200, `large` reaches .54, those of warpgroups .62 and .56. The last three are
+// bound by shared memory (mma_tile.cuh): as many times as slow as `large` as they need it longer for each product.
 inline constexpr TileShape tile_shapes[] = {
     {128, 256, 64, 1.15}, {128, 128, 64, 1.04}, {256, 128, 16, 1.0},
-    {128, 128, 16, 0.95}, {128, 64, 16, 0.65},  {64, 64, 16, 0.6},
+    {128, 128, 16, 0.95}, {96, 64, 16, 0.7},    {64, 64, 16, 0.6},
 };
 // A tile of few rows takes the time of as many more: the rows of W go to shared memory and from there all the same.
 inline constexpr double rows_more = 24.0;
@@ -38,25 +39,32 @@ inline constexpr std::int64_t least_slices = 8;  // of 64 columns, that a part h
 
 struct Division {
     Choice tile = Choice::small;
-    std::int64_t parts = 1;  // blocks that share the depth of a tile
+    std::int64_t parts = 1;   // blocks that share the depth of a tile
+    std::int64_t height = 0;  // rows of X that a tile has: as many as it could, or fewer, so that all have the same
     double cost = std::numeric_limits<double>::infinity();
 };
 
-// The columns that the multiprocessor with most work multiplies by tiles, where each of `parts` has `depth` of them.
-inline double columns_of_most(const TileShape& tile, std::int64_t m, std::int64_t n, std::int64_t multiprocessors,
-                              std::int64_t parts, std::int64_t depth) {
-    const std::int64_t cols = whole(n, tile.cols);
-    const std::int64_t full = m / tile.rows * cols;
-    const std::int64_t present = whole(m % tile.rows, tile.granule) * tile.granule;
-    const std::int64_t others = present > 0 ? cols : 0;  // tiles of the last rows
+// What a tile takes that has so many rows, of what one takes that has all.
+inline double share_of_tile(const TileShape& tile, std::int64_t present) {
     const auto rows = static_cast<double>(tile.rows);
-    const double of_other =
-        present == tile.rows ? 1.0 : (rows_more + (rows - rows_more) * static_cast<double>(present) / rows) / rows;
+    const auto own = static_cast<double>(whole(present, tile.granule) * tile.granule);
+    return own >= rows ? 1.0 : (rows_more + (rows - rows_more) * own / rows) / rows;
+}
+
+// The columns that the multiprocessor with most work multiplies by tiles of `height` rows, where each of `parts` has
+// `depth` of them.
+inline double columns_of_most(const TileShape& tile, std::int64_t height, std::int64_t m, std::int64_t n,
+                              std::int64_t multiprocessors, std::int64_t parts, std::int64_t depth) {
+    const std::int64_t cols = whole(n, tile.cols);
+    const std::int64_t full = m / height * cols;
+    const std::int64_t present = m % height;
+    const std::int64_t others = present > 0 ? cols : 0;  // tiles of the last rows
     // All parts of full tiles come first: the others go to multiprocessors that have one less, while there are any.
     const std::int64_t first = full * parts;
     const std::int64_t idle = first % multiprocessors > 0 ? multiprocessors - first % multiprocessors : 0;
     const std::int64_t then = whole(std::max<std::int64_t>(others * parts - idle, 0), multiprocessors);
-    const double tiles = static_cast<double>(whole(first, multiprocessors)) + static_cast<double>(then) * of_other;
+    const double tiles = static_cast<double>(whole(first, multiprocessors)) * share_of_tile(tile, height) +
+                         static_cast<double>(then) * share_of_tile(tile, present);
     return tiles * static_cast<double>(depth);
 }
 
@@ -67,13 +75,16 @@ inline Division divide_product(std::int64_t m, std::int64_t n, std::int64_t k, s
     const std::int64_t slices = whole(k, 64);
     for (auto tile = static_cast<std::size_t>(first); tile < std::size(tile_shapes); ++tile) {
         const TileShape& shape = tile_shapes[tile];
-        for (std::int64_t parts = 1; parts <= most_parts; ++parts) {
-            const std::int64_t own = whole(slices, parts);
-            if (parts > 1 && (own < least_slices || whole(slices, own) != parts)) continue;
-            const double columns = columns_of_most(shape, m, n, multiprocessors, parts, own * 64) +
-                                   (parts > 1 ? columns_of_part * static_cast<double>(parts + 1) : 0.0);
-            const double cost = columns * static_cast<double>(shape.rows * shape.cols) / shape.rate;
-            if (cost < best.cost) best = {static_cast<Choice>(tile), parts, cost};
+        const std::int64_t even = whole(whole(m, whole(m, shape.rows)), shape.granule) * shape.granule;
+        for (const std::int64_t height : {shape.rows, even}) {
+            for (std::int64_t parts = 1; parts <= most_parts; ++parts) {
+                const std::int64_t own = whole(slices, parts);
+                if (parts > 1 && (own < least_slices || whole(slices, own) != parts)) continue;
+                const double columns = columns_of_most(shape, height, m, n, multiprocessors, parts, own * 64) +
+                                       (parts > 1 ? columns_of_part * static_cast<double>(parts + 1) : 0.0);
+                const double cost = columns * static_cast<double>(shape.rows * shape.cols) / shape.rate;
+                if (cost < best.cost) best = {static_cast<Choice>(tile), parts, height, cost};
+            }
         }
     }
     return best;

@@ -96,7 +96,7 @@ void start(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const
         static OncePerDevice set_up;
         set_up([&] { allow_shared(kernel, shared); });
     }
-    const Parts own = parts_of(a.cols, parts);
+    const Parts own = parts_of(a.cols, parts, Tile::rows);
     const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows) * own.count);
     launch(kernel, {blocks, Tile::threads, shared}, stream, operand_of(a), operand_of(b), a.cols, own, finish);
 }

@@ -406,10 +406,11 @@ __device__ void store_together(Y* target, const Pack<float, together>& values) {
 }
 
 template <class Tile, class Y, class Columns>
-__device__ void store_values(const Values<Tile>& y, const Job& job, const Rest& rest, const Columns& columns, Y* out) {
+__device__ void store_values(const Values<Tile>& y, const Job& job, std::int64_t m, const Rest& rest,
+                             const Columns& columns, Y* out) {
     const Corner<Tile> corner(job);
     const auto left = [](std::int64_t count, int most) { return count < most ? static_cast<int>(count) : most; };
-    const int rows = left(rest.out.rows - corner.row, Tile::rows);
+    const int rows = left(m - corner.row, Tile::rows);
     const int cols = left(rest.out.cols - corner.col, Tile::cols);
     Y* const first = out + corner.row * rest.out.row_stride + corner.col * rest.out.col_stride;
     const std::int64_t between = 8 * rest.out.row_stride;
@@ -476,9 +477,9 @@ __device__ void finish(Values<Tile>& y, const Job& job, std::int64_t m, std::int
     add_in_order<Tile>(job, m, n, rest, added, rest.in_pairs ? 2 * outliers : outliers,
                        reinterpret_cast<float*>(shared), y);
     switch (rest.out.dtype) {
-        case DType::f16: return store_values<Tile>(y, job, rest, columns, static_cast<__half*>(rest.out.data));
-        case DType::bf16: return store_values<Tile>(y, job, rest, columns, static_cast<__nv_bfloat16*>(rest.out.data));
-        default: return store_values<Tile>(y, job, rest, columns, static_cast<float*>(rest.out.data));
+        case DType::f16: return store_values<Tile>(y, job, m, rest, columns, static_cast<__half*>(rest.out.data));
+        case DType::bf16: return store_values<Tile>(y, job, m, rest, columns, static_cast<__nv_bfloat16*>(rest.out.data));
+        default: return store_values<Tile>(y, job, m, rest, columns, static_cast<float*>(rest.out.data));
     }
 }
 

@@ -54,6 +54,7 @@ __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile
     if constexpr (has_fused_linear) {
         OCTAVO_DYNAMIC_SHARED(std::int8_t, shared);
         const Job job = job_of<Tile>(a.rows, b.rows, k, parts);
+        a.rows = rows_until(a.rows, job, parts);
         wait_for_launch_before();
         Sums<Tile> sums = {};
         sum_products<Tile, copy>(a, b, job, shared, sums);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile
 // --- launch ---------------------------------------------------------------------------------------------------------
 
 template <class Tile, SliceCopy copy>
-void launch_tiles(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Rest& rest,
+void launch_tiles(const ConstMatrix& a, const ConstMatrix& b, const Division& division, const Rest& rest,
                   cudaStream_t stream) {
     constexpr std::size_t shared = shared_of<Tile, SliceCopy::async>;  // panels come so, however codes do
     const auto kernel = linear_kernel<Tile, copy>;
@@ -90,8 +91,8 @@ void launch_tiles(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts
         static OncePerDevice set_up;
         set_up([&] { allow_shared(kernel, shared); });
     }
-    const Parts own = parts_of(b.cols, parts);
-    const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows) * own.count);
+    const Parts own = parts_of(b.cols, division.parts, division.height);
+    const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows, own.height) * own.count);
     launch(kernel, {blocks, Tile::threads, shared, begins_early()}, stream, operand_of(a), operand_of(b), b.cols, own,
            rest);
 }
@@ -110,7 +111,7 @@ Division divide(std::int64_t m, const ConstMatrix& codes) {
                          : device_facts().wgmma == Wgmma::right          ? Choice::wide
                                                                          : Choice::large;
     Division found = divide_product(m, codes.rows, codes.cols, device_facts().multiprocessors, first);
-    if (least > found.parts) found.parts = parts_of(codes.cols, least).count;
+    if (least > found.parts) found.parts = parts_of(codes.cols, least, found.height).count;
     return found;
 }
 
@@ -123,7 +124,7 @@ FusedLinear::FusedLinear(std::int64_t m, const WeightView& weight, const LinearO
     if (m > 0 && codes.rows > 0) division_ = divide(m, codes);
     if (division_.parts > 1) {
         const TileShape& tile = tile_shapes[static_cast<std::size_t>(division_.tile)];
-        tickets_ = blocks_for(m, tile.rows) * blocks_for(codes.rows, tile.cols);
+        tickets_ = blocks_for(m, division_.height) * blocks_for(codes.rows, tile.cols);
         partial_sums_ = tickets_ * division_.parts * tile.rows * tile.cols;
     }
     if (options.outliers == Outliers::none) return;
@@ -164,21 +165,20 @@ void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& l
         .wide = writes_wide(out),
     };
     const ConstMatrix& codes = weight.codes;
-    const std::int64_t parts = division_.parts;
     switch (copy_of(codes)) {
         case SliceCopy::shifted:
-            return launch_tiles<Small, SliceCopy::shifted>(coded.codes, codes, parts, rest, stream);
-        case SliceCopy::bytes: return launch_tiles<Small, SliceCopy::bytes>(coded.codes, codes, parts, rest, stream);
+            return launch_tiles<Small, SliceCopy::shifted>(coded.codes, codes, division_, rest, stream);
+        case SliceCopy::bytes: return launch_tiles<Small, SliceCopy::bytes>(coded.codes, codes, division_, rest, stream);
         case SliceCopy::wide:
         case SliceCopy::async: break;
     }
     switch (division_.tile) {
-        case Choice::wide: return start_wgmma<Wide>(coded.codes, codes, parts, rest, stream);
-        case Choice::square: return start_wgmma<Square>(coded.codes, codes, parts, rest, stream);
-        case Choice::large: return launch_tiles<Large, SliceCopy::async>(coded.codes, codes, parts, rest, stream);
-        case Choice::medium: return launch_tiles<Medium, SliceCopy::async>(coded.codes, codes, parts, rest, stream);
-        case Choice::tall: return launch_tiles<Tall, SliceCopy::async>(coded.codes, codes, parts, rest, stream);
-        case Choice::small: return launch_tiles<Small, SliceCopy::async>(coded.codes, codes, parts, rest, stream);
+        case Choice::wide: return start_wgmma<Wide>(coded.codes, codes, division_, rest, stream);
+        case Choice::square: return start_wgmma<Square>(coded.codes, codes, division_, rest, stream);
+        case Choice::large: return launch_tiles<Large, SliceCopy::async>(coded.codes, codes, division_, rest, stream);
+        case Choice::medium: return launch_tiles<Medium, SliceCopy::async>(coded.codes, codes, division_, rest, stream);
+        case Choice::tall: return launch_tiles<Tall, SliceCopy::async>(coded.codes, codes, division_, rest, stream);
+        case Choice::small: return launch_tiles<Small, SliceCopy::async>(coded.codes, codes, division_, rest, stream);
     }
 }
 

@@ -275,16 +275,17 @@ Wgmma try_wgmma() {
 }
 
 template <class Tile>
-void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Rest& rest,
+void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, const Division& division, const Rest& rest,
                  cudaStream_t stream) {
     static OncePerDevice set_up;
     set_up([] { allow_shared(wgmma_kernel<Tile>, shared_of_groups<Tile>); });
-    const Parts own = parts_of(b.cols, parts);
-    const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows) * own.count);
+    // Half of a tile or all of it: fewer rows than it could have are those of all of a.
+    const Parts own = parts_of(b.cols, division.parts, division.height);
+    const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows, own.height) * own.count);
     launch(wgmma_kernel<Tile>, {blocks, Tile::threads, shared_of_groups<Tile>, begins_early()}, stream, operand_of(a),
            operand_of(b), b.cols, own, rest);
 }
-template void start_wgmma<Wide>(const ConstMatrix&, const ConstMatrix&, std::int64_t, const Rest&, cudaStream_t);
-template void start_wgmma<Square>(const ConstMatrix&, const ConstMatrix&, std::int64_t, const Rest&, cudaStream_t);
+template void start_wgmma<Wide>(const ConstMatrix&, const ConstMatrix&, const Division&, const Rest&, cudaStream_t);
+template void start_wgmma<Square>(const ConstMatrix&, const ConstMatrix&, const Division&, const Rest&, cudaStream_t);
 
 }  // namespace octavo::cuda

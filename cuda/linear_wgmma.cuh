@@ -1,6 +1,7 @@
 // The tiles of linear_wgmma.cu, and what launches them.
 #pragma once
 
+#include "division.hpp"
 #include "linear_epilogue.cuh"
 #include "memory.hpp"
 #include "mma_tile.cuh"
@@ -18,8 +19,9 @@ struct GroupTile : Tile<128, cols_, 16, cols_, resident_> {
 using Wide = GroupTile<256, 4, 1>;
 using Square = GroupTile<128, 3, 2>;
 
-// `a` and `b`: rows aligned to 16 bytes. `parts`: blocks that share the depth of a tile.
+// `a` and `b`: rows aligned to 16 bytes.
 template <class Tile>
-void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, std::int64_t parts, const Rest& rest, cudaStream_t stream);
+void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, const Division& division, const Rest& rest,
+                 cudaStream_t stream);
 
 }  // namespace octavo::cuda

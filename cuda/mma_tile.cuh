@@ -14,7 +14,8 @@
 // to shared memory. A slice of 128 x 128 takes 512 clocks of products; four warps then read 4 * 8 KB (256 clocks) and
 // the copies write 16 KB (128 clocks): 75 % of what shared memory can do. 256 x 128 with eight warps needs 69 % and
 // three quarters of the reads of global memory; 64 x 64 in warps of 32 x 32 is bound by shared memory, at two thirds of
-// the peak, but makes four times as many blocks; 128 x 64 of such warps serves few rows beyond 64. Before sm_80 a
+// the peak, but makes four times as many blocks; 96 x 64 in warps of 48 x 32, at four fifths, serves few rows beyond 64
+// and what tiles of 64 rows divide badly. Before sm_80 a
 // multiprocessor multiplies half as many pairs a clock, and the copies take registers: 64 x 32 per warp.
 //
 // Shared memory has no bank conflicts: the four 16-byte chunks of a row are permuted by the number of the row
@@ -61,7 +62,7 @@ struct Tile {
 };
 using Large = Tile<256, 128, 64, 64, 1>;
 using Medium = Tile<128, 128, 64, 64, 2>;
-using Tall = Tile<128, 64, 32, 32, 2>;
+using Tall = Tile<96, 64, 48, 32, 3>;
 using Turing = Tile<128, 128, 64, 32, 1>;
 using Small = Tile<64, 64, 32, 32, 4>;
 
@@ -444,29 +445,35 @@ template <SliceCopy copy>
 constexpr bool is_used = true;
 #endif
 
-// How the depth of each tile is shared, by blocks that follow each other.
+// How the depth of each tile is shared, by blocks that follow each other; and how many rows of a there are to a tile.
 struct Parts {
     std::int64_t depth;  // of each
     unsigned count;
+    int height;
 };
 
-// What the block computes.
+// What the block computes: of rows of a no more than `parts.height`.
 template <class Tile>
 __device__ Job job_of(std::int64_t m, std::int64_t n, std::int64_t k, const Parts& parts) {
     // Tiles of eight rows of tiles are computed together, so that blocks that run at a time read the same rows of a and
     // b.
     constexpr std::int64_t group = 8;
-    const std::int64_t rows = m / Tile::rows;  // full ones
+    const std::int64_t rows = m / parts.height;  // full ones
     const std::int64_t cols = (n + Tile::cols - 1) / Tile::cols;
     const unsigned tile = blockIdx.x / parts.count;
     const std::int64_t begin = blockIdx.x % parts.count * parts.depth;
     const std::int64_t end = k - begin < parts.depth ? k : begin + parts.depth;
     // Tiles that are not full take less time: they come last, so that they fill what the others leave.
-    if (tile >= rows * cols) return {rows * Tile::rows, (tile - rows * cols) * Tile::cols, begin, end};
+    if (tile >= rows * cols) return {rows * parts.height, (tile - rows * cols) * Tile::cols, begin, end};
     const std::int64_t first = tile / (group * cols) * group;
     const std::int64_t height = rows - first < group ? rows - first : group;
     const std::int64_t place = tile % (group * cols);
-    return {(first + place % height) * Tile::rows, place / height * Tile::cols, begin, end};
+    return {(first + place % height) * parts.height, place / height * Tile::cols, begin, end};
+}
+
+// Where the rows of a end that the block multiplies.
+__device__ inline std::int64_t rows_until(std::int64_t m, const Job& job, const Parts& parts) {
+    return m - job.row0 < parts.height ? m : job.row0 + parts.height;
 }
 
 // --- launch ---------------------------------------------------------------------------------------------------------
@@ -481,8 +488,8 @@ inline SliceCopy copy_for(const ConstMatrix& a, const ConstMatrix& b) {
 enum class Size : std::uint8_t { large, medium, small };
 
 template <class Tile>
-std::int64_t tiles_of(std::int64_t m, std::int64_t n) {
-    return blocks_for(m, Tile::rows) * blocks_for(n, Tile::cols);
+std::int64_t tiles_of(std::int64_t m, std::int64_t n, std::int64_t height = Tile::rows) {
+    return blocks_for(m, height) * blocks_for(n, Tile::cols);
 }
 
 // What tiles reach (see above), of what the largest does.
@@ -531,9 +538,9 @@ inline std::int64_t parts_for(std::int64_t m, std::int64_t n, std::int64_t k) {
 }
 
 // `wanted` parts in whole slices, or fewer, where that leaves some without work.
-inline Parts parts_of(std::int64_t k, std::int64_t wanted) {
+inline Parts parts_of(std::int64_t k, std::int64_t wanted, std::int64_t height) {
     const std::int64_t depth = blocks_for(blocks_for(k, slice), wanted) * slice;
-    return {depth, depth == 0 ? 1U : static_cast<unsigned>(blocks_for(k, depth))};
+    return {depth, depth == 0 ? 1U : static_cast<unsigned>(blocks_for(k, depth)), static_cast<int>(height)};
 }
 
 // Whether rows of the output can be written four columns at a time.

@@ -348,27 +348,33 @@ TEST(outputs_of_warpgroups) {
              is_wrong ? "device 0: not used, because products were wrong" : "device 0: used");
 }
 
-// Of every tile, with rows and columns that do not fill it and a depth that blocks share, as few multiprocessors
-// (CMakeLists.txt) have it chosen: bit for bit those of the CPU.
+// Of every tile, with rows and columns that do not fill it, and a depth that blocks share or fewer rows than it could
+// have, as few multiprocessors (CMakeLists.txt) have it chosen: bit for bit those of the CPU.
 TEST(outputs_of_divided_products) {
     using octavo::cuda::Choice;
     struct Case {
         std::int64_t m, n, k, multiprocessors;
         Choice tile;
+        std::int64_t parts;
+        std::int64_t height;
     };
     const char* const count = std::getenv("OCTAVO_SIMT_MULTIPROCESSORS");
     const std::string multiprocessors = count == nullptr ? "132" : count;
     long tried = 0;
-    for (const Case& c : {Case{161, 400, 4112, 3, Choice::wide}, Case{97, 72, 3088, 3, Choice::square},
-                          Case{65, 72, 4112, 3, Choice::medium}, Case{321, 40, 3088, 2, Choice::tall},
-                          Case{19, 40, 3088, 3, Choice::small}, Case{129, 264, 4112, 2, Choice::large}}) {
+    for (const Case& c :
+         {Case{161, 400, 4112, 3, Choice::wide, 3, 128}, Case{97, 72, 3088, 3, Choice::square, 3, 128},
+          Case{129, 520, 4112, 2, Choice::large, 2, 256}, Case{261, 72, 1040, 2, Choice::large, 1, 144},
+          Case{99, 264, 3088, 2, Choice::medium, 2, 128}, Case{133, 72, 1040, 2, Choice::medium, 1, 80},
+          Case{261, 40, 3088, 2, Choice::tall, 2, 96}, Case{101, 40, 1040, 2, Choice::tall, 1, 64},
+          Case{19, 40, 3088, 3, Choice::small, 3, 64}, Case{69, 40, 1040, 2, Choice::small, 1, 48}}) {
         if (std::to_string(c.multiprocessors) != multiprocessors) continue;
         ++tried;
         const check::Context context(c.m, " x ", c.n, " x ", c.k);
         const octavo::cuda::Division division =
             octavo::cuda::divide_product(c.m, c.n, c.k, c.multiprocessors, Choice::wide);
         CHECK(division.tile == c.tile);
-        CHECK(division.parts > 1);
+        CHECK_EQ(division.parts, c.parts);
+        CHECK_EQ(division.height, c.height);
         const Problem problem(c.m, c.n, c.k, DType::f16, Scheme::absmax, Granularity::vector);
         const LinearOptions options{.outliers = Outliers::static_, .path = Path::int8};
         problem.linear(options);
