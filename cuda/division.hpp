@@ -90,6 +90,28 @@ inline Division divide_product(std::int64_t m, std::int64_t n, std::int64_t k, s
     return best;
 }
 
+// --- the weight-only product by dot products ------------------------------------------------------------------------
+
+// Instructions of a warp for 2048 codes, and more of them for each row of X (.ci/cuda_bounds.txt).
+inline constexpr double dot_work = 245.0;
+inline constexpr double dot_work_of_row = 75.0;
+
+struct DotTile {
+    std::int64_t rows;
+    double work;  // of all tiles
+};
+
+// The rows of a tile, at most `most`, for m >= 1.
+inline DotTile dot_tile(std::int64_t m, std::int64_t most) {
+    DotTile best{1, std::numeric_limits<double>::infinity()};
+    for (const std::int64_t rows : {1, 2, 4, 5, 6, 8}) {
+        const double work =
+            static_cast<double>(whole(m, rows)) * (dot_work + dot_work_of_row * static_cast<double>(rows));
+        if (rows <= most && work < best.work) best = {rows, work};
+    }
+    return best;
+}
+
 // --- the weight-only product by matrix instructions -----------------------------------------------------------------
 
 // Warps of a block that share the depth, and blocks that do.

@@ -143,7 +143,6 @@ __device__ void sum_rows(const View<const X>& x, std::int64_t first, int rows, f
 // two such steps of all features on their way (4 KiB per warp) while one is computed.
 
 constexpr int dot_features = 4;
-constexpr int dot_steps = 2;
 constexpr int dot_stride = codes_per_load * warp_size;  // codes of a row in one step of a warp
 
 // 2^23 + u for a byte u, as float32, is the byte below the exponent of 2^23. With u = code + 128, subtracting
@@ -157,10 +156,9 @@ __device__ float code_to_float(std::uint32_t flipped, int byte, std::uint32_t ma
     return __uint_as_float(select_bytes(flipped, magic, 0x7650U | static_cast<unsigned>(byte))) - offset;
 }
 
-// 16 elements of X as they lie in memory.
-template <class X>
+// Elements of X as they lie in memory.
+template <class X, int loads>
 struct Words {
-    static constexpr int loads = codes_per_load / per_access<X>;
     uint4 values[loads];
 
     __device__ void load(const X* source) {
@@ -174,15 +172,20 @@ struct Words {
     }
 };
 
-__device__ float element(const Words<float>& words, int index) { return __uint_as_float(words.word(index)); }
+template <int loads>
+__device__ float element(const Words<float, loads>& words, int index) {
+    return __uint_as_float(words.word(index));
+}
 
-__device__ float element(const Words<__half>& words, int index) {
+template <int loads>
+__device__ float element(const Words<__half, loads>& words, int index) {
     const std::uint32_t word = words.word(index / 2);
     const auto pair = *reinterpret_cast<const __half2*>(&word);
     return index % 2 == 0 ? __low2float(pair) : __high2float(pair);
 }
 
-__device__ float element(const Words<__nv_bfloat16>& words, int index) {
+template <int loads>
+__device__ float element(const Words<__nv_bfloat16, loads>& words, int index) {
     const std::uint32_t word = words.word(index / 2);
     return __uint_as_float(index % 2 == 0 ? word << 16 : word & 0xFFFF0000U);
 }
@@ -247,12 +250,14 @@ __device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>
 constexpr int first_mma_architecture = 80;
 constexpr bool has_mma = compiled_for == 0 || compiled_for >= first_mma_architecture;
 
-// Blocks of `dot_kernel` that a multiprocessor is to have room for. Four rows need more registers on sm_75 and sm_120.
+// Blocks of `dot_kernel` that a multiprocessor is to have room for. Four rows need more registers on sm_75 and sm_120,
+// more rows everywhere.
 template <int rows>
-constexpr int dot_resident = rows < 4 || (has_mma && compiled_for < 120) ? 2 : 1;
+constexpr int dot_resident = rows < 4 || (rows == 4 && has_mma && compiled_for < 120) ? 2 : 1;
 
 template <class X, int rows>
 __global__ void __launch_bounds__(threads, dot_resident<rows>) dot_kernel(Layer<X> layer) {
+    constexpr int dot_steps = rows > 6 ? 1 : 2;  // as registers allow
     const DotPlace<rows, dot_features> place(layer);
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int part = static_cast<int>(threadIdx.x) / warp_size % layer.splits;
@@ -286,35 +291,43 @@ __global__ void __launch_bounds__(threads, dot_resident<rows>) dot_kernel(Layer<
             coming[s][j] = left > s * step ? load_16_once(codes_at[j] + s * step, policy) : uint4{0, 0, 0, 0};
         }
     }
+    // Elements of a row of X at a time: for all 16 of many rows there are not registers enough.
+    constexpr int width = rows > 4 ? per_access<X> : codes_per_load;
+    constexpr int loads = width / per_access<X>;
     float sums[rows][dot_features] = {};
     for (; left > 0; left -= dot_steps * step) {
 #pragma unroll
         for (int s = 0; s < dot_steps; ++s) {
-            Words<X> x[rows] = {};
-            if (left > s * step) {
-#pragma unroll
-                for (int i = 0; i < rows; ++i) x[i].load(x_at[i] + s * step);
-            }
             std::uint32_t words[dot_features][4];
 #pragma unroll
-            for (int j = 0; j < dot_features; ++j) {
-                const uint4 codes = coming[s][j];
-                words[j][0] = codes.x ^ 0x80808080U;
-                words[j][1] = codes.y ^ 0x80808080U;
-                words[j][2] = codes.z ^ 0x80808080U;
-                words[j][3] = codes.w ^ 0x80808080U;
-                coming[s][j] = uint4{0, 0, 0, 0};
-                if (left > (s + dot_steps) * step) {
-                    coming[s][j] = load_16_once(codes_at[j] + (s + dot_steps) * step, policy);
+            for (int from = 0; from < codes_per_load; from += width) {
+                Words<X, loads> x[rows] = {};
+                if (left > s * step) {
+#pragma unroll
+                    for (int i = 0; i < rows; ++i) x[i].load(x_at[i] + s * step + from);
                 }
-            }
+                if (from == 0) {
 #pragma unroll
-            for (int e = 0; e < codes_per_load; ++e) {
+                    for (int j = 0; j < dot_features; ++j) {
+                        const uint4 codes = coming[s][j];
+                        words[j][0] = codes.x ^ 0x80808080U;
+                        words[j][1] = codes.y ^ 0x80808080U;
+                        words[j][2] = codes.z ^ 0x80808080U;
+                        words[j][3] = codes.w ^ 0x80808080U;
+                        coming[s][j] = uint4{0, 0, 0, 0};
+                        if (left > (s + dot_steps) * step) {
+                            coming[s][j] = load_16_once(codes_at[j] + (s + dot_steps) * step, policy);
+                        }
+                    }
+                }
 #pragma unroll
-                for (int j = 0; j < dot_features; ++j) {
-                    const float code = code_to_float(words[j][e / 4], e % 4, magic, offset[j]);
+                for (int e = from; e < from + width; ++e) {
 #pragma unroll
-                    for (int i = 0; i < rows; ++i) sums[i][j] = fmaf(element(x[i], e), code, sums[i][j]);
+                    for (int j = 0; j < dot_features; ++j) {
+                        const float code = code_to_float(words[j][e / 4], e % 4, magic, offset[j]);
+#pragma unroll
+                        for (int i = 0; i < rows; ++i) sums[i][j] = fmaf(element(x[i], e - from), code, sums[i][j]);
+                    }
                 }
             }
         }
@@ -706,6 +719,21 @@ void launch_dot(const Layer<X>& layer, cudaStream_t stream) {
     launch_dot<rows, dot_features>(dot_kernel<X, rows>, layer, dot_stride, stream);
 }
 
+// Tiles of more than four rows are those of X in float32: of 16 bits it is multiplied so on sm_75 alone.
+template <class X>
+void launch_dot(const Layer<X>& layer, cudaStream_t stream) {
+    constexpr int most = sizeof(X) == 4 ? 8 : 4;
+    const std::int64_t rows = dot_tile(layer.x.rows, most).rows;
+    if (rows == 1) return launch_dot<X, 1>(layer, stream);
+    if (rows == 2) return launch_dot<X, 2>(layer, stream);
+    if constexpr (most > 4) {
+        if (rows == 5) return launch_dot<X, 5>(layer, stream);
+        if (rows == 6) return launch_dot<X, 6>(layer, stream);
+        if (rows == 8) return launch_dot<X, 8>(layer, stream);
+    }
+    launch_dot<X, 4>(layer, stream);
+}
+
 // False where the ring does not fit shared memory.
 template <class X, int tiles>
 bool launch_mma(Layer<X> layer, cudaStream_t stream) {
@@ -764,9 +792,7 @@ void weight_only_linear(ConstMatrix x, float scale_x, const WeightView& weight, 
             if (weight_only_uses_mma(x, weight) && launch_mma(layer, stream)) return;
         }
         if (!wide) return launch_dot<strided_rows, 1>(strided_dot_kernel<X>, layer, 4 * warp_size, stream);
-        if (m == 1) return launch_dot<X, 1>(layer, stream);
-        if (m == 2) return launch_dot<X, 2>(layer, stream);
-        return launch_dot<X, 4>(layer, stream);
+        launch_dot(layer, stream);
     });
 }
 

@@ -106,17 +106,17 @@ double by_matrix_instructions(const Device& device, const Layer& layer, std::int
     return time;
 }
 
-// The weight-only product in tiles of 4 rows.
+// The weight-only product in tiles of few rows: before sm_80 of 16-bit X, from there on of float32.
 double by_dot_products(const Device& device, const Layer& layer, std::int64_t m) {
-    const std::int64_t down = whole(m, 4);
+    const octavo::cuda::DotTile tile = octavo::cuda::dot_tile(m, device.architecture < 80 ? 4 : 8);
+    const std::int64_t down = whole(m, tile.rows);
     const std::int64_t blocks = down * whole(layer.n, 4);
-    const double of_codes = m == 1 ? 330.0 : m == 2 ? 420.0 : 600.0 * static_cast<double>(down);
     const std::int64_t of_one = whole(blocks, device.multiprocessors);
     // A block by itself waits more; of two that share a multiprocessor one computes while the other waits.
     const double turns = static_cast<double>(of_one - of_one % 2) + (of_one % 2 > 0 ? 1.4 : 0.0);
     const auto all = static_cast<double>(device.multiprocessors);
     const double busy =
-        layer.codes() / 2048 * of_codes / (0.7 * device.issued()) * turns * all / static_cast<double>(blocks);
+        layer.codes() / 2048 * tile.work / (0.7 * device.issued()) * turns * all / static_cast<double>(blocks);
     // Blocks that read the same codes do so at the same time: from memory the first does.
     const double from_memory = layer.codes() + static_cast<double>(4 * m * (layer.k + layer.n));
     const double read =
