@@ -368,16 +368,10 @@ constexpr std::uint32_t exponent_bits = 0x7F800000U;
 
 // What a weight has beyond tf32 is multiplied apart, by the x that are finite, which are numbers of tf32: Inf times 0
 // would be NaN.
-__device__ inline void high_part(const std::uint32_t (&from)[2], std::uint32_t (&high)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) high[r] = from[r] & tf32_bits;
-}
-__device__ inline void low_part(const std::uint32_t (&from)[2], std::uint32_t (&low)[2]) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const float rest = __fadd_rn(__uint_as_float(from[r]), -__uint_as_float(from[r] & tf32_bits));
-        low[r] = (from[r] & exponent_bits) == exponent_bits ? 0 : __float_as_uint(rest) & tf32_bits;
-    }
+__device__ inline std::uint32_t high_part(std::uint32_t weight) { return weight & tf32_bits; }
+__device__ inline std::uint32_t low_part(std::uint32_t weight) {
+    const float rest = __fadd_rn(__uint_as_float(weight), -__uint_as_float(weight & tf32_bits));
+    return (weight & exponent_bits) == exponent_bits ? 0 : __float_as_uint(rest) & tf32_bits;
 }
 __device__ inline void finite_part(const std::uint32_t (&from)[4], std::uint32_t (&finite)[4]) {
 #pragma unroll

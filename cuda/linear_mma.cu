@@ -26,8 +26,7 @@ struct SplitProduct {
     __device__ void operator()(const Fragments<Tile>& from, int /*present*/, Values<Tile>& y) const {
 #pragma unroll
         for (int u = 0; u < Tile::col_fragments; ++u) {
-            std::uint32_t high[2];
-            high_part(from.b[u], high);
+            const std::uint32_t high[2] = {high_part(from.b[u][0]), high_part(from.b[u][1])};
 #pragma unroll
             for (int t = 0; t < Tile::row_fragments; ++t) multiply_add_tf32(y[t][u], from.a[t], high);
         }
@@ -38,8 +37,7 @@ struct SplitProduct {
             finite_part(from.a[t], finite);
 #pragma unroll
             for (int u = 0; u < Tile::col_fragments; ++u) {
-                std::uint32_t low[2];
-                low_part(from.b[u], low);
+                const std::uint32_t low[2] = {low_part(from.b[u][0]), low_part(from.b[u][1])};
                 multiply_add_tf32(y[t][u], finite, low);
             }
         }

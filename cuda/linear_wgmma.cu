@@ -97,11 +97,14 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
 }
 
 // Products of panels of outlier columns, of as many slices at a time as there is room for. Fragments are read when they
-// are needed: the registers are full of y.
+// are needed: the registers are full of y. A warp has few rows to multiply a fragment of b by, so that its parts are made
+// but once for all warps, in shared memory: the high ones in its place, and the low ones behind the rows of b.
 template <class Tile>
 __device__ void add_panels(const Operand& a, const Operand& b, const Job& job, bool is_exact, std::int8_t* shared,
                            Values<Tile>& y) {
-    constexpr int slice_bytes = (Tile::rows + Tile::cols) * slice;
+    constexpr int bytes_of_a = Tile::rows * slice;
+    constexpr int bytes_of_b = Tile::cols * slice;
+    constexpr int slice_bytes = bytes_of_a + 2 * bytes_of_b;
     constexpr int batch = Tile::stages * Tile::stage_bytes / slice_bytes;
     const Place<Tile> place;
     const AsyncSlices<Share<Tile::rows, Tile::threads, false>, Tile::rows> slices_a(a, job.row0, job);
@@ -115,11 +118,29 @@ __device__ void add_panels(const Operand& a, const Operand& b, const Job& job, b
         for (int s = 0; s < count; ++s) {
             std::int8_t* const target = shared + s * slice_bytes;
             slices_a.copy(first + s * slice, target);
-            slices_b.copy(first + s * slice, target + Tile::rows * slice);
+            slices_b.copy(first + s * slice, target + bytes_of_a);
         }
         copy_async_commit();
         copy_async_wait<0>();
         __syncthreads();
+        if (!is_exact) {
+            constexpr int per_slice = bytes_of_b / chunk;
+#pragma unroll 1
+            for (int i = static_cast<int>(threadIdx.x); i < count * per_slice; i += Tile::threads) {
+                std::int8_t* const place = shared + i / per_slice * slice_bytes + bytes_of_a + i % per_slice * chunk;
+                const Chunk all = load<chunk / 4>(reinterpret_cast<const std::uint32_t*>(place));
+                Chunk high;
+                Chunk low;
+#pragma unroll
+                for (int e = 0; e < chunk / 4; ++e) {
+                    high[e] = high_part(all[e]);
+                    low[e] = low_part(all[e]);
+                }
+                store(reinterpret_cast<std::uint32_t*>(place), high);
+                store(reinterpret_cast<std::uint32_t*>(place + bytes_of_b), low);
+            }
+            __syncthreads();
+        }
 #pragma unroll 1
         for (int s = 0; s < count * steps; ++s) {
             const std::int8_t* const from = shared + s / steps * slice_bytes;
@@ -132,16 +153,12 @@ __device__ void add_panels(const Operand& a, const Operand& b, const Job& job, b
             for (int u = 0; u < Tile::col_fragments; u += 2) {
                 std::uint32_t pair[4];
                 load_matrices(pair, rows_of_b + u * 8 * slice);
-#pragma unroll
-                for (int f = 0; f < 2; ++f) {
-                    const std::uint32_t all[2] = {pair[2 * f], pair[2 * f + 1]};
-                    std::uint32_t part[2];
-                    high_part(all, part);
-                    multiply_add_tf32(y[0][u + f], own, part);
-                    if (is_exact) continue;
-                    low_part(all, part);
-                    multiply_add_tf32(y[0][u + f], finite, part);
-                }
+                multiply_add_tf32(y[0][u], own, {pair[0], pair[1]});
+                multiply_add_tf32(y[0][u + 1], own, {pair[2], pair[3]});
+                if (is_exact) continue;
+                load_matrices(pair, rows_of_b + bytes_of_b + u * 8 * slice);
+                multiply_add_tf32(y[0][u], finite, {pair[0], pair[1]});
+                multiply_add_tf32(y[0][u + 1], finite, {pair[2], pair[3]});
             }
         }
     }

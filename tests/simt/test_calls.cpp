@@ -301,18 +301,21 @@ TEST(outputs_are_those_of_the_cpu) {
 }
 
 // The same of the tiles that warpgroups multiply: with two multiprocessors (CMakeLists.txt) the first shape takes those
-// of 128 x 128, of which one has rows for the first of two warpgroups only, the second those of 128 x 256. Many outlier
-// columns are added in another order.
+// of 128 x 128, of which one has rows for the first of two warpgroups only, the second those of 128 x 256, and more
+// outlier columns than there is room for at a time. Many are added in another order.
 TEST(outputs_of_warpgroups) {
+    using octavo::cuda::Choice;
     struct Shape {
         std::int64_t m, n, k;
+        Choice tile;
     };
     struct Kind {
         DType dtype;
         Scheme scheme;
         Granularity granularity;
     };
-    for (const Shape& s : {Shape{161, 300, 400}, Shape{253, 500, 700}}) {
+    for (const Shape& s : {Shape{185, 300, 400, Choice::square}, Shape{253, 500, 1200, Choice::wide}}) {
+        CHECK(octavo::cuda::divide_product(s.m, s.n, s.k, 2, Choice::wide).tile == s.tile);
         for (const Kind& kind : {Kind{DType::f16, Scheme::absmax, Granularity::vector},
                                  Kind{DType::bf16, Scheme::zeropoint, Granularity::tensor},
                                  Kind{DType::f32, Scheme::absmax, Granularity::row}}) {
