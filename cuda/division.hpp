@@ -24,8 +24,8 @@ struct TileShape {
     std::int64_t granule;  // of rows that are not multiplied where m has none of them
     double rate;           // what it reaches, of what `large` does
 };
-// In the order of Choice. Of the peak of an H200, `large` reaches .54, those of warpgroups .62 and .56. The last three are
-// bound by shared memory (mma_tile.cuh): as many times as slow as `large` as they need it longer for each product.
+// In the order of Choice. Of the peak of an H200, `large` reaches .54, those of warpgroups .62 and .56. The last three
+// are bound by shared memory (mma_tile.cuh): as many times as slow as `large` as they need it longer for each product.
 inline constexpr TileShape tile_shapes[] = {
     {128, 256, 64, 1.15}, {128, 128, 64, 1.04}, {256, 128, 16, 1.0},
     {128, 128, 16, 0.95}, {96, 64, 16, 0.7},    {64, 64, 16, 0.6},
@@ -68,24 +68,32 @@ inline double columns_of_most(const TileShape& tile, std::int64_t height, std::i
     return tiles * static_cast<double>(depth);
 }
 
-// For m, n >= 1. `first`: of those tiles that there are.
+// The best way to divide a product by one tile, for m, n >= 1.
+inline Division divide_by(Choice tile, const TileShape& shape, std::int64_t m, std::int64_t n, std::int64_t k,
+                          std::int64_t multiprocessors) {
+    Division best;
+    const std::int64_t slices = whole(k, 64);
+    const std::int64_t even = whole(whole(m, whole(m, shape.rows)), shape.granule) * shape.granule;
+    for (const std::int64_t height : {shape.rows, even}) {
+        for (std::int64_t parts = 1; parts <= most_parts; ++parts) {
+            const std::int64_t own = whole(slices, parts);
+            if (parts > 1 && (own < least_slices || whole(slices, own) != parts)) continue;
+            const double columns = columns_of_most(shape, height, m, n, multiprocessors, parts, own * 64) +
+                                   (parts > 1 ? columns_of_part * static_cast<double>(parts + 1) : 0.0);
+            const double cost = columns * static_cast<double>(shape.rows * shape.cols) / shape.rate;
+            if (cost < best.cost) best = {tile, parts, height, cost};
+        }
+    }
+    return best;
+}
+
+// `first`: of those tiles that there are.
 inline Division divide_product(std::int64_t m, std::int64_t n, std::int64_t k, std::int64_t multiprocessors,
                                Choice first) {
     Division best;
-    const std::int64_t slices = whole(k, 64);
     for (auto tile = static_cast<std::size_t>(first); tile < std::size(tile_shapes); ++tile) {
-        const TileShape& shape = tile_shapes[tile];
-        const std::int64_t even = whole(whole(m, whole(m, shape.rows)), shape.granule) * shape.granule;
-        for (const std::int64_t height : {shape.rows, even}) {
-            for (std::int64_t parts = 1; parts <= most_parts; ++parts) {
-                const std::int64_t own = whole(slices, parts);
-                if (parts > 1 && (own < least_slices || whole(slices, own) != parts)) continue;
-                const double columns = columns_of_most(shape, height, m, n, multiprocessors, parts, own * 64) +
-                                       (parts > 1 ? columns_of_part * static_cast<double>(parts + 1) : 0.0);
-                const double cost = columns * static_cast<double>(shape.rows * shape.cols) / shape.rate;
-                if (cost < best.cost) best = {static_cast<Choice>(tile), parts, height, cost};
-            }
-        }
+        const Division own = divide_by(static_cast<Choice>(tile), tile_shapes[tile], m, n, k, multiprocessors);
+        if (own.cost < best.cost) best = own;
     }
     return best;
 }

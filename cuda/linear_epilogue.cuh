@@ -472,7 +472,8 @@ __device__ void finish(Values<Tile>& y, const Job& job, std::int64_t m, std::int
                        reinterpret_cast<float*>(shared), y);
     switch (rest.out.dtype) {
         case DType::f16: return store_values<Tile>(y, job, m, rest, columns, static_cast<__half*>(rest.out.data));
-        case DType::bf16: return store_values<Tile>(y, job, m, rest, columns, static_cast<__nv_bfloat16*>(rest.out.data));
+        case DType::bf16:
+            return store_values<Tile>(y, job, m, rest, columns, static_cast<__nv_bfloat16*>(rest.out.data));
         default: return store_values<Tile>(y, job, m, rest, columns, static_cast<float*>(rest.out.data));
     }
 }

@@ -166,7 +166,8 @@ void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& l
     switch (copy_of(codes)) {
         case SliceCopy::shifted:
             return launch_tiles<Small, SliceCopy::shifted>(coded.codes, codes, division_, rest, stream);
-        case SliceCopy::bytes: return launch_tiles<Small, SliceCopy::bytes>(coded.codes, codes, division_, rest, stream);
+        case SliceCopy::bytes:
+            return launch_tiles<Small, SliceCopy::bytes>(coded.codes, codes, division_, rest, stream);
         case SliceCopy::wide:
         case SliceCopy::async: break;
     }

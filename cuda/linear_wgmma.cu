@@ -97,8 +97,8 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
 }
 
 // Products of panels of outlier columns, of as many slices at a time as there is room for. Fragments are read when they
-// are needed: the registers are full of y. A warp has few rows to multiply a fragment of b by, so that its parts are made
-// but once for all warps, in shared memory: the high ones in its place, and the low ones behind the rows of b.
+// are needed: the registers are full of y. A warp has few rows to multiply a fragment of b by, so that its parts are
+// made but once for all warps, in shared memory: the high ones in its place, and the low ones behind the rows of b.
 template <class Tile>
 __device__ void add_panels(const Operand& a, const Operand& b, const Job& job, bool is_exact, std::int8_t* shared,
                            Values<Tile>& y) {

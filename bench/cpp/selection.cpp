@@ -8,6 +8,11 @@
 //                                     the most that a row more multiplies the time by, and the most of it to the
 //                                     better path
 //   selection decide WORTH A B C D    such rows, where m of them take A + B m weight-only, C + D m by the int8 product
+//   selection targets WORTH           for GPUs with a model of torch's float16 product, shapes and m, lines
+//                                     "ARCHITECTURE K N M HALF AUTO COLUMNS": the time of that, of `auto` with 6
+//                                     outlier columns, and with 64
+//   selection candidates              for tiles that there are not, a line "NAME GAIN K N M": how many times less time
+//                                     the better path would take, where it gains most
 //
 // WORTH: as many times as long as the int8 product may take what rounds no activations, and counts as equal.
 #include <algorithm>
@@ -39,6 +44,7 @@ struct Device {
     double cache_size;  // bytes that are found there again
     double half;        // operations of 16-bit matrix instructions in the weight-only kernel; 0: it has none
     double int8;        // operations of int8 ones in the largest tile of the int8 product
+    double torch;       // operations of the float16 product of torch; 0: no model
     std::int64_t multiprocessors;
     double clock;
     std::int64_t shared;  // bytes of shared memory that a block can have
@@ -53,10 +59,10 @@ struct Device {
 
 // T4, A100, H200, RTX 5090; peaks of data sheets times the share that mma.sync reaches of them.
 constexpr Device devices[] = {
-    {75, 0.27e6, 1.2e6, 3e6, 0, 0.45 * 130e6, 40, 1.2e3, 65536, false},
-    {80, 1.75e6, 4.0e6, 32e6, 0.70 * 312e6, 0.68 * 624e6, 108, 1.41e3, 166912, false},
-    {90, 4.30e6, 5.5e6, 40e6, 0.55 * 990e6, 0.54 * 1979e6, 132, 1.83e3, 232448, true},
-    {120, 1.50e6, 5.0e6, 80e6, 0.70 * 210e6, 0.68 * 838e6, 170, 2.40e3, 101376, false},
+    {75, 0.27e6, 1.2e6, 3e6, 0, 0.45 * 130e6, 0, 40, 1.2e3, 65536, false},
+    {80, 1.75e6, 4.0e6, 32e6, 0.70 * 312e6, 0.68 * 624e6, 0.80 * 312e6, 108, 1.41e3, 166912, false},
+    {90, 4.30e6, 5.5e6, 40e6, 0.55 * 990e6, 0.54 * 1979e6, 0.80 * 990e6, 132, 1.83e3, 232448, true},
+    {120, 1.50e6, 5.0e6, 80e6, 0.70 * 210e6, 0.68 * 838e6, 0, 170, 2.40e3, 101376, false},
 };
 
 // A tile of weight_only.cu: the instructions of a warp for 2048 codes, and how many blocks a multiprocessor has.
@@ -125,20 +131,55 @@ double by_dot_products(const Device& device, const Layer& layer, std::int64_t m)
     return 1.5 * launch + overlapped(read / in_flight, busy);
 }
 
+octavo::cuda::Choice first_tile(const Device& device) {
+    return device.has_wgmma ? octavo::cuda::Choice::wide : octavo::cuda::Choice::large;
+}
+
+octavo::cuda::Division divided(const Device& device, const Layer& layer, std::int64_t m) {
+    return octavo::cuda::divide_product(m, layer.n, layer.k, device.multiprocessors, first_tile(device));
+}
+
 // Three launches: outlier columns, codes, and the product with what follows it.
-double by_int8(const Device& device, bool by_mma, const Layer& layer, std::int64_t m) {
+double by_int8(const Device& device, bool halves, const Layer& layer, std::int64_t m,
+               const octavo::cuda::Division& division) {
     const auto codes = static_cast<double>(m * layer.k);
-    const double size = (by_mma || device.architecture < 80 ? 2 : 4) * codes;
+    const double size = (halves || device.architecture < 80 ? 2 : 4) * codes;
     const double kept = std::min(size, device.cache_size / 2);
     const double read = kept / device.cache + (size - kept) / device.memory;
     const double mark = launch + 0.4 + 1.15 * read;
     const double quantize = launch + 0.9 + 1.2 * (read + codes / device.memory);
-    using octavo::cuda::Choice;
-    const octavo::cuda::Division division = octavo::cuda::divide_product(
-        m, layer.n, layer.k, device.multiprocessors, device.has_wgmma ? Choice::wide : Choice::large);
     const double busy = 2.06 * division.cost * static_cast<double>(device.multiprocessors) / device.int8;
     const double bytes = layer.codes() + codes + static_cast<double>(2 * m * layer.n);
     return mark + quantize + overlapped(busy, bytes / (0.88 * device.memory));
+}
+
+// What outlier columns add to that. Codes of W are read one to a sector of 32 bytes, for panels that are written; up to
+// 8 columns are added one after the other, more by matrix instructions of 8 columns in two parts each.
+double of_columns(const Device& device, const Layer& layer, std::int64_t m, const octavo::cuda::Division& division,
+                  std::int64_t columns) {
+    const auto outputs = static_cast<double>(m * layer.n);
+    const auto tile = static_cast<std::size_t>(division.tile);
+    const double ideal = outputs * static_cast<double>(layer.k) / octavo::cuda::tile_shapes[tile].rate;
+    const double uneven = division.cost * static_cast<double>(device.multiprocessors) / ideal;
+    const auto bytes = static_cast<double>(columns * (layer.n * (32 + 4) + m * 4));
+    double busy = 1.3 * outputs * static_cast<double>(columns) / 32 / (0.6 * device.issued());
+    if (columns > 8) {
+        constexpr double of_instruction[] = {1.97, 2.44, 4.11, 4.24, 6.5, 8.12};  // in the order of Choice
+        const double instructions = outputs / 128 * static_cast<double>(2 * whole(columns, 8));
+        busy = std::max(instructions * of_instruction[tile] / (0.6 * device.issued()),
+                        instructions * 2048 / (device.half / 2));
+    }
+    return busy * uneven + bytes / (0.88 * device.memory);
+}
+
+// The float16 product of torch: tiles of 128 x 256, which share the depth where they are few.
+double by_torch(const Device& device, const Layer& layer, std::int64_t m) {
+    const auto tiles = static_cast<double>(whole(m, 128) * whole(layer.n, 256));
+    const auto all = static_cast<double>(device.multiprocessors);
+    const double share = tiles >= 4 * all ? 1.0 : tiles >= all ? tiles / (std::ceil(tiles / all) * all) : 0.85;
+    const double busy = 2 * static_cast<double>(std::max<std::int64_t>(m, 64)) * layer.codes() / (device.torch * share);
+    const double bytes = 2 * (layer.codes() + static_cast<double>(m * (layer.k + layer.n)));
+    return launch + overlapped(busy, bytes / device.memory);
 }
 
 struct Times {
@@ -166,7 +207,7 @@ std::vector<Times> at_points(Function times) {
 std::vector<Times> modelled(const Device& device, bool by_mma, const Layer& layer) {
     return at_points([&](std::int64_t m) {
         return std::pair((by_mma ? by_matrix_instructions : by_dot_products)(device, layer, m),
-                         by_int8(device, by_mma, layer, m));
+                         by_int8(device, by_mma, layer, m, divided(device, layer, m)));
     });
 }
 
@@ -221,6 +262,72 @@ void print_table(double worth, std::span<const std::int64_t> extents) {
     }
 }
 
+// The shapes of the targets of a GPU, and those of small layers.
+constexpr Layer layers[] = {{4096, 4096}, {4096, 16384}, {16384, 4096}, {768, 3072}, {2560, 10240}};
+constexpr std::int64_t target_rows[] = {1, 16, 64, 128, 256, 1024, 4096};
+
+void print_targets(double worth) {
+    for (const Device& device : devices) {
+        if (device.torch == 0) continue;
+        for (const Layer& layer : layers) {
+            const auto points = modelled(device, true, layer);
+            const std::int64_t most = most_rows(points, worth);
+            for (const std::int64_t m : target_rows) {
+                const Times& at = *std::ranges::find(points, m, &Times::m);
+                const octavo::cuda::Division division = divided(device, layer, m);
+                const auto taken = [&](std::int64_t columns) {
+                    return m <= most ? at.weight_only : at.int8 + of_columns(device, layer, m, division, columns);
+                };
+                std::printf("%d %lld %lld %lld %.17g %.17g %.17g\n", device.architecture,
+                            static_cast<long long>(layer.k), static_cast<long long>(layer.n), static_cast<long long>(m),
+                            by_torch(device, layer, m), taken(6), taken(64));
+            }
+        }
+    }
+}
+
+// Tiles of warpgroups that there are not, at the rate of `square` times what shared memory lets them reach of what it
+// lets that: products read 4 of 5 parts of what it gives, and copies the rest.
+struct Candidate {
+    const char* name;
+    octavo::cuda::TileShape shape;
+};
+constexpr Candidate candidates[] = {
+    // Features as the 64 rows of an instruction, rows of X as its columns.
+    {"swapped_64x128", {128, 64, 32, 0.86}},
+    {"swapped_64x256", {256, 64, 64, 1.04}},
+    // Each of two warpgroups has a tile of its own. `square` reads as much, and two blocks of it are in a
+    // multiprocessor:
+    // one's epilogue runs beside the other's products, too.
+    {"pingpong_128x128", {128, 128, 64, 1.04}},
+};
+
+void print_candidates() {
+    for (const Device& device : devices) {
+        if (!device.has_wgmma) continue;
+        for (const Candidate& candidate : candidates) {
+            double gain = 1.0;
+            Layer where{};
+            std::int64_t rows = 0;
+            for (const Layer& layer : layers) {
+                for (const std::int64_t m : target_rows) {
+                    const double before = std::min(by_matrix_instructions(device, layer, m),
+                                                   by_int8(device, true, layer, m, divided(device, layer, m)));
+                    const octavo::cuda::Division division = octavo::cuda::divide_by(
+                        octavo::cuda::Choice::wide, candidate.shape, m, layer.n, layer.k, device.multiprocessors);
+                    const double own = by_int8(device, true, layer, m, division);
+                    if (before <= gain * own) continue;
+                    gain = before / own;
+                    where = layer;
+                    rows = m;
+                }
+            }
+            std::printf("%s %.17g %lld %lld %lld\n", candidate.name, gain, static_cast<long long>(where.k),
+                        static_cast<long long>(where.n), static_cast<long long>(rows));
+        }
+    }
+}
+
 void print_worst() {
     int architecture = 0;
     bool by_mma = false;
@@ -244,6 +351,10 @@ int main(int count, char* const* arguments) try {
         std::vector<std::int64_t> extents;
         for (int i = 3; i < count; ++i) extents.push_back(std::stoll(arguments[i]));
         print_table(worth, extents);
+    } else if (what == "targets" && count == 3) {
+        print_targets(worth);
+    } else if (what == "candidates" && count == 2) {
+        print_candidates();
     } else if (what == "worst" && count == 2) {
         print_worst();
     } else if (what == "decide" && count == 7) {
@@ -253,7 +364,9 @@ int main(int count, char* const* arguments) try {
         const auto points = at_points([&](std::int64_t m) { return std::pair(line(3, m), line(5, m)); });
         std::printf("%lld\n", static_cast<long long>(most_rows(points, worth)));
     } else {
-        std::fputs("usage: selection table WORTH EXTENT... | worst | decide WORTH A B C D\n", stderr);
+        std::fputs(
+            "usage: selection table WORTH EXTENT... | worst | targets WORTH | candidates | decide WORTH A B C D\n",
+            stderr);
         return 2;
     }
     return 0;

@@ -1,5 +1,6 @@
 """octavo_bench.layers.selection: the table of the path `auto` on a GPU is what it makes, and has no bad step."""
 
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from octavo_bench.layers.selection import EXTENTS, nearest
 
 Table = dict[tuple[int, bool], list[list[int]]]
 
-# Of the table's 169 shapes, in how many a row more costs more than STEP somewhere, and the most that it costs, which is
-# 1.302 to 1.307: of X in float32 the ninth or 17th row of 724 or 512 features, a tile of dot products more; on sm_90 the
-# change from one path to the other at 2048 rows of the smallest layers. Before sm_80 cuBLASLt multiplies, whose tiles are
-# guessed.
+# Of the 169 shapes of the table, in how many a row more costs more than STEP somewhere, and the most that it costs: of
+# X in float32 the ninth or 17th row of 724 or 512 features, a tile of dot products more; on sm_90 the change from
+# one path to the other at 2048 rows of the smallest layers. Before sm_80 cuBLASLt multiplies, whose tiles are guessed.
 STEP = 1.3
 STEPS = {
     (75, False): (0, 0.0),
@@ -82,6 +82,32 @@ def test_the_table_in_use_is_the_one_that_is_made(modelled: Table) -> None:
         assert text == selection.text(modelled, "the model")
     assert all(f"    {{{architecture}, false, {{\n" in text for architecture, _ in STEPS)
     assert "    {75, true, {\n" not in text  # there are no such instructions in its kernel
+
+
+def test_the_guide_has_the_targets_of_the_model(ask: Any) -> None:
+    """Two lines for each GPU and shape: over torch, and what 64 outlier columns multiply the time by."""
+    guide = (programs.ROOT / "docs" / "guide" / "cuda.md").read_text()
+    names = {80: "A100", 90: "H200"}
+    found: dict[str, list[float]] = {}
+    for architecture, k, n, _, half, auto, columns in ask("targets", selection.WORTH):
+        name = f"{names[int(architecture)]}, {k:.0f} x {n:.0f}"
+        found.setdefault(name, []).append(half / auto)
+        found.setdefault(f"{name}, 64 columns", []).append(columns / auto)
+    for name, figures in found.items():
+        assert f"| {name} | {' | '.join(f'{figure:.2f}' for figure in figures)} |\n" in guide
+    assert len(found) == 20
+
+
+def test_tiles_that_there_are_not_would_gain_less_than_the_model_is_good_for(folder: Path, modelled: Table) -> None:
+    """Of three, which the guide names, each with the most that it would gain anywhere."""
+    guide = (programs.ROOT / "docs" / "guide" / "cuda.md").read_text()
+    command = [folder / "selection", "candidates"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line in lines:
+        name, gain, *_ = line.split()
+        assert 1 <= float(gain) < selection.WORTH
+        assert f"{name.replace('_', ' ').replace('x', ' x ')}: {float(gain):.2f}" in guide
+    assert len(lines) == 3
 
 
 @pytest.mark.parametrize(

@@ -364,12 +364,11 @@ TEST(outputs_of_divided_products) {
     const char* const count = std::getenv("OCTAVO_SIMT_MULTIPROCESSORS");
     const std::string multiprocessors = count == nullptr ? "132" : count;
     long tried = 0;
-    for (const Case& c :
-         {Case{161, 400, 4112, 3, Choice::wide, 3, 128}, Case{97, 72, 3088, 3, Choice::square, 3, 128},
-          Case{129, 520, 4112, 2, Choice::large, 2, 256}, Case{261, 72, 1040, 2, Choice::large, 1, 144},
-          Case{99, 264, 3088, 2, Choice::medium, 2, 128}, Case{133, 72, 1040, 2, Choice::medium, 1, 80},
-          Case{261, 40, 3088, 2, Choice::tall, 2, 96}, Case{101, 40, 1040, 2, Choice::tall, 1, 64},
-          Case{19, 40, 3088, 3, Choice::small, 3, 64}, Case{69, 40, 1040, 2, Choice::small, 1, 48}}) {
+    for (const Case& c : {Case{161, 400, 4112, 3, Choice::wide, 3, 128}, Case{97, 72, 3088, 3, Choice::square, 3, 128},
+                          Case{129, 520, 4112, 2, Choice::large, 2, 256}, Case{261, 72, 1040, 2, Choice::large, 1, 144},
+                          Case{99, 264, 3088, 2, Choice::medium, 2, 128}, Case{133, 72, 1040, 2, Choice::medium, 1, 80},
+                          Case{261, 40, 3088, 2, Choice::tall, 2, 96}, Case{101, 40, 1040, 2, Choice::tall, 1, 64},
+                          Case{19, 40, 3088, 3, Choice::small, 3, 64}, Case{69, 40, 1040, 2, Choice::small, 1, 48}}) {
         if (std::to_string(c.multiprocessors) != multiprocessors) continue;
         ++tried;
         const check::Context context(c.m, " x ", c.n, " x ", c.k);
