@@ -251,6 +251,29 @@ TEST(many_outlier_columns) {
     }
 }
 
+// Few rows of which columns are outliers: more of them than are made float32 at a time, and, with AMX, beside which the
+// product of the next tile begins: none of it, some, and all.
+TEST(few_rows_with_outlier_columns) {
+    constexpr std::int64_t k = 300;
+    Random random(103);
+    const Array w(DType::bf16, random_normal(random, 140, k, 0.05));
+    const Array bias(DType::f32, random_normal(random, 1, 140, 1));
+    for (const Scheme scheme : schemes) {
+        for (const bool is_kept : {false, true}) {
+            const Weight weight(w, scheme, Granularity::vector,
+                                is_kept ? std::optional(kept_columns(k)) : std::nullopt);
+            for (const std::int64_t m : {1, 4, 7, 13, 16, 30}) {
+                for (const std::int64_t outliers : {1, 7, 30, 64, 100, 300}) {
+                    Values values = random_normal(random, m, k, 0.5);
+                    for (std::int64_t o = 0; o < outliers; ++o) values(o % m, o * 7 % k) = 8;
+                    const check::Context context(check::show(scheme), " kept ", is_kept, " ", m, " rows, ", outliers);
+                    check_linear(Array(DType::bf16, values), weight, bias, {}, DType::f32);
+                }
+            }
+        }
+    }
+}
+
 // Larger than a tile of any instruction set (48 x 256), without bias and without kept columns.
 TEST(matches_the_reference_over_many_tiles) {
     Random random(93);

@@ -82,7 +82,7 @@ public:
           acc_(panels_ * tile_size() * ceiling(cols_, plan_.cols)),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
           offsets_(cols_),
-          lines_of_finish_(block.rows() <= plan_.rows ? lines : 0) {}
+          lines_of_finish_(block.rows() <= plan_.rows && !plan_.can_begin ? lines : 0) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
              const std::function<void(SumsTile&)>& finish,
@@ -93,6 +93,7 @@ public:
         }
         if (begin == end) std::fill(acc_.data(), acc_.data() + panels_ * tile_size() * ceiling(cols_, plan_.cols), 0);
         const Entered entered(plan_, block_.rows());
+        std::int64_t begun = 0;  // of the tile that comes next
         for (std::int64_t strip = 0; strip < cols_; strip += strip_) {
             const std::int64_t strip_end = std::min(strip + strip_, cols_);
             std::int64_t slice = begin;
@@ -108,7 +109,8 @@ public:
                                      .cols = std::min(plan_.cols, cols_ - j),
                                      .depth = slice_end - slice,
                                      .first = slice == begin,
-                                     .acc = acc_.data() + j / plan_.cols * panels_ * tile_size()};
+                                     .acc = acc_.data() + j / plan_.cols * panels_ * tile_size(),
+                                     .begun = begun};
                     const std::int64_t next = !last_of_strip ? slice : last_of_slices ? begin : slice_end;
                     const std::int64_t next_j = !last_of_strip ? j + plan_.cols : last_of_slices ? strip_end : strip;
                     if (next_j < cols_) {
@@ -117,7 +119,16 @@ public:
                         tile.ahead_stride = w_.stride();
                     }
                     if (last_of_slices && prepare) prepare(j, std::min(tile.cols, block_.cols() - j));
-                    column(tile, slice, j, last_of_slices ? &finish : nullptr, begin);
+                    ProductTile after;
+                    if (plan_.can_begin && panels_ == 1 && slice_end - slice == end - begin &&
+                        next_j + plan_.cols <= cols_) {
+                        after = tile;
+                        after.x = x_.panel(block_.row_begin, slice);
+                        after.w = tile.ahead;
+                        after.begun = 0;
+                    }
+                    column(tile, slice, j, last_of_slices ? &finish : nullptr, begin, after);
+                    begun = after.begun;
                 }
                 slice = slice_end;
             } while (slice < end);
@@ -127,9 +138,10 @@ public:
 private:
     [[nodiscard]] std::int64_t tile_size() const { return plan_.rows * plan_.cols; }
 
-    // All rows by the output features of `tile`, which is at column j and slice `begin`. Whole tiles go to `finish`.
+    // All rows by the output features of `tile`, which is at column j and slice `begin`. Whole tiles go to `finish`,
+    // which may begin the one that is `after` it, if that has any depth.
     void column(ProductTile tile, std::int64_t begin, std::int64_t j, const std::function<void(SumsTile&)>* finish,
-                std::int64_t part) const {
+                std::int64_t part, ProductTile& after) const {
         if (plan_.regroup != nullptr && tile.depth > 0) {
             plan_.regroup(tile.w, tile.w_stride, tile.cols, tile.depth, regrouped_.data(), offsets_.data() + j);
             tile.w = regrouped_.data();
@@ -158,7 +170,8 @@ private:
                                           .acc = tile.acc + first * plan_.cols,
                                           .stride = plan_.cols,
                                           .ahead = for_finish,
-                                          .ahead_lines = lines}};
+                                          .ahead_lines = lines,
+                                          .next = after.depth > 0 ? &after : nullptr}};
                 if (has_offsets(plan_)) {
                     sums.product.row_offsets = x_.offsets(row + first, part);
                     sums.product.col_offsets = offsets_.data() + j;

@@ -273,7 +273,7 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
         const Scratch<float> scaled(scaled_here ? most_rows * quantized.codes.plan().cols : 0);
         // What meets few rows is dequantized in registers, for each of them, and needs no memory.
         constexpr std::int64_t most_of_column = 4;  // elements that rows have of their own, on average
-        const bool is_met_by_few = outliers.are_shared() ? block.rows() <= kernels().rows_from_codes
+        const bool is_met_by_few = outliers.are_shared() ? block.rows() <= few_rows
                                                          : outliers.count(block.row_begin, block.row_end) <=
                                                                most_of_column * std::ssize(outliers.columns());
         const bool in_registers = !scaled_here && is_met_by_few;

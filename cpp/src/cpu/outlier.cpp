@@ -201,7 +201,8 @@ OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight,
             return;
     }
     if (columns_.empty()) return;
-    stride_ = (x.rows + 15) / 16 * 16 + 16;  // no power of two: columns would push each other out of the cache
+    // Whole cache lines; of several no power of two, or columns would push each other out of the cache.
+    stride_ = x.rows <= 16 ? 16 : (x.rows + 15) / 16 * 16 + 16;
     values_.resize(static_cast<std::size_t>(stride_) * columns_.size());
     parallel_for(x.rows, row_grain(std::ssize(columns_)), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {

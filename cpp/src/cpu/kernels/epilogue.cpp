@@ -5,6 +5,9 @@
 #include "cpu/kernels/floats.hpp"
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)
+#include "cpu/kernels/product/amx_tiles.hpp"
+#endif
 
 namespace octavo::cpu::OCTAVO_ISA {
 namespace {
@@ -96,9 +99,15 @@ constexpr int square_vectors = 1;  // it would not be faster, and long to compil
 #endif
 constexpr int square_rows(int vectors) { return register_size == 64 ? 4 * square_vectors / vectors : 4; }
 
-// Byte number `place` of each group of four on top of its lane, whatever is below.
-[[gnu::always_inline]] inline void raise_byte(Bits& groups, std::uint32_t place) {
-#if defined(__AVX2__)
+// Byte number `place` of each group of four, with its sign.
+[[gnu::always_inline]] inline void extract_byte(Bits groups, std::uint32_t place, Ints& codes) {
+#if defined(__AVX512VNNI__)
+    // The product with 1 there and 0 elsewhere.
+    static constexpr std::int32_t ones[] = {1, 1 << 8, 1 << 16, 1 << 24};
+    codes = reinterpret_cast<Ints>(
+        _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(ones[place]), reinterpret_cast<__m512i>(groups)));
+    return;
+#elif defined(__AVX2__)
     // A shuffle is one instruction; a shift by a number of the program's own is three.
     struct Places {
         std::int8_t of[4][64];
@@ -122,6 +131,8 @@ constexpr int square_rows(int vectors) { return register_size == 64 ? 4 * square
 #else
     groups <<= 24 - place * 8 - Bits{};
 #endif
+    read(&groups, codes);
+    codes >>= 24;
 }
 
 // The weights of a column for `Vectors` vectors of output features. A cache line of packed W holds the 4 codes of each
@@ -134,13 +145,18 @@ template <int Vectors>
     unroll<Vectors>([&](auto v) OCTAVO_INLINE {
         Bits group;
         read(line + v / in_block * w_stride + v % in_block * register_size, group);
-        raise_byte(group, column % 4);
         Ints codes;
-        read(&group, codes);
-        weights[v] = __builtin_convertvector(codes >> 24, Floats);
+        extract_byte(group, column % 4, codes);
+        weights[v] = __builtin_convertvector(codes, Floats);
         if (zeropoints != nullptr) weights[v] += zeropoints[v];
         weights[v] *= scales[v];
     });
+}
+
+// A line of each of two blocks of W.
+[[gnu::always_inline]] inline void fetch_pair(const std::int8_t* w, std::int64_t w_stride) {
+    __builtin_prefetch(w, 0, 2);
+    __builtin_prefetch(w + w_stride, 0, 2);
 }
 
 // The outliers of `Rows` rows from row i on, in `Vectors` vectors from column j on. A row of outlier weights is loaded
@@ -149,38 +165,56 @@ template <int Rows, int Vectors>
 [[gnu::always_inline]] inline void add_shared_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
                                                        const Floats* scales, Floats* sums) {
     if (tile.outliers == 0) return;
+    const float* x = tile.outlier_x + i;
+    const auto add = [&](auto fetch, auto read_weights) OCTAVO_INLINE {
+        for (std::int64_t o = 0; o < tile.outliers; ++o, x += tile.outlier_x_stride) {
+            fetch();
+            Floats weights[Vectors];
+            read_weights(o, weights);
+            unroll<Rows>([&](auto r) OCTAVO_INLINE {
+                const Floats value = x[r] - Floats{};
+                unroll<Vectors>([&](auto v)
+                                    OCTAVO_INLINE { fused_multiply_add(value, weights[v], sums[r * Vectors + v]); });
+            });
+        }
+    };
+    const float* row = tile.outlier_w + j;
+    const std::int64_t stride = tile.outlier_w_stride;
+    const auto from_floats = [&](std::int64_t /*o*/, Floats* weights) OCTAVO_INLINE {
+        unroll<Vectors>([&](auto v) OCTAVO_INLINE { read(row + v * width, weights[v]); });
+        row += stride;
+    };
+#if defined(__AMX_INT8__) || defined(__AMXINT8__)
+    // First as much of the next product as has been fetched beside the square before, then as much is fetched. Not in
+    // finer pieces: from an instruction of AMX on and for some 150 ns, 512 bits are multiplied half as often.
+    if (Rows >= 4 && tile.next != nullptr && tile.outlier_columns == nullptr) {
+        constexpr std::int64_t columns = 8;  // two lines of W each, so a tile
+        tiles::begin(*tile.next, tile.outliers / columns);
+        const std::int8_t* ahead = tiles::begin_of_rest(*tile.next);
+        if (ahead != nullptr) {
+            const auto fetch = [&]() OCTAVO_INLINE {
+                fetch_pair(ahead, tile.next->w_stride);
+                ahead += 64;
+            };
+            return add(fetch, from_floats);
+        }
+    }
+#endif
     // This square's part of the lines to be fetched.
     constexpr std::int64_t cols = Vectors * width;
     const std::int64_t squares_below = (tile.rows + Rows - 1) / Rows;
     const std::int64_t squares = (tile.cols + cols - 1) / cols * squares_below;
     const std::int64_t lines = (tile.ahead_lines + squares * tile.outliers - 1) / (squares * tile.outliers);
     const std::int8_t* ahead = tile.ahead + (j / cols * squares_below + i / Rows) * tile.outliers * lines * 64;
-    const float* x = tile.outlier_x + i;
-    const auto add = [&](std::int64_t o, auto read_weights) OCTAVO_INLINE {
+    const auto fetch = [&]() OCTAVO_INLINE {
         for (std::int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-        Floats weights[Vectors];
-        read_weights(o, weights);
-        unroll<Rows>([&](auto r) OCTAVO_INLINE {
-            const Floats value = x[r] - Floats{};
-            unroll<Vectors>([&](auto v)
-                                OCTAVO_INLINE { fused_multiply_add(value, weights[v], sums[r * Vectors + v]); });
-        });
-        x += tile.outlier_x_stride;
     };
-    if (tile.outlier_columns == nullptr) {
-        const auto from_floats = [&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
-            unroll<Vectors>(
-                [&](auto v) OCTAVO_INLINE { read(tile.outlier_w + o * outlier_stride + j + v * width, weights[v]); });
-        };
-        for (std::int64_t o = 0; o < tile.outliers; ++o) add(o, from_floats);
-    } else {
-        const std::int8_t* const w = tile.w + j / 16 * tile.w_stride + j % 16 * 4;
-        const auto from_codes = [&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
-            const auto column = static_cast<std::uint32_t>(tile.outlier_columns[o]);
-            read_column<Vectors>(w, tile.w_stride, column, nullptr, scales, weights);
-        };
-        for (std::int64_t o = 0; o < tile.outliers; ++o) add(o, from_codes);
-    }
+    if (tile.outlier_columns == nullptr) return add(fetch, from_floats);
+    const std::int8_t* const w = tile.w + j / 16 * tile.w_stride + j % 16 * 4;
+    add(fetch, [&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
+        const auto column = static_cast<std::uint32_t>(tile.outlier_columns[o]);
+        read_column<Vectors>(w, tile.w_stride, column, nullptr, scales, weights);
+    });
 }
 
 // The same where each row has its own, whose weights `read_weights` reads: one of each row at a time, as long as all
@@ -210,7 +244,7 @@ template <int Rows, int Vectors>
 [[gnu::always_inline]] inline void add_gathered_outliers(const EpilogueTile& tile, std::int64_t i, std::int64_t j,
                                                          Floats* sums) {
     add_own_outliers<Rows, Vectors>(tile, i, sums, [&](std::int64_t o, Floats* weights) OCTAVO_INLINE {
-        const float* const row = tile.outlier_w + tile.outlier_places[o] * outlier_stride + j;
+        const float* const row = tile.outlier_w + tile.outlier_places[o] * tile.outlier_w_stride + j;
         unroll<Vectors>([&](auto v) OCTAVO_INLINE { read(row + v * width, weights[v]); });
     });
 }
@@ -360,12 +394,6 @@ void finish_columns(const EpilogueTile& tile, std::int64_t j, char* y, std::int6
 // Columns from j on, by `Vectors` vectors as long as there are so many, then by half as many.
 template <DType Type, int Vectors = square_vectors>
 void finish_tile(const EpilogueTile& tile, char* y, std::int64_t y_stride, std::int64_t j = 0) {
-    if constexpr (Vectors > 1 && register_size == 64) {
-        // Columns that are dequantized here are so once for all rows of a square.
-        if (tile.outlier_columns != nullptr && tile.outlier_begin == nullptr && tile.rows >= square_rows(1)) {
-            return finish_tile<Type, 1>(tile, y, y_stride, j);
-        }
-    }
     constexpr std::int64_t least = Vectors > 1 ? Vectors * width : 1;
     for (; j + least <= tile.cols; j += Vectors * width) {
         finish_columns<Type, Vectors>(tile, j, y + j * size_of(Type), y_stride);
@@ -377,7 +405,7 @@ void finish_tile(const EpilogueTile& tile, char* y, std::int64_t y_stride, std::
 template <int Blocks, bool HasZeropoint>
 void dequantize_blocks(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,
                        const std::int32_t* rows, std::int64_t count, const float* zeropoint, const float* scale,
-                       float* target) {
+                       float* target, std::int64_t stride, const ProductTile* next) {
     constexpr int all = Blocks * 16 / static_cast<int>(width);
     Floats zeropoints[all]{};
     Floats scales[all];
@@ -386,10 +414,11 @@ void dequantize_blocks(const std::int8_t* w, std::int64_t w_stride, const std::i
         read(scale + v * width, scales[v]);
     });
     for (std::int64_t c = 0; c < count; ++c) {
+        if (next != nullptr) fetch_pair(next->w + c * 64, next->w_stride);
         Floats weights[all];
         read_column<all>(w, w_stride, static_cast<std::uint32_t>(columns[c]), HasZeropoint ? zeropoints : nullptr,
                          scales, weights);
-        float* const row = target + rows[c] * outlier_stride;
+        float* const row = target + (rows == nullptr ? c : rows[c]) * stride;
         unroll<all>([&](auto v) OCTAVO_INLINE { __builtin_memcpy(row + v * width, &weights[v], sizeof weights[v]); });
     }
 }
@@ -434,25 +463,69 @@ void put_sums(const EpilogueTile& tile, char* y, std::int64_t y_stride) {
     }
 }
 
+// Kernels::dequantize_columns into rows `stride` apart; `rows` null: 0, 1, 2, ... The beginning of the product that
+// comes `next` is fetched meanwhile.
+void dequantize(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns, const std::int32_t* rows,
+                std::int64_t count, std::int64_t cols, const float* zeropoint, const float* scale, float* target,
+                std::int64_t stride, const ProductTile* next) {
+    const auto of_blocks = [&](auto blocks, std::int64_t first) OCTAVO_INLINE {
+        const std::int8_t* const begin = w + first / 16 * w_stride;
+        if (zeropoint == nullptr) {
+            dequantize_blocks<blocks, false>(begin, w_stride, columns, rows, count, nullptr, scale + first,
+                                             target + first, stride, next);
+        } else {
+            dequantize_blocks<blocks, true>(begin, w_stride, columns, rows, count, zeropoint + first, scale + first,
+                                            target + first, stride, next);
+        }
+    };
+    constexpr std::int64_t most = square_vectors > 1 ? square_vectors * register_size / 64 : 1;
+    std::int64_t first = 0;
+    for (; first + 16 * (most - 1) < cols; first += 16 * most) of_blocks(IndexConstant<most>{}, first);
+    for (; most > 2 && first + 16 < cols; first += 32) of_blocks(IndexConstant<2>{}, first);
+    for (; first < cols; first += 16) of_blocks(IndexConstant<1>{}, first);
+}
+
+// Columns of the tiles of every plan, at most.
+constexpr std::int64_t most_together = 64;
+
+// The end of a tile whose outliers are shared and meet packed codes: so many of their columns are made float32 at a
+// time that they stay in the first-level cache while all rows meet them.
+void finish_packed_columns(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride) {
+    constexpr std::int64_t most = 64;
+    constexpr std::int64_t stride = most_together;
+    alignas(64) float weights[most * stride];
+    alignas(64) float sums[few_rows * stride];
+    EpilogueTile part = tile;
+    part.outlier_columns = nullptr;
+    part.outlier_w = weights;
+    part.outlier_w_stride = stride;
+    part.bias = nullptr;
+    part.gelu = false;
+    std::int64_t left = tile.outliers;
+    for (const std::int32_t* columns = tile.outlier_columns;; columns += most) {
+        part.outliers = left < most ? left : most;
+        part.ahead_lines = tile.ahead_lines * part.outliers / tile.outliers;
+        dequantize(tile.w, tile.w_stride, columns, nullptr, part.outliers, tile.cols, nullptr, tile.scale_w, weights,
+                   stride, columns == tile.outlier_columns ? tile.next : nullptr);
+        left -= part.outliers;
+        if (left == 0) break;
+        epilogue(part, DType::f32, sums, stride * 4);
+        part.scaled = sums;
+        part.stride = stride;
+        part.outlier_x += most * part.outlier_x_stride;
+        part.ahead += part.ahead_lines * 64;
+    }
+    part.bias = tile.bias;
+    part.gelu = tile.gelu;
+    epilogue(part, dtype, y, y_stride);
+}
+
 }  // namespace
 
 void dequantize_columns(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,
                         const std::int32_t* rows, std::int64_t count, std::int64_t cols, const float* zeropoint,
                         const float* scale, float* target) {
-    const auto dequantize = [&](auto blocks, std::int64_t first) OCTAVO_INLINE {
-        const std::int8_t* const begin = w + first / 16 * w_stride;
-        if (zeropoint == nullptr) {
-            dequantize_blocks<blocks, false>(begin, w_stride, columns, rows, count, nullptr, scale + first,
-                                             target + first);
-        } else {
-            dequantize_blocks<blocks, true>(begin, w_stride, columns, rows, count, zeropoint + first, scale + first,
-                                            target + first);
-        }
-    };
-    constexpr std::int64_t most = square_vectors > 1 ? square_vectors * register_size / 64 : 1;
-    std::int64_t first = 0;
-    for (; first + 16 * (most - 1) < cols; first += 16 * most) dequantize(IndexConstant<most>{}, first);
-    for (; first < cols; first += 16) dequantize(IndexConstant<1>{}, first);
+    dequantize(w, w_stride, columns, rows, count, cols, zeropoint, scale, target, outlier_stride, nullptr);
 }
 
 void rotate_back_column(const std::int8_t* w, std::int64_t w_stride, std::int64_t block, std::int64_t place,
@@ -479,6 +552,13 @@ void rotate_back_column(const std::int8_t* w, std::int64_t w_stride, std::int64_
 }
 
 void epilogue(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride) {
+    // For fewer rows each square dequantizes columns for itself, in registers.
+    constexpr std::int64_t in_registers = register_size == 64 ? 8 : 4;
+    const bool is_shared = tile.outliers > 0 && tile.outlier_begin == nullptr && tile.outlier_columns != nullptr;
+    const bool is_small = tile.rows <= few_rows && tile.cols <= most_together && dtype != DType::i32;
+    if (is_shared && is_small && (tile.rows > in_registers || tile.next != nullptr)) {
+        return finish_packed_columns(tile, dtype, y, y_stride);
+    }
     switch (dtype) {
         case DType::f32: return finish_tile<DType::f32>(tile, static_cast<char*>(y), y_stride);
         case DType::f16: return finish_tile<DType::f16>(tile, static_cast<char*>(y), y_stride);

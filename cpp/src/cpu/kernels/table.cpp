@@ -1,6 +1,5 @@
 #include "cpu/kernels/table.hpp"
 
-#include "cpu/kernels/floats.hpp"
 #include "cpu/kernels/functions.hpp"
 
 #define OCTAVO_NAME_OF(isa) OCTAVO_QUOTE(isa)
@@ -41,7 +40,6 @@ const Kernels table{
     .dequantize_columns = dequantize_columns,
     .rotate_back_column = rotate_back_column,
     .epilogue = epilogue,
-    .rows_from_codes = register_size == 64 ? few_rows : 4,
 };
 
 }  // namespace octavo::cpu::OCTAVO_ISA

@@ -38,6 +38,8 @@ struct ProductTile {
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_depth = 0;
     std::int64_t ahead_stride = 0;
+    // How much of it an epilogue has begun already (Plan::can_begin), in pieces of an instruction set's own.
+    std::int64_t begun = 0;
     // Of a run: to be called for all of its rows, some of a panel at a time, as soon as their sums are whole; best
     // while the next panel is multiplied. It does not multiply itself. Or null.
     void (*finish)(const void* context, std::int64_t row, std::int64_t rows) = nullptr;
@@ -74,6 +76,8 @@ struct Plan {
     void (*regroup)(const std::int8_t* w, std::int64_t w_stride, std::int64_t cols, std::int64_t depth,
                     std::int8_t* target, std::int32_t* offsets) = nullptr;
     void (*multiply)(const ProductTile& tile) = nullptr;
+    // Whether an epilogue may begin the next product (EpilogueTile::next), whose sums wait in registers of their own.
+    bool can_begin = false;
     // Before and behind a run of `multiply` in one thread, for panels of up to `rows` rows; may be null.
     void (*enter)(std::int64_t rows) = nullptr;
     void (*leave)() = nullptr;
@@ -105,6 +109,12 @@ struct FloatTile {
     std::int64_t ahead_stride = 0;
 };
 
+// The most columns of a block of work.
+inline constexpr std::int64_t most_cols = 256;
+
+// The distance of the rows of `dequantize_columns`: no power of two, or they would push each other out of the cache.
+inline constexpr std::int64_t outlier_stride = most_cols + 16;
+
 // What the epilogue does to a tile of sums. All arrays begin at the tile's first row or column and can be read up to
 // the next multiple of 16 columns.
 struct EpilogueTile {
@@ -131,12 +141,15 @@ struct EpilogueTile {
     // of outlier_x, which meet the columns at the same places of outlier_columns, where these are given.
     const std::int64_t* outlier_begin = nullptr;   // [rows + 1], or null
     const std::int32_t* outlier_places = nullptr;  // the rows of outlier_w that they meet else
-    const float* outlier_w = nullptr;              // rows `outlier_stride` apart
-    const float* bias = nullptr;                   // or null
-    bool gelu = false;                             // whether y becomes Activation::gelu of itself (octavo/linear.hpp)
-    // What will be multiplied next: cache lines to be fetched beside shared outliers.
+    const float* outlier_w = nullptr;              // rows outlier_w_stride apart
+    std::int64_t outlier_w_stride = outlier_stride;
+    const float* bias = nullptr;  // or null
+    bool gelu = false;            // whether y becomes Activation::gelu of itself (octavo/linear.hpp)
+    // What will be multiplied next: cache lines to be fetched beside shared outliers; or the product, to be begun
+    // beside them, or null.
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_lines = 0;
+    ProductTile* next = nullptr;
 };
 
 struct Kernels {
@@ -225,18 +238,10 @@ struct Kernels {
     // then y + bias[j], then gelu where that is asked for, in float32, in this order, rounded once to f32, f16 or bf16;
     // or, as i32, the product and no more. Rows of y are contiguous, y_stride bytes apart.
     void (*epilogue)(const EpilogueTile& tile, DType dtype, void* y, std::int64_t y_stride);
-    // Up to so many rows, of one tile, outlier_columns take less time than dequantize_columns and outlier_w.
-    std::int64_t rows_from_codes;
 };
 
 // Up to so many rows of a block are finished together.
 inline constexpr std::int64_t few_rows = 32;
-
-// The most columns of a block of work.
-inline constexpr std::int64_t most_cols = 256;
-
-// The distance of the rows of `outlier_w`: no power of two, or they would push each other out of the cache.
-inline constexpr std::int64_t outlier_stride = most_cols + 16;
 
 // The largest k for which a sum of products of int8 values (-128 included) fits an int32: floor((2^31 - 1) / 2^14),
 // down to a multiple of 64.

@@ -127,17 +127,27 @@ inline std::int32_t place_row_of_16(const std::int8_t* codes, std::int64_t depth
 // ahead by itself: what was also fetched here would come by the caches' ports twice.
 template <int Blocks>
 void multiply_row_of_tiles(const ProductTile& tile) {
-    change_sums<0>(nullptr, tile.acc, tile.first);
-    if constexpr (Blocks == 2) change_sums<1>(nullptr, tile.acc, tile.first);
-    for (std::int64_t k = 0; k < tile.depth; k += 64) {
+    if (tile.begun == 0) {
+        change_sums<0>(nullptr, tile.acc, tile.first);
+        if constexpr (Blocks == 2) change_sums<1>(nullptr, tile.acc, tile.first);
+    }
+    const auto step = [&](std::int64_t k, bool left) OCTAVO_INLINE {
         load_tile<4>(tile.x + k * 16, 64);
-        load_passing_tile<6>(tile.w + k * 16, 64);
-        multiply_tiles<0, 4, 6>();
+        if (left) {
+            load_passing_tile<6>(tile.w + k * 16, 64);
+            multiply_tiles<0, 4, 6>();
+        }
         if constexpr (Blocks == 2) {
             load_passing_tile<7>(tile.w + tile.w_stride + k * 16, 64);
             multiply_tiles<1, 4, 7>();
         }
+    };
+    std::int64_t k = tile.begun / Blocks * 64;
+    if (tile.begun % Blocks != 0) {
+        step(k, false);
+        k += 64;
     }
+    for (; k < tile.depth; k += 64) step(k, true);
     change_sums<0>(tile.acc, nullptr, false);
     if constexpr (Blocks == 2) change_sums<1>(tile.acc, nullptr, false);
 }
@@ -158,6 +168,7 @@ constexpr Plan some{.rows = 16,
                     .fetches = true,
                     .place_row = tiles::place_row_of_16,
                     .multiply = tiles::multiply_few,
+                    .can_begin = true,
                     .enter = tiles::enter,
                     .leave = tiles::release};
 constexpr Plan many{.rows = tiles::rows,
