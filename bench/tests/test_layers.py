@@ -117,9 +117,9 @@ def test_recipes_are_compared_with_octavo_without_outliers(tmp_path: Path) -> No
     names = [
         "paper",
         "paper, cap 0.02",
+        "rotation",
         "best",
-        "best, by row",
-        "best, by row, no cap",
+        "best, no cap",
         "torch bfloat16",
         "torch float32",
     ]

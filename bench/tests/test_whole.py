@@ -40,7 +40,7 @@ def test_whole(tmp_path: Path, facts: Any, progress: Progress, monkeypatch: pyte
     errors = dict(zip(engines, table.column("error"), strict=True))
     assert errors.pop(whole.REFERENCE) == 0
     assert all(1e-4 < error < 0.1 for error in errors.values()), errors
-    assert errors["octavo bfloat16"] < errors["octavo bfloat16, int8 head"]
+    assert errors["octavo bfloat16, 16-bit head"] < errors["octavo bfloat16"]
     for name in ("prompt, ms", "new, ms"):
         assert min(table.column(name)) > 0
     assert table.column("new, to octavo")[engines.index("octavo bfloat16")] == 1

@@ -24,7 +24,7 @@ from octavo import checkpoint, plan
 from octavo._text import format_size, matches, parse_size, shown, table, unexpected
 from octavo.checkpoint import convert
 from octavo.checkpoint.folder import read_json
-from octavo.checkpoint.layers import DEFAULT_SKIP
+from octavo.checkpoint.layers import DEFAULT_SKIP, head_of
 from octavo.file_format import Format
 from octavo.options import WHOLE_MODELS, Options, options_of
 
@@ -119,7 +119,7 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     add("--include", action="append", metavar="PATTERN", help="only layers that match; may be repeated")
     skip = f"no layers that match; may be repeated; default: {' '.join(DEFAULT_SKIP)}"
     add("--skip", action="append", metavar="PATTERN", help=skip)
-    add("--head", action="store_true", help=about["head"])
+    add("--head", action=argparse.BooleanOptionalAction, help=about["head"])
     text = "run the model on a text file, or else on random tokens, and keep its systematic outlier columns in 16 bit"
     text += " (the model stays on the disk; needs transformers and accelerate)"
     add("--calibrate", type=Path, nargs="?", const=False, metavar="TEXT", help=text)
@@ -140,20 +140,21 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
 
 def _run_quantize(args: argparse.Namespace) -> int:
     given = _given(args)
-    options, text = options_of("octavo quantize", default=convert.RECIPES[args.format], **given), args.calibrate or None
     calibrated = args.outlier_columns is not None or (args.calibrate is not None and args.kl is None)
+    options = options_of("octavo quantize", default=convert.RECIPES[args.format], calibrated=calibrated, **given)
     wrong = convert.misfit(options, args.format, calibrated, args.head)
-    if args.kl is not None and (given or calibrated or args.head or args.format == "bitsandbytes"):
-        wrong = "--kl chooses the options, and goes with no others, no outlier columns, no --head and octavo's formats"
+    if args.kl is not None and (given or calibrated or args.format == "bitsandbytes"):
+        wrong = "--kl chooses the options, and goes with no others, no outlier columns and octavo's formats"
     if wrong:
         print(f"octavo quantize: {wrong}", file=sys.stderr)
         return _USAGE
-    which: dict[str, Any] = {"include": args.include, "skip": args.skip, "progress": not args.quiet}
-    run = {**which, "text": text, "trust_remote_code": args.trust_remote_code}
+    which: dict[str, Any] = {name: getattr(args, name) for name in ("include", "skip", "head")}
+    which["progress"] = not args.quiet
+    run = {**which, "text": args.calibrate or None, "trust_remote_code": args.trust_remote_code}
     choice = None if args.kl is None else checkpoint.choose_options(args.model, args.kl, **run)
     which |= {"layer_options": choice and choice.options, "measured": choice and choice.notes()}
     which["outlier_columns"] = _outlier_columns(args, options, run) if calibrated else None
-    which |= {name: getattr(args, name) for name in ("head", "format", "jobs", "memory")}
+    which |= {name: getattr(args, name) for name in ("format", "jobs", "memory")}
     report = checkpoint.quantize(args.model, args.output, options=options, **which)
     print(json.dumps(asdict(report), indent=2) if args.json else _text(report))
     return 0
@@ -197,7 +198,8 @@ def _outlier_columns(args: argparse.Namespace, options: Options, run: dict[str, 
         # A file of columns may hold those of a run that chose other layers.
         columns = {n: own for n, own in columns.items() if not matches(n, args.skip or ())}
         return {n: own for n, own in columns.items() if args.include is None or matches(n, args.include)}
-    columns = checkpoint.calibrate(args.model, **options.criterion, **run)
+    head = head_of(args.head, options)
+    columns = checkpoint.calibrate(args.model, **options.criterion, **{**run, "head": head})
     if path is not None:
         text = json.dumps(columns, indent=1) + "\n"
         convert.write_whole(path, lambda hidden: hidden.write_text(text, encoding="utf-8"))

@@ -24,7 +24,7 @@ class Family:
     """
 
     sizes: dict[str, Any] | None = None
-    left: tuple[str, ...] = ("lm_head",)
+    left: tuple[str, ...] = ()
     error: float = 0.1
     inputs: str = "words"
 
@@ -51,23 +51,21 @@ FAMILIES: dict[str, Family] = {
     **{name: Family() for name in LANGUAGE_MODELS},
     # Random weights have no outliers, and zeros that a ReLU leaves are rotated into something: the recipe costs here.
     "T5ForConditionalGeneration": Family(error=0.25),
-    "BertForMaskedLM": Family(left=("cls.predictions.decoder",)),
     "FalconForCausalLM": Family(_WIDE),
-    "RwkvForCausalLM": Family({**_WIDE, "attention_hidden_size": 64, "rescale_every": 1}, left=("head",)),
+    "RwkvForCausalLM": Family({**_WIDE, "attention_hidden_size": 64, "rescale_every": 1}),
     "MambaForCausalLM": Family({"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
     "Mamba2ForCausalLM": Family(
         {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "num_heads": 4, "head_dim": 32, "n_groups": 1}
     ),
     "FunnelModel": Family(
         {"block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 96},
-        left=(),
     ),
-    "Wav2Vec2ForCTC": Family(_SOUND, inputs="sound"),
-    "Wav2Vec2ForPreTraining": Family(_SOUND, left=(), inputs="sound"),
-    "WavLMModel": Family(_SOUND, left=(), inputs="sound"),
-    "UniSpeechModel": Family(_SOUND, left=(), inputs="sound"),
-    "SiglipVisionModel": Family(_IMAGE, left=(), inputs="image"),
-    "CLIPVisionModel": Family(_IMAGE, left=(), inputs="image"),
+    "Wav2Vec2ForCTC": Family(_SOUND, left=("lm_head",), inputs="sound"),
+    "Wav2Vec2ForPreTraining": Family(_SOUND, inputs="sound"),
+    "WavLMModel": Family(_SOUND, inputs="sound"),
+    "UniSpeechModel": Family(_SOUND, inputs="sound"),
+    "SiglipVisionModel": Family(_IMAGE, inputs="image"),
+    "CLIPVisionModel": Family(_IMAGE, inputs="image"),
     "GraniteMoeForCausalLM": Family(
         {**_WIDE, **_KEY_VALUES, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
     ),
@@ -81,7 +79,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts": 4,
             "num_experts_per_tok": 2,
         },
-        left=("lm_head", "model.layers.#.mlp.shared_expert_gate"),
+        left=("model.layers.#.mlp.shared_expert_gate",),
     ),
     "JetMoeForCausalLM": Family(
         {
@@ -92,7 +90,7 @@ FAMILIES: dict[str, Family] = {
             "intermediate_size": 64,
             "num_local_experts": 4,
         },
-        left=("lm_head", "model.layers.#.mlp.router.layer", "model.layers.#.self_attention.experts.router.layer"),
+        left=("model.layers.#.mlp.router.layer", "model.layers.#.self_attention.experts.router.layer"),
     ),
     "GptOssForCausalLM": Family(
         {
@@ -114,7 +112,7 @@ FAMILIES: dict[str, Family] = {
             "num_local_experts": 2,
             "moe_layers": [0],
         },
-        left=("lm_head", "model.layers.#.feed_forward.router"),
+        left=("model.layers.#.feed_forward.router",),
     ),
 }
 

@@ -157,7 +157,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         octavo.Int8Weight,
         {"codes": WEIGHT.packed, "scale": WEIGHT.scale, "code_sums": WEIGHT.code_sums, "shape": (2, 4)},
     ),
-    "recipe": (octavo.recipe, {"name": "best"}),
+    "recipe": (octavo.recipe, {"name": "best", "calibrated": True}),
     "set_num_threads": (octavo.set_num_threads, {"count": octavo.get_num_threads()}),
 }
 

@@ -57,20 +57,20 @@ def tiny_model(name: str, **more: Any) -> Any:
 
 @pytest.mark.parametrize("form", ["untied", "tied", "tied, in a file of PyTorch", "packed"])
 def test_head(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """An output head becomes int8 alike in all ways to convert; one that is tied gets a weight beside the table."""
+    """An output head becomes int8 alike in all ways to convert, unasked; a tied one gets a weight beside the table."""
     model = tiny_model("LlamaForCausalLM", tie_word_embeddings=form != "untied")
     model.save_pretrained(tmp_path / "m")
     if "PyTorch" in form:
         (tmp_path / "m" / "model.safetensors").unlink()
         torch.save(model.state_dict(), tmp_path / "m" / "pytorch_model.bin")
-    words = ["quantize", str(tmp_path / "m"), str(tmp_path / "out"), "--quiet", "--head"]
+    words = ["quantize", str(tmp_path / "m"), str(tmp_path / "out"), "--quiet"]
     assert cli.main([*words, *(["--format", "packed"] if form == "packed" else [])]) == 0
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     while_loading = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path / "m", quantization_config=octavo.transformers.OctavoConfig(head=True)
+        tmp_path / "m", quantization_config=octavo.transformers.OctavoConfig()
     )
     table = model.model.embed_tokens.weight.detach().clone()
-    ot.quantize_(model, head=True, progress=False)
+    ot.quantize_(model, progress=False)
     ids = torch.arange(12)[None]
     for each in (model, while_loading, loaded):
         assert isinstance(each.lm_head.weight, ot.Int8Tensor)
@@ -83,12 +83,51 @@ def test_head(tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> 
     said = "an embedding; lm_head beside it is int8"
     assert (said in summary.as_table()) == (form != "untied")
     assert summary.other_tensors == 1 + 5  # the table and the norms: nothing is there twice
-    for wrong in (["--format", "bitsandbytes"], ["--kl", "0.1"]):
-        assert cli.main([*words, *wrong]) == 2
-        assert "head" in capsys.readouterr().err
+    assert cli.main([*words, "--head", "--format", "bitsandbytes"]) == 2
+    assert "head" in capsys.readouterr().err
     (tmp_path / "m" / "config.json").unlink()
     with pytest.raises(ValueError, match="quantize: head: expected a model that Transformers has"):
         checkpoint.quantize(tmp_path / "m", tmp_path / "other", head=True, progress=False)
+
+
+@pytest.mark.parametrize("how", [{"head": False}, {"rotation": 0}, {"recipe": "paper"}], ids=str)
+def test_a_head_that_stays(tmp_path: Path, how: dict[str, Any]) -> None:
+    """Where it is said, and where X is not rotated, in all ways to convert."""
+    model = tiny_model("LlamaForCausalLM", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "m")
+    words = [f"--{name}={value}" for name, value in how.items()] if "head" not in how else ["--no-head"]
+    assert cli.main(["quantize", str(tmp_path / "m"), str(tmp_path / "out"), "--quiet", *words]) == 0
+    config = octavo.transformers.OctavoConfig(**how)
+    load = type(model).from_pretrained
+    for each in (
+        load(tmp_path / "out"),
+        load(tmp_path / "m", quantization_config=config),
+        ot.quantize_(model, progress=False, **how),
+    ):
+        assert each.lm_head.weight is each.model.embed_tokens.weight
+        assert not isinstance(each.lm_head.weight, ot.Int8Tensor)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_columns_of_a_head_are_kept(tmp_path: Path, tied: bool) -> None:
+    """Calibrated like any other layer's, in memory and from files, and in a file of columns."""
+    model = tiny_model("LlamaForCausalLM", tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "m")
+    criterion: Any = {"relative": 1.2, "cap": 0.2}
+    columns = checkpoint.calibrate(tmp_path / "m", progress=False, **criterion)
+    assert columns == {n: own.tolist() for n, own in ot.calibrate_(model, progress=False, **criterion).items()}
+    assert columns["lm_head"]
+    checkpoint.quantize(tmp_path / "m", tmp_path / "out", outlier_columns=columns, progress=False)
+    loaded = type(model).from_pretrained(tmp_path / "out")
+    ot.quantize_(model, progress=False)
+    ids = torch.arange(12)[None]
+    for each in (loaded, model):
+        weight = each.lm_head.weight
+        assert weight.int8_weight.outlier_columns.tolist() == columns["lm_head"]
+        assert weight.options == octavo.recipe("best", calibrated=True).keeping(columns)
+        assert torch.equal(each(ids).logits, model(ids).logits)
+    without = checkpoint.calibrate(tmp_path / "m", head=False, progress=False, **criterion)
+    assert without == {name: own for name, own in columns.items() if name != "lm_head"}
 
 
 @pytest.mark.parametrize("name", [*SIZES, "GPT2LMHeadModel"])
@@ -135,7 +174,7 @@ def test_experts_that_a_file_has_apart(tmp_path: Path) -> None:
     report = checkpoint.quantize(tmp_path / "m", tmp_path / "out", progress=False)
     layers = checkpoint.Checkpoint(tmp_path / "out").layers
     assert sum(".experts." in layer for layer in layers) == 2 * 3 * 3
-    assert (report.layers, report.left) == (18 + 2 * 4, ["lm_head"])  # the router is no linear layer of the model
+    assert (report.layers, report.left) == (18 + 2 * 4 + 1, [])  # the router is no linear layer of the model
     ids = torch.arange(20).reshape(2, 10)
     with torch.no_grad():
         exact = model(ids).logits
@@ -306,7 +345,7 @@ def test_calibration_without_a_text(tmp_path: Path) -> None:
     model = tiny_model("LlamaForCausalLM")
     model.save_pretrained(tmp_path / "m")
     criterion: Any = {"relative": 2.0, "cap": 0.1}
-    expected = ot.calibrate_(model, skip=("lm_head",), progress=False, **criterion)
+    expected = ot.calibrate_(model, progress=False, **criterion)
     assert any(map(len, expected.values()))
     found = {name: own.tolist() for name, own in expected.items()}
     assert checkpoint.calibrate(tmp_path / "m", progress=False, **criterion) == found
@@ -363,7 +402,7 @@ def test_calibration_does_not_hold_the_model(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     peak, layers = map(int, run.stdout.split())
     print(f"model {size / 1e6:.0f} MB, largest weight {largest / 1e6:.1f} MB, peak {peak / 1e6:.1f} MB")
-    assert layers == 56
+    assert layers == 57
     assert 0 < peak < 2 * largest + 20e6
 
 
@@ -432,5 +471,5 @@ class TestKL:
         layers = {"model.layers.0.mlp.up_proj": None}
         with pytest.raises(ValueError, match="layer_options: expected a layer that becomes int8, got 16 bit for all"):
             checkpoint.quantize(folder, output, include=["*0.mlp.up_proj"], layer_options=layers, progress=False)
-        with pytest.raises(ValueError, match="layer_options: expected layers that are quantized, got 'lm_head'"):
-            checkpoint.quantize(folder, output, layer_options={"lm_head": None}, progress=False)
+        with pytest.raises(ValueError, match=r"layer_options: expected layers that are quantized, got 'model\.norm'"):
+            checkpoint.quantize(folder, output, layer_options={"model.norm": None}, progress=False)

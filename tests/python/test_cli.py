@@ -83,7 +83,7 @@ def test_options_reach_the_conversion(
         "layer_options": None,
         "measured": None,
         "outlier_columns": {"a.fc": [3, 1]},  # the others' are of layers that the patterns leave out
-        "head": False,
+        "head": None,
         "format": "octavo",
         "jobs": 3,
         "memory": 2 * 2**30,
@@ -100,7 +100,7 @@ def test_options_of_the_command_are_those_of_options(tmp_path: Path, capsys: pyt
     assert checkpoint.Checkpoint(tmp_path / "out", framework="numpy").options("model.layers.0.fc") == expected
     capsys.readouterr()
     assert run("inspect", tmp_path / "out") == 0
-    assert "absmax, vector, rotation 16, outliers none, relative 4.5, cap 0.5" in capsys.readouterr().out
+    assert "absmax, vector, rotation 16, outliers rows, relative 20.0, cap 0.5" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run("quantize", "--help")
     shown = capsys.readouterr().out

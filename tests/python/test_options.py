@@ -95,9 +95,13 @@ def test_recipes() -> None:
     """Both are valid, and differ from the defaults where they say so."""
     assert octavo.recipe("paper") == octavo.Options()
     best = octavo.recipe("best")
-    assert (best.rotation, best.outliers, best.keeping([3]).outliers) == (64, "none", "static")
-    assert best.keeping(None) is best
-    assert octavo.recipe("paper").keeping([3]) == octavo.Options()
+    assert (best.rotation, best.outliers, best.relative) == (64, "rows", 20)
+    assert best.keeping([3]) is best
+    calibrated = octavo.recipe("best", calibrated=True)
+    assert (calibrated.rotation, calibrated.relative, calibrated.keeping([3]).outliers) == (64, 4.5, "static")
+    assert calibrated.keeping(None) is calibrated
+    for paper in (octavo.recipe("paper", calibrated=True), octavo.recipe("paper").keeping([3])):
+        assert paper == octavo.Options()
     assert best.changed(threshold=5).relative is None
     assert best.changed(threshold=5, relative=2).relative == 2
     y = octavo.linear(X, octavo.quantize_weight(W, options=best), options=best)

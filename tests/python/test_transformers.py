@@ -103,7 +103,10 @@ def test_families(tmp_path: Path, folders: Any, name: str) -> None:
     original, model = load(folders(name)), convert(folders(name))
     assert {re.sub(r"\d+", "#", layer) for layer in left_layers(model)} == set(family.left)
     assert not [key for key, weight in model.named_parameters() if weight.dim() == 3 and "experts" in key]
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in original.parameters())
+    # A head that was tied to the embedding has a weight of its own.
+    tied = int8_weights(model).keys() & original.all_tied_weights_keys
+    untied = [original.get_parameter(key).numel() for key in tied]
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in original.parameters()) + sum(untied)
     in_place = quantize_(load(folders(name)), progress=False)
     assert int8_weights(in_place).keys() == int8_weights(model).keys()
     model.save_pretrained(tmp_path / "a")  # before RWKV rescales its weights
@@ -211,7 +214,7 @@ def test_config_json(tmp_path: Path, folders: Any) -> None:
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     options = octavo.recipe("best").changed(scheme="zeropoint", threshold=3.0, outliers="rows").to_dict()
     head = {"quant_method": None, "octavo": "load with: import octavo.transformers", "format_version": 2}
-    assert config == {**head, **options, "modules_to_not_convert": ["lm_head"]}
+    assert config == {**head, **options, "modules_to_not_convert": []}
     again = load(tmp_path)
     assert {weight.options for weight in int8_weights(again).values()} == {octavo.Options.from_dict(options)}
     assert torch.equal(outputs(again), outputs(model))
@@ -414,23 +417,24 @@ def test_what_is_left(folders: Any) -> None:
     patterns = ["decoder.layers.0.fc1", "fc2", "*.layers.1.self_attn", "c1"]
     config = OctavoConfig(modules_to_not_convert=patterns)
     model = load(folders("OPTForCausalLM"), quantization_config=config)
-    kept = {f"model.decoder.layers.{i}.fc2" for i in range(2)} | {"model.decoder.layers.0.fc1", "lm_head"}
+    kept = {f"model.decoder.layers.{i}.fc2" for i in range(2)} | {"model.decoder.layers.0.fc1"}
     kept |= {f"model.decoder.layers.1.self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "out_proj")}
-    assert left_layers(model) == kept  # lm_head: tied to the embedding
+    assert left_layers(model) == kept
     assert model.config.quantization_config.modules_to_not_convert == sorted(kept)
     assert config.modules_to_not_convert == patterns
 
 
-def test_an_int8_head(tmp_path: Path) -> None:
-    """One that is not tied is converted when asked for, and can be resized."""
-    original = tiny_model("LlamaForCausalLM", tie_word_embeddings=False)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_int8_head(tmp_path: Path, tied: bool) -> None:
+    """Tied or not, it can be resized."""
+    original = tiny_model("LlamaForCausalLM", tie_word_embeddings=tied)
     original.save_pretrained(tmp_path)
-    assert left_layers(convert(tmp_path)) == {"lm_head"}
-    model = convert(tmp_path, modules_to_not_convert=[])
+    model = convert(tmp_path)
     assert left_layers(model) == set()
     model.save_pretrained(tmp_path / "int8")
     assert torch.equal(outputs(load(tmp_path / "int8")), outputs(model))
     model.resize_token_embeddings(23, mean_resizing=False)
+    assert outputs(model).shape[-1] == 23
     assert relative_error(outputs(model)[..., :17], outputs(original)) < 0.05
 
 

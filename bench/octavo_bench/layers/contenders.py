@@ -35,15 +35,15 @@ def of_octavo(dtype: str, paths: Sequence[str] = ("auto",), **options: Any) -> d
 
 
 def of_recipes(dtype: str) -> dict[str, Contender]:
-    """Without outliers, as `OCTAVO`, and octavo's recipes, the paper's with a cap, too, "best" with rows' outliers."""
+    """Without outliers, as `OCTAVO`, and octavo's recipes, the paper's with a cap, too; rotation alone."""
     paper, best = octavo.recipe("paper"), octavo.recipe("best")
     options = {
         OCTAVO: replace(paper, outliers="none"),
         "paper": paper,
         f"paper, cap {best.cap}": replace(paper, cap=best.cap),
+        "rotation": replace(best, outliers="none"),
         "best": best,
-        "best, by row": replace(best, outliers="rows", relative=6.3),
-        "best, by row, no cap": replace(best, outliers="rows", relative=6.3, cap=None),
+        "best, no cap": replace(best, cap=None),
     }
 
     def explained(given: Problem, rotation: int) -> float:

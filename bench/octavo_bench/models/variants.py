@@ -1,7 +1,7 @@
 """The ways to run a model's linear layers that are compared: the rows of the paper's Table 1, and others.
 
-Every variant starts from weights that are rounded to float16, as LLM.int8() does, and leaves the output head and all
-that is not a linear layer as it is.
+Every variant starts from weights that are rounded to float16, as LLM.int8() does, and leaves all that is not a linear
+layer as it is, and the output head, which the recipe "best" alone makes int8, where the model is on a CPU.
 """
 
 import copy
@@ -61,7 +61,7 @@ def _options(scheme: Any, granularity: Any, outliers: Any = "none", path: Any = 
 _VECTOR, _COLUMNS = _options("absmax", "vector"), _options("absmax", "vector", "columns")
 _BY_ROW, _STATIC = _options("absmax", "vector", "rows"), _options("absmax", "vector", "static")
 _ZEROPOINT = _options("zeropoint", "vector", "columns")
-_BEST = recipe("best")
+_BEST, _CALIBRATED = recipe("best"), recipe("best", calibrated=True)
 _ROWS = Options(rotation=64, outliers="rows", relative=6.3, cap=0.02)  # 20 times the median magnitude of a row
 
 FLOAT32 = Variant("float32", "float32")
@@ -84,7 +84,7 @@ TABLE_1 = (
 # These keep the outlier columns' 16-bit weights, or choose them row by row, or once.
 KEPT_COLUMNS = Variant("kept-columns", "absmax LLM.int8(), kept 16-bit outlier weights", _COLUMNS, kept=_COLUMNS)
 BEST = Variant("best", "recipe best", _BEST)
-BEST_KEPT = Variant("best-calibrated", "recipe best, calibrated", _BEST, kept=_BEST)
+BEST_KEPT = Variant("best-calibrated", "recipe best, calibrated", _CALIBRATED, kept=_CALIBRATED)
 OTHERS = (
     Variant("llm-int8-rows", "absmax LLM.int8(), outliers row by row", _BY_ROW),
     KEPT_COLUMNS,
@@ -94,6 +94,7 @@ OTHERS = (
     Variant("relative", "columns from 4 times the median on", Options(relative=4.0, cap=0.02)),
     BEST,
     BEST_KEPT,
+    Variant("rotation", "rotation alone", Options(rotation=64, outliers="none")),
     Variant("rotation-rows", "rotation, outliers row by row", _ROWS),
     Variant("rotation-rows-kept", "rotation, outliers row by row, kept", _ROWS, kept=_ROWS),
     Variant("weight-only", "int8 weights alone", _options("absmax", "vector", path="weight_only")),
@@ -197,7 +198,8 @@ class Maker:
                 model.set_submodule(name, variant.peer(linear).eval())
         if variant.options is None:
             return model
-        return octavo.torch.quantize_(model, **{**variant.options.to_dict(), **options}, progress=False)
+        head = None if variant in (BEST, BEST_KEPT) else False
+        return octavo.torch.quantize_(model, head=head, **{**variant.options.to_dict(), **options}, progress=False)
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ from .peers import ctranslate2_decoder, llama_cpp, onnxruntime_encoder, openvino
 from .variants import attempt, bitsandbytes_layer
 
 REFERENCE = "torch float32"
-_BEST = recipe("best")
+_BEST, _CALIBRATED = recipe("best"), recipe("best", calibrated=True)
 WRONG = 0.5  # relative error of an engine whose files or calls cannot be right
 
 
@@ -100,15 +100,13 @@ def _torch(dtype: torch.dtype, change: Callable[[Any], Any], folder: Path, **opt
     return run
 
 
-def _octavo(
-    dtype: torch.dtype, folder: Path, options: Options = _BEST, head: bool = False, calibrated: bool = False
-) -> Any:
-    """The folder as ``octavo quantize --format packed`` makes it, by default."""
-    made_with = hashlib.sha256(f"{options.text} {head} {calibrated}".encode()).hexdigest()[:8]
+def _octavo(dtype: torch.dtype, folder: Path, options: Options = _BEST, head: bool | None = None) -> Any:
+    """The folder as ``octavo quantize --format packed`` makes it, by default; with --calibrate for those options."""
+    made_with = hashlib.sha256(f"{options.text} {head}".encode()).hexdigest()[:8]
     packed = find.cache() / f"{folder.name}-int8-{made_with}"
     if not packed.exists():
         given: dict[str, Any] = {"options": options, "head": head, "format": "packed", "progress": False}
-        if calibrated:
+        if options == _CALIBRATED:
             given["outlier_columns"] = octavo.checkpoint.calibrate(folder, **options.criterion, progress=False)
         octavo.checkpoint.quantize(folder, packed, **given)
     return _torch(dtype, lambda model: None, packed)
@@ -129,8 +127,8 @@ _16, _32 = torch.bfloat16, torch.float32
 ENGINES: Mapping[str, Engine] = {
     "octavo float32": Engine(partial(_octavo, _32)),
     "octavo bfloat16": Engine(partial(_octavo, _16)),
-    "octavo bfloat16, int8 head": Engine(partial(_octavo, _16, head=True), kinds=("decoder",)),
-    "octavo bfloat16, calibrated": Engine(partial(_octavo, _16, calibrated=True), kinds=("decoder",)),
+    "octavo bfloat16, 16-bit head": Engine(partial(_octavo, _16, head=False), kinds=("decoder",)),
+    "octavo bfloat16, calibrated": Engine(partial(_octavo, _16, options=_CALIBRATED), kinds=("decoder",)),
     "octavo bfloat16, LLM.int8()": Engine(partial(_octavo, _16, options=recipe("paper"))),
     "octavo bfloat16, vector-wise": Engine(partial(_octavo, _16, options=Options(outliers="none"))),
     REFERENCE: Engine(partial(_torch, _32, lambda model: None)),

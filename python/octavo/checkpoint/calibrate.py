@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo._text import unexpected
-from octavo.checkpoint.layers import Patterns, choose
+from octavo.checkpoint.layers import Patterns, choose, head_of
 from octavo.checkpoint.meta_model import names_in_model
 from octavo.checkpoint.reader import Checkpoint
 from octavo.options import DEFAULT, WHOLE_MODELS, options_of
@@ -29,6 +29,7 @@ def calibrate(
     batches: int = 32,
     include: Patterns = None,
     skip: Patterns = None,
+    head: bool | None = None,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> dict[str, list[int]]:
@@ -41,7 +42,7 @@ def calibrate(
             random token ids, as in `octavo.torch.calibrate_`.
         recipe, threshold, relative, cap, min_fraction: see `octavo.torch.calibrate_`.
         batches: how many, of four sequences of up to 256 tokens; each reads the model once.
-        include, skip: patterns of layer names, as `quantize` will be given.
+        include, skip, head: as `quantize` will be given; None: the output head where the recipe rotates.
         progress: show a progress bar.
         trust_remote_code: run the code that the model's folder brings, where Transformers has not the model itself.
 
@@ -53,15 +54,15 @@ def calibrate(
         OSError, ValueError: files that cannot be read, a model that transformers does not know, no text, no layers.
     """
     single: dict[str, Any] = {"recipe": recipe, "threshold": threshold, "relative": relative, "cap": cap}
-    criterion = options_of("calibrate", default=WHOLE_MODELS, **single).criterion
-    running = Running(model, include, skip, trust_remote_code, "calibrate")
+    options = options_of("calibrate", default=WHOLE_MODELS, calibrated=True, **single)
+    running = Running(model, include, skip, head_of(head, options), trust_remote_code, "calibrate")
     from octavo.torch.convert import random_tokens, systematic_columns
 
     inputs = random_tokens(running.config) if text is None else running.batches(text)[:batches]
     with tempfile.TemporaryDirectory(prefix="octavo-calibrate-") as folder:
         loaded, layers = running.load(progress, dtype="auto", device_map={"": "disk"}, offload_folder=folder)
         how: dict[str, Any] = {"min_fraction": min_fraction, "progress": progress, "function": "calibrate"}
-        found = systematic_columns(loaded, layers, inputs, **criterion, **how)
+        found = systematic_columns(loaded, layers, inputs, **options.criterion, **how)
     return {name: own.tolist() for name, own in found.items()}
 
 
@@ -74,10 +75,17 @@ class Running:
     """
 
     def __init__(
-        self, model: str | Path, include: Patterns, skip: Patterns, trust_remote_code: bool, function: str
+        self,
+        model: str | Path,
+        include: Patterns,
+        skip: Patterns,
+        head: bool | None,
+        trust_remote_code: bool,
+        function: str,
     ) -> None:
         source = Checkpoint(model, framework="numpy")
-        self.stored = list(choose(source, include, skip, function=function).int8)
+        chosen = choose(source, include, skip, head=head, function=function)
+        self.stored, self._heads = [*chosen.int8, *chosen.heads.values()], set(chosen.heads.values())
         try:
             import accelerate  # noqa: F401 - transformers needs it, and says so late
             import transformers
@@ -113,7 +121,7 @@ class Running:
         name_in_model, modules = names_in_model(model), dict(model.named_modules(remove_duplicate=False))
         layers = {}
         for name in self.stored:
-            own, operations = name_in_model(name)
+            own, operations = (name, None) if name in self._heads else name_in_model(name)
             layer = modules.get(own.removesuffix(".weight"))
             if operations is None and layer is not None:
                 layers[name.removesuffix(".weight")] = layer

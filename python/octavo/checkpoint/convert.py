@@ -27,7 +27,7 @@ from octavo import file_format as names
 from octavo._text import expect, expect_choice, unexpected
 from octavo.checkpoint.files import Shard, check_unchanged, explained, identity, open_shard, opened
 from octavo.checkpoint.folder import JOB, companions
-from octavo.checkpoint.layers import Chosen, choose, keep_in_16_bit
+from octavo.checkpoint.layers import Chosen, choose, head_of, keep_in_16_bit
 from octavo.checkpoint.reader import Checkpoint
 from octavo.checkpoint.tasks import Task, Writer, convert, hash_of, plan_tasks
 from octavo.file_format import Format
@@ -73,7 +73,7 @@ def quantize(
     options: Options | None = None,
     include: Sequence[str] | None = None,
     skip: Sequence[str] | None = None,
-    head: bool = False,
+    head: bool | None = None,
     layer_options: Mapping[str, Options | None] | None = None,
     outlier_columns: Mapping[str, Sequence[int]] | None = None,
     measured: Mapping[str, str] | None = None,
@@ -94,8 +94,9 @@ def quantize(
             whoever loads them says otherwise. Or single ones by name, such as ``threshold=5.0``, and ``recipe=``
             for the others (see `octavo.recipe`; that of "bitsandbytes" is "paper").
         include, skip: patterns of layer names; see `octavo.checkpoint.layers`.
-        head: convert the output head, too; one that is tied to the embedding gets a weight of its own beside it, which
-            takes memory and makes decoding faster on CPUs. No columns of it are kept.
+        head: convert the output head, too, or not; one that is tied to the embedding gets a weight of its own beside
+            it, which takes memory and makes decoding faster on CPUs. None: of a model that Transformers has, where
+            `rotation` is not 0.
         layer_options: by layer, options in the place of those; None: it stays in 16 bit. From `choose_options`.
         measured: to be noted in the files, as `choose_options` gives it.
         outlier_columns: by layer, input features whose 16-bit weights are kept; from `calibrate` or elsewhere.
@@ -124,10 +125,11 @@ def quantize(
         expect(f"quantize: {name}", count, (Integral, NoneType), "a whole number")
         if count is not None and count < 1:
             raise unexpected(f"quantize: {name}", "at least 1", count)
-    expect("quantize: head", head, bool, "a bool")
+    expect("quantize: head", head, (bool, NoneType), "a bool or None")
     expect_choice("quantize: format", format, get_args(Format))
-    options = options_of("quantize", options, default=RECIPES[format], **keywords)
-    if wrong := misfit(options, format, outlier_columns is not None, head):
+    calibrated = outlier_columns is not None
+    options = options_of("quantize", options, default=RECIPES[format], calibrated=calibrated, **keywords)
+    if wrong := misfit(options, format, calibrated, head):
         raise ValueError(f"quantize: {wrong}")
     output = Path(output)
     if output.name in ("", ".."):
@@ -135,7 +137,7 @@ def quantize(
 
     with explained(output):
         source = Checkpoint(model, framework="numpy")
-        chosen = choose(source, include, skip, head=head)
+        chosen = choose(source, include, skip, head=head_of(head, options))
         keep_in_16_bit(chosen, layer_options or {})
         shards = plan_tasks(source, chosen, options, layer_options or {}, outlier_columns or {}, format)
         tasks = [task for own in shards for task in own]
@@ -159,7 +161,7 @@ def quantize(
     )
 
 
-def misfit(options: Options, format: Format, has_columns: bool, head: bool) -> str:
+def misfit(options: Options, format: Format, has_columns: bool, head: bool | None) -> str:
     """What of a conversion's options does not fit the format, or columns that are kept or missing; "" where all do."""
     weight = options.of_weight
     if format == "bitsandbytes" and head:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from octavo.checkpoint.layers import Patterns
 from octavo.options import Options
 
 TEXT = Path(__file__).with_name("text.txt")  # of the public domain: from Jefferson to Wells
-_ROWS = Options(outliers="rows", relative=6.3, cap=0.02)
 # The ways to run a layer, by what they cost, in units of a vector-wise product: of time, as docs/guide/schemes.md has
 # it of a model, and for weights that stay in 16 bit of memory, too.
 WAYS: tuple[tuple[Options | None, float], ...] = (
     (Options(outliers="none"), 1.0),  # vector-wise
-    (octavo.recipe("best"), 1.01),  # rotation
-    (_ROWS, 1.1),  # the criterion alone
-    (replace(_ROWS, rotation=64), 1.2),  # both
+    (Options(rotation=64, outliers="none"), 1.05),  # rotation
+    (octavo.recipe("best"), 1.08),  # both
+    (Options(outliers="rows", relative=6.3, cap=0.02), 1.1),  # the criterion alone
     (Options(path="weight_only"), 1.5),
     (None, 3.0),  # 16 bit
 )
@@ -69,6 +68,7 @@ def choose_options(
     *,
     include: Patterns = None,
     skip: Patterns = None,
+    head: bool | None = None,
     progress: bool = True,
     trust_remote_code: bool = False,
 ) -> Choice:
@@ -83,6 +83,7 @@ def choose_options(
         text: a file; the layers choose by its first two thirds, its last third is for measuring. Default: one that
             octavo has.
         include, skip, progress, trust_remote_code: see `calibrate`.
+        head: let the output head choose, too; None: of a model that Transformers has.
 
     Raises:
         RuntimeError, OSError: see `calibrate`.
@@ -90,7 +91,7 @@ def choose_options(
     """
     if not 0 < kl < float("inf"):
         raise unexpected("quantize: kl", "a number above 0", kl)
-    running = Running(model, include, skip, trust_remote_code, "quantize")
+    running = Running(model, include, skip, head, trust_remote_code, "quantize")
     sequences = running.batches(TEXT if text is None else text, 1)[: 3 * _SEQUENCES]
     if len(sequences) < 3:
         raise unexpected(str(text), "text of more than 512 tokens", "less")

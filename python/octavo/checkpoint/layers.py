@@ -21,6 +21,7 @@ from octavo._text import expect_patterns, matches, shown, unexpected
 from octavo.checkpoint.files import Entry
 from octavo.checkpoint.meta_model import meta_model, names_in_model
 from octavo.checkpoint.reader import Checkpoint
+from octavo.options import Options
 
 # Not layers that lose little, but layers that others read: the output head's logits are compared with each other, a
 # router's decide which expert runs. The head is also found by its shape; this is for configs without a vocab_size.
@@ -48,9 +49,11 @@ class Chosen:
 
 
 def choose(
-    model: Checkpoint, include: Patterns, skip: Patterns, *, head: bool = False, function: str = "quantize"
+    model: Checkpoint, include: Patterns, skip: Patterns, *, head: bool | None = False, function: str = "quantize"
 ) -> Chosen:
     """Decide for every tensor of a checkpoint; the arguments are those of `quantize`, `function` whose they are.
+
+    `head`: None: of a model that Transformers has.
 
     By default the output head and routers are left, or nothing where `include` is given. Raises TypeError or ValueError
     for arguments that do not fit the model, one that is quantized already, and one without layers to convert.
@@ -63,7 +66,7 @@ def choose(
     if method or model.layers:
         raise unexpected(f"{function}: model", "a 16/32-bit model", f"one that {method or 'octavo'} has quantized")
     chosen = Chosen()
-    by_model = _by_model(model, include, skip, head)
+    by_model = _by_model(model, include, skip, head is not False)
     if head and by_model is None:
         raise unexpected(f"{function}: head", "a model that Transformers has", "another")
     decide, in_model, tied_head = by_model or (_by_name(model.config, include, skip), {}, {})
@@ -89,13 +92,24 @@ def choose(
     return chosen
 
 
+def head_of(head: bool | None, options: Options) -> bool | None:
+    """`choose`'s for `quantize`'s: None is False without rotation; see `octavo.torch.choice.converts_head`."""
+    return False if head is None and not options.rotation else head
+
+
 def keep_in_16_bit(chosen: Chosen, options: Mapping[str, object]) -> None:
     """Leave the layers whose options are None. Raises ValueError for one that does not become int8, or if none does."""
+    tables = {own: name for name, own in chosen.heads.items()}
     for layer, own in options.items():
-        if f"{layer}.weight" not in chosen.int8:
+        weight = f"{layer}.weight"
+        if weight not in chosen.int8 and weight not in tables:
             raise unexpected("quantize: layer_options", "layers that are quantized", repr(layer))
         if own is None:
-            del chosen.int8[f"{layer}.weight"]
+            if weight in tables:
+                table = tables[weight]
+                del chosen.heads[table], chosen.kept[table.removesuffix(".weight")]
+            else:
+                del chosen.int8[weight]
             chosen.kept[layer] = "its options say so"
     if not chosen.int8:
         raise unexpected("quantize: layer_options", "a layer that becomes int8", "16 bit for all")

@@ -67,8 +67,9 @@ def plan_tasks(
             yield _int8_task(entry, own, chosen.int8[entry.name], columns.get(entry.name), format)
         else:
             yield Task(entry, {"": (entry.name, entry.dtype, entry.shape)})
-        if entry.name in chosen.heads:
-            yield _int8_task(replace(entry, name=chosen.heads[entry.name]), options, False, None, format)
+        if head := chosen.heads.get(entry.name):
+            own = layer_options.get(head.removesuffix(".weight")) or options
+            yield _int8_task(replace(entry, name=head), own, False, columns.get(head), format)
 
     tasks = [
         [task for name, each in shard.entries.items() if name not in shard.ties for task in tasks_of(each)]
@@ -89,7 +90,7 @@ def _columns_by_weight(
     result: dict[str, Sequence[int]] = {}
     for layer, own in columns.items():
         name = layer if layer in chosen.int8 else f"{layer}.weight"
-        if name not in chosen.int8:
+        if name not in chosen.int8 and name not in chosen.heads.values():
             got = f"{shown(repr(layer))} (include and skip choose those)"
             raise unexpected("quantize: outlier_columns", "layers that are quantized", got)
         first = model.ties.get(name, name)

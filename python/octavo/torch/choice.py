@@ -2,14 +2,16 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from torch import nn
 
-from octavo._text import expect_patterns, matches
+from octavo._text import expect, expect_patterns, matches
+from octavo.options import Options
 
 # Not layers that lose little, but layers that others read: the logits of an output head or a classifier are compared
 # with each other, a router's decide which expert runs.
@@ -50,6 +52,16 @@ def choose_layers(
     found = {name: (layer, reason(name, layer)) for name, layer in modules if is_linear(layer)}
     layers = {name: layer for name, (layer, why) in found.items() if not why}
     return Choice(layers, {name: why for name, (_, why) in found.items() if why})
+
+
+def converts_head(function: str, head: bool | None, options: Options, devices: Iterable[object]) -> bool:
+    """Whether the output head of a model that lies on `devices` becomes int8, too: `head`, or for None by default.
+
+    By default it does on the CPU, where decoding waits for weights to be read, and with rotation, without which a head
+    loses several times as much. Raises TypeError, naming `function`, for what is neither a bool nor None.
+    """
+    expect(f"{function}: head", head, (bool, NoneType), "a bool or None")
+    return bool(options.rotation) and {*map(str, devices)} <= {"cpu"} if head is None else head
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from octavo._text import expect, unexpected
 from octavo.functional import find_outliers
 from octavo.options import DEFAULT, WHOLE_MODELS, Options, options_of
-from octavo.torch.choice import choose_layers, oriented
+from octavo.torch.choice import choose_layers, converts_head, oriented
 from octavo.torch.layer import CALIBRATED, Int8Linear, watch_loading
 from octavo.torch.operation import FLOAT_DTYPES
 from octavo.torch.tensor import Int8Tensor
@@ -30,7 +30,7 @@ def quantize_(
     model: nn.Module,
     *,
     skip: Sequence[str] | None = None,
-    head: bool = False,
+    head: bool | None = None,
     progress: bool = True,
     options: Options | None = None,
     **keywords: Any,
@@ -44,9 +44,10 @@ def quantize_(
 
     Args:
         skip: patterns as in a shell ("*", "?", "[...]") of qualified names ("decoder.layers.0.fc1"); default: the
-            output head and the routers of mixtures of experts.
-        head: convert the output head of a Transformers model, too; one that is tied to the embedding gets a weight of
-            its own beside it, which takes memory and makes decoding faster on CPUs.
+            routers of mixtures of experts, and the output head unless `head` says otherwise.
+        head: convert the output head of a Transformers model, too, or not; one that is tied to the embedding gets a
+            weight of its own beside it, which takes memory and makes decoding faster on CPUs. None: where the model is
+            on the CPU and `rotation` is not 0.
         progress: show a progress bar.
         options: see `octavo.Options`; or single ones by name, such as ``threshold=5.0``, and ``recipe=`` for the
             others (see `octavo.recipe`).
@@ -60,12 +61,12 @@ def quantize_(
         TypeError: a weight of another dtype than float32, float16 and bfloat16.
     """
     expect("quantize_: model", model, nn.Module, "an nn.Module")
-    expect("quantize_: head", head, bool, "a bool")
     if isinstance(model, nn.Linear):
         linear = "an nn.Linear (use Int8Linear.from_linear)"
         raise unexpected("quantize_: model", "a module that holds layers", linear)
-    chosen = options_of("quantize_", options, default=WHOLE_MODELS, **keywords)
-    layers = choose_layers(model, skip=skip, head=head).layers
+    calibrated = any(hasattr(module, CALIBRATED) for module in model.modules())
+    chosen = options_of("quantize_", options, default=WHOLE_MODELS, calibrated=calibrated, **keywords)
+    layers = choose_layers(model, skip=skip, head=_converts_head("quantize_", head, chosen, model)).layers
     _check_layers(layers, chosen)
     untrain_(model)
 
@@ -123,6 +124,7 @@ def calibrate_(
     cap: float | None = DEFAULT,
     min_fraction: float = MIN_FRACTION,
     skip: Sequence[str] | None = None,
+    head: bool | None = None,
     progress: bool = True,
     options: Options | None = None,
 ) -> dict[str, Tensor]:
@@ -142,7 +144,7 @@ def calibrate_(
         threshold, relative: as in `octavo.find_outliers`.
         cap: the most columns, as a part of k; of more those of the largest magnitude stay.
         min_fraction: in [0, 1]; 0 records every column that was ever an outlier. Unused with `relative`.
-        skip: as in `quantize_`.
+        skip, head: as in `quantize_`.
         progress: show a progress bar.
         options: whose `threshold`, `relative` and `cap` to use, instead of single ones.
 
@@ -158,14 +160,19 @@ def calibrate_(
     expect("calibrate_: min_fraction", min_fraction, Real, "a number")
     expect_runnable("calibrate_", model, () if batches is None else batches)
     single: dict[str, Any] = {"recipe": recipe, "threshold": threshold, "relative": relative, "cap": cap}
-    how = {**options_of("calibrate_", options, default=WHOLE_MODELS, **single).criterion, "progress": progress}
-    layers = choose_layers(model, skip=skip).layers
+    chosen = options_of("calibrate_", options, default=WHOLE_MODELS, calibrated=True, **single)
+    how = {**chosen.criterion, "progress": progress}
+    layers = choose_layers(model, skip=skip, head=_converts_head("calibrate_", head, chosen, model)).layers
     if batches is None:
         batches = random_tokens(getattr(model, "config", None), next(model.parameters()).device)
     columns = systematic_columns(model, layers, batches, **how, min_fraction=float(min_fraction))
     for name, own in columns.items():
         setattr(layers[name], CALIBRATED, own)
     return columns
+
+
+def _converts_head(function: str, head: bool | None, options: Options, model: nn.Module) -> bool:
+    return converts_head(function, head, options, {parameter.device.type for parameter in model.parameters()})
 
 
 def random_tokens(config: Any, device: Any = "cpu") -> list[dict[str, Tensor]]:

@@ -7,9 +7,9 @@
 Transformers (5.23 or later) knows int8 models without an import of octavo: `docs/guide/transformers.md` says how.
 
 **Converting.** Weights are converted one by one as they are read, so the 16-bit model is never held. What becomes int8:
-the linear layers that `octavo.torch.choice.choose_layers` names, and expert weights that a model keeps stacked in one
-parameter (`Int8Stack`). Everything else stays as it is: embeddings, the output head (``OctavoConfig(head=True)``
-converts it, too), routers, biases. A model that `octavo.torch.quantize_` converted is in the same state.
+the linear layers that `octavo.torch.choice.choose_layers` names, expert weights that a model keeps stacked in one
+parameter (`Int8Stack`), and by default on CPUs the output head (``OctavoConfig(head=False)`` keeps it). Everything else
+stays as it is: embeddings, routers, biases. A model that `octavo.torch.quantize_` converted is in the same state.
 
 **The model stays the model's own.** An int8 weight is an `octavo.torch.Int8Tensor`, a parameter of the original shape
 and dtype, in the model's own layers. So PEFT, accelerate and the Trainer work with it as with the 16-bit one, and

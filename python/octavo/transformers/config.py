@@ -35,9 +35,10 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
             quantize --calibrate``, or `octavo.torch.calibrate_` and `octavo.torch.quantize_`.
         modules_to_not_convert: layers to leave as they are: qualified names or patterns as in a shell, each also for
             all that is below it and as the last parts of a name ("lm_head", "model.layers.0", "*.mlp.*"). None: the
-            output head and the routers of mixtures of experts. See `octavo.torch.choice.choose_layers`.
-        head: convert the output head, too; one that is tied to the embedding gets a weight of its own, which
-            takes memory and makes decoding faster on CPUs.
+            routers of mixtures of experts, and the output head unless `head` says otherwise. See
+            `octavo.torch.choice.choose_layers`.
+        head: convert the output head, too, or not; one that is tied to the embedding gets a weight of its own, which
+            takes memory and makes decoding faster on CPUs. None: where the model is on the CPU and `rotation` is not 0.
         drop_padding: False: int8 layers of encoders (BERT and its family, MPNet) compute padded rows, too; see
             `octavo.transformers.drop_padding_`.
         format_version: of the checkpoint.
@@ -57,7 +58,7 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         *,
         recipe: str = WHOLE_MODELS,
         modules_to_not_convert: Sequence[str] | None = None,
-        head: bool = False,
+        head: bool | None = None,
         drop_padding: bool | None = None,
         format_version: int = VERSION,
         quant_method: str | None = METHOD,

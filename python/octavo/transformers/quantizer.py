@@ -13,16 +13,22 @@ from octavo import _core
 from octavo import file_format as names
 from octavo._text import matches, unexpected
 from octavo.torch import Int8Tensor
-from octavo.torch.choice import is_linear
+from octavo.torch.choice import converts_head, is_linear
 from octavo.torch.convert import convert_, hold
 from octavo.transformers.config import METHOD, OctavoConfig
-from octavo.transformers.loading import Assemble, Quantize, conversions_of_int8
+from octavo.transformers.loading import UNTIED, Assemble, Quantize, conversions_of_int8
 from octavo.transformers.model import adopt, dequantize_, flat, qualified, weights_to_convert
 
 if TYPE_CHECKING:
     from octavo.transformers.parallel import TensorParallel
 
 logger = logging.get_logger(__name__)
+
+
+def _places(device_map: Any) -> set[str]:
+    """The devices that a model is loaded to."""
+    places = device_map.values() if isinstance(device_map, dict) else ["cpu" if device_map is None else device_map]
+    return {str(place) for place in places}
 
 
 @register_quantizer(METHOD)
@@ -39,6 +45,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.files: Sequence[str] = ()  # of the checkpoint
         self.keeps_files = False  # mapped, since codes lie there as they are used
+        self._head = False  # it becomes int8
         self._weights: set[str] = set()  # that are or become int8, by qualified name
         self._parallel: TensorParallel | None = None  # while a model is loaded over several processes
         self._is_parallel = False  # and ever after
@@ -53,20 +60,23 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             others = "'columns', 'rows' or 'none' when converting while loading"
             needs = "'static', which needs calibrated columns (octavo quantize --calibrate, or octavo.torch.calibrate_)"
             raise unexpected("OctavoConfig: outliers", others, needs)
-        places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        if any(str(place) == "disk" for place in places):
+        if "disk" in _places(device_map):
             disk = "'disk': octavo's layers are not offloaded to it"
             raise unexpected("from_pretrained: device_map", "devices for an int8 model", disk)
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **_: Any
+    ) -> None:
         self.files = checkpoint_files or ()
         # Which weights of an int8 model are int8, its file says.
         config = self.quantization_config
-        self._weights = weights_to_convert(
-            model, [] if self.pre_quantized else config.modules_to_not_convert, self.pre_quantized or config.head
+        left = [] if self.pre_quantized else config.modules_to_not_convert
+        self._head = not self.pre_quantized and converts_head(
+            "OctavoConfig", config.head, config.options(), _places(device_map)
         )
+        self._weights = weights_to_convert(model, left, self.pre_quantized or self._head)
         model._resolve_parallel_plans = partial(self._resolve_parallel_plans, model)
 
     def _resolve_parallel_plans(self, model: Any, config: Any) -> tuple[dict[str, str], ...]:
@@ -122,7 +132,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 "from_pretrained: tp_plan: this version of Transformers shards a model in another way than octavo "
                 "knows (tested: 5.23): load it without, and use octavo.distributed.transformers_plan"
             )
-        head = model.get_output_embeddings() if self.quantization_config.head and not self.pre_quantized else None
+        head = model.get_output_embeddings() if self._head else None
         if head is not None and not isinstance(head.weight, Int8Tensor):  # it was tied
             convert_(head, self.quantization_config.options())
         for name, module in model.named_modules():
@@ -152,6 +162,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
             got = "one that is spread over several processes: save it in one, or convert it with octavo quantize"
             raise unexpected("save_pretrained", "a whole int8 model", got)
         model.config.quantization_config = self.quantization_config  # a part of a model has a config of its own
+        if UNTIED in model.__dict__:  # PEFT says no where an int8 head is apart, and a bias that is tied would get lost
+            model.config.tie_word_embeddings = True
         return flat(model.state_dict()), {names.VERSION_KEY: str(names.VERSION)}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
