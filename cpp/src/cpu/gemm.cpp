@@ -82,7 +82,7 @@ public:
           acc_(panels_ * tile_size() * ceiling(cols_, plan_.cols)),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
           offsets_(cols_),
-          lines_of_finish_(block.rows() <= plan_.rows && !plan_.can_begin ? lines : 0) {}
+          lines_of_finish_(is_finished_at_once() && !plan_.can_begin ? lines : 0) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
              const std::function<void(SumsTile&)>& finish,
@@ -137,6 +137,9 @@ public:
 
 private:
     [[nodiscard]] std::int64_t tile_size() const { return plan_.rows * plan_.cols; }
+    [[nodiscard]] bool is_finished_at_once() const {
+        return block_.rows() <= (plan_.run_rows == 0 ? std::max(plan_.rows, few_rows) : plan_.rows);
+    }
 
     // All rows by the output features of `tile`, which is at column j and slice `begin`. Whole tiles go to `finish`,
     // which may begin the one that is `after` it, if that has any depth.
@@ -149,14 +152,11 @@ private:
         }
         const std::int8_t* for_finish = nullptr;
         std::int64_t lines = 0;
-        if (tile.ahead != nullptr && tile.ahead_stride == block_cols * tile.ahead_depth) {  // all of it is in a row
-            const std::int64_t blocks = tile.cols / block_cols;
-            const std::int64_t of_block = tile.ahead_depth * block_cols / line;
-            lines = std::min(lines_of_finish_ / blocks, of_block) * blocks;
+        if (tile.ahead != nullptr && finish != nullptr) {
+            lines = std::min(lines_of_finish_ * block_cols / tile.cols, tile.ahead_depth * block_cols / line);
             for_finish = tile.ahead;
             tile.ahead += lines * line;
-            tile.ahead_depth -= lines / blocks * line / block_cols;
-            tile.ahead_stride = tile.ahead_depth * block_cols;
+            tile.ahead_depth -= lines * line / block_cols;
         }
         const std::int64_t run = std::max(plan_.rows, plan_.run_rows);
         for (std::int64_t row = block_.row_begin; row < block_.row_end; row += run) {
@@ -171,6 +171,7 @@ private:
                                           .stride = plan_.cols,
                                           .ahead = for_finish,
                                           .ahead_lines = lines,
+                                          .ahead_stride = tile.ahead_stride,
                                           .next = after.depth > 0 ? &after : nullptr}};
                 if (has_offsets(plan_)) {
                     sums.product.row_offsets = x_.offsets(row + first, part);

@@ -204,8 +204,13 @@ template <int Rows, int Vectors>
     constexpr std::int64_t cols = Vectors * width;
     const std::int64_t squares_below = (tile.rows + Rows - 1) / Rows;
     const std::int64_t squares = (tile.cols + cols - 1) / cols * squares_below;
-    const std::int64_t lines = (tile.ahead_lines + squares * tile.outliers - 1) / (squares * tile.outliers);
-    const std::int8_t* ahead = tile.ahead + (j / cols * squares_below + i / Rows) * tile.outliers * lines * 64;
+    const std::int64_t all_lines = tile.ahead_lines * ((tile.cols + 15) / 16);
+    const std::int64_t lines = (all_lines + squares * tile.outliers - 1) / (squares * tile.outliers);
+    const std::int8_t* ahead = tile.ahead;
+    if (lines > 0) {
+        const std::int64_t first = (j / cols * squares_below + i / Rows) * tile.outliers * lines;
+        ahead += first / tile.ahead_lines * tile.ahead_stride + first % tile.ahead_lines * 64;
+    }
     const auto fetch = [&]() OCTAVO_INLINE {
         for (std::int64_t line = 0; line < lines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
     };

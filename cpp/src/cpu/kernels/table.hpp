@@ -145,10 +145,11 @@ struct EpilogueTile {
     std::int64_t outlier_w_stride = outlier_stride;
     const float* bias = nullptr;  // or null
     bool gelu = false;            // whether y becomes Activation::gelu of itself (octavo/linear.hpp)
-    // What will be multiplied next: cache lines to be fetched beside shared outliers; or the product, to be begun
-    // beside them, or null.
+    // What will be multiplied next: cache lines to be fetched beside shared outliers, so many of each of as many blocks
+    // as the tile has, which are `ahead_stride` bytes apart; or the product, to be begun beside them, or null.
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_lines = 0;
+    std::int64_t ahead_stride = 0;
     ProductTile* next = nullptr;
 };
 
