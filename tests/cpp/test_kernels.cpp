@@ -709,14 +709,14 @@ namespace {
 // What a run of panels hands over: sums that are whole by then, each row once, none from two panels at a time.
 struct Finished {
     const Plan& plan;
-    const std::int32_t* acc;
+    const std::int32_t* whole;  // of a panel
     std::vector<std::int32_t> sums;
 
     static void take(const void* context, std::int64_t row, std::int64_t rows) {
         Finished& finished = **static_cast<Finished* const*>(context);
         CHECK_EQ(row * finished.plan.cols, std::ssize(finished.sums));
         CHECK_EQ(row / finished.plan.rows, (row + rows - 1) / finished.plan.rows);
-        const std::int32_t* const begin = finished.acc + row * finished.plan.cols;
+        const std::int32_t* const begin = finished.whole + row % finished.plan.rows * finished.plan.cols;
         finished.sums.insert(finished.sums.end(), begin, begin + rows * finished.plan.cols);
     }
 };
@@ -757,10 +757,12 @@ std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8
             tile.w = slice.data();
             tile.w_stride = 16 * size * plan.regrouped;
         }
-        Finished finished{.plan = plan, .acc = acc.data(), .sums = {}};
+        const Guarded<std::int32_t> whole(static_cast<std::size_t>(plan.rows * plan.cols));
+        Finished finished{.plan = plan, .whole = whole.data(), .sums = {}};
         Finished* const context = &finished;  // NOLINT(misc-const-correctness): rows are added to it
         if (plan.run_rows > 0 && end == depth) {
             tile.finish = Finished::take;
+            tile.whole = whole.data();
             tile.context = static_cast<const void*>(&context);
         }
         plan.multiply(tile);

@@ -80,6 +80,7 @@ public:
           panels_(ceiling(block.rows(), plan_.rows)),
           strip_(x.bytes(block.rows()) <= near_size() ? plan_.cols : cols_),
           acc_(panels_ * tile_size() * ceiling(cols_, plan_.cols)),
+          whole_(plan_.run_rows > 0 ? tile_size() : 0),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
           offsets_(cols_),
           lines_of_finish_(is_finished_at_once() && !plan_.can_begin ? lines : 0) {}
@@ -162,12 +163,15 @@ private:
         for (std::int64_t row = block_.row_begin; row < block_.row_end; row += run) {
             tile.x = x_.panel(row, begin);
             tile.rows = std::min(run, block_.row_end - row);
+            const bool finishes = finish != nullptr && plan_.run_rows > 0 && tile.depth > 0;
             const auto hand_over = [&](std::int64_t first, std::int64_t rows) {
+                const std::int32_t* const acc =
+                    finishes ? whole_.data() + first % plan_.rows * plan_.cols : tile.acc + first * plan_.cols;
                 SumsTile sums{.row = row + first,
                               .col = block_.col_begin + j,
                               .product = {.rows = rows,
                                           .cols = std::min(tile.cols, block_.cols() - j),
-                                          .acc = tile.acc + first * plan_.cols,
+                                          .acc = acc,
                                           .stride = plan_.cols,
                                           .ahead = for_finish,
                                           .ahead_lines = lines,
@@ -179,9 +183,9 @@ private:
                 }
                 (*finish)(sums);
             };
-            const bool finishes = finish != nullptr && plan_.run_rows > 0 && tile.depth > 0;
             if (finishes) {
                 tile.context = &hand_over;
+                tile.whole = whole_.data();
                 tile.finish = [](const void* context, std::int64_t first, std::int64_t rows) {
                     (*static_cast<const decltype(hand_over)*>(context))(first, rows);
                 };
@@ -222,7 +226,8 @@ private:
     // As long as all of X is in the second-level cache, one tile's width of W passes at a time, read from its first
     // byte to its last.
     std::int64_t strip_;
-    Scratch<std::int32_t> acc_;  // tile after tile, down the rows first
+    Scratch<std::int32_t> acc_;    // tile after tile, down the rows first
+    Scratch<std::int32_t> whole_;  // of a panel, where runs finish
     Scratch<std::int8_t> regrouped_;
     Scratch<std::int32_t> offsets_;
     std::int64_t lines_of_finish_;  // of what comes next

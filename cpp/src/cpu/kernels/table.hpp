@@ -41,8 +41,10 @@ struct ProductTile {
     // How much of it an epilogue has begun already (Plan::can_begin), in pieces of an instruction set's own.
     std::int64_t begun = 0;
     // Of a run: to be called for all of its rows, some of a panel at a time, as soon as their sums are whole; best
-    // while the next panel is multiplied. It does not multiply itself. Or null.
+    // while the next panel is multiplied. It does not multiply itself. Or null. Sums go to `whole` then, [Plan::rows,
+    // Plan::cols] for all panels, and may be missing from `acc`, which still has those of the slices before.
     void (*finish)(const void* context, std::int64_t row, std::int64_t rows) = nullptr;
+    std::int32_t* whole = nullptr;
     const void* context = nullptr;
 };
 

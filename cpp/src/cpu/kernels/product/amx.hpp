@@ -5,7 +5,8 @@
 //   the slice of W for 32 output features (32 KiB) stays in the first-level cache. X and the sums pass by it with the
 //   hint that they will not be wanted soon (tileloaddt1), without which they would push W out;
 //   the sums of a panel are stored among the first products of the next one: 64 lines in a row would hold these up;
-//   and finished among the others, on units of the processor that products leave idle;
+//   and finished among the others, on units of the processor that products leave idle; whole sums of all panels go to
+//   the same place for that, so that they stay in the first-level cache;
 //   the slice of W that comes next is fetched into the second-level cache meanwhile.
 //
 // Up to 16 rows are one row of tiles, by which W passes, while X stays in the first-level cache. Setting the tiles up
@@ -71,7 +72,7 @@ void multiply_panels(const ProductTile& run) {
         run.finish(run.context, finished, end - finished);
         finished = end;
     };
-    std::int32_t* before = nullptr;
+    std::int32_t* before = nullptr;  // where the sums of the panel before go
     std::int32_t* acc = run.acc;
     const std::int8_t* x = run.x;
     for (std::int64_t row = 0; row < run.rows; row += rows, x += rows * run.depth, acc += rows * cols) {
@@ -104,7 +105,7 @@ void multiply_panels(const ProductTile& run) {
             const bool is_last = k + 64 == run.depth;
             finish(row - rows + (is_last ? rows : rows * k / (run.depth - 64) / together * together));
         }
-        before = acc;
+        before = run.finish != nullptr ? run.whole : acc;
     }
     const bool two = (run.rows - 1) % rows >= 16;
     change_sums<0>(before, nullptr, false);
