@@ -722,10 +722,10 @@ struct Finished {
 };
 
 // The product of `plan` over slices of k that end at `ends`, as the driver goes: panels of X and slices of W in guarded
-// memory. -> [rows, cols] sums.
+// memory. `begun`: pieces of the product that are begun before, in two goes. -> [rows, cols] sums.
 std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8_t>& x, std::int64_t rows,
                                    const Guarded<std::int8_t>& w, std::int64_t cols,
-                                   const std::vector<std::int64_t>& ends) {
+                                   const std::vector<std::int64_t>& ends, std::int64_t begun = 0) {
     const std::int64_t depth = ends.back();
     const std::int64_t placed = (rows + plan.rows - 1) / plan.rows * plan.rows;
     const Guarded<std::int32_t> acc(static_cast<std::size_t>(placed * plan.cols));
@@ -765,6 +765,10 @@ std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8
             tile.whole = whole.data();
             tile.context = static_cast<const void*>(&context);
         }
+        if (begun > 0) {
+            plan.begin(tile, begun / 2);
+            plan.begin(tile, begun - begun / 2);
+        }
         plan.multiply(tile);
         if (tile.finish != nullptr) {
             CHECK_EQ(std::ssize(finished.sums), rows * plan.cols);
@@ -791,7 +795,7 @@ std::vector<std::int32_t> multiply(const Plan& plan, const std::vector<std::int8
 
 // One product of `plan`, compared with sums of its own.
 void check_product(const Plan& plan, std::int64_t rows, std::int64_t cols, const std::vector<std::int64_t>& ends,
-                   Random& random) {
+                   Random& random, std::int64_t begun = 0) {
     const std::int64_t depth = ends.back();
     // All of them extreme, the least, or anything.
     const auto fill = [&](std::int64_t size) {
@@ -805,7 +809,7 @@ void check_product(const Plan& plan, std::int64_t rows, std::int64_t cols, const
     };
     const std::vector<std::int8_t> x = fill(rows * depth);
     const Guarded<std::int8_t> w(fill(cols * depth));
-    const auto sums = multiply(plan, x, rows, w, cols, ends);
+    const auto sums = multiply(plan, x, rows, w, cols, ends, begun);
     for (std::int64_t i = 0; i < rows; ++i) {
         for (std::int64_t j = 0; j < cols; ++j) {
             std::int32_t expected = 0;
@@ -855,6 +859,10 @@ TEST(product_is_exact) {
                     const check::Context context(name, " ", rows, " x ", cols, " x ", ends.back());
                     check_product(*plan, rows, cols, ends, random);
                 }
+            }
+            for (const std::int64_t begun : {1, 2, 7, 100}) {  // pieces, of the ten that there are with AMX
+                const check::Context context(name, " ", rows, " rows, ", begun, " pieces begun before");
+                if (plan->begin != nullptr) check_product(*plan, rows, plan->cols, {320}, random, begun);
             }
         }
     }

@@ -83,7 +83,7 @@ public:
           whole_(plan_.run_rows > 0 ? tile_size() : 0),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
           offsets_(cols_),
-          lines_of_finish_(is_finished_at_once() && !plan_.can_begin ? lines : 0) {}
+          lines_of_finish_(is_finished_at_once() && plan_.begin == nullptr ? lines : 0) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
              const std::function<void(SumsTile&)>& finish,
@@ -121,7 +121,7 @@ public:
                     }
                     if (last_of_slices && prepare) prepare(j, std::min(tile.cols, block_.cols() - j));
                     ProductTile after;
-                    if (plan_.can_begin && panels_ == 1 && slice_end - slice == end - begin &&
+                    if (plan_.begin != nullptr && panels_ == 1 && slice_end - slice == end - begin &&
                         next_j + plan_.cols <= cols_) {
                         after = tile;
                         after.x = x_.panel(block_.row_begin, slice);

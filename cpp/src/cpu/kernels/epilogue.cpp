@@ -7,6 +7,9 @@
 #include "cpu/kernels/unroll.hpp"
 #if defined(__AMX_INT8__) || defined(__AMXINT8__)
 #include "cpu/kernels/product/amx_tiles.hpp"
+
+// Behind the instructions that it is made of.
+#include "cpu/kernels/product/amx_begin.hpp"
 #endif
 
 namespace octavo::cpu::OCTAVO_ISA {

@@ -38,7 +38,7 @@ struct ProductTile {
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_depth = 0;
     std::int64_t ahead_stride = 0;
-    // How much of it an epilogue has begun already (Plan::can_begin), in pieces of an instruction set's own.
+    // How much of it an epilogue has begun already (Plan::begin), in pieces of an instruction set's own.
     std::int64_t begun = 0;
     // Of a run: to be called for all of its rows, some of a panel at a time, as soon as their sums are whole; best
     // while the next panel is multiplied. It does not multiply itself. Or null. Sums go to `whole` then, [Plan::rows,
@@ -78,8 +78,9 @@ struct Plan {
     void (*regroup)(const std::int8_t* w, std::int64_t w_stride, std::int64_t cols, std::int64_t depth,
                     std::int8_t* target, std::int32_t* offsets) = nullptr;
     void (*multiply)(const ProductTile& tile) = nullptr;
-    // Whether an epilogue may begin the next product (EpilogueTile::next), whose sums wait in registers of their own.
-    bool can_begin = false;
+    // Begin a product of all of k by `cols` output features, whose sums wait in registers of their own for `multiply`
+    // (EpilogueTile::next): so many pieces more, as far as there are. Null: it cannot be.
+    void (*begin)(ProductTile& tile, std::int64_t pieces) = nullptr;
     // Before and behind a run of `multiply` in one thread, for panels of up to `rows` rows; may be null.
     void (*enter)(std::int64_t rows) = nullptr;
     void (*leave)() = nullptr;

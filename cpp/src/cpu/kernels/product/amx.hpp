@@ -13,6 +13,7 @@
 // costs some hundred cycles, so fewer still go by AVX-512 VNNI.
 #pragma once
 
+#include "cpu/kernels/product/amx_begin.hpp"
 #include "cpu/kernels/product/dot.hpp"
 
 namespace octavo::cpu::OCTAVO_ISA {
@@ -169,7 +170,7 @@ constexpr Plan some{.rows = 16,
                     .fetches = true,
                     .place_row = tiles::place_row_of_16,
                     .multiply = tiles::multiply_few,
-                    .can_begin = true,
+                    .begin = tiles::begin,
                     .enter = tiles::enter,
                     .leave = tiles::release};
 constexpr Plan many{.rows = tiles::rows,
