@@ -114,8 +114,8 @@ def _agrees(mesh: DeviceMesh, many: Any, one: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _converted(mesh: DeviceMesh, folder: Path) -> None:
-    options: dict[str, Any] = {"path": "weight_only"}
+def _converted(mesh: DeviceMesh, folder: Path, head: bool) -> None:
+    options: dict[str, Any] = {"path": "weight_only", "head": head}
     many, one = _load(folder, mesh, options=options), _load(folder, options=options)
     rank, size = mesh.get_local_rank(), mesh.size()
     for name, layer in one.named_modules():
@@ -139,9 +139,12 @@ def _converted(mesh: DeviceMesh, folder: Path) -> None:
     _agrees(mesh, many, one)
 
 
+@pytest.mark.parametrize("head", [False, True], ids=["", "and its head"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_16_bit_model_is_converted_and_sharded_while_it_is_read(ranks: Ranks, folders: Any, name: str) -> None:
-    ranks.run(_converted, folders(name))
+def test_a_16_bit_model_is_converted_and_sharded_while_it_is_read(
+    ranks: Ranks, folders: Any, name: str, head: bool
+) -> None:
+    ranks.run(_converted, folders(name), head)
 
 
 def _int8(mesh: DeviceMesh, folder: Path) -> None:

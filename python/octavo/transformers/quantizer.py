@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
@@ -14,7 +15,7 @@ from octavo import file_format as names
 from octavo._text import matches, unexpected
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import converts_head, is_linear
-from octavo.torch.convert import convert_, hold
+from octavo.torch.convert import hold
 from octavo.transformers.config import METHOD, OctavoConfig
 from octavo.transformers.loading import UNTIED, Assemble, Quantize, conversions_of_int8
 from octavo.transformers.model import adopt, dequantize_, flat, qualified, weights_to_convert
@@ -124,6 +125,12 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.__dict__.pop("_resolve_parallel_plans", None)
+        head = model.get_output_embeddings() if self._head else None
+        if head is not None and not isinstance(head.weight, Int8Tensor):  # it was tied
+            name = next(own for own, module in model.named_modules() if module is head)
+            table = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight  # of a DTensor
+            made = Int8Tensor.from_float(table.detach(), self.quantization_config.options())
+            hold(head, nn.Parameter(self.part(f"{name}.weight", made), requires_grad=False))
         if self._parallel is not None:
             self._parallel.finish(model)
             self._parallel = None
@@ -132,9 +139,6 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 "from_pretrained: tp_plan: this version of Transformers shards a model in another way than octavo "
                 "knows (tested: 5.23): load it without, and use octavo.distributed.transformers_plan"
             )
-        head = model.get_output_embeddings() if self._head else None
-        if head is not None and not isinstance(head.weight, Int8Tensor):  # it was tied
-            convert_(head, self.quantization_config.options())
         for name, module in model.named_modules():
             weight: Any = getattr(module, "weight", None)
             if is_linear(module) and isinstance(weight, Int8Tensor):
