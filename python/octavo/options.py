@@ -136,14 +136,9 @@ class Options:
 
 
 WHOLE_MODELS = "best"  # the recipe of whatever converts a model, unless one is named
+_BEST = Options(rotation=64, outliers="rows", relative=20.0, cap=0.02)
 # Before calibration, and after it.
-_RECIPES = {
-    "paper": (Options(), Options()),
-    "best": (
-        Options(rotation=64, outliers="rows", relative=20.0, cap=0.02),
-        Options(rotation=64, outliers="none", relative=4.5, cap=0.02),
-    ),
-}
+_RECIPES = {"paper": (Options(), Options()), "best": (_BEST, replace(_BEST, outliers="none", relative=4.5))}
 
 
 def recipe(name: str, *, calibrated: bool = False) -> Options:

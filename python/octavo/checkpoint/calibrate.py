@@ -55,7 +55,8 @@ def calibrate(
     """
     single: dict[str, Any] = {"recipe": recipe, "threshold": threshold, "relative": relative, "cap": cap}
     options = options_of("calibrate", default=WHOLE_MODELS, calibrated=True, **single)
-    running = Running(model, include, skip, head_of(head, options), trust_remote_code, "calibrate")
+    which: dict[str, Any] = {"include": include, "skip": skip, "head": head_of(head, options)}
+    running = Running("calibrate", model, trust_remote_code, **which)
     from octavo.torch.convert import random_tokens, systematic_columns
 
     inputs = random_tokens(running.config) if text is None else running.batches(text)[:batches]
@@ -67,24 +68,16 @@ def calibrate(
 
 
 class Running:
-    """A model that Transformers can run; the arguments are those of `calibrate`, `function` whose they are.
+    """A model that Transformers can run; the arguments are those of `function`, which it names in errors.
 
     Attributes:
         config: the model's.
         stored: the weights of the layers that are asked about, by the names that they have in the checkpoint.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        include: Patterns,
-        skip: Patterns,
-        head: bool | None,
-        trust_remote_code: bool,
-        function: str,
-    ) -> None:
+    def __init__(self, function: str, model: str | Path, trust_remote_code: bool, **which: Any) -> None:
         source = Checkpoint(model, framework="numpy")
-        chosen = choose(source, include, skip, head=head, function=function)
+        chosen = choose(source, **which, function=function)
         self.stored, self._heads = [*chosen.int8, *chosen.heads.values()], set(chosen.heads.values())
         try:
             import accelerate  # noqa: F401 - transformers needs it, and says so late

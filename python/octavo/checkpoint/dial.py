@@ -91,7 +91,7 @@ def choose_options(
     """
     if not 0 < kl < float("inf"):
         raise unexpected("quantize: kl", "a number above 0", kl)
-    running = Running(model, include, skip, head, trust_remote_code, "quantize")
+    running = Running("quantize", model, trust_remote_code, include=include, skip=skip, head=head)
     sequences = running.batches(TEXT if text is None else text, 1)[: 3 * _SEQUENCES]
     if len(sequences) < 3:
         raise unexpected(str(text), "text of more than 512 tokens", "less")

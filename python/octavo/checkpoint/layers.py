@@ -105,11 +105,8 @@ def keep_in_16_bit(chosen: Chosen, options: Mapping[str, object]) -> None:
         if weight not in chosen.int8 and weight not in tables:
             raise unexpected("quantize: layer_options", "layers that are quantized", repr(layer))
         if own is None:
-            if weight in tables:
-                table = tables[weight]
-                del chosen.heads[table], chosen.kept[table.removesuffix(".weight")]
-            else:
-                del chosen.int8[weight]
+            if chosen.int8.pop(weight, None) is None:
+                del chosen.heads[tables[weight]], chosen.kept[tables[weight].removesuffix(".weight")]
             chosen.kept[layer] = "its options say so"
     if not chosen.int8:
         raise unexpected("quantize: layer_options", "a layer that becomes int8", "16 bit for all")

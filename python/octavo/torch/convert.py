@@ -66,7 +66,7 @@ def quantize_(
         raise unexpected("quantize_: model", "a module that holds layers", linear)
     calibrated = any(hasattr(module, CALIBRATED) for module in model.modules())
     chosen = options_of("quantize_", options, default=WHOLE_MODELS, calibrated=calibrated, **keywords)
-    layers = choose_layers(model, skip=skip, head=_converts_head("quantize_", head, chosen, model)).layers
+    layers = choose_layers(model, skip=skip, head=converts_head("quantize_", head, chosen, _devices(model))).layers
     _check_layers(layers, chosen)
     untrain_(model)
 
@@ -162,7 +162,7 @@ def calibrate_(
     single: dict[str, Any] = {"recipe": recipe, "threshold": threshold, "relative": relative, "cap": cap}
     chosen = options_of("calibrate_", options, default=WHOLE_MODELS, calibrated=True, **single)
     how = {**chosen.criterion, "progress": progress}
-    layers = choose_layers(model, skip=skip, head=_converts_head("calibrate_", head, chosen, model)).layers
+    layers = choose_layers(model, skip=skip, head=converts_head("calibrate_", head, chosen, _devices(model))).layers
     if batches is None:
         batches = random_tokens(getattr(model, "config", None), next(model.parameters()).device)
     columns = systematic_columns(model, layers, batches, **how, min_fraction=float(min_fraction))
@@ -171,8 +171,8 @@ def calibrate_(
     return columns
 
 
-def _converts_head(function: str, head: bool | None, options: Options, model: nn.Module) -> bool:
-    return converts_head(function, head, options, {parameter.device.type for parameter in model.parameters()})
+def _devices(model: nn.Module) -> set[str]:
+    return {parameter.device.type for parameter in model.parameters()}
 
 
 def random_tokens(config: Any, device: Any = "cpu") -> list[dict[str, Tensor]]:

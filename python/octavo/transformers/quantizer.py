@@ -67,16 +67,13 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
-    def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Any = None, device_map: Any = None, **_: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **how: Any) -> None:
         self.files = checkpoint_files or ()
         # Which weights of an int8 model are int8, its file says.
         config = self.quantization_config
         left = [] if self.pre_quantized else config.modules_to_not_convert
-        self._head = not self.pre_quantized and converts_head(
-            "OctavoConfig", config.head, config.options(), _places(device_map)
-        )
+        places = _places(how.get("device_map"))
+        self._head = not self.pre_quantized and converts_head("OctavoConfig", config.head, config.options(), places)
         self._weights = weights_to_convert(model, left, self.pre_quantized or self._head)
         model._resolve_parallel_plans = partial(self._resolve_parallel_plans, model)
 
