@@ -93,8 +93,8 @@ thread_local const Job* current_job = nullptr;  // that this thread works on
 // A range of work that threads take pieces of until none is left.
 class Job {
 public:
-    Job(std::int64_t count, std::int64_t piece, const std::function<void(std::int64_t, std::int64_t)>& body)
-        : count_(count), piece_(piece), body_(body) {}
+    Job(std::int64_t count, std::int64_t pieces, const std::function<void(std::int64_t, std::int64_t)>& body)
+        : count_(count), pieces_(pieces), body_(body) {}
 
     void work() noexcept {
         current_job = this;
@@ -111,22 +111,27 @@ public:
 
 private:
     bool work_on_piece() noexcept {
-        const std::int64_t begin = next_.fetch_add(piece_, std::memory_order_relaxed);
-        if (begin >= count_) return false;
+        const std::int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
+        if (piece >= pieces_) return false;
         try {
             interruption_point();
-            body_(begin, std::min(begin + piece_, count_));
+            body_(begin_of(piece), begin_of(piece + 1));
         } catch (...) {
             const std::scoped_lock lock(error_mutex_);
             if (!error_) error_ = std::current_exception();
             failed_.store(true, std::memory_order_relaxed);
-            next_.store(count_, std::memory_order_relaxed);  // the rest is not worth doing
+            next_.store(pieces_, std::memory_order_relaxed);  // the rest is not worth doing
         }
         return true;
     }
 
+    // Pieces differ by one at most: a small last one would leave threads waiting for the others.
+    [[nodiscard]] std::int64_t begin_of(std::int64_t piece) const noexcept {
+        return piece * (count_ / pieces_) + std::min(piece, count_ % pieces_);
+    }
+
     std::int64_t count_;
-    std::int64_t piece_;
+    std::int64_t pieces_;
     const std::function<void(std::int64_t, std::int64_t)>& body_;
     std::atomic<std::int64_t> next_{0};
     std::atomic<bool> failed_{false};
@@ -258,14 +263,14 @@ void interruption_point() {
 void parallel_for(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body) {
     if (count <= 0) return;
     grain = std::max<std::int64_t>(grain, 1);
-    const std::int64_t most_pieces = (count + grain - 1) / grain;
+    const std::int64_t most_pieces = std::max<std::int64_t>(count / grain, 1);
     const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads(), most_pieces));
     // Four pieces a thread even out threads of unequal speed; none is so large that an interruption would wait for it.
     constexpr std::int64_t most_grains = 1024;
-    const std::int64_t pieces = threads <= 1 ? 1 : std::min<std::int64_t>(most_pieces, std::int64_t{4} * threads);
-    const std::int64_t piece = std::min(std::max(grain, (count + pieces - 1) / pieces), most_grains * grain);
-    if (piece >= count) return body(0, count);
-    Job job(count, piece, body);
+    const std::int64_t wanted = threads <= 1 ? 1 : std::min<std::int64_t>(most_pieces, std::int64_t{4} * threads);
+    const std::int64_t pieces = std::max(wanted, (count - 1) / grain / most_grains + 1);
+    if (pieces <= 1) return body(0, count);
+    Job job(count, pieces, body);
     if (threads <= 1 || !pool().try_run(job, threads - 1)) job.work();
     job.rethrow();
 }
