@@ -1,5 +1,6 @@
 """Times of calls that take turns, so that whatever else the machine does falls on all of them alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,12 +72,15 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Milliseconds of each of `calls` in every round, one call of each after the other.
 
+    In an order that is drawn anew for each round: a call finds the caches and the heap as the one before it left them.
     Goes on for `seconds`, for at least `least` rounds and, where given, at most `most`.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls.items()), random.Random(0)
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < least or (time.perf_counter() < end and (most is None or rounds < most)):
-        for name, call in calls.items():
+        draw.shuffle(order)
+        for name, call in order:
             before(name)
             samples[name].append(clock(call))
         rounds += 1
