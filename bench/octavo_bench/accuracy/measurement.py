@@ -134,13 +134,13 @@ _FORMATS = {
 _OF_TOKENS = (
     "KL: of the variant's next-token probabilities from the model's, nats per token. Loss: of the log-likelihood, "
     "nats per token, positive is worse. ±: standard errors over windows. Top-1: the mean of the largest probability. "
-    "16 bit: of the inputs of octavo's layers, in the first window. MiB: linear layers."
+    "16 bit: of the inputs of octavo's layers, in the first window. MiB: linear layers, and an int8 head."
 )
 _OF_PASSAGES = (
     "Loss: 1 - cosine with the model's embedding, the mean over passages; ±: its standard error. Neighbors: of how "
     "many passages the nearest other one is the same. Top-1: mean of the largest softmax probability of attention. "
-    "16 bit: of the inputs of octavo's layers, in the first passage. MiB: linear layers. SmoothQuant divides in front "
-    "of layers where a residual takes their input, too."
+    "16 bit: of the inputs of octavo's layers, in the first passage. MiB: linear layers, and an int8 head. SmoothQuant "
+    "divides in front of layers where a residual takes their input, too."
 )
 
 

@@ -28,9 +28,14 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def linear_bytes(model: nn.Module) -> int:
-    """Bytes that the linear layers hold: weights, scales, kept outlier weights, biases. Of octavo's and of peers'."""
+    """Bytes that the linear layers hold: weights, scales, kept outlier weights, biases. Of octavo's and of peers'.
+
+    With the output head where it is int8, since one that is not may be the embedding.
+    """
     total = 0
-    for _, module in linear_layers(model):
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = [head] if hasattr(getattr(head, "weight", None), "int8_weight") else []
+    for module in [*(module for _, module in linear_layers(model)), *heads]:
         total += _bytes(getattr(module.weight, "int8_weight", module.weight)) + _bytes(module.bias)
         # bitsandbytes' scales move from the weight to the state in the first call.
         owners = (module.weight, getattr(module, "state", None))
