@@ -69,17 +69,20 @@ def take_turns(
     least: int = 3,
     most: int | None = None,
     clock: Clock = on_the_wall,
+    in_order: bool = False,
 ) -> dict[str, list[float]]:
     """Milliseconds of each of `calls` in every round, one call of each after the other.
 
-    In an order that is drawn anew for each round: a call finds the caches and the heap as the one before it left them.
+    In an order that is drawn anew for each round, or with `in_order` as they are given, where one needs what another
+    made: a call finds the caches and the heap as the one before it left them.
     Goes on for `seconds`, for at least `least` rounds and, where given, at most `most`.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order, draw = list(calls.items()), random.Random(0)
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < least or (time.perf_counter() < end and (most is None or rounds < most)):
-        draw.shuffle(order)
+        if not in_order:
+            draw.shuffle(order)
         for name, call in order:
             before(name)
             samples[name].append(clock(call))

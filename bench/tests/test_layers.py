@@ -34,6 +34,9 @@ def test_turns_are_taken_one_call_at_a_time() -> None:
     assert 5 < rounds.count(first + second) < 15  # no call always comes behind the same one
     assert [len(values) for values in found.values()] == [20, 20]
     assert len(take_turns(calls, 60, least=1, most=3)["a"]) == 3
+    order.clear()
+    take_turns(calls, 0, least=20, in_order=True)
+    assert order == ["a", "b"] * 20
     assert spread([1, 2, 3, 4, 5]) == Spread(3, 2, 4)
 
 

@@ -61,7 +61,7 @@ def time_steps(
     calls = {f"{way}: {phase}": call for way, own in steps.items() for phase, call in own.items()}
     progress.begin(1)
     with progress.step("steps"):
-        samples = take_turns(calls, 0, least=turns + 1, clock=on_the_cpu)
+        samples = take_turns(calls, 0, least=turns + 1, clock=on_the_cpu, in_order=True)
     rows: list[list[Any]] = []
     for way, own in steps.items():
         best = [min(samples[f"{way}: {phase}"]) for phase in own]
