@@ -25,6 +25,7 @@
 #include "bindings/interpreter.hpp"
 #include "bindings/scratch.hpp"
 #include "bindings/tensor.hpp"
+#include "bindings/torch_api.hpp"
 #include "bindings/torch_op.hpp"
 #include "octavo/octavo.hpp"
 
@@ -236,7 +237,8 @@ void run(const Array& array, double work, const Call& call) {
     const FrameworkScratch scratch(array.framework(), array.device());
     const ScratchFrom scratch_from(scratch.get());
     const Stream stream = array.stream();
-    const ThreadLimit limit(threads_of(array.framework()));
+    const bool is_torch = array.framework() == Framework::torch;
+    const ThreadLimit limit(threads_of(array.framework()), is_torch ? run_on_torch_threads : nullptr);
     if (work <= small) return call(stream);
     without_lock([&] { call(stream); });
 }

@@ -30,6 +30,7 @@ TorchApi find_all() {
     find(api.string_data, "torch_string_c_str");
     find(api.delete_string, "torch_delete_string");
     find(api.get_num_threads, "torch_get_num_threads");
+    find(api.parallel_for, "torch_parallel_for");
     find(api.library_init, "aoti_torch_library_init_impl");
     find(api.library_impl, "torch_library_impl");
     number(api.f32, "aoti_torch_dtype_float32");
@@ -50,6 +51,19 @@ TorchApi find_all() {
 const TorchApi& torch_api() {
     static const TorchApi found = find_all();
     return found;
+}
+
+bool run_on_torch_threads(int threads, void (*work)(void* context), void* context) {
+    if (torch_api().parallel_for == nullptr) return false;
+    struct Work {
+        void (*work)(void* context);
+        void* context;
+    } given{work, context};
+    const auto body = [](std::int64_t /*begin*/, std::int64_t /*end*/, void* of) {
+        const auto& [call, argument] = *static_cast<const Work*>(of);
+        call(argument);
+    };
+    return torch_api().parallel_for(0, threads, 1, body, &given) == 0;
 }
 
 }  // namespace octavo::python

@@ -29,6 +29,8 @@ struct TorchApi {
     Status (*string_data)(void* string, const char** result) = nullptr;
     Status (*delete_string)(void* string) = nullptr;
     Status (*get_num_threads)(std::uint32_t* result) = nullptr;
+    Status (*parallel_for)(std::int64_t begin, std::int64_t end, std::int64_t grain,
+                           void (*body)(std::int64_t begin, std::int64_t end, void* context), void* context) = nullptr;
     Status (*library_init)(const char* space, const char* key, const char* file, std::uint32_t line,
                            void** result) = nullptr;
     Status (*library_impl)(void* library, const char* name, Kernel kernel, std::uint64_t version) = nullptr;
@@ -42,5 +44,8 @@ struct TorchApi {
 
 // Looked for at the first call, which comes when PyTorch is loaded.
 const TorchApi& torch_api();
+
+// PyTorch's threads, for octavo::ThreadLimit; false where it has no function for them.
+bool run_on_torch_threads(int threads, void (*work)(void* context), void* context);
 
 }  // namespace octavo::python

@@ -248,7 +248,7 @@ Value result_like(const Tensor& x, std::int64_t last, const Compute& compute) {
     }
     std::uint32_t threads = 0;
     check(torch().get_num_threads(&threads));
-    const ThreadLimit limit(static_cast<int>(threads));
+    const ThreadLimit limit(static_cast<int>(threads), run_on_torch_threads);
     compute(out.matrix(), stream);
     return out.release();
 }

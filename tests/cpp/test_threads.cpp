@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -196,6 +197,93 @@ int in_child(Body body) {
 }
 
 }  // namespace
+
+namespace {
+
+std::atomic<int> lent{0};
+
+// A framework's threads.
+bool lend(int threads, void (*work)(void* context), void* context) {
+    ++lent;
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) others.emplace_back(work, context);
+    work(context);
+    for (auto& other : others) other.join();
+    return true;
+}
+
+bool lend_one(int /*threads*/, void (*work)(void* context), void* context) {
+    ++lent;
+    work(context);
+    return true;
+}
+
+bool lend_none(int /*threads*/, void (* /*work*/)(void* context), void* /*context*/) {
+    ++lent;
+    return false;
+}
+
+// How many threads each had a part of three that wait for so many to have begun.
+std::size_t threads_that_share(int expected) {
+    std::mutex mutex;
+    std::set<std::thread::id> seen;
+    std::atomic<int> waiting{0};
+    parallel_for(3, 1, [&](std::int64_t, std::int64_t) {
+        ++waiting;
+        while (waiting < expected) std::this_thread::yield();
+        const std::scoped_lock lock(mutex);
+        seen.insert(std::this_thread::get_id());
+    });
+    return seen.size();
+}
+
+}  // namespace
+
+TEST(lent_threads) {
+    const Threads set(3);
+    lent = 0;
+    {
+        const octavo::ThreadLimit limit(3, lend);
+        CHECK_EQ(threads_that_share(3), std::size_t{3});
+        CHECK_EQ(lent.load(), 1);
+        std::string message;
+        try {
+            parallel_for(3, 1, [](std::int64_t, std::int64_t) { throw std::runtime_error("of an item"); });
+        } catch (const std::runtime_error& error) {
+            message = error.what();
+        }
+        CHECK_EQ(message, "of an item");
+        CHECK_EQ(lent.load(), 2);
+        CHECK_EQ(in_child([&] { return threads_that_share(3) == 3 && lent == 2; }), 0);
+        const octavo::ThreadLimit inner(3);
+        CHECK_EQ(threads_that_share(3), std::size_t{3});
+        CHECK_EQ(lent.load(), 2);
+    }
+    {
+        const octavo::ThreadLimit fewer(2, lend);  // than set_num_threads asks for
+        CHECK_EQ(threads_that_share(3), std::size_t{3});
+        CHECK_EQ(lent.load(), 2);
+    }
+    const octavo::ThreadLimit one(3, lend_one);
+    CHECK_EQ(threads_that_share(1), std::size_t{1});
+    CHECK_EQ(lent.load(), 3);
+    const octavo::ThreadLimit none(3, lend_none);
+    CHECK_EQ(threads_that_share(3), std::size_t{3});
+    CHECK_EQ(lent.load(), 4);
+    const std::string expected = run_everything(3);
+    const octavo::ThreadLimit all(3, lend);
+    CHECK(run_everything(3) == expected);
+}
+
+// Helpers of more threads than processors often wake when their job is gone, and must leave it alone.
+TEST(late_helpers) {
+    const Threads set(8);
+    for (int i = 0; i < 2000; ++i) {
+        std::atomic<std::int64_t> sum{0};
+        parallel_for(8, 1, [&](std::int64_t begin, std::int64_t end) { sum += end - begin; });
+        CHECK_EQ(sum.load(), 8);
+    }
+}
 
 // A child has none of its parent's threads; it starts its own.
 TEST(fork_after_use) {

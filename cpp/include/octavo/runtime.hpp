@@ -19,19 +19,27 @@ namespace [[gnu::visibility("default")]] octavo {
 // For all threads of the process, and before every ThreadLimit. Throws Error (value) unless 1 <= count <= 1024.
 void set_num_threads(int count);
 
+// How a framework lends its threads: call work(context), which never throws, in up to `threads` of them at the same
+// time, one of which may be the calling one, and return true when all of these calls have ended. One call does all that
+// there is to do; more do it together. Or return false, having called nothing.
+using RunTogether = bool (*)(int threads, void (*work)(void* context), void* context);
+
 // While it lives, the calls of the thread that made it use up to `count` threads instead of the default number: for a
 // framework that has its own setting. Others' calls, and a number given to set_num_threads, are not affected. Counts
-// above 1024 mean 1024; below 1, no limit but the default. Of several in one thread the innermost holds; they end in
-// the thread that made them, in reverse order.
+// above 1024 mean 1024; below 1, no limit but the default. Where `together` is not null, these are the framework's
+// threads: two that wait for work on one processor keep it from each other. octavo's own are used where set_num_threads
+// asks for more than `count`, and in a forked child, which has none of the framework's. Of several in one thread the
+// innermost holds; they end in the thread that made them, in reverse order.
 class ThreadLimit {
 public:
-    explicit ThreadLimit(int count) noexcept;
+    explicit ThreadLimit(int count, RunTogether together = nullptr) noexcept;
     ~ThreadLimit();
     ThreadLimit(const ThreadLimit&) = delete;
     ThreadLimit& operator=(const ThreadLimit&) = delete;
 
 private:
     int outer_;
+    RunTogether outer_together_;
 };
 
 // What an interrupted call throws; its outputs are then unspecified.

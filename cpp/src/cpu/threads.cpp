@@ -46,8 +46,9 @@ int default_threads() {
 // What set_num_threads was given; 0 before.
 std::atomic<int> chosen_threads{0};
 
-// What the innermost ThreadLimit of this thread says; 0 without one.
+// What the innermost ThreadLimit of this thread says; 0 and null without one.
 thread_local int thread_limit = 0;
+thread_local RunTogether run_together = nullptr;
 
 using Clock = std::chrono::steady_clock;
 
@@ -73,10 +74,14 @@ void set_num_threads(int count) {
     chosen_threads.store(count, std::memory_order_relaxed);
 }
 
-ThreadLimit::ThreadLimit(int count) noexcept
-    : outer_(std::exchange(thread_limit, std::clamp(count, 0, most_threads))) {}
+ThreadLimit::ThreadLimit(int count, RunTogether together) noexcept
+    : outer_(std::exchange(thread_limit, std::clamp(count, 0, most_threads))),
+      outer_together_(std::exchange(run_together, together)) {}
 
-ThreadLimit::~ThreadLimit() { thread_limit = outer_; }
+ThreadLimit::~ThreadLimit() {
+    thread_limit = outer_;
+    run_together = outer_together_;
+}
 
 Interruptible::Interruptible(bool (*unwanted)()) noexcept : outer_(std::exchange(is_unwanted, unwanted)) {
     last_asked = Clock::now().time_since_epoch();
@@ -142,8 +147,9 @@ private:
 // Wait a moment for `ready` without going to sleep; false where it has not come true.
 //
 // A layer's work comes in two or three jobs, and the next layer's soon after. A helper that has gone to sleep takes
-// tens of microseconds to wake, and often wakes on its caller's processor, where the two then share one's time. Longer
-// than this moment it does not keep a processor from others, and not at all where there are fewer than threads.
+// tens of microseconds to wake, and often wakes on its caller's processor, where the two then share one's time: so who
+// waits lets others have it. Longer than this moment it does not keep a processor from them, and not at all where there
+// are fewer than threads.
 template <class Ready>
 bool spin_until(bool spin, const Ready& ready) {
     constexpr auto moment = std::chrono::microseconds(50);
@@ -158,18 +164,17 @@ bool spin_until(bool spin, const Ready& ready) {
             __asm__ volatile("yield");
 #endif
         }
+        sched_yield();
     } while (Clock::now() < end);
-    return false;
+    return ready();
 }
 
-// Helpers of one caller at a time, asleep while there is nothing to do. A caller that finds them taken does its work
-// alone.
+// Helpers of one caller at a time, asleep while there is nothing to do. Nobody waits for a helper that has not begun:
+// one that wakes late finds the job gone.
 class Pool {
 public:
-    // Do the job with up to `helpers` more threads; false, with nothing done, where another caller has them.
-    bool try_run(Job& job, int helpers) {
-        const std::unique_lock caller(caller_mutex_, std::try_to_lock);
-        if (!caller.owns_lock()) return false;
+    // Do the job with up to `helpers` more threads.
+    void run(Job& job, int helpers) {
         {
             const std::scoped_lock lock(mutex_);
             try {
@@ -181,18 +186,20 @@ public:
             }
             job_ = &job;
             wanted_ = helpers;
-            running_.store(helpers, std::memory_order_relaxed);
             spin_ = helpers < available_;
             generation_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
         job.work();
+        {
+            const std::scoped_lock lock(mutex_);
+            job_ = nullptr;
+        }
         const auto done = [&] { return running_.load(std::memory_order_acquire) == 0; };
         if (!spin_until(spin_, done)) {
             std::unique_lock lock(mutex_);
             done_.wait(lock, done);
         }
-        return true;
     }
 
 private:
@@ -206,8 +213,9 @@ private:
             const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
             wake_.wait(lock, called);
             seen = generation_.load(std::memory_order_acquire);
-            if (index >= wanted_) continue;
             Job* const job = job_;
+            if (index >= wanted_ || job == nullptr) continue;
+            running_.fetch_add(1, std::memory_order_relaxed);
             const bool spin = spin_;
             lock.unlock();
             job->work();
@@ -221,7 +229,6 @@ private:
         }
     }
 
-    std::mutex caller_mutex_;
     const int available_ = processors();
     std::mutex mutex_;  // guards all below; the atomic ones are looked at without it, too
     std::condition_variable wake_;
@@ -234,19 +241,34 @@ private:
     std::atomic<std::uint64_t> generation_{0};
 };
 
-// The pool lives until the process ends (its threads sleep in it, so it is never destroyed), and a forked child, which
-// inherits none of the threads, starts with a new one.
+// What a process has one of. The pool lives until it ends (its threads sleep in it, so it is never destroyed). A forked
+// child inherits none of the threads, octavo's or a framework's, and may find anything locked: it starts with a new
+// pool, made without a lock, and leaves the framework's threads alone, which in it may wait for each other for ever.
 std::atomic<Pool*> pool_in_use{nullptr};
+std::atomic<bool> is_taken{false};  // by a caller, with whoever's threads: others work alone meanwhile
+std::atomic<bool> is_forked{false};
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+    pool_in_use.store(nullptr);
+    is_taken.store(false);
+    is_forked.store(true);
+});
 
 Pool& pool() {
     Pool* current = pool_in_use.load(std::memory_order_acquire);
     if (current != nullptr) return *current;
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { pool_in_use.store(nullptr); });
-    static_cast<void>(registered);
-    // No lock here: a fork could find it taken.
     auto fresh = std::make_unique<Pool>();
     if (pool_in_use.compare_exchange_strong(current, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
     return *current;
+}
+
+void work_in(Job& job, int threads) {
+    if (threads <= 1 || is_taken.exchange(true, std::memory_order_acquire)) return job.work();
+    struct Taken {
+        ~Taken() { is_taken.store(false, std::memory_order_release); }
+    } const taken;
+    const bool lent = run_together != nullptr && threads <= thread_limit && !is_forked.load(std::memory_order_relaxed);
+    const auto work = [](void* context) { static_cast<Job*>(context)->work(); };
+    if (!lent || !run_together(threads, work, &job)) pool().run(job, threads - 1);
 }
 
 }  // namespace
@@ -271,7 +293,7 @@ void parallel_for(std::int64_t count, std::int64_t grain, const std::function<vo
     const std::int64_t pieces = std::max(wanted, (count - 1) / grain / most_grains + 1);
     if (pieces <= 1) return body(0, count);
     Job job(count, pieces, body);
-    if (threads <= 1 || !pool().try_run(job, threads - 1)) job.work();
+    work_in(job, threads);
     job.rethrow();
 }
 
