@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ class Quantize(_Operation):
                 continue
             made = experts.quantized(model.get_submodule(name.rpartition(".")[0]), tensor, options)
             result |= self.place(model, name, made if tensor.dim() == 3 else next(made), missing_keys)
-            give_back(tensor, self.quantizer.files)
+            give_back(self.quantizer.files, tensor)
         return result
 
 
@@ -208,21 +209,20 @@ class Place(_Operation):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def give_back(tensor: Tensor, files: Sequence[str]) -> None:
-    """Give freed memory back to the system, and the pages of a tensor that lies in one of the files, mapped (Linux).
+def give_back(files: Sequence[str], tensor: Tensor | None = None) -> None:
+    """Give freed memory back to the system, and the pages of mapped files (Linux): a tensor's that lies there, or all.
 
-    It reads them again where they are needed; nobody may have written to the tensor.
+    They are read again where they are needed; nobody may have written to them.
     """
     maps, paths = Path("/proc/self/maps"), {os.path.realpath(file) for file in files}
-    first, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    lines = maps.read_text().splitlines() if tensor.device.type == "cpu" and maps.exists() else []
+    first, end = (0, sys.maxsize) if tensor is None else (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    is_here = tensor is None or tensor.device.type == "cpu"
+    lines = maps.read_text().splitlines() if is_here and maps.exists() else []
     for area, *_, path in (line.split(maxsplit=5) for line in lines):
         begin, last = (int(place, 16) for place in area.split("-"))
-        if begin <= first and end <= last and path in paths:
-            _core.give_back(first, end)
-            break
-    else:
-        _core.give_back(0, 0)
+        if path in paths and first < last and begin < end:
+            _core.give_back(max(begin, first), min(last, end))
+    _core.give_back(0, 0)
 
 
 # --- what follows from it --------------------------------------------------------------------------------------------

@@ -10,14 +10,13 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import logging
 
-from octavo import _core
 from octavo import file_format as names
 from octavo._text import matches, unexpected
 from octavo.torch import Int8Tensor
 from octavo.torch.choice import converts_head, is_linear
 from octavo.torch.convert import hold
 from octavo.transformers.config import METHOD, OctavoConfig
-from octavo.transformers.loading import UNTIED, Assemble, Quantize, conversions_of_int8
+from octavo.transformers.loading import UNTIED, Assemble, Quantize, conversions_of_int8, give_back
 from octavo.transformers.model import adopt, dequantize_, flat, qualified, weights_to_convert
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         for tensor in [*model.parameters(), *model.buffers()]:
             if not self.keeps_files and not isinstance(tensor, Int8Tensor) and tensor.device.type == "cpu":
                 tensor.data = tensor.data.clone()
-        _core.give_back(0, 0)
+        give_back(self.files)  # of what became another dtype nothing is needed, and codes are read as they are used
         if not any(isinstance(parameter, Int8Tensor) for parameter in model.parameters()):
             if self.pre_quantized:
                 raise unexpected("from_pretrained", "int8 weights, as config.json says", f"none in {list(self.files)}")
