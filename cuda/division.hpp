@@ -112,7 +112,7 @@ struct DotTile {
 // The rows of a tile, at most `most`, for m >= 1.
 inline DotTile dot_tile(std::int64_t m, std::int64_t most) {
     DotTile best{1, std::numeric_limits<double>::infinity()};
-    for (const std::int64_t rows : {1, 2, 4, 5, 6, 8}) {
+    for (const std::int64_t rows : {1, 2, 4, 5, 6, 8, 9}) {
         const double work =
             static_cast<double>(whole(m, rows)) * (dot_work + dot_work_of_row * static_cast<double>(rows));
         if (rows <= most && work < best.work) best = {rows, work};

@@ -219,31 +219,36 @@ __device__ void finish_dot(const Layer<X>& layer, const DotPlace<rows, features>
 #pragma unroll
         for (int j = 0; j < features; ++j) {
             const float sum = reduce_warp(sums[i][j], [](float a, float b) { return a + b; });
-            if (lane == i * features + j) partial[warp][lane] = sum;
+            if (lane == (i * features + j) % warp_size) partial[warp][i * features + j] = sum;
         }
     }
     __syncthreads();
 
-    const int group = static_cast<int>(threadIdx.x) / (rows * features);
-    const int i = static_cast<int>(threadIdx.x) / features % rows;
-    const int j = static_cast<int>(threadIdx.x) % features;
-    const std::int64_t feature = place.block_feature + group * features + j;
-    const bool writes =
-        group < warps / layer.splits && place.first_row + i < layer.x.rows && feature < layer.codes.rows;
-    const bool is_part = layer.partial != nullptr;
-    const float rest = writes && !is_part ? layer.shift(feature).rest : 0.0F;
-    const bool has_rest = !is_part && layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
-    if (has_rest) sum_rows(layer.x, place.first_row, rows, x_sums);
-    if (!writes) return;
-    float sum = 0.0F;
-    for (int part = 0; part < layer.splits; ++part) {
-        sum += partial[group * layer.splits + part][i * features + j];
+    constexpr int turns = (warps * rows * features + threads - 1) / threads;  // a sum of each thread in each
+#pragma unroll 1
+    for (int turn = 0; turn < turns; ++turn) {
+        const int index = static_cast<int>(threadIdx.x) + turn * threads;
+        const int group = index / (rows * features);
+        const int i = index / features % rows;
+        const int j = index % features;
+        const std::int64_t feature = place.block_feature + group * features + j;
+        const bool writes =
+            group < warps / layer.splits && place.first_row + i < layer.x.rows && feature < layer.codes.rows;
+        const bool is_part = layer.partial != nullptr;
+        const float rest = writes && !is_part ? layer.shift(feature).rest : 0.0F;
+        const bool has_rest = !is_part && layer.zeropoint.present() && __syncthreads_or(rest != 0.0F) != 0;
+        if (has_rest) sum_rows(layer.x, place.first_row, rows, x_sums);
+        if (!writes) continue;
+        float sum = 0.0F;
+        for (int part = 0; part < layer.splits; ++part) {
+            sum += partial[group * layer.splits + part][i * features + j];
+        }
+        if (is_part) {
+            layer.part(blockIdx.y, place.first_row + i, feature) = sum;
+            continue;
+        }
+        layer.finish(place.first_row + i, feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
     }
-    if (is_part) {
-        layer.part(blockIdx.y, place.first_row + i, feature) = sum;
-        return;
-    }
-    layer.finish(place.first_row + i, feature, sum, rest, has_rest ? x_sums[i] : 0.0F);
 }
 
 // Whether `mma_kernel` is launched on the architecture that is being compiled for: older ones lack its instructions.
@@ -722,7 +727,7 @@ void launch_dot(const Layer<X>& layer, cudaStream_t stream) {
 // Tiles of more than four rows are those of X in float32: of 16 bits it is multiplied so on sm_75 alone.
 template <class X>
 void launch_dot(const Layer<X>& layer, cudaStream_t stream) {
-    constexpr int most = sizeof(X) == 4 ? 8 : 4;
+    constexpr int most = sizeof(X) == 4 ? 9 : 4;
     const std::int64_t rows = dot_tile(layer.x.rows, most).rows;
     if (rows == 1) return launch_dot<X, 1>(layer, stream);
     if (rows == 2) return launch_dot<X, 2>(layer, stream);
@@ -730,6 +735,7 @@ void launch_dot(const Layer<X>& layer, cudaStream_t stream) {
         if (rows == 5) return launch_dot<X, 5>(layer, stream);
         if (rows == 6) return launch_dot<X, 6>(layer, stream);
         if (rows == 8) return launch_dot<X, 8>(layer, stream);
+        if (rows == 9) return launch_dot<X, 9>(layer, stream);
     }
     launch_dot<X, 4>(layer, stream);
 }

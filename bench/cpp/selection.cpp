@@ -114,7 +114,7 @@ double by_matrix_instructions(const Device& device, const Layer& layer, std::int
 
 // The weight-only product in tiles of few rows: before sm_80 of 16-bit X, from there on of float32.
 double by_dot_products(const Device& device, const Layer& layer, std::int64_t m) {
-    const octavo::cuda::DotTile tile = octavo::cuda::dot_tile(m, device.architecture < 80 ? 4 : 8);
+    const octavo::cuda::DotTile tile = octavo::cuda::dot_tile(m, device.architecture < 80 ? 4 : 9);
     const std::int64_t down = whole(m, tile.rows);
     const std::int64_t blocks = down * whole(layer.n, 4);
     const std::int64_t of_one = whole(blocks, device.multiprocessors);
@@ -229,15 +229,14 @@ Worst worst(std::span<const Times> points, std::int64_t most) {
     return found;
 }
 
-// The most rows for the weight-only path: where the worst is least, what a row more costs, and what the other path
-// would save. What is within `step`, and then what is within `worth`, counts as equal; of equals it is the most rows.
+// The most rows for the weight-only path: where a row more costs least, and then where the other path would save least.
+// Of the one what is within `step`, of the other what is within `worth` counts as equal; of equals it is the most rows.
 std::int64_t most_rows(std::span<const Times> points, double worth) {
     std::int64_t best = 0;
     auto least = std::pair(std::numeric_limits<double>::infinity(), 0.0);
     for (std::int64_t most = 0; most <= 4096; most += most < 64 ? 1 : most < 256 ? 8 : 64) {
         const Worst found = worst(points, most);
-        const double rounded = std::nearbyint(100 * std::max(found.more, found.far)) / 100;
-        const auto own = std::pair(std::max(step, rounded), std::max(worth, found.far));
+        const auto own = std::pair(std::max(step, found.more), std::max(worth, found.far));
         if (own <= least) {
             least = own;
             best = most;

@@ -13,22 +13,11 @@ from octavo_bench.layers.selection import EXTENTS, nearest
 
 Table = dict[tuple[int, bool], list[list[int]]]
 
-# Of the 169 shapes of the table, in how many a row more costs more than STEP somewhere, and the most that it costs: of
-# X in float32 the ninth or 17th row of 724 or 512 features, a tile of dot products more; on sm_90 the change from
-# one path to the other at 2048 rows of the smallest layers. Before sm_80 cuBLASLt multiplies, whose tiles are guessed.
+# Architecture, and whether matrix instructions multiply: 169 shapes of each.
+KINDS_OF_TABLE = ((75, False), (80, False), (80, True), (90, False), (90, True), (120, False), (120, True))
 STEP = 1.3
-STEPS = {
-    (75, False): (0, 0.0),
-    (80, False): (1, 1.31),
-    (80, True): (0, 0.0),
-    (90, False): (0, 0.0),
-    (90, True): (2, 1.3),
-    (120, False): (1, 1.3),
-    (120, True): (0, 0.0),
-}
 
-
-KINDS = pytest.mark.parametrize("kind", STEPS, ids=str)
+KINDS = pytest.mark.parametrize("kind", KINDS_OF_TABLE, ids=str)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +47,8 @@ def worst(ask: Any, modelled: Table, kind: tuple[int, bool], shapes: list[tuple[
 @KINDS
 def test_a_row_more_is_never_much_slower(kind: tuple[int, bool], modelled: Table, ask: Any) -> None:
     more = [step for step, _ in worst(ask, modelled, kind, [(k, n) for k in EXTENTS for n in EXTENTS])]
-    beyond = [step for step in more if step > STEP]
-    assert (len(beyond), round(max(more), 2) if beyond else 0.0) == STEPS[kind]
+    assert len(more) == 169
+    assert max(more) <= STEP
 
 
 @KINDS
@@ -76,11 +65,11 @@ def test_auto_is_never_far_from_the_better_path(
 
 
 def test_the_table_in_use_is_the_one_that_is_made(modelled: Table) -> None:
-    assert set(modelled) == set(STEPS)
+    assert set(modelled) == set(KINDS_OF_TABLE)
     text = selection.TABLE.read_text()
     if "// Source: the model\n" in text:
         assert text == selection.text(modelled, "the model")
-    assert all(f"    {{{architecture}, false, {{\n" in text for architecture, _ in STEPS)
+    assert all(f"    {{{architecture}, false, {{\n" in text for architecture, _ in KINDS_OF_TABLE)
     assert "    {75, true, {\n" not in text  # there are no such instructions in its kernel
 
 
