@@ -97,6 +97,41 @@ TEST(load_and_store_agree) {
     }
 }
 
+// Every second column has a place; what is between rows and behind them is not touched.
+TEST(load_transposed_puts_columns_into_their_places) {
+    constexpr std::int64_t dst_stride = 96;
+    for (const DType dtype : float_dtypes) {
+        const std::int64_t item = octavo::size_of(dtype);
+        for (const std::int64_t cols : {1, 16, 31, 80}) {
+            for (const std::int64_t count : {1, 3, 30, 64, 81}) {
+                for (const std::int64_t stride : {count, count + 5}) {
+                    Random random(11);
+                    const std::int64_t size = (cols - 1) * stride + count;
+                    const Guarded<std::byte> source(static_cast<std::size_t>(size * item));
+                    tables()[0]->store(random_floats(random, size).data(), size, dtype, source.data(), 1);
+                    std::vector<std::int32_t> places(static_cast<std::size_t>(count), -1);
+                    for (std::size_t i = 0; i < places.size(); i += 2) {
+                        places[i] = static_cast<std::int32_t>(places.size() - 1 - i);
+                    }
+                    std::vector<float> expected(static_cast<std::size_t>(count * dst_stride), -3.0F);
+                    for (std::int64_t i = 0; i < count; i += 2) {
+                        float* const row = expected.data() + (count - 1 - i) * dst_stride;
+                        std::fill(row, row + (cols + 15) / 16 * 16, 0.0F);
+                        tables()[0]->load(dtype, source.data() + i * item, stride, cols, row);
+                    }
+                    for (const Kernels* table : tables()) {
+                        const check::Context context(table->isa, ", ", cols, " of ", count, ", stride ", stride);
+                        std::vector<float> found(expected.size(), -3.0F);
+                        table->load_transposed(dtype, source.data(), stride, cols, count, places.data(), found.data(),
+                                               dst_stride);
+                        CHECK(found == expected);
+                    }
+                }
+            }
+        }
+    }
+}
+
 TEST(range_agrees) {
     const float specials[] = {0.0F, infinity, -infinity, std::nanf(""), std::numeric_limits<float>::max()};
     compare("range", 1, [&](const Kernels& table, std::int64_t size) {

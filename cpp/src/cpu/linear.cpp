@@ -91,12 +91,13 @@ public:
         const bool needs_codes = weight_.scheme == Scheme::zeropoint && weight_.rotation == 0;
         if (needs_codes) outlier_codes_ = Scratch<std::int8_t>(count * most_cols);
         const ConstVector& list = weight_.outlier_columns;
+        kept_places_.assign(static_cast<std::size_t>(list.size), -1);
         std::int64_t kept = 0;  // both lists ascend
         for (std::int64_t o = 0; o < count; ++o) {
             const std::int32_t column = columns[static_cast<std::size_t>(o)];
             while (kept < list.size && get<std::int32_t>(list, kept) < column) ++kept;
             if (kept < list.size && get<std::int32_t>(list, kept) == column) {
-                kept_.emplace_back(o, kept);
+                kept_places_[static_cast<std::size_t>(kept)] = static_cast<std::int32_t>(o);
             } else {
                 not_kept_.push_back(column);
                 not_kept_places_.push_back(static_cast<std::int32_t>(o));
@@ -118,13 +119,7 @@ public:
                 for (std::int64_t j = first; j < first + cols; ++j) target[j] = codes.code(j, columns[o]);
             }
         }
-        for (const auto& [place, index] : kept_) {
-            const ConstMatrix& original = weight_.outlier_weight;
-            float* const target = outlier_weight_.data() + place * outlier_stride + first;
-            kernels().load(original.dtype, at(original, block_.col_begin + first, index), original.row_stride, cols,
-                           target);
-            std::fill(target + cols, target + whole_blocks(cols), 0.0F);
-        }
+        gather_kept(first, cols);
         if (weight_.rotation != 0) {
             for (const auto& [column, place] : apart_) {
                 const std::int32_t in_block = column % weight_.rotation;
@@ -187,6 +182,24 @@ public:
     std::int32_t code_sums[most_cols];
 
 private:
+    void gather_kept(std::int64_t first, std::int64_t cols) {
+        const ConstMatrix& original = weight_.outlier_weight;
+        const std::int64_t count = std::ssize(kept_places_);
+        if (original.col_stride == 1) {
+            return kernels().load_transposed(original.dtype, at(original, block_.col_begin + first, 0),
+                                             original.row_stride, cols, count, kept_places_.data(),
+                                             outlier_weight_.data() + first, outlier_stride);
+        }
+        for (std::int64_t i = 0; i < count; ++i) {
+            const std::int32_t place = kept_places_[static_cast<std::size_t>(i)];
+            if (place < 0) continue;
+            float* const target = outlier_weight_.data() + place * outlier_stride + first;
+            kernels().load(original.dtype, at(original, block_.col_begin + first, i), original.row_stride, cols,
+                           target);
+            std::fill(target + cols, target + whole_blocks(cols), 0.0F);
+        }
+    }
+
     void sort_rotated(const PackedPanel& codes) {
         constexpr std::int64_t few = 3;  // columns, up to which a product takes longer than one after the other
         const std::int64_t depth = padded_depth(weight_.rotation);  // of a product
@@ -212,7 +225,7 @@ private:
     const LinearLayer& layer_;
     const WeightView& weight_;
     Block block_;
-    std::vector<std::pair<std::int64_t, std::int64_t>> kept_;  // places among the outlier columns and among the kept
+    std::vector<std::int32_t> kept_places_;  // of the kept columns, among the outlier columns; -1: it is none
     std::vector<std::int32_t> not_kept_;
     std::vector<std::int32_t> not_kept_places_;
     std::vector<std::pair<std::int32_t, std::int64_t>> apart_;  // columns rotated back one by one, and their places

@@ -200,20 +200,20 @@ OutlierElements::OutlierElements(const ConstMatrix& x, const WeightView& weight,
             row_begin_.resize(static_cast<std::size_t>(x.rows) + 1);
             return;
     }
-    if (columns_.empty()) return;
     // Whole cache lines; of several no power of two, or columns would push each other out of the cache.
     stride_ = x.rows <= 16 ? 16 : (x.rows + 15) / 16 * 16 + 16;
-    values_.resize(static_cast<std::size_t>(stride_) * columns_.size());
-    parallel_for(x.rows, row_grain(std::ssize(columns_)), [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            load_columns(x, i, columns_, values_.data() + i, stride_);
-        }
-    });
+    shared_ = Scratch<float>(stride_ * std::ssize(columns_));
 }
 
 std::function<std::span<const std::int32_t>(std::int64_t)> OutlierElements::finder(std::int64_t begin) {
-    if (!per_row_ || found_) {
+    if (per_row_ && found_) {
         return [this](std::int64_t row) { return columns_of(row); };
+    }
+    if (!per_row_) {
+        return [this](std::int64_t row) {
+            load_columns(x_, row, columns_, shared_.data() + row, stride_);
+            return std::span<const std::int32_t>(columns_);
+        };
     }
     struct Search {
         Search(const ConstMatrix& x, const LinearOptions& options)
@@ -287,14 +287,13 @@ void OutlierElements::describe(std::int64_t first, EpilogueTile& tile) const noe
         tile.outlier_columns = row_columns_.data();
     } else if (!columns_.empty()) {
         tile.outliers = std::ssize(columns_);
-        tile.outlier_x = values_.data() + first;
+        tile.outlier_x = shared_.data() + first;
         tile.outlier_x_stride = stride_;
         tile.outlier_columns = columns_.data();
     }
 }
 
 std::span<const std::int32_t> OutlierElements::columns_of(std::int64_t row) const noexcept {
-    if (!per_row_) return columns_;
     const auto [begin, size] = bounds(row);
     return std::span(row_columns_).subspan(begin, size);
 }

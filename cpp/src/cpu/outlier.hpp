@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels/table.hpp"
+#include "cpu/scratch.hpp"
 #include "octavo/linear.hpp"
 #include "octavo/types.hpp"
 
@@ -49,8 +50,9 @@ private:
 // The outlier columns of X, ascending.
 std::vector<std::int32_t> outlier_columns(const ConstMatrix& x, const LinearOptions& options);
 
-// The elements of X that the 16-bit product takes, under any of the outlier policies. Under `rows` they are found while
-// X is quantized, so that a row is read once: by what `finder` gives, and then `gather` comes before all else.
+// The elements of X that the 16-bit product takes, under any of the outlier policies. Their values are gathered while X
+// is quantized, when its row is near, and under `rows` they are found then, so that it is read once: by what `finder`
+// gives, and then `gather` comes before all else.
 class OutlierElements {
 public:
     OutlierElements(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options);
@@ -89,7 +91,7 @@ private:
     };
     // Only under `rows`.
     [[nodiscard]] Bounds bounds(std::int64_t row) const noexcept;
-    // The columns of row i's own elements: all of columns(), except under the policy `rows`.
+    // The columns of row i's own elements. Only under `rows`.
     [[nodiscard]] std::span<const std::int32_t> columns_of(std::int64_t row) const noexcept;
     // What has been found of the rows from `begin` on.
     struct Piece {
@@ -102,10 +104,10 @@ private:
     const LinearOptions& options_;
     bool per_row_;
     std::vector<std::int32_t> columns_;
-    // Under `rows` row after row, else column after column, stride_ apart.
-    std::vector<float> values_;
+    Scratch<float> shared_{0};  // the values, column after column, stride_ apart; under `rows` there are none
     std::int64_t stride_ = 0;
-    // Only under `rows`: where each row's elements begin, their columns, and the places of those in columns_.
+    // Only under `rows`: the values, where each row's begin, their columns, and the places of those in columns_.
+    std::vector<float> values_;
     bool found_ = false;
     std::vector<std::int64_t> row_begin_;
     std::vector<std::int32_t> row_columns_;

@@ -109,8 +109,8 @@ constexpr int square_rows(int vectors) { return register_size == 64 ? 4 * square
     static constexpr std::int32_t ones[] = {1, 1 << 8, 1 << 16, 1 << 24};
     codes = reinterpret_cast<Ints>(
         _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(ones[place]), reinterpret_cast<__m512i>(groups)));
-    return;
-#elif defined(__AVX2__)
+#else
+#if defined(__AVX2__)
     // A shuffle is one instruction; a shift by a number of the program's own is three.
     struct Places {
         std::int8_t of[4][64];
@@ -136,6 +136,7 @@ constexpr int square_rows(int vectors) { return register_size == 64 ? 4 * square
 #endif
     read(&groups, codes);
     codes >>= 24;
+#endif
 }
 
 // The weights of a column for `Vectors` vectors of output features. A cache line of packed W holds the 4 codes of each

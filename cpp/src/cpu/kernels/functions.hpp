@@ -18,6 +18,8 @@ extern const Plan some;
 extern const Plan many;
 
 void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, float* dst);
+void load_transposed(DType dtype, const void* src, std::int64_t stride, std::int64_t cols, std::int64_t count,
+                     const std::int32_t* places, float* dst, std::int64_t dst_stride);
 void load_columns(DType dtype, const void* src, std::int64_t stride, const std::int32_t* columns, std::int64_t count,
                   float* dst, std::int64_t dst_stride);
 void store(const float* src, std::int64_t size, DType dtype, void* dst, std::int64_t stride);

@@ -7,6 +7,7 @@
 #endif
 
 #include "cpu/kernels/convert.hpp"
+#include "cpu/kernels/fours.hpp"
 #include "cpu/kernels/functions.hpp"
 #include "cpu/kernels/unroll.hpp"
 
@@ -354,6 +355,46 @@ void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, 
         case DType::i32: break;  // refused by cpp/src before any kernel runs
     }
     __builtin_trap();
+}
+
+// Sixteen rows at a time, a part of them, which is made float32 first.
+void load_transposed(DType dtype, const void* src, std::int64_t stride, std::int64_t cols, std::int64_t count,
+                     const std::int32_t* places, float* dst, std::int64_t dst_stride) {
+    constexpr std::int64_t together = 64;
+    alignas(64) float part[16 * together];
+    for (std::int64_t row = 0; row < cols; row += 16) {
+        for (std::int64_t begin = 0; begin < count; begin += together) {
+            const std::int64_t size = count - begin < together ? count - begin : together;
+            const std::int64_t whole = (size + 15) / 16 * 16;
+            for (std::int64_t j = 0; j < 16; ++j) {
+                float* const target = part + j * together;
+                if (row + j >= cols) {
+                    __builtin_memset(target, 0, together * sizeof(float));
+                    continue;
+                }
+                // Whole vectors: what is behind the row is the next one's.
+                const bool is_whole = stride == count && (cols - 1 - row - j) * stride >= whole - size;
+                const auto* const values =
+                    static_cast<const char*>(src) + ((row + j) * stride + begin) * size_of(dtype);
+                load(dtype, values, 1, is_whole ? whole : size, target);
+            }
+            for (std::int64_t i = 0; i < size; i += 4) {
+                float* targets[4];
+                for (std::int64_t c = 0; c < 4; ++c) {
+                    const std::int32_t place = i + c < size ? places[begin + i + c] : -1;
+                    targets[c] = place < 0 ? nullptr : dst + place * dst_stride + row;
+                }
+                for (std::int64_t j = 0; j < 16; j += 4) {
+                    Quad columns[4];
+                    transpose_fours(reinterpret_cast<const std::int8_t*>(part + j * together + i), together * 4,
+                                    columns);
+                    unroll<4>([&](auto c) OCTAVO_INLINE {
+                        if (targets[c] != nullptr) __builtin_memcpy(targets[c] + j, &columns[c], sizeof columns[c]);
+                    });
+                }
+            }
+        }
+    }
 }
 
 void load_columns(DType dtype, const void* src, std::int64_t stride, const std::int32_t* columns, std::int64_t count,

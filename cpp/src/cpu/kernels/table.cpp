@@ -12,6 +12,7 @@ extern const Kernels table;
 const Kernels table{
     .isa = OCTAVO_NAME_OF(OCTAVO_ISA),
     .load = load,
+    .load_transposed = load_transposed,
     .load_columns = load_columns,
     .store = store,
     .range = range,
