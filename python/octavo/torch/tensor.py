@@ -7,6 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -180,6 +181,11 @@ class Int8Tensor(torch.Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = [f"_{name}" for name in NAMES if getattr(self._arrays, name) is not None]
         return names, (self._arrays.shape, self.options, self.dtype, self._transposed)
+
+    def _stable_hash_for_caching(self) -> str:
+        """All of it that compiled code depends on, by which `torch.compile` finds what it has compiled earlier."""
+        held = [array for array in self._arrays.tensors() if array is not None]
+        return repr((self.__tensor_flatten__(), [(x.dtype, x.device, x.shape, x.stride()) for x in held]))
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> Int8Tensor:
@@ -428,13 +434,10 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
 
 # --- everything else --------------------------------------------------------------------------------------------------
 
-_warned: set[str] = set()
 
-
+@cache  # once
 def _warn(name: str, text: str) -> None:
-    if name not in _warned:
-        _warned.add(name)
-        warnings.warn(f"Int8Tensor: {name}: {text}", stacklevel=4)
+    warnings.warn(f"Int8Tensor: {name}: {text}", stacklevel=4)
 
 
 def _plain(value: Any) -> Any:

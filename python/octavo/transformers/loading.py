@@ -216,8 +216,7 @@ def give_back(files: Sequence[str], tensor: Tensor | None = None) -> None:
     """
     maps, paths = Path("/proc/self/maps"), {os.path.realpath(file) for file in files}
     first, end = (0, sys.maxsize) if tensor is None else (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
-    is_here = tensor is None or tensor.device.type == "cpu"
-    lines = maps.read_text().splitlines() if is_here and maps.exists() else []
+    lines = maps.read_text().splitlines() if maps.exists() and (tensor is None or tensor.is_cpu) else []
     for area, *_, path in (line.split(maxsplit=5) for line in lines):
         begin, last = (int(place, 16) for place in area.split("-"))
         if path in paths and first < last and begin < end:
