@@ -204,14 +204,15 @@ template <int Rows, int Vectors>
         }
     }
 #endif
-    // This square's part of the lines to be fetched.
-    constexpr std::int64_t cols = Vectors * width;
-    const std::int64_t squares_below = (tile.rows + Rows - 1) / Rows;
-    const std::int64_t squares = (tile.cols + cols - 1) / cols * squares_below;
-    const std::int64_t all_lines = tile.ahead_lines * ((tile.cols + 15) / 16);
-    const std::int64_t lines = (all_lines + squares * tile.outliers - 1) / (squares * tile.outliers);
+    // This square's part of the lines to be fetched. (There are none of many rows, whom the divisions would cost.)
+    std::int64_t lines = 0;
     const std::int8_t* ahead = tile.ahead;
-    if (lines > 0) {
+    if (tile.ahead_lines > 0) {
+        constexpr std::int64_t cols = Vectors * width;
+        const std::int64_t squares_below = (tile.rows + Rows - 1) / Rows;
+        const std::int64_t squares = (tile.cols + cols - 1) / cols * squares_below;
+        const std::int64_t all_lines = tile.ahead_lines * ((tile.cols + 15) / 16);
+        lines = (all_lines + squares * tile.outliers - 1) / (squares * tile.outliers);
         const std::int64_t first = (j / cols * squares_below + i / Rows) * tile.outliers * lines;
         ahead += first / tile.ahead_lines * tile.ahead_stride + first % tile.ahead_lines * 64;
     }

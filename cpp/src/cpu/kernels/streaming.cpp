@@ -357,26 +357,22 @@ void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, 
     __builtin_trap();
 }
 
-// Sixteen rows at a time, a part of them, which is made float32 first.
+// Sixteen rows at a time, a part of them, which is made float32 first: all of it at once where it lies in a row.
 void load_transposed(DType dtype, const void* src, std::int64_t stride, std::int64_t cols, std::int64_t count,
                      const std::int32_t* places, float* dst, std::int64_t dst_stride) {
     constexpr std::int64_t together = 64;
-    alignas(64) float part[16 * together];
+    const bool in_a_row = stride == count && count <= together;
+    const std::int64_t pitch = in_a_row ? count : together;
+    alignas(64) float part[16 * together + 4];
     for (std::int64_t row = 0; row < cols; row += 16) {
+        const std::int64_t rows = cols - row < 16 ? cols - row : 16;
+        const auto* const values = static_cast<const char*>(src) + row * stride * size_of(dtype);
+        if (rows < 16) __builtin_memset(part, 0, sizeof part);
+        if (in_a_row) load(dtype, values, 1, rows * count, part);
         for (std::int64_t begin = 0; begin < count; begin += together) {
             const std::int64_t size = count - begin < together ? count - begin : together;
-            const std::int64_t whole = (size + 15) / 16 * 16;
-            for (std::int64_t j = 0; j < 16; ++j) {
-                float* const target = part + j * together;
-                if (row + j >= cols) {
-                    __builtin_memset(target, 0, together * sizeof(float));
-                    continue;
-                }
-                // Whole vectors: what is behind the row is the next one's.
-                const bool is_whole = stride == count && (cols - 1 - row - j) * stride >= whole - size;
-                const auto* const values =
-                    static_cast<const char*>(src) + ((row + j) * stride + begin) * size_of(dtype);
-                load(dtype, values, 1, is_whole ? whole : size, target);
+            for (std::int64_t j = 0; j < rows && !in_a_row; ++j) {
+                load(dtype, values + (j * stride + begin) * size_of(dtype), 1, size, part + j * pitch);
             }
             for (std::int64_t i = 0; i < size; i += 4) {
                 float* targets[4];
@@ -386,8 +382,7 @@ void load_transposed(DType dtype, const void* src, std::int64_t stride, std::int
                 }
                 for (std::int64_t j = 0; j < 16; j += 4) {
                     Quad columns[4];
-                    transpose_fours(reinterpret_cast<const std::int8_t*>(part + j * together + i), together * 4,
-                                    columns);
+                    transpose_fours(reinterpret_cast<const std::int8_t*>(part + j * pitch + i), pitch * 4, columns);
                     unroll<4>([&](auto c) OCTAVO_INLINE {
                         if (targets[c] != nullptr) __builtin_memcpy(targets[c] + j, &columns[c], sizeof columns[c]);
                     });
