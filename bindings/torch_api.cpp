@@ -53,15 +53,15 @@ const TorchApi& torch_api() {
     return found;
 }
 
-bool run_on_torch_threads(int threads, void (*work)(void* context), void* context) {
+bool run_on_torch_threads(int threads, void (*work)(void* context, int thread), void* context) {
     if (torch_api().parallel_for == nullptr) return false;
     struct Work {
-        void (*work)(void* context);
+        void (*work)(void* context, int thread);
         void* context;
     } given{work, context};
-    const auto body = [](std::int64_t /*begin*/, std::int64_t /*end*/, void* of) {
+    const auto body = [](std::int64_t begin, std::int64_t /*end*/, void* of) {
         const auto& [call, argument] = *static_cast<const Work*>(of);
-        call(argument);
+        call(argument, static_cast<int>(begin));
     };
     return torch_api().parallel_for(0, threads, 1, body, &given) == 0;
 }

@@ -46,6 +46,6 @@ struct TorchApi {
 const TorchApi& torch_api();
 
 // PyTorch's threads, for octavo::ThreadLimit; false where it has no function for them.
-bool run_on_torch_threads(int threads, void (*work)(void* context), void* context);
+bool run_on_torch_threads(int threads, void (*work)(void* context, int thread), void* context);
 
 }  // namespace octavo::python

@@ -15,6 +15,7 @@ struct Dot {
     static constexpr int blocks = 4;
     static constexpr int vectors = 1;
     static constexpr int x_size = 1;
+    static constexpr int speed = 60;
     static constexpr bool x_is_unsigned = true;
     static constexpr auto place_row = place_unsigned;
     using Accumulator = std::array<std::uint32_t, 16>;  // sums wrap, as the instruction's do

@@ -40,21 +40,25 @@ private:
     int before_ = octavo::num_threads();
 };
 
-// What every operation makes of the data of one seed, as bytes. Large enough for several threads to share.
+// What every operation makes of the data of one seed, as bytes. Large enough for several threads to share, on
+// whichever instruction set.
 std::string run_everything(std::uint64_t seed) {
+    constexpr std::int64_t m = 300;
+    constexpr std::int64_t n = 520;
+    constexpr std::int64_t k = 1030;
     Random random(seed);
-    const Array x(DType::bf16, random_normal(random, 120, 300, 3));
-    const Array w(DType::f16, random_normal(random, 130, 300));
+    const Array x(DType::bf16, random_normal(random, m, k, 3));
+    const Array w(DType::f16, random_normal(random, n, k));
     std::string result;
     for (const octavo::Scheme scheme : schemes) {
         const Codes codes = quantize(x, scheme, octavo::Granularity::tensor);
         result += codes.codes.bytes() + codes.scale.bytes();
         const Codes weight = quantize_weight(w, scheme, octavo::Granularity::vector);
         result += weight.codes.bytes() + weight.code_sums.bytes();
-        const Array product(DType::i32, 120, 130);
+        const Array product(DType::i32, m, n);
         octavo::int8_matmul(codes.codes.matrix(), weight.codes.matrix(), product.matrix());
         result += product.bytes();
-        const Array back(DType::f16, 130, 300);
+        const Array back(DType::f16, n, k);
         octavo::dequantize(weight.codes.matrix(), weight.scale.vector(), vector_of(weight.zeropoint), back.matrix());
         result += back.bytes();
         const octavo::WeightView view{.codes = weight.codes.matrix(),
@@ -62,7 +66,7 @@ std::string run_everything(std::uint64_t seed) {
                                       .zeropoint = vector_of(weight.zeropoint),
                                       .code_sums = weight.code_sums.vector(),
                                       .scheme = scheme};
-        const Array y(DType::bf16, 120, 130);
+        const Array y(DType::bf16, m, n);
         for (const octavo::LinearOptions& options : {octavo::LinearOptions{.outliers = octavo::Outliers::columns},
                                                      octavo::LinearOptions{.outliers = octavo::Outliers::rows},
                                                      octavo::LinearOptions{.path = octavo::Path::weight_only}}) {
@@ -70,7 +74,7 @@ std::string run_everything(std::uint64_t seed) {
             result += y.bytes();
         }
     }
-    const Array columns(DType::i32, std::vector<double>(300));
+    const Array columns(DType::i32, std::vector<double>(k));
     const Array count(DType::i32, 1, 1);
     octavo::find_outliers(x.matrix(), {.threshold = 8.0F}, columns.vector(), count.vector());
     return result + columns.bytes() + count.bytes();
@@ -203,22 +207,22 @@ namespace {
 std::atomic<int> lent{0};
 
 // A framework's threads.
-bool lend(int threads, void (*work)(void* context), void* context) {
+bool lend(int threads, void (*work)(void* context, int thread), void* context) {
     ++lent;
     std::vector<std::thread> others;
-    for (int i = 1; i < threads; ++i) others.emplace_back(work, context);
-    work(context);
+    for (int i = 1; i < threads; ++i) others.emplace_back(work, context, i);
+    work(context, 0);
     for (auto& other : others) other.join();
     return true;
 }
 
-bool lend_one(int /*threads*/, void (*work)(void* context), void* context) {
+bool lend_one(int /*threads*/, void (*work)(void* context, int thread), void* context) {
     ++lent;
-    work(context);
+    work(context, 0);
     return true;
 }
 
-bool lend_none(int /*threads*/, void (* /*work*/)(void* context), void* /*context*/) {
+bool lend_none(int /*threads*/, void (* /*work*/)(void* context, int thread), void* /*context*/) {
     ++lent;
     return false;
 }

@@ -29,7 +29,7 @@ def threads_as_before() -> Iterator[None]:
     octavo.set_num_threads(before)
 
 
-def operations(typed: Typed, m: int = 67, k: int = 515, n: int = 131) -> dict[str, Callable[[], list[Any]]]:
+def operations(typed: Typed, m: int = 259, k: int = 1027, n: int = 515) -> dict[str, Callable[[], list[Any]]]:
     """Every operation with every policy, as calls that return host arrays. Large enough to be split."""
     x, w = typed.array(make("outliers", (m, k), typed.dtype)), typed.array(make("normal", (n, k), typed.dtype))
     weight = octavo.quantize_weight(w, outlier_columns=[1, k - 1])
@@ -296,7 +296,7 @@ def test_number_of_threads_with_torch(case: str) -> None:
 FORK = """
     import os, sys, numpy as np, octavo
     octavo.set_num_threads(2)
-    x = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(512, 1024)).astype(np.float32)
     weight = octavo.quantize_weight(x)
     expected = octavo.linear(x, weight)          # threads exist now, in the parent only
     child = os.fork()

@@ -19,10 +19,11 @@ namespace [[gnu::visibility("default")]] octavo {
 // For all threads of the process, and before every ThreadLimit. Throws Error (value) unless 1 <= count <= 1024.
 void set_num_threads(int count);
 
-// How a framework lends its threads: call work(context), which never throws, in up to `threads` of them at the same
-// time, one of which may be the calling one, and return true when all of these calls have ended. One call does all that
+// How a framework lends its threads: call work(context, i), which never throws, for numbers i below `threads`, each at
+// most once, in threads of which one may be the calling one, and return true when all of these calls have ended. A
+// number is best always given to the same thread, which finds in its caches what it left there. One call does all that
 // there is to do; more do it together. Or return false, having called nothing.
-using RunTogether = bool (*)(int threads, void (*work)(void* context), void* context);
+using RunTogether = bool (*)(int threads, void (*work)(void* context, int thread), void* context);
 
 // While it lives, the calls of the thread that made it use up to `count` threads instead of the default number: for a
 // framework that has its own setting. Others' calls, and a number given to set_num_threads, are not affected. Counts

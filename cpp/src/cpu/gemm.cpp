@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "backend.hpp"
@@ -306,8 +307,19 @@ const std::int32_t* XPanels::offsets(std::int64_t row, std::int64_t begin) const
 void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
                     const std::function<void(const Turn&)>& work) {
     constexpr std::int64_t least_rows = 64;
+    // Nanoseconds that are worth a thread's taking them over, so that all that it costs (two microseconds, and that
+    // lines of X and of the output are in another's caches) is made up for, and that are worth its waking.
+    constexpr double least_time = 10e3;
+    constexpr double time_to_wake = 100e3;
+    constexpr double bytes_of_w = 29.0;  // that come in a nanosecond, from a cache
+    const auto time_of = [&](std::int64_t of_rows, std::int64_t of_cols) {
+        const double codes = static_cast<double>(of_cols) * static_cast<double>(std::max<std::int64_t>(k, 1));
+        return codes * std::max(static_cast<double>(of_rows) / static_cast<double>(blocking.speed), 1 / bytes_of_w);
+    };
     // Four blocks a thread even out threads of unequal speed.
-    const std::int64_t wanted = num_threads() > 1 ? std::int64_t{4} * num_threads() : 1;
+    const std::int64_t threads = num_threads();
+    const double most_parts = std::min(time_of(m, n) / least_time, 4.0 * static_cast<double>(threads));
+    const std::int64_t wanted = threads > 1 && most_parts >= 2 ? static_cast<std::int64_t>(most_parts) : 1;
     std::int64_t row_blocks = ceiling(m, blocking.block_rows);
     std::int64_t col_blocks = ceiling(n, most_cols);
     const auto more = [&](std::int64_t& blocks, std::int64_t others, std::int64_t most) {
@@ -325,16 +337,22 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
         return Block{row, std::min(row + rows, m), col, std::min(col + cols, n)};
     };
     const bool is_deep = (rows + cols) * k > near_size();
-    // About a million multiplications are worth a thread's waking.
-    const std::int64_t block_work = std::min(m, rows) * std::min(n, cols) * std::max<std::int64_t>(k, 1);
-    parallel_for(row_blocks * col_blocks, (std::int64_t{1} << 20) / block_work,
-                 [&](std::int64_t begin, std::int64_t end) {
-                     for (std::int64_t i = begin; i < end; ++i) {
-                         interruption_point();
-                         const bool has_next = i + 1 < end && !is_deep;
-                         work({block(i), has_next ? block(i + 1) : Block{}, i == begin, is_deep});
-                     }
-                 });
+    const std::int64_t blocks = row_blocks * col_blocks;
+    const auto blocks_of = [&](double time) {
+        const double count = std::ceil(time / time_of(std::min(m, rows), std::min(n, cols)));
+        return static_cast<std::int64_t>(std::min(count, 1e9));
+    };
+    const std::int64_t grain = std::min(blocks_of(least_time), wanted > 1 ? blocks / 2 : blocks);
+    parallel_for(
+        blocks, grain,
+        [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; ++i) {
+                interruption_point();
+                const bool has_next = i + 1 < end && !is_deep;
+                work({block(i), has_next ? block(i + 1) : Block{}, i == begin, is_deep});
+            }
+        },
+        blocks_of(time_to_wake));
 }
 
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,

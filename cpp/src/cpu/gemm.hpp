@@ -23,6 +23,7 @@ struct Blocking {
     std::int64_t rows = 0;
     std::int64_t block_rows = 0;
     std::int64_t cols = 64;
+    std::int64_t speed = 40;  // as Plan's
 };
 
 // The codes of X as a plan's kernel reads them, and what its rows' sums will be too large by:
@@ -38,7 +39,9 @@ public:
     void place(std::int64_t row, const std::int8_t* codes) const;
 
     [[nodiscard]] const Plan& plan() const noexcept { return plan_; }
-    [[nodiscard]] Blocking blocking() const noexcept { return {plan_.rows, plan_.block_rows}; }
+    [[nodiscard]] Blocking blocking() const noexcept {
+        return {.rows = plan_.rows, .block_rows = plan_.block_rows, .speed = plan_.speed};
+    }
     [[nodiscard]] std::int64_t depth() const noexcept { return depth_; }
     // Where the slice that begins at `begin` ends.
     [[nodiscard]] std::int64_t slice_end(std::int64_t begin) const noexcept;

@@ -272,7 +272,9 @@ void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const RowTrait
             if (traits.done && is_last) traits.done(i - i % together, together == 1 ? target : row_codes.data());
         }
     };
-    parallel_for((x.rows + together - 1) / together, (row_grain(x.cols) + together - 1) / together, work);
+    constexpr std::int64_t to_wake = 16;
+    const std::int64_t grain = (row_grain(x.cols) + together - 1) / together;
+    parallel_for((x.rows + together - 1) / together, grain, work, grain * to_wake);
 }
 
 void Backend::quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,

@@ -95,15 +95,27 @@ namespace {
 class Job;
 thread_local const Job* current_job = nullptr;  // that this thread works on
 
-// A range of work that threads take pieces of until none is left.
+// A range of work that threads take pieces of until none is left. Each has a run of pieces of its own, the same one in
+// each job of as many pieces, since what it has read and written is in its caches; then it takes others'.
 class Job {
 public:
-    Job(std::int64_t count, std::int64_t pieces, const std::function<void(std::int64_t, std::int64_t)>& body)
-        : count_(count), pieces_(pieces), body_(body) {}
+    Job(std::int64_t count, std::int64_t pieces, int threads,
+        const std::function<void(std::int64_t, std::int64_t)>& body)
+        : count_(count), pieces_(pieces), threads_(std::max(threads, 1)), body_(body) {
+        if (threads_ > few_threads) more_ = std::vector<Run>(static_cast<std::size_t>(threads_));
+        for (int i = 0; i < threads_; ++i) {
+            run(i).next.store(begin_of(i, pieces_, threads_), std::memory_order_relaxed);
+            run(i).end = begin_of(i + 1, pieces_, threads_);
+        }
+    }
 
-    void work() noexcept {
+    // As thread number `thread`, below that of all.
+    void work(int thread) noexcept {
         current_job = this;
-        while (work_on_piece()) {
+        for (int i = 0; i < threads_; ++i) {
+            Run& from = run((thread + i) % threads_);
+            while (work_on_piece(from)) {
+            }
         }
         current_job = nullptr;
     }
@@ -115,30 +127,40 @@ public:
     }
 
 private:
-    bool work_on_piece() noexcept {
-        const std::int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
-        if (piece >= pieces_) return false;
+    struct alignas(64) Run {
+        std::atomic<std::int64_t> next{0};
+        std::int64_t end = 0;
+    };
+    static constexpr int few_threads = 8;
+
+    Run& run(int thread) { return threads_ > few_threads ? more_[static_cast<std::size_t>(thread)] : few_[thread]; }
+
+    bool work_on_piece(Run& from) noexcept {
+        const std::int64_t piece = from.next.fetch_add(1, std::memory_order_relaxed);
+        if (piece >= from.end || has_failed()) return false;  // the rest is not worth doing
         try {
             interruption_point();
-            body_(begin_of(piece), begin_of(piece + 1));
+            body_(begin_of(piece, count_, pieces_), begin_of(piece + 1, count_, pieces_));
         } catch (...) {
             const std::scoped_lock lock(error_mutex_);
             if (!error_) error_ = std::current_exception();
             failed_.store(true, std::memory_order_relaxed);
-            next_.store(pieces_, std::memory_order_relaxed);  // the rest is not worth doing
         }
         return true;
     }
 
-    // Pieces differ by one at most: a small last one would leave threads waiting for the others.
-    [[nodiscard]] std::int64_t begin_of(std::int64_t piece) const noexcept {
-        return piece * (count_ / pieces_) + std::min(piece, count_ % pieces_);
+    // Of `parts` parts of [0, count), which differ by one at most: a small last one would leave threads waiting for the
+    // others.
+    static std::int64_t begin_of(std::int64_t part, std::int64_t count, std::int64_t parts) noexcept {
+        return part * (count / parts) + std::min(part, count % parts);
     }
 
     std::int64_t count_;
     std::int64_t pieces_;
+    int threads_;
     const std::function<void(std::int64_t, std::int64_t)>& body_;
-    std::atomic<std::int64_t> next_{0};
+    Run few_[few_threads];
+    std::vector<Run> more_;
     std::atomic<bool> failed_{false};
     std::mutex error_mutex_;
     std::exception_ptr error_;
@@ -173,8 +195,9 @@ bool spin_until(bool spin, const Ready& ready) {
 // one that wakes late finds the job gone.
 class Pool {
 public:
-    // Do the job with up to `helpers` more threads.
-    void run(Job& job, int helpers) {
+    // Do the job with up to `helpers` more threads, of which those that sleep are woken only if `wakes`.
+    void run(Job& job, int helpers, bool wakes) {
+        if (!wakes && awake_.load(std::memory_order_relaxed) == 0) return job.work(0);
         {
             const std::scoped_lock lock(mutex_);
             try {
@@ -189,8 +212,8 @@ public:
             spin_ = helpers < available_;
             generation_.fetch_add(1, std::memory_order_release);
         }
-        wake_.notify_all();
-        job.work();
+        if (wakes) wake_.notify_all();
+        job.work(0);
         {
             const std::scoped_lock lock(mutex_);
             job_ = nullptr;
@@ -207,18 +230,23 @@ private:
 #ifdef __linux__
         pthread_setname_np(pthread_self(), "octavo");  // for whoever lists the threads of a process
 #endif
+        awake_.fetch_add(1, std::memory_order_relaxed);
         std::unique_lock lock(mutex_);
         std::uint64_t seen = generation_ - 1;  // started for the job that is being handed out
         for (;;) {
             const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
-            wake_.wait(lock, called);
+            if (!called()) {
+                awake_.fetch_sub(1, std::memory_order_relaxed);
+                wake_.wait(lock, called);
+                awake_.fetch_add(1, std::memory_order_relaxed);
+            }
             seen = generation_.load(std::memory_order_acquire);
             Job* const job = job_;
             if (index >= wanted_ || job == nullptr) continue;
             running_.fetch_add(1, std::memory_order_relaxed);
             const bool spin = spin_;
             lock.unlock();
-            job->work();
+            job->work(index + 1);
             if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
                 // Under the lock, so that the caller cannot miss it between looking and going to sleep.
                 const std::scoped_lock last(mutex_);
@@ -237,6 +265,7 @@ private:
     Job* job_ = nullptr;
     int wanted_ = 0;
     bool spin_ = false;
+    std::atomic<int> awake_{0};
     std::atomic<int> running_{0};
     std::atomic<std::uint64_t> generation_{0};
 };
@@ -261,14 +290,14 @@ Pool& pool() {
     return *current;
 }
 
-void work_in(Job& job, int threads) {
-    if (threads <= 1 || is_taken.exchange(true, std::memory_order_acquire)) return job.work();
+void work_in(Job& job, int threads, bool wakes) {
+    if (threads <= 1 || is_taken.exchange(true, std::memory_order_acquire)) return job.work(0);
     struct Taken {
         ~Taken() { is_taken.store(false, std::memory_order_release); }
     } const taken;
     const bool lent = run_together != nullptr && threads <= thread_limit && !is_forked.load(std::memory_order_relaxed);
-    const auto work = [](void* context) { static_cast<Job*>(context)->work(); };
-    if (!lent || !run_together(threads, work, &job)) pool().run(job, threads - 1);
+    const auto work = [](void* context, int thread) { static_cast<Job*>(context)->work(thread); };
+    if (!lent || !run_together(threads, work, &job)) pool().run(job, threads - 1, wakes);
 }
 
 }  // namespace
@@ -282,7 +311,8 @@ void interruption_point() {
     if (is_unwanted()) throw Interrupted();
 }
 
-void parallel_for(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body) {
+void parallel_for(std::int64_t count, std::int64_t grain, const std::function<void(std::int64_t, std::int64_t)>& body,
+                  std::int64_t to_wake) {
     if (count <= 0) return;
     grain = std::max<std::int64_t>(grain, 1);
     const std::int64_t most_pieces = std::max<std::int64_t>(count / grain, 1);
@@ -290,10 +320,11 @@ void parallel_for(std::int64_t count, std::int64_t grain, const std::function<vo
     // Four pieces a thread even out threads of unequal speed; none is so large that an interruption would wait for it.
     constexpr std::int64_t most_grains = 1024;
     const std::int64_t wanted = threads <= 1 ? 1 : std::min<std::int64_t>(most_pieces, std::int64_t{4} * threads);
-    const std::int64_t pieces = std::max(wanted, (count - 1) / grain / most_grains + 1);
+    const std::int64_t least = std::max(wanted, (count - 1) / grain / most_grains + 1);
+    const std::int64_t pieces = least < threads ? least : least / threads * threads;  // as many for each
     if (pieces <= 1) return body(0, count);
-    Job job(count, pieces, body);
-    work_in(job, threads);
+    Job job(count, pieces, threads, body);
+    work_in(job, threads, count >= to_wake);
     job.rethrow();
 }
 

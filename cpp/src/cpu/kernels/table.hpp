@@ -66,6 +66,7 @@ struct Plan {
     std::int64_t run_rows = 0;   // rows that one call of `multiply` can take, a multiple of `rows`; 0: a panel
     std::int64_t x_size = 1;     // bytes of a code in a panel of X
     std::int64_t regrouped = 0;  // bytes of a code in a slice that `regroup` has made
+    std::int64_t speed = 60;     // multiplications in a nanosecond, about: whether threads are worth it
     // Whether codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much.
     bool x_is_unsigned = false;
     bool fetches = false;  // whether `multiply` sees to what is `ahead`; else it is fetched before each panel

@@ -31,6 +31,7 @@ struct Dot {
     static constexpr int rows = 8;
     static constexpr int blocks = 2;
     static constexpr int vectors = 1;
+    static constexpr int speed = 70;
     static constexpr int x_size = 2;
     static constexpr bool x_is_unsigned = false;
     static constexpr auto place_row = place_words;

@@ -11,6 +11,7 @@ struct Dot {
     static constexpr int rows = 6;
     static constexpr int blocks = 1;
     static constexpr int vectors = 2;
+    static constexpr int speed = 120;
     static constexpr int x_size = 1;
     static constexpr bool x_is_unsigned = true;  // vpdpbusd multiplies unsigned by signed bytes
     static constexpr auto place_row = place_unsigned;

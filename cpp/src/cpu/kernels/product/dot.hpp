@@ -98,6 +98,7 @@ constexpr Plan dot_plan(std::int64_t block_rows) noexcept {
             .depth = 512,  // 8 KiB of W for a block
             .block_rows = block_rows,
             .x_size = Dot::x_size,
+            .speed = Dot::speed,
             .x_is_unsigned = Dot::x_is_unsigned,
             .place_row = Dot::place_row,
             .multiply = multiply_dots<Dot>};

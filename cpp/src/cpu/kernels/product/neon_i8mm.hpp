@@ -74,6 +74,7 @@ constexpr Plan many{.rows = 4,
                     .depth = 512,
                     .block_rows = 128,
                     .regrouped = 1,
+                    .speed = 120,
                     .place_row = place_signed,
                     .regroup = regroup,
                     .multiply = multiply_squares};

@@ -27,8 +27,13 @@ inline void plain_product(const ProductTile& tile) {
     }
 }
 
-constexpr Plan many{
-    .rows = 4, .cols = 16, .depth = 512, .block_rows = 128, .place_row = place_signed, .multiply = plain_product};
+constexpr Plan many{.rows = 4,
+                    .cols = 16,
+                    .depth = 512,
+                    .block_rows = 128,
+                    .speed = 2,
+                    .place_row = place_signed,
+                    .multiply = plain_product};
 constexpr Plan few = many;
 
 }  // namespace octavo::cpu::OCTAVO_ISA
