@@ -45,8 +45,9 @@ inline std::int8_t code_at(const ConstMatrix& codes, std::int64_t row, std::int6
     return *static_cast<const std::int8_t*>(at(codes, row, col));
 }
 
-// Rows of `cols` elements that are worth a thread's taking them over: a few microseconds.
-inline std::int64_t row_grain(std::int64_t cols) { return 1 + (std::int64_t{1} << 14) / (cols > 0 ? cols : 1); }
+// Rows of `cols` elements that are worth a thread's taking them over: for fewer, what is made of them had better stay
+// in one core's caches.
+inline std::int64_t row_grain(std::int64_t cols) { return 1 + (std::int64_t{1} << 15) / (cols > 0 ? cols : 1); }
 
 // Columns [begin, begin + size) of a row as float32.
 inline void load_row(const ConstMatrix& matrix, std::int64_t row, std::int64_t begin, std::int64_t size, float* dst) {
