@@ -98,6 +98,14 @@ inline Division divide_product(std::int64_t m, std::int64_t n, std::int64_t k, s
     return best;
 }
 
+// --- codes of outlier columns ---------------------------------------------------------------------------------------
+
+// Codes of W lie 32 bytes apart, as far as memory is read. Where there are few rows of tiles, each of which reads all
+// of W anyway, and few such columns, the product keeps those that it passes (linear_epilogue.cuh).
+inline constexpr std::int64_t most_pickers = 8;
+inline constexpr std::int64_t most_picked = 64;
+inline constexpr std::int64_t most_picked_depth = 0xFF00;  // columns are listed in 16 bits, and slices end behind k
+
 // --- the weight-only product by dot products ------------------------------------------------------------------------
 
 // Instructions of a warp for 2048 codes, and more of them for each row of X (.ci/cuda_bounds.txt).

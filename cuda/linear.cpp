@@ -34,6 +34,7 @@ struct Plan {
     FusedLinear fused;
     std::int64_t first_ticket = 0;
     Workspace::Part<float> panel_w{};
+    Workspace::Part<std::int8_t> panel_codes{};
     Workspace::Part<std::int32_t> excluded_codes{};
     Panels panels{};
 };
@@ -95,6 +96,7 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
     const bool is_fused = device_facts().architecture >= first_fused_architecture;
     std::vector<Plan> plans;
     Workspace::Part<float> panel_x;
+    Workspace::Part<std::uint16_t> panel_x_bits;
     std::int64_t ticket_count = 0;
     std::int64_t most_sums = 0;  // of one layer: the next comes when it is done
     for (const LinearLayer& layer : layers) {
@@ -105,7 +107,11 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
         } else {
             plan.panels.weight = &layer.weight;
             plan.panels.width = has_outliers ? plan.fused.panel_width() : 0;
-            if (plan.panels.width > 0) {
+            if (plan.panels.width > 0 && FusedLinear::takes_codes(x, layer.weight, options)) {
+                plan.panels.pickers = plan.fused.pickers();
+                if (!panel_x_bits.present) panel_x_bits = workspace.reserve<std::uint16_t>(m * plan.panels.width);
+                plan.panel_codes = workspace.reserve<std::int8_t>(plan.panels.code_count(n));
+            } else if (plan.panels.width > 0) {
                 if (!panel_x.present) panel_x = workspace.reserve<float>(m * plan.panels.width);
                 plan.panel_w = workspace.reserve<float>(n * plan.panels.width);
             }
@@ -126,8 +132,10 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
     for (Plan& plan : plans) {
         plan.panels.x = workspace.at(panel_x);
         plan.panels.w = workspace.at(plan.panel_w);
+        plan.panels.x_bits = workspace.at(panel_x_bits);
+        plan.panels.codes = workspace.at(plan.panel_codes);
         plan.panels.excluded_codes = workspace.at(plan.excluded_codes);
-        if (plan.panel_w.present || plan.excluded_codes.present) panels.push_back(plan.panels);
+        if (plan.panels.width > 0 || plan.excluded_codes.present) panels.push_back(plan.panels);
     }
 
     marks.words = workspace.at(words);

@@ -5,10 +5,12 @@
 // in float32, rounded once (paper Eq. 8; zeropoint: Eq. 4-5).
 //
 // O and its size are read on the device. Few columns (`most_in_order`) are added one after the other in ascending order
-// by the instructions of float32, so that y is the CPU's, bit for bit. More are a product on tensor cores, of slices
-// that take the way of the codes: panels of float32 (outlier_columns.cuh), which tf32 instructions multiply. A number
-// of 16 bits is one of tf32; a weight of more is split in two (`low_part`), of which 22 bits remain. Columns behind
-// the panels, of which there are many only where something is wrong with X, are made here as they are needed.
+// by the instructions of float32, so that y is the CPU's, bit for bit. More are a product on tensor cores, in the way
+// of the codes. Where W has nothing but codes, these are made 16-bit numbers, which X has, too (`add_codes`): products
+// are exact, one instruction multiplies 16 columns, and sums get their scale of W behind it. Else there are panels of
+// float32 (outlier_columns.cuh), which tf32 instructions multiply. A number of 16 bits is one of tf32; a weight of more
+// is split in two (`low_part`), of which 22 bits remain. Columns behind the panels, of which there are many only where
+// something is wrong with X, are made here as they are needed.
 //
 // Under the policy `rows`, and where X is float32, all columns are added in order: a row's result must not depend on
 // which columns the other rows list, and float32 has more bits than its half.
@@ -18,6 +20,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "bits.cuh"
 #include "device.cuh"
 #include "mma_tile.cuh"
 #include "operations.hpp"
@@ -48,6 +51,7 @@ struct Rest {
     OutlierColumns columns;
     ColumnList list;  // count null: none
     Panels panels;
+    int picked_height = 0;  // rows of X of a row of tiles that picks codes; 0: none does
     bool in_order = false;  // all columns
     bool in_pairs = false;  // see `Entry`
     bool is_exact = false;  // whether all weights in the panel are numbers of tf32
@@ -58,6 +62,15 @@ struct Rest {
 
     __device__ float scale_of_row(std::int64_t i) const { return scale_x[one_scale ? 0 : i]; }
     __device__ float zeropoint_of_row(std::int64_t i) const { return zeropoint_x[one_scale ? 0 : i]; }
+
+    // How many columns of codes of W come before those that the row of tiles keeps, and where its codes are.
+    __device__ int first_picked(const Job& job) const {
+        return static_cast<int>(job.row0) / picked_height * static_cast<int>(most_picked);
+    }
+    __device__ const std::int8_t* codes_of(const Job& job, std::int32_t outliers) const {
+        return panels.codes +
+               (picked_height > 0 && outliers <= most_picked ? first_picked(job) * out.cols : std::int64_t{0});
+    }
 };
 
 template <class Tile>
@@ -79,9 +92,81 @@ struct Corner {
     }
 };
 
+// --- codes of outlier columns that the product passes ---------------------------------------------------------------
+
+namespace {  // each file has shared variables of its own
+
+// While a block reads all codes of its rows of W, it keeps those of outlier columns, in memory, where other blocks that
+// share the depth of the tile put theirs. What that takes is in shared memory: registers are full of sums.
+//
+// `RowPlace::of(row, byte)`: where a byte of a row of b is in a slice.
+template <int cols, int threads, class RowPlace>
+class Picker {
+public:
+    __device__ Picker(const Rest& rest, const Job& job) : rest_(rest), job_(job) {}
+
+    __device__ void prepare() {
+        if (rest_.picked_height == 0) return;
+        const std::int32_t count = *rest_.list.count;
+        for (int i = static_cast<int>(threadIdx.x); i <= most_picked; i += threads) {
+            const bool is_listed = count <= most_picked && i < count;
+            own().columns[i] = is_listed ? static_cast<std::uint16_t>(rest_.list.columns[i]) : none;
+        }
+        if (threadIdx.x > 0) return;
+        own().begin = static_cast<int>(job_.begin);
+        own().end = static_cast<int>(job_.end);
+        own().rows = static_cast<int>(rest_.out.cols - job_.col0 < cols ? rest_.out.cols - job_.col0 : cols);
+        own().target = rest_.panels.codes + rest_.first_picked(job_) * rest_.out.cols + job_.col0;
+    }
+    __device__ void begin() {
+        if (rest_.picked_height == 0) return;
+        next_ = static_cast<int>(lower_bound(own().columns, most_picked, 1, own().begin));
+        column_ = own().columns[next_] - own().begin;
+    }
+    // Of bytes `begin` to `end` - 1 of the rows of b in the job. A thread has a row.
+    __device__ void take(int begin, int end, const std::int8_t* b) {
+        static_assert(cols <= threads);
+#pragma unroll 1
+        while (column_ < end) {
+            if (column_ >= own().end - own().begin) return;
+            const int row = static_cast<int>(threadIdx.x);
+            if (row < own().rows) own().target[next_ * rest_.out.cols + row] = b[RowPlace::of(row, column_ - begin)];
+            column_ = own().columns[++next_] - own().begin;
+        }
+    }
+
+private:
+    static constexpr std::uint16_t none = std::numeric_limits<std::uint16_t>::max();
+    // At most 256 bytes, with which three blocks of 64 x 64 fit a multiprocessor of 100 KB.
+    struct Shared {
+        std::uint16_t columns[most_picked + 1];
+        int begin;  // of the job
+        int end;
+        int rows;  // of b
+        std::int8_t* target;
+    };
+    __device__ static Shared& own() {
+        __shared__ Shared shared;
+        return shared;
+    }
+    const Rest& rest_;
+    const Job& job_;
+    int column_ = std::numeric_limits<int>::max();  // the next, of the job
+    int next_ = 0;                                  // its place among all
+};
+
+// Of mma_tile.cuh.
+struct PlaceInSlice {
+    __device__ static int of(int row, int byte) {
+        return row * slice + chunk_of_b(row, byte / chunk) * chunk + byte % chunk;
+    }
+};
+
+}  // namespace
+
 // --- blocks that share the depth of a tile --------------------------------------------------------------------------
 
-namespace {  // each file has a shared variable of its own
+namespace {
 
 // Leaves the block's sums in memory; if it is the last of its tile, it makes of `totals` those of all blocks. `totals`
 // can be `sums`, or in 64 bits: as many blocks as that takes share a depth whose sums do not fit 32.
@@ -90,13 +175,16 @@ __device__ bool add_parts(const Sums<Tile>& sums, const Parts& parts, const Rest
                           Total (&totals)[Tile::row_fragments][Tile::col_fragments][4]) {
     __shared__ bool is_last;
     constexpr int fragments = Tile::row_fragments * Tile::col_fragments;
-    const auto place = [&](std::int64_t block, int fragment) {
-        return rest.partial + ((block * fragments + fragment) * Tile::threads + threadIdx.x) * 4;
+    constexpr int between = Tile::threads * 4;  // of fragments
+    // Counted by four in 32 bits, which reach 64 GiB: in 64 they would take a register too much.
+    const auto first_of = [&](unsigned block) {
+        return rest.partial + std::int64_t{block * (fragments * Tile::threads) + threadIdx.x} * 4;
     };
+    std::int32_t* const target = first_of(blockIdx.x);
 #pragma unroll
     for (int f = 0; f < fragments; ++f) {
         const auto& own = sums[f / Tile::col_fragments][f % Tile::col_fragments];
-        store(place(blockIdx.x, f), Pack<std::int32_t, 4>{{own[0], own[1], own[2], own[3]}});
+        store(target + f * between, Pack<std::int32_t, 4>{{own[0], own[1], own[2], own[3]}});
     }
     __threadfence();
     __syncthreads();
@@ -112,9 +200,10 @@ __device__ bool add_parts(const Sums<Tile>& sums, const Parts& parts, const Rest
     const unsigned first = blockIdx.x - blockIdx.x % parts.count;
 #pragma unroll 1
     for (unsigned block = first; block < first + parts.count; ++block) {
+        const std::int32_t* const from = first_of(block);
 #pragma unroll
         for (int f = 0; f < fragments; ++f) {
-            const auto pack = load<4>(place(block, f));
+            const auto pack = load<4>(from + f * between);
 #pragma unroll
             for (int e = 0; e < 4; ++e) totals[f / Tile::col_fragments][f % Tile::col_fragments][e] += pack[e];
         }
@@ -244,9 +333,11 @@ __device__ void scale_one_by_one(const Sum (&sums)[Tile::row_fragments][Tile::co
 }
 
 // The same, all at once. Where the columns know their largest scale, no product of scales overflows.
+//
+// `of_x`: without the scales of W.
 template <class Tile, class Sum, class Columns>
 __device__ void scale_sums(const Sum (&sums)[Tile::row_fragments][Tile::col_fragments][4], const Job& job,
-                           std::int64_t m, const Rest& rest, const Columns& columns, Values<Tile>& y) {
+                           std::int64_t m, const Rest& rest, const Columns& columns, bool of_x, Values<Tile>& y) {
     const Corner<Tile> corner(job);
     float scale_x[Tile::row_fragments][2];
     float largest_x = 0.0F;
@@ -264,7 +355,7 @@ __device__ void scale_sums(const Sum (&sums)[Tile::row_fragments][Tile::col_frag
         const Pack<float, together> scales = columns.scales(corner, u);
 #pragma unroll
         for (int c = 0; c < together; ++c) {
-            const float scale_w = scales[c];
+            const float scale_w = of_x ? 1.0F : scales[c];
             const bool overflows = !Columns::know_the_largest && largest_x * scale_w > largest_float;
 #pragma unroll
             for (int r = 0; r < 2 * Tile::row_fragments; ++r) {
@@ -284,11 +375,15 @@ __device__ void scale_sums(const Sum (&sums)[Tile::row_fragments][Tile::col_frag
 // X made of the code 0.
 struct Entry {
     const Rest& rest;
+    const std::int8_t* codes;  // of the panel of W, where it has but these
 
     __device__ float of_x(std::int64_t i, std::int32_t e) const {
+        if (codes != nullptr && e < rest.panels.width) {
+            return read_float(rest.panels.x_bits, rest.columns.x.dtype, i * rest.panels.width + e);
+        }
         if (!rest.in_pairs) {
-            return e < rest.panels.width ? rest.panels.x[i * rest.panels.width + e]
-                                         : rest.columns.of_x(i, rest.list.columns[e]);
+            return codes == nullptr && e < rest.panels.width ? rest.panels.x[i * rest.panels.width + e]
+                                                             : rest.columns.of_x(i, rest.list.columns[e]);
         }
         const std::int32_t column = rest.list.columns[e / 2];
         if (e % 2 == 0) return rest.columns.of_x(i, column);
@@ -297,9 +392,12 @@ struct Entry {
                    : 0.0F;
     }
     __device__ float of_w(std::int64_t j, std::int32_t e) const {
+        if (codes != nullptr && e < rest.panels.width) {
+            return static_cast<float>(codes[e * rest.out.cols + j]) * rest.scale_w.of_group(j);
+        }
         if (!rest.in_pairs) {
-            return e < rest.panels.width ? rest.panels.w[j * rest.panels.width + e]
-                                         : rest.columns.of_w(j, rest.list.columns[e]);
+            return codes == nullptr && e < rest.panels.width ? rest.panels.w[j * rest.panels.width + e]
+                                                             : rest.columns.of_w(j, rest.list.columns[e]);
         }
         const std::int32_t column = rest.list.columns[e / 2];
         return e % 2 == 0 ? rest.columns.of_w(j, column) : rest.columns.dequantized(j, column);
@@ -308,11 +406,11 @@ struct Entry {
 
 // Adds entries `first` to `end` - 1. A chunk of them is in shared memory at a time, rows of X beside those of W.
 template <class Tile>
-__device__ void add_in_order(const Job& job, std::int64_t m, std::int64_t n, const Rest& rest, std::int32_t first,
-                             std::int32_t end, float* shared, Values<Tile>& y) {
+__device__ void add_in_order(const Job& job, std::int64_t m, std::int64_t n, const Rest& rest, const std::int8_t* codes,
+                             std::int32_t first, std::int32_t end, float* shared, Values<Tile>& y) {
     constexpr int width = Tile::rows + Tile::cols;
     const Place<Tile> place;
-    const Entry entry{rest};
+    const Entry entry{rest, codes};
 #pragma unroll 1
     for (std::int32_t begin = first; begin < end; begin += chunk_columns) {
         const int count = end - begin < chunk_columns ? end - begin : chunk_columns;
@@ -383,6 +481,135 @@ __device__ inline Operand bytes_of(const float* panel, std::int64_t rows, std::i
     return {reinterpret_cast<const std::int8_t*>(panel), rows, width * static_cast<std::int64_t>(sizeof(float)), 1};
 }
 
+// --- outlier columns whose weights are codes ------------------------------------------------------------------------
+
+__device__ inline void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                                    __half /*type*/) {
+    multiply_add_f16(sums, a, b);
+}
+__device__ inline void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
+                                    __nv_bfloat16 /*type*/) {
+    multiply_add_bf16(sums, a, b);
+}
+
+// Two codes, as numbers of 16 bits.
+__device__ inline std::uint32_t pair_of_codes(std::int8_t first, std::int8_t second, __half /*type*/) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return reinterpret_cast<const std::uint32_t&>(pair);
+}
+__device__ inline std::uint32_t pair_of_codes(std::int8_t first, std::int8_t second, __nv_bfloat16 /*type*/) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return reinterpret_cast<const std::uint32_t&>(pair);
+}
+
+// Whether sums that lack the scales of W cannot overflow: all numbers of the panel of X, and the scales of X, are
+// finite and not huge. All threads of the block must take part; what they wrote before, all see after it.
+template <class Tile, class T>
+__device__ bool are_moderate(const Job& job, std::int64_t m, const Rest& rest, int chunks_of_row) {
+    constexpr float huge = 0x1p64F;
+    constexpr int across = 4;  // threads that have a row
+    std::uint32_t largest = 0;
+    float scale = 0.0F;
+#pragma unroll 1
+    for (int r = static_cast<int>(threadIdx.x) / across; r < Tile::rows; r += Tile::threads / across) {
+        const std::int64_t row = job.row0 + r;
+        if (row >= m) break;
+        scale = fmaxf(scale, rest.scale_of_row(row));
+#pragma unroll 1
+        for (int c = static_cast<int>(threadIdx.x) % across; c < chunks_of_row; c += across) {
+            const auto* const from = rest.panels.x_bits + row * rest.panels.width + c * per_access<T>;
+            const Quad quad = load<4>(reinterpret_cast<const std::uint32_t*>(from));
+#pragma unroll
+            for (int w = 0; w < 4; ++w) largest = max_magnitudes<T>(largest, quad[w]);
+        }
+    }
+    const bool is_moderate = number_of<T>(max_of_word<T>(largest)) < huge && scale < huge;
+    return __syncthreads_or(is_moderate ? 0 : 1) == 0;
+}
+
+// y += x * codes of outlier columns; `codes` [columns, n]. The codes become 16-bit numbers in shared memory, where they
+// take the place that codes have in a product: row by row, of 32 columns a slice.
+template <class Tile, class T>
+__device__ void add_codes(const Job& job, std::int64_t m, std::int64_t n, const Rest& rest, const std::int8_t* codes,
+                          int columns, std::int8_t* shared, Values<Tile>& y) {
+    constexpr int of_slice = slice / static_cast<int>(sizeof(T));
+    constexpr int slice_bytes = (Tile::rows + Tile::cols) * slice;
+    constexpr int batch = Tile::stages * Tile::stage_bytes / slice_bytes;
+    const Place<Tile> place;
+    constexpr int multiple = static_cast<int>(panel_multiple);
+    const int bytes = (columns + multiple - 1) / multiple * multiple * static_cast<int>(sizeof(T));  // of a row of X
+    const int slices = (bytes + slice - 1) / slice;
+    const Job of_panel{made_again(job.row0), made_again(job.col0), 0, bytes};
+    const Operand x{reinterpret_cast<const std::int8_t*>(rest.panels.x_bits), m,
+                    rest.panels.width * static_cast<std::int64_t>(sizeof(T)), 1};
+    const AsyncSlices<Share<Tile::rows, Tile::threads, false>, Tile::rows> slices_x(x, of_panel.row0, of_panel);
+    const auto rows_of_w = static_cast<int>(n - of_panel.col0 < Tile::cols ? n - of_panel.col0 : Tile::cols);
+    const bool works = fragments_present(place, m - of_panel.row0) > 0;
+#pragma unroll 1
+    for (int first = 0; first < slices; first += batch) {
+        const int count = min(slices - first, batch);
+        __syncthreads();
+#pragma unroll 1
+        for (int s = 0; s < count; ++s) slices_x.copy((first + s) * slice, shared + s * slice_bytes);
+        copy_async_commit();
+#pragma unroll 1
+        for (int i = static_cast<int>(threadIdx.x); i < count * chunks * Tile::cols; i += Tile::threads) {
+            const int row = i % Tile::cols;
+            const int own = i / Tile::cols;  // chunk of all
+            const int column = first * of_slice + own * per_access<T>;
+            const std::int8_t* from = codes + column * n + of_panel.col0 + min(row, rows_of_w - 1);
+            std::int8_t found[per_access<T>];
+#pragma unroll
+            for (int e = 0; e < per_access<T>; ++e, from += n) {
+                found[e] = column + e < columns ? *from : std::int8_t{0};
+            }
+            Chunk numbers;
+#pragma unroll
+            for (int w = 0; w < chunk / 4; ++w) numbers[w] = pair_of_codes(found[2 * w], found[2 * w + 1], T{});
+            std::int8_t* const target = shared + own / chunks * slice_bytes + (Tile::rows + row) * slice;
+            store(reinterpret_cast<std::uint32_t*>(target + chunk_of_b(row, own % chunks) * chunk), numbers);
+        }
+        copy_async_wait<0>();
+        __syncthreads();
+        if (!works) continue;
+#pragma unroll 1
+        for (int s = 0; s < count * steps; ++s) {
+            const std::int8_t* const from = shared + s / steps * slice_bytes;
+            std::uint32_t own[Tile::row_fragments][4];
+#pragma unroll
+            for (int t = 0; t < Tile::row_fragments; ++t) {
+                load_matrices(own[t], matrices_of_a<Tile>(from, s % steps, place) + t * fragment_rows * slice);
+            }
+            const std::int8_t* const rows_of_b = matrices_of_b<Tile>(from, s % steps, place);
+#pragma unroll
+            for (int u = 0; u < Tile::col_fragments; u += 2) {
+                std::uint32_t pair[4];
+                load_matrices(pair, rows_of_b + u * 8 * slice);
+#pragma unroll
+                for (int t = 0; t < Tile::row_fragments; ++t) {
+                    multiply_add(y[t][u], own[t], {pair[0], pair[1]}, T{});
+                    multiply_add(y[t][u + 1], own[t], {pair[2], pair[3]}, T{});
+                }
+            }
+        }
+    }
+}
+
+// y *= scale_w.
+template <class Tile, class Columns>
+__device__ void scale_by_w(const Job& job, const Columns& columns, Values<Tile>& y) {
+    const Corner<Tile> corner(job);
+#pragma unroll
+    for (int u = 0; u < Tile::col_fragments; u += 2) {
+        const Pack<float, together> scales = columns.scales(corner, u);
+#pragma unroll
+        for (int r = 0; r < 2 * Tile::row_fragments; ++r) {
+#pragma unroll
+            for (int c = 0; c < together; ++c) y[r / 2][u + c / 2][2 * (r % 2) + c % 2] *= scales[c];
+        }
+    }
+}
+
 // --- output ---------------------------------------------------------------------------------------------------------
 
 template <class Y>
@@ -437,8 +664,9 @@ __device__ void store_values(const Values<Tile>& y, const Job& job, std::int64_t
 template <class Tile, class Sum, class Columns>
 __device__ void start_values(const Sum (&sums)[Tile::row_fragments][Tile::col_fragments][4], const Job& job,
                              std::int64_t m, std::int64_t n, const Rest& rest, const Columns& columns,
-                             std::int32_t outliers, std::int8_t* shared, Values<Tile>& y) {
+                             std::int32_t outliers, bool of_x, std::int8_t* shared, Values<Tile>& y) {
     bool is_simple = rest.zeropoint_x == nullptr;
+    if (of_x) return scale_sums<Tile>(sums, job, m, rest, columns, true, y);
     if constexpr (Columns::know_the_largest) {
         const Corner<Tile> corner(job);
         float largest_x = 0.0F;
@@ -450,25 +678,44 @@ __device__ void start_values(const Sum (&sums)[Tile::row_fragments][Tile::col_fr
         is_simple = __syncthreads_or(largest_x * columns.largest_scale() > largest_float ? 1 : 0) == 0 && is_simple;
     }
     if (!is_simple) return scale_one_by_one<Tile>(sums, job, m, n, rest, outliers, shared, y);
-    scale_sums<Tile>(sums, job, m, rest, columns, y);
+    scale_sums<Tile>(sums, job, m, rest, columns, false, y);
 }
 
-// Everything after the scales. All threads of the block must take part. `multiply_panels(x, w, job)` adds the products
-// of panels to y.
+// Whether codes of outlier columns are multiplied, before the scales of W. All threads of the block must take part.
+template <class Tile>
+__device__ bool multiplies_codes(const Job& job, std::int64_t m, const Rest& rest, std::int32_t outliers) {
+    if (rest.panels.codes == nullptr || outliers <= most_in_order) return false;
+    const auto columns = static_cast<int>(outliers < rest.panels.width ? outliers : rest.panels.width);
+    const int chunks_of_row = (columns + 7) / 8;
+    return rest.columns.x.dtype == DType::f16 ? are_moderate<Tile, __half>(job, m, rest, chunks_of_row)
+                                              : are_moderate<Tile, __nv_bfloat16>(job, m, rest, chunks_of_row);
+}
+
+// Everything after the scales; after those of X alone where `of_x`. All threads of the block must take part.
+// `multiply_panels(x, w, job)` adds the products of panels to y.
 template <class Tile, class Columns, class MultiplyPanels>
 __device__ void finish(Values<Tile>& y, const Job& job, std::int64_t m, std::int64_t n, const Rest& rest,
-                       const Columns& columns, std::int32_t outliers, std::int8_t* shared,
+                       const Columns& columns, std::int32_t outliers, bool of_x, std::int8_t* shared,
                        const MultiplyPanels& multiply_panels) {
     std::int32_t added = 0;
-    if (!rest.in_order && outliers > most_in_order) {
-        const auto width = static_cast<std::int32_t>(rest.panels.width);
+    const auto width = static_cast<std::int32_t>(rest.panels.width);
+    const std::int8_t* const codes = rest.panels.codes != nullptr ? rest.codes_of(job, outliers) : nullptr;
+    if (of_x) {
+        added = outliers < width ? outliers : width;
+        if (rest.columns.x.dtype == DType::f16) {
+            add_codes<Tile, __half>(job, m, n, rest, codes, added, shared, y);
+        } else {
+            add_codes<Tile, __nv_bfloat16>(job, m, n, rest, codes, added, shared, y);
+        }
+        scale_by_w<Tile>(job, columns, y);
+    } else if (codes == nullptr && !rest.in_order && outliers > most_in_order) {
         added = outliers < width ? outliers : width;
         const std::int64_t end = (added + panel_multiple - 1) / panel_multiple * slice;
         __syncthreads();
         multiply_panels(bytes_of(rest.panels.x, m, width), bytes_of(rest.panels.w, n, width),
                         Job{made_again(job.row0), made_again(job.col0), 0, end});
     }
-    add_in_order<Tile>(job, m, n, rest, added, rest.in_pairs ? 2 * outliers : outliers,
+    add_in_order<Tile>(job, m, n, rest, codes, added, rest.in_pairs ? 2 * outliers : outliers,
                        reinterpret_cast<float*>(shared), y);
     switch (rest.out.dtype) {
         case DType::f16: return store_values<Tile>(y, job, m, rest, columns, static_cast<__half*>(rest.out.data));

@@ -55,21 +55,24 @@ __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile
         a.rows = rows_until(a.rows, job, parts);
         wait_for_launch_before();
         Sums<Tile> sums = {};
-        sum_products<Tile, copy>(a, b, job, shared, sums);
+        sum_products<Tile, copy>(a, b, job, shared, sums, Picker<Tile::cols, Tile::threads, PlaceInSlice>(rest, job));
         const std::int32_t outliers = rest.list.count != nullptr ? *rest.list.count : 0;
+        bool of_x = false;
         const ColumnsInMemory<Tile> columns{rest};
         Values<Tile> y = {};
         if (std::is_same_v<Tile, Small> && parts.count > 1) {
             if constexpr (std::is_same_v<Tile, Small>) {
                 std::int64_t totals[Tile::row_fragments][Tile::col_fragments][4];
                 if (!add_parts<Tile>(sums, parts, rest, totals)) return;
-                start_values<Tile>(totals, job, a.rows, b.rows, rest, columns, outliers, shared, y);
+                of_x = multiplies_codes<Tile>(job, a.rows, rest, outliers);
+                start_values<Tile>(totals, job, a.rows, b.rows, rest, columns, outliers, of_x, shared, y);
             }
         } else {
             if (parts.count > 1 && !add_parts<Tile>(sums, parts, rest, sums)) return;
-            start_values<Tile>(sums, job, a.rows, b.rows, rest, columns, outliers, shared, y);
+            of_x = multiplies_codes<Tile>(job, a.rows, rest, outliers);
+            start_values<Tile>(sums, job, a.rows, b.rows, rest, columns, outliers, of_x, shared, y);
         }
-        finish<Tile>(y, job, a.rows, b.rows, rest, columns, outliers, shared,
+        finish<Tile>(y, job, a.rows, b.rows, rest, columns, outliers, of_x, shared,
                      [&](const Operand& panel_x, const Operand& panel_w, const Job& part) {
                          sum_async<Tile, false>(panel_x, panel_w, part, shared, y, SplitProduct<Tile>{rest.is_exact});
                      });
@@ -125,6 +128,8 @@ FusedLinear::FusedLinear(std::int64_t m, const WeightView& weight, const LinearO
         tickets_ = blocks_for(m, division_.height) * blocks_for(codes.rows, tile.cols);
         partial_sums_ = tickets_ * division_.parts * tile.rows * tile.cols;
     }
+    const std::int64_t rows = m > 0 && codes.rows > 0 ? blocks_for(m, division_.height) : 0;
+    if (copy_of(codes) == SliceCopy::async && codes.cols <= most_picked_depth && rows <= most_pickers) pickers_ = rows;
     if (options.outliers == Outliers::none) return;
     in_pairs_ = has_zeropoint && per_element && weight.rotation == 0;
     in_order_ = per_element;
@@ -134,6 +139,11 @@ FusedLinear::FusedLinear(std::int64_t m, const WeightView& weight, const LinearO
     if (in_pairs_) return;
     const std::int64_t most = is_listed ? weight.outlier_columns.size : codes.cols;
     panel_width_ = std::min(most_panel_width, blocks_for(most, panel_multiple) * panel_multiple);
+}
+
+bool FusedLinear::takes_codes(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options) {
+    return options.outliers == Outliers::columns && weight.scheme == Scheme::absmax && weight.rotation == 0 &&
+           weight.outlier_columns.size == 0 && size_of(x.dtype) == 2;
 }
 
 void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& layer, const Exclusion& exclusion,
@@ -154,6 +164,7 @@ void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& l
         .columns = outlier_columns_of(x, weight, exclusion.per_element, exclusion.elements),
         .list = exclusion.list,
         .panels = panels,
+        .picked_height = panels.pickers > 0 ? static_cast<int>(division_.height) : 0,
         .in_order = in_order_ || x.dtype == DType::f32,
         .in_pairs = in_pairs_,
         .is_exact = is_exact_,

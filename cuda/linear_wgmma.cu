@@ -37,20 +37,21 @@ struct GroupShare {
 
     __device__ static int first() { return static_cast<int>(threadIdx.x) / chunks; }
     __device__ static int index() { return static_cast<int>(threadIdx.x) % chunks; }
-    __device__ static int offset() {
-        int row = first();
+    __device__ static int place(int row, int index) {
         if (is_b) {
             // Column 4q + 2f + e of the tile is column 2q + e of fragment f of two.
             const int q = row % bundle / together;
             row = row / bundle * bundle + row % together / 2 * 8 + 2 * q + row % 2;
         }
-        return row * row_bytes + (index() ^ row % 8) * chunk;
+        return row * row_bytes + (index ^ row % 8) * chunk;
     }
+    __device__ static int offset() { return place(first(), index()); }
+    __device__ static int of(int row, int byte) { return place(row, byte / chunk) + byte % chunk; }
 };
 
-template <class Tile>
-__device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
-                              Sums<Tile>& sums) {
+template <class Tile, class Also = NothingElse>
+__device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared, Sums<Tile>& sums,
+                              Also also = {}) {
     static_assert(Tile::row_fragments == 1);
     constexpr int ahead = Tile::stages - 2;
     constexpr int bytes_of_a = Tile::rows * Tile::slice;
@@ -73,6 +74,9 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
     const std::uint64_t first_b = wgmma_matrix(shared + bytes_of_a);
 #pragma unroll
     for (int stage = 0; stage < ahead; ++stage) copy(stage * Tile::slice, stage);
+    also.prepare();
+    __syncthreads();
+    also.begin();
     int stage = 0;     // of the slice that is being multiplied
     int free = ahead;  // of the slice before the one before it, which all groups have multiplied
     for (int begin = 0; begin < end; begin += Tile::slice) {
@@ -89,6 +93,7 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
             wgmma_commit();
         }
         copy(begin + ahead * Tile::slice, free);
+        also.take(begin, begin + Tile::slice, shared + stage * Tile::stage_bytes + bytes_of_a);
         wgmma_wait<1>();
         stage = stage + 1 == Tile::stages ? 0 : stage + 1;
         free = free + 1 == Tile::stages ? 0 : free + 1;
@@ -187,13 +192,15 @@ __global__ void __launch_bounds__(Tile::threads, Tile::resident)
         wait_for_launch_before();
         columns.read(rest, job);
         Sums<Tile> sums = {};
-        sum_by_groups<Tile>(a, b, job, shared, sums);
+        using RowPlace = GroupShare<Tile, Tile::cols, true>;
+        sum_by_groups<Tile>(a, b, job, shared, sums, Picker<Tile::cols, Tile::threads, RowPlace>(rest, job));
         __syncthreads();
         if (parts.count > 1 && !add_parts<Tile>(sums, parts, rest, sums)) return;
         const std::int32_t outliers = rest.list.count != nullptr ? *rest.list.count : 0;
         Values<Tile> y;
-        start_values<Tile>(sums, job, a.rows, b.rows, rest, columns, outliers, shared, y);
-        finish<Tile>(y, job, a.rows, b.rows, rest, columns, outliers, shared,
+        const bool of_x = multiplies_codes<Tile>(job, a.rows, rest, outliers);
+        start_values<Tile>(sums, job, a.rows, b.rows, rest, columns, outliers, of_x, shared, y);
+        finish<Tile>(y, job, a.rows, b.rows, rest, columns, outliers, of_x, shared,
                      [&](const Operand& panel_x, const Operand& panel_w, const Job& part) {
                          add_panels<Tile>(panel_x, panel_w, part, rest.is_exact, shared, y);
                      });

@@ -9,8 +9,8 @@
 namespace octavo::cuda {
 
 // How many of ascending numbers are less than `value`.
-__device__ inline std::int64_t lower_bound(const std::int32_t* numbers, std::int64_t size, std::int64_t stride,
-                                           std::int64_t value) {
+template <class Number>
+__device__ std::int64_t lower_bound(const Number* numbers, std::int64_t size, std::int64_t stride, std::int64_t value) {
     std::int64_t begin = 0;
     std::int64_t end = size;
     while (begin < end) {

@@ -324,11 +324,18 @@ __device__ void multiply_codes(const Fragments<Tile>& from, int present, Sums<Ti
     }
 }
 
+// What else is done with slices while they are in shared memory: nothing.
+struct NothingElse {
+    __device__ void prepare() {}                                                   // behind it is a barrier,
+    __device__ void begin() {}                                                     // and this
+    __device__ void take(int /*begin*/, int /*end*/, const std::int8_t* /*b*/) {}  // columns of the job, rows of b
+};
+
 // Slices come by cp.async, `stages - 1` ahead. `multiply(fragments, present, sums)` adds the products of a step.
 // `skips`: fragments without rows of a have any contents; else zeros.
-template <class Tile, bool skips, class Sums, class Multiply>
+template <class Tile, bool skips, class Sums, class Multiply, class Also = NothingElse>
 __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared, Sums& sums,
-                          const Multiply& multiply) {
+                          const Multiply& multiply, Also also = {}) {
     constexpr int ahead = Tile::stages - 1;
     const Place<Tile> place;
     const AsyncSlices<Share<Tile::rows, Tile::threads, false>, Tile::rows, skips> slices_a(a, job.row0, job);
@@ -346,14 +353,17 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
 
 #pragma unroll
     for (int stage = 0; stage < ahead; ++stage) copy(stage * slice, stage);
+    also.prepare();
     copy_async_wait<ahead - 1>();
     __syncthreads();
+    also.begin();
     Fragments<Tile> fragments[2];
     read_fragments(shared, 0, place, present, fragments[0]);
     int stage = 0;     // of the slice that is being multiplied
     int free = ahead;  // of the slice before it, which all threads have read
     for (int begin = 0; begin < end; begin += slice) {
         const int next = stage + 1 == Tile::stages ? 0 : stage + 1;
+        also.take(begin, begin + slice, shared + stage * Tile::stage_bytes + Tile::rows * slice);
 #pragma unroll
         for (int s = 0; s < steps; ++s) {
             if (s + 1 < steps) {
@@ -420,13 +430,14 @@ __device__ void sum_by_registers(const Operand& a, const Operand& b, const Job& 
 }
 
 // The sums of a job, whatever way its slices come.
-template <class Tile, SliceCopy copy>
-__device__ void sum_products(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared,
-                             Sums<Tile>& sums) {
+template <class Tile, SliceCopy copy, class Also = NothingElse>
+__device__ void sum_products(const Operand& a, const Operand& b, const Job& job, std::int8_t* shared, Sums<Tile>& sums,
+                             const Also& also = {}) {
     if constexpr (copy == SliceCopy::async) {
-        sum_async<Tile, true>(a, b, job, shared, sums, [](const Fragments<Tile>& from, int present, Sums<Tile>& to) {
-            multiply_codes<Tile>(from, present, to);
-        });
+        sum_async<Tile, true>(
+            a, b, job, shared, sums,
+            [](const Fragments<Tile>& from, int present, Sums<Tile>& to) { multiply_codes<Tile>(from, present, to); },
+            also);
     } else {
         sum_by_registers<Tile, copy>(a, b, job, shared, sums);
     }

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -100,6 +101,14 @@ struct Panels {
     float* w = nullptr;                      // [n, width]
     std::int64_t width = 0;                  // a multiple of panel_multiple, at most most_panel_width
     std::int32_t* excluded_codes = nullptr;  // [n], or null: sums of the codes of all outlier columns
+    // Where not null the panel of W is its codes as they are, column by column, [width, n], and there is `x_bits`, of
+    // X's own 16 bits, instead of `x`. Where `pickers` > 0 and there are no more than `most_picked` columns, it is not
+    // written but by the product, of which each row of tiles takes them as they pass: [pickers, most_picked, n].
+    std::int8_t* codes = nullptr;
+    std::uint16_t* x_bits = nullptr;  // [m, width]
+    std::int64_t pickers = 0;
+
+    [[nodiscard]] std::int64_t code_count(std::int64_t n) const { return std::max(width, pickers * most_picked) * n; }
 };
 
 // Layers that one quantization of X can make ready for.
@@ -186,6 +195,10 @@ class FusedLinear {
 public:
     FusedLinear(std::int64_t m, const WeightView& weight, const LinearOptions& options);
 
+    // Whether the panel of W can be codes: numbers of W are these times one scale for a feature.
+    static bool takes_codes(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options);
+    // How many rows of tiles pick codes; 0: none does.
+    [[nodiscard]] std::int64_t pickers() const { return pickers_; }
     [[nodiscard]] std::int64_t panel_width() const { return panel_width_; }
     [[nodiscard]] bool wants_excluded_codes() const { return wants_excluded_codes_; }
     // Where blocks share the depth of a tile: their sums, and a ticket for each tile, which must be zero.
@@ -201,6 +214,7 @@ private:
     std::int64_t panel_width_ = 0;
     std::int64_t partial_sums_ = 0;
     std::int64_t tickets_ = 0;
+    std::int64_t pickers_ = 0;
     bool wants_excluded_codes_ = false;
     bool in_pairs_ = false;
     bool in_order_ = false;

@@ -3,6 +3,8 @@
 //
 // A panel holds the first `width` outlier columns side by side, for every row of X and every row of W, with zeros up to
 // a multiple of 16. It is written once, beside the quantization of X, so that the product reads it as it reads codes.
+// Of a W that has but codes it is these, a column after the other; and where there are few rows of tiles, not even they
+// are gathered, each of which is 32 bytes away from the next: the product, which reads all of W, keeps them.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +68,7 @@ inline OutlierColumns outlier_columns_of(const ConstMatrix& x, const WeightView&
             .rotation = weight.rotation};
 }
 
-// What blocks that write the panels of a layer need: `m` rows of X, of which only the first layer has any.
+// What blocks that write the panels of a layer need: `m` rows of X, of which only the first layer of its kind has any.
 struct PanelTask {
     OutlierColumns columns;
     std::int64_t m = 0;
@@ -89,8 +91,11 @@ inline constexpr std::int64_t panel_rows = 64;  // of a block, of X and W one af
 inline PanelTasks panel_tasks(const ConstMatrix& x, const Exclusion& exclusion) {
     PanelTasks tasks;
     PanelTask* next = tasks.of_layer;
+    bool has_x[2] = {};  // as float32, and in its own 16 bits
     for (const Panels& panels : exclusion.panels) {
-        const std::int64_t m = next == tasks.of_layer ? x.rows : 0;
+        bool& is_there = has_x[panels.codes != nullptr ? 1 : 0];
+        const std::int64_t m = is_there ? 0 : x.rows;
+        is_there = true;
         const std::int64_t n = panels.weight->codes.rows;
         *next = {.columns = outlier_columns_of(x, *panels.weight, exclusion.per_element, exclusion.elements),
                  .m = m,
@@ -101,6 +106,33 @@ inline PanelTasks panel_tasks(const ConstMatrix& x, const Exclusion& exclusion) 
         ++next;
     }
     return tasks;
+}
+
+// The same of codes: `rows` rows from the `first_row`-th on, of the first `count` of the `listed` columns.
+__device__ inline void write_coded_panels(const PanelTask& task, const std::int32_t* listed, int count,
+                                          std::int64_t first_row, int rows, bool is_picked) {
+    const int threads = static_cast<int>(blockDim.x);
+    const int padded = (count + static_cast<int>(panel_multiple) - 1) / static_cast<int>(panel_multiple) *
+                       static_cast<int>(panel_multiple);
+    const auto rows_of_x = static_cast<int>(task.m - first_row < rows ? task.m - first_row : rows);
+    const FloatView& x = task.columns.x;
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); e < rows_of_x * padded; e += threads) {
+        const std::int64_t row = first_row + e / padded;
+        const int o = e % padded;
+        task.panels.x_bits[row * task.panels.width + o] =
+            o < count ? static_cast<const std::uint16_t*>(x.data)[row * x.row_stride + listed[o] * x.col_stride]
+                      : std::uint16_t{0};
+    }
+    if (is_picked) return;
+    const int before = rows_of_x > 0 ? rows_of_x : 0;
+    const int rows_of_w = rows - before;
+#pragma unroll 1
+    for (int e = static_cast<int>(threadIdx.x); e < rows_of_w * count; e += threads) {
+        const std::int64_t j = first_row + before + e % rows_of_w - task.m;
+        const int o = e / rows_of_w;
+        task.panels.codes[o * task.n + j] = *task.columns.codes.at(j, listed[o]);
+    }
 }
 
 // Block `block` of those that write panels. All its threads must take part. Static for the reason of `list_marked`.
@@ -122,7 +154,10 @@ __device__ static inline void write_panels(const PanelTasks& tasks, const Column
             list_marked(marks, k, {listed, most_panel_width, 1}, {&total, 1, 1}, first);
             __syncthreads();
             const int count = total - first < most_panel_width ? total - first : most_panel_width;
-            if (first == 0) {
+            if (first == 0 && task.panels.codes != nullptr) {
+                write_coded_panels(task, listed, count < width ? count : width, first_row, rows,
+                                   task.panels.pickers > 0 && total <= most_picked);
+            } else if (first == 0) {
                 const int padded = (count + panel_multiple - 1) / panel_multiple * panel_multiple;
                 const int columns = padded < width ? padded : width;
 #pragma unroll 1  // registers are few where this is beside other work

@@ -153,23 +153,40 @@ double by_int8(const Device& device, bool halves, const Layer& layer, std::int64
     return mark + quantize + overlapped(busy, bytes / (0.88 * device.memory));
 }
 
-// What outlier columns add to that. Codes of W are read one to a sector of 32 bytes, for panels that are written; up to
-// 8 columns are added one after the other, more by matrix instructions of 8 columns in two parts each.
+// What outlier columns add to that, of a W that has but codes. Where few rows of tiles read W, each keeps those that it
+// passes, in the level-2 cache; else they are read one to a sector of 32 bytes, and written. Up to 8 columns are added
+// one after the other, more by matrix instructions of 16 columns. Of a tile's rows those warps work that have any.
 double of_columns(const Device& device, const Layer& layer, std::int64_t m, const octavo::cuda::Division& division,
                   std::int64_t columns) {
-    const auto outputs = static_cast<double>(m * layer.n);
+    // Of a warp: for 32 codes that are kept, while the product waits for memory or its sums, which hides most of it,
+    // and made float32 or 16 bits; in the order of Choice, for a product of matrices, and the rows that a warp has.
+    constexpr double to_keep = 0.15 * 50;
+    constexpr double to_convert[] = {16, 13};
+    constexpr double of_product[] = {2.04, 2.75, 1.72, 1.75, 2.67, 3.5};
+    constexpr std::int64_t rows_of_warp[] = {16, 16, 64, 64, 48, 32};
     const auto tile = static_cast<std::size_t>(division.tile);
-    const double ideal = outputs * static_cast<double>(layer.k) / octavo::cuda::tile_shapes[tile].rate;
-    const double uneven = division.cost * static_cast<double>(device.multiprocessors) / ideal;
-    const auto bytes = static_cast<double>(columns * (layer.n * (32 + 4) + m * 4));
-    double busy = 1.3 * outputs * static_cast<double>(columns) / 32 / (0.6 * device.issued());
-    if (columns > 8) {
-        constexpr double of_instruction[] = {1.97, 2.44, 4.11, 4.24, 6.5, 8.12};  // in the order of Choice
-        const double instructions = outputs / 128 * static_cast<double>(2 * whole(columns, 8));
-        busy = std::max(instructions * of_instruction[tile] / (0.6 * device.issued()),
-                        instructions * 2048 / (device.half / 2));
+    const octavo::cuda::TileShape& shape = octavo::cuda::tile_shapes[tile];
+    const std::int64_t down = whole(m, division.height);
+    const bool is_kept = down <= octavo::cuda::most_pickers && columns <= octavo::cuda::most_picked;
+    const auto codes = static_cast<double>(columns * layer.n);
+    const double moved =
+        2 * static_cast<double>(columns * m) / (0.88 * device.memory) +
+        (is_kept ? 2 * static_cast<double>(down) * codes / device.cache : 33 * codes / (0.88 * device.memory));
+    const auto rows = static_cast<double>(
+        std::min(whole(std::min(m, division.height), rows_of_warp[tile]) * rows_of_warp[tile], shape.rows));
+    const auto cols = static_cast<double>(shape.cols);
+    double issued =
+        cols * static_cast<double>(columns) / 32 * ((is_kept ? to_keep : 0) + to_convert[columns > 8 ? 1 : 0]);
+    double products = 0;
+    if (columns <= 8) {
+        issued += 1.3 * rows * cols * static_cast<double>(columns) / 32;
+    } else {
+        products = rows * cols / 128 * static_cast<double>(whole(columns, 16));
+        issued += products * of_product[tile] + rows * cols / 32;
     }
-    return busy * uneven + bytes / (0.88 * device.memory);
+    const auto all = static_cast<double>(device.multiprocessors);
+    const auto tiles = static_cast<double>(whole(down * whole(layer.n, shape.cols), device.multiprocessors));
+    return tiles * all * std::max(issued / (0.6 * device.issued()), products * 4096 / device.half) + moved;
 }
 
 // The float16 product of torch: tiles of 128 x 256, which share the depth where they are few.

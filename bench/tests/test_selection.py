@@ -82,6 +82,7 @@ def test_the_guide_has_the_targets_of_the_model(ask: Any) -> None:
         name = f"{names[int(architecture)]}, {k:.0f} x {n:.0f}"
         found.setdefault(name, []).append(half / auto)
         found.setdefault(f"{name}, 64 columns", []).append(columns / auto)
+        assert columns <= auto * (1.05 if k >= 4096 else 1.15)
     for name, figures in found.items():
         assert f"| {name} | {' | '.join(f'{figure:.2f}' for figure in figures)} |\n" in guide
     assert len(found) == 20

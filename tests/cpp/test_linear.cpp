@@ -234,19 +234,41 @@ TEST(many_outlier_columns) {
     Random random(102);
     const Array w(DType::f16, random_normal(random, 70, k, 0.05));
     for (const Scheme scheme : schemes) {
-        const Weight weight(w, scheme, Granularity::vector, kept_columns(k));
-        for (const DType dtype : float_dtypes) {
-            Values values = activations(random, 66, k);
-            values(3, 11) = infinity;
-            values(65, 600) = quiet_nan;
-            const Array x(dtype, values);
-            for (const Outliers outliers : {Outliers::columns, Outliers::rows}) {
-                for (const float threshold : {6.0F, 3.2F, 1.0F, 0.0F}) {
-                    const check::Context context(check::show(scheme), " ", name_of(dtype), " ", check::show(outliers),
-                                                 " threshold ", threshold);
-                    check_linear(x, weight, std::nullopt, {.threshold = threshold, .outliers = outliers}, DType::f32);
+        for (const bool is_kept : {true, false}) {
+            if (!is_kept && scheme != Scheme::absmax) continue;
+            const Weight weight(w, scheme, Granularity::vector,
+                                is_kept ? std::optional(kept_columns(k)) : std::nullopt);
+            for (const DType dtype : float_dtypes) {
+                Values values = activations(random, 66, k);
+                values(3, 11) = infinity;
+                values(65, 600) = quiet_nan;
+                const Array x(dtype, values);
+                for (const Outliers outliers : {Outliers::columns, Outliers::rows}) {
+                    if (!is_kept && outliers == Outliers::rows) continue;
+                    for (const float threshold : {6.0F, 3.2F, 1.0F, 0.0F}) {
+                        const check::Context context(check::show(scheme), " kept ", is_kept, " ", name_of(dtype), " ",
+                                                     check::show(outliers), " threshold ", threshold);
+                        check_linear(x, weight, std::nullopt, {.threshold = threshold, .outliers = outliers},
+                                     DType::f32);
+                    }
                 }
             }
+        }
+    }
+}
+
+// So many rows that on a GPU codes of outlier columns are read apart from the product: a few columns, more than are
+// added in order, and more than fit a panel.
+TEST(many_rows_with_outlier_columns) {
+    constexpr std::int64_t k = 270;
+    Random random(104);
+    const Weight weight(Array(DType::f16, random_normal(random, 20, k, 0.05)), Scheme::absmax, Granularity::vector);
+    for (const std::int64_t outliers : {3, 30, 260}) {
+        Values values = random_normal(random, 600, k, 0.5);
+        for (std::int64_t o = 0; o < outliers; ++o) values(o * 17 % 600, o * 7 % k) = 8;
+        for (const DType dtype : {DType::f16, DType::bf16}) {
+            const check::Context context(outliers, " columns ", name_of(dtype));
+            check_linear(Array(dtype, values), weight, std::nullopt, {}, DType::f32);
         }
     }
 }
@@ -267,7 +289,8 @@ TEST(few_rows_with_outlier_columns) {
                     Values values = random_normal(random, m, k, 0.5);
                     for (std::int64_t o = 0; o < outliers; ++o) values(o % m, o * 7 % k) = 8;
                     const check::Context context(check::show(scheme), " kept ", is_kept, " ", m, " rows, ", outliers);
-                    check_linear(Array(DType::bf16, values), weight, bias, {}, DType::f32);
+                    const DType dtype = m % 2 == 0 ? DType::f16 : DType::bf16;
+                    check_linear(Array(dtype, values), weight, bias, {}, DType::f32);
                 }
             }
         }
@@ -618,6 +641,8 @@ TEST(many) {
         add(9, Scheme::zeropoint, granularity, kept_columns(k));
         add(17, Scheme::zeropoint, granularity, kept_columns(k));
     }
+    add(8, Scheme::absmax, Granularity::vector, kept_columns(k));
+    for (const std::int64_t n : {21, 80}) add(n, Scheme::absmax, Granularity::vector, {});
     for (LinearOptions options : all_options) {
         std::vector<Array> biases;
         std::vector<Array> outs;

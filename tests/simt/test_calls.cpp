@@ -109,9 +109,10 @@ public:
                                 .scale = codes_.scale.vector(),
                                 .zeropoint = vector_of(codes_.zeropoint),
                                 .code_sums = codes_.code_sums.vector(),
-                                .outlier_columns = kept_columns_.vector(),
                                 .scheme = scheme_,
                                 .granularity = granularity_};
+        if (!keeps) return view;
+        view.outlier_columns = kept_columns_.vector();
         view.outlier_weight = kept_.matrix();
         return view;
     }
@@ -157,6 +158,7 @@ private:
 
 public:
     Array y;
+    bool keeps = true;  // columns in 16 bits
 
 private:
     Scheme scheme_;
@@ -300,6 +302,38 @@ TEST(outputs_are_those_of_the_cpu) {
     }
 }
 
+// What two products of 16 bits come to that add in different orders.
+void check_nearly(const Array& of_cpu, const Array& found) {
+    const octavo::Matrix shape = found.matrix();
+    double worst = 0.0;
+    double largest = 0.0;
+    for (std::int64_t i = 0; i < shape.rows; ++i) {
+        for (std::int64_t j = 0; j < shape.cols; ++j) {
+            const double expected = of_cpu.get(i, j);
+            worst = std::max(worst, std::abs(found.get(i, j) - expected));
+            largest = std::max(largest, std::abs(expected));
+        }
+    }
+    CHECK(worst <= largest * (shape.dtype == DType::f16 ? 0x1p-10 : 0x1p-7));  // one rounding each
+}
+
+// A weight without kept columns, of whose codes the product keeps those of outlier columns: few columns, which are
+// added in order, bit for bit as on the CPU; more of them; and more than it keeps.
+void check_unkept(Problem& problem) {
+    problem.keeps = false;
+    const octavo::Matrix x = problem.x.matrix();
+    for (const std::int64_t outliers : {3, 60, 100}) {
+        for (std::int64_t o = 0; o < outliers; ++o) problem.x.set(o * 5 % x.rows, (o * 61 + 5) % x.cols, 500);
+        const check::Context context(outliers, " columns of codes");
+        const LinearOptions options{.threshold = 200, .outliers = Outliers::columns, .path = Path::int8};
+        problem.linear(options);
+        const Array of_cpu(x.dtype, x.rows, problem.y.matrix().cols);
+        problem.linear_on({octavo::DeviceKind::cpu, 0}, options, of_cpu.matrix(), {});
+        if (outliers == 3) CHECK(of_cpu.bytes() == problem.y.bytes());
+        check_nearly(of_cpu, problem.y);
+    }
+}
+
 // The same of the tiles that warpgroups multiply: with two multiprocessors (CMakeLists.txt) the first shape takes those
 // of 128 x 128, of which one has rows for the first of two warpgroups only, the second those of 128 x 256, and more
 // outlier columns than there is room for at a time. Many are added in another order.
@@ -332,17 +366,12 @@ TEST(outputs_of_warpgroups) {
                     CHECK(of_cpu.bytes() == problem.y.bytes());
                     continue;
                 }
-                double worst = 0.0;
-                double largest = 0.0;
-                for (std::int64_t i = 0; i < s.m; ++i) {
-                    for (std::int64_t j = 0; j < s.n; ++j) {
-                        const double expected = of_cpu.get(i, j);
-                        worst = std::max(worst, std::abs(problem.y.get(i, j) - expected));
-                        largest = std::max(largest, std::abs(expected));
-                    }
-                }
-                CHECK(worst <= largest * (kind.dtype == DType::f16 ? 0x1p-10 : 0x1p-7));  // one rounding each
+                check_nearly(of_cpu, problem.y);
             }
+        }
+        for (const DType dtype : {DType::f16, DType::bf16}) {
+            Problem unkept(s.m, s.n, s.k, dtype);
+            check_unkept(unkept);
         }
     }
     // Found out at the first use of the device.
@@ -383,6 +412,8 @@ TEST(outputs_of_divided_products) {
         const Array of_cpu(DType::f16, c.m, c.n);
         problem.linear_on({octavo::DeviceKind::cpu, 0}, options, of_cpu.matrix(), {});
         CHECK(of_cpu.bytes() == problem.y.bytes());
+        Problem unkept(c.m, c.n, c.k, tried % 2 == 0 ? DType::f16 : DType::bf16);
+        check_unkept(unkept);
     }
     CHECK(tried > 0);
 }
