@@ -11,8 +11,10 @@
 //   selection targets WORTH           for GPUs with a model of torch's float16 product, shapes and m, lines
 //                                     "ARCHITECTURE K N M HALF AUTO COLUMNS": the time of that, of `auto` with 6
 //                                     outlier columns, and with 64
-//   selection candidates              for tiles that there are not, a line "NAME GAIN K N M": how many times less time
-//                                     the better path would take, where it gains most
+//   selection candidates              for tiles that there are not, a line "NAME GAIN K N M TWENTIETH MOST": how many
+//                                     times less time the better path would take, where it gains most of the targets;
+//                                     and of 400 products of few rows (`few_rows_extents`) at how many by a twentieth,
+//                                     and the most
 //
 // WORTH: as many times as long as the int8 product may take what rounds no activations, and counts as equal.
 #include <algorithm>
@@ -318,6 +320,18 @@ constexpr Candidate candidates[] = {
     {"pingpong_128x128", {128, 128, 64, 1.04}},
 };
 
+// Extents of k and n, for 8 to 128 rows in steps of 8.
+constexpr std::int64_t few_rows_extents[] = {4096, 5793, 8192, 11585, 16384};
+
+// As many times less time the better path would take.
+double gain_of(const Candidate& candidate, const Device& device, const Layer& layer, std::int64_t m) {
+    const octavo::cuda::Division division = octavo::cuda::divide_by(octavo::cuda::Choice::wide, candidate.shape, m,
+                                                                    layer.n, layer.k, device.multiprocessors);
+    const double before =
+        std::min(by_matrix_instructions(device, layer, m), by_int8(device, true, layer, m, divided(device, layer, m)));
+    return std::max(1.0, before / by_int8(device, true, layer, m, division));
+}
+
 void print_candidates() {
     for (const Device& device : devices) {
         if (!device.has_wgmma) continue;
@@ -327,19 +341,26 @@ void print_candidates() {
             std::int64_t rows = 0;
             for (const Layer& layer : layers) {
                 for (const std::int64_t m : target_rows) {
-                    const double before = std::min(by_matrix_instructions(device, layer, m),
-                                                   by_int8(device, true, layer, m, divided(device, layer, m)));
-                    const octavo::cuda::Division division = octavo::cuda::divide_by(
-                        octavo::cuda::Choice::wide, candidate.shape, m, layer.n, layer.k, device.multiprocessors);
-                    const double own = by_int8(device, true, layer, m, division);
-                    if (before <= gain * own) continue;
-                    gain = before / own;
+                    const double own = gain_of(candidate, device, layer, m);
+                    if (own <= gain) continue;
+                    gain = own;
                     where = layer;
                     rows = m;
                 }
             }
-            std::printf("%s %.17g %lld %lld %lld\n", candidate.name, gain, static_cast<long long>(where.k),
-                        static_cast<long long>(where.n), static_cast<long long>(rows));
+            int twentieth = 0;
+            double most = 1.0;
+            for (const std::int64_t k : few_rows_extents) {
+                for (const std::int64_t n : few_rows_extents) {
+                    for (std::int64_t m = 8; m <= 128; m += 8) {
+                        const double own = gain_of(candidate, device, {k, n}, m);
+                        if (own >= 1.05) ++twentieth;
+                        most = std::max(most, own);
+                    }
+                }
+            }
+            std::printf("%s %.17g %lld %lld %lld %d %.17g\n", candidate.name, gain, static_cast<long long>(where.k),
+                        static_cast<long long>(where.n), static_cast<long long>(rows), twentieth, most);
         }
     }
 }

@@ -94,9 +94,11 @@ def test_tiles_that_there_are_not_would_gain_less_than_the_model_is_good_for(fol
     command = [folder / "selection", "candidates"]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     for line in lines:
-        name, gain, *_ = line.split()
+        name, gain, _, _, _, twentieth, most = line.split()
         assert 1 <= float(gain) < selection.WORTH
-        assert f"{name.replace('_', ' ').replace('x', ' x ')}: {float(gain):.2f}" in guide
+        shown = name.replace("_", " ").replace("x", " x ")
+        assert f"{shown}: {float(gain):.2f}" in guide
+        assert f"| {shown} | {twentieth} | {float(most):.2f} |\n" in guide
     assert len(lines) == 3
 
 
