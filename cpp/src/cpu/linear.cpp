@@ -5,11 +5,9 @@
 #include <cmath>
 #include <iterator>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "backend.hpp"
-#include "cpu/dequantize.hpp"
 #include "cpu/gemm.hpp"
 #include "cpu/outlier.hpp"
 #include "cpu/quantize.hpp"
@@ -79,8 +77,7 @@ public:
         }
     }
 
-    // Which of the outlier columns are kept. Those that are not and are rotated are, where several are of one block of
-    // the rotation, products, which are made for all output features at once.
+    // Which of the outlier columns are kept.
     // `in_registers`: if none are kept the epilogue may dequantize them.
     void sort_outliers(std::span<const std::int32_t> columns, const PackedPanel& codes, bool in_registers) {
         const auto count = std::ssize(columns);
@@ -103,7 +100,6 @@ public:
                 not_kept_places_.push_back(static_cast<std::int32_t>(o));
             }
         }
-        if (weight_.rotation != 0) sort_rotated(codes);
     }
 
     // The weights of the outlier columns for columns [first, first + cols) of the block, once sort_outliers has been
@@ -121,13 +117,15 @@ public:
         }
         gather_kept(first, cols);
         if (weight_.rotation != 0) {
-            for (const auto& [column, place] : apart_) {
-                const std::int32_t in_block = column % weight_.rotation;
-                kernels().rotate_back_column(codes.data() + first * codes.depth() + (column - in_block) * block_cols,
+            for (std::size_t i = 0; i < not_kept_.size(); ++i) {
+                const std::int32_t in_block = not_kept_[i] % weight_.rotation;
+                const std::int32_t block_begin = not_kept_[i] - in_block;
+                kernels().rotate_back_column(codes.data() + first * codes.depth() + block_begin * block_cols,
                                              codes.stride(), weight_.rotation, in_block, cols, zeropoint + first,
-                                             scale + first, outlier_weight_.data() + place * outlier_stride + first);
+                                             scale + first,
+                                             outlier_weight_.data() + not_kept_places_[i] * outlier_stride + first);
             }
-            return;  // sort_outliers has done the others
+            return;
         }
         kernels().dequantize_columns(codes.data() + first * codes.depth(), codes.stride(), not_kept_.data(),
                                      not_kept_places_.data(), std::ssize(not_kept_), cols,
@@ -200,35 +198,12 @@ private:
         }
     }
 
-    void sort_rotated(const PackedPanel& codes) {
-        constexpr std::int64_t few = 3;  // columns, up to which a product takes longer than one after the other
-        const std::int64_t depth = padded_depth(weight_.rotation);  // of a product
-        std::vector<std::int32_t> together;
-        std::vector<float*> targets;
-        for (std::size_t i = 0; i < not_kept_.size();) {
-            const auto next = static_cast<std::int32_t>((not_kept_[i] / depth + 1) * depth);
-            const auto end = std::ranges::lower_bound(not_kept_, next) - not_kept_.begin();
-            const bool is_few = end - static_cast<std::ptrdiff_t>(i) <= few;
-            for (; std::cmp_less(i, end); ++i) {
-                const std::int32_t place = not_kept_places_[i];
-                if (is_few) {
-                    apart_.emplace_back(not_kept_[i], place);
-                } else {
-                    together.push_back(not_kept_[i]);
-                    targets.push_back(outlier_weight_.data() + place * outlier_stride);
-                }
-            }
-        }
-        rotate_back_columns(codes, weight_.rotation, block_.cols(), zeropoint, scale, together, targets);
-    }
-
     const LinearLayer& layer_;
     const WeightView& weight_;
     Block block_;
     std::vector<std::int32_t> kept_places_;  // of the kept columns, among the outlier columns; -1: it is none
     std::vector<std::int32_t> not_kept_;
     std::vector<std::int32_t> not_kept_places_;
-    std::vector<std::pair<std::int32_t, std::int64_t>> apart_;  // columns rotated back one by one, and their places
     const PackedPanel* w_ = nullptr;
     std::int64_t gathered_ = -1;
     Scratch<float> outlier_weight_{0};       // [|O|, outlier_stride]
