@@ -43,31 +43,21 @@ std::int64_t near_size() {
 // Whether the sums of a plan's `multiply` are too large by anything.
 bool has_offsets(const Plan& plan) { return plan.x_is_unsigned || plan.regroup != nullptr; }
 
-// The tile registers, or whatever a plan wants set up while it multiplies. Who finishes sums may multiply, too (columns
-// of a rotated weight are dequantized so): afterwards what was set up before is set up again.
+// The tile registers, or whatever a plan wants set up while it multiplies.
 class Entered {
 public:
-    Entered(const Plan& plan, std::int64_t rows) : plan_(plan), rows_(std::min(rows, plan.rows)) {
-        innermost = this;
-        if (plan_.enter != nullptr) plan_.enter(rows_);
+    Entered(const Plan& plan, std::int64_t rows) : plan_(plan) {
+        if (plan_.enter != nullptr) plan_.enter(std::min(rows, plan.rows));
     }
     ~Entered() {
-        innermost = outer_;
         if (plan_.leave != nullptr) plan_.leave();
-        if (outer_ != nullptr && outer_->plan_.enter != nullptr) outer_->plan_.enter(outer_->rows_);
     }
     Entered(const Entered&) = delete;
     Entered& operator=(const Entered&) = delete;
 
 private:
-    static thread_local const Entered* innermost;
-
     const Plan& plan_;
-    std::int64_t rows_;
-    const Entered* outer_ = innermost;
 };
-
-thread_local const Entered* Entered::innermost = nullptr;
 
 // The sums of a block over one part of k.
 class BlockProduct {
@@ -87,8 +77,7 @@ public:
           lines_of_finish_(is_finished_at_once() && plan_.begin == nullptr ? lines : 0) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
-             const std::function<void(SumsTile&)>& finish,
-             const std::function<void(std::int64_t, std::int64_t)>& prepare) const {
+             const std::function<void(SumsTile&)>& finish) const {
         for (std::int64_t j = 0; j < cols_; ++j) {
             offsets_[j] =
                 plan_.x_is_unsigned ? static_cast<std::int32_t>(128U * static_cast<std::uint32_t>(w_sums[j])) : 0;
@@ -120,7 +109,6 @@ public:
                         tile.ahead_depth = std::min(x_.slice_end(next), end) - next;
                         tile.ahead_stride = w_.stride();
                     }
-                    if (last_of_slices && prepare) prepare(j, std::min(tile.cols, block_.cols() - j));
                     ProductTile after;
                     if (plan_.begin != nullptr && panels_ == 1 && slice_end - slice == end - begin &&
                         next_j + plan_.cols <= cols_) {
@@ -356,10 +344,9 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
 }
 
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
-              const std::function<void(SumsTile&)>& finish,
-              const std::function<void(std::int64_t, std::int64_t)>& prepare, std::int64_t lines) {
+              const std::function<void(SumsTile&)>& finish, std::int64_t lines) {
     const BlockProduct product(x, w, block, lines);
-    if (x.depth() <= max_int32_depth) return product.run(0, x.depth(), w_sums, finish, prepare);
+    if (x.depth() <= max_int32_depth) return product.run(0, x.depth(), w_sums, finish);
 
     const std::int64_t cols = whole_blocks(block.cols());
     const Scratch<std::int64_t> wide(block.rows() * cols);
@@ -378,7 +365,7 @@ void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums
             tile.wide = wide.data() + place;
             finish(tile);
         };
-        product.run(begin, end, part_sums.data(), add, end < x.depth() ? nullptr : prepare);
+        product.run(begin, end, part_sums.data(), add);
     }
 }
 

@@ -146,13 +146,10 @@ void sum_packed(const PackedPanel& w, std::int64_t cols, std::int64_t begin, std
 
 // The sums of a block, tile by tile. `w` holds the output features of the block; `w_sums[j]` = sum_k w[j, k] where the
 // plan has X unsigned and k <= max_int32_depth, else it may be null.
-// `prepare`, if there is any, is called for each tile's width of columns, from `col` of the block on, before the first
-// of its tiles; it may multiply, which `finish` may not.
+// `finish` may not multiply.
 // Of the part of W that comes next, `finish` fetches up to `lines` cache lines (EpilogueTile::ahead) where one panel
 // has all rows and they lie in a row: what takes long beside a product of few rows may wait for memory as well.
 void multiply(const XPanels& x, const PackedPanel& w, const std::int32_t* w_sums, const Block& block,
-              const std::function<void(SumsTile&)>& finish,
-              const std::function<void(std::int64_t col, std::int64_t cols)>& prepare = nullptr,
-              std::int64_t lines = 0);
+              const std::function<void(SumsTile&)>& finish, std::int64_t lines = 0);
 
 }  // namespace octavo::cpu

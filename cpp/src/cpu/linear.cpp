@@ -265,9 +265,7 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
                                                          : outliers.count(block.row_begin, block.row_end) <=
                                                                most_of_column * std::ssize(outliers.columns());
         const bool in_registers = !scaled_here && is_met_by_few;
-        const auto prepare = [&](std::int64_t col, std::int64_t /*cols*/) {
-            if (col == 0) block_weight.sort_outliers(outliers.columns(), w, in_registers);
-        };
+        block_weight.sort_outliers(outliers.columns(), w, in_registers);
         const auto finish = [&](SumsTile& tile) {
             EpilogueTile& epilogue = tile.product;
             const std::int64_t first_col = tile.col - block.col_begin;
@@ -294,7 +292,7 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
         };
         // Half of what memory brings while the outliers are added: with all of it these would wait.
         const std::int64_t lines = outliers.are_shared() ? std::ssize(outliers.columns()) * block.rows() / 4 : 0;
-        multiply(quantized.codes, w, block_weight.code_sums, block, finish, prepare, lines);
+        multiply(quantized.codes, w, block_weight.code_sums, block, finish, lines);
         rows.write();
     });
 }
