@@ -87,6 +87,34 @@ private:
     const KernelInfo* info_;
 };
 
+// --- threads ---------------------------------------------------------------------------------------------------------
+
+struct Threads {
+    int count;      // 0: octavo's own number
+    bool are_lent;  // whether sessions can lend theirs
+};
+
+// The call that this thread is in, whose session lends its threads.
+struct Call {
+    const Api* api;
+    const KernelContext* context;
+};
+thread_local Call call{};
+
+bool run_on_session_threads(int threads, void (*work)(void* context, int thread), void* context) {
+    struct Work {
+        void (*work)(void* context, int thread);
+        void* context;
+    } given{work, context};
+    const auto body = [](void* of, std::size_t thread) {
+        const auto& [part, argument] = *static_cast<const Work*>(of);
+        part(argument, static_cast<int>(thread));
+    };
+    Status* const refused = call.api->parallel_for(call.context, body, static_cast<std::size_t>(threads), 0, &given);
+    if (refused != nullptr) call.api->release_status(refused);
+    return refused == nullptr;
+}
+
 // --- the kernel ------------------------------------------------------------------------------------------------------
 
 struct Tensor {
@@ -111,7 +139,7 @@ struct Tensor {
 
 class Kernel {
 public:
-    Kernel(const Api& api, const KernelInfo* info, int threads) : api_(api), threads_(threads) {
+    Kernel(const Api& api, const KernelInfo* info, const Threads& threads) : api_(api), threads_(threads) {
         const Attributes given(api, info);
         weight_.scheme = given.word<Scheme>("scheme", std::array{"absmax", "zeropoint"});
         // The default comes first.
@@ -130,7 +158,8 @@ public:
     }
 
     void compute(KernelContext* context) const {
-        const ThreadLimit limit(threads_);
+        call = {&api_, context};
+        const ThreadLimit limit(threads_.count, threads_.are_lent ? run_on_session_threads : nullptr);
         std::size_t count = 0;
         check(api_.input_count(context, &count));
         const Tensor x = input(context, 0);
@@ -199,7 +228,7 @@ private:
     }
 
     const Api& api_;
-    int threads_;
+    Threads threads_;
     WeightView weight_{};
     Activation activation_ = Activation::none;
     LinearOptions options_;
@@ -223,10 +252,10 @@ Status* status_of(const Api& api, const Body& body) {
     }
 }
 
-// With the threads of the sessions that it was registered for; 0: octavo's own number.
+// With the threads of the sessions that it was registered for.
 struct Linear : CustomOp {
     const Api* api;
-    int threads;
+    Threads threads;
 };
 
 struct CreatedKernel {
@@ -244,7 +273,7 @@ Status* compute(void* kernel, KernelContext* context) {
     return status_of(*created.api, [&] { created.kernel.compute(context); });
 }
 
-Linear make_linear(const Api& api, int threads) {
+Linear make_linear(const Api& api, const Threads& threads) {
     Linear op{};
     op.version = version;
     op.name = [](const CustomOp*) { return "Linear"; };
@@ -297,7 +326,8 @@ extern "C" __attribute__((visibility("default"))) octavo::ort::Status* RegisterC
         static std::mutex mutex;
         static std::list<Linear> operators;
         const std::lock_guard lock(mutex);
-        const auto& op = operators.emplace_back(make_linear(*api, std::atoi(threads.data())));
+        const bool lends = std::atoi(base->version_text() + std::string_view("1.").size()) >= 18;
+        const auto& op = operators.emplace_back(make_linear(*api, {std::atoi(threads.data()), lends}));
         Domain* domain = nullptr;
         check(api->create_domain("octavo", &domain));
         check(api->add_op(domain, &op));

@@ -51,9 +51,14 @@ struct Api {
     void (*release_type_and_shape)(TypeAndShape*);
     void* before_config_entry[138];
     Status* (*config_entry)(const SessionOptions*, const char* key, char* out, std::size_t* size);
+    void* before_parallel_for[35];
+    // Since ONNX Runtime 1.18. Calls body(data, i) for each i below `total`, by the session's threads.
+    Status* (*parallel_for)(const KernelContext*, void (*body)(void* data, std::size_t i), std::size_t total,
+                            std::size_t batches, void* data);
 };
 static_assert(offsetof(Api, release_type_and_shape) / sizeof(void*) == 99);
 static_assert(offsetof(Api, config_entry) / sizeof(void*) == 238);
+static_assert(offsetof(Api, parallel_for) / sizeof(void*) == 274);
 
 struct ApiBase {
     const Api* (*api)(std::uint32_t version);

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +274,30 @@ def test_onnx_runtime_joins_what_follows(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         session.run(None, {"x": x})[0], (sums - sums.mean(-1, keepdims=True)) / spread, atol=1e-5
     )
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/task of Linux")
+def test_the_sessions_threads_do_the_work(tmp_path: Path) -> None:
+    """Two pools on the same processors keep each other from them: octavo starts no threads of its own."""
+    w = make("normal", (512, 512), "float32")
+    onnx.save(octavo_onnx.quantize_model(linear_model(w)), tmp_path / "model.onnx")
+    code = """
+        import os, pathlib, sys, time
+        import numpy, octavo.onnx, onnxruntime
+        x = numpy.ones((1, 1024, 512), numpy.float32)
+        octavo.linear(x[0], octavo.quantize_weight(x[0])) if sys.argv[1] == "calls itself" else None
+        session = onnxruntime.InferenceSession("model.onnx", octavo.onnx.session_options(3))
+        for _ in range(20):
+            session.run(None, {"x": x})
+            time.sleep(0.01)
+        print([pathlib.Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")])
+    """
+    names = {}
+    for way in ("calls itself", "operator alone"):
+        words = [sys.executable, "-c", textwrap.dedent(code), way]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+        names[way] = done.stdout.count("octavo\\n")
+    assert names == {"calls itself": octavo.get_num_threads() - 1, "operator alone": 0}
 
 
 def test_what_is_refused() -> None:
