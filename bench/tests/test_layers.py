@@ -123,7 +123,7 @@ def test_recipes_are_compared_with_octavo_without_outliers(tmp_path: Path) -> No
     (cases,) = json.loads((tmp_path / "recipes.json").read_text())["tables"]
     names = [
         "paper",
-        "paper, cap 0.02",
+        "paper, cap 0.01",
         "rotation",
         "best",
         "best, no cap",

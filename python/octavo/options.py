@@ -136,9 +136,9 @@ class Options:
 
 
 WHOLE_MODELS = "best"  # the recipe of whatever converts a model, unless one is named
-_BEST = Options(rotation=64, outliers="rows", relative=20.0, cap=0.02)
+_BEST = Options(rotation=64, outliers="rows", relative=20.0, cap=0.01)
 # Before calibration, and after it.
-_RECIPES = {"paper": (Options(), Options()), "best": (_BEST, replace(_BEST, outliers="none", relative=4.5))}
+_RECIPES = {"paper": (Options(), Options()), "best": (_BEST, replace(_BEST, outliers="none", relative=3.0))}
 
 
 def recipe(name: str, *, calibrated: bool = False) -> Options:
@@ -150,7 +150,7 @@ def recipe(name: str, *, calibrated: bool = False) -> Options:
             rotated in blocks of 64, and what is in a row from 63 times its median magnitude on (``relative=20``) in
             16 bit. No row depends on another.
         calibrated: those for a model that was calibrated, whose `criterion` is that of the calibration. Of "best":
-            the columns from 4.5 times the median on, at most 2 %, go through 16 bit, with their own weights.
+            the columns from 3 times the median on, at most 1 %, go through 16 bit, with their own weights.
 
     Raises:
         TypeError: `name` is no string.

@@ -98,7 +98,7 @@ def test_recipes() -> None:
     assert (best.rotation, best.outliers, best.relative) == (64, "rows", 20)
     assert best.keeping([3]) is best
     calibrated = octavo.recipe("best", calibrated=True)
-    assert (calibrated.rotation, calibrated.relative, calibrated.keeping([3]).outliers) == (64, 3.5, "static")
+    assert (calibrated.rotation, calibrated.relative, calibrated.keeping([3]).outliers) == (64, 3, "static")
     assert calibrated.keeping(None) is calibrated
     for paper in (octavo.recipe("paper", calibrated=True), octavo.recipe("paper").keeping([3])):
         assert paper == octavo.Options()
