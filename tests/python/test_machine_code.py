@@ -26,11 +26,13 @@ KERNELS = {
     "linear_mma.linear_kernelINS1_4TileELNS1_9SliceCopyE0EEEvv": [
         "IMMA.16832.S8.S8 R72, R56.ROW, R60.COL, R72",
         "HMMA.1688.F32.TF32 R72, R56, R60, R72",
+        "HMMA.16816.F32 R72, R56, R60, R72",
         "LDGSTS.E.BYPASS.LTC128B.128.ZFILL [R0], [R2.64], P0",
     ],
     "linear_wgmma.wgmma_kernelINS0_9GroupTileILi128ELi3ELi2EEEvv": [
         "IGMMA.64x128x32.S8.S8 R24, gdesc[UR20], R24",
         "HMMA.1688.F32.TF32 R72, R56, R60, R72",
+        "HMMA.16816.F32 R72, R56, R60, R72",
         "LDGSTS.E.BYPASS.LTC128B.128.ZFILL [R0], [R2.64], P0",
     ],
     "gemm_copies.copy_kernelEvv": ["STG.E.128 desc[UR8][R2.64], R4"],
