@@ -293,6 +293,9 @@ Pool& pool() {
 void work_in(Job& job, int threads, bool wakes) {
     if (threads <= 1 || is_taken.exchange(true, std::memory_order_acquire)) return job.work(0);
     struct Taken {
+        Taken() = default;
+        Taken(const Taken&) = delete;
+        Taken& operator=(const Taken&) = delete;
         ~Taken() { is_taken.store(false, std::memory_order_release); }
     } const taken;
     const bool lent = run_together != nullptr && threads <= thread_limit && !is_forked.load(std::memory_order_relaxed);
