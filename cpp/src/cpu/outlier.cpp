@@ -211,7 +211,7 @@ std::function<std::span<const std::int32_t>(std::int64_t)> OutlierElements::find
     }
     if (!per_row_) {
         return [this](std::int64_t row) {
-            load_columns(x_, row, columns_, shared_.data() + row, stride_);
+            if (!columns_.empty()) load_columns(x_, row, columns_, shared_.data() + row, stride_);
             return std::span<const std::int32_t>(columns_);
         };
     }
