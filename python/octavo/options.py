@@ -146,9 +146,9 @@ def recipe(name: str, *, calibrated: bool = False) -> Options:
 
     Args:
         name: "paper": LLM.int8() as published: vector-wise absmax, the columns from 6 on in 16 bit. "best": the closest
-            to 16 bit that was measured on real models in at most a tenth more time than vector-wise absmax: X and W
-            rotated in blocks of 64, and what is in a row from 63 times its median magnitude on (``relative=20``) in
-            16 bit. No row depends on another.
+            to 16 bit that was measured on real models in little more time than vector-wise absmax (the guide says how
+            much): X and W rotated in blocks of 64, and what is in a row from 63 times its median magnitude on
+            (``relative=20``) in 16 bit. No row depends on another.
         calibrated: those for a model that was calibrated, whose `criterion` is that of the calibration. Of "best":
             the columns from 3 times the median on, at most 1 %, go through 16 bit, with their own weights.
 
