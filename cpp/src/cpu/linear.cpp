@@ -183,6 +183,7 @@ private:
     void gather_kept(std::int64_t first, std::int64_t cols) {
         const ConstMatrix& original = weight_.outlier_weight;
         const std::int64_t count = std::ssize(kept_places_);
+        if (count == 0) return;
         if (original.col_stride == 1) {
             return kernels().load_transposed(original.dtype, at(original, block_.col_begin + first, 0),
                                              original.row_stride, cols, count, kept_places_.data(),
