@@ -101,6 +101,7 @@ public:
                                      .depth = slice_end - slice,
                                      .first = slice == begin,
                                      .acc = acc_.data() + j / plan_.cols * panels_ * tile_size(),
+                                     .bytes_ahead = fetches_streams() ? 0 : 32 * line,
                                      .begun = begun};
                     const std::int64_t next = !last_of_strip ? slice : last_of_slices ? begin : slice_end;
                     const std::int64_t next_j = !last_of_strip ? j + plan_.cols : last_of_slices ? strip_end : strip;

@@ -145,6 +145,15 @@ const Kernels& kernels() {
     return chosen;
 }
 
+bool fetches_streams() {
+#ifdef OCTAVO_X86_64
+    static const bool is_amd = (__builtin_cpu_init(), __builtin_cpu_is("amd") != 0);
+    return is_amd;
+#else
+    return false;
+#endif
+}
+
 }  // namespace octavo::cpu
 
 namespace octavo {

@@ -38,6 +38,8 @@ struct ProductTile {
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_depth = 0;
     std::int64_t ahead_stride = 0;
+    // How far ahead of itself a product of few rows asks for lines of W; 0: not at all.
+    std::int64_t bytes_ahead = 0;
     // How much of it an epilogue has begun already (Plan::begin), in pieces of an instruction set's own.
     std::int64_t begun = 0;
     // Of a run: to be called for all of its rows, some of a panel at a time, as soon as their sums are whole; best

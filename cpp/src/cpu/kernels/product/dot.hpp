@@ -38,9 +38,7 @@ void multiply_block(const ProductTile& tile, std::int64_t j) {
     constexpr std::int64_t turn = 4 * std::int64_t{steps};
     constexpr int width = Blocks * Dot::vectors;
     constexpr std::int64_t vector_size = block_size / Dot::vectors;
-    // So few rows wait for memory, unless each block of W is fetched so many bytes ahead.
-    constexpr int few = 4;
-    constexpr std::int64_t ahead = 32 * block_size;
+    constexpr int few = 4;  // rows that wait for memory, unless lines of W are asked for
     const std::int8_t* const x = tile.x;
     const std::int8_t* const w = tile.w + j / 16 * tile.w_stride;
     typename Dot::Accumulator sums[Rows * width];
@@ -50,7 +48,7 @@ void multiply_block(const ProductTile& tile, std::int64_t j) {
             typename Dot::W operands[width];
             unroll<width>([&](auto v) OCTAVO_INLINE {
                 if constexpr (Rows <= few && v % Dot::vectors == 0) {
-                    __builtin_prefetch(w + v / Dot::vectors * tile.w_stride + (k + 4 * step) * 16 + ahead);
+                    __builtin_prefetch(w + v / Dot::vectors * tile.w_stride + (k + 4 * step) * 16 + tile.bytes_ahead);
                 }
                 operands[v] = Dot::load(w + v / Dot::vectors * tile.w_stride + (k + 4 * step) * 16 +
                                         v % Dot::vectors * vector_size);
