@@ -29,6 +29,16 @@ constexpr std::int64_t ceiling(std::int64_t value, std::int64_t divisor) { retur
 // Number of parts of at most max_int32_depth.
 std::int64_t parts_of(std::int64_t depth) { return std::max<std::int64_t>(1, ceiling(depth, max_int32_depth)); }
 
+// Whether so many bytes of W stay in the first-level cache while X and sums pass by. (Yes where it is not known.)
+bool is_nearest(std::int64_t bytes) {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    static const std::int64_t cache = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+    return cache <= 0 || bytes <= cache / 4 * 3;
+#else
+    return true;
+#endif
+}
+
 // Bytes of X beside which the second-level cache also holds the slices of W that pass by.
 std::int64_t near_size() {
     constexpr std::int64_t least = std::int64_t{256} << 10;
@@ -38,6 +48,13 @@ std::int64_t near_size() {
 #else
     return least / 2;
 #endif
+}
+
+// The depth of a slice. Where the first-level cache is too small for a plan's, W comes from the second-level cache for
+// every panel, which is fast enough if it does, and deeper slices read and write sums less often.
+std::int64_t slice_of(const Plan& plan) {
+    if (plan.regroup != nullptr || is_nearest(plan.cols * plan.depth)) return plan.depth;
+    return std::max(plan.depth, near_size() / 2 / plan.cols / 64 * 64);
 }
 
 // Whether the sums of a plan's `multiply` are too large by anything.
@@ -74,6 +91,7 @@ public:
           whole_(plan_.run_rows > 0 ? tile_size() : 0),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
           offsets_(cols_),
+          together_(block.rows() <= few_rows ? block.rows() : plan_.rows),
           lines_of_finish_(is_finished_at_once() && plan_.begin == nullptr ? lines : 0) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,
@@ -150,6 +168,8 @@ private:
             tile.ahead_depth -= lines * line / block_cols;
         }
         const std::int64_t run = std::max(plan_.rows, plan_.run_rows);
+        std::int32_t* const acc = tile.acc;
+        std::int64_t handed_over = block_.row_begin;
         for (std::int64_t row = block_.row_begin; row < block_.row_end; row += run) {
             tile.x = x_.panel(row, begin);
             tile.rows = std::min(run, block_.row_end - row);
@@ -182,15 +202,16 @@ private:
             }
             if (!plan_.fetches) fetch_ahead(tile, (row - block_.row_begin) / run);
             if (tile.depth > 0) plan_.multiply(tile);
-            const bool hands_over = finish != nullptr && !finishes;
-            const bool together = block_.rows() <= few_rows;
-            for (std::int64_t i = 0; hands_over && !together && i < tile.rows; i += plan_.rows) {
-                hand_over(i, std::min(plan_.rows, tile.rows - i));
+            const std::int64_t end = row + tile.rows;
+            // The sums of panels lie in a row.
+            while (finish != nullptr && !finishes &&
+                   (end - handed_over >= together_ || (end == block_.row_end && handed_over < end))) {
+                const std::int64_t rows = std::min(together_, end - handed_over);
+                hand_over(handed_over - row, rows);
+                handed_over += rows;
             }
-            if (hands_over && together && row + run >= block_.row_end) {  // the sums of all panels lie in a row
-                hand_over(block_.row_begin - row, block_.rows());
-            }
-            tile.acc += ceiling(tile.rows, plan_.rows) * tile_size();
+            // Sums of one slice alone are in the first-level cache, over and over in the same place.
+            tile.acc = tile.first && handed_over == end ? acc : tile.acc + ceiling(tile.rows, plan_.rows) * tile_size();
         }
     }
 
@@ -220,6 +241,7 @@ private:
     Scratch<std::int32_t> whole_;  // of a panel, where runs finish
     Scratch<std::int8_t> regrouped_;
     Scratch<std::int32_t> offsets_;
+    std::int64_t together_;         // rows that are finished at once
     std::int64_t lines_of_finish_;  // of what comes next
 };
 
@@ -261,7 +283,7 @@ XPanels::XPanels(const Plan& plan, std::int64_t rows, std::int64_t k)
       rows_(up(rows, plan.rows)),
       depth_(padded_depth(k)),
       // A single panel passes once, so that there is nothing of W to keep.
-      slice_(rows <= plan.rows && plan.regroup == nullptr ? max_int32_depth : plan.depth),
+      slice_(rows <= plan.rows && plan.regroup == nullptr ? max_int32_depth : slice_of(plan)),
       memory_(bytes(rows_)),
       offsets_(rows_ * parts_of(depth_)) {}
 

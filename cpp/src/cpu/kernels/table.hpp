@@ -54,7 +54,8 @@ struct ProductTile {
 // driver (cpu/gemm.hpp) makes of it:
 //
 //   for a slice of k, `depth` deep:              the slice of `block_rows` rows of X is in the second-level cache
-//       for `cols` output features:              the slice of W is in the first-level cache
+//       for `cols` output features:              the slice of W is in the first-level cache, or, where that is too
+//                                                small, deeper (slice_of in gemm.cpp) and in the second-level cache
 //           for a panel of `rows` rows of X:     the sums are in registers
 //
 // The sums that `multiply` leaves are those of X W^T plus a number of each row and a number of each output feature,
