@@ -91,7 +91,7 @@ public:
           whole_(plan_.run_rows > 0 ? tile_size() : 0),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
           offsets_(cols_),
-          together_(block.rows() <= few_rows ? block.rows() : plan_.rows),
+          together_(block.rows() <= few_rows ? block.rows() : std::max(plan_.rows, few_rows / plan_.rows * plan_.rows)),
           lines_of_finish_(is_finished_at_once() && plan_.begin == nullptr ? lines : 0) {}
 
     void run(std::int64_t begin, std::int64_t end, const std::int32_t* w_sums,

@@ -56,7 +56,7 @@ struct ProductTile {
 //   for a slice of k, `depth` deep:              the slice of `block_rows` rows of X is in the second-level cache
 //       for `cols` output features:              the slice of W is in the first-level cache, or, where that is too
 //                                                small, deeper (slice_of in gemm.cpp) and in the second-level cache
-//           for a panel of `rows` rows of X:     the sums are in registers
+//           for a panel of `rows` rows of X:     the sums are in registers; of some panels they are finished at once
 //
 // The sums that `multiply` leaves are those of X W^T plus a number of each row and a number of each output feature,
 // modulo 2^32. `place_row` tells the row's, `regroup` the feature's; unless x_is_unsigned, a plan without `regroup`
