@@ -49,48 +49,68 @@ template <DType Type>
     __builtin_memcpy(y, &halves, sizeof halves);
 }
 
-#if defined(__AVX512BF16__)
-// The least magnitude of `Count` vectors' numbers, NaN left out, lane by lane.
-template <int Count>
-[[gnu::always_inline]] inline Floats least_magnitude(const Floats* sums) {
+#if defined(__AVX512F__)
+// `Count` vectors made one, two by two.
+template <int Count, class Combine>
+[[gnu::always_inline]] inline Floats fold(const Floats* sums, Combine combine) {
     if constexpr (Count == 1) {
         return sums[0];
     } else {
-        constexpr int of_magnitudes = 0b1010;
-        return _mm512_range_ps(least_magnitude<Count / 2>(sums), least_magnitude<Count - Count / 2>(sums + Count / 2),
-                               of_magnitudes);
+        return combine(fold<Count / 2>(sums, combine), fold<Count - Count / 2>(sums + Count / 2, combine));
     }
+}
+
+// Whether `write_ordinary` is right for all of these numbers, as it nearly always is.
+template <int Count>
+[[gnu::always_inline]] inline bool are_ordinary(const Floats* sums) {
+#if defined(__AVX512BF16__)
+    // Its instruction takes subnormal numbers for 0. Zeros, which one comparison cannot tell from them, are rare, too.
+    const auto least_magnitude = [](const Floats& a, const Floats& b) OCTAVO_INLINE {
+        constexpr int of_magnitudes = 0b1010;
+        return Floats(_mm512_range_ps(a, b, of_magnitudes));
+    };
+    return _mm512_cmp_ps_mask(fold<Count>(sums, least_magnitude), Floats{} + 0x1p-126F, _CMP_LT_OQ) == 0;
+#else
+    // It knows no NaN, which is what a sum with one is.
+    const Floats sum = fold<Count>(sums, [](const Floats& a, const Floats& b) OCTAVO_INLINE { return a + b; });
+    return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) == 0;
+#endif
+}
+
+// Two vectors rounded to bfloat16.
+[[gnu::always_inline]] inline void write_ordinary(const Floats& low, const Floats& high, char* y) {
+#if defined(__AVX512BF16__)
+    const auto halves = _mm512_cvtne2ps_pbh(high, low);
+#else
+    const auto round = [](const Floats& sum, auto& rounded) OCTAVO_INLINE {
+        Bits bits;
+        __builtin_memcpy(&bits, &sum, sizeof bits);
+        bits += ((bits >> 16U) & 1U) + 0x7FFFU;
+        __builtin_memcpy(&rounded, &bits, sizeof bits);
+    };
+    using Words [[gnu::vector_size(register_size)]] = std::uint16_t;
+    Words first;
+    Words second;
+    round(low, first);
+    round(high, second);
+    const Words halves = __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29,
+                                                 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63);
+#endif
+    __builtin_memcpy(y, &halves, sizeof halves);
 }
 #endif
 
 // `Rows` rows of `Vectors` vectors of sums, rounded to `Type`.
 template <DType Type, int Rows, int Vectors>
 [[gnu::always_inline]] inline void write_square(const Floats* sums, char* y, std::int64_t y_stride) {
-#if defined(__AVX512BF16__)
-    if constexpr (Type == DType::bf16) {
-        // The instructions take subnormal numbers for 0. There hardly ever are any, nor zeros, which one comparison
-        // cannot tell from them.
-        const Floats least = least_magnitude<Rows * Vectors>(sums);
-        if (_mm512_cmp_ps_mask(least, Floats{} + 0x1p-126F, _CMP_LT_OQ) == 0) {
-            return unroll<Rows>([&](auto r) OCTAVO_INLINE {
-                const Floats* const row = sums + r * Vectors;
-                char* const target = y + r * y_stride;
-                if constexpr (Vectors == 1) {
-                    const auto halves = _mm512_cvtneps_pbh(row[0]);
-                    __builtin_memcpy(target, &halves, sizeof halves);
-                } else {
-                    unroll<Vectors / 2>([&](auto v) OCTAVO_INLINE {
-                        const auto halves = _mm512_cvtne2ps_pbh(row[2 * v + 1], row[2 * v]);
-                        __builtin_memcpy(target + v * 64, &halves, sizeof halves);
-                    });
-                }
-            });
-        }
-    }
-#endif
     unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE {
         write<Type>(sums[s], y + s / Vectors * y_stride + s % Vectors * width * size_of(Type));
     });
+}
+
+template <DType Type, int Rows, int Vectors>
+[[gnu::noinline]] void write_any(const Floats* sums, char* y, std::int64_t y_stride) {
+    write_square<Type, Rows, Vectors>(sums, y, y_stride);
 }
 
 // The accumulators of a square of the tile, which fit the registers. With AVX-512, whose tiles may be narrower, of half
@@ -309,17 +329,13 @@ template <DType Type, int Rows, int Vectors>
                                                  std::int64_t y_stride) {
     Floats sums[Rows * Vectors];
     if (tile.scaled == nullptr) {
-        const auto scale = [&](auto r, auto v, const Ints& sum) OCTAVO_INLINE {
-            const Floats scale_x = tile.scale_x[i + r] - Floats{};
-            sums[r * Vectors + v] = __builtin_convertvector(sum, Floats) * (scale_x * scales[v]);
-        };
         const std::int32_t* const acc = tile.acc + i * tile.stride + j;
         if (tile.row_offsets == nullptr) {
             unroll<Rows>([&](auto r) OCTAVO_INLINE {
                 unroll<Vectors>([&](auto v) OCTAVO_INLINE {
                     Ints sum;
                     read(acc + r * tile.stride + v * width, sum);
-                    scale(r, v, sum);
+                    sums[r * Vectors + v] = __builtin_convertvector(sum, Floats);
                 });
             });
         } else {
@@ -332,10 +348,15 @@ template <DType Type, int Rows, int Vectors>
                     read(acc + r * tile.stride + v * width, whole);
                     Ints sum;
                     read(&(whole -= row_offset + col_offsets[v]), sum);
-                    scale(r, v, sum);
+                    sums[r * Vectors + v] = __builtin_convertvector(sum, Floats);
                 });
             });
         }
+        // Behind both of them: else GCC makes all of these products first, for which there are no registers.
+        unroll<Rows>([&](auto r) OCTAVO_INLINE {
+            const Floats scale_x = tile.scale_x[i + r] - Floats{};
+            unroll<Vectors>([&](auto v) OCTAVO_INLINE { sums[r * Vectors + v] *= scale_x * scales[v]; });
+        });
     } else {
         unroll<Rows>([&](auto r) OCTAVO_INLINE {
             unroll<Vectors>([&](auto v) OCTAVO_INLINE {
@@ -365,6 +386,19 @@ template <DType Type, int Rows, int Vectors>
     }
     if (tile.gelu)
         through_memory([](Floats* in_memory) OCTAVO_INLINE { apply_gelu(in_memory, std::int64_t{Rows} * Vectors); });
+#if defined(__AVX512F__)
+    if constexpr (Type == DType::bf16 && Vectors % 2 == 0) {
+        if (are_ordinary<Rows * Vectors>(sums)) {
+            return unroll<Rows * Vectors / 2>([&](auto pair) OCTAVO_INLINE {
+                write_ordinary(sums[2 * pair], sums[2 * pair + 1],
+                               y + 2 * pair / Vectors * y_stride + 2 * pair % Vectors * 32);
+            });
+        }
+        // Not inline: GCC would begin with what both have in common, for which there are no registers.
+        return through_memory([&](Floats* in_memory)
+                                  OCTAVO_INLINE { write_any<Type, Rows, Vectors>(in_memory, y, y_stride); });
+    }
+#endif
     write_square<Type, Rows, Vectors>(sums, y, y_stride);
 }
 
