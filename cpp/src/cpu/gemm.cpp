@@ -86,8 +86,8 @@ public:
           plan_(x.plan()),
           cols_(whole_blocks(block.cols())),
           panels_(ceiling(block.rows(), plan_.rows)),
-          strip_(x.bytes(block.rows()) <= near_size() ? plan_.cols : cols_),
-          acc_(panels_ * tile_size() * ceiling(cols_, plan_.cols)),
+          strip_(x.is_deep() || x.bytes(block.rows()) <= near_size() ? plan_.cols : cols_),
+          acc_(panels_ * tile_size() * ceiling(strip_, plan_.cols)),
           whole_(plan_.run_rows > 0 ? tile_size() : 0),
           regrouped_(plan_.cols * std::min(plan_.depth, x.depth()) * plan_.regrouped),
           offsets_(cols_),
@@ -100,7 +100,7 @@ public:
             offsets_[j] =
                 plan_.x_is_unsigned ? static_cast<std::int32_t>(128U * static_cast<std::uint32_t>(w_sums[j])) : 0;
         }
-        if (begin == end) std::fill(acc_.data(), acc_.data() + panels_ * tile_size() * ceiling(cols_, plan_.cols), 0);
+        if (begin == end) std::fill(acc_.data(), acc_.data() + panels_ * tile_size() * ceiling(strip_, plan_.cols), 0);
         const Entered entered(plan_, block_.rows());
         std::int64_t begun = 0;  // of the tile that comes next
         for (std::int64_t strip = 0; strip < cols_; strip += strip_) {
@@ -118,7 +118,7 @@ public:
                                      .cols = std::min(plan_.cols, cols_ - j),
                                      .depth = slice_end - slice,
                                      .first = slice == begin,
-                                     .acc = acc_.data() + j / plan_.cols * panels_ * tile_size(),
+                                     .acc = acc_.data() + (j - strip) / plan_.cols * panels_ * tile_size(),
                                      .bytes_ahead = fetches_streams() ? 0 : 32 * line,
                                      .begun = begun};
                     const std::int64_t next = !last_of_strip ? slice : last_of_slices ? begin : slice_end;
@@ -234,8 +234,8 @@ private:
     const Plan& plan_;
     std::int64_t cols_;
     std::int64_t panels_;
-    // As long as all of X is in the second-level cache, one tile's width of W passes at a time, read from its first
-    // byte to its last.
+    // As long as all of X is in the second-level cache, or none of it is to be, one tile's width of W passes at a time,
+    // read from its first byte to its last.
     std::int64_t strip_;
     Scratch<std::int32_t> acc_;    // tile after tile, down the rows first
     Scratch<std::int32_t> whole_;  // of a panel, where runs finish

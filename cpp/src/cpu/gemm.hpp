@@ -39,8 +39,12 @@ public:
     void place(std::int64_t row, const std::int8_t* codes) const;
 
     [[nodiscard]] const Plan& plan() const noexcept { return plan_; }
+    // Whether W is to come from the second-level cache for every panel, so that X need not stay there.
+    [[nodiscard]] bool is_deep() const noexcept { return slice_ > plan_.depth; }
     [[nodiscard]] Blocking blocking() const noexcept {
-        return {.rows = plan_.rows, .block_rows = plan_.block_rows, .speed = plan_.speed};
+        // X passes once for each tile's width of W; the more of its rows do, the less often W comes from memory.
+        const std::int64_t block_rows = is_deep() ? 3 * plan_.block_rows : plan_.block_rows;
+        return {.rows = plan_.rows, .block_rows = block_rows, .speed = plan_.speed};
     }
     [[nodiscard]] std::int64_t depth() const noexcept { return depth_; }
     // Where the slice that begins at `begin` ends.
