@@ -169,7 +169,7 @@ def whole(parser: argparse.ArgumentParser) -> Run:
     """Time a whole model in octavo and in other engines that are installed."""
     add = partial(_option, parser)
     add("model", "llama: 664 million random weights", ("smollm2", "llama", "minilm"))
-    add("--engines", "as the table has them; default: all that are installed", str, many=True)
+    add("--engines", "default: all that are installed; a name that there is not gets them listed", str, many=True)
     add("--rounds", "calls of each at least", positive, 3)
     add("--seconds", "of each case", number, 5.0)
     add("--loads", "how long each takes to load, and its memory, too")

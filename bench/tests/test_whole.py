@@ -48,3 +48,11 @@ def test_whole(tmp_path: Path, facts: Any, progress: Progress, monkeypatch: pyte
     assert said["broken"] == "OSError: tiny is not for this one"
     assert said["absent"] == "a_package_of_nobody is not installed"
     assert said["wrong"].startswith("RuntimeError: expected torch float32's outputs")
+
+
+def test_engines_that_there_are_not(facts: Any, progress: Progress) -> None:
+    args = argparse.Namespace(model="smollm2", engines=["octavo bfloat16", "octavo, bfloat16"])
+    with pytest.raises(
+        ValueError, match=r"--engines: expected some of 'octavo float32', .*, got \['octavo, bfloat16'\]"
+    ):
+        whole.command(args, facts, progress)

@@ -30,6 +30,7 @@ from octavo import Options, recipe
 from torch import Tensor
 
 from .. import machine
+from ..commands import expect_known
 from ..progress import Progress
 from ..tables import Report, Table
 from ..turns import on_the_cpu, on_the_wall, take_turns
@@ -167,6 +168,7 @@ def inputs(folder: Path, case: Case) -> tuple[Tensor, Tensor, int]:
 
 def command(args: argparse.Namespace, facts: machine.Facts, progress: Progress) -> tuple[Report, None]:
     """``python -m octavo_bench whole``."""
+    expect_known("--engines", args.engines or (), ENGINES)
     folder = {**find.NAMED, "llama": find.llama}[args.model]()
     if args.load:  # the child of `_load`
         print(json.dumps(_load_here(ENGINES[args.load], folder)))
