@@ -338,6 +338,8 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
     };
     more(row_blocks, col_blocks, ceiling(m, least_rows));
     more(col_blocks, row_blocks, ceiling(n, blocking.cols));
+    // As many for each thread.
+    while (wanted > 1 && row_blocks * col_blocks % threads != 0 && row_blocks < ceiling(m, least_rows)) ++row_blocks;
     const std::int64_t rows = up(ceiling(m, row_blocks), blocking.rows);
     const std::int64_t cols = up(ceiling(n, col_blocks), blocking.cols);
     row_blocks = ceiling(m, rows);
