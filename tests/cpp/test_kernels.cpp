@@ -156,10 +156,9 @@ TEST(range_agrees) {
 TEST(magnitudes_agree) {
     for (const DType dtype : float_dtypes) {
         const auto item = static_cast<std::size_t>(octavo::size_of(dtype));
-        const std::uint32_t infinite = dtype == DType::f32 ? 0x7F800000U : dtype == DType::f16 ? 0x7C00U : 0x7F80U;
-        // 6.0, what only Inf and NaN reach, and what everything does.
-        const std::uint32_t six = dtype == DType::f32 ? 0x40C00000U : dtype == DType::f16 ? 0x4600U : 0x40C0U;
-        for (const std::uint32_t limit : {six, infinite, 0U}) {
+        // As halves: 6.0, what only Inf and NaN reach, what everything does, and nothing.
+        constexpr std::uint16_t limits[] = {0x40C0, 0x7F80, 0, 0x8000};
+        for (const std::uint16_t limit : limits) {
             compare("magnitudes", 0, [&](const Kernels& table, std::int64_t size) {
                 Random random(3);
                 auto values = random_floats(random, size, 3);
@@ -168,16 +167,21 @@ TEST(magnitudes_agree) {
                 const Guarded<std::byte> x(values.size() * item);
                 table.store(values.data(), size, dtype, x.data(), 1);
                 const Guarded<std::byte> maxima(std::vector<std::byte>(values.size() * item));
-                const Guarded<std::uint8_t> mask(values.size());
+                const Guarded<std::int32_t> places(values.size());
                 const Guarded<std::uint16_t> halves(values.size());
                 table.raise_maxima(dtype, x.data(), size, maxima.data());
-                table.mark_magnitudes(dtype, x.data(), size, limit, mask.data());
                 table.upper_halves(dtype, x.data(), size, halves.data());
+                for (std::size_t i = 0; i < values.size(); i += 2) halves.data()[i] |= 0x8000U;  // signs are ignored
+                const octavo::cpu::Survey survey = table.survey(halves.data(), size, 0x3F80);
+                const std::int64_t found = table.find_halves(halves.data(), size, limit, places.data());
 
                 const Guarded<std::byte> left(std::vector<std::byte>(values.size() * item));  // every third is masked
                 std::uint32_t largest = 0;
                 std::uint32_t largest_left = 0;
                 std::int64_t below = 0;
+                std::int64_t zeros = 0;
+                std::int64_t reached = 0;
+                std::uint16_t largest_half = 0;
                 for (std::size_t i = 0; i < values.size(); ++i) {
                     std::uint32_t bits = 0;
                     std::uint32_t raised = 0;
@@ -188,19 +192,24 @@ TEST(magnitudes_agree) {
                     const std::uint32_t kept = i % 3 == 0 ? 0 : 0x7FFF7FFFU;
                     std::memcpy(left.data() + i * item, &kept, item);
                     largest_left = std::max(largest_left, bits & kept);
-                    below += halves.data()[i] < 0x3F80 ? 1 : 0;
+                    const auto half = static_cast<std::uint16_t>(halves.data()[i] & 0x7FFFU);
+                    largest_half = std::max(largest_half, half);
+                    below += half < 0x3F80 ? 1 : 0;
+                    zeros += half == 0 ? 1 : 0;
+                    if (half >= limit) CHECK_EQ(places.data()[reached++], static_cast<std::int32_t>(i));
                     float value = 0.0F;
                     table.load(dtype, x.data() + i * item, 1, 1, &value);
-                    CHECK_EQ(mask.data()[i], bits >= limit ? 1 : 0);
                     CHECK_EQ(raised, bits);
-                    CHECK_EQ(halves.data()[i], (std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFFU) >> 16U);
+                    CHECK_EQ(half, (std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFFU) >> 16U);
                 }
                 CHECK_EQ(table.largest_magnitude(dtype, x.data(), size), largest);
                 CHECK_EQ(table.largest_masked(dtype, x.data(), left.data(), size), largest_left);
-                CHECK_EQ(table.count_below(dtype, x.data(), size, 0x3F80), below);
-                CHECK_EQ(table.count_below(DType::bf16, halves.data(), size, 0x3F80), below);
+                CHECK_EQ(survey.largest, largest_half);
+                CHECK_EQ(survey.below, below);
+                CHECK_EQ(survey.zeros, zeros);
+                CHECK_EQ(found, reached);
                 table.raise_maxima(dtype, x.data(), size / 2, maxima.data());  // what is larger already stays
-                return mask.bytes() + maxima.bytes() + halves.bytes();
+                return maxima.bytes() + halves.bytes();
             });
         }
     }

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -29,24 +30,17 @@ std::uint32_t magnitude_bits(DType dtype, const void* values, std::int64_t index
     return bits & 0x7FFFU;
 }
 
-// The least bit pattern of a magnitude that is not below the threshold. Inf and NaN never are.
-std::uint32_t limit_of(DType dtype, float threshold) {
-    std::uint32_t bits = 0;
-    kernels().store(&threshold, 1, dtype, &bits, 1);
-    bits &= dtype == DType::f32 ? 0x7FFFFFFFU : 0x7FFFU;  // no sign: -0 is a threshold too
-    return magnitude_of(dtype, bits) < threshold ? bits + 1 : bits;
-}
+constexpr int infinity = 0x7F80;  // as a half
+constexpr int beyond_all = 0x8000;
 
-std::uint32_t infinity_of(DType dtype) { return limit_of(dtype, INFINITY); }
-
-// How many halves are below a bound.
-std::int64_t below(const std::vector<std::uint16_t>& halves, int bound) {
-    return kernels().count_below(DType::bf16, halves.data(), std::ssize(halves), static_cast<std::uint16_t>(bound));
-}
-
-constexpr float number_of(int half) {
-    constexpr int infinity = 0x7F80;  // NaN is as large
+constexpr float number_of(int half) {  // NaN is as large as Inf
     return std::bit_cast<float>(static_cast<std::uint32_t>(std::min(half, infinity)) << 16U);
+}
+
+int half_of(float magnitude) { return static_cast<int>(std::bit_cast<std::uint32_t>(magnitude) >> 16U); }
+
+Survey survey_at(const void* halves, std::int64_t size, int bound) {
+    return kernels().survey(halves, size, static_cast<std::uint16_t>(bound));
 }
 
 }  // namespace
@@ -55,100 +49,121 @@ Criterion::Criterion(DType dtype, std::int64_t k, std::int64_t rows, const Linea
     : dtype_(dtype),
       k_(k),
       relative_(times_median(options, rows)),
-      limit_(limit_of(dtype, options.threshold)),
+      threshold_(std::fabs(options.threshold)),  // -0 is a threshold, too
       most_(most_outliers(options, k)),
-      halves_(options.relative > 0.0F ? static_cast<std::size_t>(k) : 0),
-      mask_(static_cast<std::size_t>(k)) {}
+      halves_(dtype != DType::bf16 ? static_cast<std::size_t>(k) : 0),
+      places_(k) {}
 
-// By counting those below a bound, which moves from the last median to where the rank would lie among normal values,
-// and a little beyond, until the half is bracketed; then by halving the bracket.
-void Criterion::narrow(int width) {
+float Criterion::magnitude(const void* values, std::int64_t index) const {
+    const std::uint32_t bits = magnitude_bits(dtype_, values, index);
+    if (dtype_ == DType::f16) return magnitude_of(dtype_, bits);
+    return std::bit_cast<float>(dtype_ == DType::f32 ? bits : bits << 16U);
+}
+
+float Criterion::limit_at(int median) const {  // zero never is one
+    return std::max(relative_ * number_of(median), std::numeric_limits<float>::denorm_min());
+}
+
+int Criterion::least_median(float magnitude) const {
+    int half = std::min(half_of(magnitude / relative_), infinity);  // but for how the product is rounded
+    while (half > 0 && magnitude < limit_at(half - 1)) --half;
+    while (half <= infinity && !(magnitude < limit_at(half))) ++half;
+    return half <= infinity ? half : beyond_all;
+}
+
+// One walk most of the time: medians of rows that follow each other are alike, and since outliers are many times as
+// large, a bound will do that is merely near. Where the last row's is not, it moves to where the rank would lie among
+// normal values, and a little beyond, until the median is bracketed; then the bracket is halved.
+int Criterion::lower_bound(const void* halves, Survey survey) {
     constexpr std::int64_t sharers = 430;  // near the median of magnitudes, a 430th of normal values share a half
-    int bound = median_;
-    for (int beyond = 1; high_ - low_ > width; beyond = std::min(2 * beyond, 0x8000)) {
-        bound = low_ > 0 && high_ < 0x8000 ? low_ + (high_ - low_) / 2 : std::clamp(bound, low_ + 1, high_ - 1);
-        const std::int64_t smaller = below(halves_, bound);
-        const bool above = smaller <= rank_;
-        (above ? low_ : high_) = bound;
-        bound += static_cast<int>((rank_ - smaller) * sharers / std::ssize(halves_)) + (above ? beyond : -beyond);
+    constexpr int near = 64;               // half an octave
+    const std::int64_t zeros = survey.zeros;
+    int low = 0;
+    int high = beyond_all;
+    const auto distance = [&](std::int64_t below) {
+        return static_cast<int>((rank_ - below) * sharers / (k_ - zeros));
+    };
+    for (int beyond = near;; beyond = std::min(2 * beyond, beyond_all)) {
+        const bool is_below = survey.below <= rank_;
+        (is_below ? low : high) = bound_;
+        const int away = distance(survey.below);
+        const int expected = std::clamp(bound_ + away - near, 1, infinity);
+        // Whether it will do: nothing is as large as an outlier, or few values lie between it and the median.
+        if (is_below && (number_of(survey.largest + 1) <= limit_at(low) || away < 3 * near)) {
+            bound_ = expected;
+            return low;
+        }
+        if (high - low <= near) {
+            bound_ = std::max(low, 1);
+            return low;
+        }
+        bound_ = low > 0 && high < beyond_all
+                     ? low + (high - low) / 2
+                     : std::clamp(expected + (is_below ? beyond - near : near - beyond), low + 1, high - 1);
+        survey = survey_at(halves, k_, bound_);
     }
-    median_ = low_ + (high_ - low_) / 2;
 }
 
-std::uint32_t Criterion::limit_at(int median) const {
-    return std::max(limit_of(dtype_, relative_ * number_of(median)), 1U);
-}
-
-std::uint32_t Criterion::least_limit(const void* values, std::uint32_t largest) {
-    low_ = high_ = 0;
-    if (halves_.empty()) return limit_;
-    // The median of rows without outliers need not be known: that it is large enough is one count. (Zeros, which do not
-    // take part in it, would only raise it.)
-    const float magnitude = magnitude_of(dtype_, largest);
-    const float least = magnitude / relative_;
-    if (least < 0x1p120F) {
-        const auto enough = static_cast<std::uint16_t>((std::bit_cast<std::uint32_t>(least) >> 16U) + 2);
-        const bool is_enough = kernels().count_below(dtype_, values, k_, enough) <= (k_ - 1) / 2;
-        if (is_enough && relative_ * number_of(enough) > magnitude) return largest + 1;
+// A candidate is none if the median is at least so much: each such count decides about others, too.
+void Criterion::decide(const void* values, const void* halves, int low) {
+    const auto leave_out = [&](float limit) {
+        std::erase_if(found_, [&](std::int32_t column) { return magnitude(values, column) < limit; });
+    };
+    leave_out(limit_at(low));
+    int high = beyond_all;
+    for (auto next = found_.begin(); next != found_.end();) {
+        const int median = least_median(magnitude(values, *next));
+        if (median >= high) {
+            ++next;
+            continue;
+        }
+        if (survey_at(halves, k_, median).below > rank_) {
+            high = median;
+            ++next;
+            continue;
+        }
+        const auto known = next - found_.begin();  // all before are outliers, however large the median
+        leave_out(limit_at(median));
+        next = found_.begin() + known;
     }
-    kernels().upper_halves(dtype_, values, k_, halves_.data());
-    std::int64_t zeros = below(halves_, 1);
-    // A float32 can be smaller than any half and yet not be zero.
-    for (std::int64_t j = 0; zeros > 0 && dtype_ == DType::f32 && j < k_; ++j) {
-        zeros -= halves_[static_cast<std::size_t>(j)] == 0 && magnitude_bits(dtype_, values, j) != 0 ? 1 : 0;
-    }
-    if (zeros == k_) return infinity_of(dtype_);
-    rank_ = zeros + (k_ - zeros - 1) / 2;
-    high_ = 0x8000;
-    constexpr int width = 16;  // an eighth: few values are as close to the limit
-    narrow(width);
-    return limit_at(low_);
 }
 
 std::span<const std::int32_t> Criterion::find(const void* values) {
     found_.clear();
-    const std::uint32_t largest = kernels().largest_magnitude(dtype_, values, k_);
-    const std::uint32_t limit = least_limit(values, largest);
-    if (largest < limit) return found_;
-    kernels().mark_magnitudes(dtype_, values, k_, limit, mask_.data());
-    const auto marks_at = [&](std::int64_t j) {  // eight of them
-        std::uint64_t marks = 0;
-        __builtin_memcpy(&marks, mask_.data() + j, sizeof marks);
-        return marks;
-    };
-    std::int64_t j = 0;
-    for (; j + 32 <= k_; j += 32) {  // marks are few
-        if ((marks_at(j) | marks_at(j + 8) | marks_at(j + 16) | marks_at(j + 24)) == 0) continue;
-        for (std::int64_t part = j; part < j + 32; part += 8) {
-            for (std::uint64_t marks = marks_at(part); marks != 0; marks &= marks - 1) {
-                found_.push_back(static_cast<std::int32_t>(part + std::countr_zero(marks) / 8));
-            }
-        }
+    const void* halves = values;
+    if (dtype_ != DType::bf16) {
+        kernels().upper_halves(dtype_, values, k_, halves_.data());
+        halves = halves_.data();
     }
-    for (; j < k_; ++j) {
-        if (mask_[static_cast<std::size_t>(j)] != 0) found_.push_back(static_cast<std::int32_t>(j));
+    Survey survey = survey_at(halves, k_, bound_);
+    // A float32 can be smaller than any half and yet not be zero.
+    for (std::int64_t j = 0; survey.zeros > 0 && dtype_ == DType::f32 && j < k_; ++j) {
+        survey.zeros -= halves_[static_cast<std::size_t>(j)] == 0 && magnitude_bits(dtype_, values, j) != 0 ? 1 : 0;
     }
-    if (high_ - low_ > 1) {  // the median is not known to the last place, which few rows need
-        const auto is_below = [&](std::uint32_t bound) {
-            return
-                [this, values, bound](std::int32_t column) { return magnitude_bits(dtype_, values, column) < bound; };
-        };
-        if (std::ranges::any_of(found_, is_below(limit_at(high_ - 1)))) {
-            narrow(1);
-            std::erase_if(found_, is_below(limit_at(low_)));
-        }
+    const bool is_relative = relative_ > 0.0F;
+    if (is_relative && survey.zeros == k_) return found_;
+    rank_ = survey.zeros + (k_ - survey.zeros - 1) / 2;
+    const int low = is_relative && survey.largest > 0 ? lower_bound(halves, survey) : 0;
+    const float limit = is_relative ? limit_at(low) : threshold_;
+    if (survey.largest < half_of(limit)) return found_;
+    const auto count = kernels().find_halves(halves, k_, static_cast<std::uint16_t>(half_of(limit)), places_.data());
+    found_.assign(places_.data(), places_.data() + count);
+    if (is_relative) {
+        decide(values, halves, low);
+    } else {
+        std::erase_if(found_, [&](std::int32_t column) { return magnitude(values, column) < threshold_; });
     }
     if (std::cmp_greater(found_.size(), most_)) keep_largest(values);
     return found_;
 }
 
 void Criterion::keep_largest(const void* values) {
-    const std::uint32_t infinity = infinity_of(dtype_);
-    const auto magnitude = [&](std::int32_t j) { return std::min(magnitude_bits(dtype_, values, j), infinity); };
-    const auto is_before = [&](std::int32_t a, std::int32_t b) {
-        return magnitude(a) != magnitude(b) ? magnitude(a) > magnitude(b) : a < b;
+    const auto of = [&](std::int32_t j) {
+        const float value = magnitude(values, j);
+        return std::isnan(value) ? INFINITY : value;
     };
-    const auto infinite = std::ranges::count_if(found_, [&](std::int32_t j) { return magnitude(j) == infinity; });
+    const auto is_before = [&](std::int32_t a, std::int32_t b) { return of(a) != of(b) ? of(a) > of(b) : a < b; };
+    const auto infinite = std::ranges::count_if(found_, [&](std::int32_t j) { return std::isinf(of(j)); });
     const auto end = found_.begin() + std::max<std::int64_t>(most_, infinite);
     std::ranges::nth_element(found_, end, is_before);
     found_.erase(end, found_.end());
@@ -229,6 +244,7 @@ std::function<std::span<const std::int32_t>(std::int64_t)> OutlierElements::find
     return [this, piece, search = std::make_shared<Search>(x_, options_)](std::int64_t row) {
         const auto found = search->criterion.find(search->rows.row(row));
         row_begin_[static_cast<std::size_t>(row) + 1] = std::ssize(found);
+        if (found.empty()) return found;
         piece->columns.insert(piece->columns.end(), found.begin(), found.end());
         piece->values.resize(piece->columns.size());
         load_columns(x_, row, found, piece->values.data() + piece->values.size() - found.size(), 1);

@@ -24,26 +24,26 @@ public:
     std::span<const std::int32_t> find(const void* values);
 
 private:
-    // A bit pattern that no outlier's magnitude is below, and others only as far as the median is not known; where
-    // `largest` is below it, there is none.
-    [[nodiscard]] std::uint32_t least_limit(const void* values, std::uint32_t largest);
-    // Know the median of the magnitudes, as halves, to within `width`: low_ to high_ - 1.
-    void narrow(int width);
-    // The least bit pattern of an outlier's magnitude where that is the median.
-    [[nodiscard]] std::uint32_t limit_at(int median) const;
+    // The least magnitude of an outlier, where `median`, a half (Kernels::upper_halves), is that of the magnitudes.
+    [[nodiscard]] float limit_at(int median) const;
+    // The least median, a half, beside which a value of this magnitude is no outlier.
+    [[nodiscard]] int least_median(float magnitude) const;
+    [[nodiscard]] float magnitude(const void* values, std::int64_t index) const;
+    // A bound that the median is not below.
+    [[nodiscard]] int lower_bound(const void* halves, Survey survey);
+    // Leave out what is no outlier of the candidates, beside a median of at least `low`.
+    void decide(const void* values, const void* halves, int low);
     void keep_largest(const void* values);
 
     DType dtype_;
     std::int64_t k_;
     float relative_;  // times f(m); 0 where the criterion is absolute
-    std::uint32_t limit_;
+    float threshold_;
     std::int64_t most_;
+    int bound_ = 0x3EEC;     // that the next median will hardly be below; at first half an octave below normal values'
     std::int64_t rank_ = 0;  // how many are smaller than the median
-    int low_ = 0;
-    int high_ = 0;
-    int median_ = 0x3F2C;  // about that of the last maxima; at first of normal values, .67
-    std::vector<std::uint16_t> halves_;
-    std::vector<std::uint8_t> mask_;
+    std::vector<std::uint16_t> halves_;  // of values that are not bfloat16
+    Scratch<std::int32_t> places_;       // of those that may be outliers
     std::vector<std::int32_t> found_;
 };
 

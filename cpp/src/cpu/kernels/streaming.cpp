@@ -2,7 +2,7 @@
 //
 // Plain loops that the compiler vectorizes for the instruction set this copy is built for. Reductions keep partial
 // results in an array of lanes, because a compiler may not reorder float operations by itself.
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -95,27 +95,36 @@ void raise_as(const void* x, std::int64_t size, void* maxima) {
     }
 }
 
-template <class Bits>
-void mark_as(const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask) {
-    for (std::int64_t i = 0; i < size; ++i) mask[i] = magnitude<Bits>(x, i) >= static_cast<Bits>(limit) ? 1 : 0;
-}
-
 // The upper half of a magnitude.
 std::uint16_t half_of(float value) { return static_cast<std::uint16_t>((bits_of(value) >> 16U) & 0x7FFFU); }
 
-template <class Half>
-std::int64_t count_as(std::int64_t size, std::uint16_t limit, Half half_at) {
-    constexpr std::int64_t most = 0xFFFF;  // of a count as narrow as the halves, so that a vector holds as many
-    std::int64_t total = 0;
-    for (std::int64_t begin = 0; begin < size; begin += most) {
-        const std::int64_t end = size - begin < most ? size : begin + most;
-        std::uint16_t count = 0;
-        for (std::int64_t i = begin; i < end; ++i) {
-            count = static_cast<std::uint16_t>(count + (half_at(i) < limit ? 1 : 0));
-        }
-        total += count;
+// Which of 64 halves are >= limit, a bit for each.
+std::uint64_t marks_of(const char* halves, std::uint16_t limit) {
+#if defined(__AVX512BW__)
+    const auto mark = [&](std::int64_t i) {
+        const __m512i magnitudes = _mm512_and_si512(_mm512_loadu_si512(halves + i), _mm512_set1_epi16(0x7FFF));
+        return std::uint64_t{_mm512_cmpge_epu16_mask(magnitudes, _mm512_set1_epi16(static_cast<short>(limit)))};
+    };
+    return mark(0) | mark(64) << 32U;
+#elif defined(__AVX2__)
+    const auto mark = [&](std::int64_t i) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves + i));
+        return _mm256_cmpgt_epi16(_mm256_and_si256(bits, _mm256_set1_epi16(0x7FFF)),
+                                  _mm256_set1_epi16(static_cast<short>(limit - 1)));
+    };
+    const auto mark_two = [&](std::int64_t i) {  // which are packed by halves of a register
+        const __m256i two = _mm256_permute4x64_epi64(_mm256_packs_epi16(mark(i), mark(i + 32)), 0b11011000);
+        return std::uint64_t{static_cast<std::uint32_t>(_mm256_movemask_epi8(two))};
+    };
+    return mark_two(0) | mark_two(64) << 32U;
+#else
+    if (largest_magnitude_as<std::uint16_t>(halves, 64) < limit) return 0;
+    std::uint64_t marks = 0;
+    for (std::int64_t i = 0; i < 64; ++i) {
+        marks |= (magnitude<std::uint16_t>(halves, i) >= limit ? std::uint64_t{1} : 0) << static_cast<unsigned>(i);
     }
-    return total;
+    return marks;
+#endif
 }
 
 // |x| <= absmax, so |x * 127 / absmax| <= 127 * (1 + 2^-23) and rounds to at most 127: no clip needed.
@@ -461,11 +470,6 @@ void raise_maxima(DType dtype, const void* x, std::int64_t size, void* maxima) {
     return raise_as<std::uint16_t>(x, size, maxima);
 }
 
-void mark_magnitudes(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask) {
-    if (dtype == DType::f32) return mark_as<std::uint32_t>(x, size, limit, mask);
-    return mark_as<std::uint16_t>(x, size, limit, mask);
-}
-
 void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves) {
     switch (dtype) {
         case DType::f32:
@@ -483,16 +487,77 @@ void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* 
     __builtin_trap();
 }
 
-std::int64_t count_below(DType dtype, const void* x, std::int64_t size, std::uint16_t limit) {
-    switch (dtype) {
-        case DType::f32: return count_as(size, limit, [&](std::int64_t i) { return half_of(read<float>(x, i)); });
-        case DType::f16:
-            return count_as(size, limit, [&](std::int64_t i) { return half_of(from_f16(read<std::uint16_t>(x, i))); });
-        case DType::bf16: return count_as(size, limit, [&](std::int64_t i) { return magnitude<std::uint16_t>(x, i); });
-        case DType::i8:
-        case DType::i32: break;
+Survey survey(const void* halves, std::int64_t size, std::uint16_t bound) {
+#if defined(__AVX512BW__)
+    const auto* const bytes = static_cast<const char*>(halves);
+    const __m512i bounds = _mm512_set1_epi16(static_cast<short>(bound));
+    __m512i largest = _mm512_setzero_si512();
+    std::int64_t below = 0;
+    std::int64_t zeros = 0;
+    const auto take = [&](std::int64_t i, std::uint64_t there) OCTAVO_INLINE {
+        std::uint64_t are_below = 0;
+        std::uint64_t are_zero = 0;
+        unroll<2>([&](auto part) OCTAVO_INLINE {
+            const auto mask = static_cast<__mmask32>(there >> (part * 32));
+            const __m512i x =
+                _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, bytes + i * 2 + part * 64), _mm512_set1_epi16(0x7FFF));
+            largest = _mm512_maskz_max_epu16(~__mmask32{0}, largest, x);
+            are_below |= std::uint64_t{_mm512_cmplt_epu16_mask(x, bounds)} << (part * 32);
+            are_zero |= std::uint64_t{_mm512_testn_epi16_mask(x, x)} << (part * 32);
+        });
+        below += __builtin_popcountll(are_below & there);
+        zeros += __builtin_popcountll(are_zero & there);
+    };
+    std::int64_t i = 0;
+    for (; i + 64 <= size; i += 64) take(i, ~std::uint64_t{0});
+    if (i < size) take(i, (std::uint64_t{1} << static_cast<unsigned>(size - i)) - 1);
+    using Numbers [[gnu::vector_size(64)]] = std::uint16_t;
+    using Quarter [[gnu::vector_size(16)]] = std::uint16_t;
+    const auto numbers = reinterpret_cast<Numbers>(largest);
+    Quarter most{};
+    unroll<4>([&](auto part) OCTAVO_INLINE {
+        Quarter quarter;
+        __builtin_memcpy(&quarter, reinterpret_cast<const char*>(&numbers) + part * 16, sizeof quarter);
+        most = quarter > most ? quarter : most;
+    });
+    const __m128i least = _mm_minpos_epu16(reinterpret_cast<__m128i>(~most));
+    return {static_cast<std::uint16_t>(~_mm_extract_epi16(least, 0)), below, zeros};
+#else
+    constexpr std::int64_t most = 0xFFFF;  // of a count as narrow as the halves, so that a vector holds as many
+    Survey found{};
+    for (std::int64_t begin = 0; begin < size; begin += most) {
+        const std::int64_t end = size - begin < most ? size : begin + most;
+        std::uint16_t below = 0;
+        std::uint16_t zeros = 0;
+        for (std::int64_t i = begin; i < end; ++i) {
+            const auto half = magnitude<std::uint16_t>(halves, i);
+            found.largest = half > found.largest ? half : found.largest;
+            below = static_cast<std::uint16_t>(below + (half < bound ? 1 : 0));
+            zeros = static_cast<std::uint16_t>(zeros + (half == 0 ? 1 : 0));
+        }
+        found.below += below;
+        found.zeros += zeros;
     }
-    __builtin_trap();
+    return found;
+#endif
+}
+
+std::int64_t find_halves(const void* halves, std::int64_t size, std::uint16_t limit, std::int32_t* places) {
+    const auto* const bytes = static_cast<const char*>(halves);
+    std::int64_t count = 0;
+    const auto find = [&](std::uint64_t marks, std::int64_t first) {
+        for (; marks != 0; marks &= marks - 1) {
+            places[count++] = static_cast<std::int32_t>(first + __builtin_ctzll(marks));
+        }
+    };
+    std::int64_t i = 0;
+    for (; i + 64 <= size; i += 64) find(marks_of(bytes + i * 2, limit), i);
+    if (i < size) {
+        char rest[128] = {};
+        __builtin_memcpy(rest, bytes + i * 2, static_cast<unsigned long>((size - i) * 2));
+        find(marks_of(rest, limit) & ((std::uint64_t{1} << static_cast<unsigned>(size - i)) - 1), i);
+    }
+    return count;
 }
 
 std::uint32_t rotate(float* x, std::int64_t size, std::int64_t block) {

@@ -22,6 +22,13 @@ struct Range {
     bool finite;
 };
 
+// The largest of some halves (Kernels::upper_halves), and how many of them are below a bound and zero.
+struct Survey {
+    std::uint16_t largest;
+    std::int64_t below;
+    std::int64_t zeros;
+};
+
 // One register tile of the int8 product over a slice of k, or a run of them, one below the other.
 struct ProductTile {
     // The slice of a panel of X, as Plan::place_row has laid it out; then the next panel's.
@@ -185,12 +192,12 @@ struct Kernels {
     std::uint32_t (*largest_masked)(DType dtype, const void* x, const void* mask, std::int64_t size);
     // maxima[i] = max(maxima[i], |x[i]|), without a sign.
     void (*raise_maxima)(DType dtype, const void* x, std::int64_t size, void* maxima);
-    // mask[i] = |x[i]| >= limit, a bit pattern.
-    void (*mark_magnitudes)(DType dtype, const void* x, std::int64_t size, std::uint32_t limit, std::uint8_t* mask);
-    // halves[i] = |x[i]| as a float32, its upper 16 bits.
+    // halves[i] = |x[i]| as a float32, its upper 16 bits. Of bf16 these are x itself, whose signs the next two ignore.
     void (*upper_halves)(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves);
-    // How many of these halves are below `limit` <= 2^15; size <= 2^24. The halves themselves count as bf16.
-    std::int64_t (*count_below)(DType dtype, const void* x, std::int64_t size, std::uint16_t limit);
+    // bound <= 2^15.
+    Survey (*survey)(const void* halves, std::int64_t size, std::uint16_t bound);
+    // The places, ascending, of the halves >= limit <= 2^15, into memory for `size`; how many they are.
+    std::int64_t (*find_halves)(const void* halves, std::int64_t size, std::uint16_t limit, std::int32_t* places);
     // Each `block` (16, 64 or 256) of x times the Hadamard matrix over sqrt(block) (octavo/quantize.hpp). `size` is a
     // multiple of `block`. The largest magnitude of what comes out, as `largest_magnitude` has it.
     std::uint32_t (*rotate)(float* x, std::int64_t size, std::int64_t block);
