@@ -203,7 +203,7 @@ Counts counted() {
             count([&] { static_cast<void>(table->largest_magnitude(DType::bf16, x.data(), row)); }));
         put("raise_maxima", count([&] { table->raise_maxima(DType::bf16, x.data(), row, maxima.data()); }));
         put("encode_absmax", count([&] { table->encode_absmax(DType::bf16, x.data(), row, 1.5F, codes.data()); }));
-        put("rotate", count([&] { table->rotate(floats.data(), row, 64); }));
+        put("rotate", count([&] { table->rotate(DType::f32, floats.data(), row, 64, nullptr, 0, floats.data()); }));
     }
     return found;
 }

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <limits>
 #include <numbers>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "check.hpp"
 #include "cpu/pack.hpp"
 #include "memory.hpp"
+#include "octavo/quantize.hpp"
 #include "reference.hpp"
 #include "tables.hpp"
 
@@ -216,28 +218,46 @@ TEST(magnitudes_agree) {
 }
 
 TEST(rotation_agrees) {
-    for (const std::int64_t block : {16, 64, 256}) {
-        Random random(11);
-        const auto values = random_floats(random, 3 * block);
-        for (const Kernels* table : tables()) {
-            const check::Context context("rotation of ", block, " by ", table->isa);
-            const Guarded<float> x(values);
-            const std::uint32_t largest = table->rotate(x.data(), 3 * block, block);
-            CHECK_EQ(largest, table->largest_magnitude(DType::f32, x.data(), 3 * block));
-            auto expected = values;
-            for (std::int64_t distance = 1; distance < block; distance *= 2) {
-                for (std::int64_t i = 0; i < 3 * block; ++i) {
-                    if ((i & distance) != 0) continue;
-                    float& u = expected[static_cast<std::size_t>(i)];
-                    float& v = expected[static_cast<std::size_t>(i + distance)];
-                    const float sum = u + v;
-                    v = u - v;
-                    u = sum;
+    for (const DType dtype : float_dtypes) {
+        for (const std::int64_t block : {16, 64, 256}) {
+            for (const std::int64_t size : {block, 5 * block, 3 * block + 7, std::int64_t{5}}) {
+                for (const bool excludes : {false, true}) {
+                    Random random(11);
+                    std::vector<std::byte> source(static_cast<std::size_t>(size * octavo::size_of(dtype)));
+                    const std::int64_t whole = octavo::rotated_size(size, static_cast<std::int32_t>(block));
+                    std::vector<float> expected(static_cast<std::size_t>(whole));
+                    tables()[0]->store(random_floats(random, size).data(), size, dtype, source.data(), 1);
+                    tables()[0]->load(dtype, source.data(), 1, size, expected.data());
+                    std::vector<std::int32_t> excluded;  // of some blocks none, of some several
+                    for (std::int64_t i = 3; excludes && i < size; i += i % 5 == 0 ? 3 : block + 1) {
+                        excluded.push_back(static_cast<std::int32_t>(i));
+                        expected[static_cast<std::size_t>(i)] = 0.0F;
+                    }
+                    for (std::int64_t distance = 1; distance < block; distance *= 2) {
+                        for (std::int64_t i = 0; i < whole; ++i) {
+                            if ((i & distance) != 0) continue;
+                            float& u = expected[static_cast<std::size_t>(i)];
+                            float& v = expected[static_cast<std::size_t>(i + distance)];
+                            const float sum = u + v;
+                            v = u - v;
+                            u = sum;
+                        }
+                    }
+                    for (float& value : expected) value *= 1.0F / std::sqrt(static_cast<float>(block));
+                    for (const Kernels* table : tables()) {
+                        const check::Context context("rotation of ", size, " in blocks of ", block, " by ", table->isa);
+                        const Guarded<std::byte> x(source);
+                        const Guarded<float> target(expected.size());
+                        const std::uint32_t largest = table->rotate(dtype, x.data(), size, block, excluded.data(),
+                                                                    std::ssize(excluded), target.data());
+                        CHECK_EQ(largest, table->largest_magnitude(DType::f32, target.data(), whole));
+                        CHECK(std::ranges::equal(std::span(target.data(), expected.size()), expected));
+                        table->load(dtype, x.data(), 1, size, target.data());
+                        CHECK_EQ(largest, table->rotate(DType::f32, target.data(), size, block, excluded.data(),
+                                                        std::ssize(excluded), target.data()));
+                        CHECK(std::ranges::equal(std::span(target.data(), expected.size()), expected));
+                    }
                 }
-            }
-            for (std::int64_t i = 0; i < 3 * block; ++i) {
-                const float factor = 1.0F / std::sqrt(static_cast<float>(block));
-                CHECK_EQ(x.data()[i], expected[static_cast<std::size_t>(i)] * factor);
             }
         }
     }

@@ -17,7 +17,7 @@ void Backend::dequantize(ConstMatrix codes, ConstVector scale, ConstVector zerop
             const auto row_zeropoint = zeropoint.present ? get<float>(zeropoint, per_row ? i : 0) : 0.0F;
             for (std::int64_t j = 0; j < codes.cols; ++j) row[j] = static_cast<float>(code_at(codes, i, j));
             if (rotation != 0) {
-                kernels().rotate(row.data(), codes.cols, rotation);
+                rotate(row.data(), codes.cols, rotation);
                 const float rotated = row_zeropoint * std::sqrt(static_cast<float>(rotation));
                 for (std::int64_t j = 0; j < codes.cols; j += rotation) row[j] += rotated;
                 for (std::int64_t j = 0; j < codes.cols; ++j) row[j] *= row_scale;

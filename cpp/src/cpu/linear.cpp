@@ -332,7 +332,7 @@ void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
                 std::for_each(row, row + x.cols, [](float& value) { value *= small; });
             }
             std::fill(row + x.cols, row + depth, 0.0F);
-            if (weight.rotation != 0) kernels().rotate(row, weight.codes.cols, weight.rotation);
+            if (weight.rotation != 0) rotate(row, x.cols, weight.rotation);
         }
     });
     for_each_block(blocking, out.rows, out.cols, depth, [&](const Turn& turn) {

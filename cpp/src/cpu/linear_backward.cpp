@@ -147,7 +147,7 @@ void float_backward(const ConstMatrix& grad, const WeightView& weight, const Mat
                     put(i, get<std::int32_t>(weight.outlier_columns, block.col_begin + c), row.data() + c, 1);
                 }
             } else {
-                if (weight.rotation != 0) kernels().rotate(row.data(), block.cols(), weight.rotation);
+                if (weight.rotation != 0) rotate(row.data(), block.cols(), weight.rotation);
                 put(i, block.col_begin, row.data(), std::min(block.cols(), out.cols - block.col_begin));
             }
         }
@@ -214,7 +214,7 @@ void int8_backward(const octavo::Backend& backend, const ConstMatrix& grad, cons
     backend.linear(x, {&layer, 1}, gradient_options, {});
     parallel_for(grad.rows, row_grain(width), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
-            kernels().rotate(rotated.data() + i * width, width, weight.rotation);
+            rotate(rotated.data() + i * width, width, weight.rotation);
             kernels().store(rotated.data() + i * width, out.cols, out.dtype, at(out, i, 0), out.col_stride);
         }
     });

@@ -42,17 +42,18 @@ public:
             return at(x_, row, 0);
         }
         float* const values = copy_.data();
-        load_row(x_, row, 0, x_.cols, values);
-        const bool fills = options_.scheme == Scheme::zeropoint && options_.rotation == 0;
+        const bool is_loaded = options_.rotation == 0 || factor != 1.0F || x_.col_stride != 1;
+        if (is_loaded) load_row(x_, row, 0, x_.cols, values);
+        if (options_.rotation != 0) {
+            if (factor != 1.0F) std::for_each_n(values, x_.cols, [factor](float& value) { value *= factor; });
+            largest_ = kernels().rotate(is_loaded ? DType::f32 : x_.dtype, is_loaded ? values : at(x_, row, 0), x_.cols,
+                                        options_.rotation, excluded.data(), std::ssize(excluded), values);
+            return values;
+        }
+        const bool fills = options_.scheme == Scheme::zeropoint;
         const std::int64_t first = fills ? first_kept(excluded) : x_.cols;
         const float filler = first < x_.cols ? values[first] : 0.0F;
         for (const std::int32_t column : excluded) values[column] = filler;
-        if (options_.rotation != 0) {
-            const std::int64_t size = rotated_size(x_.cols, options_.rotation);
-            std::fill(values + x_.cols, values + size, 0.0F);
-            if (factor != 1.0F) std::for_each_n(values, x_.cols, [factor](float& value) { value *= factor; });
-            largest_ = kernels().rotate(values, size, options_.rotation);
-        }
         return values;
     }
 

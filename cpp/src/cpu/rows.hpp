@@ -61,6 +61,11 @@ inline void load_columns(const ConstMatrix& matrix, std::int64_t row, std::span<
                            dst, stride);
 }
 
+// Kernels::rotate of a row in place.
+inline void rotate(float* row, std::int64_t size, std::int64_t block) {
+    kernels().rotate(DType::f32, row, size, block, nullptr, 0, row);
+}
+
 // That a row will be read soon.
 inline void fetch_row(const ConstMatrix& matrix, std::int64_t row) {
     if (matrix.col_stride != 1) return;

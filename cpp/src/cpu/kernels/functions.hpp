@@ -30,7 +30,8 @@ void raise_maxima(DType dtype, const void* x, std::int64_t size, void* maxima);
 void upper_halves(DType dtype, const void* x, std::int64_t size, std::uint16_t* halves);
 Survey survey(const void* halves, std::int64_t size, std::uint16_t bound);
 std::int64_t find_halves(const void* halves, std::int64_t size, std::uint16_t limit, std::int32_t* places);
-std::uint32_t rotate(float* x, std::int64_t size, std::int64_t block);
+std::uint32_t rotate(DType dtype, const void* x, std::int64_t size, std::int64_t block, const std::int32_t* excluded,
+                     std::int64_t count, float* target);
 void encode_absmax(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_rotated(const float* x, std::int64_t size, float absmax, std::int8_t* codes);
 void encode_stochastic(const float* x, std::int64_t size, float scale, std::int64_t row, std::uint64_t seed,

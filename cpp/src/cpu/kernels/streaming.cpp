@@ -282,6 +282,12 @@ template <int Distance>
     x = swapped + second;
 }
 
+// A dtype that is part of its type.
+template <DType Value>
+struct TypeConstant {
+    constexpr operator DType() const { return Value; }  // NOLINT(google-explicit-constructor): it stands for the dtype
+};
+
 // Largest magnitudes, lane by lane, as bit patterns.
 using Magnitudes [[gnu::vector_size(width * 4)]] = std::uint32_t;
 
@@ -298,21 +304,58 @@ using Magnitudes [[gnu::vector_size(width * 4)]] = std::uint32_t;
 #endif
 }
 
-// `Count` numbers, at most 64, in registers.
-template <int Count>
-[[gnu::always_inline]] inline void rotate_in_registers(float* x, float factor, Magnitudes& largest) {
+// As many numbers of a row as a vector holds, from place `i` on; with `Keeps` 0 for those whose bit is not set.
+template <DType Type, bool Keeps>
+[[gnu::always_inline]] inline void read_floats(const void* row, std::int64_t i, std::uint32_t kept, Floats& x) {
+    const char* const begin = static_cast<const char*>(row) + i * size_of(Type);
+#if defined(__AVX512F__)
+    const auto mask = static_cast<__mmask16>(Keeps ? kept : 0xFFFFU);
+    if constexpr (Type == DType::f32) {
+        x = _mm512_maskz_loadu_ps(mask, begin);
+    } else {
+        static_assert(Type == DType::bf16);
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(begin));
+        x = _mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xFFFF, _mm512_maskz_cvtepu16_epi32(mask, halves), 16));
+    }
+#else
+    if constexpr (Type == DType::f32) {
+        __builtin_memcpy(&x, begin, sizeof x);
+    } else {
+        static_assert(Type == DType::bf16);
+        using Halves [[gnu::vector_size(width * 2)]] = std::uint16_t;
+        Halves halves;
+        __builtin_memcpy(&halves, begin, sizeof halves);
+        const Magnitudes bits = __builtin_convertvector(halves, Magnitudes) << 16U;
+        __builtin_memcpy(&x, &bits, sizeof x);
+    }
+    if constexpr (Keeps) {
+        Magnitudes lane;
+        for (int j = 0; j < width; ++j) lane[j] = 1U << static_cast<unsigned>(j);
+        x = (lane & kept) != 0 ? x : Floats{};
+    }
+#endif
+}
+
+// `Count` numbers, of one or several blocks, in registers: a step of all of them after the other, since each waits for
+// the one before it. With `Keeps` those whose bit is not set, 64 in each of `kept`, count as 0.
+template <DType Type, int Block, int Count, bool Keeps>
+[[gnu::always_inline]] inline void rotate_in_registers(const void* x, const std::uint64_t* kept, float* target,
+                                                       float factor, Magnitudes& largest) {
     Floats v[Count / width];
-    unroll<Count / width>([&](auto i) OCTAVO_INLINE {
-        __builtin_memcpy(&v[i], x + i * width, sizeof v[i]);
-        butterfly<1>(v[i]);
-        butterfly<2>(v[i]);
-        if constexpr (width >= 8) butterfly<4>(v[i]);
-        if constexpr (width >= 16) butterfly<8>(v[i]);
+    const auto for_each = [&](auto change) OCTAVO_INLINE { unroll<Count / width>(change); };
+    for_each([&](auto i) OCTAVO_INLINE {
+        constexpr int first = i * width;
+        const std::uint64_t bits = Keeps ? kept[first / 64] >> static_cast<unsigned>(first % 64) : 0;
+        read_floats<Type, Keeps>(x, first, static_cast<std::uint32_t>(bits), v[i]);
     });
+    for_each([&](auto i) OCTAVO_INLINE { butterfly<1>(v[i]); });
+    for_each([&](auto i) OCTAVO_INLINE { butterfly<2>(v[i]); });
+    if constexpr (width >= 8) for_each([&](auto i) OCTAVO_INLINE { butterfly<4>(v[i]); });
+    if constexpr (width >= 16) for_each([&](auto i) OCTAVO_INLINE { butterfly<8>(v[i]); });
     unroll<6>([&](auto power) OCTAVO_INLINE {
         constexpr int distance = (1 << power) / width;  // of vectors
         if constexpr (distance > 0) {
-            if constexpr (distance < Count / width) {
+            if constexpr (distance < Block / width) {
                 unroll<Count / width / 2>([&](auto i) OCTAVO_INLINE {
                     constexpr int first = i / distance * 2 * distance + i % distance;
                     const Floats u = v[first];
@@ -322,35 +365,82 @@ template <int Count>
             }
         }
     });
-    unroll<Count / width>([&](auto i) OCTAVO_INLINE {
+    for_each([&](auto i) OCTAVO_INLINE {
         v[i] *= factor;
-        __builtin_memcpy(x + i * width, &v[i], sizeof v[i]);
+        __builtin_memcpy(target + i * width, &v[i], sizeof v[i]);
         raise(largest, v[i]);
     });
 }
 
-template <int Block>
-void rotate_block(float* x, Magnitudes& largest) {
+template <DType Type, int Block, int Count, bool Keeps = false>
+[[gnu::always_inline]] inline void rotate_numbers(const void* x, float* target, Magnitudes& largest,
+                                                  const std::uint64_t* kept = nullptr) {
     constexpr float factor = Block == 16 ? 0.25F : Block == 64 ? 0.125F : 0.0625F;
-    if constexpr (Block <= 64) return rotate_in_registers<Block>(x, factor, largest);
+    if constexpr (Block <= 64) return rotate_in_registers<Type, Block, Count, Keeps>(x, kept, target, factor, largest);
     Magnitudes of_part{};
-    for (int part = 0; part < Block; part += 64) rotate_in_registers<64>(x + part, 1.0F, of_part);
+    for (int part = 0; part < Block; part += 64) {
+        rotate_in_registers<Type, 64, 64, false>(static_cast<const char*>(x) + part * size_of(Type), nullptr,
+                                                 target + part, 1.0F, of_part);
+    }
     for (int distance = 64; distance < Block; distance *= 2) {
         const float scale = distance * 2 == Block ? factor : 1.0F;
         for (int first = 0; first < Block; first += 2 * distance) {
             for (int i = first; i < first + distance; ++i) {
-                const float u = x[i];
-                const float v = x[i + distance];
-                x[i] = (u + v) * scale;
-                x[i + distance] = (u - v) * scale;
+                const float u = target[i];
+                const float v = target[i + distance];
+                target[i] = (u + v) * scale;
+                target[i + distance] = (u - v) * scale;
             }
         }
     }
     for (int i = 0; i < Block; i += width) {
         Floats v;
-        __builtin_memcpy(&v, x + i, sizeof v);
+        __builtin_memcpy(&v, target + i, sizeof v);
         raise(largest, v);
     }
+}
+
+template <DType Type, int Block>
+void rotate_row(const void* x, std::int64_t size, const std::int32_t* excluded, std::int64_t count, float* target,
+                Magnitudes& of_all) {
+    Magnitudes largest{};  // in a register
+    constexpr int together = Block > 64    ? Block
+                             : width == 16 ? 128
+                                           : 64;  // numbers; twice as many in as many registers
+    constexpr bool keeps = Block <= 64;
+    const std::int32_t* const end = excluded + count;
+    std::int64_t begin = 0;
+    const auto rotate_next = [&](auto size_of_step) OCTAVO_INLINE {
+        constexpr int step = size_of_step;
+        const void* const from = static_cast<const char*>(x) + begin * size_of(Type);
+        if (excluded == end || *excluded >= begin + step) {
+            rotate_numbers<Type, Block, step>(from, target + begin, largest);
+        } else if constexpr (keeps) {
+            std::uint64_t kept[(step + 63) / 64];
+            for (std::uint64_t& bits : kept) bits = ~std::uint64_t{0};
+            for (; excluded != end && *excluded < begin + step; ++excluded) {
+                const std::int64_t place = *excluded - begin;
+                kept[place / 64] &= ~(std::uint64_t{1} << static_cast<unsigned>(place % 64));
+            }
+            rotate_numbers<Type, Block, step, true>(from, target + begin, largest, kept);
+        } else {
+            return false;
+        }
+        begin += step;
+        return true;
+    };
+    while (begin + together <= size && rotate_next(IndexConstant<together>{})) {
+    }
+    while (begin < size) {
+        if (begin + Block <= size && rotate_next(IndexConstant<Block>{})) continue;
+        alignas(64) float part[Block] = {};
+        load(Type, static_cast<const char*>(x) + begin * size_of(Type), 1, size - begin < Block ? size - begin : Block,
+             part);
+        for (; excluded != end && *excluded < begin + Block; ++excluded) part[*excluded - begin] = 0.0F;
+        rotate_numbers<DType::f32, Block, Block>(part, target + begin, largest);
+        begin += Block;
+    }
+    of_all = largest;
 }
 
 }  // namespace
@@ -560,15 +650,22 @@ std::int64_t find_halves(const void* halves, std::int64_t size, std::uint16_t li
     return count;
 }
 
-std::uint32_t rotate(float* x, std::int64_t size, std::int64_t block) {
+std::uint32_t rotate(DType dtype, const void* x, std::int64_t size, std::int64_t block, const std::int32_t* excluded,
+                     std::int64_t count, float* target) {
     Magnitudes largest{};
-    for (std::int64_t begin = 0; begin < size; begin += block) {
+    const auto by_block = [&](auto type, const void* row) {
         switch (block) {
-            case 16: rotate_block<16>(x + begin, largest); break;
-            case 64: rotate_block<64>(x + begin, largest); break;
-            case 256: rotate_block<256>(x + begin, largest); break;
+            case 16: return rotate_row<type, 16>(row, size, excluded, count, target, largest);
+            case 64: return rotate_row<type, 64>(row, size, excluded, count, target, largest);
+            case 256: return rotate_row<type, 256>(row, size, excluded, count, target, largest);
             default: __builtin_trap();  // refused by cpp/src before any kernel runs
         }
+    };
+    if (dtype == DType::bf16) {
+        by_block(TypeConstant<DType::bf16>{}, x);
+    } else {
+        if (dtype != DType::f32) load(dtype, x, 1, size, target);
+        by_block(TypeConstant<DType::f32>{}, dtype == DType::f32 ? x : target);
     }
     std::uint32_t of_all = 0;
     for (int i = 0; i < width; ++i) of_all = largest[i] > of_all ? largest[i] : of_all;

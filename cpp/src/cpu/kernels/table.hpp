@@ -198,9 +198,11 @@ struct Kernels {
     Survey (*survey)(const void* halves, std::int64_t size, std::uint16_t bound);
     // The places, ascending, of the halves >= limit <= 2^15, into memory for `size`; how many they are.
     std::int64_t (*find_halves)(const void* halves, std::int64_t size, std::uint16_t limit, std::int32_t* places);
-    // Each `block` (16, 64 or 256) of x times the Hadamard matrix over sqrt(block) (octavo/quantize.hpp). `size` is a
-    // multiple of `block`. The largest magnitude of what comes out, as `largest_magnitude` has it.
-    std::uint32_t (*rotate)(float* x, std::int64_t size, std::int64_t block);
+    // target = each `block` (16, 64 or 256) of x, with 0 for the `count` excluded columns, which ascend, and up to the
+    // end of the last block, times the Hadamard matrix over sqrt(block) (octavo/quantize.hpp). It may be x itself. The
+    // largest magnitude of what comes out, as `largest_magnitude` has it.
+    std::uint32_t (*rotate)(DType dtype, const void* x, std::int64_t size, std::int64_t block,
+                            const std::int32_t* excluded, std::int64_t count, float* target);
     // codes[i] = rint(x[i] * 127 / absmax), for absmax > 0 and |x[i]| <= absmax; other x[i] give any code.
     void (*encode_absmax)(DType dtype, const void* x, std::int64_t size, float absmax, std::int8_t* codes);
     // codes[i] = rint(x[i] * (127 / absmax)), likewise.
