@@ -468,25 +468,53 @@ void dequantize_blocks(const std::int8_t* w, std::int64_t w_stride, const std::i
 }
 
 // The column at `place` of a block of a rotated weight, times the root of the block: the sum of its codes with the
-// signs of a row of Sylvester's matrix, the parities of place & h. Half of 256 codes fit 16 bit twice over.
-template <bool SecondIsNegative>
+// signs of a row of Sylvester's matrix, the parities of place & h.
 [[gnu::always_inline]] inline void sum_signed(const std::int8_t* w, std::int64_t block, std::int64_t place,
                                               Ints& sums) {
     using Words [[gnu::vector_size(register_size)]] = std::int16_t;
+    const auto is_odd = [&](std::int64_t h) {
+        return __builtin_parityll(static_cast<unsigned long long>(place & h)) != 0;
+    };
     Words sum{};  // of each output feature's codes number 0 and 1 of 4, and of 2 and 3
+#if defined(__AVX2__)
+    // Codes count as code + 128, so that one instruction multiplies them by their signs, which add up to 0 but for
+    // place 0. The pairs of 256 codes fit 16 bit: 64 * 2 * 255.
+    std::uint32_t signs = 0;
+    for (std::int64_t h = 0; h < 4; ++h) signs |= (is_odd(h) ? 0xFFU : 1U) << static_cast<unsigned>(8 * h);
+    const Bits plus = signs - Bits{};
+    const Bits minus = (signs ^ 0xFEFEFEFEU) - Bits{};
+    for (std::int64_t group = 0; group < block / 4; ++group) {
+        Bits codes;
+        read(w + group * 64, codes);
+        codes ^= 0x80808080U;
+        const Bits& of_group = is_odd(4 * group) ? minus : plus;
+#if defined(__AVX512BW__)
+        sum += reinterpret_cast<Words>(
+            _mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512i>(of_group)));
+#else
+        sum += reinterpret_cast<Words>(
+            _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(of_group)));
+#endif
+    }
+    const std::int32_t too_much = place == 0 ? 128 * static_cast<std::int32_t>(block) : 0;
+#else
+    Words even_signs;
+    Words odd_signs;
+    for (std::int64_t i = 0; i < register_size / 2; ++i) {
+        even_signs[i] = is_odd(i % 2 * 2) ? -1 : 1;
+        odd_signs[i] = is_odd(i % 2 * 2 + 1) ? -1 : 1;
+    }
     for (std::int64_t group = 0; group < block / 4; ++group) {
         Words codes;
         read(w + group * 64, codes);
-        const Words even = (codes << 8) >> 8;
-        const Words odd = codes >> 8;
-        const Words pair = SecondIsNegative ? even - odd : even + odd;
-        sum = __builtin_parityll(static_cast<unsigned long long>(place / 4 & group)) != 0 ? sum - pair : sum + pair;
+        const Words pair = ((codes << 8) >> 8) * even_signs + (codes >> 8) * odd_signs;
+        sum = is_odd(4 * group) ? sum - pair : sum + pair;
     }
+    const std::int32_t too_much = 0;
+#endif
     Ints both;
     read(&sum, both);
-    const Ints low = (both << 16) >> 16;
-    const Ints high = both >> 16;
-    sums = place % 4 / 2 != 0 ? low - high : low + high;
+    sums = ((both << 16) >> 16) + (both >> 16) - too_much;
 }
 
 // The sums themselves.
@@ -580,11 +608,7 @@ void rotate_back_column(const std::int8_t* w, std::int64_t w_stride, std::int64_
     for (std::int64_t j = 0; j < cols; j += width) {
         const std::int8_t* const begin = w + j / 16 * w_stride + j % 16 * 4;
         Ints sums;
-        if (place % 2 != 0) {
-            sum_signed<true>(begin, block, place, sums);
-        } else {
-            sum_signed<false>(begin, block, place, sums);
-        }
+        sum_signed(begin, block, place, sums);
         Floats zeropoints;
         Floats scales;
         read(zeropoint + j, zeropoints);
