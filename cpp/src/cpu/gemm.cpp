@@ -513,7 +513,9 @@ void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_lay
         }
     });
     const bool sums_are_read = x.plan().x_is_unsigned && x.depth() <= max_int32_depth;
-    const bool summed_once = sums_are_read && b_layout == Layout::packed;
+    // W that passes once is summed block by block, when it is about to be multiplied.
+    const bool passes_again = a.rows > x.blocking().block_rows;
+    const bool summed_once = sums_are_read && passes_again && b_layout == Layout::packed;
     const Scratch<std::int32_t> sums(summed_once ? whole_blocks(out.cols) : 0);
     if (summed_once) {
         parallel_for(ceiling(out.cols, most_cols), 1, [&](std::int64_t begin, std::int64_t end) {
