@@ -34,6 +34,8 @@ struct Plan {
     FusedLinear fused;
     std::int64_t first_ticket = 0;
     Workspace::Part<float> panel_w{};
+    bool in_bits = false;
+    Workspace::Part<std::int32_t> places{};
     Workspace::Part<std::int8_t> panel_codes{};
     Workspace::Part<std::int32_t> excluded_codes{};
     Panels panels{};
@@ -107,10 +109,16 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
         } else {
             plan.panels.weight = &layer.weight;
             plan.panels.width = has_outliers ? plan.fused.panel_width() : 0;
-            if (plan.panels.width > 0 && FusedLinear::takes_codes(x, layer.weight, options)) {
-                plan.panels.pickers = plan.fused.pickers();
+            if (plan.panels.width > 0 && FusedLinear::takes_bits(x, layer.weight, options)) {
+                plan.in_bits = true;
                 if (!panel_x_bits.present) panel_x_bits = workspace.reserve<std::uint16_t>(m * plan.panels.width);
-                plan.panel_codes = workspace.reserve<std::int8_t>(plan.panels.code_count(n));
+                if (layer.weight.outlier_columns.size > 0) {
+                    plan.places = workspace.reserve<std::int32_t>(plan.panels.width);
+                }
+                if (options.outliers != Outliers::static_) {
+                    plan.panels.pickers = plan.fused.pickers();
+                    plan.panel_codes = workspace.reserve<std::int8_t>(plan.panels.code_count(n));
+                }
             } else if (plan.panels.width > 0) {
                 if (!panel_x.present) panel_x = workspace.reserve<float>(m * plan.panels.width);
                 plan.panel_w = workspace.reserve<float>(n * plan.panels.width);
@@ -132,7 +140,8 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
     for (Plan& plan : plans) {
         plan.panels.x = workspace.at(panel_x);
         plan.panels.w = workspace.at(plan.panel_w);
-        plan.panels.x_bits = workspace.at(panel_x_bits);
+        if (plan.in_bits) plan.panels.x_bits = workspace.at(panel_x_bits);
+        plan.panels.places = workspace.at(plan.places);
         plan.panels.codes = workspace.at(plan.panel_codes);
         plan.panels.excluded_codes = workspace.at(plan.excluded_codes);
         if (plan.panels.width > 0 || plan.excluded_codes.present) panels.push_back(plan.panels);

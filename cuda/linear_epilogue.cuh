@@ -6,11 +6,11 @@
 //
 // O and its size are read on the device. Few columns (`most_in_order`) are added one after the other in ascending order
 // by the instructions of float32, so that y is the CPU's, bit for bit. More are a product on tensor cores, in the way
-// of the codes. Where W has nothing but codes, these are made 16-bit numbers, which X has, too (`add_codes`): products
-// are exact, one instruction multiplies 16 columns, and sums get their scale of W behind it. Else there are panels of
-// float32 (outlier_columns.cuh), which tf32 instructions multiply. A number of 16 bits is one of tf32; a weight of more
-// is split in two (`low_part`), of which 22 bits remain. Columns behind the panels, of which there are many only where
-// something is wrong with X, are made here as they are needed.
+// of the codes. Where X has 16 bits and kept columns of W the same ones, others codes, these are made 16-bit numbers,
+// too (`add_bits`): products are exact, one instruction multiplies 16 columns, and sums of codes get their scale of W
+// behind it. Else there are panels of float32 (outlier_columns.cuh), which tf32 instructions multiply. A number of 16
+// bits is one of tf32; a weight of more is split in two (`low_part`), of which 22 bits remain. Columns behind the
+// panels, of which there are many only where something is wrong with X, are made here as they are needed.
 //
 // Under the policy `rows`, and where X is float32, all columns are added in order: a row's result must not depend on
 // which columns the other rows list, and float32 has more bits than its half.
@@ -67,6 +67,8 @@ struct Rest {
     __device__ int first_picked(const Job& job) const {
         return static_cast<int>(job.row0) / picked_height * static_cast<int>(most_picked);
     }
+    // Which of the kept columns the `e`-th outlier column is, of those in the panels; -1: none.
+    __device__ int place_of(std::int32_t e) const { return panels.places != nullptr ? panels.places[e] : -1; }
     __device__ const std::int8_t* codes_of(const Job& job, std::int32_t outliers) const {
         return panels.codes +
                (picked_height > 0 && outliers <= most_picked ? first_picked(job) * out.cols : std::int64_t{0});
@@ -85,7 +87,7 @@ struct Corner {
     int col_of_tile;
 
     __device__ explicit Corner(const Job& job) {
-        const Place<Tile> place;
+        const Place<Tile> place(made_again(static_cast<int>(threadIdx.x)));
         col_of_tile = place.col + place.lane % 4 * together;
         row = made_again(job.row0) + place.row + place.lane / 4;
         col = made_again(job.col0) + col_of_tile;
@@ -375,16 +377,15 @@ __device__ void scale_sums(const Sum (&sums)[Tile::row_fragments][Tile::col_frag
 // X made of the code 0.
 struct Entry {
     const Rest& rest;
-    const std::int8_t* codes;  // of the panel of W, where it has but these
+    const std::int8_t* codes;  // of the panel of W, where it has these
 
     __device__ float of_x(std::int64_t i, std::int32_t e) const {
-        if (codes != nullptr && e < rest.panels.width) {
-            return read_float(rest.panels.x_bits, rest.columns.x.dtype, i * rest.panels.width + e);
+        if (e < rest.panels.width) {
+            const std::int64_t place = i * rest.panels.width + e;
+            return rest.panels.x_bits != nullptr ? read_float(rest.panels.x_bits, rest.columns.x.dtype, place)
+                                                 : rest.panels.x[place];
         }
-        if (!rest.in_pairs) {
-            return codes == nullptr && e < rest.panels.width ? rest.panels.x[i * rest.panels.width + e]
-                                                             : rest.columns.of_x(i, rest.list.columns[e]);
-        }
+        if (!rest.in_pairs) return rest.columns.of_x(i, rest.list.columns[e]);
         const std::int32_t column = rest.list.columns[e / 2];
         if (e % 2 == 0) return rest.columns.of_x(i, column);
         return rest.columns.takes_part(rest.columns.x(i, column), i, column)
@@ -392,13 +393,12 @@ struct Entry {
                    : 0.0F;
     }
     __device__ float of_w(std::int64_t j, std::int32_t e) const {
-        if (codes != nullptr && e < rest.panels.width) {
-            return static_cast<float>(codes[e * rest.out.cols + j]) * rest.scale_w.of_group(j);
+        if (e < rest.panels.width) {
+            if (rest.panels.x_bits == nullptr) return rest.panels.w[j * rest.panels.width + e];
+            if (const int place = rest.place_of(e); place >= 0) return rest.columns.kept_weight(j, place);
+            if (codes != nullptr) return static_cast<float>(codes[e * rest.out.cols + j]) * rest.scale_w.of_group(j);
         }
-        if (!rest.in_pairs) {
-            return codes == nullptr && e < rest.panels.width ? rest.panels.w[j * rest.panels.width + e]
-                                                             : rest.columns.of_w(j, rest.list.columns[e]);
-        }
+        if (!rest.in_pairs) return rest.columns.of_w(j, rest.list.columns[e]);
         const std::int32_t column = rest.list.columns[e / 2];
         return e % 2 == 0 ? rest.columns.of_w(j, column) : rest.columns.dequantized(j, column);
     }
@@ -409,7 +409,7 @@ template <class Tile>
 __device__ void add_in_order(const Job& job, std::int64_t m, std::int64_t n, const Rest& rest, const std::int8_t* codes,
                              std::int32_t first, std::int32_t end, float* shared, Values<Tile>& y) {
     constexpr int width = Tile::rows + Tile::cols;
-    const Place<Tile> place;
+    const Place<Tile> place(made_again(static_cast<int>(threadIdx.x)));
     const Entry entry{rest, codes};
 #pragma unroll 1
     for (std::int32_t begin = first; begin < end; begin += chunk_columns) {
@@ -481,7 +481,7 @@ __device__ inline Operand bytes_of(const float* panel, std::int64_t rows, std::i
     return {reinterpret_cast<const std::int8_t*>(panel), rows, width * static_cast<std::int64_t>(sizeof(float)), 1};
 }
 
-// --- outlier columns whose weights are codes ------------------------------------------------------------------------
+// --- outlier columns in 16 bits -------------------------------------------------------------------------------------
 
 __device__ inline void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2],
                                     __half /*type*/) {
@@ -527,15 +527,56 @@ __device__ bool are_moderate(const Job& job, std::int64_t m, const Rest& rest, i
     return __syncthreads_or(is_moderate ? 0 : 1) == 0;
 }
 
-// y += x * codes of outlier columns; `codes` [columns, n]. The codes become 16-bit numbers in shared memory, where they
-// take the place that codes have in a product: row by row, of 32 columns a slice.
+// Of a row of W a chunk of outlier columns, from `column` of `columns` on: codes as 16-bit numbers, from `codes` on,
+// and zeros for columns that are kept.
+template <class T>
+__device__ Chunk chunk_of_codes(const Rest& rest, const std::int8_t* codes, int column, int columns) {
+    std::int8_t found[per_access<T>];
+#pragma unroll
+    for (int e = 0; e < per_access<T>; ++e, codes += rest.out.cols) {
+        found[e] = column + e < columns ? *codes : std::int8_t{0};
+    }
+    if (rest.panels.places != nullptr && column < columns) {
+#pragma unroll
+        for (int e = 0; e < per_access<T>; ++e)
+            found[e] = rest.panels.places[column + e] < 0 ? found[e] : std::int8_t{0};
+    }
+    Chunk numbers;
+#pragma unroll
+    for (int w = 0; w < chunk / 4; ++w) numbers[w] = pair_of_codes(found[2 * w], found[2 * w + 1], T{});
+    return numbers;
+}
+
+// The same of kept weights, and zeros for columns that are not. Where they follow each other in a row that others lie
+// around, they are read as the words that hold them.
+template <class T>
+__device__ Chunk chunk_of_kept(const Rest& rest, const std::uint16_t* row, bool is_between, int column, int columns) {
+    if (column >= columns) return {};
+    constexpr int count = per_access<T>;
+    const std::int32_t* const places = rest.panels.places + column;
+    const int first = places[0];
+    if (is_between && first >= 0 && places[count - 1] == first + count - 1) {
+        return load_chunk<SliceCopy::shifted>(reinterpret_cast<const std::int8_t*>(row + first));
+    }
+    Chunk numbers{};
+#pragma unroll
+    for (int e = 0; e < count; ++e) {
+        const std::uint32_t bits = places[e] >= 0 ? row[places[e]] : std::uint16_t{0};
+        numbers[e / 2] |= bits << (16 * (e % 2));
+    }
+    return numbers;
+}
+
+// y += x * w of the outlier columns that are kept, or of the others by their codes, [columns, n]. They become 16-bit
+// numbers in shared memory, where they take the place that codes have in a product: row by row, of 32 columns a slice.
+// All threads of the block must take part.
 template <class Tile, class T>
-__device__ void add_codes(const Job& job, std::int64_t m, std::int64_t n, const Rest& rest, const std::int8_t* codes,
-                          int columns, std::int8_t* shared, Values<Tile>& y) {
+__device__ void add_bits(const Job& job, std::int64_t m, std::int64_t n, const Rest& rest, const std::int8_t* codes,
+                         bool are_kept, int columns, std::int8_t* shared, Values<Tile>& y) {
     constexpr int of_slice = slice / static_cast<int>(sizeof(T));
     constexpr int slice_bytes = (Tile::rows + Tile::cols) * slice;
     constexpr int batch = Tile::stages * Tile::stage_bytes / slice_bytes;
-    const Place<Tile> place;
+    const Place<Tile> place(made_again(static_cast<int>(threadIdx.x)));
     constexpr int multiple = static_cast<int>(panel_multiple);
     const int bytes = (columns + multiple - 1) / multiple * multiple * static_cast<int>(sizeof(T));  // of a row of X
     const int slices = (bytes + slice - 1) / slice;
@@ -545,29 +586,47 @@ __device__ void add_codes(const Job& job, std::int64_t m, std::int64_t n, const 
     const AsyncSlices<Share<Tile::rows, Tile::threads, false>, Tile::rows> slices_x(x, of_panel.row0, of_panel);
     const auto rows_of_w = static_cast<int>(n - of_panel.col0 < Tile::cols ? n - of_panel.col0 : Tile::cols);
     const bool works = fragments_present(place, m - of_panel.row0) > 0;
+    bool has_any = false;
+    for (int o = static_cast<int>(threadIdx.x); o < columns; o += Tile::threads) {
+        has_any = has_any || (rest.place_of(o) >= 0) == are_kept;
+    }
+    if (__syncthreads_or(has_any ? 1 : 0) == 0) return;
 #pragma unroll 1
     for (int first = 0; first < slices; first += batch) {
         const int count = min(slices - first, batch);
-        __syncthreads();
+        if (first > 0) __syncthreads();
 #pragma unroll 1
         for (int s = 0; s < count; ++s) slices_x.copy((first + s) * slice, shared + s * slice_bytes);
         copy_async_commit();
-#pragma unroll 1
-        for (int i = static_cast<int>(threadIdx.x); i < count * chunks * Tile::cols; i += Tile::threads) {
-            const int row = i % Tile::cols;
-            const int own = i / Tile::cols;  // chunk of all
-            const int column = first * of_slice + own * per_access<T>;
-            const std::int8_t* from = codes + column * n + of_panel.col0 + min(row, rows_of_w - 1);
-            std::int8_t found[per_access<T>];
-#pragma unroll
-            for (int e = 0; e < per_access<T>; ++e, from += n) {
-                found[e] = column + e < columns ? *from : std::int8_t{0};
-            }
-            Chunk numbers;
-#pragma unroll
-            for (int w = 0; w < chunk / 4; ++w) numbers[w] = pair_of_codes(found[2 * w], found[2 * w + 1], T{});
+        const int across = count * chunks;
+        const auto put = [&](int row, int own, const Chunk& numbers) {
             std::int8_t* const target = shared + own / chunks * slice_bytes + (Tile::rows + row) * slice;
             store(reinterpret_cast<std::uint32_t*>(target + chunk_of_b(row, own % chunks) * chunk), numbers);
+        };
+        // Neighbours read what lies side by side: of codes rows, of kept weights columns.
+        if (are_kept) {
+            // By which i / across is a product: too large by no more than i / 2^20, which is less than 1 / across.
+            static_assert(batch * chunks * batch * chunks * Tile::cols < 1 << 20);
+            const unsigned reciprocal = (1U << 20) / static_cast<unsigned>(across) + 1;
+            const FloatView& kept = rest.columns.kept_weight;
+#pragma unroll 1
+            for (int i = static_cast<int>(threadIdx.x); i < across * Tile::cols; i += Tile::threads) {
+                const int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
+                const int own = i - row * across;  // chunk of all
+                const std::int64_t j = of_panel.col0 + min(row, rows_of_w - 1);
+                put(row, own,
+                    chunk_of_kept<T>(rest, static_cast<const std::uint16_t*>(kept.data) + j * kept.row_stride,
+                                     row > 0 && row + 1 < rows_of_w, first * of_slice + own * per_access<T>, columns));
+            }
+        } else {
+#pragma unroll 1
+            for (int i = static_cast<int>(threadIdx.x); i < across * Tile::cols; i += Tile::threads) {
+                const int row = i % Tile::cols;
+                const int own = i / Tile::cols;
+                const int column = first * of_slice + own * per_access<T>;
+                const std::int64_t j = of_panel.col0 + min(row, rows_of_w - 1);
+                put(row, own, chunk_of_codes<T>(rest, codes + column * rest.out.cols + j, column, columns));
+            }
         }
         copy_async_wait<0>();
         __syncthreads();
@@ -700,15 +759,19 @@ __device__ void finish(Values<Tile>& y, const Job& job, std::int64_t m, std::int
     std::int32_t added = 0;
     const auto width = static_cast<std::int32_t>(rest.panels.width);
     const std::int8_t* const codes = rest.panels.codes != nullptr ? rest.codes_of(job, outliers) : nullptr;
-    if (of_x) {
+    if (of_x || (rest.panels.x_bits != nullptr && codes == nullptr && outliers > most_in_order)) {
         added = outliers < width ? outliers : width;
-        if (rest.columns.x.dtype == DType::f16) {
-            add_codes<Tile, __half>(job, m, n, rest, codes, added, shared, y);
-        } else {
-            add_codes<Tile, __nv_bfloat16>(job, m, n, rest, codes, added, shared, y);
+        const int kinds = rest.panels.places != nullptr ? 2 : 1;
+#pragma unroll 1
+        for (int kind = of_x ? 0 : 1; kind < kinds; ++kind) {  // codes, then what is kept
+            if (rest.columns.x.dtype == DType::f16) {
+                add_bits<Tile, __half>(job, m, n, rest, codes, kind > 0, added, shared, y);
+            } else {
+                add_bits<Tile, __nv_bfloat16>(job, m, n, rest, codes, kind > 0, added, shared, y);
+            }
+            if (kind == 0) scale_by_w<Tile>(job, columns, y);
         }
-        scale_by_w<Tile>(job, columns, y);
-    } else if (codes == nullptr && !rest.in_order && outliers > most_in_order) {
+    } else if (rest.panels.x_bits == nullptr && !rest.in_order && outliers > most_in_order) {
         added = outliers < width ? outliers : width;
         const std::int64_t end = (added + panel_multiple - 1) / panel_multiple * slice;
         __syncthreads();

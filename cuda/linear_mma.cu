@@ -141,9 +141,13 @@ FusedLinear::FusedLinear(std::int64_t m, const WeightView& weight, const LinearO
     panel_width_ = std::min(most_panel_width, blocks_for(most, panel_multiple) * panel_multiple);
 }
 
-bool FusedLinear::takes_codes(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options) {
-    return options.outliers == Outliers::columns && weight.scheme == Scheme::absmax && weight.rotation == 0 &&
-           weight.outlier_columns.size == 0 && size_of(x.dtype) == 2;
+bool FusedLinear::takes_bits(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options) {
+    if (size_of(x.dtype) != 2) return false;
+    const ConstMatrix& kept = weight.outlier_weight;
+    const bool lie_side_by_side = kept.col_stride == 1 && kept.row_stride >= kept.cols;
+    if (weight.outlier_columns.size > 0 && (kept.dtype != x.dtype || !lie_side_by_side)) return false;
+    return options.outliers == Outliers::static_ ||
+           (options.outliers == Outliers::columns && weight.scheme == Scheme::absmax && weight.rotation == 0);
 }
 
 void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& layer, const Exclusion& exclusion,

@@ -256,9 +256,14 @@ struct Fragments {
 // A warp's part of the tile.
 template <class Tile>
 struct Place {
-    int lane = static_cast<int>(threadIdx.x) % warp_size;
-    int row = static_cast<int>(threadIdx.x) / warp_size / Tile::warps_across * Tile::warp_rows;
-    int col = static_cast<int>(threadIdx.x) / warp_size % Tile::warps_across * Tile::warp_cols;
+    int lane;
+    int row;
+    int col;
+
+    __device__ explicit Place(int thread = static_cast<int>(threadIdx.x))
+        : lane(thread % warp_size),
+          row(thread / warp_size / Tile::warps_across * Tile::warp_rows),
+          col(thread / warp_size % Tile::warps_across * Tile::warp_cols) {}
 };
 
 // Where a lane's row of the matrices of step `s` of a slice is: of the first 16 rows of a, and, behind the rows of a,

@@ -101,11 +101,14 @@ struct Panels {
     float* w = nullptr;                      // [n, width]
     std::int64_t width = 0;                  // a multiple of panel_multiple, at most most_panel_width
     std::int32_t* excluded_codes = nullptr;  // [n], or null: sums of the codes of all outlier columns
-    // Where not null the panel of W is its codes as they are, column by column, [width, n], and there is `x_bits`, of
-    // X's own 16 bits, instead of `x`. Where `pickers` > 0 and there are no more than `most_picked` columns, it is not
-    // written but by the product, of which each row of tiles takes them as they pass: [pickers, most_picked, n].
+    // Where not null: instead of `x`, X's own 16 bits, [m, width], the same for all such layers. Of W kept columns are
+    // then read where they are, in the same dtype, and others as codes.
+    std::uint16_t* x_bits = nullptr;
+    std::int32_t* places = nullptr;  // [width]: which of the kept columns each is, or -1; null: none is
+    // The codes of all columns, one column after the other, [width, n]; null where all are kept. Where `pickers` > 0
+    // and there are no more than `most_picked` columns, it is not written but by the product, of which each row of
+    // tiles takes them as they pass: [pickers, most_picked, n].
     std::int8_t* codes = nullptr;
-    std::uint16_t* x_bits = nullptr;  // [m, width]
     std::int64_t pickers = 0;
 
     [[nodiscard]] std::int64_t code_count(std::int64_t n) const { return std::max(width, pickers * most_picked) * n; }
@@ -195,8 +198,9 @@ class FusedLinear {
 public:
     FusedLinear(std::int64_t m, const WeightView& weight, const LinearOptions& options);
 
-    // Whether the panel of W can be codes: numbers of W are these times one scale for a feature.
-    static bool takes_codes(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options);
+    // Whether outlier columns can be multiplied in X's own 16 bits: those of W are kept in the same dtype, side by
+    // side, or codes times one scale for a feature.
+    static bool takes_bits(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options);
     // How many rows of tiles pick codes; 0: none does.
     [[nodiscard]] std::int64_t pickers() const { return pickers_; }
     [[nodiscard]] std::int64_t panel_width() const { return panel_width_; }

@@ -3,8 +3,9 @@
 //
 // A panel holds the first `width` outlier columns side by side, for every row of X and every row of W, with zeros up to
 // a multiple of 16. It is written once, beside the quantization of X, so that the product reads it as it reads codes.
-// Of a W that has but codes it is these, a column after the other; and where there are few rows of tiles, not even they
-// are gathered, each of which is 32 bytes away from the next: the product, which reads all of W, keeps them.
+// Where W's kept columns are of X's own 16 bits, there is none of W: the product reads these where they are, and of
+// other columns the codes, a column after the other; and where there are few rows of tiles, not even they are gathered,
+// each of which is 32 bytes away from the next: the product, which reads all of W, keeps them.
 #pragma once
 
 #include <algorithm>
@@ -93,29 +94,35 @@ inline PanelTasks panel_tasks(const ConstMatrix& x, const Exclusion& exclusion) 
     PanelTask* next = tasks.of_layer;
     bool has_x[2] = {};  // as float32, and in its own 16 bits
     for (const Panels& panels : exclusion.panels) {
-        bool& is_there = has_x[panels.codes != nullptr ? 1 : 0];
+        bool& is_there = has_x[panels.x_bits != nullptr ? 1 : 0];
         const std::int64_t m = is_there ? 0 : x.rows;
         is_there = true;
-        const std::int64_t n = panels.weight->codes.rows;
+        const bool has_w = panels.w != nullptr || panels.codes != nullptr || panels.excluded_codes != nullptr;
+        const std::int64_t n = has_w ? panels.weight->codes.rows : 0;
         *next = {.columns = outlier_columns_of(x, *panels.weight, exclusion.per_element, exclusion.elements),
                  .m = m,
                  .n = n,
                  .panels = panels,
-                 .blocks = blocks_for(m + n, panel_rows)};
+                 .blocks = std::max<std::int64_t>(blocks_for(m + n, panel_rows), 1)};
         tasks.blocks += next->blocks;
         ++next;
     }
     return tasks;
 }
 
-// The same of codes: `rows` rows from the `first_row`-th on, of the first `count` of the `listed` columns.
-__device__ inline void write_coded_panels(const PanelTask& task, const std::int32_t* listed, int count,
-                                          std::int64_t first_row, int rows, bool is_picked) {
+// Those of X's own 16 bits: `rows` rows from the `first_row`-th on, of the first `count` of the `listed` columns.
+__device__ inline void write_panels_of_bits(const PanelTask& task, const std::int32_t* listed, int count,
+                                            std::int64_t first_row, int rows, bool is_picked) {
     const int threads = static_cast<int>(blockDim.x);
     const int padded = (count + static_cast<int>(panel_multiple) - 1) / static_cast<int>(panel_multiple) *
                        static_cast<int>(panel_multiple);
     const auto rows_of_x = static_cast<int>(task.m - first_row < rows ? task.m - first_row : rows);
     const FloatView& x = task.columns.x;
+    if (first_row == 0 && task.panels.places != nullptr) {
+        for (int o = static_cast<int>(threadIdx.x); o < padded; o += threads) {
+            task.panels.places[o] = o < count ? task.columns.place_of(listed[o]) : -1;
+        }
+    }
 #pragma unroll 1
     for (int e = static_cast<int>(threadIdx.x); e < rows_of_x * padded; e += threads) {
         const std::int64_t row = first_row + e / padded;
@@ -124,7 +131,7 @@ __device__ inline void write_coded_panels(const PanelTask& task, const std::int3
             o < count ? static_cast<const std::uint16_t*>(x.data)[row * x.row_stride + listed[o] * x.col_stride]
                       : std::uint16_t{0};
     }
-    if (is_picked) return;
+    if (is_picked || task.panels.codes == nullptr) return;
     const int before = rows_of_x > 0 ? rows_of_x : 0;
     const int rows_of_w = rows - before;
 #pragma unroll 1
@@ -154,9 +161,9 @@ __device__ static inline void write_panels(const PanelTasks& tasks, const Column
             list_marked(marks, k, {listed, most_panel_width, 1}, {&total, 1, 1}, first);
             __syncthreads();
             const int count = total - first < most_panel_width ? total - first : most_panel_width;
-            if (first == 0 && task.panels.codes != nullptr) {
-                write_coded_panels(task, listed, count < width ? count : width, first_row, rows,
-                                   task.panels.pickers > 0 && total <= most_picked);
+            if (first == 0 && task.panels.x_bits != nullptr) {
+                write_panels_of_bits(task, listed, count < width ? count : width, first_row, rows,
+                                     task.panels.pickers > 0 && total <= most_picked);
             } else if (first == 0) {
                 const int padded = (count + panel_multiple - 1) / panel_multiple * panel_multiple;
                 const int columns = padded < width ? padded : width;

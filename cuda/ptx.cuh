@@ -295,6 +295,10 @@ __device__ inline std::int64_t made_again(std::int64_t number) {
     asm volatile("" : "+l"(number));
     return number;
 }
+__device__ inline int made_again(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
 
 // --- 16-bit products in the registers of a warp ---------------------------------------------------------------------
 

@@ -9,8 +9,9 @@
 //                                     better path
 //   selection decide WORTH A B C D    such rows, where m of them take A + B m weight-only, C + D m by the int8 product
 //   selection targets WORTH           for GPUs with a model of torch's float16 product, shapes and m, lines
-//                                     "ARCHITECTURE K N M HALF AUTO COLUMNS": the time of that, of `auto` with 6
-//                                     outlier columns, and with 64
+//                                     "ARCHITECTURE K N M HALF AUTO COLUMNS KEPT": the time of that, of `auto` with 6
+//                                     outlier columns, and with 64; how many times as long 64 kept columns take, which
+//                                     are the outlier columns, as 6
 //   selection candidates              for tiles that there are not, a line "NAME GAIN K N M TWENTIETH MOST": how many
 //                                     times less time the better path would take, where it gains most of the targets;
 //                                     and of 400 products of few rows (`few_rows_extents`) at how many by a twentieth,
@@ -141,44 +142,50 @@ octavo::cuda::Division divided(const Device& device, const Layer& layer, std::in
     return octavo::cuda::divide_product(m, layer.n, layer.k, device.multiprocessors, first_tile(device));
 }
 
-// Three launches: outlier columns, codes, and the product with what follows it.
+// Three launches: outlier columns, codes, and the product with what follows it. `marks`: whether columns are found.
 double by_int8(const Device& device, bool halves, const Layer& layer, std::int64_t m,
-               const octavo::cuda::Division& division) {
+               const octavo::cuda::Division& division, bool marks = true) {
     const auto codes = static_cast<double>(m * layer.k);
     const double size = (halves || device.architecture < 80 ? 2 : 4) * codes;
     const double kept = std::min(size, device.cache_size / 2);
     const double read = kept / device.cache + (size - kept) / device.memory;
-    const double mark = launch + 0.4 + 1.15 * read;
+    const double mark = marks ? launch + 0.4 + 1.15 * read : 0;
     const double quantize = launch + 0.9 + 1.2 * (read + codes / device.memory);
     const double busy = 2.06 * division.cost * static_cast<double>(device.multiprocessors) / device.int8;
     const double bytes = layer.codes() + codes + static_cast<double>(2 * m * layer.n);
     return mark + quantize + overlapped(busy, bytes / (0.88 * device.memory));
 }
 
-// What outlier columns add to that, of a W that has but codes. Where few rows of tiles read W, each keeps those that it
-// passes, in the level-2 cache; else they are read one to a sector of 32 bytes, and written. Up to 8 columns are added
-// one after the other, more by matrix instructions of 16 columns. Of a tile's rows those warps work that have any.
+// What outlier columns add to that, of a W that has but codes, or of kept ones in X's own 16 bits. Where few rows of
+// tiles read W, each keeps codes that it passes, in the level-2 cache; else they are read one to a sector of 32 bytes,
+// and written. Kept ones are read where they lie. Up to 8 columns are added one after the other, more by matrix
+// instructions of 16 columns. Of a tile's rows those warps work that have any.
 double of_columns(const Device& device, const Layer& layer, std::int64_t m, const octavo::cuda::Division& division,
-                  std::int64_t columns) {
+                  std::int64_t columns, bool are_kept) {
     // Of a warp: for 32 codes that are kept, while the product waits for memory or its sums, which hides most of it,
-    // and made float32 or 16 bits; in the order of Choice, for a product of matrices, and the rows that a warp has.
+    // and made float32 or 16 bits, or for 32 kept weights; in the order of Choice, for a product of matrices, and the
+    // rows that a warp has.
     constexpr double to_keep = 0.15 * 50;
     constexpr double to_convert[] = {16, 13};
+    constexpr double to_convert_kept[] = {16, 9.3};
     constexpr double of_product[] = {2.04, 2.75, 1.72, 1.75, 2.67, 3.5};
     constexpr std::int64_t rows_of_warp[] = {16, 16, 64, 64, 48, 32};
     const auto tile = static_cast<std::size_t>(division.tile);
     const octavo::cuda::TileShape& shape = octavo::cuda::tile_shapes[tile];
     const std::int64_t down = whole(m, division.height);
-    const bool is_kept = down <= octavo::cuda::most_pickers && columns <= octavo::cuda::most_picked;
+    const bool is_picked = down <= octavo::cuda::most_pickers && columns <= octavo::cuda::most_picked;
     const auto codes = static_cast<double>(columns * layer.n);
-    const double moved =
-        2 * static_cast<double>(columns * m) / (0.88 * device.memory) +
-        (is_kept ? 2 * static_cast<double>(down) * codes / device.cache : 33 * codes / (0.88 * device.memory));
+    const double of_w =
+        are_kept    ? 2 * codes / (0.88 * device.memory) + 2 * static_cast<double>(down - 1) * codes / device.cache
+        : is_picked ? 2 * static_cast<double>(down) * codes / device.cache
+                    : 33 * codes / (0.88 * device.memory);
+    const double moved = 2 * static_cast<double>(columns * m) / (0.88 * device.memory) + of_w;
     const auto rows = static_cast<double>(
         std::min(whole(std::min(m, division.height), rows_of_warp[tile]) * rows_of_warp[tile], shape.rows));
     const auto cols = static_cast<double>(shape.cols);
-    double issued =
-        cols * static_cast<double>(columns) / 32 * ((is_kept ? to_keep : 0) + to_convert[columns > 8 ? 1 : 0]);
+    const std::size_t many = columns > 8 ? 1 : 0;
+    const double of_weight = are_kept ? to_convert_kept[many] : (is_picked ? to_keep : 0) + to_convert[many];
+    double issued = cols * static_cast<double>(columns) / 32 * of_weight;
     double products = 0;
     if (columns <= 8) {
         issued += 1.3 * rows * cols * static_cast<double>(columns) / 32;
@@ -294,11 +301,17 @@ void print_targets(double worth) {
                 const Times& at = *std::ranges::find(points, m, &Times::m);
                 const octavo::cuda::Division division = divided(device, layer, m);
                 const auto taken = [&](std::int64_t columns) {
-                    return m <= most ? at.weight_only : at.int8 + of_columns(device, layer, m, division, columns);
+                    return m <= most ? at.weight_only
+                                     : at.int8 + of_columns(device, layer, m, division, columns, false);
                 };
-                std::printf("%d %lld %lld %lld %.17g %.17g %.17g\n", device.architecture,
+                const auto taken_kept = [&](std::int64_t columns) {
+                    return m <= most ? at.weight_only
+                                     : by_int8(device, true, layer, m, division, false) +
+                                           of_columns(device, layer, m, division, columns, true);
+                };
+                std::printf("%d %lld %lld %lld %.17g %.17g %.17g %.17g\n", device.architecture,
                             static_cast<long long>(layer.k), static_cast<long long>(layer.n), static_cast<long long>(m),
-                            by_torch(device, layer, m), taken(6), taken(64));
+                            by_torch(device, layer, m), taken(6), taken(64), taken_kept(64) / taken_kept(6));
             }
         }
     }

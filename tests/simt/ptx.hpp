@@ -133,6 +133,7 @@ inline std::uint32_t mask_or(std::uint32_t value, std::uint32_t mask, std::uint3
 }
 inline std::uint32_t in_register(std::uint32_t constant) { return constant; }
 inline std::int64_t made_again(std::int64_t number) { return number; }
+inline int made_again(int number) { return number; }
 
 // Sums are rounded after each product here; the order and the precision of the hardware's sums are its own. `depth`
 // elements of type T fill 32 bytes of a row, which lie in the registers as those of `multiply_add_s8` do.

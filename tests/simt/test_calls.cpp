@@ -98,9 +98,18 @@ public:
           y(dtype, m, n),
           scheme_(scheme),
           granularity_(granularity) {
+        keep({0, 3});
+    }
+
+    // These columns in 16 bits.
+    void keep(const std::vector<std::int32_t>& columns) {
+        const std::int64_t n = y.matrix().cols;
+        kept_columns_ = int32_array(columns);
+        kept_ = Array(x.matrix().dtype, n, static_cast<std::int64_t>(columns.size()));
         for (std::int64_t j = 0; j < n; ++j) {
-            kept_.set(j, 0, weight_.get(j, 0));
-            kept_.set(j, 1, weight_.get(j, 3));
+            for (std::size_t o = 0; o < columns.size(); ++o) {
+                kept_.set(j, static_cast<std::int64_t>(o), weight_.get(j, columns[o]));
+            }
         }
     }
 
@@ -334,6 +343,31 @@ void check_unkept(Problem& problem) {
     }
 }
 
+// A weight that keeps columns in X's own 16 bits: no other outlier columns, few and many; and some of them among
+// others, of which there are codes.
+void check_kept(Problem& problem) {
+    problem.keeps = true;
+    const octavo::Matrix x = problem.x.matrix();
+    for (const std::int32_t kept : {7, 45}) {
+        std::vector<std::int32_t> columns;
+        for (std::int32_t o = 0; o < kept; ++o) columns.push_back(o + 3);
+        problem.keep(columns);
+        problem.new_input();
+        for (const Outliers outliers : {Outliers::static_, Outliers::columns}) {
+            if (outliers == Outliers::columns) {  // kept ones side by side, and others
+                for (std::int64_t o = 0; o < 40; ++o) problem.x.set(o * 5 % x.rows, o < 20 ? o + 10 : 6 * o, 500);
+            }
+            const check::Context context(kept, " kept columns ", check::show(outliers));
+            const LinearOptions options{.threshold = 200, .outliers = outliers, .path = Path::int8};
+            problem.linear(options);
+            const Array of_cpu(x.dtype, x.rows, problem.y.matrix().cols);
+            problem.linear_on({octavo::DeviceKind::cpu, 0}, options, of_cpu.matrix(), {});
+            if (outliers == Outliers::static_ && kept < 8) CHECK(of_cpu.bytes() == problem.y.bytes());
+            check_nearly(of_cpu, problem.y);
+        }
+    }
+}
+
 // The same of the tiles that warpgroups multiply: with two multiprocessors (CMakeLists.txt) the first shape takes those
 // of 128 x 128, of which one has rows for the first of two warpgroups only, the second those of 128 x 256, and more
 // outlier columns than there is room for at a time. Many are added in another order.
@@ -370,8 +404,9 @@ TEST(outputs_of_warpgroups) {
             }
         }
         for (const DType dtype : {DType::f16, DType::bf16}) {
-            Problem unkept(s.m, s.n, s.k, dtype);
-            check_unkept(unkept);
+            Problem other(s.m, s.n, s.k, dtype);
+            check_unkept(other);
+            check_kept(other);
         }
     }
     // Found out at the first use of the device.
@@ -412,8 +447,9 @@ TEST(outputs_of_divided_products) {
         const Array of_cpu(DType::f16, c.m, c.n);
         problem.linear_on({octavo::DeviceKind::cpu, 0}, options, of_cpu.matrix(), {});
         CHECK(of_cpu.bytes() == problem.y.bytes());
-        Problem unkept(c.m, c.n, c.k, tried % 2 == 0 ? DType::f16 : DType::bf16);
-        check_unkept(unkept);
+        Problem other(c.m, c.n, c.k, tried % 2 == 0 ? DType::f16 : DType::bf16);
+        check_unkept(other);
+        check_kept(other);
     }
     CHECK(tried > 0);
 }
