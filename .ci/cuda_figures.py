@@ -64,8 +64,8 @@ def tile_of(arguments: str) -> list[int] | None:
     """Rows and columns of the tile that a product computes, and of a warp's part of it."""
     if tile := re.search(r"4TileILi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E", arguments):
         return [int(size) for size in tile.groups()]
-    if tile := re.search(r"9GroupTileILi(\d+)E", arguments):  # cuda/linear_wgmma.cuh
-        return [128, int(tile[1]), 16, int(tile[1])]
+    if tile := re.search(r"9GroupTileILi(\d+)ELi(\d+)E", arguments):  # cuda/linear_wgmma.cuh
+        return [int(tile[1]), int(tile[2]), 16, int(tile[2])]
     return None
 
 

@@ -188,6 +188,7 @@ void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& l
     }
     switch (division_.tile) {
         case Choice::wide: return start_wgmma<Wide>(coded.codes, codes, division_, rest, stream);
+        case Choice::high: return start_wgmma<High>(coded.codes, codes, division_, rest, stream);
         case Choice::square: return start_wgmma<Square>(coded.codes, codes, division_, rest, stream);
         case Choice::large: return launch_tiles<Large, SliceCopy::async>(coded.codes, codes, division_, rest, stream);
         case Choice::medium: return launch_tiles<Medium, SliceCopy::async>(coded.codes, codes, division_, rest, stream);

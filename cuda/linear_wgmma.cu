@@ -1,6 +1,6 @@
-// The fused product of linear_mma.cu in tiles that warpgroups multiply (sm_90a): 128 x 256 and 128 x 128. Instructions
-// take both operands from shared memory and multiply on while the warps copy; they reach what tensor cores of this
-// architecture do, of which those of mma_tile.cuh reach three fifths.
+// The fused product of linear_mma.cu in tiles that warpgroups multiply (sm_90a): 128 x 256, 192 x 128 and 128 x 128.
+// Instructions take both operands from shared memory and multiply on while the warps copy; they reach what tensor cores
+// of this architecture do, of which those of mma_tile.cuh reach three fifths.
 //
 // A block walks along k in slices of 128 bytes, brought to shared memory by cp.async a few slices ahead. Of each slice
 // a warpgroup multiplies its 64 rows of a by all rows of b, in four steps, and begins with the next slice before that
@@ -32,8 +32,8 @@ struct GroupShare {
     static constexpr int row_bytes = Tile::slice;
     static constexpr int chunks = row_bytes / chunk;
     static constexpr int pitch = Tile::threads / chunks;
-    static constexpr int count = tile_rows / pitch;
-    static_assert(tile_rows % pitch == 0 && pitch % bundle == 0);  // the order of all these rows is the same
+    static constexpr int count = (tile_rows + pitch - 1) / pitch;
+    static_assert(pitch % bundle == 0);  // the order of all these rows is the same
 
     __device__ static int first() { return static_cast<int>(threadIdx.x) / chunks; }
     __device__ static int index() { return static_cast<int>(threadIdx.x) % chunks; }
@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::resident)
         OCTAVO_DYNAMIC_SHARED(std::int8_t, memory);
         std::int8_t* const shared = aligned_shared(memory);
         const Job job = job_of<Tile>(a.rows, b.rows, k, parts);
+        a.rows = rows_until(a.rows, job, parts);
         const ColumnsInShared<Tile> columns{reinterpret_cast<float*>(shared + Tile::stages * Tile::stage_bytes)};
         wait_for_launch_before();
         columns.read(rest, job);
@@ -294,8 +295,11 @@ Wgmma try_tile(cudaStream_t stream) {
 
 Wgmma try_wgmma() {
     const OwnStream stream;
-    const Wgmma wide = try_tile<Wide>(stream.get());
-    return wide == Wgmma::right ? try_tile<Square>(stream.get()) : wide;
+    Wgmma found = Wgmma::right;
+    for (const auto& each : {try_tile<Wide>, try_tile<High>, try_tile<Square>}) {
+        if (found == Wgmma::right) found = each(stream.get());
+    }
+    return found;
 }
 
 template <class Tile>
@@ -303,13 +307,13 @@ void start_wgmma(const ConstMatrix& a, const ConstMatrix& b, const Division& div
                  cudaStream_t stream) {
     static OncePerDevice set_up;
     set_up([] { allow_shared(wgmma_kernel<Tile>, shared_of_groups<Tile>); });
-    // Half of a tile or all of it: fewer rows than it could have are those of all of a.
     const Parts own = parts_of(b.cols, division.parts, division.height);
     const auto blocks = static_cast<unsigned>(tiles_of<Tile>(a.rows, b.rows, own.height) * own.count);
     launch(wgmma_kernel<Tile>, {blocks, Tile::threads, shared_of_groups<Tile>, begins_early()}, stream, operand_of(a),
            operand_of(b), b.cols, own, rest);
 }
 template void start_wgmma<Wide>(const ConstMatrix&, const ConstMatrix&, const Division&, const Rest&, cudaStream_t);
+template void start_wgmma<High>(const ConstMatrix&, const ConstMatrix&, const Division&, const Rest&, cudaStream_t);
 template void start_wgmma<Square>(const ConstMatrix&, const ConstMatrix&, const Division&, const Rest&, cudaStream_t);
 
 }  // namespace octavo::cuda

@@ -84,9 +84,9 @@ __device__ inline int chunk_of_b(int row, int index) { return index ^ (row / 4 %
 template <int tile_rows, int threads, bool is_b>
 struct Share {
     static constexpr int pitch = threads / chunks;
-    static constexpr int count = tile_rows / pitch;
+    static constexpr int count = (tile_rows + pitch - 1) / pitch;
     static constexpr int row_bytes = slice;
-    static_assert(tile_rows % pitch == 0 && pitch % 16 == 0);  // 16: the permutation of all these rows is the same
+    static_assert(pitch % 16 == 0);  // the permutation of all these rows is the same
 
     __device__ static int first() { return static_cast<int>(threadIdx.x) / chunks; }
     __device__ static int index() { return static_cast<int>(threadIdx.x) % chunks; }
@@ -125,6 +125,7 @@ public:
         for (int i = 0; i < Share::count; ++i) {
             const int row = Share::first() + i * Share::pitch;
             if (skips && i * Share::pitch >= rows_) break;
+            if (tile_rows % Share::pitch != 0 && row >= tile_rows) break;
             const bool inside = row < rows_;
             copy_async_16(target + i * Share::pitch * Share::row_bytes,
                           source_ + begin + i * Share::pitch * row_stride_, inside ? bytes : 0);

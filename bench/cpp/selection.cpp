@@ -12,10 +12,10 @@
 //                                     "ARCHITECTURE K N M HALF AUTO COLUMNS KEPT": the time of that, of `auto` with 6
 //                                     outlier columns, and with 64; how many times as long 64 kept columns take, which
 //                                     are the outlier columns, as 6
-//   selection candidates              for tiles that there are not, a line "NAME GAIN K N M TWENTIETH MOST": how many
-//                                     times less time the better path would take, where it gains most of the targets;
-//                                     and of 400 products of few rows (`few_rows_extents`) at how many by a twentieth,
-//                                     and the most
+//   selection candidates WORTH        for tiles that there are not, a line "NAME GAIN K N M TWENTIETH MOST STEP": how
+//                                     many times less time the better path would take, where it gains most of the
+//                                     targets; of 800 products (`some_extents`) at how many by a twentieth, and the
+//                                     most; and the most that a row more would multiply the time by
 //
 // WORTH: as many times as long as the int8 product may take what rounds no activations, and counts as equal.
 #include <algorithm>
@@ -168,8 +168,8 @@ double of_columns(const Device& device, const Layer& layer, std::int64_t m, cons
     constexpr double to_keep = 0.15 * 50;
     constexpr double to_convert[] = {16, 13};
     constexpr double to_convert_kept[] = {16, 9.3};
-    constexpr double of_product[] = {2.04, 2.75, 1.72, 1.75, 2.67, 3.5};
-    constexpr std::int64_t rows_of_warp[] = {16, 16, 64, 64, 48, 32};
+    constexpr double of_product[] = {2.04, 2.56, 2.75, 1.72, 1.75, 2.67, 3.5};
+    constexpr std::int64_t rows_of_warp[] = {16, 16, 16, 64, 64, 48, 32};
     const auto tile = static_cast<std::size_t>(division.tile);
     const octavo::cuda::TileShape& shape = octavo::cuda::tile_shapes[tile];
     const std::int64_t down = whole(m, division.height);
@@ -331,21 +331,30 @@ constexpr Candidate candidates[] = {
     // multiprocessor:
     // one's epilogue runs beside the other's products, too.
     {"pingpong_128x128", {128, 128, 64, 1.04}},
+    {"64x192", {64, 192, 64, 0.975}},
+    {"128x192", {128, 192, 64, 1.12}},
 };
 
-// Extents of k and n, for 8 to 128 rows in steps of 8.
-constexpr std::int64_t few_rows_extents[] = {4096, 5793, 8192, 11585, 16384};
+// Extents of k and n, for 8 to 256 rows in steps of 8.
+constexpr std::int64_t some_extents[] = {4096, 5793, 8192, 11585, 16384};
+
+// Weight-only, and the int8 product with the candidate where it is better.
+Times with_candidate(const Candidate& candidate, const Device& device, const Layer& layer, std::int64_t m) {
+    const octavo::cuda::Division division = octavo::cuda::divide_by(octavo::cuda::Choice::wide, candidate.shape, m,
+                                                                    layer.n, layer.k, device.multiprocessors);
+    return {m, by_matrix_instructions(device, layer, m),
+            std::min(by_int8(device, true, layer, m, divided(device, layer, m)),
+                     by_int8(device, true, layer, m, division))};
+}
 
 // As many times less time the better path would take.
 double gain_of(const Candidate& candidate, const Device& device, const Layer& layer, std::int64_t m) {
-    const octavo::cuda::Division division = octavo::cuda::divide_by(octavo::cuda::Choice::wide, candidate.shape, m,
-                                                                    layer.n, layer.k, device.multiprocessors);
-    const double before =
-        std::min(by_matrix_instructions(device, layer, m), by_int8(device, true, layer, m, divided(device, layer, m)));
-    return std::max(1.0, before / by_int8(device, true, layer, m, division));
+    const Times with = with_candidate(candidate, device, layer, m);
+    const double before = by_int8(device, true, layer, m, divided(device, layer, m));
+    return std::min(with.weight_only, before) / std::min(with.weight_only, with.int8);
 }
 
-void print_candidates() {
+void print_candidates(double worth) {
     for (const Device& device : devices) {
         if (!device.has_wgmma) continue;
         for (const Candidate& candidate : candidates) {
@@ -363,17 +372,24 @@ void print_candidates() {
             }
             int twentieth = 0;
             double most = 1.0;
-            for (const std::int64_t k : few_rows_extents) {
-                for (const std::int64_t n : few_rows_extents) {
-                    for (std::int64_t m = 8; m <= 128; m += 8) {
+            double more = 1.0;
+            for (const std::int64_t k : some_extents) {
+                for (const std::int64_t n : some_extents) {
+                    for (std::int64_t m = 8; m <= 256; m += 8) {
                         const double own = gain_of(candidate, device, {k, n}, m);
                         if (own >= 1.05) ++twentieth;
                         most = std::max(most, own);
                     }
+                    const auto points = at_points([&](std::int64_t m) {
+                        const Times with = with_candidate(candidate, device, {k, n}, m);
+                        return std::pair(with.weight_only, with.int8);
+                    });
+                    more = std::max(more, worst(points, most_rows(points, worth)).more);
                 }
             }
-            std::printf("%s %.17g %lld %lld %lld %d %.17g\n", candidate.name, gain, static_cast<long long>(where.k),
-                        static_cast<long long>(where.n), static_cast<long long>(rows), twentieth, most);
+            std::printf("%s %.17g %lld %lld %lld %d %.17g %.17g\n", candidate.name, gain,
+                        static_cast<long long>(where.k), static_cast<long long>(where.n), static_cast<long long>(rows),
+                        twentieth, most, more);
         }
     }
 }
@@ -403,8 +419,8 @@ int main(int count, char* const* arguments) try {
         print_table(worth, extents);
     } else if (what == "targets" && count == 3) {
         print_targets(worth);
-    } else if (what == "candidates" && count == 2) {
-        print_candidates();
+    } else if (what == "candidates" && count == 3) {
+        print_candidates(worth);
     } else if (what == "worst" && count == 2) {
         print_worst();
     } else if (what == "decide" && count == 7) {
@@ -415,7 +431,8 @@ int main(int count, char* const* arguments) try {
         std::printf("%lld\n", static_cast<long long>(most_rows(points, worth)));
     } else {
         std::fputs(
-            "usage: selection table WORTH EXTENT... | worst | targets WORTH | candidates | decide WORTH A B C D\n",
+            "usage: selection table WORTH EXTENT... | worst | targets WORTH | candidates WORTH | decide WORTH A B C "
+            "D\n",
             stderr);
         return 2;
     }

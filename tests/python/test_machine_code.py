@@ -29,7 +29,7 @@ KERNELS = {
         "HMMA.16816.F32 R72, R56, R60, R72",
         "LDGSTS.E.BYPASS.LTC128B.128.ZFILL [R0], [R2.64], P0",
     ],
-    "linear_wgmma.wgmma_kernelINS0_9GroupTileILi128ELi3ELi2EEEvv": [
+    "linear_wgmma.wgmma_kernelINS0_9GroupTileILi128ELi128ELi3ELi2EEEvv": [
         "IGMMA.64x128x32.S8.S8 R24, gdesc[UR20], R24",
         "HMMA.1688.F32.TF32 R72, R56, R60, R72",
         "HMMA.16816.F32 R72, R56, R60, R72",

@@ -369,8 +369,9 @@ void check_kept(Problem& problem) {
 }
 
 // The same of the tiles that warpgroups multiply: with two multiprocessors (CMakeLists.txt) the first shape takes those
-// of 128 x 128, of which one has rows for the first of two warpgroups only, the second those of 128 x 256, and more
-// outlier columns than there is room for at a time. Many are added in another order.
+// of 128 x 128, of which one has rows for the first of two warpgroups only, the second those of 192 x 128, which have
+// rows for two of three, the third those of 128 x 256, and more outlier columns than there is room for at a time. Many
+// are added in another order.
 TEST(outputs_of_warpgroups) {
     using octavo::cuda::Choice;
     struct Shape {
@@ -382,7 +383,8 @@ TEST(outputs_of_warpgroups) {
         Scheme scheme;
         Granularity granularity;
     };
-    for (const Shape& s : {Shape{185, 300, 400, Choice::square}, Shape{253, 500, 1200, Choice::wide}}) {
+    for (const Shape& s : {Shape{185, 300, 400, Choice::square}, Shape{253, 264, 400, Choice::high},
+                           Shape{253, 500, 1200, Choice::wide}}) {
         CHECK(octavo::cuda::divide_product(s.m, s.n, s.k, 2, Choice::wide).tile == s.tile);
         for (const Kind& kind : {Kind{DType::f16, Scheme::absmax, Granularity::vector},
                                  Kind{DType::bf16, Scheme::zeropoint, Granularity::tensor},
@@ -428,11 +430,12 @@ TEST(outputs_of_divided_products) {
     const char* const count = std::getenv("OCTAVO_SIMT_MULTIPROCESSORS");
     const std::string multiprocessors = count == nullptr ? "132" : count;
     long tried = 0;
-    for (const Case& c : {Case{161, 400, 4112, 3, Choice::wide, 3, 128}, Case{97, 72, 3088, 3, Choice::square, 3, 128},
-                          Case{129, 520, 4112, 2, Choice::large, 2, 256}, Case{261, 72, 1040, 2, Choice::large, 1, 144},
-                          Case{99, 264, 3088, 2, Choice::medium, 2, 128}, Case{133, 72, 1040, 2, Choice::medium, 1, 80},
-                          Case{261, 40, 3088, 2, Choice::tall, 2, 96}, Case{101, 40, 1040, 2, Choice::tall, 1, 64},
-                          Case{19, 40, 3088, 3, Choice::small, 3, 64}, Case{69, 40, 1040, 2, Choice::small, 1, 48}}) {
+    for (const Case& c : {Case{253, 400, 4112, 3, Choice::wide, 3, 128}, Case{97, 72, 3088, 3, Choice::square, 3, 128},
+                          Case{161, 520, 2064, 2, Choice::high, 2, 192}, Case{129, 520, 4112, 2, Choice::large, 2, 256},
+                          Case{261, 72, 1040, 2, Choice::large, 1, 144}, Case{99, 264, 3088, 2, Choice::medium, 2, 128},
+                          Case{133, 72, 1040, 2, Choice::medium, 1, 80}, Case{261, 40, 3088, 2, Choice::tall, 2, 96},
+                          Case{101, 40, 1040, 2, Choice::tall, 1, 64}, Case{19, 40, 3088, 3, Choice::small, 3, 64},
+                          Case{69, 40, 1040, 2, Choice::small, 1, 48}}) {
         if (std::to_string(c.multiprocessors) != multiprocessors) continue;
         ++tried;
         const check::Context context(c.m, " x ", c.n, " x ", c.k);
