@@ -1,10 +1,10 @@
 // LLM.int8() on the GPU (paper Figure 2). The host enqueues three launches and never waits:
 //
 //   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns). None for `static`
-//   and
-//      `none`; a criterion that is relative or capped takes one launch more, for the largest magnitudes of the columns
+//      and `none`; a criterion that is relative or capped takes one launch more, for the largest magnitudes of the
+//      columns
 //   2. quantize the rest of X row by row; list the marked columns, and write them and their weights side by side.
-//      Rotation takes two launches more, one scale for all of X without outlier columns one
+//      Rotation takes one launch more; so does one scale for all of X with rotation, or without outlier columns
 //   3. int8 product, scales, outlier columns times 16-bit weights, bias
 //
 // Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own. Several layers of one X share the

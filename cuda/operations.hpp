@@ -129,9 +129,6 @@ struct Exclusion {
     std::int64_t ticket_count = 0;
 };
 
-// List the marked columns, and write the panels.
-void list_outliers(ConstMatrix x, const Exclusion& exclusion, cudaStream_t stream);
-
 // octavo::quantize with what is excluded on the device. Rows of codes have `width` >= rotated_size(k) columns, of which
 // those from there on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes. With rotation
 // there is a launch before it, to scratch memory.

@@ -14,7 +14,6 @@
 #include "marks.cuh"
 #include "memory.hpp"
 #include "operations.hpp"
-#include "outlier_columns.cuh"
 #include "ptx.cuh"
 
 namespace octavo::cuda {
@@ -126,14 +125,9 @@ __global__ void __launch_bounds__(list_threads)
     for (std::int64_t w = threadIdx.x; w < size; w += list_threads) words[first + w] = marked[w];
 }
 
-// Block 0 lists the marked columns, the others write panels.
-constexpr int list_outliers_threads = 512;
-
-__global__ void __launch_bounds__(list_outliers_threads, 1)
-    list_kernel(ColumnMarks marks, std::int64_t k, Span<std::int32_t> columns, Span<std::int32_t> count,
-                PanelTasks tasks) {
-    if (blockIdx.x == 0) return list_marked(marks, k, columns, count);
-    write_panels(tasks, marks, k, blockIdx.x - 1);
+__global__ void __launch_bounds__(list_threads)
+    list_kernel(ColumnMarks marks, std::int64_t k, Span<std::int32_t> columns, Span<std::int32_t> count) {
+    list_marked(marks, k, columns, count);
 }
 
 }  // namespace
@@ -162,13 +156,6 @@ void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStr
     launch(mark_listed_kernel, grid, stream, span_of<std::int32_t>(columns), k, marks.words);
 }
 
-void list_outliers(ConstMatrix x, const Exclusion& exclusion, cudaStream_t stream) {
-    const PanelTasks tasks = panel_tasks(x, exclusion);
-    launch(list_kernel, Grid{static_cast<unsigned>(1 + tasks.blocks), list_outliers_threads}, stream, exclusion.marks,
-           x.cols, Span<std::int32_t>{exclusion.list.columns, x.cols, 1},
-           Span<std::int32_t>{exclusion.list.count, 1, 1}, tasks);
-}
-
 void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, cudaStream_t stream) {
     Workspace workspace(stream);
     const std::int64_t parts = needs_limits(options) ? 1 : mark_parts(x);
@@ -181,8 +168,8 @@ void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, 
     } else {
         mark_outliers(x, options.threshold, marks, stream);
     }
-    launch(list_kernel, Grid{1, list_outliers_threads}, stream, marks, x.cols, span_of<std::int32_t>(columns),
-           span_of<std::int32_t>(count), PanelTasks{});
+    launch(list_kernel, Grid{1, list_threads}, stream, marks, x.cols, span_of<std::int32_t>(columns),
+           span_of<std::int32_t>(count));
 }
 
 int architecture_of_code() {

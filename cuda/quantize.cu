@@ -237,9 +237,10 @@ struct Task {
     Step step = Step::rows;
     bool rows_of_warps = false;  // a team is a warp, not the block
     bool per_element = false;
-    bool rotated = false;  // whether x is what `rotate` made
+    bool rotated = false;  // whether x is what `rotate` made, without what is excluded
     ElementCriterion elements;
-    ColumnMarks marks;
+    ColumnMarks marks;  // of `marked` columns: of x, before it was rotated
+    std::int64_t marked = 0;
     ColumnList list;
     PanelTasks panels;
     unsigned* tickets = nullptr;
@@ -501,8 +502,8 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
     const bool lists = task.list.columns != nullptr;
     const std::int64_t others = lists ? 1 + task.panels.blocks : 0;
     if (blockIdx.x < others) {
-        if (blockIdx.x > 0) return write_panels(task.panels, task.marks, x.cols, blockIdx.x - 1);
-        return list_marked(task.marks, x.cols, {task.list.columns, x.cols, 1}, {task.list.count, 1, 1});
+        if (blockIdx.x > 0) return write_panels(task.panels, task.marks, task.marked, blockIdx.x - 1);
+        return list_marked(task.marks, task.marked, {task.list.columns, task.marked, 1}, {task.list.count, 1, 1});
     }
     const std::int64_t block = blockIdx.x - others;
     const std::int64_t blocks = gridDim.x - others;
@@ -513,7 +514,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
 
     const std::int64_t covered = team.size * accesses * per_access<T>;
     const std::int64_t chunks = (task.width + covered - 1) / covered;
-    const ColumnMarks excluded = task.per_element ? ColumnMarks{} : task.marks;
+    const ColumnMarks excluded = task.per_element || task.rotated ? ColumnMarks{} : task.marks;
     const std::uint32_t left_out = columns_left_out<T, wide>(team, 0, x.cols, excluded);
     Held held{};
     const bool can_be_small = sizeof(T) == 4 && task.small != nullptr;
@@ -640,11 +641,13 @@ void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& te
     });
 }
 
-void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool rotated, const std::uint8_t* small,
-                   const Exclusion& exclusion, const Matrix& codes, std::int64_t width, const Vector& scale,
-                   const Vector& zeropoint, const Vector& code_sums, unsigned long long* first_not_finite,
-                   cudaStream_t stream) {
+// `source`: what x was before it was rotated, where it is.
+void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, const ConstMatrix* source,
+                   const std::uint8_t* small, const Exclusion& exclusion, const Matrix& codes, std::int64_t width,
+                   const Vector& scale, const Vector& zeropoint, const Vector& code_sums,
+                   unsigned long long* first_not_finite, cudaStream_t stream) {
     Workspace workspace(stream);
+    const bool rotated = source != nullptr;
     if (options.rotation != 0 && !rotated) {
         const std::int64_t rotated_width = rotated_size(x.cols, options.rotation);
         const auto place = workspace.reserve<float>(x.rows * rotated_width);
@@ -652,24 +655,22 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool ro
         workspace.allocate();
         std::uint8_t* const of_chunks = x.dtype == DType::f16 ? nullptr : workspace.at(chunks);  // those never overflow
         rotate(x, options.rotation, exclusion, 1.0F, workspace.at(place), stream, of_chunks);
-        if (exclusion.list.columns != nullptr) list_outliers(x, exclusion, stream);
-        Exclusion none;
-        none.tickets = exclusion.tickets;
-        none.ticket_count = exclusion.ticket_count;
         const ConstMatrix of_blocks{workspace.at(place), DType::f32, x.device, x.rows, rotated_width, rotated_width, 1};
-        return quantize_rows(of_blocks, options, true, of_chunks, none, codes, width, scale, zeropoint, code_sums,
+        return quantize_rows(of_blocks, options, &x, of_chunks, exclusion, codes, width, scale, zeropoint, code_sums,
                              first_not_finite, stream);
     }
     const std::int64_t elements = 16 / size_of(x.dtype);
     const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
     const int threads = most_threads(size_of(x.dtype), options.scheme, wide, device_facts().architecture);
     const Teams teams = teams_for(x.rows, width, elements, threads);
-    Task task{.per_element = exclusion.per_element,
+    const ConstMatrix& marked = rotated ? *source : x;
+    Task task{.per_element = exclusion.per_element && !rotated,
               .rotated = rotated,
               .elements = exclusion.elements,
               .marks = exclusion.marks,
+              .marked = marked.cols,
               .list = exclusion.list,
-              .panels = panel_tasks(x, exclusion),
+              .panels = panel_tasks(marked, exclusion),
               .tickets = exclusion.tickets,
               .ticket_count = exclusion.ticket_count,
               .codes = view_of<std::int8_t>(codes),
@@ -703,7 +704,7 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, bool ro
 
 void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream) {
-    quantize_rows(x, options, false, nullptr, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
+    quantize_rows(x, options, nullptr, nullptr, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
 }
 
 void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
@@ -724,7 +725,7 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
     QuantizeOptions of_rows = options;
     of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
     if (again.enqueue) {
-        quantize_rows(weight, of_rows, false, nullptr, {}, codes, codes.cols, scale, zeropoint, code_sums, nullptr,
+        quantize_rows(weight, of_rows, nullptr, nullptr, {}, codes, codes.cols, scale, zeropoint, code_sums, nullptr,
                       stream);
         return round_stochastically(weight, again.seed, codes, scale, code_sums, stream);
     }
@@ -738,7 +739,7 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
         const auto place = workspace.reserve<unsigned long long>(1);
         workspace.allocate();
         check(cudaMemsetAsync(workspace.at(place), filler, sizeof first, stream), "cudaMemsetAsync");
-        quantize_rows(weight, of_rows, false, nullptr, {}, codes, codes.cols, scale, zeropoint, code_sums,
+        quantize_rows(weight, of_rows, nullptr, nullptr, {}, codes, codes.cols, scale, zeropoint, code_sums,
                       workspace.at(place), stream);
         check(cudaMemcpyAsync(&first, workspace.at(place), sizeof first, cudaMemcpyDeviceToHost, stream),
               "cudaMemcpyAsync");

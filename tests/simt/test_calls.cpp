@@ -119,7 +119,8 @@ public:
                                 .zeropoint = vector_of(codes_.zeropoint),
                                 .code_sums = codes_.code_sums.vector(),
                                 .scheme = scheme_,
-                                .granularity = granularity_};
+                                .granularity = granularity_,
+                                .rotation = rotation};
         if (!keeps) return view;
         view.outlier_columns = kept_columns_.vector();
         view.outlier_weight = kept_.matrix();
@@ -167,7 +168,8 @@ private:
 
 public:
     Array y;
-    bool keeps = true;  // columns in 16 bits
+    bool keeps = true;          // columns in 16 bits
+    std::int32_t rotation = 0;  // in blocks of which the codes are taken to be of a rotated weight
 
 private:
     Scheme scheme_;
@@ -365,6 +367,22 @@ void check_kept(Problem& problem) {
             if (outliers == Outliers::static_ && kept < 8) CHECK(of_cpu.bytes() == problem.y.bytes());
             check_nearly(of_cpu, problem.y);
         }
+    }
+}
+
+// Rotation takes a launch more, and columns that are kept none.
+TEST(rotated_weights_that_keep_columns) {
+    for (const DType dtype : {DType::f16, DType::bf16}) {
+        Problem problem(70, 136, 256, dtype);
+        problem.rotation = 64;
+        for (const LinearOptions& options : all_options) {
+            if (options.path != Path::int8) continue;
+            const check::Context context(check::show(dtype), " ", describe(options));
+            const auto call = [&] { problem.linear(options); };
+            counted(call);
+            CHECK_EQ(started(counted(call)), most_started(options, problem.x.matrix(), 136, Granularity::vector) + 1);
+        }
+        check_kept(problem);
     }
 }
 
