@@ -456,9 +456,74 @@ void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, 
     __builtin_trap();
 }
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+// Sixteen rows of up to 16 bfloat16 at `src`, `stride` bytes apart, of which there are `rows`: two values of eight rows
+// and of the eight below them in each register, transposed as if they were one.
+void load_square(const char* src, std::int64_t stride, std::int64_t rows, std::int64_t count,
+                 float* const (&targets)[16]) {
+    const auto there = static_cast<__mmask16>((1U << static_cast<unsigned>(count)) - 1U);
+    const auto row = [&](std::int64_t j) OCTAVO_INLINE {
+        return _mm256_maskz_loadu_epi16(j < rows ? there : __mmask16{0}, src + (j < rows ? j : 0) * stride);
+    };
+    using Eight [[gnu::vector_size(32)]] = std::uint32_t;
+    using Pairs [[gnu::vector_size(64)]] = std::uint32_t;
+    using Fours [[gnu::vector_size(64)]] = std::uint64_t;
+    Pairs v[8];
+    unroll<8>([&](auto j) OCTAVO_INLINE {
+        const auto upper = reinterpret_cast<Eight>(row(j));
+        const auto lower = reinterpret_cast<Eight>(row(j + 8));
+        v[j] = __builtin_shufflevector(upper, lower, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    });
+    Fours pairs[8];  // of rows 0 and 1, 2 and 3, ...: the values that a quarter of a register begins and ends with
+    unroll<4>([&](auto j) OCTAVO_INLINE {
+        const Pairs low =
+            __builtin_shufflevector(v[2 * j], v[2 * j + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+        const Pairs high =
+            __builtin_shufflevector(v[2 * j], v[2 * j + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        __builtin_memcpy(&pairs[2 * j], &low, sizeof low);
+        __builtin_memcpy(&pairs[2 * j + 1], &high, sizeof high);
+    });
+    unroll<8>([&](auto c) OCTAVO_INLINE {  // columns 2 c and 2 c + 1
+        constexpr int high = c % 4 / 2;
+        constexpr int odd = c % 2;
+        const Fours first = __builtin_shufflevector(pairs[high], pairs[2 + high], odd, 8 + odd, 2 + odd, 10 + odd,
+                                                    4 + odd, 12 + odd, 6 + odd, 14 + odd);
+        const Fours second = __builtin_shufflevector(pairs[4 + high], pairs[6 + high], odd, 8 + odd, 2 + odd, 10 + odd,
+                                                     4 + odd, 12 + odd, 6 + odd, 14 + odd);
+        constexpr int half = c / 4 * 2;
+        const Fours all = __builtin_shufflevector(first, second, half, half + 1, half + 8, half + 9, half + 4, half + 5,
+                                                  half + 12, half + 13);
+        Pairs both;
+        __builtin_memcpy(&both, &all, sizeof both);
+        const Pairs even = both << 16U;
+        const Pairs next = both & 0xFFFF0000U;
+        if (targets[2 * c] != nullptr) __builtin_memcpy(targets[2 * c], &even, sizeof even);
+        if (targets[2 * c + 1] != nullptr) __builtin_memcpy(targets[2 * c + 1], &next, sizeof next);
+    });
+}
+#endif
+
 // Sixteen rows at a time, a part of them, which is made float32 first: all of it at once where it lies in a row.
 void load_transposed(DType dtype, const void* src, std::int64_t stride, std::int64_t cols, std::int64_t count,
                      const std::int32_t* places, float* dst, std::int64_t dst_stride) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    if (dtype == DType::bf16) {
+        for (std::int64_t begin = 0; begin < count; begin += 16) {
+            const std::int64_t size = count - begin < 16 ? count - begin : 16;
+            float* targets[16];
+            for (std::int64_t c = 0; c < 16; ++c) {
+                const std::int32_t place = c < size ? places[begin + c] : -1;
+                targets[c] = place < 0 ? nullptr : dst + place * dst_stride;
+            }
+            for (std::int64_t row = 0; row < cols; row += 16) {
+                load_square(static_cast<const char*>(src) + (row * stride + begin) * 2, stride * 2, cols - row, size,
+                            targets);
+                for (float*& target : targets) target = target == nullptr ? nullptr : target + 16;
+            }
+        }
+        return;
+    }
+#endif
     constexpr std::int64_t together = 64;
     const bool in_a_row = stride == count && count <= together;
     const std::int64_t pitch = in_a_row ? count : together;
