@@ -200,7 +200,13 @@ private:
                     (*static_cast<const decltype(hand_over)*>(context))(first, rows);
                 };
             }
-            if (!plan_.fetches) fetch_ahead(tile, (row - block_.row_begin) / run);
+            constexpr std::int64_t most_panels = 16;  // beside more, what memory brings late does not count
+            if (panels_ > 1 && panels_ <= most_panels) {
+                const std::int64_t size = tile.ahead_depth * block_cols;  // of a block of output features
+                const std::int64_t part = up(ceiling(size, panels_), line);
+                tile.ahead_begin = std::min((row - block_.row_begin) / run * part, size);
+                tile.ahead_end = std::min(tile.ahead_begin + part, size);
+            }
             if (tile.depth > 0) plan_.multiply(tile);
             const std::int64_t end = row + tile.rows;
             // The sums of panels lie in a row.
@@ -212,19 +218,6 @@ private:
             }
             // Sums of one slice alone are in the first-level cache, over and over in the same place.
             tile.acc = tile.first && handed_over == end ? acc : tile.acc + ceiling(tile.rows, plan_.rows) * tile_size();
-        }
-    }
-
-    // The part of what comes next that falls to panel number `panel`.
-    void fetch_ahead(const ProductTile& tile, std::int64_t panel) const {
-        if (tile.ahead == nullptr) return;
-        const std::int64_t size = tile.ahead_depth * block_cols;  // of a block of output features
-        const std::int64_t part = up(ceiling(size, panels_), line);
-        for (std::int64_t j = 0; j < tile.cols; j += block_cols) {
-            const std::int8_t* const block = tile.ahead + j / block_cols * tile.ahead_stride;
-            for (std::int64_t i = panel * part; i < std::min((panel + 1) * part, size); i += line) {
-                __builtin_prefetch(block + i, 0, 2);
-            }
         }
     }
 

@@ -45,6 +45,9 @@ struct ProductTile {
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_depth = 0;
     std::int64_t ahead_stride = 0;
+    // The bytes of each block of it that fall to this panel, where there are several.
+    std::int64_t ahead_begin = 0;
+    std::int64_t ahead_end = 0;
     // How far ahead of itself a product of few rows asks for lines of W; 0: not at all.
     std::int64_t bytes_ahead = 0;
     // How much of it an epilogue has begun already (Plan::begin), in pieces of an instruction set's own.
@@ -79,7 +82,6 @@ struct Plan {
     std::int64_t speed = 60;     // multiplications in a nanosecond, about: whether threads are worth it
     // Whether codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much.
     bool x_is_unsigned = false;
-    bool fetches = false;  // whether `multiply` sees to what is `ahead`; else it is fetched before each panel
     // One row of a slice into row `row` of its panel (depth * rows * x_size bytes). What its sums will have too much.
     std::int32_t (*place_row)(const std::int8_t* codes, std::int64_t depth, std::int64_t row,
                               std::int8_t* panel) = nullptr;

@@ -31,8 +31,10 @@ inline std::int32_t place_unsigned(const std::int8_t* codes, std::int64_t depth,
     return 0;
 }
 
-// `Rows` rows of a tile by `Blocks` blocks, from column j of it on.
-template <class Dot, int Rows, int Blocks>
+// `Rows` rows of a tile by `Blocks` blocks, from column j of it on. Fetches: the part of what is ahead that falls to
+// this panel, a line of each block in every turn. (Lines that are asked for all at once wait for each other, and the
+// product for them.)
+template <class Dot, int Rows, int Blocks, bool Fetches>
 void multiply_block(const ProductTile& tile, std::int64_t j) {
     constexpr int steps = 2;  // of 4 along k in a turn of the loop
     constexpr std::int64_t turn = 4 * std::int64_t{steps};
@@ -43,7 +45,13 @@ void multiply_block(const ProductTile& tile, std::int64_t j) {
     const std::int8_t* const w = tile.w + j / 16 * tile.w_stride;
     typename Dot::Accumulator sums[Rows * width];
     unroll<Rows * width>([&](auto i) OCTAVO_INLINE { sums[i] = Dot::zero(); });
+    const std::int8_t* ahead = tile.ahead + tile.ahead_begin;
+    const std::int8_t* const ahead_end = tile.ahead + tile.ahead_end;
     for (std::int64_t k = 0; k < tile.depth; k += turn) {
+        if (Fetches && ahead < ahead_end) {
+            unroll<Blocks>([&](auto b) OCTAVO_INLINE { __builtin_prefetch(ahead + b * tile.ahead_stride, 0, 2); });
+            ahead += block_size;
+        }
         unroll<steps>([&](auto step) OCTAVO_INLINE {
             typename Dot::W operands[width];
             unroll<width>([&](auto v) OCTAVO_INLINE {
@@ -73,19 +81,24 @@ void multiply_block(const ProductTile& tile, std::int64_t j) {
 }
 
 // As many rows as the tile has.
-template <class Dot, int Blocks, int Rows = Dot::rows>
+template <class Dot, int Blocks, bool Fetches, int Rows = Dot::rows>
 void multiply_rows(const ProductTile& tile, std::int64_t j) {
     if constexpr (Rows > 1) {
-        if (tile.rows < Rows) return multiply_rows<Dot, Blocks, Rows - 1>(tile, j);
+        if (tile.rows < Rows) return multiply_rows<Dot, Blocks, Fetches, Rows - 1>(tile, j);
     }
-    multiply_block<Dot, Rows, Blocks>(tile, j);
+    multiply_block<Dot, Rows, Blocks, Fetches>(tile, j);
 }
 
 // Plan::multiply.
 template <class Dot>
 void multiply_dots(const ProductTile& tile) {
-    if (tile.cols == 16 * Dot::blocks) return multiply_rows<Dot, Dot::blocks>(tile, 0);
-    for (std::int64_t j = 0; j < tile.cols; j += 16) multiply_rows<Dot, 1>(tile, j);
+    if (tile.cols < 16 * Dot::blocks) {
+        for (std::int64_t j = 0; j < tile.cols; j += 16) multiply_rows<Dot, 1, false>(tile, j);
+    } else if (tile.ahead_begin < tile.ahead_end) {
+        multiply_rows<Dot, Dot::blocks, true>(tile, 0);
+    } else {
+        multiply_rows<Dot, Dot::blocks, false>(tile, 0);
+    }
 }
 
 // The plan of a processor that multiplies by `Dot` whatever the number of rows.
