@@ -424,6 +424,10 @@ def linear(
             value = int8_term + outlier_term + b
             magnitude = np.abs(int8_term) + np.abs(x16) @ np.abs(w16).T + np.abs(b)
             terms = int(mask.sum(axis=1).max(initial=0))
+            if outliers == "rows" and q.zeropoint is not None:
+                # A kernel may multiply the codes 0 of these elements, too, and take out what zx made of each by itself.
+                made_of_zeros = left_out @ np.abs((qw + zw[:, None]).T * sw) * np.abs(zx[:, None] * sx)
+                magnitude, terms = magnitude + 2 * made_of_zeros, 2 * terms
             unscaled = np.abs(integer)
     y = (*lead, n)
     return Output(value.reshape(y), magnitude.reshape(y), terms, unscaled.reshape(y))
