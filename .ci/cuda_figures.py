@@ -56,7 +56,7 @@ def figures(arguments: str, code: Sequence[str], registers: int, shared: int, st
         rows, cols, warp_rows, warp_cols = sizes
         over_k = {place for loop in with_matrix for place in loop}
         found["per output"] = round((instructions - len(over_k)) / (warp_rows * warp_cols / 32), 1)
-        found["B per output"] = DEPTH / rows + DEPTH / cols + output_bytes
+        found["B per output"] = round(DEPTH / rows + DEPTH / cols + output_bytes, 2)
     return found
 
 
