@@ -168,7 +168,7 @@ private:
             tile.ahead_depth -= lines * line / block_cols;
         }
         const std::int64_t run = std::max(plan_.rows, plan_.run_rows);
-        std::int32_t* const acc = tile.acc;
+        std::int32_t* const first_acc = tile.acc;
         std::int64_t handed_over = block_.row_begin;
         for (std::int64_t row = block_.row_begin; row < block_.row_end; row += run) {
             tile.x = x_.panel(row, begin);
@@ -217,7 +217,8 @@ private:
                 handed_over += rows;
             }
             // Sums of one slice alone are in the first-level cache, over and over in the same place.
-            tile.acc = tile.first && handed_over == end ? acc : tile.acc + ceiling(tile.rows, plan_.rows) * tile_size();
+            const bool begins_again = tile.first && handed_over == end;
+            tile.acc = begins_again ? first_acc : tile.acc + ceiling(tile.rows, plan_.rows) * tile_size();
         }
     }
 
