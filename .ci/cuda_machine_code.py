@@ -39,11 +39,12 @@ class Rule:
 
 
 # The instances for arrays of any strides read an element at a time: the others have `wide` (Lb1E), or 16 elements at a
-# time (Li16E), as their last argument. SliceCopyE0: of the int8 product, those that copy without waiting.
+# time (Li16E), as their last argument; quantize_kernel has `rotates` behind it. SliceCopyE0: of the int8 product, those
+# that copy without waiting.
 RULES = (
     Rule("outlier.mark_kernel", WIDE_LOAD, r"Lb1EE"),
     Rule("column_ranges.column_ranges_kernel", WIDE_LOAD, r"Lb1EE"),
-    Rule("quantize.quantize_kernel", WIDE_LOAD, r"Lb1EE"),
+    Rule("quantize.quantize_kernel", WIDE_LOAD, r"Lb1ELb[01]EE"),
     Rule("quantize.sum_codes_kernel", WIDE_LOAD, r"Lb1EE"),
     Rule("epilogue.epilogue_kernel", WIDE_LOAD, last=75),
     Rule("dequantize.dequantize_kernel", WIDE_LOAD, r"Li16EE"),

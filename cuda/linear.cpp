@@ -4,7 +4,8 @@
 //      and `none`; a criterion that is relative or capped takes one launch more, for the largest magnitudes of the
 //      columns
 //   2. quantize the rest of X row by row; list the marked columns, and write them and their weights side by side.
-//      Rotation takes one launch more; so does one scale for all of X with rotation, or without outlier columns
+//      One scale for all of X takes one launch more with rotation, or without outlier columns; so does rotation with
+//      that, of float32 in blocks of 256, and where rows are not aligned
 //   3. int8 product, scales, outlier columns times 16-bit weights, bias
 //
 // Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own. Several layers of one X share the

@@ -130,8 +130,8 @@ struct Exclusion {
 };
 
 // octavo::quantize with what is excluded on the device. Rows of codes have `width` >= rotated_size(k) columns, of which
-// those from there on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes. With rotation
-// there is a launch before it, to scratch memory.
+// those from there on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes. Where rows
+// can't be rotated in registers (quantize.cu) there is a launch before it, to scratch memory.
 void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream);
 

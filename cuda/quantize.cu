@@ -13,6 +13,10 @@
 // blocks: each would have to read all of it for its range, and one block of 640 threads reads 40 KiB in less time than
 // a launch takes.
 //
+// A row is rotated between being read and being coded, in registers: the neighbours that a warp reads by one access are
+// whole blocks of the rotation. For float32 in blocks of 256 they are not, nor where rows are not aligned, and with one
+// scale for the whole matrix each row would be rotated twice: rotate.cu goes before there.
+//
 // With one scale for the whole matrix the range comes first, in a launch of its own: each block writes the range of its
 // rows, and those are combined by every block of the second launch. Where outlier columns had to be found before, their
 // launch has found the ranges of columns too (column_ranges.cu).
@@ -37,10 +41,11 @@ namespace octavo::cuda {
 namespace {
 
 // Threads of a block, at most. The addresses of elements that lie apart, divisions (float32 elements, see `Coding`),
-// float64 numbers, and Turing's instructions need more registers than the 96 that a thread of 640 can have.
-constexpr int most_threads(std::int64_t size_of_element, Scheme scheme, bool wide, int architecture) {
+// float64 numbers, rotated ones, and Turing's instructions need more registers than the 96 that a thread of 640 can
+// have.
+constexpr int most_threads(std::int64_t size_of_element, Scheme scheme, bool wide, bool rotates, int architecture) {
     if (!wide) return 256;
-    return size_of_element == 2 && scheme == Scheme::absmax && architecture >= 80 ? 640 : 512;
+    return !rotates && size_of_element == 2 && scheme == Scheme::absmax && architecture >= 80 ? 640 : 512;
 }
 constexpr int accesses = 4;
 
@@ -70,17 +75,17 @@ __device__ Range range_of_block(Range range, Range* partial) {
 // The low byte is rint(value) for |value| <= 127.5: after adding 1.5 * 2^23 a float's last bits are the integer.
 __device__ inline std::uint32_t to_code(float value) { return __float_as_uint(__fadd_rn(value, 0x1.8p23F)) & 0xFFU; }
 
-// How the values of one group (a row, or the whole matrix) become codes.
-template <class T, Scheme scheme>
+// How the values of one group (a row, or the whole matrix) become codes. `rotates`: those of `rotate_row`.
+template <class T, Scheme scheme, bool rotates>
 class Coding;
 
-template <class T>
-class Coding<T, Scheme::absmax> {
+template <class T, bool rotates>
+class Coding<T, Scheme::absmax, rotates> {
 public:
     Coding() = default;
     __device__ Coding(const Range& range, bool rotated) : absmax_(number_of<T>(range.high)) {
         if (!is_finite(absmax_) || absmax_ == 0.0F) return;
-        if (sizeof(T) == 4 && rotated) {  // what `rotate` made is float32
+        if (rotates || (sizeof(T) == 4 && rotated)) {  // what `rotate` made is float32
             inverse_ = 127.0F / absmax_;
             way_ = is_finite(inverse_) ? Way::multiplied : Way::small;
             return;
@@ -101,12 +106,15 @@ public:
         switch (way_) {
             case Way::zeros: return body([](float) { return 0U; });
             case Way::corrected:
-                // The quotient of a division, proven in cpp/src/cpu/kernels/streaming.cpp.
-                return body([this](float x) {
-                    const float a = __fmul_rn(x, 127.0F);
-                    const float quotient = __fmul_rn(a, inverse_);
-                    return to_code(__fmaf_rn(__fmaf_rn(-quotient, absmax_, a), inverse_, quotient));
-                });
+                if constexpr (!rotates) {
+                    // The quotient of a division, proven in cpp/src/cpu/kernels/streaming.cpp.
+                    body([this](float x) {
+                        const float a = __fmul_rn(x, 127.0F);
+                        const float quotient = __fmul_rn(a, inverse_);
+                        return to_code(__fmaf_rn(__fmaf_rn(-quotient, absmax_, a), inverse_, quotient));
+                    });
+                }
+                return;
             case Way::multiplied:
                 if constexpr (sizeof(T) == 4) body([this](float x) { return to_code(__fmul_rn(x, inverse_)); });
                 return;
@@ -114,10 +122,13 @@ public:
                 if constexpr (sizeof(T) == 4) body([this](float x) { return to_code(__fmul_rn(x / absmax_, 127.0F)); });
                 return;
             case Way::divided:
-                return body([this](float x) {
-                    const float product = __fmul_rn(x, 127.0F);
-                    return to_code(is_finite(product) ? product / absmax_ : __fmul_rn(x / absmax_, 127.0F));
-                });
+                if constexpr (!rotates) {
+                    body([this](float x) {
+                        const float product = __fmul_rn(x, 127.0F);
+                        return to_code(is_finite(product) ? product / absmax_ : __fmul_rn(x / absmax_, 127.0F));
+                    });
+                }
+                return;
         }
     }
 
@@ -128,8 +139,8 @@ private:
     float inverse_ = 0.0F;
 };
 
-template <class T>
-class Coding<T, Scheme::zeropoint> {
+template <class T, bool rotates>
+class Coding<T, Scheme::zeropoint, rotates> {
 public:
     Coding() = default;
     __device__ Coding(const Range& range, bool /*rotated*/)
@@ -238,6 +249,8 @@ struct Task {
     bool rows_of_warps = false;  // a team is a warp, not the block
     bool per_element = false;
     bool rotated = false;  // whether x is what `rotate` made, without what is excluded
+    int rotation = 0;      // of x, by this kernel, in blocks that end at `rotated_width`
+    std::int64_t rotated_width = 0;
     ElementCriterion elements;
     ColumnMarks marks;  // of `marked` columns: of x, before it was rotated
     std::int64_t marked = 0;
@@ -271,6 +284,22 @@ struct Held {
     Quad quads[accesses];
     std::uint32_t left_out;
 };
+
+// The same of a row that is rotated as it is read.
+template <class T>
+struct Rotated {
+    float values[accesses][per_access<T>];
+    std::uint32_t left_out;  // what is beyond the row's blocks
+};
+
+template <class T>
+__device__ float value_of(const Held& held, int index) {
+    return element<T>(held.quads[index / per_access<T>], index % per_access<T>);
+}
+template <class T>
+__device__ float value_of(const Rotated<T>& held, int index) {
+    return held.values[index / per_access<T>][index % per_access<T>];
+}
 
 // Where a thread's elements lie. Neighbours are read by one access where `wide`; else neighbouring threads have
 // neighbouring columns.
@@ -372,6 +401,29 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
     }
 }
 
+// Rotates a row, times `factor`, that a whole warp has read.
+template <class T>
+__device__ void rotate_row(const Team& team, std::int64_t chunk, const Task& task, float factor, const Held& read,
+                           Rotated<T>& rotated) {
+    constexpr int elements = per_access<T>;
+    rotated.left_out = 0;
+#pragma unroll
+    for (int access = 0; access < accesses; ++access) {
+        float (&values)[elements] = rotated.values[access];
+#pragma unroll
+        for (int e = 0; e < elements; ++e) values[e] = element<T>(read.quads[access], e) * factor;
+        const std::int64_t column = column_of<T, true>(team, chunk, access, 0);
+        const bool is_inside = column < task.rotated_width;
+        if (!is_inside) rotated.left_out |= ((1U << elements) - 1) << (access * elements);
+        // The same for the whole warp, as the compiler cannot know.
+        if (__any_sync(whole_warp, static_cast<int>(is_inside)) != 0) rotate_in_warp(values, task.rotation);
+    }
+}
+
+// Whether sums of a block of such numbers can be larger than a float32.
+template <class T>
+constexpr bool can_overflow = !std::is_same_v<T, __half>;
+
 __device__ inline std::int64_t chunks_of(std::int64_t rotated_width) {
     return (rotated_width + most_rotation - 1) / most_rotation;
 }
@@ -426,10 +478,20 @@ __device__ void take_in(Range& range, const Held& held) {
     }
 }
 
+template <class T, Scheme scheme>
+__device__ void take_in(Range& range, const Rotated<T>& held) {
+#pragma unroll
+    for (int i = 0; i < accesses * per_access<T>; ++i) {
+        // To a magnitude a 0 that is left out does nothing.
+        if (scheme == Scheme::zeropoint && (held.left_out >> i & 1U) != 0) continue;
+        widen<float, scheme>(range, __float_as_uint(value_of(held, i)));
+    }
+}
+
 // Writes the codes of what a thread holds, zeros up to `width`, and returns their sum.
-template <class T, Scheme scheme, bool wide, class Code>
+template <class T, Scheme scheme, bool wide, class Numbers, class Code>
 __device__ std::int32_t write_codes(const Team& team, std::int64_t chunk, std::int64_t row, const Task& task,
-                                    const Held& held, Code code) {
+                                    const Numbers& held, Code code) {
     constexpr int elements = per_access<T>;
     constexpr int words = elements / 4;
     std::int32_t sum = 0;
@@ -438,7 +500,7 @@ __device__ std::int32_t write_codes(const Team& team, std::int64_t chunk, std::i
         Pack<std::uint32_t, words> pack{};
 #pragma unroll
         for (int e = 0; e < elements; ++e) {
-            std::uint32_t byte = code(element<T>(held.quads[access], e));
+            std::uint32_t byte = code(value_of<T>(held, access * elements + e));
             // A 0 has the code 0 by itself where there is no zeropoint.
             if (scheme == Scheme::zeropoint && (held.left_out >> (access * elements + e) & 1U) != 0) byte = 0;
             pack[e / 4] |= byte << (8 * (e % 4));
@@ -480,8 +542,8 @@ __device__ inline Range range_of_matrix(const Task& task, std::int64_t k, int th
     return range;
 }
 
-template <class T, Scheme scheme>
-__device__ void write_group(const Task& task, std::int64_t group, const Coding<T, scheme>& coding, bool small) {
+template <class GroupCoding>
+__device__ void write_group(const Task& task, std::int64_t group, const GroupCoding& coding, bool small) {
     task.scale[group] = small ? coding.scale() / rotation_factor : coding.scale();
     if (task.zeropoint.present()) task.zeropoint[group] = coding.zeropoint();
     if (task.first_not_finite != nullptr && !coding.finite()) {
@@ -489,8 +551,8 @@ __device__ void write_group(const Task& task, std::int64_t group, const Coding<T
     }
 }
 
-template <class T, Scheme scheme, bool wide>
-__global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled_for), 1)
+template <class T, Scheme scheme, bool wide, bool rotates>
+__global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, rotates, compiled_for), 1)
     quantize_kernel(View<const Bits<T>> x, Task task) {
     // Two of each, used in turn: whoever writes one again has passed the barrier of the other, after all have read it.
     __shared__ Range partial_ranges[2][warp_size];
@@ -516,45 +578,68 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
     const std::int64_t chunks = (task.width + covered - 1) / covered;
     const ColumnMarks excluded = task.per_element || task.rotated ? ColumnMarks{} : task.marks;
     const std::uint32_t left_out = columns_left_out<T, wide>(team, 0, x.cols, excluded);
-    Held held{};
-    const bool can_be_small = sizeof(T) == 4 && task.small != nullptr;
-    bool small = can_be_small && task.step != Step::rows && matrix_is_small(task, x.rows * chunks_of(x.cols));
+    Held own{};
+    Rotated<T> turned{};
+    const auto held = [&]() -> const auto& {
+        if constexpr (rotates) {
+            return turned;
+        } else {
+            return own;
+        }
+    };
+    const Step step = rotates ? Step::rows : task.step;
+    const bool can_be_small = !rotates && sizeof(T) == 4 && task.small != nullptr;
+    bool small = can_be_small && step != Step::rows && matrix_is_small(task, x.rows * chunks_of(x.cols));
     const auto read = [&](std::int64_t row, std::int64_t chunk) {
-        held.left_out = chunk == 0 ? left_out : columns_left_out<T, wide>(team, chunk, x.cols, excluded);
-        read_row<T, wide>(team, chunk, x, row, task, held);
-        if constexpr (sizeof(T) == 4) {
-            if (small) make_small<wide>(team, chunk, row, x.cols, task, held);
+        own.left_out = chunk == 0 ? left_out : columns_left_out<T, wide>(team, chunk, x.cols, excluded);
+        read_row<T, wide>(team, chunk, x, row, task, own);
+        if constexpr (rotates) {
+            rotate_row<T>(team, chunk, task, small ? rotation_factor : 1.0F, own, turned);
+        } else if constexpr (sizeof(T) == 4) {
+            if (small) make_small<wide>(team, chunk, row, x.cols, task, own);
         }
     };
 
     Range range;
-    Coding<T, scheme> coding;
-    if (task.step == Step::encode) {
+    using OwnCoding = Coding<std::conditional_t<rotates, float, T>, scheme, rotates>;
+    OwnCoding coding;
+    if (step == Step::encode) {
         range = range_of_matrix(task, x.cols, thread, threads);
-        coding = Coding<T, scheme>(range_of_block<scheme>(range, partial_ranges[0]), task.rotated);
+        coding = OwnCoding(range_of_block<scheme>(range, partial_ranges[0]), task.rotated);
         if (block == 0 && thread == 0) write_group(task, 0, coding, small);
     }
     int turn = 1;
     for (std::int64_t row = team.first_row; row < x.rows; row += team.row_step, turn ^= 1) {
-        if (task.step != Step::encode) {
-            if (task.step == Step::rows) {
+        if (step != Step::encode) {
+            if (step == Step::rows) {
                 range = Range{};
                 small = can_be_small && row_is_small(task, row, chunks_of(x.cols));
             }
-            for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-                read(row, chunk);
-                take_in<T, scheme>(range, held);
-            }
-            if (task.step == Step::range) continue;
-            range =
-                task.rows_of_warps ? range_of_warp<scheme>(range) : range_of_block<scheme>(range, partial_ranges[turn]);
-            coding = Coding<T, scheme>(range, task.rotated);
+            bool again = false;
+            do {
+                for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+                    read(row, chunk);
+                    take_in<T, scheme>(range, held());
+                }
+                if (step == Step::range) break;
+                range = task.rows_of_warps ? range_of_warp<scheme>(range)
+                                           : range_of_block<scheme>(range, partial_ranges[turn]);
+                coding = OwnCoding(range, rotates || task.rotated);
+                again = rotates && can_overflow<T> && !small && !coding.finite();
+                if (again) {
+                    small = true;
+                    range = Range{};
+                    if (!task.rows_of_warps) __syncthreads();  // `partial_ranges` of this turn is written once more
+                }
+            } while (again);
+            if (step == Step::range) continue;
             if (team.rank == 0) write_group(task, row, coding, small);
         }
         std::int32_t sum = 0;
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-            if (chunks > 1 || task.step == Step::encode) read(row, chunk);
-            coding.encode([&](auto code) { sum += write_codes<T, scheme, wide>(team, chunk, row, task, held, code); });
+            if (chunks > 1 || step == Step::encode) read(row, chunk);
+            coding.encode(
+                [&](auto code) { sum += write_codes<T, scheme, wide>(team, chunk, row, task, held(), code); });
         }
         if (!task.code_sums.present()) continue;
         const auto add = [](std::int32_t a, std::int32_t b) { return a + b; };
@@ -568,7 +653,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, compiled
         }
         if (team.rank == 0) task.code_sums[row] = sum;
     }
-    if (task.step == Step::range) {
+    if (step == Step::range) {
         range = range_of_block<scheme>(range, partial_ranges[0]);
         if (thread == 0) task.partial[block] = range;
     }
@@ -631,8 +716,10 @@ void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& te
     const Grid grid{static_cast<unsigned>(blocks), teams.threads, 0, begins_early()};
     with_float(x.dtype, [&]<class T>(Type<T>) {
         const auto start = [&]<Scheme s>(std::integral_constant<Scheme, s>) {
-            launch(wide ? quantize_kernel<T, s, true> : quantize_kernel<T, s, false>, grid, stream, view_of<Bits<T>>(x),
-                   task);
+            const auto kernel = task.rotation != 0 ? quantize_kernel<T, s, true, true>
+                                : wide             ? quantize_kernel<T, s, true, false>
+                                                   : quantize_kernel<T, s, false, false>;
+            launch(kernel, grid, stream, view_of<Bits<T>>(x), task);
         };
         switch (scheme) {
             case Scheme::absmax: return start(std::integral_constant<Scheme, Scheme::absmax>{});
@@ -647,8 +734,12 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, const C
                    const Vector& scale, const Vector& zeropoint, const Vector& code_sums,
                    unsigned long long* first_not_finite, cudaStream_t stream) {
     Workspace workspace(stream);
+    const std::int64_t elements = 16 / size_of(x.dtype);
+    const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
     const bool rotated = source != nullptr;
-    if (options.rotation != 0 && !rotated) {
+    const bool rotates = !rotated && options.rotation != 0 && wide && options.rotation <= warp_size * elements &&
+                         options.granularity != Granularity::tensor;
+    if (options.rotation != 0 && !rotated && !rotates) {
         const std::int64_t rotated_width = rotated_size(x.cols, options.rotation);
         const auto place = workspace.reserve<float>(x.rows * rotated_width);
         const auto chunks = workspace.reserve<std::uint8_t>(x.rows * blocks_for(rotated_width, most_rotation));
@@ -659,13 +750,13 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, const C
         return quantize_rows(of_blocks, options, &x, of_chunks, exclusion, codes, width, scale, zeropoint, code_sums,
                              first_not_finite, stream);
     }
-    const std::int64_t elements = 16 / size_of(x.dtype);
-    const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
-    const int threads = most_threads(size_of(x.dtype), options.scheme, wide, device_facts().architecture);
+    const int threads = most_threads(size_of(x.dtype), options.scheme, wide, rotates, device_facts().architecture);
     const Teams teams = teams_for(x.rows, width, elements, threads);
     const ConstMatrix& marked = rotated ? *source : x;
     Task task{.per_element = exclusion.per_element && !rotated,
               .rotated = rotated,
+              .rotation = rotates ? options.rotation : 0,
+              .rotated_width = rotated_size(x.cols, options.rotation),
               .elements = exclusion.elements,
               .marks = exclusion.marks,
               .marked = marked.cols,

@@ -1,5 +1,6 @@
 // Rows in blocks of b features times the Hadamard matrix over sqrt(b) (octavo/quantize.hpp), without what is excluded,
-// into float32; times 2^-8 where their sums overflow, if the caller takes note of it.
+// into float32; times 2^-8 where their sums overflow, if the caller takes note of it. For the weight-only product, and
+// for quantization where it can't rotate in registers (quantize.cu).
 //
 // A block of threads has 256 features of a row, a thread one (rotation.cuh).
 #include "bits.cuh"

@@ -32,6 +32,35 @@ __device__ inline float rotated(float value, int thread, int rotation, float (&s
     return value / root_of(rotation);
 }
 
+// Of a row of which each lane of a warp has `count` elements side by side, these after rotation in blocks of at most
+// those of the warp. All 32 lanes must take part.
+template <int count>
+__device__ inline void rotate_in_warp(float (&values)[count], int rotation) {
+#pragma unroll
+    for (int distance = 1; distance < count; distance *= 2) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            if ((i & distance) != 0) continue;
+            const float first = values[i];
+            const float second = values[i + distance];
+            values[i] = __fadd_rn(first, second);
+            values[i + distance] = __fadd_rn(first, -second);
+        }
+    }
+    const unsigned lane = threadIdx.x % warp_size;
+#pragma unroll 1
+    for (int distance = 1; distance * count < rotation; distance *= 2) {
+        const float sign = (lane & static_cast<unsigned>(distance)) == 0 ? 1.0F : -1.0F;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            values[i] = __fmaf_rn(values[i], sign, __shfl_xor_sync(whole_warp, values[i], distance));
+        }
+    }
+    const float factor = 1.0F / root_of(rotation);  // a power of two: the quotient, too
+#pragma unroll
+    for (int i = 0; i < count; ++i) values[i] *= factor;
+}
+
 // Column `col` of the rotated row of codes + zeropoint, rotated back: the sum of the codes of its block with the signs
 // of a row of Sylvester's matrix, exact, times the factor; and the zeropoint, which only the first column of a block
 // has.

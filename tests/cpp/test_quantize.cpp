@@ -226,6 +226,39 @@ TEST(codes_do_not_change_with_powers_of_two) {
     }
 }
 
+// Nor those of rotated rows, where the sums of a block overflow although no element does.
+TEST(rotated_codes_do_not_change_with_powers_of_two) {
+    Random random(44);
+    constexpr std::int64_t rows = 5;
+    constexpr std::int64_t cols = 640;
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+        Values x(rows, cols);
+        for (double& value : x.v) value = random.uniform(-4, 4);
+        for (const std::int32_t block : {16, 64, 256}) {
+            const std::int64_t width = octavo::rotated_size(cols, block);
+            const auto quantized = [&](int exponent, const Array& codes, const Array& scale) {
+                Values scaled = x;
+                for (double& value : scaled.v) value = std::ldexp(value, exponent);
+                octavo::quantize(Array(dtype, scaled).matrix(), {Scheme::absmax, Granularity::row, block},
+                                 octavo::absent_vector, codes.matrix(), scale.vector(), octavo::absent_vector);
+            };
+            const Array plain(DType::i8, rows, width);
+            const Array plain_scale(DType::f32, 1, rows);
+            quantized(0, plain, plain_scale);
+            for (const int exponent : {1, 125}) {
+                const check::Context context(name_of(dtype), " in blocks of ", block, ", times 2^", exponent);
+                const Array codes(DType::i8, rows, width);
+                const Array scale(DType::f32, 1, rows);
+                quantized(exponent, codes, scale);
+                check_values("codes", codes, plain.values());
+                for (std::int64_t i = 0; i < rows; ++i) {
+                    CHECK_EQ(scale.get(i), std::ldexp(plain_scale.get(i), exponent));
+                }
+            }
+        }
+    }
+}
+
 TEST(layouts_give_the_same_result) {
     Random random(47);
     const Values x = random_rows(random, 6, 37);

@@ -17,7 +17,7 @@ PRODUCT = "gemm_mma.mma_kernelINS1_4TileELNS1_9SliceCopyE0EEEvv"
 KERNELS = {
     "outlier.mark_kernelI6__halfLb1EEEvv": ["LDG.E.128 R4, desc[UR8][R2.64]"],
     "outlier.mark_kernelI6__halfLb0EEEvv": ["LDG.E.U16 R4, desc[UR8][R2.64]"],
-    "quantize.quantize_kernelI6__halfLi0ELb1EEEvv": ["LDG.E.128.CONSTANT R4, [R2.64]"],
+    "quantize.quantize_kernelI6__halfLi0ELb1ELb0EEEvv": ["LDG.E.128.CONSTANT R4, [R2.64]"],
     "quantize.sum_codes_kernelILb1EEEvv": ["@!P0 LDG.E.128 R4, desc[UR8][R2.64]"],
     "epilogue.epilogue_kernelILi4ELb0E6__halfEEvv": ["LDG.E.128 R4, desc[UR8][R2.64]"],
     "dequantize.dequantize_kernelI6__halfLi16EEEvv": ["LDG.E.128 R4, desc[UR8][R2.64]"],

@@ -17,7 +17,7 @@ from support import Backend, Typed, equal, kinds, make, seeds
 
 F = np.float32
 ROTATIONS: Final = (16, 64, 256)
-SIZES: Final = (1, 15, 16, 17, 64, 70, 256, 300)  # whole blocks and others
+SIZES: Final = (1, 15, 16, 17, 64, 70, 72, 256, 264, 300)  # whole blocks and others, whole 16 bytes and others
 rotations: Final = st.sampled_from(ROTATIONS)
 
 
@@ -48,6 +48,19 @@ def test_codes(typed: Typed, kind: str, rotation: int, k: int, seed: int) -> Non
                     equal(typed.host(got.zeropoint), expected.zeropoint)
                     expected = ref.Quantized(expected.codes, typed.host(got.scale), expected.zeropoint)
                 equal(typed.host(octavo.dequantize(got)), ref.dequantize(expected, rotation=rotation, k=k))
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+@pytest.mark.parametrize("shape", [(3, 33000), (300, 72), (300, 2072)], ids=str)
+def test_codes_of_long_and_of_many_rows(typed: Typed, shape: tuple[int, int], rotation: int) -> None:
+    """Rows that a device reads in several turns, and more of them than it has in hand, some of whose sums overflow."""
+    x = make("normal", shape, typed.dtype)
+    if typed.dtype != "float16":
+        x[1::7] *= F(2**125)
+    x[2, 5] = np.nan
+    got, expected = octavo.quantize(typed.array(x), rotation=rotation), ref.quantize(x, rotation=rotation)
+    equal(typed.host(got.codes), expected.codes)
+    equal(typed.host(got.scale), expected.scale)
 
 
 @pytest.mark.parametrize("granularity", ref.GRANULARITIES)
