@@ -663,6 +663,38 @@ TEST(many) {
     octavo::linear_many(x.matrix(), {});
 }
 
+// However the outputs of all layers are cut into blocks and shared among threads.
+TEST(many_on_threads) {
+    Random random(109);
+    constexpr std::int64_t k = 320;
+    const LinearOptions options{.path = Path::int8};
+    const int before = octavo::num_threads();
+    std::vector<Weight> weights;
+    for (const std::int64_t n : {300, 17, 700, 64}) {
+        weights.emplace_back(Array(DType::bf16, random_normal(random, n, k, 0.05)), Scheme::absmax, Granularity::vector,
+                             kept_columns(k));
+    }
+    for (const std::int64_t m : {1, 21, 300}) {
+        const Array x(DType::bf16, activations(random, m, k));
+        std::vector<Array> alone;
+        octavo::set_num_threads(1);
+        for (const Weight& weight : weights) alone.push_back(linear(x, weight, std::nullopt, options, DType::bf16));
+        for (const int threads : {1, 2, 5, 64}) {
+            octavo::set_num_threads(threads);
+            std::vector<Array> outs;
+            std::vector<octavo::LinearLayer> layers;
+            for (const Weight& weight : weights) {
+                outs.emplace_back(DType::bf16, m, weight.view().codes.rows);
+                layers.push_back({.weight = weight.view(), .out = outs.back().matrix()});
+            }
+            octavo::linear_many(x.matrix(), layers, options);
+            const check::Context context(m, " rows, ", threads, " threads");
+            for (std::size_t i = 0; i < weights.size(); ++i) check_values("y", outs[i], alone[i].values());
+        }
+    }
+    octavo::set_num_threads(before);
+}
+
 // The activation is of the float32 outputs, before they are rounded: as if a layer of float32 were asked for first.
 TEST(activation_comes_before_rounding) {
     Random random(107);

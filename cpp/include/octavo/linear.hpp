@@ -77,8 +77,9 @@ struct LinearLayer {
 // `linear` of one X for several weights, each with the outputs that it has alone, bit for bit, or their activations. X
 // is quantized once for weights that follow each other and quantize it in the same way: with equal scheme, rotation and
 // `tensor` or not, and for `static_` the same kept columns (on CUDA devices: the same memory of them; and at most four
-// weights at a time). CUDA: it enqueues a kernel for each layer, after those that make ready for them all. Errors name
-// the layer, "linear_many[1]: ...".
+// weights at a time). CPU: threads share the products of all of these, whose parts would be too small for them alone.
+// CUDA: it enqueues a kernel for each layer, after those that make ready for them all. Errors name the layer,
+// "linear_many[1]: ...".
 void linear_many(ConstMatrix x, std::span<const LinearLayer> layers, const LinearOptions& options = {},
                  Stream stream = {});
 

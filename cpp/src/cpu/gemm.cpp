@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
+#include <vector>
 
 #include "backend.hpp"
 #include "cpu/rows.hpp"
@@ -309,7 +311,7 @@ const std::int32_t* XPanels::offsets(std::int64_t row, std::int64_t begin) const
     return offsets_.data() + begin / max_int32_depth * rows_ + row;
 }
 
-void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
+void for_each_block(const Blocking& blocking, std::int64_t m, std::span<const std::int64_t> widths, std::int64_t k,
                     const std::function<void(const Turn&)>& work) {
     constexpr std::int64_t least_rows = 64;
     // Nanoseconds that are worth a thread's taking them over, so that all that it costs (two microseconds, and that
@@ -321,27 +323,43 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
         const double codes = static_cast<double>(of_cols) * static_cast<double>(std::max<std::int64_t>(k, 1));
         return codes * std::max(static_cast<double>(of_rows) / static_cast<double>(blocking.speed), 1 / bytes_of_w);
     };
+    const std::int64_t n = std::accumulate(widths.begin(), widths.end(), std::int64_t{0});
+    const auto blocks_of_width = [&](std::int64_t most) {
+        return std::accumulate(widths.begin(), widths.end(), std::int64_t{0},
+                               [&](std::int64_t sum, std::int64_t width) { return sum + ceiling(width, most); });
+    };
     // Four blocks a thread even out threads of unequal speed.
     const std::int64_t threads = num_threads();
     const double most_parts = std::min(time_of(m, n) / least_time, 4.0 * static_cast<double>(threads));
     const std::int64_t wanted = threads > 1 && most_parts >= 2 ? static_cast<std::int64_t>(most_parts) : 1;
     std::int64_t row_blocks = ceiling(m, blocking.block_rows);
-    std::int64_t col_blocks = ceiling(n, most_cols);
+    std::int64_t col_blocks = blocks_of_width(most_cols);
     const auto more = [&](std::int64_t& blocks, std::int64_t others, std::int64_t most) {
         blocks = std::clamp(ceiling(wanted, others), blocks, std::max(blocks, most));
     };
     more(row_blocks, col_blocks, ceiling(m, least_rows));
-    more(col_blocks, row_blocks, ceiling(n, blocking.cols));
+    more(col_blocks, row_blocks, blocks_of_width(blocking.cols));
     // As many for each thread.
     while (wanted > 1 && row_blocks * col_blocks % threads != 0 && row_blocks < ceiling(m, least_rows)) ++row_blocks;
     const std::int64_t rows = up(ceiling(m, row_blocks), blocking.rows);
     const std::int64_t cols = up(ceiling(n, col_blocks), blocking.cols);
     row_blocks = ceiling(m, rows);
-    col_blocks = ceiling(n, cols);
+    struct Columns {
+        std::size_t output;
+        std::int64_t begin, end;
+    };
+    std::vector<Columns> columns;
+    for (std::size_t output = 0; output < widths.size(); ++output) {
+        const std::int64_t width = widths[output];
+        const std::int64_t step = up(ceiling(width, ceiling(width, cols)), blocking.cols);
+        for (std::int64_t col = 0; col < width; col += step)
+            columns.push_back({output, col, std::min(col + step, width)});
+    }
+    col_blocks = std::ssize(columns);
+    const auto columns_of = [&](std::int64_t i) { return columns[static_cast<std::size_t>(i % col_blocks)]; };
     const auto block = [&](std::int64_t i) {
         const std::int64_t row = i / col_blocks * rows;
-        const std::int64_t col = i % col_blocks * cols;
-        return Block{row, std::min(row + rows, m), col, std::min(col + cols, n)};
+        return Block{row, std::min(row + rows, m), columns_of(i).begin, columns_of(i).end};
     };
     const bool is_deep = (rows + cols) * k > near_size();
     const std::int64_t blocks = row_blocks * col_blocks;
@@ -353,10 +371,13 @@ void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, st
     parallel_for(
         blocks, grain,
         [&](std::int64_t begin, std::int64_t end) {
+            bool is_first = true;
             for (std::int64_t i = begin; i < end; ++i) {
                 interruption_point();
-                const bool has_next = i + 1 < end && !is_deep;
-                work({block(i), has_next ? block(i + 1) : Block{}, i == begin, is_deep});
+                const std::size_t output = columns_of(i).output;
+                const bool has_next = i + 1 < end && columns_of(i + 1).output == output;
+                work({output, block(i), has_next && !is_deep ? block(i + 1) : Block{}, is_first, is_deep});
+                is_first = !has_next;
             }
         },
         blocks_of(time_to_wake));
@@ -519,7 +540,7 @@ void Backend::int8_matmul(ConstMatrix a, ConstMatrix b, Matrix out, Layout b_lay
             sum_packed(w, cols, 0, w.depth(), sums.data() + first);
         });
     }
-    for_each_block(x.blocking(), out.rows, out.cols, a.cols, [&](const Turn& turn) {
+    for_each_block(x.blocking(), out.rows, {&out.cols, 1}, a.cols, [&](const Turn& turn) {
         const Block& block = turn.block;
         const PackedPanel w(b, b_layout, block.col_begin, block.col_end);
         const std::int64_t cols = whole_blocks(block.cols());

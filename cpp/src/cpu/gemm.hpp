@@ -6,8 +6,10 @@
 // instruction set wants it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 
 #include "cpu/isa.hpp"
 #include "cpu/pack.hpp"
@@ -76,15 +78,16 @@ struct Block {
 
 // A block, of those that one thread computes one after the other, and what is known of the one behind it.
 struct Turn {
+    std::size_t output;  // which of them it is a block of
     Block block;
-    Block next;     // nothing where it is the last, or where is_deep
+    Block next;     // nothing where it is the last or of another output, or where is_deep
     bool is_first;  // so that nobody has fetched its outputs
     bool is_deep;   // so that what is fetched now would not be in the second-level cache when the next one is written
 };
 
-// Cut the output `[m, n]` of a product of depth k into blocks of equal size and share them among threads: rows before
-// columns, whose blocks each read their part of X anew.
-void for_each_block(const Blocking& blocking, std::int64_t m, std::int64_t n, std::int64_t k,
+// Cut outputs `[m, n]`, one for each n of `widths`, of products of the same X, k deep, into blocks of about equal size
+// and share them among threads: rows before columns, whose blocks each read their part of X anew.
+void for_each_block(const Blocking& blocking, std::int64_t m, std::span<const std::int64_t> widths, std::int64_t k,
                     const std::function<void(const Turn&)>& work);
 
 // A tile of a block, or of few rows all that are below each other, whole: sum_k x[row + i, k] * w[col + j, k] for i <

@@ -244,16 +244,20 @@ float largest_of(const float* values, std::int64_t count) {
     return largest;
 }
 
-void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& outliers, const LinearLayer& layer) {
-    const WeightView& weight = layer.weight;
-    const Matrix& out = layer.out;
-    const float largest_scale = largest_of(quantized.scales.data(), out.rows);
-    const std::int64_t k = weight.codes.cols;
-    for_each_block(quantized.codes.blocking(), out.rows, out.cols, k, [&](const Turn& turn) {
+void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& outliers,
+                         std::span<const LinearLayer> layers) {
+    const std::int64_t m = layers.front().out.rows;
+    const float largest_scale = largest_of(quantized.scales.data(), m);
+    const std::int64_t k = layers.front().weight.codes.cols;
+    std::vector<std::int64_t> widths;
+    for (const LinearLayer& layer : layers) widths.push_back(layer.out.cols);
+    for_each_block(quantized.codes.blocking(), m, widths, k, [&](const Turn& turn) {
         const Block& block = turn.block;
+        const LinearLayer& layer = layers[turn.output];
+        const WeightView& weight = layer.weight;
         const PackedPanel w(weight.codes, weight.layout, block.col_begin, block.col_end);
         BlockWeight block_weight(layer, block);
-        OutputBlock rows(out, turn);
+        OutputBlock rows(layer.out, turn);
         // What the epilogue cannot do: the zeropoints' terms, sums of more than 32 bits, scales whose product
         // overflows.
         const bool scaled_here = weight.scheme == Scheme::zeropoint || w.depth() > max_int32_depth ||
@@ -301,7 +305,7 @@ void multiply_and_finish(const QuantizedX& quantized, const OutlierElements& out
 void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, const LinearOptions& options) {
     OutlierElements outliers(x, layers.front().weight, options);
     const QuantizedX quantized(x, layers.front().weight, outliers);
-    for (const LinearLayer& layer : layers) multiply_and_finish(quantized, outliers, layer);
+    multiply_and_finish(quantized, outliers, layers);
 }
 
 // Rows with values from 2^90 on, whose sums could overflow where the result does not, are multiplied scaled down.
@@ -335,7 +339,7 @@ void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
             if (weight.rotation != 0) rotate(row, x.cols, weight.rotation);
         }
     });
-    for_each_block(blocking, out.rows, out.cols, depth, [&](const Turn& turn) {
+    for_each_block(blocking, out.rows, {&out.cols, 1}, depth, [&](const Turn& turn) {
         const Block& block = turn.block;
         const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
         const BlockWeight block_weight(layer, block);

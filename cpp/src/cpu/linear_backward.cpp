@@ -108,7 +108,7 @@ void float_backward(const ConstMatrix& grad, const WeightView& weight, const Mat
     const std::int64_t width = columns == Columns::kept ? weight.outlier_columns.size
                                : weight.rotation != 0   ? weight.codes.cols
                                                         : out.cols;
-    for_each_block(blocking, out.rows, width, grad.cols, [&](const Turn& turn) {
+    for_each_block(blocking, out.rows, {&width, 1}, grad.cols, [&](const Turn& turn) {
         const Block& block = turn.block;
         WeightTiles weights(weight, block, columns);
         const std::int64_t rows = block.rows();
