@@ -39,6 +39,9 @@ struct TorchNames {
     py::object dtype_keyword = py::make_tuple(interned("dtype"));
     py::object requires_grad = interned("requires_grad");
     py::object is_neg = tensor.attr("is_neg");  // unbound, too
+    py::object version = py::module_::import("inspect").attr("getattr_static")(tensor, "_version");
+    py::object is_inference_mode_enabled = torch.attr("is_inference_mode_enabled");
+    py::object is_capturing = py::getattr(torch.attr("_C"), "_cuda_isCurrentStreamCapturing", py::none());
     // In the order of octavo::DType.
     std::array<py::object, 5> dtypes{torch.attr("float32"), torch.attr("float16"), torch.attr("bfloat16"),
                                      torch.attr("int8"), torch.attr("int32")};
@@ -356,6 +359,34 @@ std::optional<TorchParameters> torch_parameters(py::handle layer) {
 bool torch_is_negated(py::handle tensor) {
     PyObject* const arguments[] = {tensor.ptr()};
     return is_true(checked(PyObject_Vectorcall(names<TorchNames>().is_neg.ptr(), arguments, 1, nullptr)));
+}
+
+std::optional<std::int64_t> torch_version(py::handle tensor) {
+    // Of the property itself: to look it up costs as much again.
+    const py::handle property = names<TorchNames>().version;
+    PyObject* const version = Py_TYPE(property.ptr())->tp_descr_get(property.ptr(), tensor.ptr(), nullptr);
+    if (version == nullptr) PyErr_Clear();
+    const auto held = py::reinterpret_steal<py::object>(version);
+    return held ? std::optional(PyLong_AsLongLong(held.ptr())) : std::nullopt;
+}
+
+std::optional<TorchMark> torch_mark(py::handle tensor) {
+    const DLPackExchangeAPI* const exchange = torch_exchange();
+    const std::optional<std::int64_t> version = torch_version(tensor);
+    DLTensor memory{};
+    if (!version || exchange == nullptr) return std::nullopt;
+    if (exchange->dltensor_from_py_object_no_sync(tensor.ptr(), &memory) != 0) {
+        PyErr_Clear();
+        return std::nullopt;
+    }
+    return TorchMark{*version, static_cast<const char*>(memory.data) + memory.byte_offset};
+}
+
+bool torch_is_inferring() { return is_true(call(names<TorchNames>().is_inference_mode_enabled)); }
+
+bool torch_is_capturing(Device device) {
+    const auto& is_capturing = names<TorchNames>().is_capturing;
+    return device.kind == DeviceKind::cuda && !is_capturing.is_none() && is_true(call(is_capturing));
 }
 
 bool torch_is_dense(py::handle tensor) { return py::object(tensor.attr("layout")).is(names<TorchNames>().strided); }

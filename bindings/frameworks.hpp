@@ -59,6 +59,22 @@ struct TypeFacts {
 [[nodiscard]] bool torch_is_plain(py::handle tensor);
 [[nodiscard]] bool torch_is_plain_below_autograd(py::handle tensor);
 
+// How often a tensor has been written to, as far as PyTorch counts: it does not for one made in inference mode.
+[[nodiscard]] std::optional<std::int64_t> torch_version(py::handle tensor);
+
+// That, and the memory that the tensor has; nothing where it has none, either.
+struct TorchMark {
+    std::int64_t version = 0;
+    const void* data = nullptr;
+
+    friend bool operator==(const TorchMark&, const TorchMark&) = default;
+};
+[[nodiscard]] std::optional<TorchMark> torch_mark(py::handle tensor);
+
+// Whether inference mode is on, and whether a device's work is recorded into a CUDA graph.
+[[nodiscard]] bool torch_is_inferring();
+[[nodiscard]] bool torch_is_capturing(Device device);
+
 // Whether the call of a module comes to nothing but `forward` of its class: nobody has hooked, compiled or replaced it,
 // nor nn.Module's own call.
 [[nodiscard]] bool torch_calls_forward_alone(py::handle module);

@@ -11,10 +11,11 @@
 #include <array>
 #include <charconv>
 #include <cstdint>
-#include <deque>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <shared_mutex>
+#include <span>
 #include <stdexcept>
 #include <string_view>
 #include <unordered_map>
@@ -24,6 +25,7 @@
 #include "bindings/errors.hpp"
 #include "bindings/interpreter.hpp"
 #include "bindings/scratch.hpp"
+#include "bindings/shared_input.hpp"
 #include "bindings/tensor.hpp"
 #include "bindings/torch_api.hpp"
 #include "bindings/torch_op.hpp"
@@ -536,6 +538,14 @@ public:
     [[nodiscard]] const WeightView& view() const noexcept { return view_; }
     // Of the framework of the codes, however they came.
     [[nodiscard]] py::object code_sums() const { return result_of(*code_sums_, codes_); }
+    // The arrays that its products depend on.
+    [[nodiscard]] std::vector<py::object> values() const {
+        std::vector<py::object> found{codes_.object(), scale_.object()};
+        for (const auto* array : {&zeropoint_, &code_sums_, &outlier_columns_, &outlier_weight_}) {
+            if (*array) found.push_back((*array)->object());
+        }
+        return found;
+    }
     [[nodiscard]] bool is_on_cpu() const noexcept { return view_.codes.device.kind == DeviceKind::cpu; }
 
 private:
@@ -562,31 +572,56 @@ py::object product(Array& x, const WeightView& weight, py::handle bias_object, c
     return result.finish();
 }
 
-py::object linear_many_op(py::handle x_object, py::handle weights_object, py::handle biases_object,
-                          py::handle options_object, py::handle outs_object) {
+// A layer of several with one x.
+struct LayerArguments {
+    const WeightView& weight;
+    py::handle bias;
+    py::handle out;
+};
+
+py::list products(Array& x, std::span<const LayerArguments> given, const LinearOptions& options) {
     constexpr auto function = "linear_many";
-    Array x(x_object, {function, "x"}, Use::differentiable);
     const ConstMatrix source = x.matrix();
-    const LinearOptions& options = options_of(options_object, function).linear;
-    const auto weights = weights_object.cast<py::list>();
-    std::deque<std::string> names;  // which, as the next two, moves none
-    std::deque<std::optional<Array>> biases;
-    std::deque<Output> outputs;
+    const std::size_t count = given.size();
+    std::vector<std::string> names;  // none of these is moved
+    std::vector<std::optional<Array>> biases;
+    std::vector<Output> outputs;
     std::vector<LinearLayer> layers;
+    names.reserve(count);
+    biases.reserve(count);
+    outputs.reserve(count);
+    layers.reserve(count);
     double work = 0;
-    for (std::size_t i = 0; i < weights.size(); ++i) {
+    for (std::size_t i = 0; i < count; ++i) {
+        const auto& [weight, bias, out] = given[i];
         const char* const layer = names.emplace_back(function + ("[" + std::to_string(i) + "]")).c_str();
-        const WeightView& weight = instance_of<Weight>(weights[i], {layer, "weight"}, "Int8Weight").view();
-        biases.push_back(optional_array(biases_object[py::int_(i)], {layer, "bias", float_dtype_names, &x}));
-        outputs.emplace_back(outs_object[py::int_(i)], x, with_last(x, weight.codes.rows), x.dtype(),
+        biases.push_back(optional_array(bias, {layer, "bias", float_dtype_names, &x}));
+        outputs.emplace_back(out, x, with_last(x, weight.codes.rows), x.dtype(),
                              Argument{layer, "out", float_dtype_names, &x});
         layers.push_back({weight, vector_or_absent(biases.back()), outputs.back().matrix()});
         work += work_of(source, weight.codes.rows);
     }
     run(x, work, [&](Stream stream) { octavo::linear_many(source, layers, options, stream); });
-    py::list results;
-    for (const Output& output : outputs) results.append(output.finish());
+    py::list results(count);
+    for (std::size_t i = 0; i < count; ++i) results[i] = outputs[i].finish();
     return results;
+}
+
+py::object linear_many_op(py::handle x_object, py::handle weights_object, py::handle biases_object,
+                          py::handle options_object, py::handle outs_object) {
+    constexpr auto function = "linear_many";
+    Array x(x_object, {function, "x"}, Use::differentiable);
+    const LinearOptions& options = options_of(options_object, function).linear;
+    const auto weights = weights_object.cast<py::list>();
+    const auto biases = biases_object.cast<py::list>();
+    const auto outs = outs_object.cast<py::list>();
+    std::vector<LayerArguments> layers;
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+        const std::string layer = function + ("[" + std::to_string(i) + "]");
+        layers.push_back(
+            {instance_of<Weight>(weights[i], {layer.c_str(), "weight"}, "Int8Weight").view(), biases[i], outs[i]});
+    }
+    return products(x, layers, options);
 }
 
 py::object linear_op(py::handle x_object, py::handle weight_object, py::handle bias, py::handle options,
@@ -669,15 +704,25 @@ constexpr std::size_t arity_of(py::object (*)(Handles...)) {
     return sizeof...(Handles);
 }
 
-// The product of x where PyTorch wants nothing of it but its result, else None. `weight_and_options`: what
-// `plain_linear` was given.
-py::object plain_product(py::handle weight_and_options, py::handle x_object, py::handle bias) {
+py::object product_of_factor(Array& x, const Factor& factor) {
+    return product(x, factor.product->weight, factor.bias, factor.product->options, py::none());
+}
+
+py::list products_of_factors(Array& x, const std::vector<Factor>& factors) {
+    static const py::handle none = py::none().release();
+    std::vector<LayerArguments> layers;
+    layers.reserve(factors.size());
+    for (const Factor& factor : factors) layers.push_back({factor.product->weight, factor.bias, none});
+    return products(x, layers, factors.front().product->options);
+}
+
+// The product of x where PyTorch wants nothing of it but its result, else None. `own`: of `plain_linear`.
+py::object plain_product(py::handle own, py::handle x_object, py::handle bias) {
     std::optional<Array> x = torch_is_plain(x_object) ? unrecorded(x_object, bias) : std::nullopt;
     if (!x) return py::none();
-    const py::handle weight_object = PyTuple_GET_ITEM(weight_and_options.ptr(), 0);
-    const auto& weight = instance_of<Weight>(weight_object, {"linear", "weight"}, "Int8Weight");
-    const auto& options = options_of(PyTuple_GET_ITEM(weight_and_options.ptr(), 1), "linear");
-    return product(*x, weight.view(), bias, options.linear, py::none());
+    const auto& product = *static_cast<std::shared_ptr<Product>*>(PyCapsule_GetPointer(own.ptr(), nullptr));
+    return shared_product({product, py::reinterpret_borrow<py::object>(bias)}, x_object, *x,
+                          {product_of_factor, products_of_factors});
 }
 
 // The product of a layer's parameters where PyTorch wants nothing of it but its result, else None. `types`: that of the
@@ -713,7 +758,7 @@ PyObject* bound_entry(PyObject* own, PyObject* const* arguments, Py_ssize_t coun
 }
 
 template <auto function>
-py::object bound(const char* name, const py::tuple& own) {
+py::object bound(const char* name, const py::object& own) {
     static PyMethodDef definition{name,
                                   reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bound_entry<function>)),
                                   METH_FASTCALL, nullptr};
@@ -721,8 +766,13 @@ py::object bound(const char* name, const py::tuple& own) {
 }
 
 // A function of x and bias: see `plain_product`.
-py::object plain_linear_op(py::handle weight, py::handle options) {
-    return bound<plain_product>("product", py::make_tuple(weight, options));
+py::object plain_linear_op(py::handle weight_object, py::handle options) {
+    const auto& weight = instance_of<Weight>(weight_object, {"linear", "weight"}, "Int8Weight");
+    const LinearOptions& linear = options_of(options, "linear").linear;
+    auto* const made = new std::shared_ptr<Product>(
+        new Product{py::make_tuple(weight_object, options), weight.view(), linear, weight.values()});
+    return bound<plain_product>(
+        "product", py::capsule(made, [](void* own) { delete static_cast<std::shared_ptr<Product>*>(own); }));
 }
 
 // A function of a layer and x: see `plain_layer_product`.

@@ -22,7 +22,9 @@ public:
     explicit SmallArray(std::size_t size = 0) { reset(size); }
     SmallArray(std::initializer_list<T> values) : SmallArray(values.size()) { std::ranges::copy(values, begin()); }
     SmallArray(const SmallArray& other) : SmallArray(other.size_) { std::copy(other.begin(), other.end(), begin()); }
+    SmallArray(SmallArray&&) noexcept = default;
     SmallArray& operator=(const SmallArray&) = delete;
+    SmallArray& operator=(SmallArray&&) noexcept = default;
     ~SmallArray() = default;
 
     [[nodiscard]] std::size_t size() const noexcept { return size_; }

@@ -47,6 +47,7 @@ public:
     [[nodiscard]] DType dtype() const noexcept { return dtype_; }
     [[nodiscard]] Device device() const noexcept { return device_; }
     [[nodiscard]] const Shape& shape() const noexcept { return shape_; }
+    [[nodiscard]] const Shape& strides() const noexcept { return strides_; }
     [[nodiscard]] void* data() const noexcept { return data_; }
     [[nodiscard]] bool is_contiguous() const noexcept;
 

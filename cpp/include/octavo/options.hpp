@@ -46,6 +46,8 @@ struct LinearOptions {
     double cap = 1.0;        // the most outlier columns, or elements of a row, as a part of k; 0 to 1
     Outliers outliers = Outliers::columns;
     Path path = Path::auto_;
+
+    friend bool operator==(const LinearOptions&, const LinearOptions&) = default;
 };
 
 // Throws Error (value) naming the option that is out of its range. `function` is the name to use in the message.

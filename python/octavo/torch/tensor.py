@@ -326,6 +326,7 @@ def _scale(in_place: Callable[..., Any], is_copy: bool) -> Callable[..., Any]:
         for array in (x._arrays.scale, x._arrays.outlier_weight):
             if array is not None:
                 in_place(array, factor)
+        x._arrays.forget()  # below autograd PyTorch does not count that they were written to
         return x
 
     return handler
