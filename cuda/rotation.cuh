@@ -61,16 +61,32 @@ __device__ inline void rotate_in_warp(float (&values)[count], int rotation) {
     for (int i = 0; i < count; ++i) values[i] *= factor;
 }
 
+// The signs of four neighbours in row `place` of Sylvester's matrix: bytes of 1 and -1.
+__device__ inline std::uint32_t signs_of_four(unsigned place) {
+    const std::uint32_t negative = ((place & 1U) != 0 ? 0xFF00FF00U : 0U) ^ ((place & 2U) != 0 ? 0xFFFF0000U : 0U);
+    return 0x01010101U ^ (negative & 0xFEFEFEFEU);
+}
+
 // Column `col` of the rotated row of codes + zeropoint, rotated back: the sum of the codes of its block with the signs
 // of a row of Sylvester's matrix, exact, times the factor; and the zeropoint, which only the first column of a block
 // has.
 __device__ inline float rotated_back(const View<const std::int8_t>& codes, std::int64_t row, std::int64_t col,
                                      int rotation, float zeropoint) {
-    const auto place = static_cast<int>(col % rotation);
+    const unsigned place = static_cast<unsigned>(col) % static_cast<unsigned>(rotation);
+    const std::int8_t* const block = codes.at(row, col - place);
+    constexpr int wide = 16;
     std::int32_t sum = 0;
-    for (int h = 0; h < rotation; ++h) {
-        const std::int32_t code = *codes.at(row, col - place + h);
-        sum += __popc(static_cast<unsigned>(place & h)) % 2 == 0 ? code : -code;
+    const auto add = [&](unsigned other, std::int32_t part) { sum += __popc(place & other) % 2 == 0 ? part : -part; };
+    if (codes.col_stride == 1 && reinterpret_cast<std::uintptr_t>(block) % wide == 0) {
+        const auto signs = static_cast<int>(signs_of_four(place));
+#pragma unroll 1
+        for (int h = 0; h < rotation; h += wide) {
+            const auto words = load<wide / 4>(reinterpret_cast<const std::uint32_t*>(block + h));
+#pragma unroll
+            for (int w = 0; w < wide / 4; ++w) add(h + 4 * w, __dp4a(static_cast<int>(words[w]), signs, 0));
+        }
+    } else {
+        for (int h = 0; h < rotation; ++h) add(h, block[h * codes.col_stride]);
     }
     const float root = root_of(rotation);
     return __fadd_rn(static_cast<float>(sum) / root, place == 0 ? __fmul_rn(zeropoint, root) : 0.0F);
