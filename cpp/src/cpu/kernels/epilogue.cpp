@@ -471,50 +471,68 @@ void dequantize_blocks(const std::int8_t* w, std::int64_t w_stride, const std::i
 // signs of a row of Sylvester's matrix, the parities of place & h.
 [[gnu::always_inline]] inline void sum_signed(const std::int8_t* w, std::int64_t block, std::int64_t place,
                                               Ints& sums) {
-    using Words [[gnu::vector_size(register_size)]] = std::int16_t;
     const auto is_odd = [&](std::int64_t h) {
         return __builtin_parityll(static_cast<unsigned long long>(place & h)) != 0;
     };
-    Words sum{};  // of each output feature's codes number 0 and 1 of 4, and of 2 and 3
+#if defined(__AVX512VNNI__)
+    using Sums = Ints;
+#else
+    // Of each output feature's codes number 0 and 1 of 4, and of 2 and 3.
+    using Sums [[gnu::vector_size(register_size)]] = std::int16_t;
+#endif
+    Sums sum{};
 #if defined(__AVX2__)
     // Codes count as code + 128, so that one instruction multiplies them by their signs, which add up to 0 but for
-    // place 0. The pairs of 256 codes fit 16 bit: 64 * 2 * 255.
+    // place 0. The pairs of 256 codes fit 16 bit: 64 * 2 * 255. What number 0, 1, 2 and 3 of four groups are summed to
+    // gets its sign at the end, so that the signs that codes are multiplied by are read once for all four.
     std::uint32_t signs = 0;
     for (std::int64_t h = 0; h < 4; ++h) signs |= (is_odd(h) ? 0xFFU : 1U) << static_cast<unsigned>(8 * h);
     const Bits plus = signs - Bits{};
     const Bits minus = (signs ^ 0xFEFEFEFEU) - Bits{};
-    for (std::int64_t group = 0; group < block / 4; ++group) {
-        Bits codes;
-        read(w + group * 64, codes);
-        codes ^= 0x80808080U;
-        const Bits& of_group = is_odd(4 * group) ? minus : plus;
-#if defined(__AVX512BW__)
-        sum += reinterpret_cast<Words>(
-            _mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512i>(of_group)));
+    Sums parts[4]{};
+    for (std::int64_t group = 0; group < block / 4; group += 4) {
+        const Bits of_groups = is_odd(4 * group) ? minus : plus;
+        unroll<4>([&](auto i) OCTAVO_INLINE {
+            Bits codes;
+            read(w + (group + i) * 64, codes);
+            codes ^= 0x80808080U;
+#if defined(__AVX512VNNI__)
+            parts[i] = reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(parts[i]),
+                                                                  reinterpret_cast<__m512i>(codes),
+                                                                  reinterpret_cast<__m512i>(of_groups)));
+#elif defined(__AVX512BW__)
+            parts[i] += reinterpret_cast<Sums>(
+                _mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes), reinterpret_cast<__m512i>(of_groups)));
 #else
-        sum += reinterpret_cast<Words>(
-            _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(of_group)));
+            parts[i] += reinterpret_cast<Sums>(
+                _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), reinterpret_cast<__m256i>(of_groups)));
 #endif
+        });
     }
+    unroll<4>([&](auto i) OCTAVO_INLINE { sum = is_odd(4 * i) ? sum - parts[i] : sum + parts[i]; });
     const std::int32_t too_much = place == 0 ? 128 * static_cast<std::int32_t>(block) : 0;
 #else
-    Words even_signs;
-    Words odd_signs;
+    Sums even_signs;
+    Sums odd_signs;
     for (std::int64_t i = 0; i < register_size / 2; ++i) {
         even_signs[i] = is_odd(i % 2 * 2) ? -1 : 1;
         odd_signs[i] = is_odd(i % 2 * 2 + 1) ? -1 : 1;
     }
     for (std::int64_t group = 0; group < block / 4; ++group) {
-        Words codes;
+        Sums codes;
         read(w + group * 64, codes);
-        const Words pair = ((codes << 8) >> 8) * even_signs + (codes >> 8) * odd_signs;
+        const Sums pair = ((codes << 8) >> 8) * even_signs + (codes >> 8) * odd_signs;
         sum = is_odd(4 * group) ? sum - pair : sum + pair;
     }
     const std::int32_t too_much = 0;
 #endif
+#if defined(__AVX512VNNI__)
+    sums = sum - too_much;
+#else
     Ints both;
     read(&sum, both);
     sums = ((both << 16) >> 16) + (both >> 16) - too_much;
+#endif
 }
 
 // The sums themselves.
