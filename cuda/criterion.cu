@@ -2,10 +2,13 @@
 // or the largest ones of the columns.
 //
 // Everything comes down to one limit in the order of magnitudes (of equal ones the first column on top), from which on
-// elements are outliers: t, or where the cap allows fewer the last element that it allows. A block has a row. It finds
-// what is wanted of a given rank digit by digit, by counting the elements that have each value of 8 bits; counts are
-// integers, so no order of threads matters. The median has 16 bits: two counts. The last element allowed has 64, in
-// eight; few calls come to that.
+// elements are outliers: t, or where the cap allows fewer the last element that it allows. A block has a row, and
+// counts; counts are integers, so no order of threads matters.
+//
+// The median, cut to 16 bits, is found bit by bit: a thread holds the upper halves of 16 magnitudes, two in a register,
+// and a step takes two dozen instructions and one barrier. What else is wanted of a given rank is found digit by digit,
+// by counting the elements that have each value of 8 bits, of which many have the same one: the last element that the
+// cap allows, which few calls come to, and the median of rows that are longer than registers hold.
 #include <algorithm>
 
 #include "criterion.cuh"
@@ -17,7 +20,9 @@
 namespace octavo::cuda {
 namespace {
 
-constexpr int threads = 256;
+constexpr int most_threads = 1024;
+constexpr int held = 16;  // magnitudes of a thread
+constexpr int maxima_threads = 256;
 constexpr int digits = 256;
 constexpr Limit infinite_limit = Limit{infinite_magnitude} << 32;
 
@@ -28,20 +33,52 @@ struct Criterion {
     std::int64_t most;
 };
 
-// How many of [0, k) pass. All threads of the block must take part, here and below.
-template <class Test>
-__device__ std::int32_t count(std::int64_t k, Test test) {
-    __shared__ std::int32_t total;
-    if (threadIdx.x == 0) total = 0;
-    __syncthreads();
-    std::int32_t own = 0;
-    for (std::int64_t j = threadIdx.x; j < k; j += threads) own += test(j) ? 1 : 0;
-    atomicAdd(&total, own);
-    __syncthreads();
-    const std::int32_t result = total;
-    __syncthreads();
-    return result;
+__device__ std::int32_t sum_of_warp(std::int32_t value) {
+#if defined(OCTAVO_SIMT) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800)
+    return __reduce_add_sync(whole_warp, value);
+#else
+    return reduce_warp(value, [](std::int32_t a, std::int32_t b) { return a + b; });
+#endif
 }
+
+// The sum of a number of each thread. All threads of the block must take part, here and below.
+class BlockSum {
+public:
+    __device__ std::int32_t operator()(std::int32_t own) {
+        // Two, used in turn: whoever writes one again has passed the barrier of the other, after all have read it.
+        __shared__ std::int32_t partial[2][warp_size];
+        const int lane = static_cast<int>(threadIdx.x) % warp_size;
+        const int warps = static_cast<int>(blockDim.x) / warp_size;
+        own = sum_of_warp(own);
+        if (lane == 0) partial[turn_][threadIdx.x / warp_size] = own;
+        __syncthreads();
+        own = sum_of_warp(lane < warps ? partial[turn_][lane] : 0);
+        turn_ ^= 1;
+        return own;
+    }
+
+private:
+    int turn_ = 0;
+};
+
+// The upper halves of the magnitudes of a thread's elements, the thread-th and every blockDim.x-th after it; each has
+// bit 15 set, which lends to a subtraction.
+struct UpperHalves {
+    std::uint32_t pairs[held / 2] = {};
+
+    __device__ void put(int element, std::uint32_t magnitude) {
+        pairs[element / 2] |= (magnitude >> 16 | 0x8000U) << (16 * (element % 2));
+    }
+    // Which of them are at least `least`, at most 0x7FFF: a bit for each.
+    __device__ std::uint32_t from(std::uint32_t least) const {
+        constexpr std::uint32_t lent = 0x80008000U;
+        std::uint32_t found = 0;
+#pragma unroll
+        for (int i = 0; i < held / 2; ++i) found |= (pairs[i] - least * 0x10001U) >> i & lent >> i;
+        return found;
+    }
+    __device__ static int place_of(int element) { return 16 * (element % 2) + 15 - element / 2; }
+};
 
 // The digit of the item of which `rank` come before, in the order of digits; then `rank` counts those of the same
 // digit. `digit` is negative for what does not count.
@@ -49,6 +86,7 @@ template <class Digit>
 __device__ int select(std::int64_t k, std::int32_t& rank, Digit digit) {
     __shared__ std::int32_t histogram[digits];
     __shared__ std::int32_t chosen[2];
+    const auto threads = static_cast<int>(blockDim.x);
     for (int i = static_cast<int>(threadIdx.x); i < digits; i += threads) histogram[i] = 0;
     __syncthreads();
     for (std::int64_t j = threadIdx.x; j < k; j += threads) {
@@ -70,11 +108,18 @@ __device__ int select(std::int64_t k, std::int32_t& rank, Digit digit) {
     return result;
 }
 
-// t, as a magnitude, of k of them.
+// The upper half of the median of those above 0, which are `above_zero`.
+__device__ std::uint32_t median_of(const UpperHalves& halves, std::int32_t above_zero, BlockSum& sum) {
+    const std::int32_t as_large = above_zero - (above_zero - 1) / 2;  // as the median, at least
+    std::uint32_t median = 0;
+#pragma unroll 1
+    for (std::uint32_t bit = 0x4000U; bit != 0; bit >>= 1) {
+        if (sum(__popc(halves.from(median | bit))) >= as_large) median |= bit;
+    }
+    return median;
+}
 template <class Magnitude>
-__device__ std::uint32_t relative_limit(std::int64_t k, float times_median, Magnitude magnitude) {
-    const std::int32_t above_zero = count(k, [&](std::int64_t j) { return magnitude(j) > 0; });
-    if (above_zero == 0) return infinite_magnitude;
+__device__ std::uint32_t median_of(std::int64_t k, std::int32_t above_zero, Magnitude magnitude) {
     std::int32_t rank = (above_zero - 1) / 2;
     const int upper = select(k, rank, [&](std::int64_t j) {
         const std::uint32_t bits = magnitude(j);
@@ -84,9 +129,7 @@ __device__ std::uint32_t relative_limit(std::int64_t k, float times_median, Magn
         const std::uint32_t bits = magnitude(j);
         return bits == 0 || static_cast<int>(bits >> 23) != upper ? -1 : static_cast<int>(bits >> 16 & 0x7FU);
     });
-    const float median = __uint_as_float(static_cast<std::uint32_t>(upper << 7 | lower) << 16);
-    const std::uint32_t limit = magnitude_of(__fmul_rn(times_median, median));
-    return limit > 0 ? limit : 1;
+    return static_cast<std::uint32_t>(upper << 7 | lower);
 }
 
 // The rank of the `most`-th element from the top.
@@ -108,31 +151,67 @@ __device__ Limit capped_limit(std::int64_t k, std::int64_t most, Magnitude magni
 
 // One block for each row of `x`. Marks of several rows are added up.
 template <class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(most_threads)
     criterion_kernel(View<const T> x, Criterion criterion, Limit* limits, std::uint32_t* words) {
     const std::int64_t row = blockIdx.x;
     const std::int64_t k = x.cols;
+    const auto threads = static_cast<int>(blockDim.x);
+    const auto thread = static_cast<int>(threadIdx.x);
     const auto magnitude = [&](std::int64_t j) { return magnitude_of(to_float(*x.at(row, j))); };
-    const std::uint32_t least =
-        criterion.times_median > 0.0F ? relative_limit(k, criterion.times_median, magnitude) : criterion.absolute;
+    BlockSum sum;
+    const auto count = [&](auto test) {
+        std::int32_t own = 0;
+        for (std::int64_t j = thread; j < k; j += threads) own += test(magnitude(j)) ? 1 : 0;
+        return sum(own);
+    };
+    const bool fits = k <= std::int64_t{held} * threads;
+    UpperHalves halves;
+    std::int32_t above_zero = 0;
+    if (fits) {
+        const T* next = x.at(row, thread);  // one address: of all at once there would be too many for the registers
+        const auto size = static_cast<int>(k);
+#pragma unroll
+        for (int e = 0; e < held; ++e, next += threads * x.col_stride) {
+            const std::uint32_t own = e * threads + thread < size ? magnitude_of(to_float(*next)) : 0U;
+            halves.put(e, own);
+            above_zero += own > 0 ? 1 : 0;
+        }
+    }
+    std::uint32_t least = criterion.absolute;
+    if (criterion.times_median > 0.0F) {
+        above_zero = fits ? sum(above_zero) : count([](std::uint32_t own) { return own > 0; });
+        least = infinite_magnitude;
+        if (above_zero > 0) {
+            const std::uint32_t median =
+                fits ? median_of(halves, above_zero, sum) : median_of(k, above_zero, magnitude);
+            least = max(magnitude_of(__fmul_rn(criterion.times_median, __uint_as_float(median << 16))), 1U);
+        }
+    }
     Limit limit = Limit{least} << 32;
-    if (count(k, [&](std::int64_t j) { return magnitude(j) >= least; }) > criterion.most) {
+    // At most as many as their upper halves would have it.
+    const bool may_be_more = !fits || sum(__popc(halves.from(least >> 16))) > criterion.most;
+    if (may_be_more && count([&](std::uint32_t own) { return own >= least; }) > criterion.most) {
         limit = capped_limit(k, criterion.most, magnitude);
     }
-    if (limits != nullptr && threadIdx.x == 0) limits[row] = limit;
-    const int lane = static_cast<int>(threadIdx.x) % warp_size;
-    for (std::int64_t first = threadIdx.x - lane; first < k; first += threads) {
+    if (limits != nullptr && thread == 0) limits[row] = limit;
+    const std::uint32_t found = fits ? halves.from(static_cast<std::uint32_t>(limit >> 48)) : ~0U;
+    if (__ballot_sync(whole_warp, found != 0 ? 1 : 0) == 0) return;
+    const int lane = thread % warp_size;
+    int e = 0;
+    for (std::int64_t first = thread - lane; first < k; first += threads, ++e) {
         const std::int64_t j = first + lane;
-        const std::uint32_t word = __ballot_sync(whole_warp, j < k && rank_of(magnitude(j < k ? j : 0), j) >= limit);
+        const bool is_candidate = j < k && (!fits || (found >> UpperHalves::place_of(e) & 1U) != 0);
+        const bool is_marked = is_candidate && rank_of(magnitude(j), j) >= limit;
+        const std::uint32_t word = __ballot_sync(whole_warp, is_marked ? 1 : 0);
         if (lane == 0 && word != 0) atomicOr(&words[first / warp_size], word);
     }
 }
 
 // The largest magnitudes of the columns; a block has a part of the rows.
 template <class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(maxima_threads)
     maxima_kernel(View<const T> x, std::int64_t rows_per_part, std::uint32_t* maxima) {
-    const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * threads + threadIdx.x;
+    const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * maxima_threads + threadIdx.x;
     if (column >= x.cols) return;
     const std::int64_t begin = blockIdx.y * rows_per_part;
     const std::int64_t end = begin + rows_per_part < x.rows ? begin + rows_per_part : x.rows;
@@ -159,6 +238,8 @@ void apply_criterion(ConstMatrix x, const LinearOptions& options, std::uint32_t*
     const Criterion criterion{.times_median = times_median(options, per_row ? 1 : x.rows),
                               .absolute = absolute & 0x7FFFFFFFU,
                               .most = most_outliers(options, x.cols)};
+    const auto threads = static_cast<unsigned>(
+        std::clamp<std::int64_t>(blocks_for(blocks_for(x.cols, held), warp_size) * warp_size, warp_size, most_threads));
     if (per_row) {
         with_float(x.dtype, [&]<class T>(Type<T>) {
             launch(criterion_kernel<T>, Grid{static_cast<unsigned>(x.rows), threads}, stream, view_of<T>(x), criterion,
@@ -167,11 +248,11 @@ void apply_criterion(ConstMatrix x, const LinearOptions& options, std::uint32_t*
         return;
     }
     check(cudaMemsetAsync(maxima, 0, static_cast<std::size_t>(x.cols) * sizeof *maxima, stream), "cudaMemsetAsync");
-    const std::int64_t tiles = blocks_for(x.cols, threads);
+    const std::int64_t tiles = blocks_for(x.cols, maxima_threads);
     const std::int64_t parts =
         std::clamp<std::int64_t>(blocks_for(2 * device_facts().multiprocessors, tiles), 1, x.rows);
     with_float(x.dtype, [&]<class T>(Type<T>) {
-        launch(maxima_kernel<T>, Grid{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(parts)), threads},
+        launch(maxima_kernel<T>, Grid{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(parts)), maxima_threads},
                stream, view_of<T>(x), blocks_for(x.rows, parts), maxima);
     });
     const ConstMatrix of_columns{maxima, DType::f32, x.device, 1, x.cols, x.cols, 1};
