@@ -26,6 +26,11 @@ REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
         "streaming": (r"vpmaxuw .*%zmm", r"vfn?m\w*ps .*%zmm"),
         "epilogue": (r"vcvtdq2ps .*%zmm", r"vfmadd\w*ps .*%zmm"),
     },
+    "avx512_bf16": {
+        "product": (r"vpdpbusd .*%zmm",),
+        "epilogue": (r"vcvtne2ps2bf16 .*%zmm",),
+        "weight_only": (r"vdpbf16ps .*%zmm",),
+    },
     "amx": {"product": (r"tdpbssd .*%tmm", r"tileloaddt1 .*%tmm"), "epilogue": (r"vcvtne2ps2bf16 .*%zmm",)},
     "neon_dotprod": {
         "product": (r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[3\]",),

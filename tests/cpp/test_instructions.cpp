@@ -119,13 +119,15 @@ std::int64_t dequantized_columns(const Kernels& table) {
 }
 
 // Products with float32, of 16 output features, 256 deep.
-std::int64_t weight_only(const Kernels& table, std::int64_t rows) {
+std::int64_t weight_only(const Kernels& table, std::int64_t rows, bool in_pairs) {
     constexpr std::int64_t depth = 256;
     const auto x = values<float>(rows * depth);
+    const auto pairs = values<std::uint16_t>(4 * rows * depth);
     const auto w = values<std::int8_t>(16 * depth);
     const Scratch<float> sums(rows * 4 * 16);
     return count([&] {
         table.multiply_floats({.x = x.data(),
+                               .x_pairs = in_pairs ? pairs.data() : nullptr,
                                .x_stride = depth,
                                .rows = rows,
                                .w = w.data(),
@@ -195,7 +197,9 @@ Counts counted() {
         put("outliers_codes", epilogue(*table, 32, true));
         put("dequantize_columns", dequantized_columns(*table));
         for (const std::int64_t rows : {1, 2, 3, 4}) {
-            put("weight_only_" + std::to_string(rows), weight_only(*table, rows));
+            put("weight_only_" + std::to_string(rows), weight_only(*table, rows, false));
+            if (table->pair == nullptr) continue;
+            put("weight_only_in_pairs_" + std::to_string(rows), weight_only(*table, rows, true));
         }
         put("gradient", gradient(*table));
         put("dequantize_square", dequantized_square(*table));

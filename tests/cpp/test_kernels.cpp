@@ -368,11 +368,18 @@ TEST(product_of_floats_is_the_equation_to_the_bit) {
     for (const Kernels* table : tables()) {
         Random random(12);
         for (const std::int64_t rows : {1, 2, 3, 4, 5, 7, 13}) {
-            for (const bool has_zeropoint : {false, true}) {
-                const check::Context context(table->isa, ", rows ", rows, ", zeropoint ", has_zeropoint);
+            for (const auto& [has_zeropoint, is_half] : {std::pair{false, false}, {true, false}, {false, true}}) {
+                const check::Context context(table->isa, ", rows ", rows, ", zeropoint ", has_zeropoint, ", half ",
+                                             is_half);
                 constexpr std::int64_t depth = 64 + 16;
                 constexpr std::int64_t first_depth = 48;
-                const Guarded<float> x(random_floats(random, rows * depth));
+                std::vector<float> values = random_floats(random, rows * depth);
+                if (is_half) {
+                    for (float& value : values) {
+                        value = std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) & 0xFFFF0000U);
+                    }
+                }
+                const Guarded<float> x(values);
                 std::vector<std::int8_t> codes(16 * depth);
                 for (auto& code : codes) code = static_cast<std::int8_t>(random.integer(-128, 127));
                 const Guarded<std::int8_t> w(codes);
@@ -398,13 +405,20 @@ TEST(product_of_floats_is_the_equation_to_the_bit) {
                         expected.push_back(((parts[0] + parts[1]) + (parts[2] + parts[3])) * scale.data()[j]);
                     }
                 }
-                for (const bool widened : {false, true}) {
+                constexpr std::int64_t pairs_stride = 4 * depth;
+                const Guarded<std::uint16_t> pairs(static_cast<std::size_t>(rows * pairs_stride));
+                for (std::int64_t i = 0; is_half && table->pair != nullptr && i < rows; ++i) {
+                    CHECK(table->pair(x.data() + i * depth, depth, pairs.data() + i * pairs_stride));
+                }
+                for (const auto& [widened, in_pairs] : {std::pair{false, false}, {true, false}, {false, true}}) {
+                    if (in_pairs && (!is_half || table->pair == nullptr)) continue;
                     const Guarded<float> sums(static_cast<std::size_t>(rows * 64));
                     for (std::int64_t begin = 0; begin < depth;) {
                         const std::int64_t end = begin == 0 ? first_depth : depth;
                         const Guarded<float> floats(static_cast<std::size_t>((end - begin) * 16));
                         table->widen(w.data() + begin * 16, end - begin, zeropoint, floats.data());
                         table->multiply_floats({.x = x.data() + begin,
+                                                .x_pairs = in_pairs ? pairs.data() + 4 * begin : nullptr,
                                                 .x_stride = depth,
                                                 .rows = rows,
                                                 .w = w.data() + begin * 16,
@@ -420,6 +434,24 @@ TEST(product_of_floats_is_the_equation_to_the_bit) {
                     table->finish_floats(sums.data(), rows, scale.data(), y.data());
                     CHECK(y.bytes() == Guarded<float>(expected).bytes());
                 }
+            }
+        }
+    }
+}
+
+// Pairs of numbers that are so small that their sums might be subnormal, or not finite, are refused.
+TEST(pairs_are_of_ordinary_numbers) {
+    for (const Kernels* table : tables()) {
+        if (table->pair == nullptr) continue;
+        for (const float value : {0.0F, -0.0F, 0x1p-119F, -0x1p-119F, 1.0F, 0x1.FEp127F, -0x1.FEp127F, 0x1.FEp-120F,
+                                  -0x1p-133F, INFINITY, -INFINITY, NAN}) {
+            const bool is_ordinary = value == 0 || (std::abs(value) >= 0x1p-119F && std::isfinite(value));
+            for (const std::size_t place : {0U, 3U, 7U, 15U}) {
+                std::vector<float> x(16, 1.0F);
+                x[place] = value;
+                std::vector<std::uint16_t> pairs(64);
+                const check::Context context(table->isa, ", ", value, " at ", place);
+                CHECK_EQ(table->pair(x.data(), 16, pairs.data()), is_ordinary);
             }
         }
     }

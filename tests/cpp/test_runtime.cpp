@@ -105,7 +105,7 @@ TEST(instruction_sets) {
     CHECK_EQ(used_isa(nullptr), best);
     CHECK_EQ(used_isa(""), best);
     for (const char* isa :
-         {"scalar", "avx2", "avx512bw", "avx_vnni", "avx512_vnni", "amx", "neon_dotprod", "neon_i8mm"}) {
+         {"scalar", "avx2", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx", "neon_dotprod", "neon_i8mm"}) {
         const bool has = std::ranges::find(available, isa) != available.end();
         if (has) CHECK_EQ(used_isa(isa), isa);
         if (!has) CHECK(used_isa(isa).find(std::string("got '") + isa + "'") != std::string::npos);

@@ -329,10 +329,10 @@ typedef void (*octavo_scratch_release)(void* context, void* memory, size_t size,
 OCTAVO_API octavo_status octavo_set_cuda_scratch(octavo_scratch_allocate allocate, octavo_scratch_release release,
                                                  void* context);
 
-// *isa = the instruction set of the CPU kernels in use, "amx", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", on
-// 64-bit Arm "neon_i8mm", "neon_dotprod", or "scalar": the best one this processor has, or the one the environment
-// variable OCTAVO_CPU_ISA names at first use. Errors: value where that name is unknown or the processor lacks it (*isa
-// is then untouched).
+// *isa = the instruction set of the CPU kernels in use, "amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx512bw",
+// "avx2", on 64-bit Arm "neon_i8mm", "neon_dotprod", or "scalar": the best one this processor has, or the one the
+// environment variable OCTAVO_CPU_ISA names at first use. Errors: value where that name is unknown or the processor
+// lacks it (*isa is then untouched).
 OCTAVO_API octavo_status octavo_cpu_isa(const char** isa);
 
 #ifdef __cplusplus

@@ -62,9 +62,10 @@ private:
     bool (*outer_)();
 };
 
-// Instruction set of the CPU kernels in use: "amx", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", on 64-bit Arm
-// "neon_i8mm", "neon_dotprod", or "scalar". The best one this processor has, or the one the environment variable
-// OCTAVO_CPU_ISA names at first use. Throws Error (value) where that name is unknown or the processor lacks it.
+// Instruction set of the CPU kernels in use: "amx", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx512bw", "avx2", on
+// 64-bit Arm "neon_i8mm", "neon_dotprod", or "scalar". The best one this processor has, or the one the environment
+// variable OCTAVO_CPU_ISA names at first use. Throws Error (value) where that name is unknown or the processor lacks
+// it.
 [[nodiscard]] const char* cpu_isa();
 
 // The instruction sets this processor can run, best first.

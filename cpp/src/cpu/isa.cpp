@@ -37,6 +37,9 @@ extern const Kernels table;
 namespace avx512_vnni {
 extern const Kernels table;
 }
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 namespace amx {
 extern const Kernels table;
 }
@@ -106,7 +109,9 @@ std::vector<const Kernels*> tables_available() {
     const bool avx512bw = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool avx512_vnni = avx512bw && __builtin_cpu_supports("avx512vnni");
-    if (avx512_vnni && leaf.avx512_bf16 && leaf.amx_int8 && may_use_tiles()) tables.push_back(&amx::table);
+    const bool avx512_bf16 = avx512_vnni && leaf.avx512_bf16;
+    if (avx512_bf16 && leaf.amx_int8 && may_use_tiles()) tables.push_back(&amx::table);
+    if (avx512_bf16) tables.push_back(&avx512_bf16::table);
     if (avx512_vnni) tables.push_back(&avx512_vnni::table);
 #ifndef OCTAVO_FEWER_TABLES
     if (avx2 && leaf.avx_vnni) tables.push_back(&avx_vnni::table);

@@ -1,6 +1,7 @@
 // LLM.int8() on the CPU (paper Figure 2): find the outliers, quantize the rest of X row by row, multiply, and finish
 // each tile of the product while it is in the first-level cache.
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <iterator>
@@ -319,13 +320,18 @@ bool is_any_large(const float* row, std::int64_t k) {
 void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
     const WeightView& weight = layer.weight;
     const Matrix& out = layer.out;
-    constexpr std::int64_t read_as_packed = 6;                   // rows
+    constexpr std::int64_t read_as_packed = 12;                  // rows
+    constexpr std::int64_t read_in_pairs = 48;                   // rows, where X can be (Kernels::pair)
     constexpr Blocking blocking{.rows = 12, .block_rows = 240};  // what registers hold, and the second-level cache
     // Of few rows, output features that are multiplied by a slice of X while it is in the first-level cache.
     constexpr std::int64_t together = 64;
     const std::int64_t depth = padded_depth(weight.codes.cols);
     const std::int64_t x_stride = depth + 16;  // no power of two: rows would push each other out of the cache
     const Scratch<float> x_rows(x.rows * x_stride);
+    // Whether one instruction adds products of two steps along k.
+    std::atomic<bool> in_pairs = kernels().pair != nullptr && x.dtype == DType::bf16 && x.rows <= read_in_pairs &&
+                                 weight.rotation == 0 && !weight.zeropoint.present;
+    const Scratch<std::uint16_t> x_pairs(in_pairs ? 4 * x.rows * x_stride : 0);
     std::vector<std::uint8_t> is_large(static_cast<std::size_t>(x.rows));  // rows whose sums could overflow
     parallel_for(x.rows, row_grain(x.cols), [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
@@ -337,6 +343,7 @@ void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
             }
             std::fill(row + x.cols, row + depth, 0.0F);
             if (weight.rotation != 0) rotate(row, x.cols, weight.rotation);
+            if (in_pairs && !kernels().pair(row, depth, x_pairs.data() + 4 * i * x_stride)) in_pairs = false;
         }
     });
     for_each_block(blocking, out.rows, {&out.cols, 1}, depth, [&](const Turn& turn) {
@@ -344,7 +351,7 @@ void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
         const PackedPanel codes(weight.codes, weight.layout, block.col_begin, block.col_end);
         const BlockWeight block_weight(layer, block);
         OutputBlock rows(out, turn);
-        const bool widened = block.rows() > read_as_packed;
+        const bool widened = !in_pairs && block.rows() > read_as_packed;
         const Scratch<float> w_floats(widened ? float_slice * block_cols : 0);
         const std::int64_t step = widened ? block_cols : together;
         const Scratch<float> sums(block.rows() * step * 4);
@@ -366,6 +373,7 @@ void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
                     const std::int64_t slice = std::min(float_slice, depth - begin);
                     const FloatTile tile{
                         .x = x_rows.data() + block.row_begin * x_stride + begin,
+                        .x_pairs = in_pairs ? x_pairs.data() + 4 * (block.row_begin * x_stride + begin) : nullptr,
                         .x_stride = x_stride,
                         .rows = block.rows(),
                         .w = codes.data() + j * depth + begin * block_cols,
@@ -377,7 +385,8 @@ void weight_only_linear(const ConstMatrix& x, const LinearLayer& layer) {
                         .sums = sums_of(j),
                         .ahead = widened ? nullptr
                                          : after((begin + float_slice) / 4 + (j - first) / block_cols * (slice / 16)),
-                        .ahead_stride = codes.stride()};
+                        .ahead_stride = codes.stride(),
+                        .far = fetches_streams() ? 4096 : 0};
                     if (widened) kernels().widen(tile.w, tile.depth, tile.zeropoint, w_floats.data());
                     kernels().multiply_floats(tile);
                 }

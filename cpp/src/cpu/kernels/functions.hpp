@@ -43,6 +43,11 @@ void transpose(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, 
 void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target);
 void dequantize_square(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, const float* zeropoint,
                        const float* scale, float* target);
+#if defined(__AVX512BF16__)
+bool pair(const float* x, std::int64_t depth, std::uint16_t* pairs);
+#else
+constexpr bool (*pair)(const float* x, std::int64_t depth, std::uint16_t* pairs) = nullptr;
+#endif
 void multiply_floats(const FloatTile& tile);
 void finish_floats(const float* sums, std::int64_t rows, const float* scale, float* y);
 void dequantize_columns(const std::int8_t* w, std::int64_t w_stride, const std::int32_t* columns,

@@ -36,6 +36,7 @@ const Kernels table{
     .widen = widen,
     .gradient_cols = gradient_cols,
     .dequantize_square = dequantize_square,
+    .pair = pair,
     .multiply_floats = multiply_floats,
     .finish_floats = finish_floats,
     .dequantize_columns = dequantize_columns,

@@ -110,8 +110,9 @@ inline constexpr std::int64_t float_slice = 256;
 // weight_only has 4 places and 16 output features of W, plus their zeropoints, as columns; linear_backward has 1 place,
 // the output features as depth and Kernels::gradient_cols input features as columns.
 struct FloatTile {
-    const float* x = nullptr;   // row-major
-    std::int64_t x_stride = 0;  // float_slice with 1 place
+    const float* x = nullptr;                // row-major
+    const std::uint16_t* x_pairs = nullptr;  // X as Kernels::pair has made it, which is read instead; or null
+    std::int64_t x_stride = 0;               // float_slice with 1 place
     std::int64_t rows = 0;
     const std::int8_t* w = nullptr;    // a packed block; only with 4 places
     const float* w_floats = nullptr;   // as `widen` or `dequantize_square` has made it, which is read instead; or null
@@ -124,6 +125,8 @@ struct FloatTile {
     // are fetched meanwhile, a line of each in turn; or null.
     const std::int8_t* ahead = nullptr;
     std::int64_t ahead_stride = 0;
+    // With x_pairs, how many bytes behind each of them another line is fetched, into the second-level cache; 0: none.
+    std::int64_t far = 0;
 };
 
 // The most columns of a block of work.
@@ -242,6 +245,10 @@ struct Kernels {
     // `w_stride` bytes from block to block, and `count` output features, a multiple of 16 and at most float_slice.
     void (*dequantize_square)(const std::int8_t* w, std::int64_t w_stride, std::int64_t count, const float* zeropoint,
                               const float* scale, float* target);
+    // A row of X of bfloat16 in pairs (FloatTile::x_pairs): of every eight along k the first four in the upper halves
+    // of 32 bits and the second four in the lower ones, four times over; `depth` a multiple of 8. False where sums
+    // could be subnormal, or a value is not finite: these pairs must not be used. Null where nothing multiplies pairs.
+    bool (*pair)(const float* x, std::int64_t depth, std::uint16_t* pairs);
     void (*multiply_floats)(const FloatTile& tile);
     // y[i, j] = ((sums[i, j, 0] + sums[i, j, 1]) + (sums[i, j, 2] + sums[i, j, 3])) * scale[j] for 16 output features.
     void (*finish_floats)(const float* sums, std::int64_t rows, const float* scale, float* y);

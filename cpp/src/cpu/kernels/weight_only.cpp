@@ -53,6 +53,24 @@ template <int Places>
     }
 }
 
+// Add sums of a slice, as multiply_square has them, to those before, if there are any.
+template <int Places, int Rows, int Vectors, int First>
+[[gnu::always_inline]] inline void leave_sums(const FloatTile& tile, std::int64_t i, Floats* sums) {
+    float* const target = tile.sums + i * row_sums<Places> + First * width;
+    const auto part = [&](auto s)
+                          OCTAVO_INLINE { return target + s / Vectors * row_sums<Places> + s % Vectors * width; };
+    if (tile.first) {
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] += Floats{}; });  // -0 becomes 0
+    } else {
+        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE {
+            Floats before;
+            read(part(s), before);
+            sums[s] += before;
+        });
+    }
+    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { __builtin_memcpy(part(s), &sums[s], sizeof sums[s]); });
+}
+
 // `Rows` rows of X from row i on by `Vectors` registers of weights, from number `First` on. `load` gives a register of
 // the weights of a step, which is `Places` deep; numbers are part of their types, as in unroll.hpp. `fetch` is called
 // before every four steps of 4 places each.
@@ -81,6 +99,15 @@ void multiply_square(const FloatTile& tile, std::int64_t i, Fetch fetch, Load lo
                     weights_of(u, weights);
                     fused_multiply_add(values, weights, sums[u]);
                 });
+            } else if constexpr (register_size == 32 && Rows * Vectors + Rows < 16) {  // nor here, but values
+                Floats values[Rows];
+                unroll<Rows>([&](auto r) OCTAVO_INLINE { values_of(r, values[r]); });
+                unroll<Vectors>([&](auto u) OCTAVO_INLINE {
+                    Floats weights;
+                    weights_of(u, weights);
+                    unroll<Rows>([&](auto r)
+                                     OCTAVO_INLINE { fused_multiply_add(values[r], weights, sums[r * Vectors + u]); });
+                });
             } else {
                 Floats weights[Vectors];
                 unroll<Vectors>([&](auto u) OCTAVO_INLINE { weights_of(u, weights[u]); });
@@ -93,19 +120,7 @@ void multiply_square(const FloatTile& tile, std::int64_t i, Fetch fetch, Load lo
             }
         });
     }
-    float* const target = tile.sums + i * row_sums<Places> + First * width;
-    const auto part = [&](auto s)
-                          OCTAVO_INLINE { return target + s / Vectors * row_sums<Places> + s % Vectors * width; };
-    if (tile.first) {
-        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { sums[s] += Floats{}; });  // -0 becomes 0
-    } else {
-        unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE {
-            Floats before;
-            read(part(s), before);
-            sums[s] += before;
-        });
-    }
-    unroll<Rows * Vectors>([&](auto s) OCTAVO_INLINE { __builtin_memcpy(part(s), &sums[s], sizeof sums[s]); });
+    leave_sums<Places, Rows, Vectors, First>(tile, i, sums);
 }
 
 // All rows from row i on: `Rows` at a time, and then the fewer that are left.
@@ -139,7 +154,85 @@ void repeat_zeropoint(const float* zeropoint, float* zeropoints) {
     numbers = __builtin_convertvector(codes, Floats);
 }
 
+#if defined(__AVX512BF16__)
+
+// Inline assembly for the reason given in product/avx512_vnni.hpp.
+// NOLINTNEXTLINE(misc-const-correctness): the sums are written
+[[gnu::always_inline]] inline void add_pairs(const Bits& x, const Bits& weights, Floats& sums) {
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(weights));
+}
+
+// The same sums where X is of bfloat16, as codes are. vdpbf16ps is two fused multiply-adds, of the upper halves of each
+// lane and then of the lower ones, that round to nearest even and take subnormal numbers for 0, of which there are none
+// (Kernels::pair). So with the four places of a step above those of the next it does what two steps do, at the price of
+// one.
+template <int Rows>
+void multiply_pairs(const FloatTile& tile, std::int64_t i) {
+    constexpr int all = vectors<4>;
+    Floats sums[Rows * all];
+    unroll<Rows * all>([&](auto s) OCTAVO_INLINE { sums[s] = Floats{}; });
+    const std::int64_t x_stride = 4 * tile.x_stride;
+    const std::uint16_t* const x = tile.x_pairs + i * x_stride;
+    const std::int8_t* const w = tile.w;
+    const std::int64_t depth = tile.depth;
+    const std::int8_t* ahead = tile.ahead == nullptr ? tile.w : tile.ahead;
+    for (std::int64_t k = 0; k < depth; k += 16, ahead += 64) {
+        unroll<4>([&](auto block) OCTAVO_INLINE {
+            __builtin_prefetch(ahead + block * tile.ahead_stride);
+            __builtin_prefetch(ahead + block * tile.ahead_stride + tile.far, 0, 2);
+        });
+        unroll<2>([&](auto half) OCTAVO_INLINE {
+            const std::int64_t at = k + 8 * half;
+            Bits weights[all];
+            unroll<all>([&](auto v) OCTAVO_INLINE {
+                Floats first;
+                Floats second;
+                convert(w + at * features + v * width, first);
+                convert(w + at * features + v * width + row_sums<4>, second);
+                weights[v] = reinterpret_cast<Bits>(first) | reinterpret_cast<Bits>(second) >> 16U;
+            });
+            unroll<Rows>([&](auto r) OCTAVO_INLINE {
+                Bits values;
+                read(x + r * x_stride + 4 * at, values);
+                unroll<all>([&](auto v) OCTAVO_INLINE { add_pairs(values, weights[v], sums[r * all + v]); });
+            });
+        });
+    }
+    leave_sums<4, Rows, all, 0>(tile, i, sums);
+}
+
+template <int Rows>
+void multiply_rows_of_pairs(const FloatTile& tile, std::int64_t i) {
+    for (; i + Rows <= tile.rows; i += Rows) multiply_pairs<Rows>(tile, i);
+    if constexpr (Rows > 1) {
+        if (i < tile.rows) multiply_rows_of_pairs<Rows - 1>(tile, i);
+    }
+}
+
+#endif
+
 }  // namespace
+
+#if defined(__AVX512BF16__)
+bool pair(const float* x, std::int64_t depth, std::uint16_t* pairs) {
+    using Four [[gnu::vector_size(16)]] = std::uint32_t;
+    const auto power_of_two = [](std::uint32_t exponent) { return (127U + exponent) << 23U; };
+    const std::uint32_t least = power_of_two(0U - 119U);  // whose last place is a normal number
+    const std::uint32_t infinity = power_of_two(128U);
+    Four wrong{};
+    for (std::int64_t k = 0; k < depth; k += 8) {
+        Four bits[2];
+        __builtin_memcpy(bits, x + k, sizeof bits);
+        for (const Four& four : bits) {
+            const Four magnitude = four & 0x7FFFFFFFU;
+            wrong |= magnitude & reinterpret_cast<Four>(magnitude - least >= infinity - least);
+        }
+        const Four both = bits[0] | bits[1] >> 16U;
+        for (std::int64_t copy = 0; copy < 4; ++copy) __builtin_memcpy(pairs + 4 * k + 8 * copy, &both, sizeof both);
+    }
+    return (wrong[0] | wrong[1] | wrong[2] | wrong[3]) == 0;
+}
+#endif
 
 void widen(const std::int8_t* w, std::int64_t depth, const float* zeropoint, float* target) {
     float zeropoints[row_sums<4>];
@@ -200,6 +293,9 @@ void multiply_floats(const FloatTile& tile) {
         const std::int8_t* const line = ahead + (part * steps + step) / (4 * parts) * 64;
         unroll<4>([&](auto block) OCTAVO_INLINE { __builtin_prefetch(line + block * stride); });
     };
+#if defined(__AVX512BF16__)
+    if (tile.x_pairs != nullptr) return multiply_rows_of_pairs<most_rows>(tile, 0);
+#endif
     const auto codes_at = [w = tile.w](std::int64_t step, auto v, Floats& weights)
                               OCTAVO_INLINE { convert(w + step * row_sums<4> + v * width, weights); };
     if (tile.zeropoint == nullptr) return multiply_rows<4, most_rows>(tile, 0, fetch, codes_at);
