@@ -678,6 +678,7 @@ TEST(many_on_threads) {
         const Array x(DType::bf16, activations(random, m, k));
         std::vector<Array> alone;
         octavo::set_num_threads(1);
+        alone.reserve(weights.size());
         for (const Weight& weight : weights) alone.push_back(linear(x, weight, std::nullopt, options, DType::bf16));
         for (const int threads : {1, 2, 5, 64}) {
             octavo::set_num_threads(threads);
