@@ -48,8 +48,8 @@ struct ProductTile {
     // The bytes of each block of it that fall to this panel, where there are several.
     std::int64_t ahead_begin = 0;
     std::int64_t ahead_end = 0;
-    // How far ahead of itself a product of few rows asks for lines of W; 0: for those it is about to read, in vain and
-    // for nothing.
+    // How far ahead of itself a product of few rows asks for lines of W; 0: for those it is about to read
+    // anyway, which neither helps nor costs.
     std::int64_t bytes_ahead = 0;
     // How much of it an epilogue has begun already (Plan::begin), in pieces of an instruction set's own.
     std::int64_t begun = 0;
