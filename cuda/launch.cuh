@@ -15,6 +15,7 @@
 
 #else
 
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
 // `T* name`: the dynamic shared memory of the block, aligned to 16 bytes.
@@ -50,13 +51,27 @@ __device__ inline void must_not_run() {
 
 // What a launch is made of. `shared` is the dynamic shared memory of a block, in bytes. `early`: it may begin before
 // the one before it in the stream has ended (sm_90); its threads call `wait_for_launch_before` (ptx.cuh) before
-// anything else.
+// anything else. `cooperative`: all blocks run at once, and can wait for each other (`synchronize_grid`); a launch of
+// more than are resident together is refused.
 struct Grid {
     dim3 blocks;
     dim3 threads;
     std::size_t shared = 0;
     bool early = false;
+    bool cooperative = false;
 };
+
+// Waits for all threads of the grid, which must all come here; what they wrote before is seen by all behind it. Only
+// in cooperative launches.
+__device__ inline void synchronize_grid(
+#ifdef OCTAVO_SIMT
+    const simt::Loc& loc = simt::Loc::current()) {
+    simt::grid_barrier(loc);
+#else
+) {
+    cooperative_groups::this_grid().sync();
+#endif
+}
 
 // Blocks of `size` that cover `count`.
 constexpr std::int64_t blocks_for(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
@@ -66,7 +81,7 @@ constexpr std::int64_t blocks_for(std::int64_t count, std::int64_t size) { retur
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream, Arguments&&... arguments) {
 #ifdef OCTAVO_SIMT
-    check(simt::launch(kernel, grid.blocks, grid.threads, grid.shared, grid.early, stream,
+    check(simt::launch(kernel, grid.blocks, grid.threads, grid.shared, grid.early, grid.cooperative, stream,
                        static_cast<Parameters>(std::forward<Arguments>(arguments))...),
           "launch");
 #else
@@ -75,11 +90,18 @@ void launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream
     config.blockDim = grid.threads;
     config.dynamicSmemBytes = grid.shared;
     config.stream = stream;
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &early;
-    config.numAttrs = grid.early ? 1 : 0;
+    cudaLaunchAttribute attributes[2]{};
+    config.attrs = attributes;
+    if (grid.early) {
+        cudaLaunchAttribute& early = attributes[config.numAttrs++];
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (grid.cooperative) {
+        cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
+        cooperative.id = cudaLaunchAttributeCooperative;
+        cooperative.val.cooperative = 1;
+    }
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(std::forward<Arguments>(arguments))...),
           "cudaLaunchKernelEx");
 #endif

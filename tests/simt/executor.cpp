@@ -1,5 +1,6 @@
 // Runs a kernel: block after block, each thread of a block as a fiber on a stack of its own, all on the thread that
-// launched.
+// launched. A block of a cooperative launch that comes to a barrier of the grid is set aside, with its stacks and its
+// shared memory, until all have come.
 //
 // Fibers switch where they wait. Who goes on then is the order under test, OCTAVO_SIMT_ORDER:
 //   ascending       the first warp that can go on, its first lane; blocks from 0: low threads run far ahead of high
@@ -17,6 +18,7 @@
 #include <numeric>
 #include <set>
 #include <string_view>
+#include <utility>
 
 #include "machine.hpp"
 
@@ -40,7 +42,7 @@ constexpr std::size_t stack_stride = stack_size + 2 * page;  // a guard page bel
 constexpr std::size_t most_dynamic_shared = std::size_t{256} << 10;
 constexpr std::size_t free_shared = std::size_t{48} << 10;  // static and dynamic, without cudaFuncSetAttribute
 
-enum class State : std::uint8_t { ready, in_warp, in_block, done };
+enum class State : std::uint8_t { ready, in_warp, in_block, in_grid, done };
 
 // An asynchronous copy of 16 bytes or less that has been issued and not been waited for.
 struct Copy {
@@ -121,6 +123,8 @@ unsigned ready_warps = 0;
 unsigned block_threads = 0;
 unsigned live_threads = 0;
 unsigned arrived_threads = 0;
+unsigned threads_in_grid = 0;  // of the block that runs: in a barrier of the grid
+Loc grid_barrier_place;        // of the first thread that came to it
 Position where;
 const Call* call = nullptr;
 char* stacks = nullptr;
@@ -236,7 +240,9 @@ void make_ready(Fiber& fiber) {
 // Goes on with a fiber that can, or with the host when all are done.
 void reschedule() {
     if (ready_warps == 0) {
-        if (live_threads > 0) fail("deadlock: a barrier or collective that not every thread reaches");
+        if (live_threads != threads_in_grid || (threads_in_grid != 0 && threads_in_grid != block_threads)) {
+            fail("deadlock: a barrier or collective that not every thread reaches");
+        }
         where.in_kernel = false;
         switch_to(host);
         return;
@@ -434,14 +440,26 @@ void start_thread(unsigned thread) {
 
 void fill(Range range) { std::memset(reinterpret_cast<void*>(range.begin), 0xFF, range.size()); }
 
-void run_block(const std::vector<SharedVariable>& variables) {
+// The shared memory of the block: that of other kernels can wait for their launch.
+std::vector<Range> shared_memory(const std::vector<SharedVariable>& variables) {
+    std::vector<Range> ranges{dynamic_shared_range()};
     for (const SharedVariable& variable : variables) {
-        // Those of other kernels can wait for their launch.
-        if (variable.function != call->kernel && launched.contains(variable.function)) continue;
-        fill(variable.range);
+        if (variable.function == call->kernel || !launched.contains(variable.function))
+            ranges.push_back(variable.range);
     }
-    fill(dynamic_shared_range());
+    return ranges;
+}
+
+// Until the block has ended, or all its threads wait in a barrier of the grid.
+void go_on() {
+    threads_in_grid = 0;
     race_begin_block();
+    where.in_kernel = true;
+    reschedule();
+}
+
+void run_block(const std::vector<Range>& shared) {
+    for (const Range& range : shared) fill(range);
     live_threads = block_threads;
     arrived_threads = 0;
     where.block_epoch = 0;
@@ -452,14 +470,13 @@ void run_block(const std::vector<SharedVariable>& variables) {
     ++blocks_run;
     for (unsigned i = 0; i < block_threads; ++i) start_thread(i);
     keeps_warp = order != Order::random || random_below(2) == 0;
-    where.in_kernel = true;
-    reschedule();
+    go_on();
     for (unsigned index = 0; index < (block_threads + warp - 1) / warp; ++index) {
         if (warps[index].begun != warps[index / 4 * 4].begun) fail("wgmma: the warps of a group began other products");
     }
 }
 
-// --- setting up -----------------------------------------------------------------------------------------------------
+// --- blocks that wait for each other --------------------------------------------------------------------------------
 
 char* reserve(std::size_t size) {
     void* const memory =
@@ -467,6 +484,57 @@ char* reserve(std::size_t size) {
     if (memory == MAP_FAILED) fail("not enough memory for the stacks of a block");
     return static_cast<char*>(memory);
 }
+
+// The threads of a block.
+struct Threads {
+    char* stacks;
+    std::vector<Fiber> fibers;
+};
+std::vector<Threads> spare_threads;
+
+// A block in a barrier of the grid.
+struct WaitingBlock {
+    uint3 index;
+    Position where;
+    Threads threads;
+    std::array<Warp, most_threads / warp> own_warps;
+    bool keeps_warp;
+    std::vector<std::vector<char>> shared;
+};
+
+WaitingBlock set_aside(const std::vector<Range>& shared) {
+    WaitingBlock block{blockIdx, where, {stacks, std::move(fibers)}, warps, keeps_warp, {}};
+    for (const Range& range : shared) {
+        block.shared.emplace_back(reinterpret_cast<char*>(range.begin), reinterpret_cast<char*>(range.end));
+    }
+    if (spare_threads.empty()) {
+        spare_threads.push_back({reserve(most_threads * stack_stride), std::vector<Fiber>(most_threads)});
+    }
+    stacks = spare_threads.back().stacks;
+    fibers = std::move(spare_threads.back().fibers);
+    spare_threads.pop_back();
+    return block;
+}
+
+void take_up(WaitingBlock block, const std::vector<Range>& shared) {
+    spare_threads.push_back({stacks, std::move(fibers)});
+    stacks = block.threads.stacks;
+    fibers = std::move(block.threads.fibers);
+    warps = std::move(block.own_warps);
+    keeps_warp = block.keeps_warp;
+    blockIdx = block.index;
+    where.block = block.where.block;
+    where.block_epoch = block.where.block_epoch + 1;
+    for (std::size_t i = 0; i < shared.size(); ++i) {
+        std::memcpy(reinterpret_cast<void*>(shared[i].begin), block.shared[i].data(), shared[i].size());
+    }
+    live_threads = block_threads;
+    arrived_threads = 0;
+    for (unsigned i = 0; i < block_threads; ++i) make_ready(fibers[i]);
+    go_on();
+}
+
+// --- setting up -----------------------------------------------------------------------------------------------------
 
 void read_order() {
     const char* const text = std::getenv("OCTAVO_SIMT_ORDER");
@@ -551,7 +619,7 @@ void fail(const char* message) {
     const Fiber* before = nullptr;
     for (unsigned i = 0; i < block_threads && shown < most_shown; ++i) {
         const Fiber& fiber = fibers[i];
-        if (fiber.state != State::in_warp && fiber.state != State::in_block) {
+        if (fiber.state == State::ready || fiber.state == State::done) {
             before = nullptr;
             continue;
         }
@@ -606,6 +674,22 @@ Votes block_barrier(int vote, const Loc& loc) {
     try_block();
     reschedule();
     return fiber.votes;
+}
+
+void grid_barrier(const Loc& loc) {
+    Fiber& fiber = *current;
+    if (!call->cooperative) fail("a barrier of the grid in a launch that is not cooperative");
+    if (!fiber.copies.empty() || !warps[fiber.thread / warp].products.empty()) {
+        fail("a barrier of the grid while copies or products are under way, which is not emulated");
+    }
+    if (grid_barrier_place.line() == 0) grid_barrier_place = loc;
+    if (!same_place(loc, grid_barrier_place)) fail("divergence: threads of a grid wait at different barriers");
+    fiber.state = State::in_grid;
+    fiber.what = "synchronize_grid";
+    fiber.mask = 0;
+    fiber.loc = loc;
+    ++threads_in_grid;
+    reschedule();
 }
 
 void warp_collective(const char* what, unsigned mask, Lane lane, WarpOp op, const Loc& loc) {
@@ -791,6 +875,9 @@ void run_kernel(dim3 grid, dim3 block, std::size_t shared, const Call& kernel_ca
     const FaultReport faults;
     const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
     // Random: a step that shares no factor with the number of blocks visits all of them.
+    const std::vector<Range> memory = shared_memory(variables);
+    std::vector<WaitingBlock> waiting;
+    grid_barrier_place = {};
     std::uint64_t block_index = 0;
     std::uint64_t step = 1;
     if (order == Order::random && blocks > 1) {
@@ -804,9 +891,28 @@ void run_kernel(dim3 grid, dim3 block, std::size_t shared, const Call& kernel_ca
         where.block = static_cast<std::uint32_t>(id);
         blockIdx = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(id / grid.x % grid.y),
                     static_cast<unsigned>(id / grid.x / grid.y)};
-        run_block(variables);
+        run_block(memory);
+        if (threads_in_grid > 0) waiting.push_back(set_aside(memory));
     }
     race_end_launch();
+    while (!waiting.empty()) {
+        if (waiting.size() != blocks) fail("deadlock: a barrier of the grid that not every block reaches");
+        grid_barrier_place = {};
+        // The barrier orders all before it and all behind it, as two launches would be.
+        ++where.launch;
+        race_begin_launch(kernel_call);
+        std::vector<WaitingBlock> before = std::exchange(waiting, {});
+        while (!before.empty()) {
+            const std::size_t next =
+                order == Order::random ? random_below(static_cast<unsigned>(before.size())) : before.size() - 1;
+            std::swap(before[next], before.back());
+            WaitingBlock block = std::move(before.back());
+            before.pop_back();
+            take_up(std::move(block), memory);
+            if (threads_in_grid > 0) waiting.push_back(set_aside(memory));
+        }
+        race_end_launch();
+    }
 }
 
 }  // namespace simt

@@ -312,6 +312,13 @@ cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size
     if (const cudaError_t status = check_launch(call.kernel, grid, block, shared); status != cudaSuccess) {
         return result(status);
     }
+    // Registers are not known here, so no more threads count as resident than any kernel can have.
+    constexpr std::uint64_t resident_threads = 1024;
+    if (call.cooperative &&
+        std::uint64_t{grid.x} * grid.y * grid.z > resident_threads / (std::uint64_t{block.x} * block.y * block.z) *
+                                                      static_cast<std::uint64_t>(architecture().multiprocessors)) {
+        return result(cudaErrorCooperativeLaunchTooLarge);
+    }
     has_context = true;
     if (runtime().streams.contains(stream) && stream->device != device) return result(cudaErrorInvalidResourceHandle);
     return result(enqueue(stream, [=, call = std::move(call)] {

@@ -112,7 +112,11 @@ struct Call {
     std::size_t arguments_size = 0;
     void (*run)(const void* arguments) = nullptr;  // as one thread
     bool early = false;                            // see octavo::cuda::Grid
+    bool cooperative = false;                      // likewise
 };
+
+// Waits for all threads of a cooperative launch, which must all come here.
+void grid_barrier(const Loc& loc = Loc::current());
 
 // Every thread of a launch that begins early must come here, before it accesses memory that is not its block's: the
 // race build sees to the latter. Launches run one after the other all the same.
@@ -123,7 +127,7 @@ cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size
 // Runs a kernel, or records it where `stream` is being captured.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared, bool early,
-                   cudaStream_t stream, Arguments&&... arguments) {
+                   bool cooperative, cudaStream_t stream, Arguments&&... arguments) {
     struct Bound {
         void (*kernel)(Parameters...);
         std::tuple<std::decay_t<Parameters>...> arguments;
@@ -135,6 +139,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
               std::tuple<std::decay_t<Parameters>...>(static_cast<Parameters>(std::forward<Arguments>(arguments))...)});
     call.arguments_size = sizeof(Bound);
     call.early = early;
+    call.cooperative = cooperative;
     call.run = [](const void* bound) {
         const auto& self = *static_cast<const Bound*>(bound);
         std::apply(self.kernel, self.arguments);

@@ -96,6 +96,48 @@ TEST(masks_of_half_a_warp) {
     CHECK_EQ(out[31], 5);  // 18, 21, 24, 27, 30
 }
 
+// --- barriers of the grid -------------------------------------------------------------------------------------------
+
+// Each block passes a number on, twice; what it has in shared memory and registers stays its own.
+__global__ void pass_on(int* numbers, int* out) {
+    __shared__ int own[64];
+    OCTAVO_DYNAMIC_SHARED(int, dynamic);
+    const auto block = static_cast<int>(blockIdx.x);
+    const auto blocks = static_cast<int>(gridDim.x);
+    const auto thread = static_cast<int>(threadIdx.x);
+    own[thread] = 1000 * block + thread;
+    dynamic[thread] = own[thread] + 1;
+    int last = block;
+    for (int turn = 0; turn < 2; ++turn) {
+        if (thread == 0) numbers[turn * blocks + block] = last;
+        octavo::cuda::synchronize_grid();
+        last = numbers[turn * blocks + (block + 1) % blocks];
+    }
+    __syncthreads();
+    const int other = (thread + 32) % 64;
+    out[64 * block + thread] = last + own[other] + dynamic[other];
+}
+
+TEST(barriers_of_the_grid) {
+    constexpr int blocks = 5;
+    Buffer<int> numbers(2 * blocks);
+    Buffer<int> out(64 * blocks);
+    for (int again = 0; again < 2; ++again) {
+        launch(pass_on, {blocks, 64, 64 * sizeof(int), false, true}, nullptr, numbers.data(), out.data());
+        for (int block = 0; block < blocks; ++block) {
+            for (int thread = 0; thread < 64; ++thread) {
+                const int expected = (block + 2) % blocks + 2 * (1000 * block + (thread + 32) % 64) + 1;
+                CHECK_EQ(out[static_cast<std::size_t>(64 * block + thread)], expected);
+            }
+        }
+    }
+    // More blocks than are resident together can never meet.
+    const cudaError_t refused =
+        simt::launch(pass_on, 1 << 20, 64, 64 * sizeof(int), false, true, nullptr, numbers.data(), out.data());
+    CHECK_EQ(static_cast<int>(refused), static_cast<int>(cudaErrorCooperativeLaunchTooLarge));
+    cudaGetLastError();
+}
+
 // --- votes and reductions -------------------------------------------------------------------------------------------
 
 __global__ void votes(unsigned* out) {
@@ -304,7 +346,7 @@ __global__ void use_both(int* out) {
 }
 
 cudaError_t try_launch(dim3 grid, dim3 block, std::size_t shared, int* out) {
-    return simt::launch(use_shared, grid, block, shared, false, nullptr, out);
+    return simt::launch(use_shared, grid, block, shared, false, false, nullptr, out);
 }
 
 TEST(refuses_what_hardware_refuses) {
@@ -328,7 +370,7 @@ TEST(refuses_what_hardware_refuses) {
 TEST(static_and_dynamic_shared_memory_are_one) {
     Buffer<int> out(1);
     const auto with = [&](std::size_t dynamic) {
-        const cudaError_t status = simt::launch(use_both, 1, 1, dynamic, false, nullptr, out.data());
+        const cudaError_t status = simt::launch(use_both, 1, 1, dynamic, false, false, nullptr, out.data());
         cudaGetLastError();
         return status;
     };

@@ -124,4 +124,36 @@ DEFECT(different_barriers, defects::every) {
     return out.holds(1);
 }
 
+// Each block reads what the next one wrote.
+template <bool broken>
+__global__ void read_next_block(int* values, int* out) {
+    if (threadIdx.x == 0) values[blockIdx.x] = static_cast<int>(blockIdx.x);
+    if constexpr (!broken) octavo::cuda::synchronize_grid();
+    if (threadIdx.x == 0) out[blockIdx.x] = values[(blockIdx.x + 1) % gridDim.x];
+}
+
+DEFECT(missing_barrier_of_the_grid, defects::every) {
+    Buffer<int> values(4, -1);
+    Buffer<int> out(4);
+    launch_one(broken, read_next_block<true>, read_next_block<false>, {4, threads, 0, false, true}, values.data(),
+               out.data());
+    for (int i = 0; i < 4; ++i) {
+        if (out[static_cast<std::size_t>(i)] != (i + 1) % 4) return false;
+    }
+    return true;
+}
+
+template <bool broken>
+__global__ void grid_barrier_of_some(int* out) {
+    if (!broken || blockIdx.x != 2) octavo::cuda::synchronize_grid();
+    if (threadIdx.x == 0) out[blockIdx.x] = 1;
+}
+
+DEFECT(barrier_of_the_grid_without_a_block, defects::every) {
+    Buffer<int> out(4);
+    launch_one(broken, grid_barrier_of_some<true>, grid_barrier_of_some<false>, {4, threads, 0, false, true},
+               out.data());
+    return out.holds(1);
+}
+
 }  // namespace
