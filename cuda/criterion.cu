@@ -17,13 +17,15 @@
 #include "memory.hpp"
 #include "octavo/outlier.hpp"
 #include "operations.hpp"
+#include "ptx.cuh"
 
 namespace octavo::cuda {
 namespace {
 
 constexpr int most_threads = 1024;
 constexpr int held = 16;  // magnitudes of a thread
-constexpr int maxima_threads = 256;
+constexpr int least_threads_of_columns = 256;
+constexpr int rows_under_way = 8;
 constexpr int digits = 256;
 constexpr Limit infinite_limit = Limit{infinite_magnitude} << 32;
 
@@ -150,11 +152,11 @@ __device__ Limit capped_limit(std::int64_t k, std::int64_t most, Magnitude magni
     return found < infinite_limit ? found : infinite_limit;
 }
 
-// One block for each row of `x`. Marks of several rows are added up.
+// Finds the limit of a row of `x`, from which on its elements are outliers, and marks those in `words`
+// [words_for(k)]: writes all words, or, where `adds`, only adds to what is marked there.
 template <class T>
-__global__ void __launch_bounds__(most_threads)
-    criterion_kernel(View<const T> x, Criterion criterion, Limit* limits, std::uint32_t* words) {
-    const std::int64_t row = blockIdx.x;
+__device__ Limit apply_to_row(const View<const T>& x, std::int64_t row, const Criterion& criterion, bool adds,
+                              std::uint32_t* words) {
     const std::int64_t k = x.cols;
     const auto threads = static_cast<int>(blockDim.x);
     const auto thread = static_cast<int>(threadIdx.x);
@@ -194,9 +196,8 @@ __global__ void __launch_bounds__(most_threads)
     if (may_be_more && count([&](std::uint32_t own) { return own >= least; }) > criterion.most) {
         limit = capped_limit(k, criterion.most, magnitude);
     }
-    if (limits != nullptr && thread == 0) limits[row] = limit;
     const std::uint32_t found = fits ? halves.from(static_cast<std::uint32_t>(limit >> 48)) : ~0U;
-    if (__ballot_sync(whole_warp, found != 0 ? 1 : 0) == 0) return;
+    if (adds && __ballot_sync(whole_warp, found != 0 ? 1 : 0) == 0) return limit;
     const int lane = thread % warp_size;
     int e = 0;
     for (std::int64_t first = thread - lane; first < k; first += threads, ++e) {
@@ -204,61 +205,97 @@ __global__ void __launch_bounds__(most_threads)
         const bool is_candidate = j < k && (!fits || (found >> UpperHalves::place_of(e) & 1U) != 0);
         const bool is_marked = is_candidate && rank_of(magnitude(j), j) >= limit;
         const std::uint32_t word = __ballot_sync(whole_warp, is_marked ? 1 : 0);
-        if (lane == 0 && word != 0) atomicOr(&words[first / warp_size], word);
+        if (lane != 0) continue;
+        if (!adds) {
+            words[first / warp_size] = word;
+        } else if (word != 0) {
+            atomicOr(&words[first / warp_size], word);
+        }
     }
+    return limit;
 }
 
-// The largest magnitudes of the columns; a block has a part of the rows.
+// Every row as a call of its own: a block has one, and its own part of the marks, or all have one part.
 template <class T>
-__global__ void __launch_bounds__(maxima_threads)
-    maxima_kernel(View<const T> x, std::int64_t rows_per_part, std::uint32_t* maxima) {
-    const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * maxima_threads + threadIdx.x;
-    if (column >= x.cols) return;
-    const std::int64_t begin = blockIdx.y * rows_per_part;
-    const std::int64_t end = begin + rows_per_part < x.rows ? begin + rows_per_part : x.rows;
-    std::uint32_t largest = 0;
-#pragma unroll 8
-    for (std::int64_t row = begin; row < end; ++row) {
-        const std::uint32_t magnitude = magnitude_of(to_float(*x.at(row, column)));
-        largest = largest > magnitude ? largest : magnitude;
+__global__ void __launch_bounds__(most_threads)
+    rows_kernel(View<const T> x, Criterion criterion, Limit* limits, ColumnMarks marks) {
+    let_next_launch_begin();
+    const std::int64_t row = blockIdx.x;
+    const bool adds = marks.parts < x.rows;
+    std::uint32_t* const words = marks.words + (adds ? 0 : row * words_for(x.cols));
+    const Limit limit = apply_to_row(x, row, criterion, adds, words);
+    if (threadIdx.x == 0) limits[row] = limit;
+}
+
+// All rows as one call: the largest magnitudes of the columns, of which one block makes the marks. A launch of blocks
+// that wait for each other.
+template <class T>
+__global__ void __launch_bounds__(most_threads)
+    columns_kernel(View<const T> x, Criterion criterion, std::uint32_t* maxima, std::uint32_t* words) {
+    let_next_launch_begin();
+    const std::int64_t threads = blockDim.x;
+    const std::int64_t blocks = gridDim.x;
+    for (std::int64_t j = blockIdx.x * threads + threadIdx.x; j < x.cols; j += blocks * threads) maxima[j] = 0;
+    synchronize_grid();
+    const std::int64_t tiles = (x.cols + threads - 1) / threads;
+    const std::int64_t parts = blocks > tiles ? blocks / tiles : 1;
+    const std::int64_t rows_per_part = (x.rows + parts - 1) / parts;
+    for (std::int64_t tile = blockIdx.x; tile < tiles * parts; tile += blocks) {
+        const std::int64_t column = tile % tiles * threads + threadIdx.x;
+        const std::int64_t begin = tile / tiles * rows_per_part;
+        const std::int64_t end = begin + rows_per_part < x.rows ? begin + rows_per_part : x.rows;
+        if (column >= x.cols || begin >= end) continue;
+        std::uint32_t largest = 0;
+#pragma unroll rows_under_way
+        for (std::int64_t row = begin; row < end; ++row) {
+            const std::uint32_t magnitude = magnitude_of(to_float(*x.at(row, column)));
+            largest = largest > magnitude ? largest : magnitude;
+        }
+        atomicMax(&maxima[column], largest);
     }
-    atomicMax(&maxima[column], largest);
+    synchronize_grid();
+    if (blockIdx.x > 0) return;
+    const View<const float> of_columns{reinterpret_cast<const float*>(maxima), 1, x.cols, x.cols, 1};
+    apply_to_row(of_columns, 0, criterion, false, words);
 }
 
 }  // namespace
 
-void apply_criterion(ConstMatrix x, const LinearOptions& options, std::uint32_t* words, std::uint32_t* maxima,
+std::int64_t criterion_parts(std::int64_t rows, bool per_row) {
+    // As many as cost whoever reads them less than to clear one part first.
+    constexpr std::int64_t most_parts = 16;
+    return per_row && rows <= most_parts ? std::max<std::int64_t>(rows, 1) : 1;
+}
+
+void apply_criterion(ConstMatrix x, const LinearOptions& options, ColumnMarks marks, std::uint32_t* maxima,
                      Limit* limits, cudaStream_t stream) {
     if (x.cols == 0) return;
-    check(cudaMemsetAsync(words, 0, static_cast<std::size_t>(words_for(x.cols)) * sizeof *words, stream),
-          "cudaMemsetAsync");
-    if (x.rows == 0) return;
     const bool per_row = limits != nullptr;
+    if (x.rows == 0 || (per_row && marks.parts < x.rows)) {
+        check(
+            cudaMemsetAsync(marks.words, 0, static_cast<std::size_t>(words_for(x.cols)) * sizeof *marks.words, stream),
+            "cudaMemsetAsync");
+    }
+    if (x.rows == 0) return;
     std::uint32_t absolute = 0;
     __builtin_memcpy(&absolute, &options.threshold, sizeof absolute);
     const Criterion criterion{.times_median = times_median(options, per_row ? 1 : x.rows),
                               .absolute = absolute & 0x7FFFFFFFU,
                               .most = most_outliers(options, x.cols)};
-    const auto threads = static_cast<unsigned>(
-        std::clamp<std::int64_t>(blocks_for(blocks_for(x.cols, held), warp_size) * warp_size, warp_size, most_threads));
-    if (per_row) {
-        with_float(x.dtype, [&]<class T>(Type<T>) {
-            launch(criterion_kernel<T>, Grid{static_cast<unsigned>(x.rows), threads}, stream, view_of<T>(x), criterion,
-                   limits, words);
-        });
-        return;
-    }
-    check(cudaMemsetAsync(maxima, 0, static_cast<std::size_t>(x.cols) * sizeof *maxima, stream), "cudaMemsetAsync");
-    const std::int64_t tiles = blocks_for(x.cols, maxima_threads);
-    const std::int64_t parts =
-        std::clamp<std::int64_t>(blocks_for(2 * device_facts().multiprocessors, tiles), 1, x.rows);
+    const std::int64_t threads = std::clamp<std::int64_t>(blocks_for(blocks_for(x.cols, held), warp_size) * warp_size,
+                                                          per_row ? warp_size : least_threads_of_columns, most_threads);
+    const std::int64_t resident = device_facts().multiprocessors * std::min<std::int64_t>(2, most_threads / threads);
+    const std::int64_t blocks =
+        per_row ? x.rows : std::min(resident, blocks_for(x.cols, threads) * blocks_for(x.rows, rows_under_way));
+    const Grid grid{
+        .blocks = static_cast<unsigned>(blocks), .threads = static_cast<unsigned>(threads), .cooperative = !per_row};
     with_float(x.dtype, [&]<class T>(Type<T>) {
-        launch(maxima_kernel<T>, Grid{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(parts)), maxima_threads},
-               stream, view_of<T>(x), blocks_for(x.rows, parts), maxima);
+        if (per_row) {
+            launch(rows_kernel<T>, grid, stream, view_of<T>(x), criterion, limits, marks);
+        } else {
+            launch(columns_kernel<T>, grid, stream, view_of<T>(x), criterion, maxima, marks.words);
+        }
     });
-    const ConstMatrix of_columns{maxima, DType::f32, x.device, 1, x.cols, x.cols, 1};
-    launch(criterion_kernel<float>, Grid{1, threads}, stream, view_of<float>(of_columns), criterion,
-           static_cast<Limit*>(nullptr), words);
 }
 
 }  // namespace octavo::cuda

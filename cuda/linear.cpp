@@ -1,8 +1,7 @@
 // LLM.int8() on the GPU (paper Figure 2). The host enqueues three launches and never waits:
 //
 //   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns). None for `static`
-//      and `none`; a criterion that is relative or capped takes one launch more, for the largest magnitudes of the
-//      columns
+//      and `none`
 //   2. quantize the rest of X row by row; list the marked columns, and write them and their weights side by side.
 //      One scale for all of X takes one launch more with rotation, or without outlier columns; so does rotation with
 //      that, of float32 in blocks of 256, and where rows are not aligned
@@ -82,7 +81,10 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
     Workspace::Part<std::uint32_t> maxima;
     if (has_outliers) {
         const bool is_listed = !finds_outliers && !has_ranges;
-        marks.parts = has_ranges ? range_parts(x) : is_listed ? 0 : has_limits ? 1 : mark_parts(x);
+        marks.parts = has_ranges   ? range_parts(x)
+                      : is_listed  ? 0
+                      : has_limits ? criterion_parts(m, per_element)
+                                   : mark_parts(x);
         if (is_listed) {
             marks.listed = static_cast<const std::int32_t*>(weight.outlier_columns.data);
             marks.listed_size = weight.outlier_columns.size;
@@ -152,7 +154,7 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
     const ColumnList list{workspace.at(columns), workspace.at(count)};
     if (has_outliers) {
         if (has_limits) {
-            apply_criterion(x, options, marks.words, workspace.at(maxima), workspace.at(limits), stream);
+            apply_criterion(x, options, marks, workspace.at(maxima), workspace.at(limits), stream);
         } else if (has_ranges) {
             find_column_ranges(x, weight.scheme, options.outliers, options.threshold, weight.outlier_columns, marks,
                                workspace.at(ranges), stream);

@@ -66,9 +66,12 @@ struct ElementCriterion {
 // Whether the criterion is more than a threshold.
 inline bool needs_limits(const LinearOptions& options) { return options.relative > 0.0F || options.cap < 1.0; }
 
-// Mark the outlier columns, in one part: `words` [words_for(k)]. `maxima` [k] is scratch. With `limits` [m] not null
-// every row is a call of its own: they receive the rows' limits, and all their columns are marked.
-void apply_criterion(ConstMatrix x, const LinearOptions& options, std::uint32_t* words, std::uint32_t* maxima,
+// The parts in which `apply_criterion` marks the columns of a matrix of `rows` rows.
+std::int64_t criterion_parts(std::int64_t rows, bool per_row);
+
+// Mark the outlier columns. `maxima` [k] is scratch. With `limits` [m] not null every row is a call of its own: they
+// receive the rows' limits, and all their columns are marked. Of more rows than parts a memset goes before it.
+void apply_criterion(ConstMatrix x, const LinearOptions& options, ColumnMarks marks, std::uint32_t* maxima,
                      Limit* limits, cudaStream_t stream);
 
 // --- column_ranges.cu -----------------------------------------------------------------------------------------------

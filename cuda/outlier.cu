@@ -158,13 +158,13 @@ void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStr
 
 void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, Vector count, cudaStream_t stream) {
     Workspace workspace(stream);
-    const std::int64_t parts = needs_limits(options) ? 1 : mark_parts(x);
+    const std::int64_t parts = needs_limits(options) ? criterion_parts(x.rows, false) : mark_parts(x);
     const auto words = workspace.reserve<std::uint32_t>(parts * words_for(x.cols));
     const auto maxima = workspace.reserve<std::uint32_t>(needs_limits(options) ? x.cols : 0);
     workspace.allocate();
     const ColumnMarks marks{.words = workspace.at(words), .parts = parts};
     if (needs_limits(options)) {
-        apply_criterion(x, options, marks.words, workspace.at(maxima), nullptr, stream);
+        apply_criterion(x, options, marks, workspace.at(maxima), nullptr, stream);
     } else {
         mark_outliers(x, options.threshold, marks, stream);
     }

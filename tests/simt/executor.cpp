@@ -424,7 +424,10 @@ void start_thread(unsigned thread) {
     fiber.may_multiply = false;
     if (fiber.stack == nullptr) {
         char* const memory = stacks + thread * stack_stride;
-        mprotect(memory, page, PROT_NONE);
+        // Each makes the process's map longer, which has an end: the stacks of many blocks at once go without.
+        constexpr int most_guards = 16384;
+        static int guards = 0;
+        if (guards++ < most_guards) mprotect(memory, page, PROT_NONE);
         fiber.stack = memory + page;
     }
     // Tops at different offsets in their pages: else the hot ends of all stacks share a few sets of the cache.

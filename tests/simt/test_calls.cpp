@@ -370,6 +370,36 @@ void check_kept(Problem& problem) {
     }
 }
 
+// A criterion that is relative to a median, or capped, takes no launch more than a threshold, and a memset where many
+// rows mark columns together.
+TEST(launches_of_criteria) {
+    for (const std::int64_t m : {1, 16, 70}) {
+        for (const DType dtype : float_dtypes) {
+            const Problem problem(m, 136, 272, dtype);
+            for (const Outliers outliers : {Outliers::columns, Outliers::rows}) {
+                for (const LinearOptions& options :
+                     {LinearOptions{.relative = 4.0, .outliers = outliers, .path = Path::int8},
+                      LinearOptions{.cap = 0.01, .outliers = outliers, .path = Path::int8},
+                      LinearOptions{.relative = 4.0, .cap = 0.01, .outliers = outliers, .path = Path::int8}}) {
+                    const check::Context context(m, " rows ", check::show(dtype), " ", describe(options), " relative ",
+                                                 options.relative, " cap ", options.cap);
+                    const auto call = [&] { problem.linear(options); };
+                    counted(call);
+                    const simt::Counters again = counted(call);
+                    CHECK_EQ(again.launches + again.host_functions, is_fused() ? 3 : 4);
+                    CHECK_EQ(again.copies, outliers == Outliers::rows && m == 70 ? 1 : 0);
+                    CHECK_EQ(again.synchronizations, 0);
+                    CHECK_EQ(again.allocations, 0);
+                    if (options.cap == 1.0) continue;  // more columns than are added in order
+                    const Array of_cpu(dtype, m, 136);
+                    problem.linear_on({octavo::DeviceKind::cpu, 0}, options, of_cpu.matrix(), {});
+                    CHECK(of_cpu.bytes() == problem.y.bytes());
+                }
+            }
+        }
+    }
+}
+
 // Rotation takes a launch more where a warp does not read whole blocks at a time, which are 256 float32. Columns that
 // are kept take none.
 TEST(rotated_weights_that_keep_columns) {
