@@ -41,7 +41,6 @@ struct TorchNames {
     py::object is_neg = tensor.attr("is_neg");  // unbound, too
     py::object version = py::module_::import("inspect").attr("getattr_static")(tensor, "_version");
     py::object is_inference_mode_enabled = torch.attr("is_inference_mode_enabled");
-    py::object is_capturing = py::getattr(torch.attr("_C"), "_cuda_isCurrentStreamCapturing", py::none());
     // In the order of octavo::DType.
     std::array<py::object, 5> dtypes{torch.attr("float32"), torch.attr("float16"), torch.attr("bfloat16"),
                                      torch.attr("int8"), torch.attr("int32")};
@@ -383,11 +382,6 @@ std::optional<TorchMark> torch_mark(py::handle tensor) {
 }
 
 bool torch_is_inferring() { return is_true(call(names<TorchNames>().is_inference_mode_enabled)); }
-
-bool torch_is_capturing(Device device) {
-    const auto& is_capturing = names<TorchNames>().is_capturing;
-    return device.kind == DeviceKind::cuda && !is_capturing.is_none() && is_true(call(is_capturing));
-}
 
 bool torch_is_dense(py::handle tensor) { return py::object(tensor.attr("layout")).is(names<TorchNames>().strided); }
 

@@ -71,9 +71,8 @@ struct TorchMark {
 };
 [[nodiscard]] std::optional<TorchMark> torch_mark(py::handle tensor);
 
-// Whether inference mode is on, and whether a device's work is recorded into a CUDA graph.
+// Whether inference mode is on.
 [[nodiscard]] bool torch_is_inferring();
-[[nodiscard]] bool torch_is_capturing(Device device);
 
 // Whether the call of a module comes to nothing but `forward` of its class: nobody has hooked, compiled or replaced it,
 // nor nn.Module's own call.

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "octavo/error.hpp"
+#include "octavo/runtime.hpp"
 
 namespace octavo::python {
 namespace {
@@ -64,6 +65,7 @@ public:
           dtype_(x.dtype()),
           device_(x.device()),
           stream_(x.stream().handle),
+          capture_(capture_of(x)),
           shape_(x.shape()),
           strides_(x.strides()) {}
 
@@ -71,15 +73,20 @@ public:
     [[nodiscard]] bool holds(py::handle tensor, const Array& x) const {
         return x.data() == data_ && x.dtype() == dtype_ && x.device() == device_ && x.shape() == shape_ &&
                x.strides() == strides_ && x.stream().handle == stream_ && torch_version(tensor) == version_ &&
-               !torch_is_capturing(device_);
+               capture_of(x) == capture_;
     }
 
 private:
+    static std::uint64_t capture_of(const Array& x) {
+        return x.device().kind == DeviceKind::cuda ? octavo::capture_of(x.stream().handle) : 0;
+    }
+
     std::int64_t version_;
     const void* data_;
     DType dtype_;
     Device device_;
     void* stream_;
+    std::uint64_t capture_;  // what was computed outside of a graph is not in it, nor the other way round
     Shape shape_;
     Shape strides_;
 };
@@ -137,8 +144,8 @@ private:
         first_.reset();
         next_.clear();
         std::unique_ptr<Ahead> previous = std::move(ahead_);
-        // In inference mode PyTorch does not count changes; a graph is to have all that its own layers need.
-        if (torch_is_inferring() || torch_is_capturing(x.device())) return multiplier.one(x, factor);
+        // In inference mode PyTorch does not count changes.
+        if (torch_is_inferring()) return multiplier.one(x, factor);
         py::object y;
         std::unique_ptr<Ahead> ahead;
         if (factor.product->is_followed) ahead = compute_ahead(factor, tensor, x, multiplier, y);

@@ -3,7 +3,8 @@
 // Nobody says which layers these are: they show it. A product remembers which others were asked for after it with the
 // very same tensor. The next time they are computed along with it, and the result of each waits until it is asked for.
 // It is given out once, and only where a call now would compute the same: of this tensor, unchanged, with this weight
-// and bias, unchanged, in this thread and on this stream. It does not outlive the input, nor the thread's next input.
+// and bias, unchanged, in this thread and on this stream, and in the same CUDA graph where one is being captured. It
+// does not outlive the input, nor the thread's next input.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -108,6 +108,9 @@ public:
     }
     [[nodiscard]] std::string cublaslt() const override { return cuda::cublaslt_status(); }
     [[nodiscard]] std::string wgmma() const override { return cuda::wgmma_status(); }
+    [[nodiscard]] std::uint64_t capture_of(Stream stream) const noexcept override {
+        return cuda::capture_of(native(stream));
+    }
     void release_memory() const override { cuda::release_memory(); }
 
 private:

@@ -211,6 +211,16 @@ WhileCapturing::WhileCapturing() {
 
 WhileCapturing::~WhileCapturing() { cudaThreadExchangeStreamCaptureMode(&mode_); }
 
+std::uint64_t capture_of(cudaStream_t stream) noexcept {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long number = 0;
+    if (cudaStreamGetCaptureInfo(stream, &status, &number) != cudaSuccess) {
+        cudaGetLastError();  // it is of no later call
+        return 0;
+    }
+    return status == cudaStreamCaptureStatusNone ? 0 : number;
+}
+
 void refuse_capture(cudaStream_t stream, const char* function) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");

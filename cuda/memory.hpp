@@ -134,6 +134,9 @@ private:
 // Give back to the driver what the pools of all devices hold and no call uses.
 void release_memory();
 
+// octavo::capture_of
+std::uint64_t capture_of(cudaStream_t stream) noexcept;
+
 // Throws Error (device) naming `function` where `stream` is being captured: for the calls that must read a result back.
 void refuse_capture(cudaStream_t stream, const char* function);
 

@@ -77,6 +77,11 @@ CudaInfo cuda_info() {
     return info;
 }
 
+std::uint64_t capture_of(void* stream) noexcept {
+    const CudaBackend* const known = loaded.load(std::memory_order_acquire);
+    return known != nullptr ? known->capture_of({stream}) : 0;
+}
+
 void release_cuda_memory() {
     const CudaBackend* const known = loaded.load(std::memory_order_acquire);
     if (known != nullptr) known->release_memory();

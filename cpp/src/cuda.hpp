@@ -2,6 +2,7 @@
 // that a machine without a driver never looks for one.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@ public:
     // Version of the cuBLASLt in use, or why there is none; and the devices that it was found not to work with.
     [[nodiscard]] virtual std::string cublaslt() const = 0;
     [[nodiscard]] virtual std::string wgmma() const = 0;
+    [[nodiscard]] virtual std::uint64_t capture_of(Stream stream) const noexcept = 0;  // octavo::capture_of
     virtual void release_memory() const = 0;
 };
 

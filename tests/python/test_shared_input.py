@@ -101,6 +101,26 @@ def test_the_bits_are_those_of_separate_calls(options: str, dtype: torch.dtype, 
     assert is_shared(model.q, model.k, new_x(**how))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_products_of_a_captured_graph_are_its_own() -> None:
+    how: dict[str, Any] = {"device": "cuda", "dtype": torch.float16}
+    model, alone = trained(**how), Attention(**how)
+    x = new_x(**how)
+    outside = model.q(x)  # k and v wait, outside of the graph
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        of_k, of_v = model.k(x), model.v(x)
+        captured = model(x)
+    after = model.k(x)  # what waits in the graph is not taken, either
+    assert torch.equal(outside, alone.q(x.clone()))
+    assert torch.equal(after, alone.k(x.clone()))
+    x.copy_(new_x(**how))
+    graph.replay()
+    expected = [layer(x.clone()) for layer in (alone.q, alone.k, alone.v)]
+    for found, right in zip([*captured[:3], of_k, of_v], [*expected, *expected[1:]], strict=True):
+        assert torch.equal(found, right)
+
+
 def test_what_has_followed_is_computed_ahead() -> None:
     model = Attention()
     assert not is_shared(model.q, model.k)

@@ -30,7 +30,8 @@
 // The types behind the runtime's handles.
 struct CUgraph_st {
     std::vector<std::function<void()>> nodes;
-    std::vector<void*> memory;  // allocated by the graph, given back with it
+    std::vector<void*> memory;       // allocated by the graph, given back with it
+    unsigned long long capture = 0;  // its number
 
     CUgraph_st() = default;
     ~CUgraph_st();
@@ -657,7 +658,9 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode /*
     SIMT_LOCKED;
     if (!simt::runtime().streams.contains(stream)) return simt::result(cudaErrorStreamCaptureUnsupported);
     if (stream->capture != nullptr) return simt::result(cudaErrorIllegalState);
+    static unsigned long long captures = 0;
     stream->capture = std::make_shared<CUgraph_st>();
+    stream->capture->capture = ++captures;
     stream->invalid = false;
     ++simt::runtime().captures;
     return cudaSuccess;
@@ -688,6 +691,14 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
         *status = stream->invalid ? cudaStreamCaptureStatusInvalidated : cudaStreamCaptureStatusActive;
     }
     return cudaSuccess;
+}
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* number,
+                                     cudaGraph_t* /*graph*/, const cudaGraphNode_t** /*dependencies*/,
+                                     const cudaGraphEdgeData** /*edges*/, size_t* /*count*/) {
+    SIMT_LOCKED;
+    const cudaError_t found = cudaStreamIsCapturing(stream, status);
+    if (found == cudaSuccess && *status == cudaStreamCaptureStatusActive) *number = stream->capture->capture;
+    return found;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long /*flags*/) {
     SIMT_LOCKED;

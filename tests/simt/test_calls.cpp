@@ -510,6 +510,28 @@ TEST(outputs_of_divided_products) {
     CHECK(tried > 0);
 }
 
+// Each capture has a number of its own, on the stream that it records.
+TEST(captures_are_told_apart) {
+    const OwnStream stream;
+    const OwnStream other;
+    Problem(1, 8, 16, DType::f16).linear({.path = Path::int8});  // loads the backend
+    CHECK_EQ(octavo::capture_of(stream.native()), 0U);
+    CHECK_EQ(octavo::capture_of(nullptr), 0U);
+    std::uint64_t numbers[2] = {};
+    for (std::uint64_t& number : numbers) {
+        cudaGraph_t graph = nullptr;
+        must(cudaStreamBeginCapture(stream.native(), cudaStreamCaptureModeThreadLocal));
+        number = octavo::capture_of(stream.native());
+        CHECK_EQ(octavo::capture_of(stream.native()), number);
+        CHECK_EQ(octavo::capture_of(other.native()), 0U);
+        must(cudaStreamEndCapture(stream.native(), &graph));
+        must(cudaGraphDestroy(graph));
+        CHECK(number != 0);
+        CHECK_EQ(octavo::capture_of(stream.native()), 0U);
+    }
+    CHECK(numbers[0] != numbers[1]);
+}
+
 // What the pool has kept serves the next call; what it has given back, it takes again.
 TEST(workspace_is_kept_until_it_is_released) {
     const Problem problem(70, 40, 64, DType::f16);

@@ -115,6 +115,10 @@ private:
     const Scratch* outer_;
 };
 
+// Which capture of a CUDA graph records what is enqueued on a CUDA stream (Stream::handle): a number that no other
+// capture of the process has; 0: none does, or no call has been made on CUDA memory yet.
+[[nodiscard]] std::uint64_t capture_of(void* stream) noexcept;
+
 // Give back to the driver the scratch memory that the CUDA backend keeps for further calls, on all devices. Nothing
 // where it is not loaded. Throws Error (device) where the driver fails.
 void release_cuda_memory();
