@@ -28,10 +28,10 @@ struct Seen {
     Range ranges[columns];
     std::uint32_t marks = 0;
 
-    __device__ void take(int e, Bits<T> bits, Outliers outliers, float threshold) {
-        if (outliers != Outliers::static_ && is_outlier(number_of<T>(bits), threshold)) {
+    __device__ void take(int e, Bits<T> bits, bool per_element, float threshold) {
+        if (is_outlier(number_of<T>(bits), threshold)) {
             marks |= 1U << e;
-            if (outliers == Outliers::rows) return;
+            if (per_element) return;
         }
         widen<T, scheme>(ranges[e], bits);
     }
@@ -52,8 +52,8 @@ struct Seen {
 
 template <class T, Scheme scheme, bool wide>
 __global__ void __launch_bounds__(threads, 1)
-    column_ranges_kernel(View<const Bits<T>> x, Outliers outliers, float threshold, Span<const std::int32_t> listed,
-                         ColumnMarks marks, Range* ranges, std::int64_t rows_per_part) {
+    column_ranges_kernel(View<const Bits<T>> x, bool per_element, float threshold, ColumnMarks marks, Range* ranges,
+                         std::int64_t rows_per_part) {
     constexpr int own = wide ? per_access<T> : 1;  // columns of a lane, and rows of a warp
     constexpr int across = warp_size / own;        // lanes of a row
     __shared__ Range found[warps][warp_size];
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(threads, 1)
                 if (row + r * step >= end) continue;
 #pragma unroll
                 for (int e = 0; e < own; ++e) {
-                    seen.take(e, static_cast<Bits<T>>(element_bits<T>(quads[r], e)), outliers, threshold);
+                    seen.take(e, static_cast<Bits<T>>(element_bits<T>(quads[r], e)), per_element, threshold);
                 }
             }
         }
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(threads, 1)
             if (column + e >= x.cols) continue;
 #pragma unroll rows_under_way
             for (std::int64_t row = begin + warp * own + lane / across; row < end; row += step) {
-                seen.take(e, *x.at(row, column + e), outliers, threshold);
+                seen.take(e, *x.at(row, column + e), per_element, threshold);
             }
         }
     }
@@ -102,12 +102,6 @@ __global__ void __launch_bounds__(threads, 1)
         for (int e = 0; e < own; ++e) found[warp][place + e] = seen.ranges[e];
     }
     std::uint32_t word = seen.marks << place;
-    if (outliers == Outliers::static_) {
-        for (std::int64_t i = threadIdx.x; i < listed.size; i += threads) {
-            const std::int64_t index = listed[i] - first_column;
-            if (index >= 0 && index < warp_size && first_column + index < x.cols) word |= 1U << index;
-        }
-    }
     word = reduce_warp(word, [](std::uint32_t a, std::uint32_t b) { return a | b; });
     if (lane == 0) found_marks[warp] = word;
     __syncthreads();
@@ -129,16 +123,15 @@ std::int64_t range_parts(const ConstMatrix& x) {
     return std::clamp<std::int64_t>(parts, 1, std::max<std::int64_t>(blocks_for(x.rows, warps), 1));
 }
 
-void find_column_ranges(ConstMatrix x, Scheme scheme, Outliers outliers, float threshold, ConstVector listed,
-                        ColumnMarks marks, Range* ranges, cudaStream_t stream) {
+void find_column_ranges(ConstMatrix x, Scheme scheme, bool per_element, float threshold, ColumnMarks marks,
+                        Range* ranges, cudaStream_t stream) {
     if (x.cols == 0) return;
     const Grid grid{dim3(static_cast<unsigned>(words_for(x.cols)), static_cast<unsigned>(marks.parts)), threads};
     const bool wide = rows_are_aligned(x, 16);
     with_float(x.dtype, [&]<class T>(Type<T>) {
         const auto start = [&]<Scheme s>(std::integral_constant<Scheme, s>) {
             launch(wide ? column_ranges_kernel<T, s, true> : column_ranges_kernel<T, s, false>, grid, stream,
-                   view_of<Bits<T>>(x), outliers, threshold, span_of<std::int32_t>(listed), marks, ranges,
-                   blocks_for(x.rows, marks.parts));
+                   view_of<Bits<T>>(x), per_element, threshold, marks, ranges, blocks_for(x.rows, marks.parts));
         };
         switch (scheme) {
             case Scheme::absmax: return start(std::integral_constant<Scheme, Scheme::absmax>{});

@@ -1,10 +1,9 @@
-// LLM.int8() on the GPU (paper Figure 2). The host enqueues three launches and never waits:
+// LLM.int8() on the GPU (paper Figure 2). The host enqueues three launches at most and never waits:
 //
 //   1. mark the outlier columns of X (one scale for all of X: and find the ranges of the columns). None for `static`
 //      and `none`
-//   2. quantize the rest of X row by row; list the marked columns, and write them and their weights side by side.
-//      One scale for all of X takes one launch more with rotation, or without outlier columns; so does rotation with
-//      that, of float32 in blocks of 256, and where rows are not aligned
+//   2. quantize the rest of X, row by row or, with one scale for all of X, after its blocks have met; list the marked
+//      columns, and write them and their weights side by side
 //   3. int8 product, scales, outlier columns times 16-bit weights, bias
 //
 // Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own. Several layers of one X share the
@@ -60,7 +59,7 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
     const bool per_element = options.outliers == Outliers::rows;
     const bool has_limits = finds_outliers && needs_limits(options);
     // The ranges of columns are of no use where the columns are not known by a threshold, or are rotated.
-    const bool has_ranges = one_scale && !has_limits && weight.rotation == 0;
+    const bool has_ranges = one_scale && finds_outliers && !has_limits && weight.rotation == 0;
     const std::int64_t groups = one_scale ? 1 : m;
 
     Workspace workspace(stream);
@@ -80,7 +79,7 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
     Workspace::Part<Limit> limits;
     Workspace::Part<std::uint32_t> maxima;
     if (has_outliers) {
-        const bool is_listed = !finds_outliers && !has_ranges;
+        const bool is_listed = !finds_outliers;
         marks.parts = has_ranges   ? range_parts(x)
                       : is_listed  ? 0
                       : has_limits ? criterion_parts(m, per_element)
@@ -156,8 +155,7 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
         if (has_limits) {
             apply_criterion(x, options, marks, workspace.at(maxima), workspace.at(limits), stream);
         } else if (has_ranges) {
-            find_column_ranges(x, weight.scheme, options.outliers, options.threshold, weight.outlier_columns, marks,
-                               workspace.at(ranges), stream);
+            find_column_ranges(x, weight.scheme, per_element, options.threshold, marks, workspace.at(ranges), stream);
         } else if (finds_outliers) {
             mark_outliers(x, options.threshold, marks, stream);
         }
@@ -204,7 +202,7 @@ void rotated_weight_only(const ConstMatrix& x, const WeightView& weight, const C
     Workspace workspace(stream);
     const auto rotated = workspace.reserve<float>(x.rows * width);
     workspace.allocate();
-    rotate(x, weight.rotation, {}, 0x1p-8F, workspace.at(rotated), stream);
+    rotate(x, weight.rotation, 0x1p-8F, workspace.at(rotated), stream);
     weight_only_linear({workspace.at(rotated), DType::f32, x.device, x.rows, width, width, 1}, 0x1p8F, weight, bias,
                        out, stream);
 }

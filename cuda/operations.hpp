@@ -87,10 +87,10 @@ struct Range {
 // The parts of the rows in which `find_column_ranges` marks columns and finds their ranges.
 std::int64_t range_parts(const ConstMatrix& x);
 
-// Mark the columns that `outliers` sets apart, those `listed` for `static_`, and find the range of each column in each
-// part of the rows, into `ranges` [marks.parts, k]; for `rows` that of its elements with |x| < threshold.
-void find_column_ranges(ConstMatrix x, Scheme scheme, Outliers outliers, float threshold, ConstVector listed,
-                        ColumnMarks marks, Range* ranges, cudaStream_t stream);
+// Mark the columns that hold an outlier, and find the range of each column in each part of the rows, into `ranges`
+// [marks.parts, k]; where `per_element` that of its elements with |x| < threshold.
+void find_column_ranges(ConstMatrix x, Scheme scheme, bool per_element, float threshold, ColumnMarks marks,
+                        Range* ranges, cudaStream_t stream);
 
 // --- quantize.cu ----------------------------------------------------------------------------------------------------
 
@@ -133,8 +133,7 @@ struct Exclusion {
 };
 
 // octavo::quantize with what is excluded on the device. Rows of codes have `width` >= rotated_size(k) columns, of which
-// those from there on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes. Where rows
-// can't be rotated in registers (quantize.cu) there is a launch before it, to scratch memory.
+// those from there on are zeroed. `code_sums` (i32 [m], or absent) receives the sum of each row's codes. One launch.
 void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream);
 
@@ -149,11 +148,8 @@ void sum_codes(ConstMatrix codes, Vector code_sums, cudaStream_t stream);
 
 // --- rotate.cu ------------------------------------------------------------------------------------------------------
 
-// `x` without what is excluded, times `factor`, rotated, to `out` [m, rotated_size(k, rotation)]. Where `small`
-// [m, chunks of 256] is not null, the chunks of a row whose sums overflow are times 2^-8 instead, and 1 there, others
-// 0.
-void rotate(ConstMatrix x, std::int32_t rotation, const Exclusion& exclusion, float factor, float* out,
-            cudaStream_t stream, std::uint8_t* small = nullptr);
+// `x` times `factor`, rotated, to `out` [m, rotated_size(k, rotation)].
+void rotate(ConstMatrix x, std::int32_t rotation, float factor, float* out, cudaStream_t stream);
 
 // --- dequantize.cu --------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,12 @@
 // a launch takes.
 //
 // A row is rotated between being read and being coded, in registers: the neighbours that a warp reads by one access are
-// whole blocks of the rotation. For float32 in blocks of 256 they are not, nor where rows are not aligned, and with one
-// scale for the whole matrix each row would be rotated twice: rotate.cu goes before there.
+// whole blocks of the rotation, or of float32 by two. Sums that overflow float32 are found by the range, which they
+// make infinite, and taken anew times 2^-8.
 //
-// With one scale for the whole matrix the range comes first, in a launch of its own: each block writes the range of its
-// rows, and those are combined by every block of the second launch. Where outlier columns had to be found before, their
-// launch has found the ranges of columns too (column_ranges.cu).
+// With one scale for the whole matrix its range comes first. Where outlier columns had to be found before, their launch
+// has found the ranges of columns too (column_ranges.cu). Else the blocks of one launch wait for each other between the
+// two: each writes the range of its rows, and all combine those.
 #include <algorithm>
 #include <limits>
 #include <string>
@@ -75,7 +75,7 @@ __device__ Range range_of_block(Range range, Range* partial) {
 // The low byte is rint(value) for |value| <= 127.5: after adding 1.5 * 2^23 a float's last bits are the integer.
 __device__ inline std::uint32_t to_code(float value) { return __float_as_uint(__fadd_rn(value, 0x1.8p23F)) & 0xFFU; }
 
-// How the values of one group (a row, or the whole matrix) become codes. `rotates`: those of `rotate_row`.
+// How the values of one group (a row, or the whole matrix) become codes. `rotates`: rotated ones.
 template <class T, Scheme scheme, bool rotates>
 class Coding;
 
@@ -83,17 +83,17 @@ template <class T, bool rotates>
 class Coding<T, Scheme::absmax, rotates> {
 public:
     Coding() = default;
-    __device__ Coding(const Range& range, bool rotated) : absmax_(number_of<T>(range.high)) {
+    __device__ explicit Coding(const Range& range) : absmax_(number_of<T>(range.high)) {
         if (!is_finite(absmax_) || absmax_ == 0.0F) return;
-        if (rotates || (sizeof(T) == 4 && rotated)) {  // what `rotate` made is float32
+        if constexpr (rotates) {
             inverse_ = 127.0F / absmax_;
             way_ = is_finite(inverse_) ? Way::multiplied : Way::small;
-            return;
+        } else {
+            // Where no step overflows, nor loses bits of what is not 0 anyway.
+            const bool can_correct = sizeof(T) == 2 && absmax_ >= 0x1p-100F && absmax_ <= 0x1p100F;
+            way_ = can_correct ? Way::corrected : Way::divided;
+            inverse_ = 1.0F / absmax_;
         }
-        // Where no step overflows, nor loses bits of what is not 0 anyway.
-        const bool can_correct = sizeof(T) == 2 && absmax_ >= 0x1p-100F && absmax_ <= 0x1p100F;
-        way_ = can_correct ? Way::corrected : Way::divided;
-        inverse_ = 1.0F / absmax_;
     }
 
     __device__ bool finite() const { return is_finite(absmax_); }
@@ -116,10 +116,10 @@ public:
                 }
                 return;
             case Way::multiplied:
-                if constexpr (sizeof(T) == 4) body([this](float x) { return to_code(__fmul_rn(x, inverse_)); });
+                if constexpr (rotates) body([this](float x) { return to_code(__fmul_rn(x, inverse_)); });
                 return;
             case Way::small:
-                if constexpr (sizeof(T) == 4) body([this](float x) { return to_code(__fmul_rn(x / absmax_, 127.0F)); });
+                if constexpr (rotates) body([this](float x) { return to_code(__fmul_rn(x / absmax_, 127.0F)); });
                 return;
             case Way::divided:
                 if constexpr (!rotates) {
@@ -143,8 +143,7 @@ template <class T, bool rotates>
 class Coding<T, Scheme::zeropoint, rotates> {
 public:
     Coding() = default;
-    __device__ Coding(const Range& range, bool /*rotated*/)
-        : min_(from_ordered(~range.low)), max_(from_ordered(range.high)) {
+    __device__ explicit Coding(const Range& range) : min_(from_ordered(~range.low)), max_(from_ordered(range.high)) {
         if (range.low == 0 && range.high == 0) {
             min_ = max_ = 0.0F;  // no values: the scale of a group of zeros
             return;
@@ -240,20 +239,24 @@ void round_stochastically(const ConstMatrix& weight, const std::optional<std::ui
 
 enum class Step : std::uint8_t {
     rows,    // a range and a scale for each row, and its codes
-    range,   // ranges of the rows of each block, to `partial`
-    encode,  // codes by the range of all rows, from `partial` or `column_ranges`
+    matrix,  // those of all rows, in a launch of blocks that wait for each other, by `partial`
+    encode,  // codes by the range of all rows, from `column_ranges`
+};
+
+// The range of the rows of a block; `small`: times `rotation_factor`, because it is more than a float32 can hold.
+struct PartialRange {
+    Range range;
+    bool small;
 };
 
 struct Task {
     Step step = Step::rows;
     bool rows_of_warps = false;  // a team is a warp, not the block
     bool per_element = false;
-    bool rotated = false;  // whether x is what `rotate` made, without what is excluded
-    int rotation = 0;      // of x, by this kernel, in blocks that end at `rotated_width`
+    int rotation = 0;  // of x, by this kernel, in blocks that end at `rotated_width`
     std::int64_t rotated_width = 0;
     ElementCriterion elements;
-    ColumnMarks marks;  // of `marked` columns: of x, before it was rotated
-    std::int64_t marked = 0;
+    ColumnMarks marks;
     ColumnList list;
     PanelTasks panels;
     unsigned* tickets = nullptr;
@@ -263,11 +266,9 @@ struct Task {
     Span<float> scale;
     Span<float> zeropoint;
     Span<std::int32_t> code_sums;
-    Range* partial = nullptr;
-    std::int64_t partials = 0;
+    PartialRange* partial = nullptr;                 // [blocks]
     const Range* column_ranges = nullptr;            // [marks.parts, k]
     unsigned long long* first_not_finite = nullptr;  // where not null: receives the least row that is not finite
-    const std::uint8_t* small = nullptr;             // where not null: which chunks are times `rotation_factor`
 };
 
 // The threads that share a row, and which rows they have.
@@ -301,17 +302,33 @@ __device__ float value_of(const Rotated<T>& held, int index) {
     return held.values[index / per_access<T>][index % per_access<T>];
 }
 
-// Where a thread's elements lie. Neighbours are read by one access where `wide`; else neighbouring threads have
-// neighbouring columns.
-template <class T, bool wide>
+// Where a thread's elements lie: those of an access are neighbours, or neighbouring threads have neighbouring columns.
+// `pairs`: a warp has neighbours by two accesses, one after the other.
+enum class Columns : std::uint8_t { apart, neighbours, pairs };
+
+template <class T>
+__host__ __device__ constexpr Columns columns_of(bool wide, bool rotates) {
+    if (rotates && warp_size * per_access<T> < most_rotation) return Columns::pairs;
+    return wide || rotates ? Columns::neighbours : Columns::apart;
+}
+
+template <class T, Columns columns>
 __device__ std::int64_t column_of(const Team& team, std::int64_t chunk, int access, int e) {
     constexpr int elements = per_access<T>;
     const std::int64_t index = chunk * accesses + access;
-    return wide ? (index * team.size + team.rank) * elements + e : (index * elements + e) * team.size + team.rank;
+    if constexpr (columns == Columns::apart) {
+        return (index * elements + e) * team.size + team.rank;
+    } else if constexpr (columns == Columns::neighbours) {
+        return (index * team.size + team.rank) * elements + e;
+    } else {
+        static_assert(accesses % 2 == 0);
+        const int lane = team.rank % warp_size;
+        return (index / 2 * 2 * team.size + 2 * (team.rank - lane) + index % 2 * warp_size + lane) * elements + e;
+    }
 }
 
 // The columns of a thread that no row of the matrix has or takes.
-template <class T, bool wide>
+template <class T, Columns columns>
 __device__ std::uint32_t columns_left_out(const Team& team, std::int64_t chunk, std::int64_t k,
                                           const ColumnMarks& marks) {
     constexpr int elements = per_access<T>;
@@ -321,8 +338,8 @@ __device__ std::uint32_t columns_left_out(const Team& team, std::int64_t chunk, 
 #pragma unroll
     for (int access = 0; access < accesses; ++access) {
         std::uint32_t bits = 0;
-        if constexpr (wide) {
-            const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
+        if constexpr (columns != Columns::apart) {
+            const std::int64_t column = column_of<T, columns>(team, chunk, access, 0);
             if (column < k) {
                 const std::int64_t rest = k - column;
                 bits = rest < elements ? all << rest & all : 0;
@@ -332,7 +349,7 @@ __device__ std::uint32_t columns_left_out(const Team& team, std::int64_t chunk, 
             }
         } else {
             for (int e = 0; e < elements; ++e) {
-                const std::int64_t column = column_of<T, wide>(team, chunk, access, e);
+                const std::int64_t column = column_of<T, columns>(team, chunk, access, e);
                 const bool is_left_out =
                     column >= k || (marked_word(marks, words, column / 32) >> (column % 32) & 1U) != 0;
                 bits |= static_cast<std::uint32_t>(is_left_out) << e;
@@ -343,8 +360,8 @@ __device__ std::uint32_t columns_left_out(const Team& team, std::int64_t chunk, 
     return left_out;
 }
 
-// Reads a thread's elements of a row; those left out become 0.
-template <class T, bool wide>
+// Reads a thread's elements of a row, by one access each where `wide`; those left out become 0.
+template <class T, Columns columns, bool wide>
 __device__ void read_row(const Team& team, std::int64_t chunk, const View<const Bits<T>>& x, std::int64_t row,
                          const Task& task, Held& held) {
     constexpr int elements = per_access<T>;
@@ -354,14 +371,14 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
     for (int access = 0; access < accesses; ++access) {
         held.quads[access] = Quad{};
         if constexpr (wide) {
-            const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
+            const std::int64_t column = column_of<T, columns>(team, chunk, access, 0);
             if (column + elements <= x.cols) {
                 held.quads[access] = load<4>(reinterpret_cast<const std::uint32_t*>(source + column));
             }
         } else {
 #pragma unroll
             for (int e = 0; e < elements; ++e) {
-                const std::int64_t column = column_of<T, wide>(team, chunk, access, e);
+                const std::int64_t column = column_of<T, columns>(team, chunk, access, e);
                 if (column < x.cols) put_element<T>(held.quads[access], e, source[column * x.col_stride]);
             }
         }
@@ -369,7 +386,7 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
     if (wide && x.cols % elements != 0) {  // the elements after the last whole access
 #pragma unroll
         for (int access = 0; access < accesses; ++access) {
-            const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
+            const std::int64_t column = column_of<T, columns>(team, chunk, access, 0);
             if (column >= x.cols || column + elements <= x.cols) continue;
             const auto rest = static_cast<int>(x.cols - column);
 #pragma unroll
@@ -382,10 +399,11 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
         const RowLimit limit = limit_of_row(task.elements, row);
 #pragma unroll
         for (int access = 0; access < accesses; ++access) {
-            const RowLimit own = limit.from(column_of<T, wide>(team, chunk, access, 0));
+            const RowLimit own = limit.from(column_of<T, columns>(team, chunk, access, 0));
 #pragma unroll
             for (int e = 0; e < elements; ++e) {
-                const bool is_left_out = is_outlier(element<T>(held.quads[access], e), wide ? e : e * team.size, own);
+                const bool is_left_out =
+                    is_outlier(element<T>(held.quads[access], e), columns == Columns::apart ? e * team.size : e, own);
                 held.left_out |= static_cast<std::uint32_t>(is_left_out) << (access * elements + e);
             }
         }
@@ -402,61 +420,36 @@ __device__ void read_row(const Team& team, std::int64_t chunk, const View<const 
 }
 
 // Rotates a row, times `factor`, that a whole warp has read.
-template <class T>
+template <class T, Columns columns>
 __device__ void rotate_row(const Team& team, std::int64_t chunk, const Task& task, float factor, const Held& read,
                            Rotated<T>& rotated) {
     constexpr int elements = per_access<T>;
+    constexpr int together = columns == Columns::pairs ? 2 : 1;  // accesses of a block
     rotated.left_out = 0;
 #pragma unroll
-    for (int access = 0; access < accesses; ++access) {
-        float (&values)[elements] = rotated.values[access];
+    for (int first = 0; first < accesses; first += together) {
+        const std::int64_t column = column_of<T, columns>(team, chunk, first, 0);
+        bool is_inside = false;
 #pragma unroll
-        for (int e = 0; e < elements; ++e) values[e] = element<T>(read.quads[access], e) * factor;
-        const std::int64_t column = column_of<T, true>(team, chunk, access, 0);
-        const bool is_inside = column < task.rotated_width;
-        if (!is_inside) rotated.left_out |= ((1U << elements) - 1) << (access * elements);
+        for (int access = first; access < first + together; ++access) {
+            const std::int64_t own = column + (access - first) * warp_size * elements;
+#pragma unroll
+            for (int e = 0; e < elements; ++e) {
+                rotated.values[access][e] = element<T>(read.quads[access], e) * factor;
+            }
+            if (own >= task.rotated_width) rotated.left_out |= ((1U << elements) - 1) << (access * elements);
+            is_inside |= own < task.rotated_width;
+        }
         // The same for the whole warp, as the compiler cannot know.
-        if (__any_sync(whole_warp, static_cast<int>(is_inside)) != 0) rotate_in_warp(values, task.rotation);
+        if (__any_sync(whole_warp, static_cast<int>(is_inside)) != 0) {
+            rotate_in_warp<together, elements>(&rotated.values[first], task.rotation);
+        }
     }
 }
 
 // Whether sums of a block of such numbers can be larger than a float32.
 template <class T>
 constexpr bool can_overflow = !std::is_same_v<T, __half>;
-
-__device__ inline std::int64_t chunks_of(std::int64_t rotated_width) {
-    return (rotated_width + most_rotation - 1) / most_rotation;
-}
-
-// Whether any chunk of a row is small. All 32 lanes must take part.
-__device__ inline bool row_is_small(const Task& task, std::int64_t row, std::int64_t chunks) {
-    bool any = false;
-    for (std::int64_t i = threadIdx.x % warp_size; i < chunks; i += warp_size) any |= task.small[row * chunks + i] != 0;
-    return __any_sync(whole_warp, static_cast<int>(any)) != 0;
-}
-
-// Whether any chunk of the matrix is small. All threads of the block must take part.
-__device__ inline bool matrix_is_small(const Task& task, std::int64_t chunks) {
-    bool any = false;
-    for (std::int64_t i = threadIdx.x; i < chunks; i += blockDim.x) any |= task.small[i] != 0;
-    return __syncthreads_or(static_cast<int>(any)) != 0;
-}
-
-// Makes the other chunks of a row small, too.
-template <bool wide>
-__device__ void make_small(const Team& team, std::int64_t chunk, std::int64_t row, std::int64_t k, const Task& task,
-                           Held& held) {
-    constexpr int elements = per_access<float>;
-#pragma unroll
-    for (int access = 0; access < accesses; ++access) {
-#pragma unroll
-        for (int e = 0; e < elements; ++e) {
-            const std::int64_t column = column_of<float, wide>(team, chunk, access, e);
-            if (column >= k || task.small[row * chunks_of(k) + column / most_rotation] != 0) continue;
-            held.quads[access][e] = __float_as_uint(element<float>(held.quads[access], e) * rotation_factor);
-        }
-    }
-}
 
 template <class T, Scheme scheme>
 __device__ void take_in(Range& range, const Held& held) {
@@ -489,7 +482,7 @@ __device__ void take_in(Range& range, const Rotated<T>& held) {
 }
 
 // Writes the codes of what a thread holds, zeros up to `width`, and returns their sum.
-template <class T, Scheme scheme, bool wide, class Numbers, class Code>
+template <class T, Scheme scheme, Columns columns, bool wide, class Numbers, class Code>
 __device__ std::int32_t write_codes(const Team& team, std::int64_t chunk, std::int64_t row, const Task& task,
                                     const Numbers& held, Code code) {
     constexpr int elements = per_access<T>;
@@ -507,13 +500,13 @@ __device__ std::int32_t write_codes(const Team& team, std::int64_t chunk, std::i
         }
 #pragma unroll
         for (int w = 0; w < words; ++w) sum = __dp4a(static_cast<int>(pack[w]), 0x01010101, sum);
-        const std::int64_t column = column_of<T, wide>(team, chunk, access, 0);
+        const std::int64_t column = column_of<T, columns>(team, chunk, access, 0);
         if (wide && column + elements <= task.width) {
             store(reinterpret_cast<std::uint32_t*>(task.codes.row(row) + column), pack);
         } else {
 #pragma unroll
             for (int e = 0; e < elements; ++e) {
-                const std::int64_t target = column_of<T, wide>(team, chunk, access, e);
+                const std::int64_t target = column_of<T, columns>(team, chunk, access, e);
                 if (target < task.width) {
                     *task.codes.at(row, target) = static_cast<std::int8_t>(pack[e / 4] >> (8 * (e % 4)));
                 }
@@ -523,14 +516,10 @@ __device__ std::int32_t write_codes(const Team& team, std::int64_t chunk, std::i
     return sum;
 }
 
-// A thread's part of what is known of the whole matrix: ranges of blocks of rows, or those of columns in parts of the
+// The range of the whole matrix, of which each thread of a block has a part: from the ranges of columns in parts of the
 // rows, of which the ones that are excluded now do not count.
-__device__ inline Range range_of_matrix(const Task& task, std::int64_t k, int thread, int threads) {
+__device__ inline Range range_of_columns(const Task& task, std::int64_t k, int thread, int threads) {
     Range range;
-    if (task.column_ranges == nullptr) {
-        for (std::int64_t i = thread; i < task.partials; i += threads) widen(range, task.partial[i]);
-        return range;
-    }
     for (std::int64_t column = thread; column < k; column += threads) {
         // The lanes of a warp have the columns of one word, which is read once for all of them.
         const std::uint32_t word = task.per_element ? 0 : marked_word(task.marks, words_for(k), column / 32);
@@ -538,6 +527,29 @@ __device__ inline Range range_of_matrix(const Task& task, std::int64_t k, int th
         for (std::int64_t part = 0; part < task.marks.parts; ++part) {
             widen(range, task.column_ranges[part * k + column]);
         }
+    }
+    return range;
+}
+
+// The same from the ranges of blocks of rows; `small` becomes whether any is: then all are made so.
+template <Scheme scheme>
+__device__ Range range_of_blocks(const PartialRange* partial, std::int64_t blocks, int thread, int threads,
+                                 bool& small) {
+    small = false;
+    for (std::int64_t i = thread; i < blocks; i += threads) small |= partial[i].small;
+    small = __syncthreads_or(static_cast<int>(small)) != 0;
+    Range range;
+    for (std::int64_t i = thread; i < blocks; i += threads) {
+        Range own = partial[i].range;
+        if (small && !partial[i].small) {
+            if (scheme == Scheme::absmax) {
+                own.high = __float_as_uint(__uint_as_float(own.high) * rotation_factor);
+            } else if (own.high != 0) {  // there are values
+                own.high = ordered(from_ordered(own.high) * rotation_factor);
+                own.low = ~ordered(from_ordered(~own.low) * rotation_factor);
+            }
+        }
+        widen(range, own);
     }
     return range;
 }
@@ -561,23 +573,33 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, rotates,
     let_next_launch_begin();
     const int thread = static_cast<int>(threadIdx.x);
     const int threads = static_cast<int>(blockDim.x);
-    const bool lists = task.list.columns != nullptr;
-    const std::int64_t others = lists ? 1 + task.panels.blocks : 0;
-    if (blockIdx.x < others) {
-        if (blockIdx.x > 0) return write_panels(task.panels, task.marks, task.marked, blockIdx.x - 1);
-        return list_marked(task.marks, task.marked, {task.list.columns, task.marked, 1}, {task.list.count, 1, 1});
+    // Lists and panels are other blocks' work, or, where blocks wait for each other and are few, that of all of them.
+    const bool meets = task.step == Step::matrix;
+    const std::int64_t others = task.list.columns != nullptr ? 1 + task.panels.blocks : 0;
+    const auto do_other = [&](std::int64_t index) {
+        if (index > 0) return write_panels(task.panels, task.marks, x.cols, index - 1);
+        list_marked(task.marks, x.cols, {task.list.columns, x.cols, 1}, {task.list.count, 1, 1});
+    };
+    if (meets) {
+        for (std::int64_t index = blockIdx.x; index < others; index += gridDim.x) {
+            do_other(index);
+            __syncthreads();  // its shared memory is written again
+        }
+    } else if (blockIdx.x < others) {
+        return do_other(blockIdx.x);
     }
-    const std::int64_t block = blockIdx.x - others;
-    const std::int64_t blocks = gridDim.x - others;
+    const std::int64_t block = blockIdx.x - (meets ? 0 : others);
+    const std::int64_t blocks = gridDim.x - (meets ? 0 : others);
     for (std::int64_t i = block * threads + thread; i < task.ticket_count; i += blocks * threads) task.tickets[i] = 0;
     const int teams = task.rows_of_warps ? threads / warp_size : 1;
     const Team team{task.rows_of_warps ? thread % warp_size : thread, threads / teams,
                     block * teams + (task.rows_of_warps ? thread / warp_size : 0), blocks * teams};
 
+    constexpr Columns columns = columns_of<T>(wide, rotates);
     const std::int64_t covered = team.size * accesses * per_access<T>;
     const std::int64_t chunks = (task.width + covered - 1) / covered;
-    const ColumnMarks excluded = task.per_element || task.rotated ? ColumnMarks{} : task.marks;
-    const std::uint32_t left_out = columns_left_out<T, wide>(team, 0, x.cols, excluded);
+    const ColumnMarks excluded = task.per_element ? ColumnMarks{} : task.marks;
+    const std::uint32_t left_out = columns_left_out<T, columns>(team, 0, x.cols, excluded);
     Held own{};
     Rotated<T> turned{};
     const auto held = [&]() -> const auto& {
@@ -587,59 +609,71 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, rotates,
             return own;
         }
     };
-    const Step step = rotates ? Step::rows : task.step;
-    const bool can_be_small = !rotates && sizeof(T) == 4 && task.small != nullptr;
-    bool small = can_be_small && step != Step::rows && matrix_is_small(task, x.rows * chunks_of(x.cols));
+    bool small = false;  // rotated times `rotation_factor`
     const auto read = [&](std::int64_t row, std::int64_t chunk) {
-        own.left_out = chunk == 0 ? left_out : columns_left_out<T, wide>(team, chunk, x.cols, excluded);
-        read_row<T, wide>(team, chunk, x, row, task, own);
-        if constexpr (rotates) {
-            rotate_row<T>(team, chunk, task, small ? rotation_factor : 1.0F, own, turned);
-        } else if constexpr (sizeof(T) == 4) {
-            if (small) make_small<wide>(team, chunk, row, x.cols, task, own);
-        }
+        own.left_out = chunk == 0 ? left_out : columns_left_out<T, columns>(team, chunk, x.cols, excluded);
+        read_row<T, columns, wide>(team, chunk, x, row, task, own);
+        if constexpr (rotates) rotate_row<T, columns>(team, chunk, task, small ? rotation_factor : 1.0F, own, turned);
+    };
+    using OwnCoding = Coding<std::conditional_t<rotates, float, T>, scheme, rotates>;
+    const auto must_be_small = [&](const OwnCoding& coding) {
+        return rotates && can_overflow<T> && !small && !coding.finite();
     };
 
     Range range;
-    using OwnCoding = Coding<std::conditional_t<rotates, float, T>, scheme, rotates>;
     OwnCoding coding;
-    if (step == Step::encode) {
-        range = range_of_matrix(task, x.cols, thread, threads);
-        coding = OwnCoding(range_of_block<scheme>(range, partial_ranges[0]), task.rotated);
-        if (block == 0 && thread == 0) write_group(task, 0, coding, small);
-    }
-    int turn = 1;
-    for (std::int64_t row = team.first_row; row < x.rows; row += team.row_step, turn ^= 1) {
-        if (step != Step::encode) {
-            if (step == Step::rows) {
-                range = Range{};
-                small = can_be_small && row_is_small(task, row, chunks_of(x.cols));
-            }
-            bool again = false;
-            do {
+    if (task.step == Step::matrix) {
+        bool again = false;
+        do {
+            range = Range{};
+            for (std::int64_t row = team.first_row; row < x.rows; row += team.row_step) {
                 for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
                     read(row, chunk);
                     take_in<T, scheme>(range, held());
                 }
-                if (step == Step::range) break;
+            }
+            range = range_of_block<scheme>(range, partial_ranges[0]);
+            again = must_be_small(OwnCoding(range));
+            small |= again;
+            __syncthreads();  // `partial_ranges` is written again
+        } while (again);
+        if (thread == 0) task.partial[block] = {range, small};
+        synchronize_grid();
+        range = range_of_blocks<scheme>(task.partial, blocks, thread, threads, small);
+    } else if (task.step == Step::encode) {
+        range = range_of_columns(task, x.cols, thread, threads);
+    }
+    if (task.step != Step::rows) {
+        coding = OwnCoding(range_of_block<scheme>(range, partial_ranges[0]));
+        if (block == 0 && thread == 0) write_group(task, 0, coding, small);
+    }
+    int turn = 1;
+    for (std::int64_t row = team.first_row; row < x.rows; row += team.row_step, turn ^= 1) {
+        if (task.step == Step::rows) {
+            small = false;
+            bool again = false;
+            do {
+                range = Range{};
+                for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+                    read(row, chunk);
+                    take_in<T, scheme>(range, held());
+                }
                 range = task.rows_of_warps ? range_of_warp<scheme>(range)
                                            : range_of_block<scheme>(range, partial_ranges[turn]);
-                coding = OwnCoding(range, rotates || task.rotated);
-                again = rotates && can_overflow<T> && !small && !coding.finite();
+                coding = OwnCoding(range);
+                again = must_be_small(coding);
                 if (again) {
                     small = true;
-                    range = Range{};
                     if (!task.rows_of_warps) __syncthreads();  // `partial_ranges` of this turn is written once more
                 }
             } while (again);
-            if (step == Step::range) continue;
             if (team.rank == 0) write_group(task, row, coding, small);
         }
         std::int32_t sum = 0;
         for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-            if (chunks > 1 || step == Step::encode) read(row, chunk);
+            if (chunks > 1 || task.step != Step::rows) read(row, chunk);
             coding.encode(
-                [&](auto code) { sum += write_codes<T, scheme, wide>(team, chunk, row, task, held(), code); });
+                [&](auto code) { sum += write_codes<T, scheme, columns, wide>(team, chunk, row, task, held(), code); });
         }
         if (!task.code_sums.present()) continue;
         const auto add = [](std::int32_t a, std::int32_t b) { return a + b; };
@@ -652,10 +686,6 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, rotates,
             }
         }
         if (team.rank == 0) task.code_sums[row] = sum;
-    }
-    if (step == Step::range) {
-        range = range_of_block<scheme>(range, partial_ranges[0]);
-        if (thread == 0) task.partial[block] = range;
     }
 }
 
@@ -712,13 +742,18 @@ Teams teams_for(std::int64_t rows, std::int64_t width, std::int64_t elements, st
 
 void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& teams, Task task, cudaStream_t stream) {
     task.rows_of_warps = teams.of_warps;
-    const std::int64_t blocks = teams.blocks + (task.list.columns != nullptr ? 1 + task.panels.blocks : 0);
-    const Grid grid{static_cast<unsigned>(blocks), teams.threads, 0, begins_early()};
+    const bool meets = task.step == Step::matrix;
+    const bool lists = task.list.columns != nullptr && !meets;
+    const Grid grid{.blocks = static_cast<unsigned>(teams.blocks + (lists ? 1 + task.panels.blocks : 0)),
+                    .threads = teams.threads,
+                    .early = begins_early() && !meets,
+                    .cooperative = meets};
     with_float(x.dtype, [&]<class T>(Type<T>) {
         const auto start = [&]<Scheme s>(std::integral_constant<Scheme, s>) {
-            const auto kernel = task.rotation != 0 ? quantize_kernel<T, s, true, true>
-                                : wide             ? quantize_kernel<T, s, true, false>
-                                                   : quantize_kernel<T, s, false, false>;
+            const bool rotates = task.rotation != 0;
+            const auto kernel = wide ? rotates ? quantize_kernel<T, s, true, true> : quantize_kernel<T, s, true, false>
+                                : rotates ? quantize_kernel<T, s, false, true>
+                                          : quantize_kernel<T, s, false, false>;
             launch(kernel, grid, stream, view_of<Bits<T>>(x), task);
         };
         switch (scheme) {
@@ -728,40 +763,21 @@ void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& te
     });
 }
 
-// `source`: what x was before it was rotated, where it is.
-void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, const ConstMatrix* source,
-                   const std::uint8_t* small, const Exclusion& exclusion, const Matrix& codes, std::int64_t width,
-                   const Vector& scale, const Vector& zeropoint, const Vector& code_sums,
-                   unsigned long long* first_not_finite, cudaStream_t stream) {
-    Workspace workspace(stream);
+void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, const Exclusion& exclusion,
+                   const Matrix& codes, std::int64_t width, const Vector& scale, const Vector& zeropoint,
+                   const Vector& code_sums, unsigned long long* first_not_finite, cudaStream_t stream) {
     const std::int64_t elements = 16 / size_of(x.dtype);
     const bool wide = rows_are_aligned(x, 16) && rows_are_aligned(codes, elements);
-    const bool rotated = source != nullptr;
-    const bool rotates = !rotated && options.rotation != 0 && wide && options.rotation <= warp_size * elements &&
-                         options.granularity != Granularity::tensor;
-    if (options.rotation != 0 && !rotated && !rotates) {
-        const std::int64_t rotated_width = rotated_size(x.cols, options.rotation);
-        const auto place = workspace.reserve<float>(x.rows * rotated_width);
-        const auto chunks = workspace.reserve<std::uint8_t>(x.rows * blocks_for(rotated_width, most_rotation));
-        workspace.allocate();
-        std::uint8_t* const of_chunks = x.dtype == DType::f16 ? nullptr : workspace.at(chunks);  // those never overflow
-        rotate(x, options.rotation, exclusion, 1.0F, workspace.at(place), stream, of_chunks);
-        const ConstMatrix of_blocks{workspace.at(place), DType::f32, x.device, x.rows, rotated_width, rotated_width, 1};
-        return quantize_rows(of_blocks, options, &x, of_chunks, exclusion, codes, width, scale, zeropoint, code_sums,
-                             first_not_finite, stream);
-    }
-    const int threads = most_threads(size_of(x.dtype), options.scheme, wide, rotates, device_facts().architecture);
+    const int threads =
+        most_threads(size_of(x.dtype), options.scheme, wide, options.rotation != 0, device_facts().architecture);
     const Teams teams = teams_for(x.rows, width, elements, threads);
-    const ConstMatrix& marked = rotated ? *source : x;
-    Task task{.per_element = exclusion.per_element && !rotated,
-              .rotated = rotated,
-              .rotation = rotates ? options.rotation : 0,
+    Task task{.per_element = exclusion.per_element,
+              .rotation = options.rotation,
               .rotated_width = rotated_size(x.cols, options.rotation),
               .elements = exclusion.elements,
               .marks = exclusion.marks,
-              .marked = marked.cols,
               .list = exclusion.list,
-              .panels = panel_tasks(marked, exclusion),
+              .panels = panel_tasks(x, exclusion),
               .tickets = exclusion.tickets,
               .ticket_count = exclusion.ticket_count,
               .codes = view_of<std::int8_t>(codes),
@@ -769,25 +785,19 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, const C
               .scale = span_of<float>(scale),
               .zeropoint = span_of<float>(zeropoint),
               .code_sums = span_of<std::int32_t>(code_sums),
-              .first_not_finite = first_not_finite,
-              .small = small};
+              .first_not_finite = first_not_finite};
     if (options.granularity != Granularity::tensor) {
         if (x.rows > 0 || task.list.columns != nullptr) launch_step(x, options.scheme, wide, teams, task, stream);
         return;
     }
-    if (exclusion.ranges != nullptr) {
-        task.column_ranges = exclusion.ranges;
-    } else {
-        const auto partial = workspace.reserve<Range>(teams.blocks);
+    Workspace workspace(stream);
+    task.column_ranges = exclusion.ranges;
+    task.step = exclusion.ranges != nullptr ? Step::encode : Step::matrix;
+    if (task.step == Step::matrix) {
+        const auto partial = workspace.reserve<PartialRange>(teams.blocks);
         workspace.allocate();
         task.partial = workspace.at(partial);
-        task.partials = teams.blocks;
-        task.list = {};
-        task.step = Step::range;
-        launch_step(x, options.scheme, wide, teams, task, stream);
     }
-    task.list = exclusion.list;
-    task.step = Step::encode;
     launch_step(x, options.scheme, wide, teams, task, stream);
 }
 
@@ -795,7 +805,7 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, const C
 
 void quantize_rows(ConstMatrix x, const QuantizeOptions& options, const Exclusion& exclusion, Matrix codes,
                    std::int64_t width, Vector scale, Vector zeropoint, Vector code_sums, cudaStream_t stream) {
-    quantize_rows(x, options, nullptr, nullptr, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
+    quantize_rows(x, options, exclusion, codes, width, scale, zeropoint, code_sums, nullptr, stream);
 }
 
 void quantize(ConstMatrix x, const QuantizeOptions& options, ConstVector exclude, Matrix codes, Vector scale,
@@ -816,8 +826,7 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
     QuantizeOptions of_rows = options;
     of_rows.granularity = options.granularity == Granularity::vector ? Granularity::row : Granularity::tensor;
     if (again.enqueue) {
-        quantize_rows(weight, of_rows, nullptr, nullptr, {}, codes, codes.cols, scale, zeropoint, code_sums, nullptr,
-                      stream);
+        quantize_rows(weight, of_rows, {}, codes, codes.cols, scale, zeropoint, code_sums, nullptr, stream);
         return round_stochastically(weight, again.seed, codes, scale, code_sums, stream);
     }
     refuse_capture(stream, "quantize_weight");
@@ -830,8 +839,7 @@ void quantize_weight(ConstMatrix weight, const QuantizeOptions& options, Matrix 
         const auto place = workspace.reserve<unsigned long long>(1);
         workspace.allocate();
         check(cudaMemsetAsync(workspace.at(place), filler, sizeof first, stream), "cudaMemsetAsync");
-        quantize_rows(weight, of_rows, nullptr, nullptr, {}, codes, codes.cols, scale, zeropoint, code_sums,
-                      workspace.at(place), stream);
+        quantize_rows(weight, of_rows, {}, codes, codes.cols, scale, zeropoint, code_sums, workspace.at(place), stream);
         check(cudaMemcpyAsync(&first, workspace.at(place), sizeof first, cudaMemcpyDeviceToHost, stream),
               "cudaMemcpyAsync");
         check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");

@@ -32,33 +32,46 @@ __device__ inline float rotated(float value, int thread, int rotation, float (&s
     return value / root_of(rotation);
 }
 
-// Of a row of which each lane of a warp has `count` elements side by side, these after rotation in blocks of at most
-// those of the warp. All 32 lanes must take part.
-template <int count>
-__device__ inline void rotate_in_warp(float (&values)[count], int rotation) {
+// Of a row of which each lane of a warp has `count` elements side by side, `parts` times, one behind the other as the
+// warp's are, these after rotation in blocks of at most those of the warp. All 32 lanes must take part.
+template <int parts, int count>
+__device__ void rotate_in_warp(float (*values)[count], int rotation) {
+    const auto butterfly = [](float& first, float& second) {
+        const float sum = __fadd_rn(first, second);
+        second = __fadd_rn(first, -second);
+        first = sum;
+    };
+    const unsigned lane = threadIdx.x % warp_size;
 #pragma unroll
-    for (int distance = 1; distance < count; distance *= 2) {
+    for (int part = 0; part < parts; ++part) {
 #pragma unroll
-        for (int i = 0; i < count; ++i) {
-            if ((i & distance) != 0) continue;
-            const float first = values[i];
-            const float second = values[i + distance];
-            values[i] = __fadd_rn(first, second);
-            values[i + distance] = __fadd_rn(first, -second);
+        for (int distance = 1; distance < count; distance *= 2) {
+#pragma unroll
+            for (int i = 0; i < count; ++i) {
+                if ((i & distance) == 0) butterfly(values[part][i], values[part][i + distance]);
+            }
+        }
+#pragma unroll 1
+        for (int distance = 1; distance < warp_size && distance * count < rotation; distance *= 2) {
+            const float sign = (lane & static_cast<unsigned>(distance)) == 0 ? 1.0F : -1.0F;
+#pragma unroll
+            for (int i = 0; i < count; ++i) {
+                float& value = values[part][i];
+                value = __fmaf_rn(value, sign, __shfl_xor_sync(whole_warp, value, distance));
+            }
         }
     }
-    const unsigned lane = threadIdx.x % warp_size;
-#pragma unroll 1
-    for (int distance = 1; distance * count < rotation; distance *= 2) {
-        const float sign = (lane & static_cast<unsigned>(distance)) == 0 ? 1.0F : -1.0F;
+    static_assert(parts <= 2 && parts * warp_size * count >= most_rotation);
+    if (parts == 2 && rotation > warp_size * count) {
 #pragma unroll
-        for (int i = 0; i < count; ++i) {
-            values[i] = __fmaf_rn(values[i], sign, __shfl_xor_sync(whole_warp, values[i], distance));
-        }
+        for (int i = 0; i < count; ++i) butterfly(values[0][i], values[parts - 1][i]);
     }
     const float factor = 1.0F / root_of(rotation);  // a power of two: the quotient, too
 #pragma unroll
-    for (int i = 0; i < count; ++i) values[i] *= factor;
+    for (int part = 0; part < parts; ++part) {
+#pragma unroll
+        for (int i = 0; i < count; ++i) values[part][i] *= factor;
+    }
 }
 
 // The signs of four neighbours in row `place` of Sylvester's matrix: bytes of 1 and -1.

@@ -234,24 +234,29 @@ TEST(rotated_codes_do_not_change_with_powers_of_two) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
         Values x(rows, cols);
         for (double& value : x.v) value = random.uniform(-4, 4);
-        for (const std::int32_t block : {16, 64, 256}) {
+        for (const auto& [granularity, block] :
+             {std::pair{Granularity::row, 16}, std::pair{Granularity::row, 64}, std::pair{Granularity::row, 256},
+              std::pair{Granularity::tensor, 64}, std::pair{Granularity::tensor, 256}}) {
+            const std::int64_t groups = granularity == Granularity::row ? rows : 1;
             const std::int64_t width = octavo::rotated_size(cols, block);
-            const auto quantized = [&](int exponent, const Array& codes, const Array& scale) {
+            const auto quantized = [&, granularity = granularity, block = block](
+                                       int exponent, Layout layout, const Array& codes, const Array& scale) {
                 Values scaled = x;
                 for (double& value : scaled.v) value = std::ldexp(value, exponent);
-                octavo::quantize(Array(dtype, scaled).matrix(), {Scheme::absmax, Granularity::row, block},
+                octavo::quantize(Array(dtype, scaled, layout).matrix(), {Scheme::absmax, granularity, block},
                                  octavo::absent_vector, codes.matrix(), scale.vector(), octavo::absent_vector);
             };
             const Array plain(DType::i8, rows, width);
-            const Array plain_scale(DType::f32, 1, rows);
-            quantized(0, plain, plain_scale);
-            for (const int exponent : {1, 125}) {
+            const Array plain_scale(DType::f32, 1, groups);
+            quantized(0, Layout::contiguous, plain, plain_scale);
+            for (const auto& [exponent, layout] : {std::pair{1, Layout::contiguous}, std::pair{125, Layout::contiguous},
+                                                   std::pair{125, Layout::unaligned}}) {
                 const check::Context context(name_of(dtype), " in blocks of ", block, ", times 2^", exponent);
                 const Array codes(DType::i8, rows, width);
-                const Array scale(DType::f32, 1, rows);
-                quantized(exponent, codes, scale);
+                const Array scale(DType::f32, 1, groups);
+                quantized(exponent, layout, codes, scale);
                 check_values("codes", codes, plain.values());
-                for (std::int64_t i = 0; i < rows; ++i) {
+                for (std::int64_t i = 0; i < groups; ++i) {
                     CHECK_EQ(scale.get(i), std::ldexp(plain_scale.get(i), exponent));
                 }
             }
