@@ -576,17 +576,14 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, rotates,
     // Lists and panels are other blocks' work, or, where blocks wait for each other and are few, that of all of them.
     const bool meets = task.step == Step::matrix;
     const std::int64_t others = task.list.columns != nullptr ? 1 + task.panels.blocks : 0;
-    const auto do_other = [&](std::int64_t index) {
-        if (index > 0) return write_panels(task.panels, task.marks, x.cols, index - 1);
-        list_marked(task.marks, x.cols, {task.list.columns, x.cols, 1}, {task.list.count, 1, 1});
-    };
-    if (meets) {
-        for (std::int64_t index = blockIdx.x; index < others; index += gridDim.x) {
-            do_other(index);
-            __syncthreads();  // its shared memory is written again
+    for (std::int64_t index = blockIdx.x; index < others; index += gridDim.x) {
+        if (index == 0) {
+            list_marked(task.marks, x.cols, {task.list.columns, x.cols, 1}, {task.list.count, 1, 1});
+        } else {
+            write_panels(task.panels, task.marks, x.cols, index - 1);
         }
-    } else if (blockIdx.x < others) {
-        return do_other(blockIdx.x);
+        if (!meets) return;
+        __syncthreads();  // its shared memory is written again
     }
     const std::int64_t block = blockIdx.x - (meets ? 0 : others);
     const std::int64_t blocks = gridDim.x - (meets ? 0 : others);
