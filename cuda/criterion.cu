@@ -153,17 +153,17 @@ __device__ Limit capped_limit(std::int64_t k, std::int64_t most, Magnitude magni
 }
 
 // Finds the limit of a row of `x`, from which on its elements are outliers, and marks those in `words`
-// [words_for(k)]: writes all words, or, where `adds`, only adds to what is marked there.
+// [words_for(k)]: writes all words, or, where `adds`, only adds to what is marked there. `sum` is the block's only one.
 template <class T>
 __device__ Limit apply_to_row(const View<const T>& x, std::int64_t row, const Criterion& criterion, bool adds,
-                              std::uint32_t* words) {
+                              std::uint32_t* words, BlockSum& sum) {
     const std::int64_t k = x.cols;
     const auto threads = static_cast<int>(blockDim.x);
     const auto thread = static_cast<int>(threadIdx.x);
     const auto magnitude = [&](std::int64_t j) { return magnitude_of(to_float(*x.at(row, j))); };
-    BlockSum sum;
     const auto count = [&](auto test) {
         std::int32_t own = 0;
+#pragma unroll 1  // the rest of the registers is taken
         for (std::int64_t j = thread; j < k; j += threads) own += test(magnitude(j)) ? 1 : 0;
         return sum(own);
     };
@@ -215,16 +215,24 @@ __device__ Limit apply_to_row(const View<const T>& x, std::int64_t row, const Cr
     return limit;
 }
 
-// Every row as a call of its own: a block has one, and its own part of the marks, or all have one part.
+// Every row as a call of its own. Few have a part of the marks each; of more all have one part, which blocks that wait
+// for each other clear first.
 template <class T>
 __global__ void __launch_bounds__(most_threads)
     rows_kernel(View<const T> x, Criterion criterion, Limit* limits, ColumnMarks marks) {
     let_next_launch_begin();
-    const std::int64_t row = blockIdx.x;
     const bool adds = marks.parts < x.rows;
-    std::uint32_t* const words = marks.words + (adds ? 0 : row * words_for(x.cols));
-    const Limit limit = apply_to_row(x, row, criterion, adds, words);
-    if (threadIdx.x == 0) limits[row] = limit;
+    const auto words = static_cast<unsigned>(words_for(x.cols));
+    if (adds) {
+        const unsigned threads = gridDim.x * blockDim.x;
+        for (unsigned w = blockIdx.x * blockDim.x + threadIdx.x; w < words; w += threads) marks.words[w] = 0;
+        synchronize_grid();
+    }
+    BlockSum sum;
+    for (unsigned row = blockIdx.x; row < x.rows; row += gridDim.x) {
+        const Limit limit = apply_to_row(x, row, criterion, adds, marks.words + (adds ? 0 : row * words), sum);
+        if (threadIdx.x == 0) limits[row] = limit;
+    }
 }
 
 // All rows as one call: the largest magnitudes of the columns, of which one block makes the marks. A launch of blocks
@@ -256,7 +264,8 @@ __global__ void __launch_bounds__(most_threads)
     synchronize_grid();
     if (blockIdx.x > 0) return;
     const View<const float> of_columns{reinterpret_cast<const float*>(maxima), 1, x.cols, x.cols, 1};
-    apply_to_row(of_columns, 0, criterion, false, words);
+    BlockSum sum;
+    apply_to_row(of_columns, 0, criterion, false, words, sum);
 }
 
 }  // namespace
@@ -270,13 +279,12 @@ std::int64_t criterion_parts(std::int64_t rows, bool per_row) {
 void apply_criterion(ConstMatrix x, const LinearOptions& options, ColumnMarks marks, std::uint32_t* maxima,
                      Limit* limits, cudaStream_t stream) {
     if (x.cols == 0) return;
-    const bool per_row = limits != nullptr;
-    if (x.rows == 0 || (per_row && marks.parts < x.rows)) {
-        check(
+    if (x.rows == 0) {
+        return check(
             cudaMemsetAsync(marks.words, 0, static_cast<std::size_t>(words_for(x.cols)) * sizeof *marks.words, stream),
             "cudaMemsetAsync");
     }
-    if (x.rows == 0) return;
+    const bool per_row = limits != nullptr;
     std::uint32_t absolute = 0;
     __builtin_memcpy(&absolute, &options.threshold, sizeof absolute);
     const Criterion criterion{.times_median = times_median(options, per_row ? 1 : x.rows),
@@ -284,11 +292,15 @@ void apply_criterion(ConstMatrix x, const LinearOptions& options, ColumnMarks ma
                               .most = most_outliers(options, x.cols)};
     const std::int64_t threads = std::clamp<std::int64_t>(blocks_for(blocks_for(x.cols, held), warp_size) * warp_size,
                                                           per_row ? warp_size : least_threads_of_columns, most_threads);
-    const std::int64_t resident = device_facts().multiprocessors * std::min<std::int64_t>(2, most_threads / threads);
-    const std::int64_t blocks =
-        per_row ? x.rows : std::min(resident, blocks_for(x.cols, threads) * blocks_for(x.rows, rows_under_way));
-    const Grid grid{
-        .blocks = static_cast<unsigned>(blocks), .threads = static_cast<unsigned>(threads), .cooperative = !per_row};
+    // Blocks that wait for each other are no more than are resident at the registers of a thread of `most_threads`.
+    constexpr std::int64_t most_blocks = 16;  // of a multiprocessor
+    const std::int64_t resident =
+        device_facts().multiprocessors * std::min<std::int64_t>(most_blocks, most_threads / threads);
+    const bool meets = !per_row || marks.parts < x.rows;
+    const std::int64_t wanted = per_row ? x.rows : blocks_for(x.cols, threads) * blocks_for(x.rows, rows_under_way);
+    const Grid grid{.blocks = static_cast<unsigned>(meets ? std::min(resident, wanted) : wanted),
+                    .threads = static_cast<unsigned>(threads),
+                    .cooperative = meets};
     with_float(x.dtype, [&]<class T>(Type<T>) {
         if (per_row) {
             launch(rows_kernel<T>, grid, stream, view_of<T>(x), criterion, limits, marks);

@@ -70,7 +70,7 @@ inline bool needs_limits(const LinearOptions& options) { return options.relative
 std::int64_t criterion_parts(std::int64_t rows, bool per_row);
 
 // Mark the outlier columns. `maxima` [k] is scratch. With `limits` [m] not null every row is a call of its own: they
-// receive the rows' limits, and all their columns are marked. Of more rows than parts a memset goes before it.
+// receive the rows' limits, and all their columns are marked.
 void apply_criterion(ConstMatrix x, const LinearOptions& options, ColumnMarks marks, std::uint32_t* maxima,
                      Limit* limits, cudaStream_t stream);
 
