@@ -1,6 +1,14 @@
 // pack and unpack: the documented order, every layout of the codes, errors; and that packed codes are multiplied as the
 // codes they were made of.
+#include <fstream>
+#include <iostream>
+#include <sstream>
+#include <string>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "arrays.hpp"
 #include "calls.hpp"
@@ -152,3 +160,61 @@ TEST(errors) {
     CHECK_THROWS(octavo::int8_matmul(a.matrix(), inside, overlapping, octavo::Layout::packed), value,
                  "int8_matmul: out: expected memory apart from b, got memory that overlaps it");
 }
+
+#ifdef __linux__
+
+namespace {
+
+// Whether the system was asked for large pages at an address: the flag hg of its mapping.
+bool were_large_pages_asked_for(const void* memory) {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    std::ifstream mappings("/proc/self/smaps");
+    bool is_inside = false;
+    for (std::string line; std::getline(mappings, line);) {
+        std::uintptr_t begin = 0;
+        std::uintptr_t end = 0;
+        char dash = 0;
+        std::istringstream words(line);
+        if (words >> std::hex >> begin >> dash >> end && dash == '-') {
+            is_inside = begin <= address && address < end;
+        } else if (is_inside && line.starts_with("VmFlags:")) {
+            return line.find(" hg") != std::string::npos;
+        }
+    }
+    return false;
+}
+
+}  // namespace
+
+// Codes of several MiB are written to memory for which large pages were asked, as far as it is made of whole ones.
+TEST(large_pages_are_asked_for) {
+    if (!std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled").good()) {
+        std::cout << "large_pages_are_asked_for: skipped: this system has none to ask for\n";
+        return;
+    }
+    constexpr std::int64_t n = 2048;
+    constexpr std::int64_t k = 4096;
+    constexpr std::int64_t size = octavo::packed_size(n, k);
+    Random random(32);
+    const Array weight(DType::f32, random_normal(random, n, k));
+    const Array codes(DType::i8, n, k);
+    const Array scale(DType::f32, 1, n);
+    const Array code_sums(DType::i32, 1, n);
+    for (const bool by_pack : {false, true}) {
+        const check::Context context(by_pack ? "pack" : "quantize_weight");
+        void* const memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(memory != MAP_FAILED);
+        if (by_pack) {
+            octavo::pack(codes.matrix(), {.data = memory, .dtype = DType::i8, .size = size});
+        } else {
+            octavo::quantize_weight(weight.matrix(), {octavo::Scheme::absmax, Granularity::vector},
+                                    {.data = memory, .dtype = DType::i8, .rows = n, .cols = k, .row_stride = k},
+                                    scale.vector(), octavo::absent_vector, code_sums.vector(), {},
+                                    octavo::Layout::packed);
+        }
+        CHECK(were_large_pages_asked_for(static_cast<char*>(memory) + size / 2));
+        munmap(memory, size);
+    }
+}
+
+#endif

@@ -1,5 +1,9 @@
 #include "cpu/pack.hpp"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 
 #include "backend.hpp"
@@ -28,6 +32,21 @@ void pack_rows(const ConstMatrix& codes, std::int64_t begin, std::int64_t end, s
 
 }  // namespace
 
+void ask_for_large_pages(const void* memory, std::int64_t size) noexcept {
+#ifdef MADV_HUGEPAGE
+    constexpr std::uintptr_t page = std::uintptr_t{2} << 20U;
+    const auto address = reinterpret_cast<std::uintptr_t>(memory);
+    const std::uintptr_t first = (address + page - 1) / page * page;
+    const std::uintptr_t end = (address + static_cast<std::uintptr_t>(size)) / page * page;
+    if (first >= end) return;
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): pages have addresses
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+    static_cast<void>(memory);
+    static_cast<void>(size);
+#endif
+}
+
 void gather_features(const ConstVector& values, std::int64_t begin, std::int64_t count, float* target) {
     if (values.size == 1) {
         std::fill(target, target + count, get<float>(values, 0));
@@ -50,6 +69,7 @@ PackedPanel::PackedPanel(const ConstMatrix& codes, Layout layout, std::int64_t b
 
 void Backend::pack(ConstMatrix codes, Vector packed, Stream /*stream*/) const {
     const std::int64_t blocks = (codes.rows + block_cols - 1) / block_cols;
+    ask_for_large_pages(packed.data, packed_size(codes.rows, codes.cols));
     parallel_for(blocks, row_grain(block_cols * codes.cols), [&](std::int64_t begin, std::int64_t end) {
         pack_rows(codes, begin * block_cols, std::min(end * block_cols, codes.rows),
                   static_cast<std::int8_t*>(packed.data) + begin * block_cols * padded_depth(codes.cols));

@@ -304,6 +304,7 @@ void Backend::quantize_weight(ConstMatrix weight, const QuantizeOptions& options
         .excluded = [](std::int64_t) { return [](std::int64_t) { return std::span<const std::int32_t>(); }; },
         .seed = again.seed};
     if (layout == Layout::packed) {
+        ask_for_large_pages(codes.data, packed_size(codes.rows, codes.cols));
         traits.together = block_cols;
         traits.done = [=](std::int64_t row, const std::int8_t* block) {
             const std::int64_t depth = padded_depth(codes.cols);
