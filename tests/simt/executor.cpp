@@ -3,9 +3,9 @@
 // shared memory, until all have come.
 //
 // Fibers switch where they wait. Who goes on then is the order under test, OCTAVO_SIMT_ORDER:
-//   ascending       the first warp that can go on, its first lane; blocks from 0: low threads run far ahead of high
-//   ones descending      the reverse random:<seed>   any; in half of the blocks, by lot, a warp goes on as long as it
-//   can
+//   ascending       the first warp that can go on, its first lane; blocks from 0: low threads run far ahead
+//   descending      the reverse
+//   random:<seed>   any; in half of the blocks, by lot, a warp goes on as long as it can
 #include <sys/mman.h>
 
 #include <array>
