@@ -32,8 +32,8 @@ __device__ inline float rotated(float value, int thread, int rotation, float (&s
     return value / root_of(rotation);
 }
 
-// Of a row of which each lane of a warp has `count` elements side by side, `parts` times, one behind the other as the
-// warp's are, these after rotation in blocks of at most those of the warp. All 32 lanes must take part.
+// Rotates what a warp holds of a row, in place: `parts` pieces, one behind the other, of each of which every lane has
+// `count` elements side by side. Blocks are at most as long as all of it. All 32 lanes must take part.
 template <int parts, int count>
 __device__ void rotate_in_warp(float (*values)[count], int rotation) {
     const auto butterfly = [](float& first, float& second) {

@@ -28,9 +28,9 @@ inline constexpr std::int64_t block_cols = 16;  // output features of a block
     return row / 16 * 16 * depth + col / 4 * 64 + row % 16 * 4 + col % 4;
 }
 
-// Asks the system for pages of 2 MiB for memory that codes are about to be written to, as far as it is made of whole
-// ones: a product reads them from end to end, and at a page's end waits for the next. Where there are none, or that is
-// not to be asked for, nothing changes.
+// Asks the system for pages of 2 MiB, for memory that codes are about to be written to. A product reads codes from end
+// to end, and each change of the page makes it wait. Only whole large pages inside the memory are asked for, so it
+// takes no more of it; where the system gives none, nothing changes.
 void ask_for_large_pages(const void* memory, std::int64_t size) noexcept;
 
 // `count` values of a vector of output features (or its only one as often) from `begin` on as float32, then zeros up to
