@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,37 +65,53 @@ def convert(model: Path, output: Path, **options: Any) -> checkpoint.Report:
     return checkpoint.quantize(model, output, progress=False, **options)
 
 
-def killed(work: Callable[[], Any], *, after: float | None) -> bool:
-    """Whether a process of its own, a fork of this one, was killed, `after` seconds, before its work was done."""
+class Steps:
+    """Counts the calls and returns of Python functions, in all threads, and does `at_last` when `left` have been."""
+
+    def __init__(self, left: int = sys.maxsize, at_last: Callable[[], Any] = lambda: None) -> None:
+        self.done, self.left, self.at_last = 0, left, at_last
+
+    def __call__(self, *_: Any) -> None:
+        self.done += 1
+        if self.done == self.left:
+            self.at_last()
+
+    def __enter__(self) -> Steps:
+        threading.setprofile(self)
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+
+def killed(work: Callable[[], Any], *, after: int) -> bool:
+    """Whether a process of its own, a fork of this one, was killed after so many steps, before its work was done."""
     pid = os.fork()
     if not pid:
         try:
-            work()
+            with Steps(after, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+                work()
         finally:
             os._exit(0)
-    if after is not None:
-        time.sleep(after)
-        os.kill(pid, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_at_random_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_random_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 kills: what then finishes has the bytes of a run that nobody disturbed, and no beginning is left."""
     monkeypatch.setattr(os, "fsync", lambda _: None)  # for those who lose power, not for kills; and it is slow
     tqdm.set_lock(threading.RLock())  # else one that all processes share, which who is killed does not give back
     model = write_model(tmp_path / "m")
-    convert(model, tmp_path / "whole", jobs=1)
+    with Steps() as steps:
+        convert(model, tmp_path / "whole", jobs=1)
     whole = content(tmp_path / "whole")
-    started = time.monotonic()
-    assert not killed(lambda: convert(model, tmp_path / "again", jobs=1), after=None)
-    seconds = time.monotonic() - started  # of a fork, which copies the memory that it writes to
-    assert content(tmp_path / "again") == whole
     chance, kills, resumed = random.Random(0), 0, 0
     output = tmp_path / "out"
     while kills < 20:
         for _ in range(chance.randint(1, 6)):
-            kills += killed(lambda: convert(model, output, jobs=1), after=chance.uniform(0, 1.5 * seconds))
+            kills += killed(lambda: convert(model, output, jobs=1), after=chance.randint(1, steps.done))
             if output.exists():  # complete, as soon as it has its name
                 assert whole.items() <= content(output).items()
                 shutil.rmtree(output)
