@@ -107,6 +107,8 @@ class Picker {
 public:
     __device__ Picker(const Rest& rest, const Job& job) : rest_(rest), job_(job) {}
 
+    // What no launch of this layer writes, weights and their scales, is read while X is still being quantized.
+    __device__ void before_a() { wait_for_launch_before(); }
     __device__ void prepare() {
         if (rest_.picked_height == 0) return;
         const std::int32_t count = *rest_.list.count;

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(Tile::threads, copy == SliceCopy::async ? Tile
         OCTAVO_DYNAMIC_SHARED(std::int8_t, shared);
         const Job job = job_of<Tile>(a.rows, b.rows, k, parts);
         a.rows = rows_until(a.rows, job, parts);
-        wait_for_launch_before();
+        if constexpr (copy != SliceCopy::async) wait_for_launch_before();
         Sums<Tile> sums = {};
         sum_products<Tile, copy>(a, b, job, shared, sums, Picker<Tile::cols, Tile::threads, PlaceInSlice>(rest, job));
         const std::int32_t outliers = rest.list.count != nullptr ? *rest.list.count : 0;

@@ -58,13 +58,12 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
     const AsyncSlices<GroupShare<Tile, Tile::rows, false>, Tile::rows> slices_a(a, job.row0, job);
     const AsyncSlices<GroupShare<Tile, Tile::cols, true>, Tile::cols> slices_b(b, job.col0, job);
     const auto end = static_cast<int>(job.end - job.begin);
-    const auto copy = [&](int begin, int stage) {
-        std::int8_t* const target = shared + stage * Tile::stage_bytes;
-        if (begin < end) {
-            slices_a.copy(begin, target);
-            slices_b.copy(begin, target + bytes_of_a);
-        }
+    const auto copy_a = [&](int begin, int stage) {
+        if (begin < end) slices_a.copy(begin, shared + stage * Tile::stage_bytes);
         copy_async_commit();  // also where nothing was copied: waiting counts groups
+    };
+    const auto copy_b = [&](int begin, int stage) {
+        if (begin < end) slices_b.copy(begin, shared + stage * Tile::stage_bytes + bytes_of_a);
     };
 
     // The same for all lanes, as the compiler cannot know.
@@ -73,7 +72,10 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
     const std::uint64_t first_a = wgmma_matrix(shared + group * group_rows * Tile::slice);
     const std::uint64_t first_b = wgmma_matrix(shared + bytes_of_a);
 #pragma unroll
-    for (int stage = 0; stage < ahead; ++stage) copy(stage * Tile::slice, stage);
+    for (int stage = 0; stage < ahead; ++stage) copy_b(stage * Tile::slice, stage);
+    also.before_a();
+#pragma unroll
+    for (int stage = 0; stage < ahead; ++stage) copy_a(stage * Tile::slice, stage);
     also.prepare();
     __syncthreads();
     also.begin();
@@ -92,7 +94,8 @@ __device__ void sum_by_groups(const Operand& a, const Operand& b, const Job& job
             }
             wgmma_commit();
         }
-        copy(begin + ahead * Tile::slice, free);
+        copy_b(begin + ahead * Tile::slice, free);
+        copy_a(begin + ahead * Tile::slice, free);
         also.take(begin, begin + Tile::slice, shared + stage * Tile::stage_bytes + bytes_of_a);
         wgmma_wait<1>();
         stage = stage + 1 == Tile::stages ? 0 : stage + 1;
@@ -190,7 +193,6 @@ __global__ void __launch_bounds__(Tile::threads, Tile::resident)
         const Job job = job_of<Tile>(a.rows, b.rows, k, parts);
         a.rows = rows_until(a.rows, job, parts);
         const ColumnsInShared<Tile> columns{reinterpret_cast<float*>(shared + Tile::stages * Tile::stage_bytes)};
-        wait_for_launch_before();
         columns.read(rest, job);
         Sums<Tile> sums = {};
         using RowPlace = GroupShare<Tile, Tile::cols, true>;

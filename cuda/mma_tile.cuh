@@ -332,6 +332,7 @@ __device__ void multiply_codes(const Fragments<Tile>& from, int present, Sums<Ti
 
 // What else is done with slices while they are in shared memory: nothing.
 struct NothingElse {
+    __device__ void before_a() {}                                                  // the first rows of b are under way;
     __device__ void prepare() {}                                                   // behind it is a barrier,
     __device__ void begin() {}                                                     // and this
     __device__ void take(int /*begin*/, int /*end*/, const std::int8_t* /*b*/) {}  // columns of the job, rows of b
@@ -348,17 +349,19 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
     const AsyncSlices<Share<Tile::cols, Tile::threads, true>, Tile::cols> slices_b(b, job.col0, job);
     const int present = skips ? fragments_present(place, a.rows - job.row0) : Tile::row_fragments;
     const auto end = static_cast<int>(job.end - job.begin);
-    const auto copy = [&](int begin, int stage) {
-        std::int8_t* const target = shared + stage * Tile::stage_bytes;
-        if (begin < end) {
-            slices_a.copy(begin, target);
-            slices_b.copy(begin, target + Tile::rows * slice);
-        }
+    const auto copy_a = [&](int begin, int stage) {
+        if (begin < end) slices_a.copy(begin, shared + stage * Tile::stage_bytes);
         copy_async_commit();  // also where nothing was copied: waiting counts groups
+    };
+    const auto copy_b = [&](int begin, int stage) {
+        if (begin < end) slices_b.copy(begin, shared + stage * Tile::stage_bytes + Tile::rows * slice);
     };
 
 #pragma unroll
-    for (int stage = 0; stage < ahead; ++stage) copy(stage * slice, stage);
+    for (int stage = 0; stage < ahead; ++stage) copy_b(stage * slice, stage);
+    also.before_a();
+#pragma unroll
+    for (int stage = 0; stage < ahead; ++stage) copy_a(stage * slice, stage);
     also.prepare();
     copy_async_wait<ahead - 1>();
     __syncthreads();
@@ -381,7 +384,10 @@ __device__ void sum_async(const Operand& a, const Operand& b, const Job& job, st
                 __syncthreads();
                 read_fragments(shared + next * Tile::stage_bytes, 0, place, present, fragments[(s + 1) % 2]);
             }
-            if (s == 0) copy(begin + ahead * slice, free);
+            if (s == 0) {
+                copy_b(begin + ahead * slice, free);
+                copy_a(begin + ahead * slice, free);
+            }
             multiply(fragments[s % 2], present, sums);
         }
         free = stage;

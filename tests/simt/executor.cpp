@@ -656,6 +656,10 @@ void allow_dynamic_shared(const void* kernel, std::size_t bytes) { dynamic_allow
 
 void wait_for_launch_before() { where.too_early = current->too_early = false; }
 
+void let_next_launch_begin() {
+    if (current->too_early) fail("the next launch may begin before the launch before this one has ended");
+}
+
 unsigned lane_id() { return current->thread % warp; }
 
 // Of a window of addresses that begins at a multiple of a page.

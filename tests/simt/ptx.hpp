@@ -21,7 +21,7 @@ inline void copy_async_16(void* target, const void* source, int bytes) {
     simt::defer_copy(target, source, bytes);
 }
 inline void wait_for_launch_before() { simt::wait_for_launch_before(); }
-inline void let_next_launch_begin() {}
+inline void let_next_launch_begin() { simt::let_next_launch_begin(); }
 inline void copy_async_commit() { simt::copy_commit(); }
 template <int pending>
 void copy_async_wait() {

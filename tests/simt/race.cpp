@@ -239,6 +239,14 @@ bool access_cell(Cell& cell, const Record& record, Kind kind, const Position& no
     return !races;
 }
 
+// Whether the launch before may still write the cell, or read what would be written to it.
+bool is_too_early(const Cell& cell, Kind kind, const Position& now) {
+    const auto is_of_launch_before = [&](const Record& record) {
+        return record.code != 0 && record.launch == static_cast<std::uint16_t>(now.launch - 1);
+    };
+    return kind != Kind::read || is_of_launch_before(cell.write) || is_of_launch_before(cell.atomic);
+}
+
 Region* region_of(std::uintptr_t address) {
     Detector& the = detector();
     if (the.last_region != nullptr && the.last_region->range.holds(address)) return the.last_region;
@@ -279,7 +287,6 @@ void access(std::uintptr_t address, std::size_t size, Kind kind, const void* fro
         the.busy = false;
         return;
     }
-    if (now.too_early && !region->shared) fail_at("an access of memory before the launch before has ended", from);
     if (address + size > region->range.end) fail_at("an access past the end of a variable or of device memory", from);
     Record record;
     record.code = static_cast<std::uint32_t>(reinterpret_cast<std::uintptr_t>(from) - the.base);
@@ -290,11 +297,17 @@ void access(std::uintptr_t address, std::size_t size, Kind kind, const void* fro
     record.warp_epoch = static_cast<std::uint16_t>(now.warp_epoch);
     record.block_epoch = static_cast<std::uint16_t>(now.block_epoch);
     const std::uintptr_t first_word = region->range.begin / 4;
+    const auto access_at = [&](Cell& cell, std::uintptr_t at) {
+        if (now.too_early && !region->shared && is_too_early(cell, kind, now)) {
+            fail_at("an access of memory before the launch before has ended", from);
+        }
+        return access_cell(cell, record, kind, now, *region, at);
+    };
     bool good = true;  // one report for an access is enough
     for (std::uintptr_t at = address; at < address + size && good;) {
         Word& word = region->words[at / 4 - first_word];
         if (at % 4 == 0 && address + size - at >= 4 && word.apart == nullptr) {
-            good = access_cell(word.together, record, kind, now, *region, at);
+            good = access_at(word.together, at);
             at += 4;
             continue;
         }
@@ -302,7 +315,7 @@ void access(std::uintptr_t address, std::size_t size, Kind kind, const void* fro
             word.apart = &region->cells.emplace_back();
             word.apart->fill(word.together);
         }
-        good = access_cell((*word.apart)[at % 4], record, kind, now, *region, at);
+        good = access_at((*word.apart)[at % 4], at);
         ++at;
     }
     if (kind == Kind::atomic && !region->shared) synchronize_blocks(address, now);

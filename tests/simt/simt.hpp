@@ -118,9 +118,11 @@ struct Call {
 // Waits for all threads of a cooperative launch, which must all come here.
 void grid_barrier(const Loc& loc = Loc::current());
 
-// Every thread of a launch that begins early must come here, before it accesses memory that is not its block's: the
-// race build sees to the latter. Launches run one after the other all the same.
+// Every thread of a launch that begins early must come here, before it writes to memory that is not its block's, reads
+// there what the launch before has written, or lets the next launch begin: then what earlier launches have written is
+// there in any case. The race build sees to the first two. Launches run one after the other all the same.
 void wait_for_launch_before();
+void let_next_launch_begin();
 
 cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size_t shared, Call call);
 

@@ -88,22 +88,40 @@ DEFECT(conversion_that_overflows, defects::asan) {
     return broken || out.holds(127);
 }
 
-// Of a launch that may begin before the one that writes `in` has ended.
+// Of a launch that may begin before the one that writes `in` has ended, but not before that of `older`.
 template <bool broken>
-__global__ void take_over(const int* in, int* out) {
+__global__ void take_over(const int* older, const int* in, int* out) {
+    const int least = older[threadIdx.x];
     if (!broken) octavo::cuda::wait_for_launch_before();
     const int value = in[threadIdx.x];
     if (broken) octavo::cuda::wait_for_launch_before();
-    out[threadIdx.x] = value;
+    out[threadIdx.x] = max(least, value);
 }
 
 constexpr octavo::cuda::Grid early{1, 32, 0, true};
 
 DEFECT(reads_before_waiting, defects::race) {
+    Buffer<int> older(32);
     Buffer<int> in(32);
     Buffer<int> out(32);
+    octavo::cuda::launch(fill, {1, 32}, nullptr, older.data());
     octavo::cuda::launch(fill, {1, 32}, nullptr, in.data());
-    launch_one(broken, take_over<true>, take_over<false>, early, in.data(), out.data());
+    launch_one(broken, take_over<true>, take_over<false>, early, older.data(), in.data(), out.data());
+    return out.holds(1);
+}
+
+// `older` need not be there when a third launch begins.
+template <bool broken>
+__global__ void let_go(int* out) {
+    if (broken) octavo::cuda::let_next_launch_begin();
+    octavo::cuda::wait_for_launch_before();
+    if (!broken) octavo::cuda::let_next_launch_begin();
+    out[threadIdx.x] = 1;
+}
+
+DEFECT(lets_the_next_launch_begin_before_waiting, defects::every) {
+    Buffer<int> out(32);
+    launch_one(broken, let_go<true>, let_go<false>, early, out.data());
     return out.holds(1);
 }
 
