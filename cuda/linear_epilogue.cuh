@@ -494,14 +494,22 @@ __device__ inline void multiply_add(float (&sums)[4], const std::uint32_t (&a)[4
     multiply_add_bf16(sums, a, b);
 }
 
-// Two codes, as numbers of 16 bits.
-__device__ inline std::uint32_t pair_of_codes(std::int8_t first, std::int8_t second, __half /*type*/) {
-    const __half2 pair = __floats2half2_rn(first, second);
+// Codes of two columns as numbers of 16 bits: those in byte `row` of words whose bytes are 128 more than codes. Such a
+// byte behind the upper one of 1024, or of 2^23, is a number of float16 or float32 that is as much more.
+__device__ inline std::uint32_t pair_of_codes(std::uint32_t first, std::uint32_t second, unsigned row,
+                                              __half /*type*/) {
+    const std::uint32_t both = select_bytes(first, second, 0x0400U + 0x0101U * row);
+    const std::uint32_t larger = (both & 0x00FF00FFU) | 0x64006400U;
+    const __half2 pair = __hsub2(reinterpret_cast<const __half2&>(larger), __float2half2_rn(1024.0F + 128.0F));
     return reinterpret_cast<const std::uint32_t&>(pair);
 }
-__device__ inline std::uint32_t pair_of_codes(std::int8_t first, std::int8_t second, __nv_bfloat16 /*type*/) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
-    return reinterpret_cast<const std::uint32_t&>(pair);
+__device__ inline std::uint32_t pair_of_codes(std::uint32_t first, std::uint32_t second, unsigned row,
+                                              __nv_bfloat16 /*type*/) {
+    const auto number = [row](std::uint32_t word) {
+        const float larger = __uint_as_float(select_bytes(word, 0x4B000000U, 0x7440U + row));
+        return __float_as_uint(__fadd_rn(larger, -(0x1p23F + 128.0F)));
+    };
+    return select_bytes(number(first), number(second), 0x7632U);  // upper halves, which have all bits of a code
 }
 
 // Whether sums that lack the scales of W cannot overflow: all numbers of the panel of X, and the scales of X, are
@@ -529,24 +537,23 @@ __device__ bool are_moderate(const Job& job, std::int64_t m, const Rest& rest, i
     return __syncthreads_or(is_moderate ? 0 : 1) == 0;
 }
 
-// Of a row of W a chunk of outlier columns, from `column` of `columns` on: codes as 16-bit numbers, from `codes` on,
-// and zeros for columns that are kept.
-template <class T>
-__device__ Chunk chunk_of_codes(const Rest& rest, const std::int8_t* codes, int column, int columns) {
-    std::int8_t found[per_access<T>];
+// Of as many rows of W as many outlier columns, from `column` of `columns` on, a multiple of them: codes, from `codes`
+// on, and codes 0 for columns that are kept; as bytes that are 128 more, a word for each column.
+constexpr int rows_of_codes = 4;
+using FourCodes = Pack<std::uint32_t, rows_of_codes>;
+__device__ inline FourCodes read_codes(const Rest& rest, const std::int8_t* codes, int column, int columns) {
+    FourCodes words;
 #pragma unroll
-    for (int e = 0; e < per_access<T>; ++e, codes += rest.out.cols) {
-        found[e] = column + e < columns ? *codes : std::int8_t{0};
+    for (int e = 0; e < rows_of_codes; ++e, codes += rest.out.cols) {
+        words[e] = column + e < columns ? *reinterpret_cast<const std::uint32_t*>(codes) : 0;
     }
-    if (rest.panels.places != nullptr && column < columns) {
+    if (rest.panels.places != nullptr) {
 #pragma unroll
-        for (int e = 0; e < per_access<T>; ++e)
-            found[e] = rest.panels.places[column + e] < 0 ? found[e] : std::int8_t{0};
+        for (int e = 0; e < rows_of_codes; ++e) words[e] = rest.panels.places[column + e] < 0 ? words[e] : 0;
     }
-    Chunk numbers;
 #pragma unroll
-    for (int w = 0; w < chunk / 4; ++w) numbers[w] = pair_of_codes(found[2 * w], found[2 * w + 1], T{});
-    return numbers;
+    for (int e = 0; e < rows_of_codes; ++e) words[e] ^= 0x80808080U;
+    return words;
 }
 
 // The same of kept weights, and zeros for columns that are not. Where they follow each other in a row that others lie
@@ -601,9 +608,10 @@ __device__ void add_bits(const Job& job, std::int64_t m, std::int64_t n, const R
         for (int s = 0; s < count; ++s) slices_x.copy((first + s) * slice, shared + s * slice_bytes);
         copy_async_commit();
         const int across = count * chunks;
-        const auto put = [&](int row, int own, const Chunk& numbers) {
-            std::int8_t* const target = shared + own / chunks * slice_bytes + (Tile::rows + row) * slice;
-            store(reinterpret_cast<std::uint32_t*>(target + chunk_of_b(row, own % chunks) * chunk), numbers);
+        // Of rows of W; those of four rows from a multiple of four on lie a slice apart.
+        const auto place_of_chunk = [&](int row, int own) {
+            return shared + own / chunks * slice_bytes + (Tile::rows + row) * slice +
+                   chunk_of_b(row, own % chunks) * chunk;
         };
         // Neighbours read what lies side by side: of codes rows, of kept weights columns.
         if (are_kept) {
@@ -616,18 +624,29 @@ __device__ void add_bits(const Job& job, std::int64_t m, std::int64_t n, const R
                 const int row = static_cast<int>(static_cast<unsigned>(i) * reciprocal >> 20);
                 const int own = i - row * across;  // chunk of all
                 const std::int64_t j = of_panel.col0 + min(row, rows_of_w - 1);
-                put(row, own,
+                const Chunk numbers =
                     chunk_of_kept<T>(rest, static_cast<const std::uint16_t*>(kept.data) + j * kept.row_stride,
-                                     row > 0 && row + 1 < rows_of_w, first * of_slice + own * per_access<T>, columns));
+                                     row > 0 && row + 1 < rows_of_w, first * of_slice + own * per_access<T>, columns);
+                store(reinterpret_cast<std::uint32_t*>(place_of_chunk(row, own)), numbers);
             }
         } else {
 #pragma unroll 1
-            for (int i = static_cast<int>(threadIdx.x); i < across * Tile::cols; i += Tile::threads) {
-                const int row = i % Tile::cols;
-                const int own = i / Tile::cols;
-                const int column = first * of_slice + own * per_access<T>;
-                const std::int64_t j = of_panel.col0 + min(row, rows_of_w - 1);
-                put(row, own, chunk_of_codes<T>(rest, codes + column * rest.out.cols + j, column, columns));
+            for (int i = static_cast<int>(threadIdx.x); i < across * Tile::cols / 2; i += Tile::threads) {
+                // Half a chunk of four rows, of which a neighbour has the other half.
+                constexpr unsigned quads = Tile::cols / rows_of_codes;
+                const unsigned half = static_cast<unsigned>(i) % 2;
+                const auto row = static_cast<int>(static_cast<unsigned>(i) / 2 % quads * rows_of_codes);
+                const auto own = static_cast<int>(static_cast<unsigned>(i) / 2 / quads);
+                const int column = first * of_slice + own * per_access<T> + static_cast<int>(half) * rows_of_codes;
+                const std::int64_t j = of_panel.col0 + min(row, rows_of_w - rows_of_codes);
+                const FourCodes words = read_codes(rest, codes + column * rest.out.cols + j, column, columns);
+                std::int8_t* const target = place_of_chunk(row, own) + half * (chunk / 2);
+#pragma unroll
+                for (unsigned r = 0; r < rows_of_codes; ++r) {
+                    const Pack<std::uint32_t, 2> numbers{
+                        {pair_of_codes(words[0], words[1], r, T{}), pair_of_codes(words[2], words[3], r, T{})}};
+                    store(reinterpret_cast<std::uint32_t*>(target + r * slice), numbers);
+                }
             }
         }
         copy_async_wait<0>();

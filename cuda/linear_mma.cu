@@ -147,7 +147,8 @@ bool FusedLinear::takes_bits(const ConstMatrix& x, const WeightView& weight, con
     const bool lie_side_by_side = kept.col_stride == 1 && kept.row_stride >= kept.cols;
     if (weight.outlier_columns.size > 0 && (kept.dtype != x.dtype || !lie_side_by_side)) return false;
     return options.outliers == Outliers::static_ ||
-           (options.outliers == Outliers::columns && weight.scheme == Scheme::absmax && weight.rotation == 0);
+           (options.outliers == Outliers::columns && weight.scheme == Scheme::absmax && weight.rotation == 0 &&
+            weight.codes.rows % rows_of_codes == 0);
 }
 
 void FusedLinear::start(const CodedX& coded, ConstMatrix x, const LinearLayer& layer, const Exclusion& exclusion,

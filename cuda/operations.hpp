@@ -195,7 +195,7 @@ public:
     FusedLinear(std::int64_t m, const WeightView& weight, const LinearOptions& options);
 
     // Whether outlier columns can be multiplied in X's own 16 bits: those of W are kept in the same dtype, side by
-    // side, or codes times one scale for a feature.
+    // side, or codes times one scale for a feature, where the number of features is a multiple of four.
     static bool takes_bits(const ConstMatrix& x, const WeightView& weight, const LinearOptions& options);
     // How many rows of tiles pick codes; 0: none does.
     [[nodiscard]] std::int64_t pickers() const { return pickers_; }
