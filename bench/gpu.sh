@@ -12,9 +12,10 @@
 # Where the backend cannot be built here, prebuilt/liboctavo_cuda.so is taken instead, if it is there: any Python's does.
 #
 # Results are written after every step anew, so that whoever is killed loses one step: summary.txt, logs.tgz, and by the
-# name of the GPU and the date -key.json (few shapes, many rows), -mma.json (some without wgmma), -graph.json (as CUDA
-# graphs), -kernels.txt (what each kernel takes) and .json (every shape). --continue goes on behind the steps that an
-# earlier call did well. Ends with a summary, and with a status that is not 0 where a step failed.
+# name of the GPU and the date -key.json (few shapes, many rows), -mma.json (some without wgmma), -no-prefetch.json (few
+# rows, without asking for weights ahead), -graph.json (as CUDA graphs), -kernels.txt (what each kernel takes) and .json
+# (every shape). --continue goes on behind the steps that an earlier call did well. Ends with a summary, and with a
+# status that is not 0 where a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 limit=${OCTAVO_GPU_SECONDS:-840}  # of all together
@@ -151,6 +152,9 @@ step key-figures 100 "${bench[@]}" "${key[@]}" --outliers 0 6 64 --limit 80 --js
 # The same without products of warpgroups.
 OCTAVO_CUDA_WGMMA=0 step mma 40 "${bench[@]}" --shapes 4096,16384 8192,8192 --rows 128 256 1024 4096 --seconds 0.2 \
   --outliers 6 --limit 30 --json "$out/$name-mma.json"
+# The same without asking for weights before the product.
+OCTAVO_CUDA_PREFETCH=0 step no-prefetch 30 "${bench[@]}" --shapes 4096,16384 4096,4096 --rows 1 16 64 128 256 \
+  --seconds 0.2 --outliers 6 --limit 22 --json "$out/$name-no-prefetch.json"
 step graphs 60 "${bench[@]}" "${key[@]}" --outliers 6 --graph --limit 45 --json "$out/$name-graph.json"
 step kernels 60 env PYTHONPATH=bench "$py" -m octavo_bench.layers.kernels "$out/$name-kernels.txt"
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ahead.cuh"
 #include "bits.cuh"
 #include "device.cuh"
 #include "memory.hpp"
@@ -53,11 +54,12 @@ struct Seen {
 template <class T, Scheme scheme, bool wide>
 __global__ void __launch_bounds__(threads, 1)
     column_ranges_kernel(View<const Bits<T>> x, bool per_element, float threshold, ColumnMarks marks, Range* ranges,
-                         std::int64_t rows_per_part) {
+                         std::int64_t rows_per_part, Ahead ahead) {
     constexpr int own = wide ? per_access<T> : 1;  // columns of a lane, and rows of a warp
     constexpr int across = warp_size / own;        // lanes of a row
     __shared__ Range found[warps][warp_size];
     __shared__ std::uint32_t found_marks[warps];
+    ask_for(ahead);
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
     const std::int64_t first_column = std::int64_t{blockIdx.x} * warp_size;
@@ -124,14 +126,14 @@ std::int64_t range_parts(const ConstMatrix& x) {
 }
 
 void find_column_ranges(ConstMatrix x, Scheme scheme, bool per_element, float threshold, ColumnMarks marks,
-                        Range* ranges, cudaStream_t stream) {
+                        Range* ranges, const Ahead& ahead, cudaStream_t stream) {
     if (x.cols == 0) return;
     const Grid grid{dim3(static_cast<unsigned>(words_for(x.cols)), static_cast<unsigned>(marks.parts)), threads};
     const bool wide = rows_are_aligned(x, 16);
     with_float(x.dtype, [&]<class T>(Type<T>) {
         const auto start = [&]<Scheme s>(std::integral_constant<Scheme, s>) {
             launch(wide ? column_ranges_kernel<T, s, true> : column_ranges_kernel<T, s, false>, grid, stream,
-                   view_of<Bits<T>>(x), per_element, threshold, marks, ranges, blocks_for(x.rows, marks.parts));
+                   view_of<Bits<T>>(x), per_element, threshold, marks, ranges, blocks_for(x.rows, marks.parts), ahead);
         };
         switch (scheme) {
             case Scheme::absmax: return start(std::integral_constant<Scheme, Scheme::absmax>{});

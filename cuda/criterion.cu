@@ -12,6 +12,7 @@
 // few calls come to it.
 #include <algorithm>
 
+#include "ahead.cuh"
 #include "criterion.cuh"
 #include "device.cuh"
 #include "memory.hpp"
@@ -219,8 +220,9 @@ __device__ Limit apply_to_row(const View<const T>& x, std::int64_t row, const Cr
 // for each other clear first.
 template <class T>
 __global__ void __launch_bounds__(most_threads)
-    rows_kernel(View<const T> x, Criterion criterion, Limit* limits, ColumnMarks marks) {
+    rows_kernel(View<const T> x, Criterion criterion, Limit* limits, ColumnMarks marks, Ahead ahead) {
     let_next_launch_begin();
+    ask_for(ahead);
     const bool adds = marks.parts < x.rows;
     const auto words = static_cast<unsigned>(words_for(x.cols));
     if (adds) {
@@ -239,8 +241,9 @@ __global__ void __launch_bounds__(most_threads)
 // that wait for each other.
 template <class T>
 __global__ void __launch_bounds__(most_threads)
-    columns_kernel(View<const T> x, Criterion criterion, std::uint32_t* maxima, std::uint32_t* words) {
+    columns_kernel(View<const T> x, Criterion criterion, std::uint32_t* maxima, std::uint32_t* words, Ahead ahead) {
     let_next_launch_begin();
+    ask_for(ahead);
     const std::int64_t threads = blockDim.x;
     const std::int64_t blocks = gridDim.x;
     for (std::int64_t j = blockIdx.x * threads + threadIdx.x; j < x.cols; j += blocks * threads) maxima[j] = 0;
@@ -277,7 +280,7 @@ std::int64_t criterion_parts(std::int64_t rows, bool per_row) {
 }
 
 void apply_criterion(ConstMatrix x, const LinearOptions& options, ColumnMarks marks, std::uint32_t* maxima,
-                     Limit* limits, cudaStream_t stream) {
+                     Limit* limits, const Ahead& ahead, cudaStream_t stream) {
     if (x.cols == 0) return;
     if (x.rows == 0) {
         return check(
@@ -297,15 +300,16 @@ void apply_criterion(ConstMatrix x, const LinearOptions& options, ColumnMarks ma
     const std::int64_t resident =
         device_facts().multiprocessors * std::min<std::int64_t>(most_blocks, most_threads / threads);
     const bool meets = !per_row || marks.parts < x.rows;
-    const std::int64_t wanted = per_row ? x.rows : blocks_for(x.cols, threads) * blocks_for(x.rows, rows_under_way);
+    const std::int64_t wanted = std::max(
+        per_row ? x.rows : blocks_for(x.cols, threads) * blocks_for(x.rows, rows_under_way), blocks_to_ask(ahead));
     const Grid grid{.blocks = static_cast<unsigned>(meets ? std::min(resident, wanted) : wanted),
                     .threads = static_cast<unsigned>(threads),
                     .cooperative = meets};
     with_float(x.dtype, [&]<class T>(Type<T>) {
         if (per_row) {
-            launch(rows_kernel<T>, grid, stream, view_of<T>(x), criterion, limits, marks);
+            launch(rows_kernel<T>, grid, stream, view_of<T>(x), criterion, limits, marks, ahead);
         } else {
-            launch(columns_kernel<T>, grid, stream, view_of<T>(x), criterion, maxima, marks.words);
+            launch(columns_kernel<T>, grid, stream, view_of<T>(x), criterion, maxima, marks.words, ahead);
         }
     });
 }

@@ -4,9 +4,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <iterator>
 #include <limits>
+#include <numeric>
 
 namespace octavo::cuda {
 
@@ -105,6 +107,32 @@ inline Division divide_product(std::int64_t m, std::int64_t n, std::int64_t k, s
 inline constexpr std::int64_t most_pickers = 8;
 inline constexpr std::int64_t most_picked = 64;
 inline constexpr std::int64_t most_picked_depth = 0xFF00;  // columns are listed in 16 bits, and slices end behind k
+
+// --- W on its way while X is quantized ------------------------------------------------------------------------------
+
+// The launches before the product leave memory idle, each for this many microseconds: meanwhile each asks for a part of
+// W to be brought to the level-2 cache, of which all of them take no more than two fifths.
+inline constexpr double idle_time = 1.7;
+inline constexpr double share_of_cache = 0.2;
+// Products of more rows of X are not bound by reading W.
+inline constexpr std::int64_t most_rows_ahead = 256;
+inline constexpr std::int64_t ahead_chunk = 512;  // bytes of a row of W
+
+// Bytes for each launch; `bandwidth` is that of memory, in bytes for a microsecond.
+inline double bytes_ahead(double bandwidth, double cache) {
+    return std::min(bandwidth * idle_time, cache * share_of_cache);
+}
+
+// In how many chunks of W each of `launches` asks for one. What is asked for lies among what is not, whatever part of
+// the rows or of their columns a block reads: so cache and memory are read at a time.
+inline std::int64_t every_ahead(std::int64_t n, std::int64_t k, double of_launch, std::int64_t launches) {
+    const auto wanted = static_cast<std::int64_t>(std::ceil(static_cast<double>(n * k) / of_launch));
+    if (wanted <= launches) return launches;
+    const std::int64_t of_row = whole(k, ahead_chunk);
+    std::int64_t every = wanted;
+    while (std::gcd(every, of_row) > 1) ++every;
+    return every;
+}
 
 // --- the weight-only product by dot products ------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@
 //      columns, and write them and their weights side by side
 //   3. int8 product, scales, outlier columns times 16-bit weights, bias
 //
+// The launches before the product ask memory for a part of W (ahead.cuh).
+//
 // Before sm_80 the product is cuBLASLt's, and what follows it a launch of its own. Several layers of one X share the
 // first two steps.
 //
@@ -14,6 +16,7 @@
 #include "octavo/linear.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -39,6 +42,29 @@ struct Plan {
     Workspace::Part<std::int32_t> excluded_codes{};
     Panels panels{};
 };
+
+// What launch `index` of `launches` before the product of `m` rows asks for.
+Ahead part_ahead(std::int64_t m, const ConstMatrix& codes, std::int64_t index, std::int64_t launches) {
+    const double bytes = device_facts().bytes_ahead;
+    const std::int64_t row_bytes = codes.cols / codes_alignment * codes_alignment;
+    const std::int64_t of_row = whole(row_bytes, ahead_chunk);
+    const std::int64_t chunks = codes.rows * of_row;
+    const bool aligned = codes.col_stride == 1 && codes.row_stride % codes_alignment == 0 &&
+                         reinterpret_cast<std::uintptr_t>(codes.data) % codes_alignment == 0;
+    if (m > most_rows_ahead || bytes <= 0.0 || !aligned || chunks == 0 ||
+        chunks > std::numeric_limits<std::int32_t>::max()) {
+        return {};
+    }
+    const std::int64_t every = every_ahead(codes.rows, row_bytes, bytes, launches);
+    const std::int64_t first = index * (every / launches);
+    return {.codes = static_cast<const std::int8_t*>(codes.data),
+            .row_stride = codes.row_stride,
+            .row_bytes = static_cast<std::int32_t>(row_bytes),
+            .chunks_of_row = static_cast<std::uint32_t>(of_row),
+            .first = static_cast<std::uint32_t>(first),
+            .every = static_cast<std::uint32_t>(every),
+            .count = static_cast<std::uint32_t>(whole(std::max<std::int64_t>(chunks - first, 0), every))};
+}
 
 // Of at most `most_layers` layers.
 void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, const LinearOptions& options,
@@ -151,13 +177,19 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
 
     marks.words = workspace.at(words);
     const ColumnList list{workspace.at(columns), workspace.at(count)};
-    if (has_outliers) {
+    const bool finds = finds_outliers && k > 0;
+    const auto part_of_launch = [&, launches = finds ? 2 : 1](std::int64_t index) {
+        return is_fused ? part_ahead(m, weight.codes, index, launches) : Ahead{};
+    };
+    if (finds) {
+        const Ahead ahead = part_of_launch(0);
         if (has_limits) {
-            apply_criterion(x, options, marks, workspace.at(maxima), workspace.at(limits), stream);
+            apply_criterion(x, options, marks, workspace.at(maxima), workspace.at(limits), ahead, stream);
         } else if (has_ranges) {
-            find_column_ranges(x, weight.scheme, per_element, options.threshold, marks, workspace.at(ranges), stream);
-        } else if (finds_outliers) {
-            mark_outliers(x, options.threshold, marks, stream);
+            find_column_ranges(x, weight.scheme, per_element, options.threshold, marks, workspace.at(ranges), ahead,
+                               stream);
+        } else {
+            mark_outliers(x, options.threshold, marks, ahead, stream);
         }
     }
     const Exclusion exclusion{.marks = marks,
@@ -167,7 +199,8 @@ void int8_linear(const ConstMatrix& x, std::span<const LinearLayer> layers, cons
                               .ranges = workspace.at(ranges),
                               .panels = panels,
                               .tickets = workspace.at(tickets),
-                              .ticket_count = ticket_count};
+                              .ticket_count = ticket_count,
+                              .ahead = part_of_launch(finds ? 1 : 0)};
     const Matrix x_codes{workspace.at(codes), DType::i8, x.device, m, depth, width, 1};
     quantize_rows(
         x, quantize_options, exclusion, x_codes, width,

@@ -81,6 +81,18 @@ int attribute(cudaDeviceAttr name, int device) {
     return value;
 }
 
+bool is_off(const char* variable) {
+    const char* const value = std::getenv(variable);
+    return value != nullptr && std::string_view(value) == "0";
+}
+
+// Of the device's memory at its peak, in bytes for a microsecond; 0 where it does not say.
+double bandwidth_of(int device) {
+    const double clock = attribute(cudaDevAttrMemoryClockRate, device);  // in kHz; data comes at both edges
+    const double bits = attribute(cudaDevAttrGlobalMemoryBusWidth, device);
+    return 2.0 * clock * bits / 8.0 / 1e3;
+}
+
 DeviceFacts read_facts(int index) {
     DeviceFacts facts;
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, index);
@@ -94,10 +106,10 @@ DeviceFacts read_facts(int index) {
     facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
     facts.shared = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     // Other devices cannot run what is compiled for 9.0a.
-    const char* const wanted = std::getenv("OCTAVO_CUDA_WGMMA");
-    const bool is_off = wanted != nullptr && std::string_view(wanted) == "0";
-    if (10 * major + minor == wgmma_architecture && facts.architecture == wgmma_architecture && !is_off) {
-        facts.wgmma = try_wgmma();
+    const bool may_have_wgmma = 10 * major + minor == wgmma_architecture && facts.architecture == wgmma_architecture;
+    if (may_have_wgmma && !is_off("OCTAVO_CUDA_WGMMA")) facts.wgmma = try_wgmma();
+    if (!is_off("OCTAVO_CUDA_PREFETCH")) {
+        facts.bytes_ahead = bytes_ahead(bandwidth_of(index), attribute(cudaDevAttrL2CacheSize, index));
     }
     return facts;
 }

@@ -44,6 +44,7 @@ struct DeviceFacts {
     int architecture = 0;    // of the code that it runs, 10 * major + minor: 90 for compute capability 9.0
     std::size_t shared = 0;  // bytes of shared memory that a block can have
     Wgmma wgmma = Wgmma::none;
+    double bytes_ahead = 0.0;  // of W, that a launch before the product asks for (division.hpp)
 };
 
 // Of the current device. Throws Error (device) where it is older than compute capability 7.5, or there is no code for

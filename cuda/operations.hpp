@@ -17,6 +17,20 @@
 
 namespace octavo::cuda {
 
+// --- ahead.cuh ------------------------------------------------------------------------------------------------------
+
+// What a launch before the product asks memory for: of the chunks of W, which lie row by row, every `every`-th from
+// `first` on.
+struct Ahead {
+    const std::int8_t* codes = nullptr;  // null: nothing
+    std::int64_t row_stride = 0;
+    std::int32_t row_bytes = 0;
+    std::uint32_t chunks_of_row = 1;
+    std::uint32_t first = 0;
+    std::uint32_t every = 1;
+    std::uint32_t count = 0;
+};
+
 // --- outlier.cu -----------------------------------------------------------------------------------------------------
 
 // Which columns of X are set apart: bit j % 32 of word j / 32. Blocks of rows are marked apart from each other, without
@@ -41,7 +55,7 @@ struct ColumnList {
 std::int64_t mark_parts(const ConstMatrix& x);
 
 // Mark the columns that hold an x with not (|x| < threshold)   (paper section 3.2). Writes all words.
-void mark_outliers(ConstMatrix x, float threshold, ColumnMarks marks, cudaStream_t stream);
+void mark_outliers(ConstMatrix x, float threshold, ColumnMarks marks, const Ahead& ahead, cudaStream_t stream);
 
 // Mark the columns of a list, in one part. Numbers outside 0 to k - 1 are ignored.
 void mark_listed(ConstVector columns, std::int64_t k, ColumnMarks marks, cudaStream_t stream);
@@ -72,7 +86,7 @@ std::int64_t criterion_parts(std::int64_t rows, bool per_row);
 // Mark the outlier columns. `maxima` [k] is scratch. With `limits` [m] not null every row is a call of its own: they
 // receive the rows' limits, and all their columns are marked.
 void apply_criterion(ConstMatrix x, const LinearOptions& options, ColumnMarks marks, std::uint32_t* maxima,
-                     Limit* limits, cudaStream_t stream);
+                     Limit* limits, const Ahead& ahead, cudaStream_t stream);
 
 // --- column_ranges.cu -----------------------------------------------------------------------------------------------
 
@@ -90,7 +104,7 @@ std::int64_t range_parts(const ConstMatrix& x);
 // Mark the columns that hold an outlier, and find the range of each column in each part of the rows, into `ranges`
 // [marks.parts, k]; where `per_element` that of its elements with |x| < threshold.
 void find_column_ranges(ConstMatrix x, Scheme scheme, bool per_element, float threshold, ColumnMarks marks,
-                        Range* ranges, cudaStream_t stream);
+                        Range* ranges, const Ahead& ahead, cudaStream_t stream);
 
 // --- quantize.cu ----------------------------------------------------------------------------------------------------
 
@@ -130,6 +144,7 @@ struct Exclusion {
     std::span<const Panels> panels;  // of layers, at most `most_layers`: are written, with the list
     unsigned* tickets = nullptr;     // where not null: receives zeros
     std::int64_t ticket_count = 0;
+    Ahead ahead{};  // is asked for meanwhile
 };
 
 // octavo::quantize with what is excluded on the device. Rows of codes have `width` >= rotated_size(k) columns, of which

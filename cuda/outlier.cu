@@ -9,6 +9,7 @@
 // parts are as many as give each multiprocessor a block; 64 KiB under way there cover the latency of memory.
 #include <algorithm>
 
+#include "ahead.cuh"
 #include "bits.cuh"
 #include "device.cuh"
 #include "marks.cuh"
@@ -58,9 +59,11 @@ __device__ Quad largest_of(std::int64_t row, std::int64_t end, Read read) {
 // One block to a multiprocessor is what the launcher asks for; for two the compiler would spill.
 template <class T, bool wide>
 __global__ void __launch_bounds__(mark_threads, 1)
-    mark_kernel(View<const Bits<T>> x, float threshold, ColumnMarks marks, std::int64_t rows_per_part) {
+    mark_kernel(View<const Bits<T>> x, float threshold, ColumnMarks marks, std::int64_t rows_per_part, Ahead ahead) {
     __shared__ Quad found[mark_warps][warp_size];
     let_next_launch_begin();
+    ask_for(ahead);
+    if (blockIdx.y >= marks.parts) return;  // it was there to ask
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
     const std::int64_t first_column = blockIdx.x * tile_columns(sizeof(T));
@@ -139,14 +142,15 @@ std::int64_t mark_parts(const ConstMatrix& x) {
     return std::clamp<std::int64_t>(parts, 1, std::max<std::int64_t>(blocks_for(x.rows, mark_warps), 1));
 }
 
-void mark_outliers(ConstMatrix x, float threshold, ColumnMarks marks, cudaStream_t stream) {
+void mark_outliers(ConstMatrix x, float threshold, ColumnMarks marks, const Ahead& ahead, cudaStream_t stream) {
     if (x.cols == 0) return;
     const std::int64_t tiles = blocks_for(x.cols, tile_columns(size_of(x.dtype)));
     const std::int64_t rows_per_part = blocks_for(x.rows, marks.parts);
-    const Grid grid{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(marks.parts)), mark_threads};
+    const std::int64_t parts = std::max(marks.parts, blocks_for(blocks_to_ask(ahead), tiles));
+    const Grid grid{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(parts)), mark_threads};
     with_float(x.dtype, [&]<class T>(Type<T>) {
         launch(rows_are_aligned(x, 16) ? mark_kernel<T, true> : mark_kernel<T, false>, grid, stream,
-               view_of<Bits<T>>(x), threshold, marks, rows_per_part);
+               view_of<Bits<T>>(x), threshold, marks, rows_per_part, ahead);
     });
 }
 
@@ -164,9 +168,9 @@ void find_outliers(ConstMatrix x, const LinearOptions& options, Vector columns, 
     workspace.allocate();
     const ColumnMarks marks{.words = workspace.at(words), .parts = parts};
     if (needs_limits(options)) {
-        apply_criterion(x, options, marks, workspace.at(maxima), nullptr, stream);
+        apply_criterion(x, options, marks, workspace.at(maxima), nullptr, {}, stream);
     } else {
-        mark_outliers(x, options.threshold, marks, stream);
+        mark_outliers(x, options.threshold, marks, {}, stream);
     }
     launch(list_kernel, Grid{1, list_threads}, stream, marks, x.cols, span_of<std::int32_t>(columns),
            span_of<std::int32_t>(count));

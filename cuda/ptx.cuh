@@ -250,6 +250,16 @@ __device__ inline uint4 load_16_once(const void* source, std::uint64_t policy) {
     return value;
 }
 
+// Asks for `bytes` bytes to be brought to the level-2 cache, and goes on. Address and bytes are multiples of 16.
+__device__ inline void prefetch(const std::int8_t* source, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(source), "r"(bytes) : "memory");
+#else
+    constexpr int line = 128;
+    for (int i = 0; i < bytes; i += line) asm volatile("prefetch.global.L2 [%0];" : : "l"(source + i) : "memory");
+#endif
+}
+
 // --- launches that begin before the one before them has ended (sm_90) ------------------------------------------------
 
 // Waits until the launch before, with all that it waited for, has ended, and what it wrote can be read.

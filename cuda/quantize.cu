@@ -24,6 +24,7 @@
 #include <limits>
 #include <string>
 
+#include "ahead.cuh"
 #include "bits.cuh"
 #include "criterion.cuh"
 #include "device.cuh"
@@ -269,6 +270,7 @@ struct Task {
     PartialRange* partial = nullptr;                 // [blocks]
     const Range* column_ranges = nullptr;            // [marks.parts, k]
     unsigned long long* first_not_finite = nullptr;  // where not null: receives the least row that is not finite
+    Ahead ahead;
 };
 
 // The threads that share a row, and which rows they have.
@@ -571,6 +573,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, rotates,
     __shared__ std::int32_t partial_sums[2][warp_size];
     wait_for_launch_before();
     let_next_launch_begin();
+    ask_for(task.ahead);
     const int thread = static_cast<int>(threadIdx.x);
     const int threads = static_cast<int>(blockDim.x);
     // Lists and panels are other blocks' work, or, where blocks wait for each other and are few, that of all of them.
@@ -589,6 +592,7 @@ __global__ void __launch_bounds__(most_threads(sizeof(T), scheme, wide, rotates,
     const std::int64_t blocks = gridDim.x - (meets ? 0 : others);
     for (std::int64_t i = block * threads + thread; i < task.ticket_count; i += blocks * threads) task.tickets[i] = 0;
     const int teams = task.rows_of_warps ? threads / warp_size : 1;
+    if (!meets && block > 0 && block * teams >= x.rows) return;  // it was there to ask
     const Team team{task.rows_of_warps ? thread % warp_size : thread, threads / teams,
                     block * teams + (task.rows_of_warps ? thread / warp_size : 0), blocks * teams};
 
@@ -741,7 +745,8 @@ void launch_step(const ConstMatrix& x, Scheme scheme, bool wide, const Teams& te
     task.rows_of_warps = teams.of_warps;
     const bool meets = task.step == Step::matrix;
     const bool lists = task.list.columns != nullptr && !meets;
-    const Grid grid{.blocks = static_cast<unsigned>(teams.blocks + (lists ? 1 + task.panels.blocks : 0)),
+    const std::int64_t wanted = teams.blocks + (lists ? 1 + task.panels.blocks : 0);
+    const Grid grid{.blocks = static_cast<unsigned>(meets ? wanted : std::max(wanted, blocks_to_ask(task.ahead))),
                     .threads = teams.threads,
                     .early = begins_early() && !meets,
                     .cooperative = meets};
@@ -782,7 +787,8 @@ void quantize_rows(const ConstMatrix& x, const QuantizeOptions& options, const E
               .scale = span_of<float>(scale),
               .zeropoint = span_of<float>(zeropoint),
               .code_sums = span_of<std::int32_t>(code_sums),
-              .first_not_finite = first_not_finite};
+              .first_not_finite = first_not_finite,
+              .ahead = exclusion.ahead};
     if (options.granularity != Granularity::tensor) {
         if (x.rows > 0 || task.list.columns != nullptr) launch_step(x, options.scheme, wide, teams, task, stream);
         return;

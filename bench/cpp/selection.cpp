@@ -53,6 +53,8 @@ struct Device {
     std::int64_t shared;  // bytes of shared memory that a block can have
     bool has_wgmma;
 
+    // Bytes of W that a launch before the product asks for, by peaks of which `memory` and `cache_size` are shares.
+    [[nodiscard]] double ahead() const { return octavo::cuda::bytes_ahead(memory / 0.87, cache_size / 0.8); }
     [[nodiscard]] double issued() const { return static_cast<double>(multiprocessors) * 4 * clock; }  // of warps
     // The time of blocks on the multiprocessor that has most of them, by what it would be if all had the same.
     [[nodiscard]] double uneven(std::int64_t blocks) const {
@@ -142,6 +144,13 @@ octavo::cuda::Division divided(const Device& device, const Layer& layer, std::in
     return octavo::cuda::divide_product(m, layer.n, layer.k, device.multiprocessors, first_tile(device));
 }
 
+// Bytes of W that are in the cache when the product begins, by `launches` before it; they are read beside the rest.
+double read_ahead(const Device& device, const Layer& layer, std::int64_t m, std::int64_t launches) {
+    if (device.architecture < 80 || m > octavo::cuda::most_rows_ahead) return 0;
+    const std::int64_t every = octavo::cuda::every_ahead(layer.n, layer.k, device.ahead(), launches);
+    return layer.codes() * static_cast<double>(launches) / static_cast<double>(every);
+}
+
 // Three launches: outlier columns, codes, and the product with what follows it. `marks`: whether columns are found.
 double by_int8(const Device& device, bool halves, const Layer& layer, std::int64_t m,
                const octavo::cuda::Division& division, bool marks = true) {
@@ -153,7 +162,9 @@ double by_int8(const Device& device, bool halves, const Layer& layer, std::int64
     const double quantize = launch + 0.9 + 1.2 * (read + codes / device.memory);
     const double busy = 2.06 * division.cost * static_cast<double>(device.multiprocessors) / device.int8;
     const double bytes = layer.codes() + codes + static_cast<double>(2 * m * layer.n);
-    return mark + quantize + overlapped(busy, bytes / (0.88 * device.memory));
+    const double from_memory = bytes - read_ahead(device, layer, m, marks ? 2 : 1);
+    const double moved = std::max(from_memory / (0.88 * device.memory), bytes / device.cache);
+    return mark + quantize + overlapped(busy, moved);
 }
 
 // What outlier columns add to that, of a W that has but codes, or of kept ones in X's own 16 bits. Where few rows of
@@ -166,7 +177,7 @@ double of_columns(const Device& device, const Layer& layer, std::int64_t m, cons
     // and made float32 or 16 bits, or for 32 kept weights; in the order of Choice, for a product of matrices, and the
     // rows that a warp has.
     constexpr double to_keep = 0.15 * 50;
-    constexpr double to_convert[] = {16, 13};
+    constexpr double to_convert[] = {16, 8};
     constexpr double to_convert_kept[] = {16, 9.3};
     constexpr double of_product[] = {2.04, 2.56, 2.75, 1.72, 1.75, 2.67, 3.5};
     constexpr std::int64_t rows_of_warp[] = {16, 16, 16, 64, 64, 48, 32};

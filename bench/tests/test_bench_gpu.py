@@ -95,7 +95,7 @@ Script = Callable[..., tuple[int, str, list[str]]]
 TESTS = [f"test-cpp-{name}" for name in ("dequantize", "gemm", "linear", "outlier", "quantize")]
 TOOLS = ["memcheck", "racecheck", "initcheck", "synccheck"]
 BENCHMARK = "-m octavo_bench bench --device cuda"
-FIGURES = ["wgmma", "key-figures", "mma", "graphs", "kernels"]
+FIGURES = ["wgmma", "key-figures", "mma", "no-prefetch", "graphs", "kernels"]
 STEPS = {
     *("build-tests", "build-wheel", "import", *TESTS, "test-cpp-cublaslt"),
     *(*FIGURES, "test-python", *TOOLS, "benchmark"),
@@ -128,7 +128,7 @@ def test_what_comes_back_is_at_most_eight_files(script: Script, tmp_path: Path) 
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     day = next(name for name in names if name.endswith("-key.json")).removesuffix("-key.json")
     assert names == sorted(["logs.tgz", f"{day}-graph.json", f"{day}-kernels.txt", f"{day}-key.json", f"{day}-mma.json",
-                            f"{day}.json", "summary.txt"])  # fmt: skip
+                            f"{day}-no-prefetch.json", f"{day}.json", "summary.txt"])  # fmt: skip
     with tarfile.open(tmp_path / "out" / "logs.tgz") as logs:
         assert {f"./{name}.log" for name in STEPS} <= set(logs.getnames())
         cublas = logs.extractfile("./test-cpp-cublaslt.log")
@@ -148,7 +148,7 @@ def test_the_order_is_that_of_what_matters(script: Script) -> None:
     ("hangs", "step"),
     [("cmake -S", "build-tests"), ("pip install --no-build", "build-wheel"), ("import octavo; i", "import"),
      ("test_gemm ", "test-cpp-gemm"), ("-key.json", "key-figures"), ("-mma.json", "mma"),
-     ("--graph", "graphs"), ("kernels", "kernels"),
+     ("-no-prefetch.json", "no-prefetch"), ("--graph", "graphs"), ("kernels", "kernels"),
      ("-m pytest", "test-python"), ("initcheck", "initcheck"), ("--limit 260", "benchmark")],
 )  # fmt: skip
 def test_at_every_limit_the_next_step_begins(script: Script, hangs: str, step: str) -> None:

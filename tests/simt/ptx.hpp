@@ -20,6 +20,13 @@ inline void copy_async_16(void* target, const void* source, int bytes) {
     }
     simt::defer_copy(target, source, bytes);
 }
+inline void prefetch(const std::int8_t* source, int bytes) {
+    // NOLINTNEXTLINE(cppcoreguidelines-pro-type-reinterpret-cast): the hardware faults on these
+    if (((reinterpret_cast<std::uintptr_t>(source) | static_cast<unsigned>(bytes)) & 15U) != 0 || bytes <= 0) {
+        simt::fail("prefetch of what is not aligned, or nothing");
+    }
+    simt::prefetch(source, static_cast<std::size_t>(bytes));
+}
 inline void wait_for_launch_before() { simt::wait_for_launch_before(); }
 inline void let_next_launch_begin() { simt::let_next_launch_begin(); }
 inline void copy_async_commit() { simt::copy_commit(); }

@@ -80,6 +80,8 @@ constexpr Architecture architectures[] = {{70, 80, 96 << 10},    {75, 40, 64 << 
 constexpr int without_code = 110;                  // unless a build asks for it (CMakeLists.txt)
 constexpr std::size_t reserved_shared = 48 << 10;  // of a block that asks for no more
 constexpr int l2_bytes = 50 << 20;
+constexpr int memory_kilohertz = 1000;  // slow, so that small weights, too, are asked for in part alone (ahead.cuh)
+constexpr int memory_bits = 8192;
 constexpr std::size_t device_memory = std::size_t{8} << 30;
 
 // One per process; never destroyed, because other objects' destructors may still call.
@@ -330,6 +332,11 @@ cudaError_t enqueue_kernel(cudaStream_t stream, dim3 grid, dim3 block, std::size
 
 }  // namespace simt
 
+void simt::prefetch(const void* source, std::size_t bytes) {
+    runtime().counted.prefetched += static_cast<long>(bytes);
+    note(source, bytes, false, false);
+}
+
 CUgraph_st::~CUgraph_st() {
     for (void* const part : memory) simt::free_memory(part);
 }
@@ -420,6 +427,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(facts.shared); break;
         case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(simt::reserved_shared); break;
         case cudaDevAttrL2CacheSize: *value = simt::l2_bytes; break;
+        case cudaDevAttrMemoryClockRate: *value = simt::memory_kilohertz; break;
+        case cudaDevAttrGlobalMemoryBusWidth: *value = simt::memory_bits; break;
         case cudaDevAttrMemoryPoolsSupported: *value = 1; break;
         case cudaDevAttrWarpSize: *value = warpSize; break;
         case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;

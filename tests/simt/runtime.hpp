@@ -14,6 +14,7 @@ struct Counters {
     long allocations = 0;  // calls that take memory from the device or pin it on the host: cudaMalloc, cudaHostAlloc,
                            // and stream-ordered ones that their pool cannot serve from what it has kept
     long pool_allocations = 0;  // stream-ordered ones, all
+    long prefetched = 0;        // bytes that kernels asked for ahead of time
     long contexts = 0;          // calls that make a context on a device that has none: cudaSetDevice
 };
 

@@ -84,6 +84,9 @@ unsigned lane_id();
 // Tells the race build of an access that it cannot see; nothing in other builds.
 void note(const volatile void* address, std::size_t size, bool write, bool atomic);
 
+// Counts what is asked for, which must be memory of the device.
+void prefetch(const void* source, std::size_t bytes);
+
 // cp.async: copies `bytes` bytes to shared memory and zeroes the rest of `size`. The copy happens at once, or not
 // before the wait that it belongs to, depending on the order of threads: a kernel must be right with both.
 void defer_copy(void* target, const void* source, int bytes, int size = 16);

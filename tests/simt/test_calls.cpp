@@ -13,6 +13,7 @@
 #include <new>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "arrays.hpp"
@@ -454,6 +455,36 @@ TEST(launches_of_every_kind) {
                                 CHECK(of_cpu.bytes() == problem.y.bytes());
                             }
                         }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Launches before the product of up to 256 rows ask for W once, all of it or a share of its chunks.
+TEST(weights_are_asked_for_ahead) {
+    for (const bool rotates : {false, true}) {
+        for (const auto& [n, k] : {std::pair{3, 40}, {5, 256}, {24, 256}, {40, 1040}, {64, 3088}}) {
+            for (const std::int64_t m : {1, 13, 256, 257}) {
+                Problem problem(m, n, k, DType::f16);
+                problem.rotation = rotates && k % 16 == 0 ? 16 : 0;
+                for (const LinearOptions& options : every_kind()) {
+                    const check::Context context(m, " x ", n, " x ", k, " rotation ", problem.rotation, " ",
+                                                 describe(options), " relative ", options.relative);
+                    const long asked = counted([&] { problem.linear(options); }).prefetched;
+                    const std::int64_t launches = most_started(options, problem.x.matrix(), n) - 1;
+                    // Of the emulated memory, which has 2048 bytes for a microsecond.
+                    const double of_launch = octavo::cuda::bytes_ahead(2048, 50 << 20);
+                    const std::int64_t every = octavo::cuda::every_ahead(n, k, of_launch, launches);
+                    if (!is_fused() || m > octavo::cuda::most_rows_ahead || k % 16 != 0) {
+                        CHECK_EQ(asked, 0);
+                    } else if (every == launches) {
+                        CHECK_EQ(asked, n * k);
+                    } else {  // but for a chunk or two of each launch
+                        const std::int64_t chunks = 2 * launches;
+                        CHECK(std::abs(asked - n * k * launches / every) <= chunks * octavo::cuda::ahead_chunk);
+                        CHECK(asked > 0);
                     }
                 }
             }
