@@ -96,6 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
         line = (register.__doc__ or "").partition("\n")[0]
         subparser = commands.add_parser(name, help=line[:1].lower() + line[1:].rstrip("."))
         subparser.set_defaults(run=register(subparser))
+        if name in registered:
+            subparser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -134,7 +136,6 @@ def _quantize(parser: argparse.ArgumentParser) -> Run:
     add("--jobs", type=_positive, metavar="N", help=about["jobs"])
     add("--memory", type=partial(parse_size, least=1), metavar="SIZE", help=about["memory"])
     add("--quiet", action="store_true", help="no progress bar")
-    add("--json", action="store_true", help="print the report as JSON")
     return _run_quantize
 
 
@@ -233,7 +234,6 @@ def _inspect(parser: argparse.ArgumentParser) -> Run:
     """Show what a checkpoint holds and what int8 saves."""
     parser.add_argument("checkpoint", type=Path, help="a folder or file, int8 (octavo, bitsandbytes) or not")
     parser.add_argument("--verify", action="store_true", help="read everything and compare the checksums")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
     def run(args: argparse.Namespace) -> int:
         summary = checkpoint.inspect(args.checkpoint, verify=args.verify)
@@ -255,7 +255,6 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
     add("--context", type=_positive, default=2048, metavar="N", help="tokens of each; default: 2048")
     reserve = "of each GPU, for its context, workspace and activations; default: 0.5GB"
     add("--reserve", type=parse_size, default=plan.DEFAULT_RESERVE, metavar="SIZE", help=reserve)
-    add("--json", action="store_true", help="print JSON")
 
     def run(args: argparse.Namespace) -> int:
         asked = {name: getattr(args, name) for name in ("gpu_memory", "gpus", "batch", "context", "reserve")}
@@ -271,7 +270,6 @@ def _plan(parser: argparse.ArgumentParser) -> Run:
 
 def _info(parser: argparse.ArgumentParser) -> Run:
     """Show the version, backends and instruction set in use."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
     verify = "compute a fixed set of layers on the CPU and compare the hash of their bits"
     parser.add_argument("--verify", action="store_true", help=verify)
 

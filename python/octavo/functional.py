@@ -357,19 +357,10 @@ def info() -> dict[str, Any]:
         ``wgmma`` (on which of the devices used so far Hopper's matrix instructions multiply, or why not), or of
         ``missing``: what CUDA arrays lack here.
     """
-    cuda = _core.cuda_info()
-    return {
-        "version": _core.version(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "backends": ["cpu"] if "missing" in cuda else ["cpu", "cuda"],
-        "cpu": {
-            "instruction_set": _core.cpu_isa(),
-            "instruction_sets": _core.cpu_isas_available(),
-            "threads": _core.num_threads(),
-        },
-        "cuda": cuda,
-    }
+    here = {"version": _core.version(), "python": platform.python_version(), "platform": platform.platform()}
+    sets = {"instruction_set": _core.cpu_isa(), "instruction_sets": _core.cpu_isas_available()}
+    cpu, cuda = {**sets, "threads": _core.num_threads()}, _core.cuda_info()
+    return {**here, "backends": ["cpu"] if "missing" in cuda else ["cpu", "cuda"], "cpu": cpu, "cuda": cuda}
 
 
 def release_cuda_memory() -> None:

@@ -174,12 +174,7 @@ def _single(function: str, default: str, calibrated: bool, **keywords: Any) -> O
 
 
 def options_of(
-    function: str,
-    options: Options | None = None,
-    *,
-    default: str = "paper",
-    calibrated: bool = False,
-    **keywords: Any,
+    function: str, options: Options | None = None, *, default: str = "paper", calibrated: bool = False, **keywords: Any
 ) -> Options:
     """The options of a call of `function`: `options`, or else a recipe's with the keywords that are not `DEFAULT`.
 

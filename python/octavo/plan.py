@@ -125,19 +125,9 @@ def plan(
         return Footprint(weights, total - weights, total, needed is not None and needed <= gpus, needed)
 
     int8, bits16 = footprint(sizes_in_16_bit | sizes_in_int8), footprint(sizes_in_16_bit)
-    return Plan(
-        model_type=str(config.get("model_type", type(model).__name__)),
-        parameters=sum(sizes_in_16_bit.values()) // 2,
-        stacked_experts=experts,
-        gpus=gpus,
-        gpu_memory=gpu_memory,
-        reserve=reserve,
-        batch=batch,
-        context=context,
-        int8=int8,
-        bits16=bits16,
-        ratio=bits16.weights / int8.weights,
-    )
+    model_type, parameters = str(config.get("model_type", type(model).__name__)), sum(sizes_in_16_bit.values()) // 2
+    asked = (gpus, gpu_memory, reserve, batch, context)
+    return Plan(model_type, parameters, experts, *asked, int8, bits16, ratio=bits16.weights / int8.weights)
 
 
 def _layer(name: str) -> str:

@@ -28,14 +28,6 @@ from octavo.checkpoint.reader import Checkpoint, load
 from octavo.checkpoint.summary import LayerSummary, Summary, inspect
 
 __all__ = [
-    "Checkpoint",
-    "Choice",
-    "LayerSummary",
-    "Report",
-    "Summary",
-    "calibrate",
-    "choose_options",
-    "inspect",
-    "load",
+    "Checkpoint", "Choice", "LayerSummary", "Report", "Summary", "calibrate", "choose_options", "inspect", "load",
     "quantize",
-]
+]  # fmt: skip

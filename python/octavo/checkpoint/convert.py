@@ -320,11 +320,9 @@ class _Run:
         partial = self.partial
         files = [self._file(number) for number in range(len(self.tasks))]
         if len(files) > 1:
-            weight_map = {
-                name: file.name
-                for file, own in zip(files, self.tasks, strict=True)
-                for name in sorted(name for task in own for name, _, _ in task.outputs.values())
-            }
+            of_file = zip((file.name for file in files), self.tasks, strict=True)
+            written = {file: [name for task in own for name, _, _ in task.outputs.values()] for file, own in of_file}
+            weight_map = {name: file for file, own in written.items() for name in sorted(own)}
             index = {"metadata": {"total_size": sum(file.stat().st_size for file in files)}, "weight_map": weight_map}
             _write_json(partial / f"{files[0].name.partition('-0')[0]}.safetensors.index.json", index)
         for name, path in self.companions.items():

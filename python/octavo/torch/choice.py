@@ -86,12 +86,8 @@ def _reasons(
 ) -> Callable[[str, Any], str]:
     """A function that tells why a layer stays as it is: "" where it does not."""
     modules = dict(model.named_modules())
-    users = {
-        id(parameter): name or type(module).__name__
-        for name, module in modules.items()
-        if not is_linear(module)
-        for parameter in module.parameters(recurse=False)
-    }
+    others = {name or type(module).__name__: module for name, module in modules.items() if not is_linear(module)}
+    users = {id(own): name for name, module in others.items() for own in module.parameters(recurse=False)}
     head: Any = None
     with suppress(NotImplementedError, AttributeError):  # how a model says that it has none
         head = model.get_output_embeddings()  # type: ignore[operator]
