@@ -29,6 +29,11 @@ TorchApi find_all() {
     find(api.string_length, "torch_string_length");
     find(api.string_data, "torch_string_c_str");
     find(api.delete_string, "torch_delete_string");
+    find(api.new_list, "torch_new_list_reserve_size");
+    find(api.list_size, "torch_list_size");
+    find(api.list_item, "torch_list_get_item");
+    find(api.append, "torch_list_push_back");
+    find(api.delete_list, "torch_delete_list");
     find(api.get_num_threads, "torch_get_num_threads");
     find(api.parallel_for, "torch_parallel_for");
     find(api.library_init, "aoti_torch_library_init_impl");

@@ -28,6 +28,11 @@ struct TorchApi {
     Status (*string_length)(void* string, std::size_t* result) = nullptr;
     Status (*string_data)(void* string, const char** result) = nullptr;
     Status (*delete_string)(void* string) = nullptr;
+    Status (*new_list)(std::size_t reserved, void** result) = nullptr;
+    Status (*list_size)(void* list, std::size_t* result) = nullptr;
+    Status (*list_item)(void* list, std::size_t index, Value* result) = nullptr;
+    Status (*append)(void* list, Value item) = nullptr;
+    Status (*delete_list)(void* list) = nullptr;
     Status (*get_num_threads)(std::uint32_t* result) = nullptr;
     Status (*parallel_for)(std::int64_t begin, std::int64_t end, std::int64_t grain,
                            void (*body)(std::int64_t begin, std::int64_t end, void* context), void* context) = nullptr;

@@ -1,4 +1,4 @@
-// octavo::linear and octavo::linear_backward as PyTorch's dispatcher calls them, without Python in between, by the
+// octavo::linear, linear_many and linear_backward as PyTorch's dispatcher calls them, without Python in between, by the
 // functions of PyTorch 2.10.
 #include "bindings/torch_op.hpp"
 
@@ -172,6 +172,17 @@ std::optional<Tensor> optional_tensor(Value value, const char* name) {
     return Tensor(handle, name);
 }
 
+// The elements of a list, which is deleted.
+std::vector<Value> elements_of(Value value) {
+    auto* const list = reinterpret_cast<void*>(value);
+    std::size_t size = 0;
+    check(torch().list_size(list, &size));
+    std::vector<Value> elements(size);
+    for (std::size_t i = 0; i < size; ++i) check(torch().list_item(list, i, &elements[i]));
+    check(torch().delete_list(list));
+    return elements;
+}
+
 Vector vector_or_absent(const std::optional<Tensor>& tensor) { return tensor ? tensor->vector() : absent_vector; }
 
 std::string string_of(Value value) {
@@ -190,18 +201,24 @@ std::string string_of(Value value) {
 // The arguments that an int8 weight is, and what it is multiplied with.
 class WeightArguments {
 public:
-    // From `stack[1]` on: Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns,
+    // From `stack[0]` on: Tensor codes, Tensor scale, Tensor code_sums, Tensor? zeropoint, Tensor? outlier_columns,
     // Tensor? outlier_weight.
-    WeightArguments(const Value* stack, Value text)
-        : codes_(stack[1], "codes"),
-          scale_(stack[2], "scale"),
-          code_sums_(stack[3], "code_sums"),
-          zeropoint_(optional_tensor(stack[4], "zeropoint")),
-          outlier_columns_(optional_tensor(stack[5], "outlier_columns")),
-          outlier_weight_(optional_tensor(stack[6], "outlier_weight")),
-          text_(string_of(text)) {}
+    explicit WeightArguments(const Value* stack)
+        : codes_(stack[0], "codes"),
+          scale_(stack[1], "scale"),
+          code_sums_(stack[2], "code_sums"),
+          zeropoint_(optional_tensor(stack[3], "zeropoint")),
+          outlier_columns_(optional_tensor(stack[4], "outlier_columns")),
+          outlier_weight_(optional_tensor(stack[5], "outlier_weight")) {}
+    // The same of a list, where none of the first three may be absent.
+    explicit WeightArguments(std::optional<Tensor>* arrays)
+        : codes_(present(arrays[0], "codes")),
+          scale_(present(arrays[1], "scale")),
+          code_sums_(present(arrays[2], "code_sums")),
+          zeropoint_(std::move(arrays[3])),
+          outlier_columns_(std::move(arrays[4])),
+          outlier_weight_(std::move(arrays[5])) {}
 
-    [[nodiscard]] WeightText text() const { return read_weight_text(text_); }
     [[nodiscard]] std::int64_t out_features() const { return code_sums_.vector().size; }
 
     [[nodiscard]] WeightView view(const WeightText& text) {
@@ -223,34 +240,41 @@ public:
     }
 
 private:
+    static Tensor present(std::optional<Tensor>& array, const char* name) {
+        if (!array) refuse(std::string(name) + ": expected a tensor, got None");
+        return std::move(*array);
+    }
+
     Tensor codes_;
     Tensor scale_;
     Tensor code_sums_;
     std::optional<Tensor> zeropoint_;
     std::optional<Tensor> outlier_columns_;
     std::optional<Tensor> outlier_weight_;
-    std::string text_;
 };
 
-// A new tensor like `x`, its last extent replaced, that `compute(out, stream)` has written.
-template <class Compute>
-Value result_like(const Tensor& x, std::int64_t last, const Compute& compute) {
+// A new tensor like `x`, its last extent replaced.
+Tensor result_like(const Tensor& x, std::int64_t last) {
     std::vector<std::int64_t> sizes(x.sizes().begin(), x.sizes().end());
     if (sizes.empty()) refuse("x: expected at least one dimension, got none");
     sizes.back() = last;
-    Tensor out = Tensor::empty(x, sizes);
-    const FrameworkScratch scratch(Framework::torch, x.device());
+    return Tensor::empty(x, sizes);
+}
+
+// Calls `compute(stream)` with PyTorch's stream, memory and threads.
+template <class Compute>
+void with_torch(const Device& device, const Compute& compute) {
+    const FrameworkScratch scratch(Framework::torch, device);
     const ScratchFrom scratch_from(scratch.get());
     Stream stream;
-    if (x.device().kind == DeviceKind::cuda) {
+    if (device.kind == DeviceKind::cuda) {
         if (torch().get_current_cuda_stream == nullptr) throw std::runtime_error("octavo::linear: PyTorch has no CUDA");
-        check(torch().get_current_cuda_stream(x.device().index, &stream.handle));
+        check(torch().get_current_cuda_stream(device.index, &stream.handle));
     }
     std::uint32_t threads = 0;
     check(torch().get_num_threads(&threads));
     const ThreadLimit limit(static_cast<int>(threads), run_on_torch_threads);
-    compute(out.matrix(), stream);
-    return out.release();
+    compute(stream);
 }
 
 // The exceptions of which PyTorch makes a ValueError or a RuntimeError.
@@ -267,27 +291,62 @@ Value translated(const Kernel& kernel) {
 // linear(Tensor x, <weight>, Tensor? bias, str options) -> Tensor
 void linear_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
     Tensor x(stack[0], "x");
-    WeightArguments weight(stack, stack[8]);
+    WeightArguments weight(stack + 1);
     const auto bias = optional_tensor(stack[7], "bias");
+    const std::string options = string_of(stack[8]);
     stack[0] = translated([&] {
-        const WeightText text = weight.text();
+        const WeightText text = read_weight_text(options);
         const WeightView view = weight.view(text);
-        return result_like(x, weight.out_features(), [&](Matrix out, Stream stream) {
-            octavo::linear(x.matrix(), view, vector_or_absent(bias), out, text.options.linear, stream);
+        Tensor out = result_like(x, weight.out_features());
+        with_torch(x.device(), [&](Stream stream) {
+            octavo::linear(x.matrix(), view, vector_or_absent(bias), out.matrix(), text.options.linear, stream);
         });
+        return out.release();
+    });
+}
+
+// linear_many(Tensor x, Tensor?[] arrays, str options) -> Tensor[]: for each layer its weight and its bias
+void linear_many_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
+    constexpr std::size_t of_layer = 7;
+    Tensor x(stack[0], "x");
+    std::vector<std::optional<Tensor>> arrays;
+    for (const Value element : elements_of(stack[1])) arrays.push_back(optional_tensor(element, "arrays"));
+    const std::string options = string_of(stack[2]);
+    stack[0] = translated([&] {
+        if (arrays.size() % of_layer != 0) {
+            refuse("arrays: expected seven for each layer, got " + std::to_string(arrays.size()));
+        }
+        const WeightText text = read_weight_text(options);
+        std::vector<WeightArguments> weights;
+        std::vector<Tensor> outs;
+        std::vector<LinearLayer> layers;
+        for (std::size_t i = 0; i < arrays.size(); i += of_layer) {
+            WeightArguments& weight = weights.emplace_back(&arrays[i]);
+            outs.push_back(result_like(x, weight.out_features()));
+            layers.push_back({weight.view(text), vector_or_absent(arrays[i + of_layer - 1]), outs.back().matrix()});
+        }
+        with_torch(x.device(),
+                   [&](Stream stream) { octavo::linear_many(x.matrix(), layers, text.options.linear, stream); });
+        void* list = nullptr;
+        check(torch().new_list(outs.size(), &list));
+        for (Tensor& out : outs) check(torch().append(list, out.release()));
+        return reinterpret_cast<Value>(list);
     });
 }
 
 // linear_backward(Tensor grad, <weight>, str options) -> Tensor
 void linear_backward_kernel(Value* stack, std::uint64_t /*inputs*/, std::uint64_t /*outputs*/) {
     Tensor grad(stack[0], "grad");
-    WeightArguments weight(stack, stack[7]);
+    WeightArguments weight(stack + 1);
+    const std::string options = string_of(stack[7]);
     stack[0] = translated([&] {
-        const WeightText text = weight.text();
+        const WeightText text = read_weight_text(options);
         const WeightView view = weight.view(text);
-        return result_like(grad, text.in_features, [&](Matrix out, Stream stream) {
-            octavo::linear_backward(grad.matrix(), view, out, text.options.linear, stream);
+        Tensor out = result_like(grad, text.in_features);
+        with_torch(grad.device(), [&](Stream stream) {
+            octavo::linear_backward(grad.matrix(), view, out.matrix(), text.options.linear, stream);
         });
+        return out.release();
     });
 }
 
@@ -309,6 +368,7 @@ void register_torch_operations(const py::function& recorded) {
         void* library = nullptr;  // never deleted: it is registered for as long as the process runs
         check(torch().library_init("octavo", key, __FILE__, __LINE__, &library));
         check(torch().library_impl(library, "linear", linear_kernel, torch_2_10));
+        check(torch().library_impl(library, "linear_many", linear_many_kernel, torch_2_10));
         check(torch().library_impl(library, "linear_backward", linear_backward_kernel, torch_2_10));
     }
 }

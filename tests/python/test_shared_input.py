@@ -18,7 +18,9 @@ if TORCH.missing:
 
 import octavo.torch as ot
 import torch
+from octavo.torch.compilation import ShareInputs
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 K = 32
 M = 80  # rows, so that there is enough to share
@@ -393,3 +395,95 @@ def test_models_of_transformers(name: str) -> None:
         assert is_shared(block.get_submodule(first), block.get_submodule(second))
         for _ in range(20):
             model(**given)
+
+
+# --- compiled models --------------------------------------------------------------------------------------------------
+
+LINEAR, MANY = torch.ops.octavo.linear.default, torch.ops.octavo.linear_many.default
+
+
+def calls(graph: torch.fx.Graph) -> list[int]:
+    """How many products each call of the graph has."""
+    nodes = [node for node in graph.nodes if node.target in (LINEAR, MANY)]
+    return [len(node.args[1]) // 7 if node.target is MANY else 1 for node in nodes]
+
+
+def shared(model: Callable[..., Any], *inputs: Tensor) -> tuple[Any, list[int]]:
+    """The graph of a model in which products share their inputs, to be called, and its calls."""
+    module = make_fx(model)(*inputs)
+    ShareInputs()(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return module, calls(module.graph)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_graph_has_one_call_for_one_input(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model, x = Attention(dtype=dtype, **options), new_x(dtype=dtype)
+    module, found = shared(model, x)
+    assert found == [3, 1]
+    for other in (x, new_x(dtype=dtype)):
+        for y, alone in zip(module(other), model(other), strict=True):
+            assert torch.equal(y, alone)
+
+
+def test_a_graph_keeps_apart_what_differs() -> None:
+    """Inputs, options, and weights or biases that are not there yet when the first product is computed."""
+    model, x, y = Attention(), new_x(), new_x()
+    assert shared(model, x, y)[1] == [1, 2, 1]
+    model.k = Attention(rotation=64).k
+    assert shared(model, x)[1] == [2, 1, 1]
+    model = Attention()
+
+    def late(x: Tensor) -> tuple[Tensor, ...]:
+        q, codes, *others = model.q(x), *model.k.weight._arrays.tensors()
+        k = LINEAR(x, codes, *others, q.sum(0)[:16], model.k.weight._arrays.text)
+        return q, k, model.v(x)
+
+    module, found = shared(late, x)
+    assert found == [2, 1]
+    for y, alone in zip(module(x), late(x), strict=True):
+        assert torch.equal(y, alone)
+
+
+def test_a_compiled_model_shares_inputs() -> None:
+    """What is an output of one product can be the input of others."""
+    seen: list[list[int]] = []
+
+    class Seen(ShareInputs):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            seen.append(calls(graph))
+
+        def uuid(self) -> Any:
+            return None  # not of a cache, where it would not be called
+
+    first, second = Attention(), Attention()
+
+    def model(x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, o = first(x)
+        return (*second(o), q, k, v)
+
+    x = new_x()
+    compiled = torch.compile(model, options={"post_grad_custom_pre_pass": Seen()})
+    for y, alone in zip(compiled(x), model(x), strict=True):
+        torch.testing.assert_close(y, alone, rtol=1e-5, atol=1e-5)  # x + 1 is the compiler's
+    assert [sorted(found) for found in seen] == [[1, 1, 3, 3]]
+    assert ShareInputs().uuid() == ShareInputs().uuid()
+
+
+def test_the_operation_of_many() -> None:
+    model, x = Attention(**OPTIONS["best"]), new_x()
+    weights = [layer.weight._arrays for layer in (model.q, model.v)]
+    arrays = [*weights[0].tensors(), None, *weights[1].tensors(), model.v.bias]
+    text = weights[0].text
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(MANY, (x, arrays, text), test_utils=tests)
+    assert MANY(x, [], text) == []
+    with pytest.raises(ValueError, match=r"arrays: expected seven for each layer, got 13"):
+        MANY(x, arrays[:-1], text)
+    with pytest.raises(ValueError, match=r"codes: expected a tensor, got None"):
+        MANY(x, [None, *arrays[1:]], text)
+    with pytest.raises(ValueError, match=r"linear_many\[1\]: bias: expected"):
+        MANY(x, [*arrays[:-1], torch.zeros(3)], text)

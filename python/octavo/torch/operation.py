@@ -30,6 +30,8 @@ _WEIGHT = (
 )
 # `options` is `Arrays.text`: every argument costs a call 0.1 to 0.4 us.
 _library.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, str options) -> Tensor")
+# `arrays`: for each layer those of its weight, and its bias. ``octavo.torch.compilation`` makes it of `linear`.
+_library.define("linear_many(Tensor x, Tensor?[] arrays, str options) -> Tensor[]")
 _library.define(f"linear_backward(Tensor grad, {_WEIGHT}, str options) -> Tensor")
 _linear_op: Any = torch.ops.octavo.linear.default
 _backward_op: Any = torch.ops.octavo.linear_backward.default
@@ -87,6 +89,11 @@ def _dequantized_linear(x: Tensor, arrays: Any, text: str) -> Tensor:
 @torch.library.register_fake("octavo::linear", lib=_library)  # type: ignore[untyped-decorator]
 def _linear_fake(x: Tensor, codes: Tensor, scale: Tensor, code_sums: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], code_sums.shape[0]))
+
+
+@torch.library.register_fake("octavo::linear_many", lib=_library)  # type: ignore[untyped-decorator]
+def _linear_many_fake(x: Tensor, arrays: list[Tensor], options: str) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], code_sums.shape[0])) for code_sums in arrays[2::7]]
 
 
 @torch.library.register_fake("octavo::linear_backward", lib=_library)  # type: ignore[untyped-decorator]
