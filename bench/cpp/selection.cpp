@@ -9,9 +9,10 @@
 //                                     better path
 //   selection decide WORTH A B C D    such rows, where m of them take A + B m weight-only, C + D m by the int8 product
 //   selection targets WORTH           for GPUs with a model of torch's float16 product, shapes and m, lines
-//                                     "ARCHITECTURE K N M HALF AUTO COLUMNS KEPT": the time of that, of `auto` with 6
-//                                     outlier columns, and with 64; how many times as long 64 kept columns take, which
-//                                     are the outlier columns, as 6
+//                                     "ARCHITECTURE K N M HALF AUTO COLUMNS KEPT SHARED": the time of that, of `auto`
+//                                     with 6 outlier columns, and with 64; how many times as long 64 kept columns take,
+//                                     which are the outlier columns, as 6; and the time of `auto` with 6 for each of
+//                                     three layers of one X
 //   selection candidates WORTH        for tiles that there are not, a line "NAME GAIN K N M TWENTIETH MOST STEP": how
 //                                     many times less time the better path would take, where it gains most of the
 //                                     targets; of 800 products (`some_extents`) at how many by a twentieth, and the
@@ -152,8 +153,9 @@ double read_ahead(const Device& device, const Layer& layer, std::int64_t m, std:
 }
 
 // Three launches: outlier columns, codes, and the product with what follows it. `marks`: whether columns are found.
+// `layers`: those of one X, of which it is the time of each; W of the first is asked for ahead.
 double by_int8(const Device& device, bool halves, const Layer& layer, std::int64_t m,
-               const octavo::cuda::Division& division, bool marks = true) {
+               const octavo::cuda::Division& division, bool marks = true, int layers = 1) {
     const auto codes = static_cast<double>(m * layer.k);
     const double size = (halves || device.architecture < 80 ? 2 : 4) * codes;
     const double kept = std::min(size, device.cache_size / 2);
@@ -162,9 +164,11 @@ double by_int8(const Device& device, bool halves, const Layer& layer, std::int64
     const double quantize = launch + 0.9 + 1.2 * (read + codes / device.memory);
     const double busy = 2.06 * division.cost * static_cast<double>(device.multiprocessors) / device.int8;
     const double bytes = layer.codes() + codes + static_cast<double>(2 * m * layer.n);
-    const double from_memory = bytes - read_ahead(device, layer, m, marks ? 2 : 1);
-    const double moved = std::max(from_memory / (0.88 * device.memory), bytes / device.cache);
-    return mark + quantize + overlapped(busy, moved);
+    const auto product = [&](double ahead) {
+        return overlapped(busy, std::max((bytes - ahead) / (0.88 * device.memory), bytes / device.cache));
+    };
+    const double first = product(read_ahead(device, layer, m, marks ? 2 : 1));
+    return (mark + quantize + first + (layers - 1) * (0.5 * launch + product(0.0))) / layers;
 }
 
 // What outlier columns add to that, of a W that has but codes, or of kept ones in X's own 16 bits. Where few rows of
@@ -320,9 +324,12 @@ void print_targets(double worth) {
                                      : by_int8(device, true, layer, m, division, false) +
                                            of_columns(device, layer, m, division, columns, true);
                 };
-                std::printf("%d %lld %lld %lld %.17g %.17g %.17g %.17g\n", device.architecture,
+                const double shared = m <= most ? at.weight_only
+                                                : by_int8(device, true, layer, m, division, true, 3) +
+                                                      of_columns(device, layer, m, division, 6, false);
+                std::printf("%d %lld %lld %lld %.17g %.17g %.17g %.17g %.17g\n", device.architecture,
                             static_cast<long long>(layer.k), static_cast<long long>(layer.n), static_cast<long long>(m),
-                            by_torch(device, layer, m), taken(6), taken(64), taken_kept(64) / taken_kept(6));
+                            by_torch(device, layer, m), taken(6), taken(64), taken_kept(64) / taken_kept(6), shared);
             }
         }
     }
