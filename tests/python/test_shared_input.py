@@ -8,6 +8,7 @@ import io
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -447,30 +448,49 @@ def test_a_graph_keeps_apart_what_differs() -> None:
         assert torch.equal(y, alone)
 
 
-def test_a_compiled_model_shares_inputs() -> None:
-    """What is an output of one product can be the input of others."""
-    seen: list[list[int]] = []
+def sharing(found: list[int]) -> ShareInputs:
+    """The pass, which adds to `found` how many products each call has; the compiler may copy it."""
 
-    class Seen(ShareInputs):
+    class Sharing(ShareInputs):
         def __call__(self, graph: torch.fx.Graph) -> None:
             super().__call__(graph)
-            seen.append(calls(graph))
+            found.extend(calls(graph))
 
         def uuid(self) -> Any:
             return None  # not of a cache, where it would not be called
 
+    return Sharing()
+
+
+def test_a_compiled_model_shares_inputs() -> None:
+    """What is an output of one product can be the input of others."""
     first, second = Attention(), Attention()
+    found: list[int] = []
 
     def model(x: Tensor) -> tuple[Tensor, ...]:
         q, k, v, o = first(x)
         return (*second(o), q, k, v)
 
     x = new_x()
-    compiled = torch.compile(model, options={"post_grad_custom_pre_pass": Seen()})
+    compiled = torch.compile(model, options={"post_grad_custom_pre_pass": sharing(found)})
     for y, alone in zip(compiled(x), model(x), strict=True):
         torch.testing.assert_close(y, alone, rtol=1e-5, atol=1e-5)  # x + 1 is the compiler's
-    assert [sorted(found) for found in seen] == [[1, 1, 3, 3]]
+    assert sorted(found) == [1, 1, 3, 3]
     assert ShareInputs().uuid() == ShareInputs().uuid()
+
+
+def test_a_package_shares_inputs(tmp_path: Path) -> None:
+    """Compiled ahead of time, for any number of rows."""
+    model = Attention()
+    found: list[int] = []
+    program = torch.export.export(model, (new_x(9),), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},))
+    configs = {"post_grad_custom_pre_pass": sharing(found)}
+    path = str(tmp_path / "model.pt2")
+    package = torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=configs)
+    x = new_x()
+    for y, alone in zip(torch._inductor.aoti_load_package(package)(x), model(x), strict=True):
+        torch.testing.assert_close(y, alone, rtol=1e-5, atol=1e-5)
+    assert found == [3, 1]
 
 
 def test_the_operation_of_many() -> None:
