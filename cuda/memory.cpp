@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <mutex>
 #include <string>
 #include <string_view>
@@ -86,11 +87,16 @@ bool is_off(const char* variable) {
     return value != nullptr && std::string_view(value) == "0";
 }
 
-// Of the device's memory at its peak, in bytes for a microsecond; 0 where it does not say.
+// Of the device's memory at its peak, in bytes for a microsecond; infinite where it does not say.
 double bandwidth_of(int device) {
-    const double clock = attribute(cudaDevAttrMemoryClockRate, device);  // in kHz; data comes at both edges
-    const double bits = attribute(cudaDevAttrGlobalMemoryBusWidth, device);
-    return 2.0 * clock * bits / 8.0 / 1e3;
+    int kilohertz = 0;  // data comes at both edges
+    int bits = 0;
+    if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
+        cudaGetLastError();  // forgotten: newer drivers need not know these
+    }
+    const double bandwidth = 2.0 * kilohertz * bits / 8.0 / 1e3;
+    return bandwidth > 0.0 ? bandwidth : std::numeric_limits<double>::infinity();
 }
 
 DeviceFacts read_facts(int index) {

@@ -4,10 +4,11 @@
 // The device is OCTAVO_SIMT_ARCH (75, 80, 86, 89, 90, 100, 110 or 120; 90 by default), its code for that or for
 // OCTAVO_SIMT_CODE_ARCH (as if made of older PTX), and there is one, or OCTAVO_SIMT_DEVICES. It says that it has as
 // many multiprocessors as such a GPU, or OCTAVO_SIMT_MULTIPROCESSORS (few make launchers choose as for large inputs).
-// With OCTAVO_SIMT_WGMMA=wrong products of warpgroups are (executor.cpp).
-// Device memory ends at a page that nobody may touch (or, where its size is not a multiple of 256 bytes, before bytes
-// that are checked when it is freed); it starts as 0xFF bytes, and nobody may touch it after it is freed. Capture
-// records: nothing runs until the graph is launched, and calls that wait for the device fail.
+// With OCTAVO_SIMT_NO_CLOCK it does not know how fast its memory is. With OCTAVO_SIMT_WGMMA=wrong products of
+// warpgroups are (executor.cpp). Device memory ends at a page that nobody may touch (or, where its size is not a
+// multiple of 256 bytes, before bytes that are checked when it is freed); it starts as 0xFF bytes, and nobody may touch
+// it after it is freed. Capture records: nothing runs until the graph is launched, and calls that wait for the device
+// fail.
 #include "runtime.hpp"
 
 #include <cuda_runtime_api.h>
@@ -427,7 +428,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(facts.shared); break;
         case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(simt::reserved_shared); break;
         case cudaDevAttrL2CacheSize: *value = simt::l2_bytes; break;
-        case cudaDevAttrMemoryClockRate: *value = simt::memory_kilohertz; break;
+        case cudaDevAttrMemoryClockRate:
+            if (std::getenv("OCTAVO_SIMT_NO_CLOCK") != nullptr) return simt::result(cudaErrorInvalidValue);
+            *value = simt::memory_kilohertz;
+            break;
         case cudaDevAttrGlobalMemoryBusWidth: *value = simt::memory_bits; break;
         case cudaDevAttrMemoryPoolsSupported: *value = 1; break;
         case cudaDevAttrWarpSize: *value = warpSize; break;

@@ -7,8 +7,10 @@
 #include <functional>
 #include <string>
 
+#include "arrays.hpp"
 #include "check.hpp"
 #include "octavo/octavo.hpp"
+#include "runtime.hpp"
 
 namespace {
 
@@ -49,6 +51,23 @@ std::string call(octavo::Device device) {
 }
 
 std::string missing() { return octavo::cuda_info().missing; }
+
+// How many bytes of 64 x 1024 weights the launch before a product has asked for.
+std::string asked() {
+    setenv("OCTAVO_TEST_DEVICE", "cuda", 1);  // of the arrays, from the first on
+    const Array x(octavo::DType::f32, 2, 1024);
+    const Array codes(octavo::DType::i8, 64, 1024);
+    const Array scale(octavo::DType::f32, 1, 64);
+    const Array sums(octavo::DType::i32, 1, 64);
+    const Array y(octavo::DType::f32, 2, 64);
+    octavo::linear(x.matrix(), {.codes = codes.matrix(), .scale = scale.vector(), .code_sums = sums.vector()},
+                   octavo::absent_vector, y.matrix(), {.outliers = octavo::Outliers::none, .path = octavo::Path::int8});
+    void* const library = dlopen(std::getenv("OCTAVO_CUDA_LIBRARY"), RTLD_LAZY | RTLD_NOLOAD);
+    const auto read = reinterpret_cast<decltype(&octavo_simt_counters)>(dlsym(library, "octavo_simt_counters"));
+    simt::Counters counters;
+    read(&counters);
+    return std::to_string(counters.prefetched);
+}
 
 }  // namespace
 
@@ -100,6 +119,13 @@ TEST(releasing_memory_loads_nothing) {
                       return is_loaded();
                   }),
              "loaded");
+}
+
+// As much as memory gives in the time, or as the cache may hold of it, where it does not say how fast it is.
+TEST(memory_that_does_not_say_how_fast_it_is) {
+    CHECK_EQ(with("OCTAVO_CUDA_PREFETCH", "1", asked), "3584");
+    CHECK_EQ(with("OCTAVO_SIMT_NO_CLOCK", "1", asked), std::to_string(64 * 1024));
+    CHECK_EQ(with("OCTAVO_CUDA_PREFETCH", "0", asked), "0");
 }
 
 TEST(no_cublaslt) {
