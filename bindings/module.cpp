@@ -13,6 +13,7 @@
 #include "bindings/interpreter.hpp"
 #include "bindings/jax_ops.hpp"
 #include "bindings/ops.hpp"
+#include "bindings/shared_input.hpp"
 #include "bindings/torch_op.hpp"
 #include "octavo/octavo.hpp"
 
@@ -83,6 +84,7 @@ PYBIND11_MODULE(_octavo_core, module, py::mod_gil_not_used()) {
     module.def("release_cuda_memory", &octavo::release_cuda_memory, py::call_guard<py::gil_scoped_release>());
     module.def("give_back", &give_back, py::arg("first"), py::arg("end"));
     module.def("set_num_threads", &octavo::set_num_threads, py::arg("count"));
+    module.def("share_in_inference_mode", &octavo::python::share_in_inference_mode, py::arg("enabled"));
 }
 
 // In a second interpreter pybind11 would wait for ever for the lock of the first.

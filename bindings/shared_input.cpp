@@ -1,6 +1,7 @@
 #include "bindings/shared_input.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -13,6 +14,8 @@
 
 namespace octavo::python {
 namespace {
+
+std::atomic<bool> shares_in_inference_mode{false};
 
 constexpr std::size_t most_followers = 8;
 // How often a product must follow again before it is computed ahead once more, after that was in vain.
@@ -56,11 +59,18 @@ bool is_same(const A& a, const B& b) {  // weak or shared pointers
     return !a.owner_before(b) && !b.owner_before(a);
 }
 
-// An input as it was when it was multiplied.
+// How often an input has been written to; nothing where nobody counts, nor need count.
+std::optional<std::int64_t> changes_of(py::handle tensor, bool is_inferring) {
+    const std::optional<std::int64_t> version = torch_version(tensor);
+    return !version && is_inferring && shares_in_inference_mode ? 0 : version;
+}
+
+// An input as it was when it was multiplied, in inference mode or not: results of the one are no use in the other.
 class InputMark {
 public:
-    InputMark(const Array& x, std::int64_t version)
-        : version_(version),
+    InputMark(const Array& x, std::int64_t changes, bool is_inferring)
+        : changes_(changes),
+          is_inferring_(is_inferring),
           data_(x.data()),
           dtype_(x.dtype()),
           device_(x.device()),
@@ -72,8 +82,8 @@ public:
     // Whether the tensor, read as `x`, is as it was, and results of then are ready for whoever comes now.
     [[nodiscard]] bool holds(py::handle tensor, const Array& x) const {
         return x.data() == data_ && x.dtype() == dtype_ && x.device() == device_ && x.shape() == shape_ &&
-               x.strides() == strides_ && x.stream().handle == stream_ && torch_version(tensor) == version_ &&
-               capture_of(x) == capture_;
+               x.strides() == strides_ && x.stream().handle == stream_ && torch_is_inferring() == is_inferring_ &&
+               changes_of(tensor, is_inferring_) == changes_ && capture_of(x) == capture_;
     }
 
 private:
@@ -81,7 +91,8 @@ private:
         return x.device().kind == DeviceKind::cuda ? octavo::capture_of(x.stream().handle) : 0;
     }
 
-    std::int64_t version_;
+    std::int64_t changes_;
+    bool is_inferring_;
     const void* data_;
     DType dtype_;
     Device device_;
@@ -144,11 +155,11 @@ private:
         first_.reset();
         next_.clear();
         std::unique_ptr<Ahead> previous = std::move(ahead_);
-        // In inference mode PyTorch does not count changes.
-        if (torch_is_inferring()) return multiplier.one(x, factor);
+        const bool is_inferring = torch_is_inferring();
+        if (is_inferring && !shares_in_inference_mode) return multiplier.one(x, factor);
         py::object y;
         std::unique_ptr<Ahead> ahead;
-        if (factor.product->is_followed) ahead = compute_ahead(factor, tensor, x, multiplier, y);
+        if (factor.product->is_followed) ahead = compute_ahead(factor, tensor, x, is_inferring, multiplier, y);
         if (!y) y = multiplier.one(x, factor);
         input_ = weak_reference(tensor, ahead ? emptying(ahead->results) : py::object());
         first_ = factor.product;
@@ -176,7 +187,7 @@ private:
     }
 
     // `y` of the first product, and the results of those that follow it; nothing where that cannot be.
-    static std::unique_ptr<Ahead> compute_ahead(const Factor& first, py::handle tensor, Array& x,
+    static std::unique_ptr<Ahead> compute_ahead(const Factor& first, py::handle tensor, Array& x, bool is_inferring,
                                                 const Multiplier& multiplier, py::object& y) {
         std::vector<Factor> factors{first};
         std::vector<Waiting> waiting;
@@ -187,8 +198,9 @@ private:
             factors.push_back(std::move(factor));
         }
         if (waiting.empty()) return {};
-        if (const std::optional<std::int64_t> version = torch_version(tensor)) {
-            const InputMark input(x, *version);  // of before: what is written to meanwhile counts as changed
+        if (const std::optional<std::int64_t> changes = changes_of(tensor, is_inferring)) {
+            const InputMark input(x, *changes,
+                                  is_inferring);  // of before: what is written to meanwhile counts as changed
             if (const auto results = py::reinterpret_borrow<py::list>(multiply_all(factors, x, multiplier))) {
                 y = results[0];
                 results[0] = py::none();
@@ -278,6 +290,8 @@ private:
     std::vector<Follower> next_;  // asked for after it, with the same input
     std::unique_ptr<Ahead> ahead_;
 };
+
+void share_in_inference_mode(bool enabled) { shares_in_inference_mode = enabled; }
 
 py::object shared_product(const Factor& factor, py::handle tensor, Array& x, const Multiplier& multiplier) {
     // To quantize fewer elements on the CPU takes no longer than what is done here (SmolLM2 decodes in 1.01 of the

@@ -61,6 +61,9 @@ struct Multiplier {
     py::list (*many)(Array& x, const std::vector<Factor>& factors);
 };
 
+// Whether inputs count as unchanged in inference mode, where PyTorch does not tell; at first not.
+void share_in_inference_mode(bool enabled);
+
 // The product with `tensor`, which was read as `x`, where PyTorch wants nothing of it but its result.
 py::object shared_product(const Factor& factor, py::handle tensor, Array& x, const Multiplier& multiplier);
 

@@ -270,6 +270,39 @@ def test_inference_mode_counts_no_changes() -> None:
     assert_alone(made, x)
 
 
+@pytest.fixture
+def _shares_in_inference_mode() -> Iterator[None]:
+    ot.share_in_inference_mode()
+    yield
+    ot.share_in_inference_mode(False)
+
+
+@pytest.mark.usefixtures("_shares_in_inference_mode")
+def test_inference_mode_where_nobody_writes_to_inputs() -> None:
+    model, alone = trained(), Attention()
+    with torch.inference_mode():
+        for _ in range(3):
+            assert_alone(model, new_x(), alone)
+        x = new_x()
+        model.q(x)
+        before = x.clone()
+        x += 1  # what was promised not to happen
+        assert torch.equal(model.k(x), alone.k(before))
+        x = new_x()
+        assert model.q(x).is_inference()
+    assert not model.k(x).is_inference()  # results of the other mode are no use here,
+    x = new_x()
+    model.q(x)
+    with torch.inference_mode():
+        assert model.k(x).is_inference()  # nor there
+    x = new_x()
+    model.q(x)
+    x += 1
+    assert torch.equal(model.k(x), alone.k(x))
+    with pytest.raises(TypeError):
+        ot.share_in_inference_mode("yes")  # type: ignore[arg-type]
+
+
 def test_weights_made_in_inference_mode() -> None:
     with torch.inference_mode():
         model = trained()

@@ -29,15 +29,13 @@ class ShareInputs(CustomGraphPass):
             computed = [own for own in node.all_input_nodes if own.op != "get_attr"]
             if all(places[own] < places[first] for own in computed for first in known[:1]):
                 known.append(node)
-        for nodes in products.values():
-            if len(nodes) == 1:
-                continue
+        for nodes in (group for group in products.values() if len(group) > 1):
             for constant in (own for node in nodes for own in node.all_input_nodes if own.op == "get_attr"):
                 nodes[0].prepend(constant)
-            x, options = nodes[0].args[0], nodes[0].args[-1]  # as they are now
             with graph.inserting_before(nodes[0]):
                 arrays = [array for node in nodes for array in node.args[1:8]]
-                many = graph.call_function(torch.ops.octavo.linear_many.default, (x, arrays, options))
+                given = nodes[0].args[0], arrays, nodes[0].args[-1]
+                many = graph.call_function(torch.ops.octavo.linear_many.default, given)
                 many.meta["val"] = [node.meta["val"] for node in nodes]
                 results = [graph.call_function(operator.getitem, (many, index)) for index in range(len(nodes))]
             for node, result in zip(nodes, results, strict=True):

@@ -169,6 +169,18 @@ def watch_loading(module: nn.Module) -> None:
     module.register_load_state_dict_pre_hook(_take_weight)
 
 
+def share_in_inference_mode(enabled: bool = True) -> None:
+    """Let layers that take the same input be one call in `torch.inference_mode`, too. At first they are not.
+
+    PyTorch does not count there how often a tensor is written to. So enable this only where nobody writes to an input
+    between the layers that take it: a layer would be given what the input was before. It holds for the process.
+
+    Raises:
+        TypeError: `enabled` is no bool.
+    """
+    _core.share_in_inference_mode(enabled)
+
+
 def _take_weight(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any
 ) -> None:
