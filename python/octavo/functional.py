@@ -323,8 +323,7 @@ def linear_many(
     options = options_of(
         "linear_many", options, threshold=threshold, relative=relative, cap=cap, outliers=outliers, path=path
     )
-    natives = [weight._native for weight in weights]
-    return _core.linear_many(x, natives, each["biases"], options._native, each["out"])
+    return _core.linear_many(x, [weight._native for weight in weights], each["biases"], options._native, each["out"])
 
 
 def get_num_threads() -> int:

@@ -126,8 +126,7 @@ class Int8Weight:
 
         With `rotation`, rotated back. Kept outlier columns are not put in.
         """
-        rotated = (self.rotation, self.shape[1])
-        return _core.dequantize(self.codes, self.scale, self.zeropoint, *rotated, dtype_name(dtype))
+        return _core.dequantize(self.codes, self.scale, self.zeropoint, self.rotation, self.shape[1], dtype_name(dtype))
 
     def to(self, device: Any) -> Int8Weight:
         """The weight on another device of its framework; itself where it is there already."""

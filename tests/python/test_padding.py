@@ -50,8 +50,8 @@ def rows_of(model: nn.Module) -> list[int]:
     return rows
 
 
-def hidden(model: Any, mask: Tensor | None = MASK) -> Tensor:
-    with torch.no_grad():
+def hidden(model: Any, mask: Tensor | None = MASK, mode: Any = torch.no_grad) -> Tensor:
+    with mode():
         found: Tensor = model(IDS, attention_mask=mask).last_hidden_state
     return found
 
@@ -70,6 +70,20 @@ def test_tokens_alone_are_computed_and_are_the_same(name: str, attention: str) -
     expected = hidden(drop_padding_(model, False))
     assert rows[:layers] == [27] * layers
     assert torch.equal(found[MASK.bool()], expected[MASK.bool()])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_input_that_is_written_to(mode: Any) -> None:
+    """The tokens that one layer has computed with are not those of the next."""
+
+    def write(_: nn.Module, args: tuple[Tensor]) -> None:
+        args[0].mul_(2)
+
+    model = quantize_(encoder("BertModel"), outliers="rows", progress=False)
+    for block in model.encoder.layer:
+        block.attention.self.key.register_forward_pre_hook(write, prepend=True)
+    found = hidden(model, mode=mode)
+    assert torch.equal(found[MASK.bool()], hidden(drop_padding_(model, False), mode=mode)[MASK.bool()])
 
 
 def test_when_nothing_is_left_out() -> None:

@@ -27,6 +27,7 @@ class _Call(threading.local):
     shape: torch.Size | None = None  # [texts, positions]; None where nothing is left out
     rows: Any = None  # [tokens], of texts * positions
     whole: Any = None  # the last input, [texts, positions, k], and its tokens, [tokens, k]: q, k and v have the same
+    version: Any = None  # of that input, which something may have written to since
     tokens: Any = None
 
 
@@ -77,8 +78,9 @@ def _gather(layer: nn.Module, args: tuple[Any, ...]) -> Any:
     x = args[0]
     if _call.shape is None or x.shape[:-1] != _call.shape:
         return None
-    if x is not _call.whole:
-        _call.whole, _call.tokens = x, x.flatten(0, 1).index_select(0, _call.rows)
+    version = None if x.is_inference() else x._version  # in inference mode nothing counts what is written
+    if x is not _call.whole or version is None or version != _call.version:
+        _call.whole, _call.version, _call.tokens = x, version, x.flatten(0, 1).index_select(0, _call.rows)
     return (_call.tokens,)
 
 
