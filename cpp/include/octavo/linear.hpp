@@ -49,12 +49,12 @@ struct WeightView {
 //
 // m, n or k of 0 give an empty or bias-only result. NaN or Inf in X: under `columns` and `rows` its products propagate
 // as IEEE says, in its own row only; under `none` and `static_` it makes the rows of its scaling group NaN.
-// CPU: returns when done. CUDA: enqueues at most three kernels (one for `weight_only`; more with rotation and with a
-// criterion that is relative or capped; before compute capability 8.0 four, and one for every 131056 columns of a k
-// beyond that); never waits, and can be captured in a graph. It is fastest where k is a multiple of 16 and rows of
-// codes begin at multiples of 16 bytes. Scratch memory comes from a pool that keeps it for further calls
-// (release_cuda_memory). The values of weight.outlier_columns are checked in CPU memory only. Throws Error (type,
-// value, device) naming the argument; `static_` needs weight.outlier_columns.
+// CPU: returns when done. CUDA: enqueues at most three kernels (two for `none` and `static_`, one or two for
+// `weight_only`; before compute capability 8.0 one more, and one for every 131056 columns of a k beyond that); never
+// waits, and can be captured in a graph. It is fastest where k is a multiple of 16 and rows of codes begin at multiples
+// of 16 bytes. Scratch memory comes from a pool that keeps it for further calls (release_cuda_memory). The values of
+// weight.outlier_columns are checked in CPU memory only. Throws Error (type, value, device) naming the argument;
+// `static_` needs weight.outlier_columns.
 void linear(ConstMatrix x, const WeightView& weight, ConstVector bias, Matrix out, const LinearOptions& options = {},
             Stream stream = {});
 
