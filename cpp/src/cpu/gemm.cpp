@@ -104,7 +104,9 @@ public:
         }
         if (begin == end) std::fill(acc_.data(), acc_.data() + panels_ * tile_size() * ceiling(strip_, plan_.cols), 0);
         const Entered entered(plan_, block_.rows());
-        std::int64_t begun = 0;  // of the tile that comes next
+        // Of all tiles, because to clear one takes longer than to set what differs.
+        ProductTile tile{.bytes_ahead = fetches_streams() ? 0 : 32 * line};
+        ProductTile after;  // the one that comes next, if it has any depth
         for (std::int64_t strip = 0; strip < cols_; strip += strip_) {
             const std::int64_t strip_end = std::min(strip + strip_, cols_);
             std::int64_t slice = begin;
@@ -113,16 +115,16 @@ public:
                 for (std::int64_t j = strip; j < strip_end; j += plan_.cols) {
                     const bool last_of_strip = j + plan_.cols >= strip_end;
                     const bool last_of_slices = slice_end == end;
-                    ProductTile tile{.x = nullptr,
-                                     .rows = 0,
-                                     .w = w_.data() + j * w_.depth() + slice * block_cols,
-                                     .w_stride = w_.stride(),
-                                     .cols = std::min(plan_.cols, cols_ - j),
-                                     .depth = slice_end - slice,
-                                     .first = slice == begin,
-                                     .acc = acc_.data() + (j - strip) / plan_.cols * panels_ * tile_size(),
-                                     .bytes_ahead = fetches_streams() ? 0 : 32 * line,
-                                     .begun = begun};
+                    tile.w = w_.data() + j * w_.depth() + slice * block_cols;
+                    tile.w_stride = w_.stride();
+                    tile.cols = std::min(plan_.cols, cols_ - j);
+                    tile.depth = slice_end - slice;
+                    tile.first = slice == begin;
+                    tile.acc = acc_.data() + (j - strip) / plan_.cols * panels_ * tile_size();
+                    tile.begun = after.begun;
+                    tile.finish = nullptr;
+                    tile.ahead = nullptr;
+                    tile.ahead_depth = 0;
                     const std::int64_t next = !last_of_strip ? slice : last_of_slices ? begin : slice_end;
                     const std::int64_t next_j = !last_of_strip ? j + plan_.cols : last_of_slices ? strip_end : strip;
                     if (next_j < cols_) {
@@ -130,7 +132,8 @@ public:
                         tile.ahead_depth = std::min(x_.slice_end(next), end) - next;
                         tile.ahead_stride = w_.stride();
                     }
-                    ProductTile after;
+                    after.depth = 0;
+                    after.begun = 0;
                     if (plan_.begin != nullptr && panels_ == 1 && slice_end - slice == end - begin &&
                         next_j + plan_.cols <= cols_) {
                         after = tile;
@@ -139,7 +142,6 @@ public:
                         after.begun = 0;
                     }
                     column(tile, slice, j, last_of_slices ? &finish : nullptr, begin, after);
-                    begun = after.begun;
                 }
                 slice = slice_end;
             } while (slice < end);
@@ -154,7 +156,7 @@ private:
 
     // All rows by the output features of `tile`, which is at column j and slice `begin`. Whole tiles go to `finish`,
     // which may begin the one that is `after` it, if that has any depth.
-    void column(ProductTile tile, std::int64_t begin, std::int64_t j, const std::function<void(SumsTile&)>* finish,
+    void column(ProductTile& tile, std::int64_t begin, std::int64_t j, const std::function<void(SumsTile&)>* finish,
                 std::int64_t part, ProductTile& after) const {
         if (plan_.regroup != nullptr && tile.depth > 0) {
             plan_.regroup(tile.w, tile.w_stride, tile.cols, tile.depth, regrouped_.data(), offsets_.data() + j);
