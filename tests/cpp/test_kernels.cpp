@@ -106,7 +106,7 @@ TEST(load_transposed_puts_columns_into_their_places) {
         const std::int64_t item = octavo::size_of(dtype);
         for (const std::int64_t cols : {1, 16, 31, 80}) {
             for (const std::int64_t count : {1, 3, 30, 64, 81}) {
-                for (const std::int64_t stride : {count, count + 5}) {
+                for (const std::int64_t stride : {count, count + 5, std::int64_t{0}}) {
                     Random random(11);
                     const std::int64_t size = (cols - 1) * stride + count;
                     const Guarded<std::byte> source(static_cast<std::size_t>(size * item));

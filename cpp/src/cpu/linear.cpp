@@ -124,14 +124,14 @@ public:
                 kernels().rotate_back_column(codes.data() + first * codes.depth() + block_begin * block_cols,
                                              codes.stride(), weight_.rotation, in_block, cols, zeropoint + first,
                                              scale + first,
-                                             outlier_weight_.data() + not_kept_places_[i] * outlier_stride + first);
+                                             outlier_weight_.data() + not_kept_places_[i] * outlier_stride);
             }
             return;
         }
         kernels().dequantize_columns(codes.data() + first * codes.depth(), codes.stride(), not_kept_.data(),
                                      not_kept_places_.data(), std::ssize(not_kept_), cols,
                                      weight_.zeropoint.present ? zeropoint + first : nullptr, scale + first,
-                                     outlier_weight_.data() + first);
+                                     outlier_weight_.data());
     }
 
     // How many codes of a row take no part in the product. With rotation all do.
@@ -157,7 +157,7 @@ public:
         const std::int64_t j = col - block_.col_begin;
         tile.scale_w = scale + j;
         if (outlier_weight_.data() != nullptr) {
-            tile.outlier_w = outlier_weight_.data() + j;
+            tile.outlier_w = outlier_weight_.data() + j - gathered_;
             tile.outlier_columns = nullptr;
         } else if (tile.outlier_columns != nullptr) {
             tile.w = w_->data() + j * w_->depth();
@@ -188,12 +188,12 @@ private:
         if (original.col_stride == 1) {
             return kernels().load_transposed(original.dtype, at(original, block_.col_begin + first, 0),
                                              original.row_stride, cols, count, kept_places_.data(),
-                                             outlier_weight_.data() + first, outlier_stride);
+                                             outlier_weight_.data(), outlier_stride);
         }
         for (std::int64_t i = 0; i < count; ++i) {
             const std::int32_t place = kept_places_[static_cast<std::size_t>(i)];
             if (place < 0) continue;
-            float* const target = outlier_weight_.data() + place * outlier_stride + first;
+            float* const target = outlier_weight_.data() + place * outlier_stride;
             kernels().load(original.dtype, at(original, block_.col_begin + first, i), original.row_stride, cols,
                            target);
             std::fill(target + cols, target + whole_blocks(cols), 0.0F);
@@ -207,8 +207,8 @@ private:
     std::vector<std::int32_t> not_kept_;
     std::vector<std::int32_t> not_kept_places_;
     const PackedPanel* w_ = nullptr;
-    std::int64_t gathered_ = -1;
-    Scratch<float> outlier_weight_{0};       // [|O|, outlier_stride]
+    std::int64_t gathered_ = -1;             // the block's column that the tile gathered last begins at
+    Scratch<float> outlier_weight_{0};       // [|O|, outlier_stride], of the columns from gathered_ on
     Scratch<std::int8_t> outlier_codes_{0};  // [|O|, most_cols]; only for zeropoint
     float bias_[most_cols];
 };

@@ -6,6 +6,9 @@
 #include <immintrin.h>
 #endif
 
+#include <cstddef>
+#include <utility>
+
 #include "cpu/kernels/convert.hpp"
 #include "cpu/kernels/fours.hpp"
 #include "cpu/kernels/functions.hpp"
@@ -462,72 +465,127 @@ void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, 
     __builtin_trap();
 }
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-// Sixteen rows of up to 16 bfloat16 at `src`, `stride` bytes apart, of which there are `rows`: two values of eight rows
-// and of the eight below them in each register, transposed as if they were one.
-void load_square(const char* src, std::int64_t stride, std::int64_t rows, std::int64_t count,
-                 float* const (&targets)[16]) {
-    const auto there = static_cast<__mmask16>((1U << static_cast<unsigned>(count)) - 1U);
-    const auto row = [&](std::int64_t j) OCTAVO_INLINE {
-        return _mm256_maskz_loadu_epi16(j < rows ? there : __mmask16{0}, src + (j < rows ? j : 0) * stride);
-    };
-    using Eight [[gnu::vector_size(32)]] = std::uint32_t;
-    using Pairs [[gnu::vector_size(64)]] = std::uint32_t;
-    using Fours [[gnu::vector_size(64)]] = std::uint64_t;
-    Pairs v[8];
-    unroll<8>([&](auto j) OCTAVO_INLINE {
-        const auto upper = reinterpret_cast<Eight>(row(j));
-        const auto lower = reinterpret_cast<Eight>(row(j + 8));
-        v[j] = __builtin_shufflevector(upper, lower, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#if defined(__AVX2__)
+namespace {
+
+using Bits = Magnitudes;
+constexpr std::int64_t square = 16;  // values of a row that are transposed at a time
+
+// Lanes of two vectors, each of which `Order` names: those of the second follow those of the first.
+template <class Order, std::size_t... Lanes>
+[[gnu::always_inline]] inline void shuffle(const Bits& a, const Bits& b, Bits& result,
+                                           std::index_sequence<Lanes...> /*lanes*/) {
+    result = __builtin_shufflevector(a, b, Order::lane(Lanes)...);
+}
+template <class Order>
+[[gnu::always_inline]] inline void shuffle(const Bits& a, const Bits& b, Bits& result) {
+    shuffle<Order>(a, b, result, std::make_index_sequence<width>{});
+}
+
+// Within each quarter of 16 bytes: `Size` lanes of a and as many of b in turn, from the quarter's lane `First` on.
+template <int Size, int First>
+struct InTurn {
+    static constexpr int lane(int i) {
+        const int place = i % 4;
+        return (place / Size % 2 * static_cast<int>(width)) + i / 4 * 4 + First + place % Size +
+               place / (2 * Size) * Size;
+    }
+};
+// Every second quarter of a, from number `First` on, and then of b.
+template <int First>
+struct EverySecond {
+    static constexpr int lane(int i) {
+        constexpr int quarters = static_cast<int>(width) / 4;
+        const int quarter = 2 * (i / 4) + First;
+        return quarter / quarters * static_cast<int>(width) + quarter % quarters * 4 + i % 4;
+    }
+};
+
+// Two rows, or one, of 16 bfloat16, a register of them.
+template <class RowAt>
+[[gnu::always_inline]] inline void read_rows(const RowAt& row_at, std::int64_t first, Bits& rows) {
+#if defined(__AVX512F__)
+    using Half [[gnu::vector_size(32)]] = std::uint32_t;
+    Half a;
+    Half b;
+    __builtin_memcpy(&a, row_at(first), sizeof a);
+    __builtin_memcpy(&b, row_at(first + 4), sizeof b);
+    rows = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    __builtin_memcpy(&rows, row_at(first), sizeof rows);
+#endif
+}
+
+// As many rows of 16 bfloat16 as a register holds float32: targets[c][row + i] = the c-th value of row_at(i). Two
+// values of a row are transposed as if they were one. Registers of AVX-512 hold row i beside row i + 4.
+template <class RowAt>
+[[gnu::always_inline]] inline void load_square(const RowAt& row_at, float* const (&targets)[square], std::int64_t row) {
+    Bits fours[4][2];  // of each pair of values, or of that and the one four behind it: rows 0 to 3, 4 to 7
+    unroll<2>([&](auto half) OCTAVO_INLINE {
+        constexpr std::int64_t first = half * (width == 16 ? 8 : 4);
+        Bits rows[4];
+        unroll<4>([&](auto i) OCTAVO_INLINE { read_rows(row_at, first + i, rows[i]); });
+        unroll<2>([&](auto part) OCTAVO_INLINE {
+            Bits low;
+            Bits high;
+            shuffle<InTurn<1, 2 * part>>(rows[0], rows[1], low);
+            shuffle<InTurn<1, 2 * part>>(rows[2], rows[3], high);
+            shuffle<InTurn<2, 0>>(low, high, fours[2 * part][half]);
+            shuffle<InTurn<2, 2>>(low, high, fours[2 * part + 1][half]);
+        });
     });
-    Fours pairs[8];  // of rows 0 and 1, 2 and 3, ...: the values that a quarter of a register begins and ends with
-    unroll<4>([&](auto j) OCTAVO_INLINE {
-        const Pairs low =
-            __builtin_shufflevector(v[2 * j], v[2 * j + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-        const Pairs high =
-            __builtin_shufflevector(v[2 * j], v[2 * j + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-        __builtin_memcpy(&pairs[2 * j], &low, sizeof low);
-        __builtin_memcpy(&pairs[2 * j + 1], &high, sizeof high);
-    });
-    unroll<8>([&](auto c) OCTAVO_INLINE {  // columns 2 c and 2 c + 1
-        constexpr int high = c % 4 / 2;
-        constexpr int odd = c % 2;
-        const Fours first = __builtin_shufflevector(pairs[high], pairs[2 + high], odd, 8 + odd, 2 + odd, 10 + odd,
-                                                    4 + odd, 12 + odd, 6 + odd, 14 + odd);
-        const Fours second = __builtin_shufflevector(pairs[4 + high], pairs[6 + high], odd, 8 + odd, 2 + odd, 10 + odd,
-                                                     4 + odd, 12 + odd, 6 + odd, 14 + odd);
-        constexpr int half = c / 4 * 2;
-        const Fours all = __builtin_shufflevector(first, second, half, half + 1, half + 8, half + 9, half + 4, half + 5,
-                                                  half + 12, half + 13);
-        Pairs both;
-        __builtin_memcpy(&both, &all, sizeof both);
-        const Pairs even = both << 16U;
-        const Pairs next = both & 0xFFFF0000U;
-        if (targets[2 * c] != nullptr) __builtin_memcpy(targets[2 * c], &even, sizeof even);
-        if (targets[2 * c + 1] != nullptr) __builtin_memcpy(targets[2 * c + 1], &next, sizeof next);
+    unroll<8>([&](auto pair) OCTAVO_INLINE {
+        Bits both;
+        shuffle<EverySecond<pair / 4>>(fours[pair % 4][0], fours[pair % 4][1], both);
+        const Bits even = both << 16U;
+        const Bits odd = both & 0xFFFF0000U;
+        __builtin_memcpy(targets[2 * pair] + row, &even, sizeof even);
+        __builtin_memcpy(targets[2 * pair + 1] + row, &odd, sizeof odd);
     });
 }
+
+// `load_transposed` of bfloat16.
+void transpose_bf16(const char* src, std::int64_t stride, std::int64_t cols, std::int64_t count,
+                    const std::int32_t* places, float* dst, std::int64_t dst_stride) {
+    alignas(64) float nowhere[most_cols];
+    for (std::int64_t begin = 0; begin < count; begin += square) {
+        const std::int64_t size = count - begin < square ? count - begin : square;
+        float* targets[square];
+        for (std::int64_t c = 0; c < square; ++c) {
+            const std::int32_t place = c < size ? places[begin + c] : -1;
+            targets[c] = place < 0 ? nowhere : dst + place * dst_stride;
+        }
+        const char* const first = src + begin * 2;
+        // Of so many rows 16 values may be read.
+        const std::int64_t whole_rows = stride < 1 ? 0 : cols - (square - size + stride - 1) / stride;
+        for (std::int64_t row = 0; row < (cols + 15) / 16 * 16; row += width) {
+            if (row + width <= whole_rows) {
+                load_square([&](std::int64_t i) OCTAVO_INLINE { return first + (row + i) * stride * 2; }, targets, row);
+                continue;
+            }
+            const char* rows[width];
+            std::uint16_t last[width][square];
+            for (std::int64_t i = 0; i < width; ++i) {
+                rows[i] = first + (row + i) * stride * 2;
+                if (row + i < whole_rows) continue;
+                __builtin_memset(last[i], 0, sizeof last[i]);
+                for (std::int64_t c = 0; c < size && row + i < cols; ++c) last[i][c] = read<std::uint16_t>(rows[i], c);
+                rows[i] = reinterpret_cast<const char*>(last[i]);
+            }
+            load_square([&](std::int64_t i) OCTAVO_INLINE { return rows[i]; }, targets, row);
+        }
+    }
+}
+
+}  // namespace
 #endif
 
 // Sixteen rows at a time, a part of them, which is made float32 first: all of it at once where it lies in a row.
 void load_transposed(DType dtype, const void* src, std::int64_t stride, std::int64_t cols, std::int64_t count,
                      const std::int32_t* places, float* dst, std::int64_t dst_stride) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX2__)
     if (dtype == DType::bf16) {
-        for (std::int64_t begin = 0; begin < count; begin += 16) {
-            const std::int64_t size = count - begin < 16 ? count - begin : 16;
-            float* targets[16];
-            for (std::int64_t c = 0; c < 16; ++c) {
-                const std::int32_t place = c < size ? places[begin + c] : -1;
-                targets[c] = place < 0 ? nullptr : dst + place * dst_stride;
-            }
-            for (std::int64_t row = 0; row < cols; row += 16) {
-                load_square(static_cast<const char*>(src) + (row * stride + begin) * 2, stride * 2, cols - row, size,
-                            targets);
-                for (float*& target : targets) target = target == nullptr ? nullptr : target + 16;
-            }
-        }
-        return;
+        return transpose_bf16(static_cast<const char*>(src), stride, cols, count, places, dst, dst_stride);
     }
 #endif
     constexpr std::int64_t together = 64;

@@ -180,8 +180,8 @@ struct Kernels {
 
     // dst[i] = src[i * stride] as float32; src is f32, f16 or bf16 and needs no alignment.
     void (*load)(DType dtype, const void* src, std::int64_t stride, std::int64_t size, float* dst);
-    // dst[places[i] * dst_stride + j] = src[j * stride + i], likewise, for `cols` rows of `count` values next to each
-    // other, a row of dst for each place >= 0. Up to the next multiple of 16 rows there are zeros.
+    // dst[places[i] * dst_stride + j] = src[j * stride + i], likewise, for `cols` <= most_cols rows of `count` values
+    // next to each other, a row of dst for each place >= 0. Up to the next multiple of 16 rows there are zeros.
     void (*load_transposed)(DType dtype, const void* src, std::int64_t stride, std::int64_t cols, std::int64_t count,
                             const std::int32_t* places, float* dst, std::int64_t dst_stride);
     // dst[i * dst_stride] = src[columns[i] * stride], likewise.
