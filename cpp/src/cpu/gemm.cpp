@@ -204,8 +204,7 @@ private:
                     (*static_cast<const decltype(hand_over)*>(context))(first, rows);
                 };
             }
-            constexpr std::int64_t most_panels = 16;  // beside more, what memory brings late does not count
-            if (panels_ > 1 && panels_ <= most_panels) {
+            if (panels_ > 1) {
                 const std::int64_t size = tile.ahead_depth * block_cols;  // of a block of output features
                 const std::int64_t part = up(ceiling(size, panels_), line);
                 tile.ahead_begin = std::min((row - block_.row_begin) / run * part, size);
