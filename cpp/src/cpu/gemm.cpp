@@ -171,7 +171,10 @@ private:
             tile.ahead += lines * line;
             tile.ahead_depth -= lines * line / block_cols;
         }
-        const std::int64_t run = std::max(plan_.rows, plan_.run_rows);
+        // Panels are even, where that spares one of few rows, which takes as long as one of more. (A single row does
+        // not.)
+        const bool is_even = plan_.is_row_major && block_.rows() % plan_.rows > 1;
+        const std::int64_t run = is_even ? ceiling(block_.rows(), panels_) : std::max(plan_.rows, plan_.run_rows);
         std::int32_t* const first_acc = tile.acc;
         std::int64_t handed_over = block_.row_begin;
         for (std::int64_t row = block_.row_begin; row < block_.row_end; row += run) {
@@ -221,7 +224,7 @@ private:
             }
             // Sums of one slice alone are in the first-level cache, over and over in the same place.
             const bool begins_again = tile.first && handed_over == end;
-            tile.acc = begins_again ? first_acc : tile.acc + ceiling(tile.rows, plan_.rows) * tile_size();
+            tile.acc = begins_again ? first_acc : tile.acc + tile.rows * plan_.cols;
         }
     }
 

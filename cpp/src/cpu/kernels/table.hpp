@@ -79,6 +79,7 @@ struct Plan {
     std::int64_t block_rows = 0;
     std::int64_t run_rows = 0;   // rows that one call of `multiply` can take, a multiple of `rows`; 0: a panel
     std::int64_t x_size = 1;     // bytes of a code in a panel of X
+    bool is_row_major = false;   // whether a panel of X is, so that one can begin at any row
     std::int64_t regrouped = 0;  // bytes of a code in a slice that `regroup` has made
     std::int64_t speed = 60;     // multiplications in a nanosecond, about: whether threads are worth it
     // Whether codes of X are multiplied as x + 128: 128 times the sum of a feature's codes too much.

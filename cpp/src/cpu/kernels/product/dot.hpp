@@ -55,7 +55,7 @@ void multiply_block(const ProductTile& tile, std::int64_t j) {
         unroll<steps>([&](auto step) OCTAVO_INLINE {
             typename Dot::W operands[width];
             unroll<width>([&](auto v) OCTAVO_INLINE {
-                if constexpr (Rows <= few && v % Dot::vectors == 0) {
+                if constexpr (Rows <= few && !Fetches && v % Dot::vectors == 0) {
                     __builtin_prefetch(w + v / Dot::vectors * tile.w_stride + (k + 4 * step) * 16 + tile.bytes_ahead);
                 }
                 operands[v] = Dot::load(w + v / Dot::vectors * tile.w_stride + (k + 4 * step) * 16 +
@@ -109,6 +109,7 @@ constexpr Plan dot_plan(std::int64_t block_rows) noexcept {
             .depth = 512,  // 8 KiB of W for a block
             .block_rows = block_rows,
             .x_size = Dot::x_size,
+            .is_row_major = true,
             .speed = Dot::speed,
             .x_is_unsigned = Dot::x_is_unsigned,
             .place_row = Dot::place_row,
