@@ -468,7 +468,7 @@ void load(DType dtype, const void* src, std::int64_t stride, std::int64_t size, 
 #if defined(__AVX2__)
 namespace {
 
-using Bits = Magnitudes;
+using Bits = Magnitudes;             // the same lanes, of values with signs
 constexpr std::int64_t square = 16;  // values of a row that are transposed at a time
 
 // Lanes of two vectors, each of which `Order` names: those of the second follow those of the first.
@@ -487,17 +487,16 @@ template <int Size, int First>
 struct InTurn {
     static constexpr int lane(int i) {
         const int place = i % 4;
-        return (place / Size % 2 * static_cast<int>(width)) + i / 4 * 4 + First + place % Size +
-               place / (2 * Size) * Size;
+        return place / Size % 2 * width + i / 4 * 4 + First + place % Size + place / (2 * Size) * Size;
     }
 };
 // Every second quarter of a, from number `First` on, and then of b.
 template <int First>
 struct EverySecond {
     static constexpr int lane(int i) {
-        constexpr int quarters = static_cast<int>(width) / 4;
+        constexpr int quarters = width / 4;
         const int quarter = 2 * (i / 4) + First;
-        return quarter / quarters * static_cast<int>(width) + quarter % quarters * 4 + i % 4;
+        return quarter / quarters * width + quarter % quarters * 4 + i % 4;
     }
 };
 
